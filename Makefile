@@ -1,0 +1,33 @@
+# make run     set up and run the digits experiment, end to end
+# make test    set up and run all tests
+# make lint    ruff and mypy
+# Everything lives in .venv; nothing is installed again until pyproject.toml changes.
+
+SPEC ?= examples/digits.yaml
+STORE ?= memtail-store
+BIN := .venv/bin
+
+.PHONY: run test lint clean
+
+run: .venv/installed-train
+	$(BIN)/memtail run $(SPEC) --store $(STORE)
+
+test: .venv/installed-dev
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed-train: pyproject.toml
+	./tools/make-venv.sh .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[train]'
+	@touch $@
+
+.venv/installed-dev: .venv/installed-train
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,176 @@
+"""What a store holds of one experiment: its declaration, its trial batches and its failures.
+
+The store is the only memory there is. Whoever trains, folds or publishes asks here what is wanted and what is committed, and may
+be killed at any moment.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from memtail.errors import StoreError
+from memtail.experiment import Experiment, differences
+from memtail.storage import ObjectNotFound, ObjectStore, keys
+from memtail.trials import Shard, TrialBatch
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """The object `experiment.json`: what is wanted, and by which grid it is cut into shards.
+
+    Everyone who works on an experiment cuts it by the recorded grid, so that one trial has one key.
+    """
+
+    experiment: Experiment
+    fingerprint: str
+    canonical: dict[str, Any]
+    n_train: int
+    n_test: int
+    trials_per_shard: int
+
+    def to_bytes(self) -> bytes:
+        """The record as JSON."""
+        return json.dumps(
+            {
+                "schema": SCHEMA,
+                "experiment": self.experiment.model_dump(mode="json"),
+                "fingerprint": self.fingerprint,
+                "canonical": self.canonical,
+                "n_train": self.n_train,
+                "n_test": self.n_test,
+                "trials_per_shard": self.trials_per_shard,
+            },
+            indent=1,
+        ).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> "Record":
+        """Read a record. Raises: StoreError."""
+        try:
+            fields = json.loads(data)
+            if (schema := fields.pop("schema")) != SCHEMA:
+                raise StoreError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
+            experiment = Experiment.parse(fields.pop("experiment"), source=source)
+            return cls(experiment=experiment, **fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{source}: is corrupt ({error})") from None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt at a shard."""
+
+    shard: Shard
+    attempt: int
+    error: str
+    traceback: str
+    when: str
+
+
+class ExperimentArchive:
+    """One experiment's objects in a store."""
+
+    def __init__(self, store: ObjectStore, name: str) -> None:
+        self.store = store
+        self.name = name
+
+    def record(self) -> Record:
+        """The experiment's record. Raises: StoreError: there is none of this name; says which there are."""
+        try:
+            key = keys.experiment(self.name)
+            return Record.from_bytes(self.store.get(key), key)
+        except ObjectNotFound:
+            there = ", ".join(experiment_names(self.store)) or "none"
+            raise StoreError(f"there is no experiment '{self.name}' in the store; there: {there}") from None
+
+    def enroll(self, wanted: Record) -> Record:
+        """Enter an experiment, or find it entered already; returns the record that holds.
+
+        More trials than recorded extend the experiment; the recorded grid stays.
+
+        Raises:
+            StoreError: another experiment has the name (says what differs), or fewer trials are asked for than recorded.
+        """
+        if self.store.put_if_absent(keys.experiment(self.name), wanted.to_bytes()):
+            return wanted
+        held = self.record()
+        if held.fingerprint != wanted.fingerprint:
+            changes = ", ".join(differences(held.canonical, wanted.canonical)) or "an unknown part"
+            raise StoreError(
+                f"experiment '{self.name}' is in the store with fingerprint {held.fingerprint[:8]}..., this spec has "
+                f"{wanted.fingerprint[:8]}... ({changes}): choose another name"
+            )
+        more, fewer = wanted.experiment.subsets.trials, held.experiment.subsets.trials
+        if more < fewer:
+            raise StoreError(f"experiment '{self.name}' is in the store with {fewer} trials, this spec has {more}: ask for {fewer} or more")
+        current = Record(wanted.experiment, held.fingerprint, held.canonical, held.n_train, held.n_test, held.trials_per_shard)
+        if current != held:
+            self.store.put(keys.experiment(self.name), current.to_bytes())
+        return current
+
+    def committed(self) -> list[Shard]:
+        """The shards that have a trial batch, by first trial."""
+        return [Shard(*keys.parse_span(key)) for key in self.store.list(keys.trials(self.name))]
+
+    def is_committed(self, shard: Shard) -> bool:
+        """Whether the shard has a trial batch."""
+        key = keys.trial_batch(self.name, shard.first, shard.last)
+        return next(iter(self.store.list(key)), None) == key
+
+    def commit(self, batch: TrialBatch) -> bool:
+        """Write a trial batch unless the shard has one; False if another was first, whose batch then stands."""
+        key = keys.trial_batch(self.name, batch.shard.first, batch.shard.last)
+        return self.store.put_if_absent(key, batch.to_bytes())
+
+    def batch(self, shard: Shard, fingerprint: str) -> TrialBatch:
+        """A committed trial batch.
+
+        Raises:
+            StoreError: it is missing or corrupt, or belongs to an experiment of another fingerprint.
+        """
+        key = keys.trial_batch(self.name, shard.first, shard.last)
+        batch = TrialBatch.from_bytes(self.store.get(key), key)
+        if batch.fingerprint != fingerprint:
+            raise StoreError(
+                f"{key}: has fingerprint {batch.fingerprint[:8]}..., experiment '{self.name}' has {fingerprint[:8]}...: "
+                f"it belongs to another experiment, remove it"
+            )
+        return batch
+
+    def record_failure(self, shard: Shard, error: str, traceback: str, when: str) -> Failure:
+        """Keep what went wrong in one attempt; attempts count up from 1."""
+        attempt = 1 + sum(failure.shard == shard for failure in self.failures())
+        failure = Failure(shard, attempt, error, traceback, when)
+        content = {"attempt": attempt, "error": error, "traceback": traceback, "when": when}
+        self.store.put(keys.failure(self.name, shard.first, shard.last, attempt), json.dumps(content, indent=1).encode())
+        return failure
+
+    def failures(self) -> Iterator[Failure]:
+        """Every failed attempt, by shard."""
+        for key in self.store.list(keys.failures(self.name)):
+            yield Failure(Shard(*keys.parse_span(key)), **json.loads(self.store.get(key)))
+
+
+def experiment_names(store: ObjectStore) -> list[str]:
+    """The names of all experiments in a store, ascending."""
+    return [name for key in store.list(keys.experiments()) if (name := keys.parse_experiment(key))]
+
+
+def missing_shards(trials: int, trials_per_shard: int, committed: list[Shard]) -> list[Shard]:
+    """The shards still to be trained: what is not committed of trials 0 to `trials` - 1, cut at multiples of `trials_per_shard`.
+
+    A grid cell that is committed in part, because the experiment was extended, is missing the rest.
+    """
+    have = {trial for shard in committed for trial in shard.trials}
+    missing: list[Shard] = []
+    for trial in range(trials):
+        if trial in have:
+            continue
+        if missing and missing[-1].last == trial - 1 and trial % trials_per_shard:
+            missing[-1] = Shard(missing[-1].first, trial)
+        else:
+            missing.append(Shard(trial, trial))
+    return missing

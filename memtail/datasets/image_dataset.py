@@ -1,0 +1,89 @@
+"""A prepared dataset, opened: memory-mapped images in original order, labels, names and normalisation constants."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.errors import DatasetError
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+Names = npt.NDArray[np.bytes_]
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """n training and q test images of one size, in original order.
+
+    Attributes:
+        train_images, test_images: uint8 [n, H, W, C] and [q, H, W, C], memory-mapped.
+        train_labels, test_labels: int64 [n] and [q], in 0 .. len(classes) - 1.
+        train_files, test_files: bytes [n] and [q], the images' paths below their split's folder; None where there are none.
+        classes: the classes' names.
+        mean, std: per channel, of the training images in units of pixel values (0 to 255).
+        fingerprint: names the content.
+        folder: where it lies.
+    """
+
+    folder: Path
+    fingerprint: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train_images: Images
+    train_labels: Labels
+    test_images: Images
+    test_labels: Labels
+    train_files: Names | None
+    test_files: Names | None
+
+    @classmethod
+    def open(cls, folder: Path) -> "ImageDataset":
+        """Open a prepared folder. Raises: DatasetError: a file of it is missing or corrupt (says which)."""
+        meta = json.loads(_checked(folder / "meta.json", Path.read_text))
+
+        def array(name: str) -> Any:
+            # Copy-on-write: nothing is copied unless written, and frameworks that insist on writable memory accept it.
+            return _checked(folder / f"{name}.npy", lambda path: np.load(path, mmap_mode="c"))
+
+        return cls(
+            folder=folder,
+            fingerprint=meta["fingerprint"],
+            classes=tuple(meta["classes"]),
+            mean=tuple(meta["mean"]),
+            std=tuple(meta["std"]),
+            train_images=array("train_images"),
+            train_labels=array("train_labels"),
+            test_images=array("test_images"),
+            test_labels=array("test_labels"),
+            train_files=array("train_files") if meta["has_files"] else None,
+            test_files=array("test_files") if meta["has_files"] else None,
+        )
+
+    @property
+    def n_train(self) -> int:
+        """n."""
+        return len(self.train_labels)
+
+    @property
+    def n_test(self) -> int:
+        """q."""
+        return len(self.test_labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W), as models take it."""
+        height, width, channels = self.train_images.shape[1:]
+        return channels, height, width
+
+
+def _checked(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: prepared dataset is damaged ({error}): remove the folder {path.parent}, then run again") from None

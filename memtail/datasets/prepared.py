@@ -1,0 +1,136 @@
+"""Writing prepared datasets: arrays on the disk, a fingerprint of their content, and the whole moved into place in one step."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.datasets.image_dataset import Images, Labels, Names
+from memtail.datasets.sources import InMemoryDataset
+from memtail.errors import DatasetError
+
+#: Images per chunk: the unit in which content is hashed, and in which a folder is decoded and resumed.
+CHUNK = 1024
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ChunkSummary:
+    """What is kept of a chunk of images: its digest, and per channel the sums from which mean and deviation follow."""
+
+    digest: str
+    pixels: int
+    sums: list[int]
+    squares: list[int]
+
+    @classmethod
+    def of(cls, images: Images) -> "ChunkSummary":
+        """Summarise uint8 [k, H, W, C]."""
+        flat = images.reshape(-1, images.shape[-1])
+        counts = [np.bincount(flat[:, channel], minlength=256).tolist() for channel in range(flat.shape[1])]
+        return cls(
+            digest=hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
+            pixels=len(flat),
+            sums=[sum(value * count for value, count in enumerate(row)) for row in counts],
+            squares=[sum(value * value * count for value, count in enumerate(row)) for row in counts],
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labels and names of one split, with the summaries of its chunks of images in order."""
+
+    labels: Labels
+    files: Names | None
+    image_shape: tuple[int, ...]
+    chunks: list[ChunkSummary]
+
+
+def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
+    """Write a dataset that is in memory below `target`; returns its folder."""
+    target.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
+    try:
+        splits = {}
+        for name, images, labels in (
+            ("train", dataset.train_images, dataset.train_labels),
+            ("test", dataset.test_images, dataset.test_labels),
+        ):
+            np.save(folder / f"{name}_images.npy", images)
+            chunks = [ChunkSummary.of(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)]
+            splits[name] = Split(labels, None, images.shape[1:], chunks)
+        return finish(folder, target, splits["train"], splits["test"], dataset.classes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def finish(folder: Path, target: Path, train: Split, test: Split, classes: Iterable[str]) -> Path:
+    """Add labels, names and meta data to a folder that holds the images, and move it to its name below `target`."""
+    classes = list(classes)
+    check_labels(train.labels, test.labels, len(classes))
+    for name, split in (("train", train), ("test", test)):
+        np.save(folder / f"{name}_labels.npy", split.labels.astype(np.int64))
+        if split.files is not None:
+            np.save(folder / f"{name}_files.npy", split.files)
+    mean, std = _moments(train.chunks)
+    fingerprint = _fingerprint(train, test, classes)
+    meta = {
+        "schema": 1,
+        "fingerprint": fingerprint,
+        "classes": classes,
+        "mean": mean,
+        "std": std,
+        "has_files": train.files is not None,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    folder.chmod(0o755)
+    final = target / fingerprint
+    if (final / "meta.json").exists():
+        shutil.rmtree(folder)
+    else:
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
+    return final
+
+
+def check_labels(train: Labels, test: Labels, classes: int) -> None:
+    """Refuse labels outside 0 .. classes - 1 and empty splits. Raises: DatasetError."""
+    for name, labels, least in (("train", train, 2), ("test", test, 1)):
+        if len(labels) < least:
+            raise DatasetError(f"{name}_labels: {len(labels)} examples, at least {least} are needed")
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        if len(wrong):
+            raise DatasetError(
+                f"{name}_labels: {len(wrong)} labels out of range, the first is {labels[wrong[0]]} at index {wrong[0]}: "
+                f"labels must be 0 to {classes - 1}"
+            )
+
+
+def _fingerprint(train: Split, test: Split, classes: list[str]) -> str:
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for split in (train, test):
+        digest.update(json.dumps([list(split.image_shape), len(split.labels)]).encode())
+        digest.update(split.labels.astype("<i8").tobytes())
+        if split.files is not None:
+            digest.update(b"\n".join(split.files.tolist()))
+        for chunk in split.chunks:
+            digest.update(bytes.fromhex(chunk.digest))
+    return digest.hexdigest()
+
+
+def _moments(chunks: list[ChunkSummary]) -> tuple[list[float], list[float]]:
+    pixels = sum(chunk.pixels for chunk in chunks)
+    sums = [sum(values) for values in zip(*(chunk.sums for chunk in chunks), strict=True)]
+    squares = [sum(values) for values in zip(*(chunk.squares for chunk in chunks), strict=True)]
+    variance: npt.NDArray[np.float64] = np.array(
+        [(pixels * square - total * total) / pixels**2 for total, square in zip(sums, squares, strict=True)]
+    )
+    # a constant channel carries nothing; dividing by 1 keeps it at 0
+    return [total / pixels for total in sums], np.where(variance > 0, np.sqrt(variance), 1.0).tolist()

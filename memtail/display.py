@@ -1,0 +1,190 @@
+"""What the command line shows: progress of a run, summaries and tables."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.syntax import Syntax
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from memtail.doctor import Check
+    from memtail.experiment import Experiment
+    from memtail.runner import RunState
+    from memtail.scores.reader import Column, Scores
+    from memtail.trials import Shard
+
+console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 200  # nothing is cut where nobody's window sets the width
+
+_PLAIN_LINE_SECONDS = 5.0
+
+
+def show_spec(experiment: "Experiment") -> None:
+    """The resolved declaration."""
+    if console.is_terminal:
+        console.print(Syntax(experiment.to_yaml(), "yaml", background_color="default"))
+    else:
+        console.print(experiment.to_yaml(), markup=False)
+
+
+class PreparationProgress:
+    """Images prepared; nothing is shown unless there are some."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(TextColumn("preparing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+        self._task: Any = None
+        self._shown_at = time.monotonic()
+
+    def __enter__(self) -> "PreparationProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """Show that `done` of `total` are prepared."""
+        if not console.is_terminal:
+            if done == total or time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS:
+                console.print(f"prepared {done} of {total} images")
+                self._shown_at = time.monotonic()
+            return
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total)
+        self._bar.update(self._task, completed=done)
+        if done == total:
+            self._bar.stop()
+
+
+class RunProgress:
+    """A bar with the figures of a run on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.seconds = 0.0
+        self.failed: list[Shard] = []
+        self._quiet = quiet
+        self._bar = Progress(
+            TextColumn("[bold]{task.fields[name]}"),
+            BarColumn(),
+            TextColumn("{task.fields[trials]} trials"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: Any = None
+        self._resumed_at: float | None = None
+        self._shown_at = float("-inf")
+        self._shown_trials = -1
+
+    def __enter__(self) -> "RunProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, state: "RunState") -> None:
+        """Show a state of the run."""
+        self.seconds, self.failed = state.seconds, state.failed
+        if self._resumed_at is None:
+            self._resumed_at = state.progress
+        if self._quiet:
+            return
+        rate = (state.progress - self._resumed_at) / state.seconds if state.seconds else 0.0
+        if console.is_terminal:
+            self._update_bar(state, rate)
+        elif time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS or (state.trials == state.wanted != self._shown_trials):
+            left = f", {(state.wanted - state.progress) / rate:.0f} s left" if rate else ""
+            line = f"{state.trials}/{state.wanted} trials, {rate:.2f} trials/s{left}"
+            if self._shown_at == float("-inf"):
+                place = (
+                    f"{state.dataset.n_train} training and {state.dataset.n_test} test images, {len(state.devices)} x {state.devices[0]}"
+                )
+                line = f"{state.trials}/{state.wanted} trials in the store; {place}"
+            console.print(", ".join(part for part in (line, _figures(state)) if part))
+            self._shown_at, self._shown_trials = time.monotonic(), state.trials
+
+    def _update_bar(self, state: "RunState", rate: float) -> None:
+        fields = {
+            "trials": f"{state.trials}/{state.wanted}",
+            "figures": ", ".join(part for part in (f"{rate:.2f} trials/s", _figures(state)) if part),
+        }
+        if self._task is None:
+            self._bar.start()
+            name = state.record.experiment.name
+            self._task = self._bar.add_task("", total=state.wanted, completed=state.progress, name=name, **fields)  # type: ignore[arg-type]
+        self._bar.update(self._task, completed=state.progress, **fields)  # type: ignore[arg-type]
+
+
+def _figures(state: "RunState") -> str:
+    from memtail.estimators import memorization
+    from memtail.estimators.pairs import MEM_THRESHOLD
+
+    counted = [entry for entry in state.statistics.metrics.values() if not entry.diverged]
+    if not counted:
+        return ""
+    inside = np.mean([entry.in_subset_accuracy for entry in counted])
+    test = np.mean([entry.test_accuracy for entry in counted])
+    memorized = int(np.count_nonzero(memorization(state.statistics).value >= MEM_THRESHOLD))
+    return f"in-subset {inside:.2%}, test {test:.2%}, memorized {memorized}"
+
+
+def show_summary(summary: dict[str, Any], scores: "Scores", seconds: float, folder: Path) -> None:
+    """What came out, the five most memorized examples, and where the files are."""
+    trained = f" in {seconds:.1f} s" if seconds else ", all from the store"
+    console.print(f"\n[bold]{summary['experiment']}[/bold]: {summary['trials']} trials{trained}")
+    share, errors, pairs = summary["mem_share_at_least"], summary["mem_se_quantiles"], summary["pairs"]
+    facts = [
+        ("test accuracy", _percent(summary["test_accuracy"])),
+        ("in-subset accuracy", _percent(summary["in_subset_accuracy"])),
+        ("held-out accuracy", _percent(summary["held_out_accuracy"])),
+        ("memorized (mem >= 0.25)", f"{_percent(share['0.25'])} of {summary['n_train']} training examples"),
+        ("standard error of mem", f"95% of examples at most {errors['0.95']:.3f}" if errors["0.95"] is not None else "none"),
+        (
+            "high-influence pairs",
+            f"{pairs['count']} (infl >= {pairs['infl_threshold']}), "
+            f"{pairs['train_examples']} training and {pairs['test_examples']} test examples",
+        ),
+    ]
+    if summary["without_estimate"]:
+        facts.append(("without an estimate", f"{summary['without_estimate']} examples were in every subset or in none"))
+    if summary["diverged"]:
+        facts.append(("diverged", f"{summary['diverged']} trials, left out"))
+    for name, value in facts:
+        console.print(f"  {name:<24} {value}")
+    console.print("\nmost memorized")
+    show_table(scores.most_memorized(5))
+    console.print(f"\nfiles in {scores.folder}")
+    console.print(f"next: memtail top {summary['experiment']} --pairs --store {folder.parent.parent}")
+
+
+def show_status(rows: list[dict[str, Any]]) -> None:
+    """One line per experiment."""
+    columns = ("experiment", "trials", "wanted", "failed_attempts", "published_trials", "published", "test_accuracy")
+    show_table({column: np.array([row[column] if row[column] is not None else "-" for row in rows], dtype=object) for column in columns})
+
+
+def show_table(table: "dict[str, Column]") -> None:
+    """Columns side by side; floats to four digits."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in table:
+        shown.add_column(name, justify="right" if name != "filename" else "left", no_wrap=True)
+    for row in zip(*(values.tolist() for values in table.values()), strict=True):
+        shown.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
+    console.print(shown, soft_wrap=False, crop=False)
+
+
+def show_checks(checks: "list[Check]") -> None:
+    """One line per check."""
+    for check in checks:
+        console.print(f"[{'green' if check.fine else 'red'}]{'ok ' if check.fine else 'NO '}[/] {check.name:<22} {check.finding}")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

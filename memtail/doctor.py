@@ -1,0 +1,82 @@
+"""What is installed, which devices there are, and what is missing, each with its mend."""
+
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from memtail.errors import MemtailError
+from memtail.settings import Settings
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at; `fine` is False where something must be mended."""
+
+    name: str
+    fine: bool
+    finding: str
+
+
+def examine(store: Path) -> list[Check]:
+    """Look at the machine as a run would use it."""
+    settings = Settings()
+    return [
+        Check("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}"),
+        *(_package(name, needed_for) for name, needed_for in (("memtail", ""), ("numpy", ""), ("numba", ""), ("pyarrow", ""))),
+        *(_package(name, "training: pip install 'memtail[train]'") for name in ("torch", "torchvision", "scikit-learn")),
+        *_devices(),
+        Check("datasets looked for in", True, ", ".join(str(place) for place in settings.places(None))),
+        _folder("cache", settings.cache),
+        _folder("store", store),
+        *_store(store),
+    ]
+
+
+def _package(name: str, needed_for: str) -> Check:
+    try:
+        return Check(name, True, version(name))
+    except PackageNotFoundError:
+        return Check(name, False, f"not installed; needed for {needed_for}")
+
+
+def _devices() -> list[Check]:
+    try:
+        import torch
+
+        from memtail.training.devices import available_devices
+    except ImportError:
+        return [Check("devices", False, "unknown: torch is not installed")]
+    chosen = available_devices("auto")
+    found = [Check("devices", True, f"{len(chosen)} x {chosen[0].type}")]
+    for device in chosen:
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            found.append(Check(str(device), True, f"{torch.cuda.get_device_name(device)}, {free >> 20} of {total >> 20} MiB free"))
+    return found
+
+
+def _folder(name: str, folder: Path) -> Check:
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    return Check(name, free > 1 << 30, f"{folder} ({'is there' if folder.exists() else 'will be made'}), {free >> 30} GiB free")
+
+
+def _store(store: Path) -> list[Check]:
+    """Whether the store keeps its promise that the first writer wins."""
+    from memtail.storage.local import LocalStore
+
+    if not store.is_dir():
+        return []
+    opened = LocalStore(store)
+    try:
+        opened.delete("doctor/probe")
+        first, second = opened.put_if_absent("doctor/probe", b"1"), opened.put_if_absent("doctor/probe", b"2")
+        held = opened.get("doctor/probe")
+        opened.delete("doctor/probe")
+    except MemtailError as error:
+        return [Check("conditional write", False, str(error))]
+    fine = (first, second, held) == (True, False, b"1")
+    return [Check("conditional write", fine, "the first writer wins" if fine else "a second writer overwrote the first")]

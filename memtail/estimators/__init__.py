@@ -1,0 +1,25 @@
+"""From statistics to values and standard errors: the equations of Feldman and Zhang, and nothing else. Pure functions.
+
+With M membership, C and T correctness on training and test examples, k_in(i) = sum_k M_ki and k_out(i) = t - k_in(i):
+
+    mem_i    = sum_k M_ki C_ki / k_in(i)  -  sum_k (1 - M_ki) C_ki / k_out(i)
+    infl_ij  = (M^T T)_ij / k_in(i)       -  ((1 - M)^T T)_ij / k_out(i)
+    SE^2     = p_in (1 - p_in) / k_in  +  p_out (1 - p_out) / k_out
+
+An example that was never in, or never out, has no estimate: NaN, never 0.
+"""
+
+from memtail.estimators.influence import Influence, influence, influence_blocks
+from memtail.estimators.memorization import Memorization, expected_standard_error, memorization
+from memtail.estimators.pairs import Pairs, high_influence_pairs
+
+__all__ = [
+    "Influence",
+    "Memorization",
+    "Pairs",
+    "expected_standard_error",
+    "high_influence_pairs",
+    "influence",
+    "influence_blocks",
+    "memorization",
+]

@@ -1,0 +1,62 @@
+"""Memorization of every training example, with its standard error."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.statistics import Statistics
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Memorization:
+    """Estimates for n training examples; NaN where an example was never in or never out.
+
+    Attributes:
+        value: float64 [n], mem_i = p_in - p_out.
+        error: float64 [n], its standard error.
+        p_in, p_out: float64 [n], accuracy on the example of the models that saw it, and of those that did not.
+        k_in, k_out: int64 [n], how many models those are.
+    """
+
+    value: Floats
+    error: Floats
+    p_in: Floats
+    p_out: Floats
+    k_in: Counts
+    k_out: Counts
+
+    @property
+    def undefined(self) -> int:
+        """The number of examples without an estimate."""
+        return int(np.isnan(self.value).sum())
+
+
+def memorization(statistics: Statistics) -> Memorization:
+    """Memorization by the equation of `memtail.estimators`; needs nothing but column sums, so it costs O(n)."""
+    k_in, k_out = statistics.k_in.copy(), statistics.k_out
+    p_in = rate(statistics.correct_in, k_in)
+    p_out = rate(statistics.correct - statistics.correct_in, k_out)
+    return Memorization(p_in - p_out, standard_error(p_in, k_in, p_out, k_out), p_in, p_out, k_in, k_out)
+
+
+def rate(right: npt.NDArray[np.integer], count: npt.NDArray[np.integer]) -> Floats:
+    """right / count; NaN where count is 0."""
+    share: Floats = np.full(np.broadcast_shapes(right.shape, count.shape), np.nan)
+    np.divide(right, count, out=share, where=count > 0)
+    return share
+
+
+def standard_error(p_in: Floats, k_in: npt.NDArray[np.integer], p_out: Floats, k_out: npt.NDArray[np.integer]) -> Floats:
+    """sqrt(p_in (1 - p_in) / k_in + p_out (1 - p_out) / k_out); NaN where either is share."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error: Floats = np.sqrt(p_in * (1 - p_in) / k_in + p_out * (1 - p_out) / k_out)
+    return error
+
+
+def expected_standard_error(trials: int, fraction: float) -> float:
+    """The largest standard error to expect of t trials: both rates at 1/2, m = fraction * n; sqrt(1.19 / t) at 0.7."""
+    return float(np.sqrt(0.25 / (fraction * trials) + 0.25 / ((1 - fraction) * trials)))

@@ -1,0 +1,61 @@
+"""High-influence pairs: a test example and a memorized training example of its class that it owes its correct prediction to."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.estimators.influence import influence_blocks
+from memtail.estimators.memorization import Floats, Memorization
+from memtail.statistics.accumulator import PackedTrials
+
+#: The paper's thresholds.
+MEM_THRESHOLD = 0.25
+INFL_THRESHOLD = 0.15
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs by falling influence (ties by training, then test index).
+
+    Attributes:
+        train, test: int64 [p], indices in original order.
+        influence, influence_error: float64 [p].
+        mem, mem_error: float64 [p], memorization of the training example.
+    """
+
+    train: npt.NDArray[np.int64]
+    test: npt.NDArray[np.int64]
+    influence: Floats
+    influence_error: Floats
+    mem: Floats
+    mem_error: Floats
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+
+def high_influence_pairs(
+    packed: PackedTrials,
+    memorization: Memorization,
+    train_labels: npt.NDArray[np.int64],
+    test_labels: npt.NDArray[np.int64],
+    mem_threshold: float = MEM_THRESHOLD,
+    infl_threshold: float = INFL_THRESHOLD,
+) -> Pairs:
+    """All pairs of one class with mem_i >= `mem_threshold` and infl_ij >= `infl_threshold` (the paper, section 3.2)."""
+    found: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Floats, Floats]] = []
+    memorized = memorization.value >= mem_threshold
+    for label in np.unique(train_labels[memorized]):
+        rows = np.flatnonzero(memorized & (train_labels == label))
+        columns = np.flatnonzero(test_labels == label)
+        for place, block in influence_blocks(packed, rows, columns):
+            i, j = np.nonzero(block.value >= infl_threshold)
+            found.append((rows[place][i], columns[j], block.value[i, j], block.error[i, j]))
+    train = np.concatenate([part[0] for part in found] or [np.empty(0, np.int64)])
+    test = np.concatenate([part[1] for part in found] or [np.empty(0, np.int64)])
+    value = np.concatenate([part[2] for part in found] or [np.empty(0)])
+    error = np.concatenate([part[3] for part in found] or [np.empty(0)])
+    order = np.lexsort((test, train, -value))
+    train, test = train[order], test[order]
+    return Pairs(train, test, value[order], error[order], memorization.value[train], memorization.error[train])

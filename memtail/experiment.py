@@ -1,0 +1,316 @@
+"""The experiment: one declaration (YAML) of dataset, model, training recipe, subset design and number of trials.
+
+`Experiment.load(path)` reads and validates a file; `experiment.fingerprint(dataset_fingerprint)` names what it computes. Two
+things are left out of the fingerprint because no trial depends on them: `execution` (how fast), and `subsets.trials` (how many:
+an experiment is extended by asking for more of the same trials). So are `name` and the places where files lie.
+"""
+
+import difflib
+import hashlib
+import json
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from memtail.errors import SpecError
+
+#: Part of every fingerprint: raised when a change in memtail changes what a trial computes.
+RECIPE_VERSION = 1
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetSpec(_Part):
+    """Which images: a name known to `memtail.datasets`, where to look, and how much of it to use."""
+
+    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays"]
+    root: Path | None = None
+    max_train: Annotated[int, Field(ge=2)] | None = None
+    max_test: Annotated[int, Field(ge=1)] | None = None
+    resolution: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        if self.name in ("folder", "arrays") and self.root is None:
+            raise ValueError(f"dataset '{self.name}' needs a root: the path of the {self.name}")
+        if self.resolution is not None and self.name != "folder":
+            raise ValueError(f"resolution is for dataset 'folder'; the images of '{self.name}' have one size already")
+        return self
+
+
+class Mlp(_Part):
+    """Fully connected layers of the given widths with ReLU between them."""
+
+    name: Literal["mlp"] = "mlp"
+    hidden: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [256]
+
+
+class Cnn(_Part):
+    """3x3 convolutions with ReLU and 2x2 max pooling, one per entry of `channels`, then one hidden layer."""
+
+    name: Literal["cnn"] = "cnn"
+    channels: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [16, 32]
+    hidden: Annotated[int, Field(ge=1)] = 128
+
+
+class NamedModel(_Part):
+    """A larger architecture by name, a torchvision classification model, or `package.module:function` of the user's own."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+def _model_kind(value: Any) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return name if name in ("mlp", "cnn") else "named"
+
+
+ModelSpec = Annotated[
+    Annotated[Mlp, Tag("mlp")] | Annotated[Cnn, Tag("cnn")] | Annotated[NamedModel, Tag("named")],
+    Discriminator(_model_kind),
+]
+
+
+class Sgd(_Part):
+    """Stochastic gradient descent as in `torch.optim.SGD`."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5.0e-4
+    nesterov: bool = True
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class Constant(_Part):
+    """The same learning rate throughout, after a linear warm-up over the first `warmup` of all steps."""
+
+    name: Literal["constant"]
+    warmup: Fraction = 0.0
+
+
+class Step(_Part):
+    """The learning rate is multiplied by `gamma` at each of `milestones` (fractions of all steps)."""
+
+    name: Literal["step"]
+    warmup: Fraction = 0.0
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]
+    gamma: Annotated[float, Field(gt=0)] = 0.1
+
+
+class Cosine(_Part):
+    """Half a cosine down to 0, after a linear warm-up."""
+
+    name: Literal["cosine"]
+    warmup: Fraction = 0.0
+
+
+class Linear(_Part):
+    """A triangle: a linear warm-up, then linearly down to 0."""
+
+    name: Literal["linear"]
+    warmup: Fraction = 0.0
+
+
+ScheduleSpec = Annotated[Constant | Step | Cosine | Linear, Field(discriminator="name")]
+
+
+class TrainingSpec(_Part):
+    """The recipe by which every trial is trained."""
+
+    epochs: Annotated[int, Field(ge=1)] = 20
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    optimizer: Sgd = Sgd()
+    schedule: ScheduleSpec = Cosine(name="cosine", warmup=0.1)
+    label_smoothing: Fraction = 0.0
+    augmentation: Literal["none", "flip", "crop-flip"] = "none"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+
+
+class SubsetsSpec(_Part):
+    """Which examples each trial sees: see `memtail.subsets` for the designs."""
+
+    design: Literal["uniform", "balanced", "stratified", "explicit"] = "uniform"
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    trials: Annotated[int, Field(ge=2)] = 1000
+    seed: Annotated[int, Field(ge=0)] = 0
+    masks: Path | None = None
+
+    @model_validator(mode="after")
+    def _masks_belong_to_explicit(self) -> Self:
+        if (self.design == "explicit") != (self.masks is not None):
+            raise ValueError("masks (a .npy file of booleans [trials, n]) goes with design 'explicit', and only with it")
+        return self
+
+
+class RecordSpec(_Part):
+    """What is kept of each trial beside correctness."""
+
+    margins: bool = False
+
+
+class ExecutionSpec(_Part):
+    """What only changes how fast it runs."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    trials_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+
+
+class Experiment(_Part):
+    """One declared experiment. Immutable; equal declarations have equal fingerprints."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+    dataset: DatasetSpec
+    model: ModelSpec = Mlp()
+    training: TrainingSpec = TrainingSpec()
+    subsets: SubsetsSpec = SubsetsSpec()
+    record: RecordSpec = RecordSpec()
+    execution: ExecutionSpec = ExecutionSpec()
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _name_is_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Experiment":
+        """Read and validate a YAML file; relative paths in it are relative to the file.
+
+        Raises:
+            SpecError: the file is not there, is not YAML, or does not validate; one line says where and what.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError(f"{path}: cannot be read ({error.strerror}): give the path of an experiment file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SpecError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise SpecError(f"{path}: holds {type(data).__name__}, not the keys of an experiment (name, dataset, ...)")
+        return cls.parse(data, base=path.parent, source=str(path))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], *, base: Path | None = None, source: str = "experiment") -> "Experiment":
+        """Validate an already loaded declaration; `base` is the folder that relative paths start from.
+
+        Raises:
+            SpecError: see `load`.
+        """
+        try:
+            experiment = cls.model_validate(data)
+        except ValidationError as error:
+            raise SpecError(f"{source}: {_describe(error)}") from None
+        return experiment if base is None else experiment._with_absolute_paths(base)
+
+    def _with_absolute_paths(self, base: Path) -> "Experiment":
+        def absolute(path: Path | None) -> Path | None:
+            return None if path is None else (base / path.expanduser()).resolve()
+
+        return self.model_copy(
+            update={
+                "dataset": self.dataset.model_copy(update={"root": absolute(self.dataset.root)}),
+                "subsets": self.subsets.model_copy(update={"masks": absolute(self.subsets.masks)}),
+            }
+        )
+
+    def canonical(self, dataset_fingerprint: str) -> dict[str, Any]:
+        """What the fingerprint is taken of: the resolved spec without what no trial depends on, and the dataset's fingerprint."""
+        spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials"}})
+        spec["dataset"] = {"fingerprint": dataset_fingerprint}
+        if self.subsets.masks is not None:
+            spec["subsets"]["masks"] = _file_digest(self.subsets.masks)
+            del spec["subsets"]["fraction"]
+        return {"recipe_version": RECIPE_VERSION, **spec}
+
+    def fingerprint(self, dataset_fingerprint: str) -> str:
+        """SHA-256 (hex) of the canonical declaration."""
+        text = json.dumps(self.canonical(dataset_fingerprint), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved declaration, defaults filled in, as YAML."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=120)
+        return text
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two canonical declarations, as `subsets.fraction 0.7 -> 0.5`."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} {_short(before)} -> {_short(after)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SpecError(f"subsets.masks: {path} cannot be read ({error.strerror})") from None
+
+
+def _describe(error: ValidationError) -> str:
+    """All of a validation error in one line; unknown keys come with the nearest known one."""
+    lines = []
+    for item in error.errors(include_url=False):
+        location, fields = _locate(item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(fields)}"
+            lines.append(f"unknown key '{location}': {hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = item["input"]
+            shown = f" (got {_short(value)})" if isinstance(value, str | int | float | bool | None) and item["type"] != "missing" else ""
+            lines.append(f"{location}: {message[:1].lower()}{message[1:]}{shown}" if location else message)
+    return "; ".join(lines)
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """The dotted path of an error without pydantic's union tags, and the keys known beside its last part."""
+    path: list[str] = []
+    candidates: list[type[BaseModel]] = [Experiment]
+    known: list[str] = []
+    for part in loc:
+        fields = {name: field for model in candidates for name, field in model.model_fields.items()}
+        tagged = [model for model in candidates if _tag(model) == part]
+        if len(candidates) > 1 and tagged:
+            candidates = tagged
+            continue
+        known = list(fields)
+        path.append(str(part))
+        candidates = _models(fields[str(part)].annotation) if part in fields else []
+    return ".".join(path), known
+
+
+def _tag(model: type[BaseModel]) -> str:
+    values = typing.get_args(model.model_fields["name"].annotation) if "name" in model.model_fields else ()
+    return str(values[0]) if values else "named"
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models(part)]

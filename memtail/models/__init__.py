@@ -1,0 +1,112 @@
+"""Architectures by name: `build_model(spec, image_shape, classes)` gives a freshly initialised network.
+
+A network takes float images [B, C, H, W] and gives logits [B, classes]. One that is a `torch.nn.Sequential` of plain layers is trained
+stacked, many trials at a time (see `memtail.training.stack`); any other is trained one trial at a time.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from memtail.errors import SpecError
+from memtail.experiment import Cnn, Mlp, ModelSpec
+from memtail.models.densenet import densenet100
+from memtail.models.inception import inception
+from memtail.models.plain import cnn, mlp
+from memtail.models.resnet import resnet9, resnet18, resnet50
+
+ImageShape = tuple[int, int, int]
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "resnet9": resnet9,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "densenet100": densenet100,
+    "inception": inception,
+}
+
+# Below this many pixels a side, resnet18 and resnet50 get the CIFAR stem; above it they are torchvision's.
+_SMALL_IMAGE = 128
+
+
+def build_model(spec: ModelSpec, image_shape: ImageShape, classes: int) -> nn.Module:
+    """A network with weights drawn from torch's global generator.
+
+    Args:
+        spec: the `model` part of an experiment.
+        image_shape: (C, H, W).
+        classes: number of logits.
+
+    Raises:
+        SpecError: the name is not known, or the user's module cannot be imported.
+    """
+    if isinstance(spec, Mlp):
+        return mlp(image_shape, classes, spec.hidden)
+    if isinstance(spec, Cnn):
+        return cnn(image_shape, classes, spec.channels, spec.hidden)
+    if ":" in spec.name:
+        return _imported(spec.name)(image_shape, classes, **spec.options)
+    small = image_shape[1] < _SMALL_IMAGE
+    if spec.name in _BUILDERS and (small or spec.name not in ("resnet18", "resnet50")):
+        return _BUILDERS[spec.name](image_shape, classes, **spec.options)
+    return _torchvision(spec.name, image_shape, classes, spec.options)
+
+
+def check_model(spec: ModelSpec, image_shape: ImageShape, classes: int) -> None:
+    """Build the network once and run one image through it.
+
+    Raises:
+        SpecError: it cannot be built, does not work on such images, or gives anything but one row of logits per image.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            logits = build_model(spec, image_shape, classes).eval()(torch.zeros(1, *image_shape))
+    except TypeError as error:
+        raise SpecError(f"model '{spec.name}': does not take these options ({error})") from None
+    except (RuntimeError, ValueError) as error:
+        raise SpecError(
+            f"model '{spec.name}': does not work on images of {list(image_shape)} [C, H, W] ({str(error).splitlines()[0]}): "
+            f"choose another model or larger images"
+        ) from None
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
+        shown = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise SpecError(f"model '{spec.name}': gives {shown} for one image, needed are logits [1, {classes}]")
+
+
+def _torchvision(name: str, image_shape: ImageShape, classes: int, options: dict[str, Any]) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        every = ["mlp", "cnn", *_BUILDERS, *known]
+        near = difflib.get_close_matches(name, every, n=1)
+        hint = (
+            f"did you mean '{near[0]}'?" if near else f"known: mlp, cnn, {', '.join(_BUILDERS)}, torchvision's, or package.module:function"
+        )
+        raise SpecError(f"model.name: there is no model '{name}': {hint}")
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True, **options}
+    network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
+    return network if image_shape[0] == 3 else nn.Sequential(_AsColour(), network)
+
+
+class _AsColour(nn.Module):
+    """Repeats a grey channel three times: torchvision's networks take colour images."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.expand(-1, 3, -1, -1)
+
+
+def _imported(path: str) -> Callable[..., nn.Module]:
+    module, _, function = path.partition(":")
+    try:
+        found: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SpecError(
+            f"model.name: '{path}' cannot be imported ({error}): it must be package.module:function, importable from here (see PYTHONPATH)"
+        ) from None
+    return found

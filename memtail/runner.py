@@ -1,0 +1,166 @@
+"""The embedded run: one experiment from its declaration to its scores, on this machine, with a store in a folder.
+
+It goes on where an earlier run stopped, however that ended, and may run beside another of the same experiment: the store decides
+which trial batch counts.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from memtail import datasets
+from memtail.archive import ExperimentArchive, Record, missing_shards
+from memtail.datasets import ImageDataset
+from memtail.experiment import Experiment
+from memtail.models import check_model
+from memtail.scores.publish import publish
+from memtail.statistics import Statistics
+from memtail.storage.local import LocalStore
+from memtail.subsets import check_trials
+from memtail.training.devices import available_devices
+from memtail.training.plan import trials_per_shard
+from memtail.trials import Shard
+from memtail.workers import Finished, StoredCheckpoints, Task, Workers
+
+log = structlog.get_logger()
+
+#: A shard that fails this often in one run is given up.
+MAX_ATTEMPTS = 3
+#: Scores are published at the end, and in a long run every so many seconds.
+PUBLISH_SECONDS = 300.0
+
+
+@dataclass
+class RunState:
+    """How far a run is, for whoever shows it. `trials` counts those committed; `partial` is what the shards in training have done."""
+
+    wanted: int
+    statistics: Statistics
+    dataset: ImageDataset
+    record: Record
+    devices: list[str]
+    partial: dict[Shard, float] = field(default_factory=dict)
+    failed: list[Shard] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def trials(self) -> int:
+        """Trials committed, diverged ones included."""
+        return len(self.statistics.metrics)
+
+    @property
+    def progress(self) -> float:
+        """Trials done, with the shards in training counted by how far they are."""
+        return self.trials + sum(share * len(shard.trials) for shard, share in self.partial.items())
+
+
+def run(
+    experiment: Experiment,
+    store: str | Path = "memtail-store",
+    *,
+    on_progress: Callable[[RunState], None] | None = None,
+    on_preparation: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run an experiment to its scores; returns their summary.
+
+    Args:
+        experiment: the declaration.
+        store: the folder in which results are kept; scores lie in `STORE/experiments/NAME`.
+        on_progress: called several times a second with how far it is.
+        on_preparation: called with (images done, images in all) while a folder of images is prepared.
+
+    Raises:
+        MemtailError: bad input, or a store of another experiment of the same name.
+    """
+    local = LocalStore(store)
+    local.remove_abandoned()
+    dataset = datasets.prepare(experiment.dataset, on_preparation)
+    record = ExperimentArchive(local, experiment.name).enroll(declare(experiment, dataset))
+    archive = ExperimentArchive(local, experiment.name)
+    devices = [str(device) for device in available_devices(experiment.execution.device)]
+    state = RunState(experiment.subsets.trials, Statistics(dataset.n_train, dataset.n_test), dataset, record, devices)
+    report = on_progress or (lambda state: None)
+
+    for shard in archive.committed():
+        state.statistics.fold(archive.batch(shard, record.fingerprint))
+    todo = _from_own_start(missing_shards(state.wanted, record.trials_per_shard, archive.committed()))
+    report(state)
+    if todo:
+        _train_all(todo, local, archive, state, report)
+    return publish(local, record, state.statistics, dataset)
+
+
+def declare(experiment: Experiment, dataset: ImageDataset) -> Record:
+    """The record under which an experiment is entered in a store, after checking all that can be checked before training.
+
+    Raises:
+        SpecError: the model or the subset design does not fit the dataset.
+    """
+    check_trials(experiment.subsets, dataset.train_labels)
+    check_model(experiment.model, dataset.image_shape, len(dataset.classes))
+    devices = available_devices(experiment.execution.device)
+    return Record(
+        experiment=experiment,
+        fingerprint=experiment.fingerprint(dataset.fingerprint),
+        canonical=experiment.canonical(dataset.fingerprint),
+        n_train=dataset.n_train,
+        n_test=dataset.n_test,
+        trials_per_shard=trials_per_shard(experiment, dataset, devices),
+    )
+
+
+def _train_all(
+    todo: list[Shard], store: LocalStore, archive: ExperimentArchive, state: RunState, report: Callable[[RunState], None]
+) -> None:
+    began = published = time.monotonic()
+    task = Task(state.record.experiment, state.dataset.folder, store.root, device="")
+    attempts: dict[Shard, int] = {}
+    with Workers(task, state.devices[: len(todo)]) as workers:
+        while todo or workers.running:
+            while todo and workers.idle:
+                workers.start(todo.pop(0))
+            for finished in workers.finished(timeout=0.2):
+                state.partial.pop(finished.shard, None)
+                if finished.error is None:
+                    _commit(finished, store, archive, state)
+                elif _may_retry(finished, archive, attempts):
+                    todo.append(finished.shard)
+                else:
+                    state.failed.append(finished.shard)
+            state.partial |= {shard: share for shard, share in workers.progress() if shard in workers.running}
+            state.seconds = time.monotonic() - began
+            report(state)
+            if time.monotonic() - published > PUBLISH_SECONDS and state.statistics.trials:
+                publish(store, state.record, state.statistics, state.dataset)
+                published = time.monotonic()
+
+
+def _commit(finished: Finished, store: LocalStore, archive: ExperimentArchive, state: RunState) -> None:
+    """Commit a batch and fold what the store then holds: this one, or that of another run that was first."""
+    batch = finished.batch
+    if batch is None or not archive.commit(batch):
+        batch = archive.batch(finished.shard, state.record.fingerprint)
+    StoredCheckpoints(store, archive.name, finished.shard).remove()
+    state.statistics.fold(batch)
+
+
+def _may_retry(finished: Finished, archive: ExperimentArchive, attempts: dict[Shard, int]) -> bool:
+    assert finished.error is not None
+    archive.record_failure(finished.shard, finished.error, finished.traceback, datetime.now(UTC).isoformat(timespec="seconds"))
+    attempts[finished.shard] = attempts.get(finished.shard, 0) + 1
+    again = attempts[finished.shard] < MAX_ATTEMPTS
+    log.warning("shard failed", shard=str(finished.shard), attempt=attempts[finished.shard], error=finished.error, again=again)
+    return again
+
+
+def _from_own_start(shards: list[Shard]) -> list[Shard]:
+    """The shards from a place of this process's own, so that two runs at once do not train the same ones side by side."""
+    start = random.Random(os.getpid()).randrange(len(shards)) if shards else 0
+    return shards[start:] + shards[:start]

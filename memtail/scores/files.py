@@ -1,0 +1,158 @@
+"""Writing one version of the scores into a folder.
+
+* `memorization.parquet`, `.csv`: index, label, mem, mem_se, p_in, p_out, k_in, k_out; `filename` where the dataset has one, and
+  `margin_in`, `margin_out` (mean logit margins) where margins were recorded.
+* `infl_matrix.npz`, the schema that the paper's authors published: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K
+  `infl_matrix_class{K}` [train, test], `tr_classidx_{K}`, `tt_classidx_{K}`, all in original order.
+* `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; and as parquet with standard errors.
+* `statistics.npz`: the packed statistics (see `memtail.statistics.PackedTrials`).
+* `index.npz` for datasets of files: `tr_filenames`, `tt_filenames`, `tr_labels`, `tt_labels`, `tr_mem`.
+* `summary.json`: how many trials, how accurate, how much is memorized.
+
+The files of equal statistics are equal to the byte.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from memtail.datasets import ImageDataset
+from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
+from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.statistics import Statistics
+from memtail.statistics.accumulator import PackedTrials
+
+_MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statistics, dataset: ImageDataset) -> dict[str, Any]:
+    """Write every file of a version into a folder; returns the summary.
+
+    Memory stays within a block of influences (one class of test examples by `BLOCK` training examples) beside the statistics.
+    """
+    packed = statistics.packed()
+    mem = memorization(statistics)
+    pairs = high_influence_pairs(packed, mem, dataset.train_labels, dataset.test_labels)
+    _write_memorization(folder, mem, statistics, dataset)
+    _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset)
+    _write_pairs(folder, pairs)
+    np.savez(
+        folder / STATISTICS,
+        membership=packed.membership,
+        train_correct=packed.train_correct,
+        test_correct=packed.test_correct,
+        counted=packed.counted,
+    )
+    if dataset.train_files is not None and dataset.test_files is not None:
+        np.savez(
+            folder / INDEX,
+            tr_filenames=dataset.train_files,
+            tt_filenames=dataset.test_files,
+            tr_labels=dataset.train_labels,
+            tt_labels=dataset.test_labels,
+            tr_mem=mem.value,
+        )
+    summary = summarize(name, fingerprint, statistics, mem, pairs)
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs) -> dict[str, Any]:
+    """The figures that one looks at first; accuracies are means over the trials that count."""
+    counted = [statistics.metrics[trial] for trial in sorted(statistics.metrics) if not statistics.metrics[trial].diverged]
+    defined = mem.value[~np.isnan(mem.value)]
+    errors = mem.error[~np.isnan(mem.error)]
+
+    def mean(attribute: str) -> float | None:
+        values = [value for entry in counted if (value := getattr(entry, attribute)) is not None]
+        return float(np.mean(values)) if values else None
+
+    return {
+        "schema": 1,
+        "experiment": name,
+        "fingerprint": fingerprint,
+        "trials": statistics.trials,
+        "diverged": statistics.diverged,
+        "n_train": statistics.n_train,
+        "n_test": statistics.n_test,
+        "without_estimate": mem.undefined,
+        "in_subset_accuracy": mean("in_subset_accuracy"),
+        "held_out_accuracy": mean("held_out_accuracy"),
+        "test_accuracy": mean("test_accuracy"),
+        "mem_mean": float(defined.mean()) if len(defined) else None,
+        "mem_share_at_least": {f"{step:g}": float((defined >= step).mean()) if len(defined) else None for step in _MEM_STEPS},
+        "mem_se_quantiles": {f"{q:g}": float(np.quantile(errors, q)) if len(errors) else None for q in (0.5, 0.95, 1.0)},
+        "pairs": {
+            "mem_threshold": MEM_THRESHOLD,
+            "infl_threshold": INFL_THRESHOLD,
+            "count": len(pairs),
+            "train_examples": len(np.unique(pairs.train)),
+            "test_examples": len(np.unique(pairs.test)),
+        },
+    }
+
+
+def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: ImageDataset) -> None:
+    columns: dict[str, Any] = {
+        "index": np.arange(dataset.n_train),
+        "label": dataset.train_labels,
+        "mem": mem.value,
+        "mem_se": mem.error,
+        "p_in": mem.p_in,
+        "p_out": mem.p_out,
+        "k_in": mem.k_in,
+        "k_out": mem.k_out,
+    }
+    if statistics.margin_in is not None and statistics.margin_out is not None:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns["margin_in"] = statistics.margin_in / 2**24 / mem.k_in
+            columns["margin_out"] = statistics.margin_out / 2**24 / mem.k_out
+    if dataset.train_files is not None:
+        columns["filename"] = [name.decode() for name in dataset.train_files.tolist()]
+    table = pa.table(columns)
+    pyarrow.parquet.write_table(table, folder / MEMORIZATION)
+    pyarrow.csv.write_csv(table, folder / MEMORIZATION_CSV)
+
+
+def _write_influence_matrix(path: Path, packed: PackedTrials, mem: Memorization, dataset: ImageDataset) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+
+        def add(name: str, array: npt.NDArray[Any]) -> None:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+
+        add("tr_mem", mem.value)
+        add("tr_labels", np.asarray(dataset.train_labels))
+        add("tt_labels", np.asarray(dataset.test_labels))
+        for label in range(len(dataset.classes)):
+            train, test = np.flatnonzero(dataset.train_labels == label), np.flatnonzero(dataset.test_labels == label)
+            add(f"tr_classidx_{label}", train)
+            add(f"tt_classidx_{label}", test)
+            with archive.open(f"infl_matrix_class{label}.npy", "w", force_zip64=True) as member:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(train), len(test))}
+                np.lib.format.write_array_header_1_0(member, header)
+                for _, block in influence_blocks(packed, train, test):
+                    member.write(block.value.astype("<f4").tobytes())
+
+
+def _write_pairs(folder: Path, pairs: Pairs) -> None:
+    np.savez(folder / PAIRS, tr_idx=pairs.train, tt_idx=pairs.test, infl=pairs.influence, mem=pairs.mem)
+    table = pa.table(
+        {
+            "tr_idx": pairs.train,
+            "tt_idx": pairs.test,
+            "infl": pairs.influence,
+            "infl_se": pairs.influence_error,
+            "mem": pairs.mem,
+            "mem_se": pairs.mem_error,
+        }
+    )
+    pyarrow.parquet.write_table(table, folder / PAIRS_TABLE)

@@ -1,0 +1,11 @@
+"""The names of the published files; those of the pairs carry the paper's thresholds."""
+
+MEMORIZATION = "memorization.parquet"
+MEMORIZATION_CSV = "memorization.csv"
+INFLUENCE_MATRIX = "infl_matrix.npz"
+PAIRS = "high_infl_pairs_infl0.15_mem0.25.npz"
+PAIRS_TABLE = "high_infl_pairs_infl0.15_mem0.25.parquet"
+STATISTICS = "statistics.npz"
+INDEX = "index.npz"
+SUMMARY = "summary.json"
+LATEST = "latest.json"

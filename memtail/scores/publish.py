@@ -1,0 +1,70 @@
+"""Moving a version of the scores into the store, and the pointer to it afterwards."""
+
+import hashlib
+import json
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from memtail.archive import Record
+from memtail.datasets import ImageDataset
+from memtail.errors import ScoresError
+from memtail.scores.files import write_scores
+from memtail.statistics import Statistics
+from memtail.storage import ObjectNotFound, ObjectStore, keys
+
+#: Versions kept: the one that the pointer names, and the one before, which a reader may have begun to read.
+KEPT_VERSIONS = 2
+
+
+def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset: ImageDataset) -> dict[str, Any]:
+    """Write the scores of all trials folded so far and point readers to them; returns the summary.
+
+    The version's name follows from the set of trials counted, so publishing the same trials again gives the same version.
+
+    Raises:
+        ScoresError: no trial has been counted.
+        StoreError: the store cannot be written.
+    """
+    if statistics.trials == 0:
+        raise ScoresError(f"experiment '{record.experiment.name}' has no trial to take scores from yet")
+    name = record.experiment.name
+    version = _version(record.fingerprint, statistics)
+    with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
+        folder = Path(temporary)
+        summary = write_scores(folder, name, record.fingerprint, statistics, dataset)
+        files = sorted(path.name for path in folder.iterdir())
+        for file in files:
+            store.upload(keys.scores(name, version) + file, folder / file)
+    pointer = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "files": files, "summary": summary}
+    store.put(keys.latest_scores(name), json.dumps(pointer, indent=1).encode())
+    _remove_old(store, name, version)
+    return summary
+
+
+def latest_version(store: ObjectStore, name: str) -> dict[str, Any] | None:
+    """The pointer: `version`, `published` (UTC), `files`, `summary`; None if nothing was published."""
+    try:
+        pointer: dict[str, Any] = json.loads(store.get(keys.latest_scores(name)))
+    except ObjectNotFound:
+        return None
+    return pointer
+
+
+def versions(store: ObjectStore, name: str) -> list[str]:
+    """The versions in the store, by number of trials."""
+    prefix = keys.all_scores(name)
+    return sorted({version for key in store.list(prefix) for version, slash, _ in [key.removeprefix(prefix).partition("/")] if slash})
+
+
+def _version(fingerprint: str, statistics: Statistics) -> str:
+    counted = statistics.packed().counted.tobytes()
+    return f"{statistics.trials:08d}-{hashlib.sha256(fingerprint.encode() + counted).hexdigest()[:8]}"
+
+
+def _remove_old(store: ObjectStore, name: str, current: str) -> None:
+    others = [version for version in versions(store, name) if version != current]
+    for version in others[: max(0, len(others) - KEPT_VERSIONS + 1)]:
+        for key in list(store.list(keys.scores(name, version))):
+            store.delete(key)

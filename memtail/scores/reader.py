@@ -1,0 +1,149 @@
+"""Reading published scores: the tables, and any influence from the packed statistics on demand."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.errors import ScoresError
+from memtail.scores.names import INFLUENCE_MATRIX, LATEST, MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from memtail.estimators import Influence
+    from memtail.statistics.accumulator import PackedTrials
+
+Column = npt.NDArray[Any]
+Choice = int | slice | list[int] | npt.NDArray[np.integer] | None
+
+
+def load_scores(path: str | Path) -> "Scores":
+    """Open published scores.
+
+    Args:
+        path: a folder of score files, or an experiment's folder in a local store (`STORE/experiments/NAME`), whose latest
+            version is taken.
+
+    Raises:
+        ScoresError: there are none.
+    """
+    path = Path(path)
+    for scores in (path, path / "scores"):
+        if (scores / LATEST).is_file():
+            return Scores(scores / json.loads((scores / LATEST).read_text())["version"])
+    if not (path / SUMMARY).is_file():
+        raise ScoresError(f"{path}: holds no scores: give a folder with summary.json, or STORE/experiments/NAME after a run")
+    return Scores(path)
+
+
+class Scores:
+    """One version of the scores, read as it is asked for.
+
+    Attributes:
+        folder: where the files lie.
+        summary: the content of `summary.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+
+    @cached_property
+    def memorization(self) -> dict[str, Column]:
+        """The columns of `memorization.parquet`, each [n] in original order."""
+        return self._table(MEMORIZATION)
+
+    @cached_property
+    def pairs(self) -> dict[str, Column]:
+        """The high-influence pairs with standard errors, by falling influence."""
+        return self._table(PAIRS_TABLE)
+
+    def to_pandas(self, table: Literal["memorization", "pairs"]) -> "pd.DataFrame":
+        """A table as a pandas frame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.memorization if table == "memorization" else self.pairs)
+
+    @cached_property
+    def statistics(self) -> "PackedTrials":
+        """The packed statistics."""
+        from memtail.statistics.accumulator import PackedTrials
+
+        with np.load(self.folder / STATISTICS, allow_pickle=False) as archive:
+            return PackedTrials(**archive)
+
+    def influence(self, train: Choice = None, test: Choice = None, *, on: Literal["test", "train"] = "test") -> "Influence":
+        """Influences of the chosen training examples (rows) on the chosen test examples (columns), with standard errors.
+
+        Args:
+            train: which training examples; None for all.
+            test: which test examples (or training examples, with `on="train"`); None for all. The whole matrix takes
+                16 n q bytes: ask for blocks of it.
+            on: "train" for the influence of training examples on training examples.
+
+        Returns:
+            `value` and `error`, float64 [a, b].
+
+        Raises:
+            ScoresError: an index is out of range.
+        """
+        from memtail.estimators import influence
+
+        columns = self.statistics.n_test if on == "test" else self.statistics.n_train
+        return influence(self.statistics, _chosen(train, self.statistics.n_train, "train"), _chosen(test, columns, on), on)
+
+    def most_memorized(self, k: int = 10) -> dict[str, Column]:
+        """The rows of the k most memorized training examples, falling."""
+        rows = _largest(self.memorization["mem"], k)
+        return {name: values[rows] for name, values in self.memorization.items()}
+
+    def top_influencers(self, test: int, k: int = 10) -> dict[str, Column]:
+        """The k training examples that raise the accuracy on one test example most: `tr_idx`, `label`, `infl`, `infl_se`, `mem`."""
+        block = self.influence(test=test)
+        top = _largest(block.value[:, 0], k)
+        return {
+            "tr_idx": top,
+            "label": self.memorization["label"][top],
+            "infl": block.value[top, 0],
+            "infl_se": block.error[top, 0],
+            "mem": self.memorization["mem"][top],
+        }
+
+    def top_influenced(self, train: int, k: int = 10) -> dict[str, Column]:
+        """The k test examples whose accuracy one training example raises most: `tt_idx`, `label`, `infl`, `infl_se`."""
+        block = self.influence(train=train)
+        top = _largest(block.value[0], k)
+        with np.load(self.folder / INFLUENCE_MATRIX, allow_pickle=False) as archive:
+            labels = archive["tt_labels"]
+        return {"tt_idx": top, "label": labels[top], "infl": block.value[0, top], "infl_se": block.error[0, top]}
+
+    def _table(self, file: str) -> dict[str, Column]:
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(self.folder / file)
+        return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
+    """Indices of the k largest values, falling, ties by index; NaN is left out."""
+    values = np.where(np.isnan(values), -np.inf, values)
+    k = min(k, int(np.isfinite(values).sum()))
+    if k <= 0:
+        return np.empty(0, np.int64)
+    candidates = np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
+    return candidates[np.argsort(-values[candidates], kind="stable")][:k]
+
+
+def _chosen(choice: Choice, count: int, what: str) -> npt.NDArray[np.integer] | slice:
+    if choice is None:
+        return slice(None)
+    if isinstance(choice, slice):
+        return choice
+    index = np.atleast_1d(np.asarray(choice))
+    if len(index) and not (-count <= index.min() and index.max() < count):
+        raise ScoresError(f"{what} index {int(index.max())} is out of range: there are {count} {what} examples")
+    return index

@@ -1,0 +1,27 @@
+"""The co-occurrence product M^T T: in how many trials example i was seen and example j was right.
+
+Both terms of an influence follow from it and from column sums, so it is all that influence costs. On packed words it is AND and
+population count, 64 trials at a time.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.statistics.accumulator import Words
+
+
+def cooccurrence(left: Words, right: Words) -> npt.NDArray[np.int32]:
+    """Count, for every pair of columns, the trials whose bit is set in both.
+
+    Args:
+        left: uint64 [W, a], words as in `PackedTrials`.
+        right: uint64 [W, b].
+
+    Returns:
+        int32 [a, b], with out[i, j] = sum_w popcount(left[w, i] & right[w, j]).
+    """
+    from memtail.statistics.kernels import count_pairs  # compiles: not for those who count no pairs
+
+    out = np.empty((left.shape[1], right.shape[1]), np.int32)
+    count_pairs(np.ascontiguousarray(left.T), np.ascontiguousarray(right.T), out)
+    return out

@@ -1,0 +1,55 @@
+"""Where results live: the contract of an object store, and the stores that keep it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from memtail.errors import StoreError
+
+
+class ObjectNotFound(StoreError):  # noqa: N818 - the name that object stores give it
+    """There is no object under the key."""
+
+
+class ObjectStore(Protocol):
+    """A flat map from keys to immutable bytes, kept on a disk or in a bucket.
+
+    A key is a relative path with `/` between its parts. What every store guarantees:
+
+    * Atomicity: a reader sees the whole of an object or none of it, also when the writer is killed half-way.
+    * Visibility: once a write has returned, every later `get` and `list` anywhere sees it.
+    * Durability: once a write has returned, the object survives a crash of the writer.
+    * `put_if_absent` is decided by the store: of any number of concurrent calls for one key exactly one returns True.
+    * `list` yields in ascending order of keys.
+
+    Every method may be called from any thread and any process. Failures that a retry may mend are retried inside; what is left
+    is raised as `StoreError`, and `ObjectNotFound` where the key does not exist.
+    """
+
+    def get(self, key: str) -> bytes:
+        """The object's bytes. Raises: ObjectNotFound, StoreError."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace an object. Raises: StoreError."""
+        ...
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one; True if this call wrote it. Raises: StoreError."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """The keys that start with `prefix`, ascending. Raises: StoreError."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error if there is none. Raises: StoreError."""
+        ...
+
+    def upload(self, key: str, path: Path) -> None:
+        """Write or replace an object with the content of a file, without holding it in memory. Raises: StoreError."""
+        ...
+
+    def download(self, key: str, path: Path) -> None:
+        """Write an object to a file, which appears whole or not at all. Raises: ObjectNotFound, StoreError."""
+        ...

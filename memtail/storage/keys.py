@@ -1,0 +1,71 @@
+"""Every object key there is. First and last trial are inclusive and zero-padded, so that keys sort as trials do."""
+
+import re
+
+
+def experiments() -> str:
+    """Prefix of all experiments."""
+    return "experiments/"
+
+
+def experiment(name: str) -> str:
+    """The declaration, its fingerprint and the shard grid."""
+    return f"experiments/{name}/experiment.json"
+
+
+def trials(name: str) -> str:
+    """Prefix of all trial batches."""
+    return f"experiments/{name}/trials/"
+
+
+def trial_batch(name: str, first: int, last: int) -> str:
+    """One trial batch."""
+    return f"{trials(name)}{_span(first, last)}.npz"
+
+
+def checkpoint(name: str, first: int, last: int) -> str:
+    """The state of a shard in training."""
+    return f"experiments/{name}/checkpoints/{_span(first, last)}.pt"
+
+
+def failures(name: str) -> str:
+    """Prefix of all failure records."""
+    return f"experiments/{name}/failures/"
+
+
+def failure(name: str, first: int, last: int, attempt: int) -> str:
+    """The record of one failed attempt at a shard."""
+    return f"{failures(name)}{_span(first, last)}/{attempt}.json"
+
+
+def scores(name: str, version: str) -> str:
+    """Prefix of one published version of the scores."""
+    return f"{all_scores(name)}{version}/"
+
+
+def all_scores(name: str) -> str:
+    """Prefix of all published versions."""
+    return f"experiments/{name}/scores/"
+
+
+def latest_scores(name: str) -> str:
+    """The pointer to the version that readers are to use."""
+    return f"{all_scores(name)}latest.json"
+
+
+def parse_experiment(key: str) -> str | None:
+    """The name in an `experiment` key; None if it is another key."""
+    match = re.fullmatch(r"experiments/([^/]+)/experiment\.json", key)
+    return match and match[1]
+
+
+def parse_span(key: str) -> tuple[int, int]:
+    """(first, last) in a trial batch's or a failure record's key."""
+    match = re.search(r"/(\d+)-(\d+)(?:\.npz|/\d+\.json)$", key)
+    if match is None:
+        raise ValueError(f"'{key}' names no span of trials")
+    return int(match[1]), int(match[2])
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first:08d}-{last:08d}"

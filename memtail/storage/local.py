@@ -1,0 +1,142 @@
+"""An object store in a folder: one file per object, at the path its key spells."""
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from memtail.errors import StoreError
+from memtail.storage import ObjectNotFound
+
+_UNFINISHED = ".unfinished"
+_ABANDONED_AFTER_SECONDS = 24 * 3600
+
+
+class LocalStore:
+    """`ObjectStore` on a local or shared file system with hard links.
+
+    An object is written to a temporary file, flushed to the disk, and then linked or renamed to its name in one step. Files of
+    writers that were killed stay in a hidden folder and are removed a day later.
+
+    Raises:
+        StoreError: the folder cannot be made or written.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+        self._unfinished = self.root / _UNFINISHED
+
+    def path(self, key: str) -> Path:
+        """The file that holds (or would hold) an object.
+
+        Raises:
+            StoreError: the key leaves the folder.
+        """
+        parts = key.split("/")
+        if not key or any(part in ("", ".", "..") for part in parts):
+            raise StoreError(f"'{key}' is not a key: its parts must be names with one '/' between them")
+        return self.root.joinpath(*parts)
+
+    def get(self, key: str) -> bytes:
+        with self._reading(key):
+            return self.path(key).read_bytes()
+
+    def put(self, key: str, data: bytes) -> None:
+        self._write(key, lambda file: file.write(data), replace=True)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        if self.path(key).exists():
+            return False
+        return self._write(key, lambda file: file.write(data), replace=False)
+
+    def upload(self, key: str, path: Path) -> None:
+        def copy(file: IO[bytes]) -> None:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+
+        self._write(key, copy, replace=True)
+
+    def download(self, key: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._reading(key):
+            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+            shutil.copyfile(self.path(key), unfinished)
+            unfinished.replace(path)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        folder = self.root / prefix.rpartition("/")[0]
+        keys = []
+        for parent, folders, files in os.walk(folder):
+            if _UNFINISHED in folders:
+                folders.remove(_UNFINISHED)
+            keys += [(Path(parent) / name).relative_to(self.root).as_posix() for name in files]
+        yield from sorted(key for key in keys if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        self.path(key).unlink(missing_ok=True)
+
+    def _write(self, key: str, fill: Callable[[IO[bytes]], object], *, replace: bool) -> bool:
+        target = self.path(key)
+        try:
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._unfinished, delete=False) as file:
+                temporary = Path(file.name)
+                try:
+                    fill(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    temporary.chmod(0o644)
+                    if replace:
+                        temporary.replace(target)
+                    else:
+                        target.hardlink_to(temporary)
+                except FileExistsError:
+                    return False
+                finally:
+                    temporary.unlink(missing_ok=True)
+            _flush_folder(target.parent)
+        except OSError as error:
+            raise StoreError(f"store {self.root}: '{key}' cannot be written ({error.strerror}){_hint(error)}") from error
+        return True
+
+    def remove_abandoned(self) -> None:
+        """Remove the temporary files of writers that were killed more than a day ago."""
+        for file in self._unfinished.glob("*"):
+            with suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
+                    file.unlink()
+
+    @contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ObjectNotFound(f"store {self.root}: there is no '{key}'") from None
+        except OSError as error:
+            raise StoreError(f"store {self.root}: '{key}' cannot be read ({error.strerror})") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name durable; not every system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+        return ": the file system must support hard links"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ": free some space, then run again; nothing committed is lost"
+    return ": choose a folder that you can write to with --store"

@@ -1,0 +1,86 @@
+"""Images on the device: batches are gathered, augmented and normalised there, for all trials of a stack in one call."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memtail.datasets import ImageDataset
+from memtail.training.batches import Augmentation
+
+
+class DeviceImages:
+    """A dataset's images and labels, resident on the device as uint8 if they fit, else in host memory (memory-mapped).
+
+    Attributes:
+        train_labels, test_labels: int64 [n] and [q] on the device.
+    """
+
+    def __init__(self, dataset: ImageDataset, device: torch.device) -> None:
+        self.device = device
+        train, test = torch.from_numpy(dataset.train_images), torch.from_numpy(dataset.test_images)
+        resident = device.type != "cpu" and _fits(train.numel() + test.numel(), device)
+        self.train = train.to(device) if resident else train
+        self.test = test.to(device) if resident else test
+        self.train_labels = torch.from_numpy(np.array(dataset.train_labels)).to(device)
+        self.test_labels = torch.from_numpy(np.array(dataset.test_labels)).to(device)
+        self._shift = -torch.tensor(dataset.mean, dtype=torch.float32, device=device)
+        self._scale = 1 / torch.tensor(dataset.std, dtype=torch.float32, device=device)
+
+    def gather(self, index: Tensor, augmentation: Augmentation | None, positions: slice) -> Tensor:
+        """Training images, augmented and normalised.
+
+        Args:
+            index: int64 [S, B] on the device.
+            augmentation: of the whole epoch, or None.
+            positions: the batch's place in the epoch's order.
+
+        Returns:
+            float32 [S, B, C, H, W].
+        """
+        images = self.train[index.to(self.train.device)].to(self.device)
+        if augmentation is not None:
+            images = _augment(images, augmentation, positions)
+        return self._normalised(images)
+
+    def split(self, name: str, start: int, stop: int) -> Tensor:
+        """Images `start` to `stop` of a split, normalised: float32 [B, C, H, W]."""
+        images = (self.train if name == "train" else self.test)[start:stop]
+        return self._normalised(images.to(self.device))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """uint8 [..., H, W, C] -> float32 [..., C, H, W], channels last in memory."""
+        return images.to(torch.float32).add_(self._shift).mul_(self._scale).movedim(-1, -3)
+
+
+@lru_cache(maxsize=2)
+def device_images(folder: Path, device: torch.device) -> DeviceImages:
+    """The images of a prepared dataset on a device, loaded once per process."""
+    return DeviceImages(ImageDataset.open(folder), device)
+
+
+def _augment(images: Tensor, augmentation: Augmentation, positions: slice) -> Tensor:
+    """Shift (filling with 0) and mirror uint8 [S, B, H, W, C], each image by its own draws."""
+    height, width = images.shape[2:4]
+    columns = torch.arange(width, device=images.device)
+    flip = torch.from_numpy(augmentation.flip[:, positions]).to(images.device)
+    column = torch.where(flip[..., None], width - 1 - columns, columns)
+    if augmentation.down is None or augmentation.right is None:
+        return images.take_along_dim(column[:, :, None, :, None], dim=3)
+    down = torch.from_numpy(augmentation.down[:, positions]).to(images.device)
+    right = torch.from_numpy(augmentation.right[:, positions]).to(images.device)
+    row = torch.arange(height, device=images.device) - down[..., None]
+    column = column - right[..., None]
+    inside = ((row >= 0) & (row < height))[..., :, None] & ((column >= 0) & (column < width))[..., None, :]
+    moved = images.take_along_dim(row.clamp(0, height - 1)[:, :, :, None, None], dim=2)
+    moved = moved.take_along_dim(column.clamp(0, width - 1)[:, :, None, :, None], dim=3)
+    return moved * inside[..., None]
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return size < free // 2
+    return True

@@ -1,0 +1,156 @@
+"""Stacking: S networks of one architecture as one network, so that one call computes all of them.
+
+A `torch.nn.Sequential` of plain layers is stacked layer by layer: linear layers become batched matrix products, convolutions grouped
+ones, and batch normalisation acts on more channels. No value of one network ever meets one of another, so each trains exactly as it
+would alone, and a network that diverges leaves the others as they are. Anything else runs one network at a time.
+
+A stack takes float images [S, B, C, H, W], or [B, C, H, W] shared by all networks, and gives logits [S, B, classes].
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (nn.Flatten, nn.Linear, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Identity)
+
+
+def is_stackable(network: nn.Module) -> bool:
+    """Whether a network is a sequence of layers that can be stacked."""
+    if not isinstance(network, nn.Sequential):
+        return False
+    for layer in network:
+        if isinstance(layer, nn.Sequential):
+            if not is_stackable(layer):
+                return False
+        elif type(layer) not in _PLAIN:
+            return False
+    return True
+
+
+def stack_networks(networks: list[nn.Module]) -> nn.Module:
+    """One module that computes all the given networks, with their weights.
+
+    Raises:
+        ValueError: there are several, and they are not stackable.
+    """
+    if is_stackable(networks[0]):
+        return _Stacked(cast(list[nn.Sequential], networks))
+    if len(networks) > 1:
+        raise ValueError(f"{type(networks[0]).__name__} is not a sequence of plain layers and cannot be stacked")
+    return _Single(networks[0])
+
+
+class _Single(nn.Module):
+    """A stack of one network of any kind."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images[0] if images.dim() == 5 else images)
+        return logits[None]
+
+
+class _Stacked(nn.Module):
+    def __init__(self, networks: list[nn.Sequential]) -> None:
+        super().__init__()
+        self.width = len(networks)
+        self.layers = nn.ModuleList(_stack_layers([list(_flat(network)) for network in networks]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.expand(self.width, *images.shape) if images.dim() == 4 else images
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _flat(network: nn.Sequential) -> list[nn.Module]:
+    return [inner for layer in network for inner in (_flat(layer) if isinstance(layer, nn.Sequential) else [layer])]
+
+
+def _stack_layers(networks: list[list[nn.Module]]) -> list[nn.Module]:
+    """Layers between [S, B, F] (after flattening) and [B, S * C, H, W] (from the first convolution or pooling on)."""
+    layers: list[nn.Module] = []
+    grouped = False
+    for copies in zip(*networks, strict=True):
+        first = copies[0]
+        if isinstance(first, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d) and not grouped:
+            layers.append(_Group())
+            grouped = True
+        if isinstance(first, nn.Linear):
+            layers.append(_StackedLinear(cast(list[nn.Linear], copies)))
+        elif isinstance(first, nn.Conv2d):
+            layers.append(_stack_convolution(cast(list[nn.Conv2d], copies)))
+        elif isinstance(first, nn.BatchNorm2d):
+            layers.append(_stack_normalisation(cast(list[nn.BatchNorm2d], copies)))
+        elif isinstance(first, nn.Flatten):
+            layers.append(_Flatten(len(copies), grouped))
+            grouped = False
+        elif not isinstance(first, nn.Identity):
+            layers.append(first)
+    return layers
+
+
+class _Group(nn.Module):
+    """[S, B, C, H, W] -> [B, S * C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).flatten(1, 2)
+
+
+class _Flatten(nn.Module):
+    """[S, B, ...] or [B, S * C, H, W] -> [S, B, F]."""
+
+    def __init__(self, width: int, grouped: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.grouped = grouped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), self.width, -1).transpose(0, 1) if self.grouped else x.flatten(2)
+
+
+class _StackedLinear(nn.Module):
+    def __init__(self, copies: list[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in copies]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in copies])[:, None]) if copies[0].bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.mT
+        return torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias, x, weight)
+
+
+def _stack_convolution(copies: list[nn.Conv2d]) -> nn.Conv2d:
+    one, width = copies[0], len(copies)
+    layer = nn.Conv2d(
+        width * one.in_channels,
+        width * one.out_channels,
+        cast(tuple[int, int], one.kernel_size),
+        cast(tuple[int, int], one.stride),
+        cast(tuple[int, int] | str, one.padding),
+        cast(tuple[int, int], one.dilation),
+        width * one.groups,
+        one.bias is not None,
+        one.padding_mode,
+    )
+    _join(layer, list(copies))
+    return layer
+
+
+def _stack_normalisation(copies: list[nn.BatchNorm2d]) -> nn.BatchNorm2d:
+    one = copies[0]
+    layer = nn.BatchNorm2d(len(copies) * one.num_features, one.eps, one.momentum, one.affine, one.track_running_stats)
+    _join(layer, list(copies))
+    return layer
+
+
+@torch.no_grad()
+def _join(layer: nn.Module, copies: list[nn.Module]) -> None:
+    """Give a layer the concatenated parameters and buffers of the copies that it stands for."""
+    states = [copy.state_dict() for copy in copies]
+    layer.load_state_dict(
+        {name: torch.cat([state[name] for state in states]) if value.dim() else value for name, value in states[0].items()}
+    )

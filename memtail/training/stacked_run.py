@@ -1,0 +1,167 @@
+"""Training the trials of one stack together, from initial weights to what the final models get right."""
+
+import copy
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtail.experiment import Experiment, TrainingSpec
+from memtail.models import build_model
+from memtail.randomness import Purpose, torch_seed
+from memtail.training.batches import batch_bounds, epoch_augmentation, epoch_order
+from memtail.training.evaluation import Outcome, evaluate
+from memtail.training.images import DeviceImages
+from memtail.training.schedule import learning_rate_factor
+from memtail.training.stack import stack_networks
+
+
+@dataclass(frozen=True)
+class StackResult:
+    """Of S trials: what they get right on both splits, and their mean training loss in the last epoch, float64 [S]."""
+
+    train: Outcome
+    test: Outcome
+    loss: npt.NDArray[np.float64]
+
+
+class StackedRun:
+    """S trials in training; its state can be saved at any step and restored to go on with the same bits.
+
+    Args:
+        experiment: the declaration.
+        images: the dataset on the device.
+        classes: number of classes.
+        trials: the S trials; more than one only if the network is stackable.
+        subsets: int64 [S, m], the examples of each trial's subset.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        images: DeviceImages,
+        image_shape: tuple[int, int, int],
+        classes: int,
+        trials: Sequence[int],
+        subsets: npt.NDArray[np.int64],
+    ) -> None:
+        self.experiment, self.images, self.trials, self.subsets = experiment, images, trials, subsets
+        self.recipe = experiment.training
+        seed = experiment.subsets.seed
+        networks = []
+        for trial in trials:
+            # drawn on the CPU, so that every device starts from the same weights
+            torch.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
+            networks.append(build_model(experiment.model, image_shape, classes))
+        self.stack: nn.Module = stack_networks(networks).to(images.device).train()
+        # whatever the network itself draws (dropout); such networks run one at a time
+        torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
+        self.optimizer = _optimizer(self.recipe, self.stack)
+        self.autocast = _autocast(self.recipe, images.device)
+        self.bounds = batch_bounds(subsets.shape[1], self.recipe.batch_size)
+        self.epoch, self.step = 0, 0
+        self.loss_sum = torch.zeros(len(trials), device=images.device)
+
+    def train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
+        """Train to the end and evaluate; `between_steps` is called after every step."""
+        while self.epoch < self.recipe.epochs:
+            self._train_epoch(between_steps)
+        m = self.subsets.shape[1]
+        train, test = (
+            evaluate(self.stack, self.images, split, self.experiment.record.margins, self.autocast) for split in ("train", "test")
+        )
+        return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy())
+
+    def _train_epoch(self, between_steps: Callable[["StackedRun"], None]) -> None:
+        recipe, images, seed = self.recipe, self.images, self.experiment.subsets.seed
+        order = epoch_order(seed, self.trials, self.epoch, self.subsets)
+        index = torch.from_numpy(order).to(images.device)
+        reach = max(1, images.train.shape[1] // 8)
+        augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], reach)
+        steps = recipe.epochs * len(self.bounds)
+        if self.step == 0:
+            self.loss_sum.zero_()
+        while self.step < len(self.bounds):
+            start, stop = self.bounds[self.step]
+            factor = learning_rate_factor(recipe.schedule, self.epoch * len(self.bounds) + self.step, steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.optimizer.lr * factor
+            batch = index[:, start:stop]
+            self.loss_sum += self._descend(images.gather(batch, augmentation, slice(start, stop)), images.train_labels[batch]) * (
+                stop - start
+            )
+            self.step += 1
+            if self.step < len(self.bounds):
+                between_steps(self)
+        self.epoch, self.step = self.epoch + 1, 0
+        between_steps(self)
+
+    def _descend(self, batch: Tensor, labels: Tensor) -> Tensor:
+        """One step of every trial; returns the mean losses [S]."""
+        with self.autocast:
+            logits = self.stack(batch)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", label_smoothing=self.recipe.label_smoothing
+        )
+        loss = losses.view(labels.shape).mean(1)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss.sum())
+        self.optimizer.step()
+        return loss.detach()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the remaining steps depend on."""
+        state = {
+            "trials": list(self.trials),
+            "epoch": self.epoch,
+            "step": self.step,
+            "stack": self.stack.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_sum": self.loss_sum,
+            "random": torch.get_rng_state(),
+        }
+        if self.images.device.type == "cuda":
+            state["cuda_random"] = torch.cuda.get_rng_state(self.images.device)
+        return copy.deepcopy(state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state of the same trials."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.stack.load_state_dict(state["stack"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loss_sum = state["loss_sum"].to(self.images.device)
+        torch.set_rng_state(state["random"].cpu())
+        if "cuda_random" in state:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.images.device)
+
+
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """A state (or any nest of tensors and plain values) as bytes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes, device: torch.device) -> dict[str, Any]:
+    """The inverse of `to_bytes`, with tensors on `device`; loads no code."""
+    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    return state
+
+
+def _optimizer(recipe: TrainingSpec, stack: nn.Module) -> torch.optim.Optimizer:
+    sgd = recipe.optimizer
+    return torch.optim.SGD(
+        stack.parameters(), lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay, nesterov=sgd.nesterov, fused=True
+    )
+
+
+def _autocast(recipe: TrainingSpec, device: torch.device) -> torch.autocast:
+    """bfloat16 where asked for; "auto" means on CUDA devices."""
+    low = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)

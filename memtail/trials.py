@@ -1,0 +1,140 @@
+"""Trial batches: what one shard of trials leaves behind, and its wire format (an uncompressed .npz that plain numpy reads).
+
+Schema 1: `trial` int32 [k]; `membership`, `train_correct` uint8 [k, ceil(n/8)] and `test_correct` uint8 [k, ceil(q/8)], packed in
+numpy's little bit order; with margins recorded `train_margin` float16 [k, n] and `test_margin` float16 [k, q]; `shape` int64 [2]
+(n, q); `metrics` (a list with one entry per trial) and `provenance` as JSON text.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.errors import StoreError
+
+SCHEMA = 1
+
+Bits = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The consecutive trials `first` to `last`, both inclusive: the unit of work."""
+
+    first: int
+    last: int
+
+    @property
+    def trials(self) -> range:
+        """The trials' indices."""
+        return range(self.first, self.last + 1)
+
+    def __str__(self) -> str:
+        return f"trials {self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class TrialMetrics:
+    """How one trial came out. Accuracies are fractions; `loss` is the mean training loss of the last epoch (None if not finite)."""
+
+    trial: int
+    diverged: bool
+    loss: float | None
+    in_subset_accuracy: float
+    held_out_accuracy: float | None
+    test_accuracy: float
+
+
+@dataclass(frozen=True)
+class TrialBatch:
+    """The outcome of k trials on n training and q test examples. Immutable; arrays as in the module's schema."""
+
+    trial: npt.NDArray[np.int32]
+    membership: Bits
+    train_correct: Bits
+    test_correct: Bits
+    n_train: int
+    n_test: int
+    metrics: Sequence[TrialMetrics]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    train_margin: npt.NDArray[np.float16] | None = None
+    test_margin: npt.NDArray[np.float16] | None = None
+
+    def __post_init__(self) -> None:
+        k = len(self.trial)
+        expected = {
+            "membership": (k, -(-self.n_train // 8)),
+            "train_correct": (k, -(-self.n_train // 8)),
+            "test_correct": (k, -(-self.n_test // 8)),
+            "train_margin": (k, self.n_train),
+            "test_margin": (k, self.n_test),
+        }
+        for name, shape in expected.items():
+            array = getattr(self, name)
+            if array is not None and array.shape != shape:
+                raise StoreError(f"trial batch: {name} has shape {list(array.shape)}, expected is {list(shape)}")
+        if len(self.metrics) != k:
+            raise StoreError(f"trial batch: metrics of {len(self.metrics)} trials, expected are {k}")
+
+    @property
+    def shard(self) -> Shard:
+        """The span of its trials."""
+        return Shard(int(self.trial[0]), int(self.trial[-1]))
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the experiment that it belongs to."""
+        return str(self.provenance.get("fingerprint", ""))
+
+    def to_bytes(self) -> bytes:
+        """The batch in its wire format; equal batches give equal bytes."""
+        arrays: dict[str, Any] = {
+            "schema": np.int64(SCHEMA),
+            "trial": self.trial,
+            "membership": self.membership,
+            "train_correct": self.train_correct,
+            "test_correct": self.test_correct,
+            "shape": np.array([self.n_train, self.n_test], dtype=np.int64),
+            "metrics": json.dumps([asdict(entry) for entry in self.metrics]),
+            "provenance": json.dumps(self.provenance, sort_keys=True),
+        }
+        if self.train_margin is not None and self.test_margin is not None:
+            arrays |= {"train_margin": self.train_margin, "test_margin": self.test_margin}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "trial batch") -> "TrialBatch":
+        """Read the wire format.
+
+        Raises:
+            StoreError: the bytes are truncated, corrupt or of a schema this version does not know; names `source`.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                arrays = dict(archive)
+            schema = int(arrays.pop("schema"))
+            if schema != SCHEMA:
+                raise StoreError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
+            n_train, n_test = (int(size) for size in arrays.pop("shape"))
+            metrics = [TrialMetrics(**entry) for entry in json.loads(str(arrays.pop("metrics")))]
+            provenance = json.loads(str(arrays.pop("provenance")))
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, TypeError) as error:
+            raise StoreError(f"{source}: is truncated or corrupt ({error}): delete it, then run again") from None
+        return cls(n_train=n_train, n_test=n_test, metrics=metrics, provenance=provenance, **arrays)
+
+
+def pack(bits: npt.NDArray[np.bool_]) -> Bits:
+    """bool [k, n] -> uint8 [k, ceil(n/8)], little bit order, padded with zeros."""
+    return np.packbits(bits, axis=1, bitorder="little")
+
+
+def unpack(packed: Bits, count: int) -> npt.NDArray[np.bool_]:
+    """uint8 [k, ceil(count/8)] -> bool [k, count]; the inverse of `pack`."""
+    return np.unpackbits(packed, axis=1, count=count, bitorder="little").view(np.bool_)

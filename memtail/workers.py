@@ -1,0 +1,193 @@
+"""Processes that train shards for an embedded run: one per device, or per core of a CPU.
+
+Each has a process pool of its own, so that a process that dies (out of memory, a segfault) takes only its own shard with it and is
+replaced. Processes end when their parent does, also if it was killed.
+"""
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import Any
+
+from memtail import logs
+from memtail.archive import ExperimentArchive
+from memtail.datasets import ImageDataset
+from memtail.errors import MemtailError
+from memtail.experiment import Experiment
+from memtail.storage import ObjectNotFound, keys
+from memtail.storage.local import LocalStore
+from memtail.trials import Shard, TrialBatch
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a training process needs to know."""
+
+    experiment: Experiment
+    dataset: Path
+    store: Path
+    device: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of a shard: a batch, or an error and its traceback; both None where another run had committed it."""
+
+    shard: Shard
+    batch: TrialBatch | None = None
+    error: str | None = None
+    traceback: str = ""
+
+
+class Workers:
+    """A set of training processes.
+
+    Args:
+        task: what they work on, but for the device.
+        devices: one entry per process.
+    """
+
+    def __init__(self, task: Task, devices: list[str]) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._reports: multiprocessing.queues.Queue[tuple[Shard, float]] = self._context.Queue()
+        self._tasks = [Task(task.experiment, task.dataset, task.store, device) for device in devices]
+        self._pools = [self._pool() for _ in self._tasks]
+        self._idle = list(range(len(devices)))
+        self._running: dict[Future[Finished], tuple[int, Shard]] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools:
+            _end(pool)
+        self._reports.close()
+        self._reports.cancel_join_thread()
+
+    @property
+    def idle(self) -> int:
+        """How many processes have nothing to do."""
+        return len(self._idle)
+
+    @property
+    def running(self) -> list[Shard]:
+        """The shards in training."""
+        return [shard for _, shard in self._running.values()]
+
+    def start(self, shard: Shard) -> None:
+        """Hand a shard to an idle process."""
+        index = self._idle.pop()
+        future = self._pools[index].submit(_train, self._tasks[index], shard)
+        self._running[future] = (index, shard)
+
+    def finished(self, timeout: float) -> list[Finished]:
+        """The shards that have ended since the last call; waits up to `timeout` seconds for the first."""
+        ended = []
+        for future in wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done:
+            index, shard = self._running.pop(future)
+            self._idle.append(index)
+            try:
+                ended.append(future.result())
+            except BrokenProcessPool:
+                self._pools[index] = self._pool()
+                ended.append(Finished(shard, error="the training process died (killed, out of memory, or a crash in native code)"))
+        return ended
+
+    def progress(self) -> list[tuple[Shard, float]]:
+        """What the processes have reported since the last call: shards, and how much of each is done (0 to 1)."""
+        reports = []
+        while True:
+            try:
+                reports.append(self._reports.get_nowait())
+            except (queue.Empty, EOFError, OSError):
+                return reports
+
+    def _pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=self._context, initializer=_initialize, initargs=(self._reports,))
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a pool's process at once; what it was training is trained again by the next run."""
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()
+
+
+_reports: Any = None
+
+
+def _initialize(reports: Any) -> None:
+    global _reports  # noqa: PLW0603 - a pool's process keeps what it was given once
+    _reports = reports
+    logs.configure()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for_any([parent.sentinel])
+        os._exit(1)
+
+
+def _train(task: Task, shard: Shard) -> Finished:
+    import torch
+
+    from memtail.training import Progress, train_shard
+
+    store = LocalStore(task.store)
+    if ExperimentArchive(store, task.experiment.name).is_committed(shard):
+        return Finished(shard)
+
+    def report(progress: Progress) -> None:
+        _reports.put((shard, progress.epochs / progress.total))
+
+    try:
+        batch = train_shard(
+            task.experiment,
+            ImageDataset.open(task.dataset),
+            shard.trials,
+            torch.device(task.device),
+            on_progress=report,
+            checkpoints=StoredCheckpoints(store, task.experiment.name, shard),
+        )
+    except MemtailError as error:
+        return Finished(shard, error=str(error), traceback=traceback.format_exc())
+    except Exception as error:  # whatever a model or a library raises becomes a failure record
+        return Finished(shard, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+    return Finished(shard, batch)
+
+
+class StoredCheckpoints:
+    """`memtail.training.Checkpoints` of one shard, kept in the store."""
+
+    def __init__(self, store: LocalStore, name: str, shard: Shard) -> None:
+        self._store = store
+        self._key = keys.checkpoint(name, shard.first, shard.last)
+
+    def load(self) -> bytes | None:
+        """The last saved state."""
+        try:
+            return self._store.get(self._key)
+        except ObjectNotFound:
+            return None
+
+    def save(self, state: bytes) -> None:
+        """Replace the saved state."""
+        self._store.put(self._key, state)
+
+    def remove(self) -> None:
+        """Forget the state, once the shard is committed."""
+        self._store.delete(self._key)
