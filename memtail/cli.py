@@ -51,15 +51,21 @@ def run(spec: SpecFile, store: Store = DEFAULT_STORE, json_: Json = False) -> No
     """Run an experiment to its scores, or go on with it where it stopped."""
     from memtail import display, logs
     from memtail.experiment import Experiment
+    from memtail.runner import ShardsFailedError
     from memtail.runner import run as run_experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
     if not json_:
         display.show_spec(experiment)
+    failure = None
     try:
         with display.RunProgress(quiet=json_) as progress, _preparation(quiet=json_) as on_preparation:
             summary = run_experiment(experiment, store, on_progress=progress.update, on_preparation=on_preparation)
+    except ShardsFailedError as error:
+        if error.summary is None:
+            raise
+        summary, failure = error.summary, error
     except KeyboardInterrupt:
         print("memtail: stopped; run the same command again to go on, nothing committed is lost", file=sys.stderr)
         sys.exit(130)
@@ -68,11 +74,8 @@ def run(spec: SpecFile, store: Store = DEFAULT_STORE, json_: Json = False) -> No
         print(json.dumps(summary, indent=1))
     else:
         display.show_summary(summary, _scores_of(_open(store), experiment.name), progress.seconds, folder)
-    if progress.failed:
-        raise ScoresError(
-            f"{len(progress.failed)} shards failed and are missing from the scores ({progress.failed[0]}, ...): "
-            f"see {folder / 'failures'}, then run again"
-        )
+    if failure is not None:
+        raise failure
 
 
 @app.command()

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from memtail.experiment import Experiment
     from memtail.runner import RunState
     from memtail.scores.reader import Column, Scores
-    from memtail.trials import Shard
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -91,7 +90,7 @@ class RunProgress:
 
     def update(self, state: "RunState") -> None:
         """Show a state of the run."""
-        self.seconds, self.failed = state.seconds, state.failed
+        self.seconds = state.seconds
         if self._resumed_at is None:
             self._resumed_at = state.progress
         if self._quiet:

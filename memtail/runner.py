@@ -18,10 +18,12 @@ import structlog
 from memtail import datasets
 from memtail.archive import ExperimentArchive, Record, missing_shards
 from memtail.datasets import ImageDataset
+from memtail.errors import MemtailError
 from memtail.experiment import Experiment
 from memtail.models import check_model
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
+from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.subsets import check_trials
 from memtail.training.devices import available_devices
@@ -47,7 +49,7 @@ class RunState:
     record: Record
     devices: list[str]
     partial: dict[Shard, float] = field(default_factory=dict)
-    failed: list[Shard] = field(default_factory=list)
+    failed: dict[Shard, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -78,6 +80,7 @@ def run(
 
     Raises:
         MemtailError: bad input, or a store of another experiment of the same name.
+        ShardsFailedError: some shards failed for good; the scores are published without them.
     """
     local = LocalStore(store)
     local.remove_abandoned()
@@ -94,7 +97,22 @@ def run(
     report(state)
     if todo:
         _train_all(todo, local, archive, state, report)
+    if state.failed:
+        summary = publish(local, record, state.statistics, dataset) if state.statistics.trials else None
+        raise ShardsFailedError(state.failed, local.root / keys.failures(experiment.name), summary)
     return publish(local, record, state.statistics, dataset)
+
+
+class ShardsFailedError(MemtailError):
+    """Some shards failed for good; `summary` is that of the scores without them, None if there are none at all."""
+
+    def __init__(self, failed: dict[Shard, str], records: Path, summary: dict[str, Any] | None) -> None:
+        shard, error = next(iter(failed.items()))
+        super().__init__(
+            f"{len(failed)} shards failed {MAX_ATTEMPTS} times each and are missing from the scores ({shard}: {error}): "
+            f"tracebacks are in {records}; mend the cause, then run again"
+        )
+        self.summary = summary
 
 
 def declare(experiment: Experiment, dataset: ImageDataset) -> Record:
@@ -133,7 +151,7 @@ def _train_all(
                 elif _may_retry(finished, archive, attempts):
                     todo.append(finished.shard)
                 else:
-                    state.failed.append(finished.shard)
+                    state.failed[finished.shard] = finished.error
             state.partial |= {shard: share for shard, share in workers.progress() if shard in workers.running}
             state.seconds = time.monotonic() - began
             report(state)

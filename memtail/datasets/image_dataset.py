@@ -85,5 +85,5 @@ class ImageDataset:
 def _checked(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DatasetError(f"{path}: prepared dataset is damaged ({error}): remove the folder {path.parent}, then run again") from None

@@ -3,6 +3,7 @@
 import gzip
 import shutil
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def torchvision_files(name: str, root: Path | None) -> list[Path]:
     except (OSError, RuntimeError) as error:
         looked = ", ".join(str(place / _subfolder(name)) for place in settings.places(root))
         raise DatasetError(
-            f"dataset '{name}' is not in {looked}, and cannot be downloaded ({str(error).splitlines()[0]}): on a machine with a network run "
+            f"dataset '{name}' is not in {looked}, and cannot be downloaded ({str(error).splitlines()[0]}): on one with a network run "
             f'python -c "import torchvision; '
             f"torchvision.datasets.{_TORCHVISION_CLASS[name]}('DIR', download=True)\" and set dataset.root or MEMTAIL_DATA to DIR"
         ) from None
@@ -130,13 +131,12 @@ def load_torchvision(name: str, files: list[Path]) -> InMemoryDataset:
 def _load_mnist(kind: Any, files: list[Path]) -> InMemoryDataset:
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    _check_digests([file for file in files if file.suffix == ".gz"], {Path(url).name: md5 for url, md5 in kind.resources})
     arrays = []
     for file in files:
-        plain = _unpacked(file) if file.suffix == ".gz" else file
         try:
+            plain = _unpacked(file) if file.suffix == ".gz" else file
             arrays.append((read_image_file if "images" in file.name else read_label_file)(str(plain)).numpy())
-        except (AssertionError, ValueError, TypeError, RuntimeError, KeyError, IndexError):
+        except (AssertionError, ValueError, TypeError, RuntimeError, KeyError, IndexError, EOFError, zlib.error, gzip.BadGzipFile):
             raise DatasetError(f"{file}: is truncated or corrupt: replace it with a good copy, or remove it to download it anew") from None
     train_images, train_labels, test_images, test_labels = arrays
     for images, labels, file in ((train_images, train_labels, files[1]), (test_images, test_labels, files[3])):

@@ -28,6 +28,8 @@ log = structlog.get_logger()
 #: Seconds of training after which a checkpoint is written.
 CHECKPOINT_SECONDS = 120.0
 
+# Fully connected stacks of this width stay in a processor's cache. A processor runs convolutions fastest one network at a time;
+# on an accelerator it takes many small networks to fill the chip.
 _STACK_WIDTH = {"cpu": 16, "cuda": 64, "mps": 32}
 
 
@@ -102,7 +104,7 @@ class _ShardTraining:
     saved_at: float = field(default_factory=time.monotonic)
 
     def run(self) -> StackResult:
-        width = _STACK_WIDTH[self.device.type] if self._stackable() else 1
+        width = self._width()
         resumed = self._load()
         for rows in self._stacks(width):
             if rows[0] < sum(len(trials) for trials, _ in self.done):
@@ -111,9 +113,12 @@ class _ShardTraining:
             resumed = None
         return _concatenated([result for _, result in self.done])
 
-    def _stackable(self) -> bool:
+    def _width(self) -> int:
+        """How many networks to train as one."""
         with torch.random.fork_rng(devices=[]):
-            return is_stackable(build_model(self.experiment.model, self.dataset.image_shape, len(self.dataset.classes)))
+            network = build_model(self.experiment.model, self.dataset.image_shape, len(self.dataset.classes))
+        dense = not any(isinstance(layer, torch.nn.Conv2d) for layer in network.modules())
+        return _STACK_WIDTH[self.device.type] if is_stackable(network) and (dense or self.device.type != "cpu") else 1
 
     def _stacks(self, width: int) -> Iterator[list[int]]:
         """Runs of at most `width` rows whose subsets have the same size (those of explicit masks may differ)."""

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 _PLAIN = (nn.Flatten, nn.Linear, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Identity)
 
+# Floats in the widest vector of today's processors, with room to spare.
+_VECTOR = 64
+
 
 def is_stackable(network: nn.Module) -> bool:
     """Whether a network is a sequence of layers that can be stacked."""
-    if not isinstance(network, nn.Sequential):
+    if type(network) is not nn.Sequential:  # a subclass may compute something else
         return False
     for layer in network:
         if isinstance(layer, nn.Sequential):
@@ -35,10 +38,32 @@ def stack_networks(networks: list[nn.Module]) -> nn.Module:
         ValueError: there are several, and they are not stackable.
     """
     if is_stackable(networks[0]):
-        return _Stacked(cast(list[nn.Sequential], networks))
+        return Stacked(cast(list[nn.Sequential], networks))
     if len(networks) > 1:
         raise ValueError(f"{type(networks[0]).__name__} is not a sequence of plain layers and cannot be stacked")
     return _Single(networks[0])
+
+
+def join_parameters(stack: nn.Module) -> nn.Parameter:
+    """Move all parameters of a module into one array, of which they and their gradients become views.
+
+    One update then serves them all. The array is padded to whole vectors: the loops that update it treat a remainder with other
+    instructions (and other rounding), which must not depend on how many networks are stacked.
+    """
+    parameters = list(stack.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    values = parameters[0].new_zeros(-(-total // _VECTOR) * _VECTOR)
+    gradients = torch.zeros_like(values)
+    start = 0
+    for parameter in parameters:
+        stop = start + parameter.numel()
+        values[start:stop] = parameter.detach().flatten()
+        parameter.data = values[start:stop].view(parameter.shape)
+        parameter.grad = gradients[start:stop].view(parameter.shape)
+        start = stop
+    joined = nn.Parameter(values)
+    joined.grad = gradients
+    return joined
 
 
 class _Single(nn.Module):
@@ -53,14 +78,20 @@ class _Single(nn.Module):
         return logits[None]
 
 
-class _Stacked(nn.Module):
+class Stacked(nn.Module):
+    """A stack of sequential networks, as the layers that compute all of them."""
+
     def __init__(self, networks: list[nn.Sequential]) -> None:
         super().__init__()
         self.width = len(networks)
         self.layers = nn.ModuleList(_stack_layers([list(_flat(network)) for network in networks]))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.expand(self.width, *images.shape) if images.dim() == 4 else images
+        if images.dim() == 4:
+            shared = images.flatten(1) if isinstance(self.layers[0], _Flatten) else images
+            x = shared.expand(self.width, *shared.shape)
+        else:
+            x = images
         for layer in self.layers:
             x = layer(x)
         return x
@@ -80,7 +111,7 @@ def _stack_layers(networks: list[list[nn.Module]]) -> list[nn.Module]:
             layers.append(_Group())
             grouped = True
         if isinstance(first, nn.Linear):
-            layers.append(_StackedLinear(cast(list[nn.Linear], copies)))
+            layers.append(StackedLinear(cast(list[nn.Linear], copies)))
         elif isinstance(first, nn.Conv2d):
             layers.append(_stack_convolution(cast(list[nn.Conv2d], copies)))
         elif isinstance(first, nn.BatchNorm2d):
@@ -112,7 +143,9 @@ class _Flatten(nn.Module):
         return x.reshape(len(x), self.width, -1).transpose(0, 1) if self.grouped else x.flatten(2)
 
 
-class _StackedLinear(nn.Module):
+class StackedLinear(nn.Module):
+    """S linear layers: `weight` [S, out, in], `bias` [S, 1, out] or None."""
+
     def __init__(self, copies: list[nn.Linear]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in copies]))

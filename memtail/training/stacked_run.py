@@ -16,10 +16,11 @@ from memtail.experiment import Experiment, TrainingSpec
 from memtail.models import build_model
 from memtail.randomness import Purpose, torch_seed
 from memtail.training.batches import batch_bounds, epoch_augmentation, epoch_order
+from memtail.training.dense import DenseBackpropagation, dense_layers, mean_over_batch
 from memtail.training.evaluation import Outcome, evaluate
 from memtail.training.images import DeviceImages
 from memtail.training.schedule import learning_rate_factor
-from memtail.training.stack import stack_networks
+from memtail.training.stack import Stacked, join_parameters, stack_networks
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,12 @@ class StackedRun:
         self.stack: nn.Module = stack_networks(networks).to(images.device).train()
         # whatever the network itself draws (dropout); such networks run one at a time
         torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
-        self.optimizer = _optimizer(self.recipe, self.stack)
-        self.autocast = _autocast(self.recipe, images.device)
+        self.stacked = isinstance(self.stack, Stacked)
+        self.optimizer = _optimizer(self.recipe, [join_parameters(self.stack)] if self.stacked else list(self.stack.parameters()))
+        low = low_precision(self.recipe, images.device)
+        self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low)
+        layers = None if low else dense_layers(self.stack)
+        self.dense = DenseBackpropagation(layers, self.recipe.label_smoothing) if layers else None
         self.bounds = batch_bounds(subsets.shape[1], self.recipe.batch_size)
         self.epoch, self.step = 0, 0
         self.loss_sum = torch.zeros(len(trials), device=images.device)
@@ -104,13 +109,17 @@ class StackedRun:
 
     def _descend(self, batch: Tensor, labels: Tensor) -> Tensor:
         """One step of every trial; returns the mean losses [S]."""
+        if self.dense is not None:
+            loss = self.dense(batch, labels)
+            self.optimizer.step()
+            return loss
         with self.autocast:
             logits = self.stack(batch)
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), reduction="none", label_smoothing=self.recipe.label_smoothing
         )
-        loss = losses.view(labels.shape).mean(1)
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = mean_over_batch(losses.view(labels.shape))
+        self.optimizer.zero_grad(set_to_none=not self.stacked)
         torch.autograd.backward(loss.sum())
         self.optimizer.step()
         return loss.detach()
@@ -154,14 +163,11 @@ def from_bytes(data: bytes, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _optimizer(recipe: TrainingSpec, stack: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(recipe: TrainingSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     sgd = recipe.optimizer
-    return torch.optim.SGD(
-        stack.parameters(), lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay, nesterov=sgd.nesterov, fused=True
-    )
+    return torch.optim.SGD(parameters, lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay, nesterov=sgd.nesterov, fused=True)
 
 
-def _autocast(recipe: TrainingSpec, device: torch.device) -> torch.autocast:
-    """bfloat16 where asked for; "auto" means on CUDA devices."""
-    low = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+def low_precision(recipe: TrainingSpec, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: where asked for; "auto" means on CUDA devices."""
+    return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")

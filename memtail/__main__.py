@@ -1,0 +1,6 @@
+"""`python -m memtail` is the command line."""
+
+from memtail.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What is missing, and the rules of one name for one experiment."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memtail.archive import ExperimentArchive, Record, missing_shards
+from memtail.errors import StoreError
+from memtail.experiment import Experiment
+from memtail.storage.local import LocalStore
+from memtail.trials import Shard
+
+
+@given(trials=st.integers(1, 200), size=st.integers(1, 70), done=st.sets(st.integers(0, 250), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_missing_shards_are_just_the_missing_trials_cut_at_the_grid(trials, size, done):
+    missing = missing_shards(trials, size, [Shard(trial, trial) for trial in done])
+    assert [trial for shard in missing for trial in shard.trials] == sorted(set(range(trials)) - done)
+    assert all(shard.first // size == shard.last // size for shard in missing)
+
+
+def record(trials=100, **training):
+    spec = {"name": "e", "dataset": {"name": "digits"}, "training": training, "subsets": {"trials": trials}}
+    experiment = Experiment.parse(spec)
+    return Record(experiment, experiment.fingerprint("d"), experiment.canonical("d"), 10, 5, 7)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return ExperimentArchive(LocalStore(tmp_path), "e")
+
+
+def test_an_experiment_is_entered_once_and_found_again(archive):
+    assert archive.enroll(record()) == record()
+    assert archive.enroll(record()) == archive.record() == record()
+
+
+def test_another_experiment_of_the_name_is_refused_and_what_differs_is_named(archive):
+    archive.enroll(record())
+    with pytest.raises(StoreError, match=r"'e' is in the store with fingerprint .* \(training\.epochs 20 -> 3\): choose another name"):
+        archive.enroll(record(epochs=3))
+
+
+def test_more_trials_extend_an_experiment_on_its_own_grid_and_fewer_are_refused(archive):
+    archive.enroll(record())
+    longer = archive.enroll(dataclasses.replace(record(200), trials_per_shard=50))
+    assert longer.experiment.subsets.trials == 200 and longer.trials_per_shard == 7 and archive.record() == longer
+    with pytest.raises(StoreError, match="with 200 trials, this spec has 100"):
+        archive.enroll(record(100))
+
+
+def test_failures_are_kept_and_counted(archive):
+    first = archive.record_failure(Shard(0, 6), "boom", "trace", "now")
+    second = archive.record_failure(Shard(0, 6), "boom again", "trace", "later")
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert [failure.error for failure in archive.failures()] == ["boom", "boom again"]

@@ -1,0 +1,222 @@
+"""Datasets: what is read is what was there, prepared once, and what is wrong is named."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from memtail import datasets
+from memtail.datasets import folder as folder_module
+from memtail.datasets.folder import find_images, prepare_folder
+from memtail.errors import DatasetError
+from memtail.experiment import DatasetSpec
+from tests.conftest import write_arrays
+
+
+def arrays(path, **parts):
+    return datasets.prepare(DatasetSpec(name="arrays", root=path, **parts))
+
+
+def test_digits_are_scikit_learns(digits):
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    assert digits.n_train + digits.n_test == 1797 and digits.image_shape == (1, 8, 8)
+    assert (digits.test_labels == bunch.target[4::5]).all()
+    assert (digits.test_images[..., 0] == np.rint(bunch.images[4::5] * 255 / 16)).all()
+    np.testing.assert_allclose(digits.mean[0], digits.train_images.mean(), rtol=1e-12)
+    np.testing.assert_allclose(digits.std[0], digits.train_images.std(), rtol=1e-12)
+
+
+def test_arrays_are_kept_as_they_are_and_limits_take_the_first(tmp_path):
+    path = write_arrays(tmp_path / "a.npz")
+    held = np.load(path)
+    dataset = arrays(path)
+    assert (dataset.train_images[..., 0] == held["train_images"]).all() and (dataset.test_labels == held["test_labels"]).all()
+    assert dataset.train_images.dtype == np.uint8 and isinstance(dataset.train_images, np.memmap)
+    small = arrays(path, max_train=10, max_test=3)
+    assert (small.n_train, small.n_test) == (10, 3) and (small.train_images[..., 0] == held["train_images"][:10]).all()
+    assert small.fingerprint != dataset.fingerprint
+
+
+def test_equal_content_has_equal_fingerprints_and_is_prepared_once(tmp_path, monkeypatch):
+    first, second = arrays(write_arrays(tmp_path / "a.npz")), arrays(write_arrays(tmp_path / "b.npz"))
+    assert first.fingerprint == second.fingerprint and first.folder == second.folder
+    monkeypatch.setattr(datasets, "load_arrays", lambda path: pytest.fail("prepared again"))
+    assert arrays(tmp_path / "a.npz").fingerprint == first.fingerprint
+    monkeypatch.undo()
+    changed = np.load(tmp_path / "a.npz")["train_images"]
+    changed[0, 0, 0] ^= 1
+    assert arrays(write_arrays(tmp_path / "a.npz", train_images=changed)).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_labels": np.array([0, 1] * 19 + [0, -1])}, "train_labels: 1 labels out of range, the first is -1 at index 39"),
+        (
+            {"test_labels": np.array([0, 1] * 9 + [0, 7])},
+            "test_labels: 1 labels out of range, the first is 7 at index 19: labels must be 0 to 1",
+        ),
+        ({"train_labels": np.zeros(39, int)}, "needed are 40 integers"),
+        ({"train_labels": np.zeros(40)}, "train_labels is float64"),
+        ({"train_images": np.zeros((40, 6, 6))}, "train_images is float64"),
+        ({"test_images": np.zeros((20, 5, 6), np.uint8)}, "all must be of one size"),
+    ],
+)
+def test_wrong_arrays_are_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(DatasetError, match=message.replace("(", r"\(")):
+        arrays(write_arrays(tmp_path / "a.npz", **changes))
+
+
+def test_missing_truncated_and_incomplete_npz_files_are_named(tmp_path):
+    with pytest.raises(DatasetError, match=r"there is no file .*a\.npz"):
+        arrays(tmp_path / "a.npz")
+    data = write_arrays(tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DatasetError, match=r"a\.npz: is truncated or corrupt"):
+        arrays(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", train_images=np.zeros((2, 2, 2), np.uint8))
+    with pytest.raises(DatasetError, match="holds no train_labels, test_images, test_labels"):
+        arrays(tmp_path / "a.npz")
+
+
+def write_mnist(root, compress):
+    """Eight training and four test images in torchvision's layout."""
+    rng = np.random.default_rng(0)
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    held = {}
+    for prefix, count in (("train", 8), ("t10k", 4)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8)
+        held[prefix] = images
+        for name, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels)):
+            data = struct.pack(f">{1 + array.ndim}i", magic, *array.shape) + array.tobytes()
+            path = folder / f"{prefix}-{name}-ubyte{'.gz' if compress else ''}"
+            path.write_bytes(gzip.compress(data) if compress else data)
+    return held
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_mnist_is_read_as_torchvision_leaves_it(tmp_path, compress, monkeypatch):
+    held = write_mnist(tmp_path, compress)
+    monkeypatch.setenv("MEMTAIL_DATA", str(tmp_path))
+    for root in (tmp_path, None):
+        dataset = datasets.prepare(DatasetSpec(name="mnist", root=root))
+        assert (dataset.train_images[..., 0] == held["train"]).all() and (dataset.test_images[..., 0] == held["t10k"]).all()
+        assert dataset.train_labels.tolist() == list(range(8)) and len(dataset.classes) == 10
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_truncated_mnist_file_is_named(tmp_path, compress):
+    write_mnist(tmp_path, compress)
+    path = next((tmp_path / "MNIST" / "raw").glob("t10k-images*"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DatasetError, match=f"{path.name}: is truncated or corrupt"):
+        datasets.prepare(DatasetSpec(name="mnist", root=tmp_path))
+
+
+def test_a_dataset_that_is_nowhere_says_where_it_looked_and_how_to_get_it(tmp_path, monkeypatch):
+    from torchvision import datasets as torchvision_datasets
+
+    def refuse(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision_datasets, "CIFAR10", type("CIFAR10", (), {**vars(torchvision_datasets.CIFAR10), "__init__": refuse}))
+    with pytest.raises(DatasetError, match=rf"'cifar10' is not in {tmp_path}/cifar-10-batches-py, .*no network.*download=True"):
+        datasets.prepare(DatasetSpec(name="cifar10", root=tmp_path))
+
+
+def write_tree(root, count=5, size=(8, 8), suffix=".png"):
+    rng = np.random.default_rng(0)
+    held = {}
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (root / split / label).mkdir(parents=True)
+            for index in range(count):
+                image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+                Image.fromarray(image).save(root / split / label / f"{index:03}{suffix}")
+                held[f"{split}/{label}/{index:03}{suffix}"] = image
+    return held
+
+
+def prepare_tree(root, **parts):
+    return datasets.prepare(DatasetSpec(name="folder", root=root, **parts))
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_which_are_kept(tmp_path):
+    held = write_tree(tmp_path)
+    dataset = prepare_tree(tmp_path)
+    assert dataset.classes == ("cat", "dog") and dataset.train_labels.tolist() == [0] * 5 + [1] * 5
+    names = [name.decode() for name in dataset.train_files]
+    assert names == [f"{label}/{index:03}.png" for label in ("cat", "dog") for index in range(5)]
+    for name, image in zip(names, dataset.train_images, strict=True):
+        assert (image == held[f"train/{name}"]).all()
+    for name, image in zip(dataset.test_files, dataset.test_images, strict=True):
+        assert (image == held[f"val/{name.decode()}"]).all()
+
+
+def test_a_folders_limit_is_spread_over_its_classes(tmp_path):
+    write_tree(tmp_path)
+    assert prepare_tree(tmp_path, max_train=4, max_test=2).train_labels.tolist() == [0, 0, 1, 1]
+
+
+def test_images_are_resized_on_their_shorter_side_and_cropped(tmp_path):
+    write_tree(tmp_path, size=(20, 30), suffix=".jpg")
+    grey = np.zeros((40, 40), np.uint8)
+    Image.fromarray(grey).save(tmp_path / "train" / "cat" / "grey.bmp")
+    dataset = prepare_tree(tmp_path, resolution=10)
+    assert dataset.train_images.shape == (11, 10, 10, 3) and (dataset.train_images[5] == 0).all()
+
+
+def test_images_of_unequal_size_are_refused_without_a_resolution(tmp_path):
+    write_tree(tmp_path)
+    Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(tmp_path / "train" / "dog" / "odd.png")
+    with pytest.raises(DatasetError, match=r"odd\.png: is 8 x 9 pixels, the first image 8 x 8: .* need dataset\.resolution"):
+        prepare_tree(tmp_path)
+
+
+def test_a_corrupt_image_is_named_and_what_was_done_before_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "CHUNK", 2)
+    root, target = tmp_path / "tree", tmp_path / "prepared"
+    held = write_tree(root)
+    bad = root / "val" / "dog" / "004.png"
+    good = bad.read_bytes()
+    bad.write_bytes(good[: len(good) // 2])
+    with pytest.raises(DatasetError, match=r"val/dog/004\.png: is truncated or corrupt"):
+        prepare_folder(find_images(root, None, None), None, target, None)
+    journal = next(target.glob(".unfinished-*/journal.jsonl"))
+    done = len(journal.read_text().split())
+    assert done > 0
+    bad.write_bytes(good)
+    steps = []
+    prepared = prepare_folder(find_images(root, None, None), None, target, lambda *step: steps.append(step))
+    assert steps[-1] == (20, 20) and len(steps) < 10
+    dataset = datasets.ImageDataset.open(prepared)
+    assert all(
+        (image == held[f"train/{name.decode()}"]).all() for name, image in zip(dataset.train_files, dataset.train_images, strict=True)
+    )
+    fresh = datasets.ImageDataset.open(prepare_folder(find_images(root, None, None), None, tmp_path / "fresh", None))
+    assert fresh.fingerprint == dataset.fingerprint and (fresh.test_images == dataset.test_images).all()
+
+
+def test_a_missing_split_class_or_root_is_named(tmp_path):
+    with pytest.raises(DatasetError, match="there is no folder"):
+        prepare_tree(tmp_path / "missing")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DatasetError, match=r"must hold train/ and test/ \(or val/\)"):
+        prepare_tree(tmp_path)
+    (tmp_path / "test" / "bird").mkdir(parents=True)
+    (tmp_path / "train" / "cat").mkdir()
+    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "train" / "cat" / "a.png")
+    with pytest.raises(DatasetError, match=r"test/bird is a class that train/ has not"):
+        prepare_tree(tmp_path)
+
+
+def test_a_damaged_prepared_dataset_is_named(tmp_path):
+    dataset = arrays(write_arrays(tmp_path / "a.npz", train_images=np.full((40, 6, 6), 3, np.uint8)))
+    (dataset.folder / "train_images.npy").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"train_images\.npy: prepared dataset is damaged"):
+        arrays(tmp_path / "a.npz")

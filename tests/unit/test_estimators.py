@@ -1,0 +1,149 @@
+"""Estimates from packed statistics against a direct transcription of the equations."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memtail.estimators import expected_standard_error, high_influence_pairs, influence, memorization
+from memtail.statistics import Statistics, cooccurrence
+from memtail.trials import TrialBatch, TrialMetrics, pack
+
+
+def batch(first, M, C, T, diverged=(), margins=None):
+    trials = np.arange(first, first + len(M), dtype=np.int32)
+    metrics = [TrialMetrics(int(k), int(k) in diverged, 0.0, 1.0, 1.0, 1.0) for k in trials]
+    return TrialBatch(
+        trials, pack(M), pack(C), pack(T), M.shape[1], T.shape[1], metrics, {}, margins, None if margins is None else T.astype(np.float16)
+    )
+
+
+def random_bits(seed, t, n, q):
+    rng = np.random.default_rng(seed)
+    # some examples are always in or always out, so that k_out or k_in is 0
+    M = rng.random((t, n)) < rng.choice([0.0, 0.5, 0.7, 1.0], n, p=[0.1, 0.4, 0.4, 0.1])
+    return M, rng.random((t, n)) < 0.6, rng.random((t, q)) < 0.6
+
+
+def direct_memorization(M, C):
+    with np.errstate(invalid="ignore"):
+        p_in = (M * C).sum(0) / M.sum(0)
+        p_out = ((1 - M) * C).sum(0) / (1 - M).sum(0)
+    return p_in, p_out
+
+
+shapes = {"t": st.integers(1, 150), "n": st.integers(1, 40), "q": st.integers(1, 40), "seed": st.integers(0, 10**6)}
+
+
+@given(**shapes, shard=st.integers(1, 70))
+@settings(max_examples=60, deadline=None)
+def test_memorization_is_the_papers_equation(t, n, q, seed, shard):
+    M, C, T = random_bits(seed, t, n, q)
+    statistics = Statistics(n, q)
+    for first in range(0, t, shard):
+        statistics.fold(batch(first, M[first : first + shard], C[first : first + shard], T[first : first + shard]))
+    found = memorization(statistics)
+    p_in, p_out = direct_memorization(M.astype(int), C.astype(int))
+    k_in, k_out = M.sum(0), t - M.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(p_in * (1 - p_in) / k_in + p_out * (1 - p_out) / k_out)
+    np.testing.assert_allclose(found.value, p_in - p_out, atol=1e-12)
+    np.testing.assert_allclose(found.error, error, atol=1e-12)
+    assert (found.k_in == k_in).all() and (found.k_out == k_out).all()
+    assert (np.isnan(found.value) == ((k_in == 0) | (k_out == 0))).all()
+    assert found.undefined == int(((k_in == 0) | (k_out == 0)).sum())
+
+
+@given(**shapes, on=st.sampled_from(["test", "train"]))
+@settings(max_examples=60, deadline=None)
+def test_influence_is_the_papers_equation(t, n, q, seed, on):
+    M, C, T = random_bits(seed, t, n, q)
+    statistics = Statistics(n, q)
+    statistics.fold(batch(0, M, C, T))
+    found = influence(statistics.packed(), slice(None), slice(None), on)
+    other = (T if on == "test" else C).astype(int)
+    inside, outside = M.astype(int), 1 - M.astype(int)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p_in, p_out = inside.T @ other / inside.sum(0)[:, None], outside.T @ other / outside.sum(0)[:, None]
+        error = np.sqrt(p_in * (1 - p_in) / inside.sum(0)[:, None] + p_out * (1 - p_out) / outside.sum(0)[:, None])
+    np.testing.assert_allclose(found.value, p_in - p_out, atol=1e-12)
+    np.testing.assert_allclose(found.error, error, atol=1e-12)
+
+
+@given(t=st.integers(1, 200), a=st.integers(1, 150), b=st.integers(1, 150), seed=st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_cooccurrence_counts_the_trials_set_in_both(t, a, b, seed):
+    rng = np.random.default_rng(seed)
+    words = -(-t // 64)
+    left = rng.integers(0, 2**64, (words, a), dtype=np.uint64)
+    right = rng.integers(0, 2**64, (words, b), dtype=np.uint64)
+    expected = np.bitwise_count(left[:, :, None] & right[:, None]).sum(0)
+    assert (cooccurrence(left, right) == expected).all()
+
+
+def test_statistics_do_not_depend_on_the_order_in_which_batches_arrive():
+    M, C, T = random_bits(3, 200, 30, 20)
+    bounds = [(0, 70), (70, 71), (71, 130), (130, 200)]
+    packed = []
+    for order in (bounds, bounds[::-1]):
+        statistics = Statistics(30, 20)
+        for first, last in order:
+            statistics.fold(batch(first, M[first:last], C[first:last], T[first:last]))
+        packed.append(statistics.packed())
+    for name in ("membership", "train_correct", "test_correct", "counted"):
+        assert (getattr(packed[0], name) == getattr(packed[1], name)).all()
+
+
+def test_a_trial_is_counted_once_however_often_it_arrives():
+    M, C, T = random_bits(4, 20, 30, 20)
+    statistics = Statistics(30, 20)
+    assert statistics.fold(batch(0, M, C, T)) == 20
+    assert statistics.fold(batch(0, M, C, T)) == 0
+    assert statistics.fold(batch(10, M[10:], C[10:], T[10:])) == 0
+    assert statistics.trials == 20 and (statistics.k_in == M.sum(0)).all()
+
+
+def test_diverged_and_missing_trials_do_not_count():
+    M, C, T = random_bits(5, 10, 30, 20)
+    C[4], T[4] = False, False
+    statistics = Statistics(30, 20)
+    statistics.fold(batch(100, M, C, T, diverged=(104,)))
+    kept = np.arange(10) != 4
+    p_in, p_out = direct_memorization(M[kept].astype(int), C[kept].astype(int))
+    np.testing.assert_allclose(memorization(statistics).value, p_in - p_out, atol=1e-12)
+    assert statistics.trials == statistics.packed().trials == 9 and statistics.diverged == 1
+    assert (influence(statistics.packed(), slice(None), slice(None)).value.shape) == (30, 20)
+
+
+def test_margins_are_summed_exactly_in_any_order():
+    M, C, T = random_bits(6, 50, 8, 4)
+    margins = np.random.default_rng(0).normal(scale=100, size=(50, 8)).astype(np.float16)
+    forwards, backwards = Statistics(8, 4), Statistics(8, 4)
+    for first in range(50):
+        forwards.fold(batch(first, M[[first]], C[[first]], T[[first]], margins=margins[[first]]))
+    for first in range(49, -1, -1):
+        backwards.fold(batch(first, M[[first]], C[[first]], T[[first]], margins=margins[[first]]))
+    assert (forwards.margin_in == backwards.margin_in).all() and (forwards.margin_out == backwards.margin_out).all()
+    np.testing.assert_allclose(forwards.margin_in / 2**24, (margins.astype(float) * M).sum(0), rtol=1e-12)
+
+
+def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influence():
+    rng = np.random.default_rng(7)
+    M, C, T = random_bits(8, 40, 60, 50)
+    train_labels, test_labels = rng.integers(0, 3, 60), rng.integers(0, 3, 50)
+    statistics = Statistics(60, 50)
+    statistics.fold(batch(0, M, C, T))
+    mem, packed = memorization(statistics), statistics.packed()
+    pairs = high_influence_pairs(packed, mem, train_labels, test_labels, 0.05, 0.1)
+    everything = influence(packed, slice(None), slice(None)).value
+    with np.errstate(invalid="ignore"):
+        wanted = (mem.value[:, None] >= 0.05) & (everything >= 0.1) & (train_labels[:, None] == test_labels)
+    assert set(zip(pairs.train.tolist(), pairs.test.tolist(), strict=True)) == set(
+        zip(*(x.tolist() for x in np.nonzero(wanted)), strict=True)
+    )
+    assert len(pairs) > 10 and (np.diff(pairs.influence) <= 0).all()
+    assert (pairs.influence == everything[pairs.train, pairs.test]).all() and (pairs.mem == mem.value[pairs.train]).all()
+
+
+def test_expected_standard_error_is_the_papers_worst_case():
+    assert expected_standard_error(1000, 0.7) == pytest.approx(np.sqrt(1.19 / 1000), rel=1e-3)

@@ -1,0 +1,113 @@
+"""The experiment file: defaults, fingerprints, and one clear line for whatever is wrong."""
+
+import numpy as np
+import pytest
+import yaml
+
+from memtail.errors import SpecError
+from memtail.experiment import Experiment, differences
+
+BASE = {"name": "digits", "dataset": {"name": "digits"}}
+
+
+def changed(path, value):
+    spec = {**BASE}
+    *parents, last = path.split(".")
+    place = spec
+    for parent in parents:
+        place[parent] = dict(place.get(parent, {}))
+        place = place[parent]
+    place[last] = value
+    return Experiment.parse(spec)
+
+
+def test_defaults_fill_in_a_minimal_file_and_its_yaml_reads_back(tmp_path):
+    path = tmp_path / "e.yaml"
+    path.write_text("name: digits\ndataset: {name: digits}\n")
+    experiment = Experiment.load(path)
+    assert experiment.training.epochs == 20 and experiment.subsets.trials == 1000 and experiment.model.hidden == [256]
+    assert Experiment.parse(yaml.safe_load(experiment.to_yaml())) == experiment
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("modle", {}, "unknown key 'modle': did you mean 'model'?"),
+        ("training.epoch", 3, "unknown key 'training.epoch': did you mean 'epochs'?"),
+        ("training.optimizer.learning", 3, "unknown key 'training.optimizer.learning': known here: name, lr"),
+        ("model", {"name": "mlp", "hiden": [3]}, "unknown key 'model.hiden': did you mean 'hidden'?"),
+        ("model", {"name": "resnet9", "widht": 3}, "unknown key 'model.widht'"),
+        ("training.schedule", {"name": "cosine", "warmpu": 0}, "unknown key 'training.schedule.warmpu': did you mean 'warmup'?"),
+        ("subsets.fraction", 1.5, "subsets.fraction: input should be less than 1 (got 1.5)"),
+        ("subsets.fraction", 0, "subsets.fraction: input should be greater than 0 (got 0)"),
+        ("subsets.design", "random", "subsets.design: input should be 'uniform', 'balanced', 'stratified' or 'explicit' (got random)"),
+        ("training.schedule", {"name": "cosin"}, "training.schedule: input tag 'cosin'"),
+        ("execution.device", "gpu", "execution.device: "),
+        ("name", "My Experiment", "name: "),
+        ("dataset", {"name": "imagenet"}, "dataset.name: input should be 'digits', 'mnist'"),
+        ("dataset", {"name": "folder"}, "dataset 'folder' needs a root"),
+        ("dataset", {"name": "digits", "resolution": 3}, "resolution is for dataset 'folder'"),
+        ("subsets.masks", "m.npy", "goes with design 'explicit'"),
+        ("training.optimizer", {"momentum": 0.0}, "nesterov needs a momentum"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(path, value, message):
+    with pytest.raises(SpecError) as caught:
+        changed(path, value)
+    text = str(caught.value)
+    assert message in text and "\n" not in text
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "\0", ""])
+def test_a_file_that_is_not_yaml_or_no_mapping_is_named(tmp_path, text):
+    path = tmp_path / "e.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=r"e\.yaml"):
+        Experiment.load(path)
+    with pytest.raises(SpecError, match="cannot be read"):
+        Experiment.load(tmp_path / "missing.yaml")
+
+
+def test_what_no_trial_depends_on_is_not_in_the_fingerprint():
+    base = Experiment.parse(BASE).fingerprint("d")
+    for path, value in [("execution.device", "cpu"), ("execution.trials_per_shard", 3), ("subsets.trials", 2000), ("name", "other")]:
+        assert changed(path, value).fingerprint("d") == base, path
+    assert Experiment.parse({**BASE, "dataset": {"name": "digits", "root": "/elsewhere"}}).fingerprint("d") == base
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("training.epochs", 21),
+        ("training.optimizer.lr", 0.2),
+        ("training.precision", "bfloat16"),
+        ("subsets.seed", 1),
+        ("subsets.fraction", 0.5),
+        ("subsets.design", "balanced"),
+        ("model", {"name": "mlp", "hidden": [255]}),
+        ("record.margins", True),
+    ],
+)
+def test_what_changes_a_trial_changes_the_fingerprint_and_is_named(path, value):
+    before, after = Experiment.parse(BASE), changed(path, value)
+    assert before.fingerprint("d") != after.fingerprint("d")
+    assert differences(before.canonical("d"), after.canonical("d"))[0].startswith(path)
+    assert before.fingerprint("d") != before.fingerprint("other dataset")
+
+
+def test_paths_are_relative_to_the_file_and_masks_count_by_content(tmp_path):
+    for folder, value in (("a", True), ("b", True), ("c", False)):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "masks.npy", np.full((3, 4), value))
+        (tmp_path / folder / "e.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    **BASE,
+                    "dataset": {"name": "folder", "root": "images"},
+                    "subsets": {"design": "explicit", "masks": "masks.npy", "trials": 3},
+                }
+            )
+        )
+    a, b, c = (Experiment.load(tmp_path / folder / "e.yaml") for folder in "abc")
+    assert a.dataset.root == tmp_path / "a" / "images"
+    assert a.fingerprint("d") == b.fingerprint("d") != c.fingerprint("d")

@@ -1,0 +1,48 @@
+"""The wire format of trial batches."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memtail.errors import StoreError
+from memtail.trials import TrialBatch, TrialMetrics, pack, unpack
+
+
+def make(k=3, n=13, q=5, seed=0, margins=False):
+    rng = np.random.default_rng(seed)
+    bits = [rng.random((k, size)) < 0.5 for size in (n, n, q)]
+    metrics = [TrialMetrics(trial, False, 0.5, 1.0, None, 0.75) for trial in range(10, 10 + k)]
+    floats = [rng.normal(size=(k, size)).astype(np.float16) if margins else None for size in (n, q)]
+    return TrialBatch(np.arange(10, 10 + k, dtype=np.int32), *map(pack, bits), n, q, metrics, {"fingerprint": "f"}, *floats), bits
+
+
+@given(k=st.integers(1, 9), n=st.integers(1, 40), q=st.integers(1, 40), seed=st.integers(0, 99), margins=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_batch_survives_the_wire(k, n, q, seed, margins):
+    batch, (members, train, test) = make(k, n, q, seed, margins)
+    read = TrialBatch.from_bytes(batch.to_bytes())
+    assert (unpack(read.membership, n) == members).all() and (unpack(read.train_correct, n) == train).all()
+    assert (unpack(read.test_correct, q) == test).all() and list(read.metrics) == list(batch.metrics)
+    assert read.provenance == batch.provenance and read.shard == batch.shard
+    assert (read.train_margin is None) != margins and (not margins or (read.test_margin == batch.test_margin).all())
+    assert read.to_bytes() == batch.to_bytes()
+
+
+def test_plain_numpy_reads_the_documented_arrays():
+    batch, (members, _, _) = make()
+    with np.load(io.BytesIO(batch.to_bytes())) as archive:
+        assert (np.unpackbits(archive["membership"], axis=1, count=13, bitorder="little") == members).all()
+        assert archive["trial"].dtype == np.int32 and archive["trial"].tolist() == [10, 11, 12]
+        assert json.loads(str(archive["metrics"]))[0]["test_accuracy"] == 0.75
+        assert json.loads(str(archive["provenance"])) == {"fingerprint": "f"}
+
+
+def test_a_truncated_batch_is_named():
+    data = make()[0].to_bytes()
+    for size in (0, 10, len(data) // 2, len(data) - 1):
+        with pytest.raises(StoreError, match="trials/x.npz: is truncated or corrupt"):
+            TrialBatch.from_bytes(data[:size], "trials/x.npz")
