@@ -65,7 +65,6 @@ class RunProgress:
 
     def __init__(self, quiet: bool = False) -> None:
         self.seconds = 0.0
-        self.failed: list[Shard] = []
         self._quiet = quiet
         self._bar = Progress(
             TextColumn("[bold]{task.fields[name]}"),

@@ -195,7 +195,7 @@ def test_a_diverged_trial_is_recorded_and_the_others_in_the_stack_are_as_without
                 network[1].weight[0, 0] = float("nan")
         return network
 
-    monkeypatch.setattr("memtail.training.stacked_run.build_model", lambda *args: poisoned(*args))
+    monkeypatch.setattr("memtail.training.stacked_run.build_model", poisoned)
     built.append(None)
     bad = train_shard(experiment, digits, range(4), CPU)
     assert [entry.diverged for entry in bad.metrics] == [False, True, False, False]
@@ -236,9 +236,9 @@ def test_one_trial_that_does_not_fit_is_an_error(declare, digits, monkeypatch):
 
 
 class Memory:
-    """Checkpoints in memory; raises `Stop` once the save numbered `stop_at` is kept."""
+    """Checkpoints in memory; raises `StopError` once the save numbered `stop_at` is kept."""
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def __init__(self, stop_at=None):
@@ -250,7 +250,7 @@ class Memory:
     def save(self, state):
         self.state, self.saves = state, self.saves + 1
         if self.saves == self.stop_at:
-            raise Memory.Stop
+            raise Memory.StopError
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
     dataset = prepare(experiment.dataset)
     expected = train_shard(experiment, dataset, range(5), CPU)
     checkpoints = Memory(stop_at)
-    with pytest.raises(Memory.Stop):
+    with pytest.raises(Memory.StopError):
         train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)
     saves = checkpoints.saves
     resumed = train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)

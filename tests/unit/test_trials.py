@@ -44,5 +44,5 @@ def test_plain_numpy_reads_the_documented_arrays():
 def test_a_truncated_batch_is_named():
     data = make()[0].to_bytes()
     for size in (0, 10, len(data) // 2, len(data) - 1):
-        with pytest.raises(StoreError, match="trials/x.npz: is truncated or corrupt"):
+        with pytest.raises(StoreError, match=r"trials/x\.npz: is truncated or corrupt"):
             TrialBatch.from_bytes(data[:size], "trials/x.npz")
