@@ -1,5 +1,6 @@
 # make run     set up and run the digits experiment, end to end
 # make test    set up and run all tests
+# make bench   measure against honest baselines (ROW=name: one row, ROW=list: their names)
 # make lint    ruff and mypy
 # Everything lives in .venv; nothing is installed again until pyproject.toml changes.
 
@@ -7,13 +8,16 @@ SPEC ?= examples/digits.yaml
 STORE ?= memtail-store
 BIN := .venv/bin
 
-.PHONY: run test lint clean
+.PHONY: run test bench lint clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
 
 test: .venv/installed-dev
 	$(BIN)/pytest $(ARGS)
+
+bench: .venv/installed-dev
+	$(BIN)/python -m tests.benchmarks.bench $(ROW)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ Each has a process pool of its own, so that a process that dies (out of memory, 
 replaced. Processes end when their parent does, also if it was killed.
 """
 
+import ctypes
 import multiprocessing
 import os
 import queue
@@ -12,6 +13,7 @@ import threading
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
@@ -126,13 +128,24 @@ def _end(pool: ProcessPoolExecutor) -> None:
 
 _reports: Any = None
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+
 
 def _initialize(reports: Any) -> None:
     global _reports  # noqa: PLW0603 - a pool's process keeps what it was given once
     _reports = reports
     logs.configure()
+    _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _keep_memory() -> None:
+    """Have the C library keep freed memory for the next step, which would otherwise fault in every page of it again."""
+    with suppress(OSError, AttributeError):  # only glibc has mallopt
+        library = ctypes.CDLL(None)
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            library.mallopt(parameter, 1 << 30)
 
 
 def _end_with_parent() -> None:

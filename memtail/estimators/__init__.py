@@ -12,6 +12,7 @@ An example that was never in, or never out, has no estimate: NaN, never 0.
 from memtail.estimators.influence import Influence, influence, influence_blocks
 from memtail.estimators.memorization import Memorization, expected_standard_error, memorization
 from memtail.estimators.pairs import Pairs, high_influence_pairs
+from memtail.estimators.top import top_influencers
 
 __all__ = [
     "Influence",
@@ -22,4 +23,5 @@ __all__ = [
     "influence",
     "influence_blocks",
     "memorization",
+    "top_influencers",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -9,21 +10,55 @@ import numpy.typing as npt
 
 from memtail.estimators.memorization import Floats, rate, standard_error
 from memtail.statistics import cooccurrence
-from memtail.statistics.accumulator import PackedTrials, Words
+from memtail.statistics.accumulator import Counts, PackedTrials
 
 Index = npt.NDArray[np.integer] | slice
 Target = Literal["test", "train"]
 
 #: Training examples per block, which bounds the memory that a whole pass over all pairs takes.
-BLOCK = 1024
+BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Influence:
-    """A block of influences: `value` and `error`, float64 [a, b]; NaN rows where a training example was never in or never out."""
+    """A block of influences: of a training examples on b others, as counts and the estimates that follow from them.
 
-    value: Floats
-    error: Floats
+    Attributes:
+        both: int32 [a, b], trials that saw the first and got the second right.
+        k_in: int64 [a], trials that saw the first.
+        right: int64 [b], trials that got the second right.
+        trials: t.
+    """
+
+    both: npt.NDArray[np.int32]
+    k_in: Counts
+    right: Counts
+    trials: int
+
+    @cached_property
+    def value(self) -> Floats:
+        """float64 [a, b], infl_ij; NaN rows where a training example was never in or never out."""
+        from memtail.statistics import kernels  # compiles
+
+        out = np.empty(self.both.shape)
+        if len(self.right) == 1:
+            kernels.influence_column(self.both[:, 0], self.k_in, self.right[0], self.trials, out[:, 0])
+        else:
+            kernels.influence_values(self.both, self.k_in, self.right, self.trials, out)
+        return out
+
+    @cached_property
+    def error(self) -> Floats:
+        """float64 [a, b], the standard error of every value."""
+        return self._error(self.both, self.k_in[:, None], self.right)
+
+    def error_at(self, i: npt.NDArray[np.integer], j: npt.NDArray[np.integer]) -> Floats:
+        """float64 [p], the standard errors at p places of the block only."""
+        return self._error(self.both[i, j], self.k_in[i], self.right[j])
+
+    def _error(self, both: npt.NDArray[np.int32], k_in: Counts, right: Counts) -> Floats:
+        k_out = self.trials - k_in
+        return standard_error(rate(both, k_in), k_in, rate(right - both, k_out), k_out)
 
 
 def influence(packed: PackedTrials, train: Index, other: Index, on: Target = "test") -> Influence:
@@ -35,14 +70,9 @@ def influence(packed: PackedTrials, train: Index, other: Index, on: Target = "te
         other: which examples they act on (columns).
         on: whether those are test examples or training examples.
     """
-    members = packed.membership[:, train]
-    right = _correct(packed, on)[:, other]
-    both = cooccurrence(members, right)
-    k_in = column_sums(members)[:, None]
-    k_out = packed.trials - k_in
-    p_in = rate(both, k_in)
-    p_out = rate(column_sums(right)[None] - both, k_out)
-    return Influence(p_in - p_out, standard_error(p_in, k_in, p_out, k_out))
+    words, right = (packed.test_correct, packed.test_right) if on == "test" else (packed.train_correct, packed.train_right)
+    both = cooccurrence(packed.membership[:, train], words[:, other])
+    return Influence(both, packed.k_in[train], right[other], packed.trials)
 
 
 def influence_blocks(
@@ -52,15 +82,3 @@ def influence_blocks(
     for start in range(0, len(train), BLOCK):
         rows = slice(start, min(start + BLOCK, len(train)))
         yield rows, influence(packed, train[rows], other, on)
-
-
-def column_sums(words: Words) -> npt.NDArray[np.int64]:
-    """uint64 [W, a] -> int64 [a], the number of trials whose bit is set."""
-    total = np.zeros(words.shape[1], np.int64)
-    for row in words:
-        total += np.bitwise_count(row)
-    return total
-
-
-def _correct(packed: PackedTrials, on: Target) -> Words:
-    return packed.test_correct if on == "test" else packed.train_correct

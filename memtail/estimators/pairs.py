@@ -51,7 +51,7 @@ def high_influence_pairs(
         columns = np.flatnonzero(test_labels == label)
         for place, block in influence_blocks(packed, rows, columns):
             i, j = np.nonzero(block.value >= infl_threshold)
-            found.append((rows[place][i], columns[j], block.value[i, j], block.error[i, j]))
+            found.append((rows[place][i], columns[j], block.value[i, j], block.error_at(i, j)))
     train = np.concatenate([part[0] for part in found] or [np.empty(0, np.int64)])
     test = np.concatenate([part[1] for part in found] or [np.empty(0, np.int64)])
     value = np.concatenate([part[2] for part in found] or [np.empty(0)])

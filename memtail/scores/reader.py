@@ -98,28 +98,28 @@ class Scores:
 
     def most_memorized(self, k: int = 10) -> dict[str, Column]:
         """The rows of the k most memorized training examples, falling."""
-        rows = _largest(self.memorization["mem"], k)
+        rows = largest(self.memorization["mem"], k)
         return {name: values[rows] for name, values in self.memorization.items()}
 
     def top_influencers(self, test: int, k: int = 10) -> dict[str, Column]:
         """The k training examples that raise the accuracy on one test example most: `tr_idx`, `label`, `infl`, `infl_se`, `mem`."""
         block = self.influence(test=test)
-        top = _largest(block.value[:, 0], k)
+        top = largest(block.value[:, 0], k)
         return {
             "tr_idx": top,
             "label": self.memorization["label"][top],
             "infl": block.value[top, 0],
-            "infl_se": block.error[top, 0],
+            "infl_se": block.error_at(top, np.zeros_like(top)),
             "mem": self.memorization["mem"][top],
         }
 
     def top_influenced(self, train: int, k: int = 10) -> dict[str, Column]:
         """The k test examples whose accuracy one training example raises most: `tt_idx`, `label`, `infl`, `infl_se`."""
         block = self.influence(train=train)
-        top = _largest(block.value[0], k)
+        top = largest(block.value[0], k)
         with np.load(self.folder / INFLUENCE_MATRIX, allow_pickle=False) as archive:
             labels = archive["tt_labels"]
-        return {"tt_idx": top, "label": labels[top], "infl": block.value[0, top], "infl_se": block.error[0, top]}
+        return {"tt_idx": top, "label": labels[top], "infl": block.value[0, top], "infl_se": block.error_at(np.zeros_like(top), top)}
 
     def _table(self, file: str) -> dict[str, Column]:
         import pyarrow.parquet
@@ -128,13 +128,14 @@ class Scores:
         return {name: table[name].to_numpy() for name in table.column_names}
 
 
-def _largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
+def largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
     """Indices of the k largest values, falling, ties by index; NaN is left out."""
-    values = np.where(np.isnan(values), -np.inf, values)
-    k = min(k, int(np.isfinite(values).sum()))
+    undefined = int(np.isnan(values).sum())
+    k = min(k, len(values) - undefined)
     if k <= 0:
         return np.empty(0, np.int64)
-    candidates = np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
+    place = len(values) - undefined - k  # sorting puts NaN last
+    candidates = np.flatnonzero(values >= np.partition(values, place)[place])
     return candidates[np.argsort(-values[candidates], kind="stable")][:k]
 
 

@@ -6,6 +6,7 @@ trial that is missing or diverged has only zeros, and is not counted.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +35,25 @@ class PackedTrials:
     test_correct: Words
     counted: Words
 
-    @property
+    @cached_property
     def trials(self) -> int:
         """t, the number of trials that count."""
         return int(np.bitwise_count(self.counted).sum())
+
+    @cached_property
+    def k_in(self) -> Counts:
+        """int64 [n], trials that saw each training example."""
+        return _column_sums(self.membership)
+
+    @cached_property
+    def train_right(self) -> Counts:
+        """int64 [n], trials that got each training example right."""
+        return _column_sums(self.train_correct)
+
+    @cached_property
+    def test_right(self) -> Counts:
+        """int64 [q], trials that got each test example right."""
+        return _column_sums(self.test_correct)
 
     @property
     def n_train(self) -> int:
@@ -48,6 +64,13 @@ class PackedTrials:
     def n_test(self) -> int:
         """q."""
         return len(self.test_correct.T)
+
+
+def _column_sums(words: Words) -> Counts:
+    total = np.zeros(words.shape[1], np.int64)
+    for row in words:
+        total += np.bitwise_count(row)
+    return total
 
 
 class Statistics:
@@ -61,6 +84,7 @@ class Statistics:
         correct_in: int64 [n], of those, the trials that got it right.
         correct: int64 [n], trials that got it right, whether or not they saw it.
         metrics: of every folded trial, diverged ones included, by trial index.
+        diverged: how many of them diverged.
         margin_in, margin_out: int64 [n], sums of the logit margins in units of 2^-24 (exact for float16), over the trials that saw the
             example and those that did not; None unless margins were recorded.
     """
@@ -71,6 +95,7 @@ class Statistics:
         self.correct_in: Counts = np.zeros(n_train, np.int64)
         self.correct: Counts = np.zeros(n_train, np.int64)
         self.metrics: dict[int, TrialMetrics] = {}
+        self.diverged = 0
         self.margin_in: Counts | None = None
         self.margin_out: Counts | None = None
         self._membership: list[Words] = []
@@ -82,11 +107,6 @@ class Statistics:
     def trials(self) -> int:
         """t, the number of trials that count."""
         return len(self.metrics) - self.diverged
-
-    @property
-    def diverged(self) -> int:
-        """The number of trials that diverged."""
-        return sum(entry.diverged for entry in self.metrics.values())
 
     @property
     def k_out(self) -> Counts:
@@ -114,6 +134,7 @@ class Statistics:
             added += 1
             self.metrics[trial] = batch.metrics[row]
             if batch.metrics[row].diverged:
+                self.diverged += 1
                 continue
             self._place(trial, members[row], train[row], test[row])
             self.k_in += members[row]

@@ -20,8 +20,17 @@ def cooccurrence(left: Words, right: Words) -> npt.NDArray[np.int32]:
     Returns:
         int32 [a, b], with out[i, j] = sum_w popcount(left[w, i] & right[w, j]).
     """
-    from memtail.statistics.kernels import count_pairs  # compiles: not for those who count no pairs
+    from memtail.statistics import kernels  # compiles: not for those who count no pairs
 
-    out = np.empty((left.shape[1], right.shape[1]), np.int32)
-    count_pairs(np.ascontiguousarray(left.T), np.ascontiguousarray(right.T), out)
-    return out
+    rows, columns = left.shape[1], right.shape[1]
+    if rows == 1 or columns == 1:
+        one, many = (left, right) if rows == 1 else (right, left)
+        single = np.empty(many.shape[1], np.int32)
+        kernels.count_one(np.ascontiguousarray(one[:, 0]), many, single)
+        return single.reshape(rows, columns)
+    padding = -len(left) % kernels.WORDS
+    left = np.pad(left, ((0, padding), (0, -rows % kernels.ROWS)))
+    right = np.pad(right, ((0, padding), (0, 0))) if padding else right
+    out = np.empty((left.shape[1], columns), np.int32)
+    kernels.count_pairs(left, right, out)
+    return out[:rows]

@@ -1,12 +1,21 @@
-"""Compiled loops over packed words. Importing this takes a moment; only what counts pairs does."""
+"""Compiled loops over packed words. Importing this takes a moment; only what counts pairs does.
+
+A vector unit does AND, population count and addition for eight words at a time. What limits it is moving words between the cache and
+registers, so each word loaded is used for several examples of the other side.
+"""
 
 import numba
 import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-# Examples of one side that are counted against a block of the other while both stay in the cache.
-_TILE = 64
+#: `count_pairs` takes rows and words in groups of these.
+ROWS = 4
+WORDS = 2
+
+_COLUMNS = 256  # of the right side, times the number of words: stays in the second-level cache
+_TILE = 64  # rows of the left side that one thread takes at a time
+_STRIPE = 4096  # examples whose running counts stay in the first-level cache
 
 
 @intrinsic
@@ -22,11 +31,93 @@ def _popcount(typing_context, word):  # type: ignore[no-untyped-def]
 
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
-    tiles = (left.shape[0] + _TILE - 1) // _TILE
-    for tile in numba.prange(tiles):
-        for i in range(tile * _TILE, min((tile + 1) * _TILE, left.shape[0])):
-            for j in range(right.shape[0]):
-                total = np.uint64(0)
-                for w in range(left.shape[1]):
-                    total += _popcount(left[i, w] & right[j, w])  # type: ignore[call-arg]
-                out[i, j] = total
+    """out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b]; W and a are multiples of WORDS and ROWS."""
+    words, rows = left.shape
+    columns = right.shape[1]
+    for tile in numba.prange((rows + _TILE - 1) // _TILE):
+        count0 = np.empty(_COLUMNS, np.uint64)
+        count1 = np.empty(_COLUMNS, np.uint64)
+        count2 = np.empty(_COLUMNS, np.uint64)
+        count3 = np.empty(_COLUMNS, np.uint64)
+        for start in range(0, columns, _COLUMNS):
+            n = min(_COLUMNS, columns - start)
+            for i in range(tile * _TILE, min((tile + 1) * _TILE, rows), ROWS):
+                count0[:], count1[:], count2[:], count3[:] = 0, 0, 0, 0
+                for w in range(0, words, WORDS):
+                    a0, a1, a2, a3 = left[w, i], left[w, i + 1], left[w, i + 2], left[w, i + 3]
+                    b0, b1, b2, b3 = left[w + 1, i], left[w + 1, i + 1], left[w + 1, i + 2], left[w + 1, i + 3]
+                    right_a = right[w, start : start + n]
+                    right_b = right[w + 1, start : start + n]
+                    for j in range(n):
+                        a, b = right_a[j], right_b[j]
+                        count0[j] += _popcount(a0 & a) + _popcount(b0 & b)  # type: ignore[call-arg]
+                        count1[j] += _popcount(a1 & a) + _popcount(b1 & b)
+                        count2[j] += _popcount(a2 & a) + _popcount(b2 & b)
+                        count3[j] += _popcount(a3 & a) + _popcount(b3 & b)
+                for j in range(n):
+                    out[i, start + j] = np.int32(count0[j])
+                    out[i + 1, start + j] = np.int32(count1[j])
+                    out[i + 2, start + j] = np.int32(count2[j])
+                    out[i + 3, start + j] = np.int32(count3[j])
+
+
+@numba.njit(parallel=True, cache=True, boundscheck=False)
+def count_one(one, words, out):  # type: ignore[no-untyped-def]
+    """out[j] = sum_w popcount(one[w] & words[w, j]), for uint64 [W] and [W, b]: reads every word once."""
+    columns = words.shape[1]
+    for stripe in numba.prange((columns + _STRIPE - 1) // _STRIPE):
+        start = stripe * _STRIPE
+        n = min(_STRIPE, columns - start)
+        count = np.zeros(n, np.uint64)
+        for w in range(words.shape[0]):
+            bits, row = one[w], words[w, start : start + n]
+            for j in range(n):
+                count[j] += _popcount(bits & row[j])  # type: ignore[call-arg]
+        for j in range(n):
+            out[start + j] = np.int32(count[j])
+
+
+@numba.njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+def influence_values(both, k_in, right, trials, out):  # type: ignore[no-untyped-def]
+    """out[i, j] = both[i, j] / k_in[i] - (right[j] - both[i, j]) / (trials - k_in[i]); NaN where a divisor is 0."""
+    rows, columns = both.shape
+    stripes = (columns + _STRIPE - 1) // _STRIPE
+    for place in numba.prange(rows * stripes):
+        i, stripe = place // stripes, place % stripes
+        seen, unseen = np.float64(k_in[i]), np.float64(trials - k_in[i])
+        for j in range(stripe * _STRIPE, min((stripe + 1) * _STRIPE, columns)):
+            out[i, j] = both[i, j] / seen - (right[j] - both[i, j]) / unseen
+        if seen == 0 or unseen == 0:
+            out[i, stripe * _STRIPE : min((stripe + 1) * _STRIPE, columns)] = np.nan
+
+
+@numba.njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+def influence_column(both, k_in, right, trials, out):  # type: ignore[no-untyped-def]
+    """`influence_values` of all training examples on one other: out[i] from both[i], k_in[i] and the scalar `right`."""
+    for i in numba.prange(len(both)):
+        seen, unseen = np.float64(k_in[i]), np.float64(trials - k_in[i])
+        value = both[i] / seen - (right - both[i]) / unseen
+        out[i] = np.nan if seen == 0 or unseen == 0 else value
+
+
+@numba.njit(parallel=True, cache=True, boundscheck=False)
+def keep_largest(values, first, index, value):  # type: ignore[no-untyped-def]
+    """Merge rows first, first + 1, ... of values [a, b] into each column's largest so far, [b, k] falling; NaN is passed over."""
+    rows, columns = values.shape
+    k = value.shape[1]
+    for stripe in numba.prange((columns + _COLUMNS - 1) // _COLUMNS):
+        start, stop = stripe * _COLUMNS, min((stripe + 1) * _COLUMNS, columns)
+        least = value[start:stop, k - 1].copy()
+        for i in range(rows):
+            row = values[i, start:stop]
+            for j in range(stop - start):
+                new = row[j]
+                if new > least[j]:
+                    place = k - 1
+                    while place > 0 and new > value[start + j, place - 1]:
+                        value[start + j, place] = value[start + j, place - 1]
+                        index[start + j, place] = index[start + j, place - 1]
+                        place -= 1
+                    value[start + j, place] = new
+                    index[start + j, place] = first + i
+                    least[j] = value[start + j, k - 1]

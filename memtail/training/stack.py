@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _PLAIN = (nn.Flatten, nn.Linear, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Identity)
 
@@ -57,13 +58,21 @@ def join_parameters(stack: nn.Module) -> nn.Parameter:
     start = 0
     for parameter in parameters:
         stop = start + parameter.numel()
-        values[start:stop] = parameter.detach().flatten()
-        parameter.data = values[start:stop].view(parameter.shape)
-        parameter.grad = gradients[start:stop].view(parameter.shape)
+        view, gradient = (_view(array[start:stop], parameter.shape) for array in (values, gradients))
+        view.copy_(parameter.detach())
+        parameter.data, parameter.grad = view, gradient
         start = stop
     joined = nn.Parameter(values)
     joined.grad = gradients
     return joined
+
+
+def _view(part: Tensor, shape: torch.Size) -> Tensor:
+    """Part of an array as a parameter; convolution weights with channels last, as the images have them."""
+    if len(shape) != 4:
+        return part.view(shape)
+    out, channels, height, width = shape
+    return part.view(out, height, width, channels).permute(0, 3, 1, 2)
 
 
 class _Single(nn.Module):
@@ -107,6 +116,9 @@ def _stack_layers(networks: list[list[nn.Module]]) -> list[nn.Module]:
     grouped = False
     for copies in zip(*networks, strict=True):
         first = copies[0]
+        if layers and grouped and _is_pooled_relu(layers[-1], first):
+            layers[-1] = _PooledRelu()
+            continue
         if isinstance(first, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d) and not grouped:
             layers.append(_Group())
             grouped = True
@@ -141,6 +153,24 @@ class _Flatten(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(len(x), self.width, -1).transpose(0, 1) if self.grouped else x.flatten(2)
+
+
+def _is_pooled_relu(layer: nn.Module, following: nn.Module) -> bool:
+    """Whether two layers are ReLU and plain 2 x 2 max pooling, in either order."""
+    relu, pool = (layer, following) if isinstance(layer, nn.ReLU) else (following, layer)
+    if not (isinstance(relu, nn.ReLU) and isinstance(pool, nn.MaxPool2d)):
+        return False
+    sizes = {pool.kernel_size, pool.stride} <= {2, (2, 2)}
+    return sizes and pool.padding in (0, (0, 0)) and pool.dilation in (1, (1, 1)) and not pool.ceil_mode
+
+
+class _PooledRelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
+            from memtail.training.pooling import pool_relu  # compiles
+
+            return pool_relu(x)
+        return F.relu(F.max_pool2d(x, 2))
 
 
 class StackedLinear(nn.Module):

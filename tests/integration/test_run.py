@@ -217,7 +217,7 @@ def test_flipped_labels_come_out_memorized_and_far_above_the_rest(tmp_path, digi
     rest = np.delete(mem, flipped)
     # a few flipped digits do look like their new label
     assert np.median(mem[flipped]) > 0.9 and np.quantile(mem[flipped], 0.1) > 0.6
-    assert rest.mean() < 0.1 and np.mean(mem[flipped][:, None] > rest) > 0.99
+    assert rest.mean() < 0.1 and np.mean(mem[flipped][:, None] > rest) > 0.95
 
 
 def test_a_twin_under_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_path, digits):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtail.estimators import expected_standard_error, high_influence_pairs, influence, memorization
+from memtail.estimators import expected_standard_error, high_influence_pairs, influence, memorization, top_influencers
 from memtail.statistics import Statistics, cooccurrence
 from memtail.trials import TrialBatch, TrialMetrics, pack
 
@@ -143,6 +143,20 @@ def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influ
     )
     assert len(pairs) > 10 and (np.diff(pairs.influence) <= 0).all()
     assert (pairs.influence == everything[pairs.train, pairs.test]).all() and (pairs.mem == mem.value[pairs.train]).all()
+
+
+@given(k=st.integers(1, 12), seed=st.integers(0, 50), on=st.sampled_from(["test", "train"]))
+@settings(max_examples=25, deadline=None)
+def test_top_influencers_are_the_largest_of_every_column(k, seed, on):
+    M, C, T = random_bits(seed, 30, 9, 7)
+    statistics = Statistics(9, 7)
+    statistics.fold(batch(0, M, C, T))
+    everything = influence(statistics.packed(), slice(None), slice(None), on).value
+    index, value = top_influencers(statistics.packed(), k, on)
+    for column in range(everything.shape[1]):
+        order = [i for i in np.argsort(-everything[:, column], kind="stable") if not np.isnan(everything[i, column])][:k]
+        assert index[column].tolist() == order + [-1] * (k - len(order))
+        np.testing.assert_array_equal(value[column], [everything[i, column] for i in order] + [np.nan] * (k - len(order)))
 
 
 def test_expected_standard_error_is_the_papers_worst_case():

@@ -1,0 +1,131 @@
+"""Rows about the statistics: all influences, one row and one column, folding one more shard."""
+
+import resource
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from memtail.estimators import Memorization, high_influence_pairs, influence, top_influencers
+from memtail.scores.reader import largest
+from memtail.statistics import Statistics, cooccurrence
+from memtail.statistics.accumulator import PackedTrials
+from memtail.trials import TrialBatch, TrialMetrics, pack
+from tests.benchmarks import baselines
+from tests.benchmarks.bench import Row
+
+REPETITIONS = 5
+
+
+def _packed(rng: np.random.Generator, trials: int, n: int, q: int) -> PackedTrials:
+    """Random bits."""
+    last = np.uint64(2 ** (trials % 64 or 64) - 1)
+
+    def words(columns: int) -> np.ndarray:
+        drawn = rng.integers(0, 2**64, (-(-trials // 64), columns), dtype=np.uint64)
+        drawn[-1] &= last
+        return drawn
+
+    counted = np.full(-(-trials // 64), 2**64 - 1, np.uint64)
+    counted[-1] = last
+    return PackedTrials(words(n), words(n), words(q), counted)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def influence_small() -> list[Row]:
+    """Against the float products of the authors' demo; the counts are compared bit by bit."""
+    trials, n, q = 2000, 8000, 4000
+    packed = _packed(np.random.default_rng(0), trials, n, q)
+
+    def bits(words: np.ndarray) -> np.ndarray:
+        return np.unpackbits(words.T.copy().view(np.uint8), axis=1, bitorder="little")[:, :trials].T.astype(bool)
+
+    membership, correct = bits(packed.membership), bits(packed.test_correct)
+    everything = influence(packed, slice(None), slice(None))  # compiles
+    assert (everything.both == (membership.T.astype(np.float32) @ correct.astype(np.float32)).astype(np.int32)).all(), "the counts differ"
+    np.testing.assert_allclose(baselines.masked_products(membership, correct), everything.value, atol=1e-5)
+    counts, ours, baseline = [], [], []
+    for _ in range(REPETITIONS):
+        counts.append(_timed(lambda: cooccurrence(packed.membership, packed.test_correct)))
+        ours.append(_timed(lambda: influence(packed, slice(None), slice(None)).value))
+        baseline.append(_timed(lambda: baselines.masked_products(membership, correct)))
+    note = "t = 2000, n = 8,000, q = 4,000; counts equal to the bit"
+    return [
+        Row("influence-small", "matrix", "25x", counts, baseline, "(c)", None, f"{note}; ours is the counts"),
+        Row("influence-small", "matrix", "", ours, baseline, "(c)", None, f"{note}; ours is float64 influences"),
+    ]
+
+
+def influence_large() -> list[Row]:
+    """Every influence in blocks: the pairs, and the top 10 of every test example."""
+    trials, n, q = 4000, 50_000, 10_000
+    rng = np.random.default_rng(0)
+    packed = _packed(rng, trials, n, q)
+    # a third of the training set memorized, as in CIFAR-100, so that pairs are looked for where they would be
+    mem = rng.random(n) * 0.375
+    half = np.full(n, trials // 2)
+    memorization = Memorization(mem, mem, mem, mem, half, half)
+    train_labels, test_labels = np.arange(n) % 100, np.arange(q) % 100
+
+    def everything() -> None:
+        top_influencers(packed, 10)
+        high_influence_pairs(packed, memorization, train_labels, test_labels)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    times = [_timed(everything) for _ in range(4)][1:]  # the first compiles
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    note = "t = 4000, n = 50,000, q = 10,000; pairs, and the top 10 of each test example; peak is above the input"
+    return [Row("influence-large", "pass", "10 s, 500 MiB", times, peak_mib=peak, note=note)]
+
+
+def row_and_column() -> list[Row]:
+    """The top 100 of one row and of one column at the size of ImageNet."""
+    packed = _packed(np.random.default_rng(0), 2000, 1_280_000, 50_000)
+
+    def column(test: int) -> None:
+        block = influence(packed, slice(None), np.array([test]))
+        top = largest(block.value[:, 0], 100)
+        block.error_at(top, np.zeros_like(top))
+
+    def row(train: int) -> None:
+        block = influence(packed, np.array([train]), slice(None))
+        top = largest(block.value[0], 100)
+        block.error_at(np.zeros_like(top), top)
+
+    column(0), row(0)  # compiles, and takes the column sums, which are kept
+    note = "t = 2000, n = 1.28 M, q = 50,000; top 100 with standard errors"
+    return [
+        Row("column", "query", "50 ms", [_timed(lambda test=test: column(test)) for test in range(1, 12)], note=note),
+        Row("row", "query", "50 ms", [_timed(lambda train=train: row(train)) for train in range(1, 12)], note=note),
+    ]
+
+
+def fold() -> list[Row]:
+    """One more shard of 64 trials into the statistics of 100,000 trials, against the same into those of 1,000."""
+    n, q, size = 5000, 1000, 64
+    rng = np.random.default_rng(0)
+    bits = [pack(rng.random((size, count)) < 0.7) for count in (n, n, q)]
+
+    def batch(first: int) -> TrialBatch:
+        metrics = [TrialMetrics(trial, False, 0.0, 1.0, 1.0, 1.0) for trial in range(first, first + size)]
+        return TrialBatch(np.arange(first, first + size, dtype=np.int32), *bits, n, q, metrics)
+
+    statistics = Statistics(n, q)
+    times = [_timed(lambda first=first: statistics.fold(batch(first))) for first in range(0, 100_000, size)]
+    early, late = times[10:26], times[-16:]
+    return [
+        Row("fold", "shard", "1x", late, early, "at 1,000 trials", None, "64 trials of n = 5,000, q = 1,000; ours is at 100,000 trials")
+    ]
+
+
+ROWS: dict[str, Callable[[], list[Row]]] = {
+    "influence-small": influence_small,
+    "influence-large": influence_large,
+    "row-and-column": row_and_column,
+    "fold": fold,
+}
