@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memtail.errors import StoreError
-from memtail.experiment import Experiment, differences
+from memtail.experiment import NAME, Experiment, differences
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trials import Shard, TrialBatch
 
@@ -21,7 +21,8 @@ SCHEMA = 1
 class Record:
     """The object `experiment.json`: what is wanted, and by which grid it is cut into shards.
 
-    Everyone who works on an experiment cuts it by the recorded grid, so that one trial has one key.
+    Everyone who works on an experiment cuts it by the recorded grid. A grid cell that an extension adds to may be covered by two
+    batches; statistics count each trial once.
     """
 
     experiment: Experiment
@@ -55,8 +56,8 @@ class Record:
                 raise StoreError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             experiment = Experiment.parse(fields.pop("experiment"), source=source)
             return cls(experiment=experiment, **fields)
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{source}: is corrupt ({error})") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{source}: is corrupt ({error}): restore it, or remove the experiment") from None
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ class ExperimentArchive:
 
     def record(self) -> Record:
         """The experiment's record. Raises: StoreError: there is none of this name; says which there are."""
+        key = keys.experiment(self.name)
         try:
-            key = keys.experiment(self.name)
+            if not NAME.fullmatch(self.name):
+                raise ObjectNotFound(key)
             return Record.from_bytes(self.store.get(key), key)
         except ObjectNotFound:
             there = ", ".join(experiment_names(self.store)) or "none"
@@ -113,15 +116,20 @@ class ExperimentArchive:
 
     def committed(self) -> list[Shard]:
         """The shards that have a trial batch, by first trial."""
-        return [Shard(*keys.parse_span(key)) for key in self.store.list(keys.trials(self.name))]
+        return [Shard(*span) for key in self.store.list(keys.trials(self.name)) if (span := keys.parse_span(key))]
 
     def is_committed(self, shard: Shard) -> bool:
         """Whether the shard has a trial batch."""
         key = keys.trial_batch(self.name, shard.first, shard.last)
         return next(iter(self.store.list(key)), None) == key
 
-    def commit(self, batch: TrialBatch) -> bool:
-        """Write a trial batch unless the shard has one; False if another was first, whose batch then stands."""
+    def commit(self, batch: TrialBatch, fingerprint: str) -> bool:
+        """Write a trial batch unless the shard has one; False if another was first, whose batch then stands.
+
+        Raises:
+            StoreError: it belongs to an experiment of another fingerprint.
+        """
+        self._check(str(batch.shard), batch, fingerprint)
         key = keys.trial_batch(self.name, batch.shard.first, batch.shard.last)
         return self.store.put_if_absent(key, batch.to_bytes())
 
@@ -129,16 +137,21 @@ class ExperimentArchive:
         """A committed trial batch.
 
         Raises:
-            StoreError: it is missing or corrupt, or belongs to an experiment of another fingerprint.
+            StoreError: it is missing or corrupt, holds other trials, or belongs to an experiment of another fingerprint.
         """
         key = keys.trial_batch(self.name, shard.first, shard.last)
         batch = TrialBatch.from_bytes(self.store.get(key), key)
+        if batch.trial.tolist() != list(shard.trials):
+            raise StoreError(f"{key}: holds other trials than its name says: remove it, then run again")
+        self._check(key, batch, fingerprint)
+        return batch
+
+    def _check(self, source: str, batch: TrialBatch, fingerprint: str) -> None:
         if batch.fingerprint != fingerprint:
             raise StoreError(
-                f"{key}: has fingerprint {batch.fingerprint[:8]}..., experiment '{self.name}' has {fingerprint[:8]}...: "
+                f"{source}: has fingerprint {batch.fingerprint[:8]}..., experiment '{self.name}' has {fingerprint[:8]}...: "
                 f"it belongs to another experiment, remove it"
             )
-        return batch
 
     def record_failure(self, shard: Shard, error: str, traceback: str, when: str) -> Failure:
         """Keep what went wrong in one attempt; attempts count up from 1."""
@@ -151,7 +164,11 @@ class ExperimentArchive:
     def failures(self) -> Iterator[Failure]:
         """Every failed attempt, by shard."""
         for key in self.store.list(keys.failures(self.name)):
-            yield Failure(Shard(*keys.parse_span(key)), **json.loads(self.store.get(key)))
+            if span := keys.parse_span(key):
+                try:
+                    yield Failure(Shard(*span), **json.loads(self.store.get(key)))
+                except (ValueError, TypeError):
+                    yield Failure(Shard(*span), 0, f"{key} cannot be read", "", "")
 
 
 def experiment_names(store: ObjectStore) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memtail.errors import MemtailError, ScoresError, StoreError
+from memtail.settings import STORE_VARIABLE
 
 if TYPE_CHECKING:
     from memtail.scores.reader import Scores
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 SpecFile = Annotated[Path, typer.Argument(help="The experiment file (YAML).", metavar="SPEC")]
 Name = Annotated[str | None, typer.Argument(help="The experiment; may be left out if the store holds one only.")]
-Store = Annotated[Path, typer.Option(help="The folder that holds the results.", envvar="MEMTAIL_STORE")]
+Store = Annotated[Path, typer.Option(help="The folder that holds the results.", envvar=STORE_VARIABLE)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 DEFAULT_STORE = Path("memtail-store")
 
@@ -38,6 +39,9 @@ def main() -> None:
         app()
     except MemtailError as error:
         print(f"memtail: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"memtail: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "torchvision", "sklearn"):
@@ -69,11 +73,10 @@ def run(spec: SpecFile, store: Store = DEFAULT_STORE, json_: Json = False) -> No
     except KeyboardInterrupt:
         print("memtail: stopped; run the same command again to go on, nothing committed is lost", file=sys.stderr)
         sys.exit(130)
-    folder = store / "experiments" / experiment.name
     if json_:
         print(json.dumps(summary, indent=1))
     else:
-        display.show_summary(summary, _scores_of(_open(store), experiment.name), progress.seconds, folder)
+        display.show_summary(summary, _scores_of(_open(store), experiment.name), progress.seconds, store)
     if failure is not None:
         raise failure
 
@@ -100,7 +103,9 @@ def top(
     store: Store = DEFAULT_STORE,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many to show.")] = 10,
     pairs: Annotated[bool, typer.Option("--pairs", help="The high-influence pairs instead.")] = False,
-    influencers_of: Annotated[int | None, typer.Option(help="The training examples that help test example J most.", metavar="J")] = None,
+    influencers_of: Annotated[
+        int | None, typer.Option(min=0, help="The training examples that help test example J most.", metavar="J")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Show the most memorized training examples, or the pairs of greatest influence."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from memtail.doctor import Check
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from memtail.runner import RunState
     from memtail.scores.reader import Column, Scores
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 if not console.is_terminal:
     console.width = 200  # nothing is cut where nobody's window sets the width
 
@@ -28,7 +29,7 @@ def show_spec(experiment: "Experiment") -> None:
     if console.is_terminal:
         console.print(Syntax(experiment.to_yaml(), "yaml", background_color="default"))
     else:
-        console.print(experiment.to_yaml(), markup=False)
+        console.print(experiment.to_yaml())
 
 
 class PreparationProgress:
@@ -67,7 +68,7 @@ class RunProgress:
         self.seconds = 0.0
         self._quiet = quiet
         self._bar = Progress(
-            TextColumn("[bold]{task.fields[name]}"),
+            TextColumn("{task.fields[name]}", style="bold", markup=False),
             BarColumn(),
             TextColumn("{task.fields[trials]} trials"),
             TextColumn("{task.fields[figures]}"),
@@ -133,10 +134,10 @@ def _figures(state: "RunState") -> str:
     return f"in-subset {inside:.2%}, test {test:.2%}, memorized {memorized}"
 
 
-def show_summary(summary: dict[str, Any], scores: "Scores", seconds: float, folder: Path) -> None:
+def show_summary(summary: dict[str, Any], scores: "Scores", seconds: float, store: Path) -> None:
     """What came out, the five most memorized examples, and where the files are."""
     trained = f" in {seconds:.1f} s" if seconds else ", all from the store"
-    console.print(f"\n[bold]{summary['experiment']}[/bold]: {summary['trials']} trials{trained}")
+    console.print(f"\n{summary['experiment']}: {summary['trials']} trials{trained}", style="bold")
     share, errors, pairs = summary["mem_share_at_least"], summary["mem_se_quantiles"], summary["pairs"]
     facts = [
         ("test accuracy", _percent(summary["test_accuracy"])),
@@ -159,7 +160,7 @@ def show_summary(summary: dict[str, Any], scores: "Scores", seconds: float, fold
     console.print("\nmost memorized")
     show_table(scores.most_memorized(5))
     console.print(f"\nfiles in {scores.folder}")
-    console.print(f"next: memtail top {summary['experiment']} --pairs --store {folder.parent.parent}")
+    console.print(f"next: memtail top {summary['experiment']} --pairs --store {store}")
 
 
 def show_status(rows: list[dict[str, Any]]) -> None:
@@ -172,16 +173,16 @@ def show_table(table: "dict[str, Column]") -> None:
     """Columns side by side; floats to four digits."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in table:
-        shown.add_column(name, justify="right" if name != "filename" else "left", no_wrap=True)
+        shown.add_column(Text(name), justify="right" if name != "filename" else "left", no_wrap=True)
     for row in zip(*(values.tolist() for values in table.values()), strict=True):
-        shown.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
+        shown.add_row(*(Text(f"{value:.4f}" if isinstance(value, float) else str(value)) for value in row))
     console.print(shown, soft_wrap=False, crop=False)
 
 
 def show_checks(checks: "list[Check]") -> None:
     """One line per check."""
     for check in checks:
-        console.print(f"[{'green' if check.fine else 'red'}]{'ok ' if check.fine else 'NO '}[/] {check.name:<22} {check.finding}")
+        console.print(Text("ok " if check.fine else "NO ", style="green" if check.fine else "red"), f"{check.name:<22} {check.finding}")
 
 
 def _percent(value: float | None) -> str:

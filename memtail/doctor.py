@@ -66,16 +66,16 @@ def _folder(name: str, folder: Path) -> Check:
 
 def _store(store: Path) -> list[Check]:
     """Whether the store keeps its promise that the first writer wins."""
+    from memtail.storage import keys
     from memtail.storage.local import LocalStore
 
     if not store.is_dir():
         return []
-    opened = LocalStore(store)
+    opened, key = LocalStore(store), keys.probe()
     try:
-        opened.delete("doctor/probe")
-        first, second = opened.put_if_absent("doctor/probe", b"1"), opened.put_if_absent("doctor/probe", b"2")
-        held = opened.get("doctor/probe")
-        opened.delete("doctor/probe")
+        first, second = opened.put_if_absent(key, b"1"), opened.put_if_absent(key, b"2")
+        held = opened.get(key)
+        opened.delete(key)
     except MemtailError as error:
         return [Check("conditional write", False, str(error))]
     fine = (first, second, held) == (True, False, b"1")

@@ -8,6 +8,7 @@ an experiment is extended by asking for more of the same trials). So are `name` 
 import difflib
 import hashlib
 import json
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,11 +21,14 @@ from memtail.errors import SpecError
 #: Part of every fingerprint: raised when a change in memtail changes what a trial computes.
 RECIPE_VERSION = 1
 
+#: Names of experiments: they are parts of object keys.
+NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatasetSpec(_Part):
@@ -171,7 +175,7 @@ class ExecutionSpec(_Part):
 class Experiment(_Part):
     """One declared experiment. Immutable; equal declarations have equal fingerprints."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+    name: Annotated[str, Field(pattern=NAME.pattern)]
     dataset: DatasetSpec
     model: ModelSpec = Mlp()
     training: TrainingSpec = TrainingSpec()
@@ -196,7 +200,7 @@ class Experiment(_Part):
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SpecError(f"{path}: cannot be read ({error.strerror}): give the path of an experiment file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise SpecError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise SpecError(f"{path}: holds {type(data).__name__}, not the keys of an experiment (name, dataset, ...)")

@@ -41,7 +41,7 @@ PUBLISH_SECONDS = 300.0
 
 @dataclass
 class RunState:
-    """How far a run is, for whoever shows it. `trials` counts those committed; `partial` is what the shards in training have done."""
+    """How far a run is, for whoever shows it; `partial` is how much of each shard in training is done (0 to 1)."""
 
     wanted: int
     statistics: Statistics
@@ -85,18 +85,21 @@ def run(
     local = LocalStore(store)
     local.remove_abandoned()
     dataset = datasets.prepare(experiment.dataset, on_preparation)
-    record = ExperimentArchive(local, experiment.name).enroll(declare(experiment, dataset))
     archive = ExperimentArchive(local, experiment.name)
+    record = archive.enroll(declare(experiment, dataset))
     devices = [str(device) for device in available_devices(experiment.execution.device)]
     state = RunState(experiment.subsets.trials, Statistics(dataset.n_train, dataset.n_test), dataset, record, devices)
     report = on_progress or (lambda state: None)
 
-    for shard in archive.committed():
-        state.statistics.fold(archive.batch(shard, record.fingerprint))
+    _fold_committed(archive, state)
+    for key in list(local.list(keys.checkpoints(experiment.name))):
+        if (span := keys.parse_span(key)) and archive.is_committed(Shard(*span)):
+            local.delete(key)
     todo = _from_own_start(missing_shards(state.wanted, record.trials_per_shard, archive.committed()))
     report(state)
     if todo:
         _train_all(todo, local, archive, state, report)
+        _fold_committed(archive, state)
     if state.failed:
         summary = publish(local, record, state.statistics, dataset) if state.statistics.trials else None
         raise ShardsFailedError(state.failed, local.root / keys.failures(experiment.name), summary)
@@ -156,14 +159,22 @@ def _train_all(
             state.seconds = time.monotonic() - began
             report(state)
             if time.monotonic() - published > PUBLISH_SECONDS and state.statistics.trials:
+                _fold_committed(archive, state)
                 publish(store, state.record, state.statistics, state.dataset)
                 published = time.monotonic()
+
+
+def _fold_committed(archive: ExperimentArchive, state: RunState) -> None:
+    """Fold what the store holds and this run has not: of earlier runs, or of another at the same time."""
+    for shard in archive.committed():
+        if not all(trial in state.statistics.metrics for trial in shard.trials):
+            state.statistics.fold(archive.batch(shard, state.record.fingerprint))
 
 
 def _commit(finished: Finished, store: LocalStore, archive: ExperimentArchive, state: RunState) -> None:
     """Commit a batch and fold what the store then holds: this one, or that of another run that was first."""
     batch = finished.batch
-    if batch is None or not archive.commit(batch):
+    if batch is None or not archive.commit(batch, state.record.fingerprint):
         batch = archive.batch(finished.shard, state.record.fingerprint)
     StoredCheckpoints(store, archive.name, finished.shard).remove()
     state.statistics.fold(batch)

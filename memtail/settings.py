@@ -6,6 +6,9 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+#: The folder that holds the results, as the command line's --store.
+STORE_VARIABLE = "MEMTAIL_STORE"
+
 
 def _from_environment(variable: str, default: Path | None) -> Path | None:
     value = os.environ.get(variable)

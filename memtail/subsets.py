@@ -69,7 +69,8 @@ def check_trials(subsets: SubsetsSpec, labels: npt.NDArray[np.int64]) -> None:
     Raises:
         SpecError: names how many examples are without an estimate, and the number of trials that mends it.
     """
-    n, t, f = len(labels), subsets.trials, subsets.fraction
+    n, t = len(labels), subsets.trials
+    f = subset_size(subsets.fraction, n) / n
     if subsets.design == "explicit":
         assert subsets.masks is not None
         _masks(subsets.masks, n, t)
@@ -170,12 +171,14 @@ def _masks(path: Path, n: int, trials: int) -> Mask:
     """The masks of an explicit design, memory-mapped, checked against the dataset and the number of trials."""
     try:
         masks = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        if not isinstance(masks, np.ndarray):
+            raise ValueError("it is an .npz file")
+    except (OSError, ValueError, EOFError) as error:
         raise SpecError(f"subsets.masks: {path} cannot be read as a .npy file ({error})") from None
     if masks.dtype != np.bool_ or masks.ndim != 2 or masks.shape[1] != n:
         raise SpecError(f"subsets.masks: {path} holds {masks.dtype} {list(masks.shape)}, needed is bool [trials, {n}]")
     if len(masks) < trials:
-        raise SpecError(f"subsets.masks: {path} has {len(masks)} rows for {trials} trials: lower subsets.trials or add rows")
+        raise SpecError(f"subsets.masks: {path} has {len(masks)} rows for {trials} trials: lower subsets.trials")
     if not masks.any(axis=1).all():
         raise SpecError(f"subsets.masks: row {int(np.argmin(masks.any(axis=1)))} of {path} is empty: a trial needs an example")
     return np.asarray(masks)

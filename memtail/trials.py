@@ -125,9 +125,9 @@ class TrialBatch:
             n_train, n_test = (int(size) for size in arrays.pop("shape"))
             metrics = [TrialMetrics(**entry) for entry in json.loads(str(arrays.pop("metrics")))]
             provenance = json.loads(str(arrays.pop("provenance")))
+            return cls(n_train=n_train, n_test=n_test, metrics=metrics, provenance=provenance, **arrays)
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, TypeError) as error:
             raise StoreError(f"{source}: is truncated or corrupt ({error}): delete it, then run again") from None
-        return cls(n_train=n_train, n_test=n_test, metrics=metrics, provenance=provenance, **arrays)
 
 
 def pack(bits: npt.NDArray[np.bool_]) -> Bits:

@@ -4,18 +4,13 @@ Each has a process pool of its own, so that a process that dies (out of memory, 
 replaced. Processes end when their parent does, also if it was killed.
 """
 
-import ctypes
 import multiprocessing
-import os
 import queue
-import signal
-import threading
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_any
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ from memtail.archive import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
 from memtail.experiment import Experiment
+from memtail.processes import follow_parent, keep_memory
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard, TrialBatch
@@ -128,31 +124,19 @@ def _end(pool: ProcessPoolExecutor) -> None:
 
 _reports: Any = None
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-
 
 def _initialize(reports: Any) -> None:
     global _reports  # noqa: PLW0603 - a pool's process keeps what it was given once
     _reports = reports
     logs.configure()
-    _keep_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_memory()
+    follow_parent()
 
 
-def _keep_memory() -> None:
-    """Have the C library keep freed memory for the next step, which would otherwise fault in every page of it again."""
-    with suppress(OSError, AttributeError):  # only glibc has mallopt
-        library = ctypes.CDLL(None)
-        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            library.mallopt(parameter, 1 << 30)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for_any([parent.sentinel])
-        os._exit(1)
+@lru_cache(maxsize=1)
+def _opened(folder: Path) -> ImageDataset:
+    """The dataset, opened once per process, so that its images stay on the device from shard to shard."""
+    return ImageDataset.open(folder)
 
 
 def _train(task: Task, shard: Shard) -> Finished:
@@ -170,7 +154,7 @@ def _train(task: Task, shard: Shard) -> Finished:
     try:
         batch = train_shard(
             task.experiment,
-            ImageDataset.open(task.dataset),
+            _opened(task.dataset),
             shard.trials,
             torch.device(task.device),
             on_progress=report,

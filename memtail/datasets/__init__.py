@@ -19,6 +19,7 @@ from memtail.datasets.folder import find_images, prepare_folder
 from memtail.datasets.image_dataset import ImageDataset
 from memtail.datasets.prepared import OnProgress, write_dataset
 from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays, load_torchvision, torchvision_files
+from memtail.errors import DatasetError
 from memtail.experiment import DatasetSpec
 from memtail.settings import Settings
 
@@ -39,6 +40,16 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> ImageDa
         DatasetError: it is not there (says where it looked and how to get it), or is corrupt (says which file).
     """
     cache = Settings().cache
+    try:
+        return _prepare(spec, cache, on_progress)
+    except OSError as error:
+        raise DatasetError(
+            f"dataset '{spec.name}' cannot be prepared: {error.filename or cache}: {error.strerror}: free some space there, or set "
+            f"MEMTAIL_CACHE to a folder that you can write to"
+        ) from error
+
+
+def _prepare(spec: DatasetSpec, cache: Path, on_progress: OnProgress | None) -> ImageDataset:
     identity, make = _find(spec, cache, on_progress)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     known = cache / "sources" / key

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from memtail.datasets.image_dataset import Images, Labels
 from memtail.datasets.prepared import CHUNK, ChunkSummary, OnProgress, Split, finish
 from memtail.errors import DatasetError
+from memtail.processes import cores, follow_parent
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ImageFiles:
         digest = hashlib.sha256()
         for file in self.files[start:stop]:
             status = (self.folder / file).stat()
-            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(file) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def limited(self, most: int | None) -> "ImageFiles":
@@ -73,17 +74,21 @@ def find_images(root: Path, max_train: int | None, max_test: int | None) -> Imag
     test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not train_folder.is_dir() or test_folder is None:
         raise DatasetError(f"dataset 'folder': {root} must hold train/ and test/ (or val/), each with one folder per class")
-    classes = sorted(entry.name for entry in train_folder.iterdir() if entry.is_dir())
+    classes = _class_folders(train_folder)
     index = {name: label for label, name in enumerate(classes)}
     train, test = _list_split(train_folder, index), _list_split(test_folder, index)
     return ImageTree(root, classes, train.limited(max_train), test.limited(max_test))
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _list_split(folder: Path, index: dict[str, int]) -> ImageFiles:
     extensions = tuple(Image.registered_extensions())
     files: list[str] = []
     labels: list[int] = []
-    for name in sorted(entry.name for entry in folder.iterdir() if entry.is_dir()):
+    for name in _class_folders(folder):
         if name not in index:
             raise DatasetError(f"dataset 'folder': {folder / name} is a class that train/ has not: remove it or add training images")
         found = sorted(
@@ -113,7 +118,7 @@ def prepare_folder(tree: ImageTree, resolution: int | None, target: Path, on_pro
         DatasetError: a file is corrupt, or images differ in size and no resolution is given.
     """
     size = _decode(tree.train.folder / tree.train.files[0], resolution).shape[:2]
-    names = hashlib.sha256("\n".join([*tree.train.files, "", *tree.test.files]).encode()).hexdigest()
+    names = hashlib.sha256(os.fsencode("\n".join([*tree.train.files, "", *tree.test.files]))).hexdigest()
     key = hashlib.sha256(json.dumps([str(tree.root), resolution, size, names]).encode()).hexdigest()[:16]
     folder = target / f".unfinished-{key}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,8 +136,8 @@ def prepare_folder(tree: ImageTree, resolution: int | None, target: Path, on_pro
     total = sum(stop - start for _, start, stop in chunks)
     finished = sum(stop - start for _, start, stop in done)
     todo = iter([chunk for chunk in chunks if chunk not in done])
-    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    processes = cores()
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=follow_parent) as pool:
 
         def start_chunks(count: int) -> dict[Future[ChunkSummary], tuple[str, int, int]]:
             return {
@@ -159,7 +164,7 @@ def prepare_folder(tree: ImageTree, resolution: int | None, target: Path, on_pro
     prepared = {
         name: Split(
             split.labels,
-            np.array([file.encode() for file in split.files]),
+            np.array([os.fsencode(file) for file in split.files]),
             (*size, 3),
             [done[chunk] for chunk in chunks if chunk[0] == name],
         )
@@ -219,6 +224,8 @@ def _decode_chunk(target: Path, start: int, folder: Path, files: list[str], reso
 def _decode(path: Path, resolution: int | None) -> Images:
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DatasetError(f"{path}: has more than 8 bits per channel: convert it to 8 bits")
             if resolution is not None:
                 image.draft("RGB", (resolution, resolution))  # lets a JPEG be decoded at a fraction of its size
             rgb = image.convert("RGB")

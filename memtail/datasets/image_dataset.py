@@ -16,7 +16,7 @@ Labels = npt.NDArray[np.int64]
 Names = npt.NDArray[np.bytes_]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageDataset:
     """n training and q test images of one size, in original order.
 

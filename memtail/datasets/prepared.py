@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from memtail.datasets.image_dataset import Images, Labels, Names
 from memtail.datasets.sources import InMemoryDataset
@@ -92,16 +93,19 @@ def finish(folder: Path, target: Path, train: Split, test: Split, classes: Itera
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     folder.chmod(0o755)
     final = target / fingerprint
-    if (final / "meta.json").exists():
-        shutil.rmtree(folder)
-    else:
-        shutil.rmtree(final, ignore_errors=True)
-        folder.rename(final)
+    with FileLock(target / ".finish.lock"):  # two sources may have the same content
+        if (final / "meta.json").exists():
+            shutil.rmtree(folder)
+        else:
+            shutil.rmtree(final, ignore_errors=True)
+            folder.rename(final)
     return final
 
 
 def check_labels(train: Labels, test: Labels, classes: int) -> None:
-    """Refuse labels outside 0 .. classes - 1 and empty splits. Raises: DatasetError."""
+    """Refuse labels outside 0 .. classes - 1, empty splits and datasets of a single class. Raises: DatasetError."""
+    if classes < 2:
+        raise DatasetError(f"train_labels: {classes} class, at least 2 are needed")
     for name, labels, least in (("train", train, 2), ("test", test, 1)):
         if len(labels) < least:
             raise DatasetError(f"{name}_labels: {len(labels)} examples, at least {least} are needed")

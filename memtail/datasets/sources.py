@@ -62,15 +62,18 @@ def load_arrays(path: Path) -> InMemoryDataset:
     """
     needed = ("train_images", "train_labels", "test_images", "test_labels")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise DatasetError(f"{path}: is no .npz file: write it with numpy.savez")
+        with loaded as archive:
             if missing := [name for name in needed if name not in archive]:
                 raise DatasetError(f"{path}: holds no {', '.join(missing)}; there: {', '.join(archive.files) or 'nothing'}")
             arrays = {name: archive[name] for name in needed}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zipfile.error) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DatasetError(f"{path}: is truncated or corrupt, or no .npz file ({error}): write it anew with numpy.savez") from None
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
             raise DatasetError(f"{path}: {split}_images is {images.dtype} {list(images.shape)}, needed is uint8 [N, H, W] or [N, H, W, C]")
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             raise DatasetError(f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)}, needed are {len(images)} integers")
@@ -81,6 +84,9 @@ def load_arrays(path: Path) -> InMemoryDataset:
             f"all must be of one size"
         )
     classes = int(arrays["train_labels"].max(initial=-1)) + 1
+    if classes > len(arrays["train_labels"]):
+        index = int(arrays["train_labels"].argmax())
+        raise DatasetError(f"{path}: train_labels out of range: {classes - 1} at index {index} makes more classes than there are examples")
     return InMemoryDataset(
         arrays["train_images"],
         arrays["train_labels"].astype(np.int64),

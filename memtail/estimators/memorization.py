@@ -51,7 +51,7 @@ def rate(right: npt.NDArray[np.integer], count: npt.NDArray[np.integer]) -> Floa
 
 
 def standard_error(p_in: Floats, k_in: npt.NDArray[np.integer], p_out: Floats, k_out: npt.NDArray[np.integer]) -> Floats:
-    """sqrt(p_in (1 - p_in) / k_in + p_out (1 - p_out) / k_out); NaN where either is share."""
+    """sqrt(p_in (1 - p_in) / k_in + p_out (1 - p_out) / k_out); NaN where either is undefined."""
     with np.errstate(divide="ignore", invalid="ignore"):
         error: Floats = np.sqrt(p_in * (1 - p_in) / k_in + p_out * (1 - p_out) / k_out)
     return error

@@ -65,12 +65,12 @@ def check_model(spec: ModelSpec, image_shape: ImageShape, classes: int) -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             logits = build_model(spec, image_shape, classes).eval()(torch.zeros(1, *image_shape))
-    except TypeError as error:
-        raise SpecError(f"model '{spec.name}': does not take these options ({error})") from None
-    except (RuntimeError, ValueError) as error:
+    except SpecError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
         raise SpecError(
-            f"model '{spec.name}': does not work on images of {list(image_shape)} [C, H, W] ({str(error).splitlines()[0]}): "
-            f"choose another model or larger images"
+            f"model '{spec.name}': cannot be built for images of {list(image_shape)} [C, H, W] and run on one "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): mend its options, or choose another model or other images"
         ) from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         shown = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -105,8 +105,9 @@ def _imported(path: str) -> Callable[..., nn.Module]:
     module, _, function = path.partition(":")
     try:
         found: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's own module raises
         raise SpecError(
-            f"model.name: '{path}' cannot be imported ({error}): it must be package.module:function, importable from here (see PYTHONPATH)"
+            f"model.name: '{path}' cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): "
+            f"it must be package.module:function, importable from here (see PYTHONPATH)"
         ) from None
     return found

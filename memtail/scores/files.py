@@ -116,7 +116,7 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
             columns["margin_in"] = statistics.margin_in / 2**24 / mem.k_in
             columns["margin_out"] = statistics.margin_out / 2**24 / mem.k_out
     if dataset.train_files is not None:
-        columns["filename"] = [name.decode() for name in dataset.train_files.tolist()]
+        columns["filename"] = [name.decode(errors="replace") for name in dataset.train_files.tolist()]
     table = pa.table(columns)
     pyarrow.parquet.write_table(table, folder / MEMORIZATION)
     pyarrow.csv.write_csv(table, folder / MEMORIZATION_CSV)

@@ -14,7 +14,7 @@ from memtail.scores.files import write_scores
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
-#: Versions kept: the one that the pointer names, and the one before, which a reader may have begun to read.
+#: Versions kept: the one that the pointer names, and the one of fewer trials before it, which a reader may have begun to read.
 KEPT_VERSIONS = 2
 
 
@@ -28,9 +28,15 @@ def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset:
         StoreError: the store cannot be written.
     """
     if statistics.trials == 0:
-        raise ScoresError(f"experiment '{record.experiment.name}' has no trial to take scores from yet")
+        mend = "lower the learning rate" if statistics.diverged else "run it first"
+        raise ScoresError(
+            f"experiment '{record.experiment.name}' has no trial to take scores from ({statistics.diverged} diverged): {mend}"
+        )
     name = record.experiment.name
     version = _version(record.fingerprint, statistics)
+    current = latest_version(store, name)
+    if current is not None and current["version"] == version:
+        return dict(current["summary"])
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
         folder = Path(temporary)
         summary = write_scores(folder, name, record.fingerprint, statistics, dataset)
@@ -38,6 +44,8 @@ def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset:
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)
     pointer = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "files": files, "summary": summary}
+    if current is not None and _folded(current["summary"]) > _folded(summary) and current["summary"]["fingerprint"] == record.fingerprint:
+        return summary  # another run, further on, has published
     store.put(keys.latest_scores(name), json.dumps(pointer, indent=1).encode())
     _remove_old(store, name, version)
     return summary
@@ -47,9 +55,9 @@ def latest_version(store: ObjectStore, name: str) -> dict[str, Any] | None:
     """The pointer: `version`, `published` (UTC), `files`, `summary`; None if nothing was published."""
     try:
         pointer: dict[str, Any] = json.loads(store.get(keys.latest_scores(name)))
-    except ObjectNotFound:
-        return None
-    return pointer
+        return pointer if {"version", "published", "files", "summary"} <= pointer.keys() else None
+    except (ObjectNotFound, ValueError, AttributeError):
+        return None  # not there, or damaged: the next publish writes it
 
 
 def versions(store: ObjectStore, name: str) -> list[str]:
@@ -59,12 +67,17 @@ def versions(store: ObjectStore, name: str) -> list[str]:
 
 
 def _version(fingerprint: str, statistics: Statistics) -> str:
-    counted = statistics.packed().counted.tobytes()
-    return f"{statistics.trials:08d}-{hashlib.sha256(fingerprint.encode() + counted).hexdigest()[:8]}"
+    outcomes = [[trial, statistics.metrics[trial].diverged] for trial in sorted(statistics.metrics)]
+    return f"{statistics.trials:08d}-{hashlib.sha256(f'{fingerprint} {outcomes}'.encode()).hexdigest()[:8]}"
+
+
+def _folded(summary: dict[str, Any]) -> int:
+    return int(summary["trials"]) + int(summary["diverged"])
 
 
 def _remove_old(store: ObjectStore, name: str, current: str) -> None:
-    others = [version for version in versions(store, name) if version != current]
+    # those after it may be in the making by another run
+    others = [version for version in versions(store, name) if version < current]
     for version in others[: max(0, len(others) - KEPT_VERSIONS + 1)]:
         for key in list(store.list(keys.scores(name, version))):
             store.delete(key)

@@ -1,6 +1,9 @@
 """Reading published scores: the tables, and any influence from the packed statistics on demand."""
 
 import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +37,10 @@ def load_scores(path: str | Path) -> "Scores":
     path = Path(path)
     for scores in (path, path / "scores"):
         if (scores / LATEST).is_file():
-            return Scores(scores / json.loads((scores / LATEST).read_text())["version"])
+            try:
+                return Scores(scores / json.loads((scores / LATEST).read_text())["version"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ScoresError(f"{scores / LATEST}: is damaged, or names scores that are ({error}): run the experiment again") from None
     if not (path / SUMMARY).is_file():
         raise ScoresError(f"{path}: holds no scores: give a folder with summary.json, or STORE/experiments/NAME after a run")
     return Scores(path)
@@ -73,7 +79,7 @@ class Scores:
         """The packed statistics."""
         from memtail.statistics.accumulator import PackedTrials
 
-        with np.load(self.folder / STATISTICS, allow_pickle=False) as archive:
+        with self._reading(STATISTICS), np.load(self.folder / STATISTICS, allow_pickle=False) as archive:
             return PackedTrials(**archive)
 
     def influence(self, train: Choice = None, test: Choice = None, *, on: Literal["test", "train"] = "test") -> "Influence":
@@ -117,15 +123,23 @@ class Scores:
         """The k test examples whose accuracy one training example raises most: `tt_idx`, `label`, `infl`, `infl_se`."""
         block = self.influence(train=train)
         top = largest(block.value[0], k)
-        with np.load(self.folder / INFLUENCE_MATRIX, allow_pickle=False) as archive:
+        with self._reading(INFLUENCE_MATRIX), np.load(self.folder / INFLUENCE_MATRIX, allow_pickle=False) as archive:
             labels = archive["tt_labels"]
         return {"tt_idx": top, "label": labels[top], "infl": block.value[0, top], "infl_se": block.error_at(np.zeros_like(top), top)}
 
     def _table(self, file: str) -> dict[str, Column]:
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(self.folder / file)
+        with self._reading(file):
+            table = pyarrow.parquet.read_table(self.folder / file)
         return {name: table[name].to_numpy() for name in table.column_names}
+
+    @contextmanager
+    def _reading(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise ScoresError(f"{self.folder / file}: is missing or damaged ({error}): run the experiment again") from None
 
 
 def largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
@@ -145,6 +159,7 @@ def _chosen(choice: Choice, count: int, what: str) -> npt.NDArray[np.integer] | 
     if isinstance(choice, slice):
         return choice
     index = np.atleast_1d(np.asarray(choice))
-    if len(index) and not (-count <= index.min() and index.max() < count):
-        raise ScoresError(f"{what} index {int(index.max())} is out of range: there are {count} {what} examples")
+    wrong = index[(index < -count) | (index >= count)]
+    if len(wrong):
+        raise ScoresError(f"{what} index {int(wrong[0])} is out of range: there are {count} {what} examples")
     return index

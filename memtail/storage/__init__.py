@@ -22,8 +22,8 @@ class ObjectStore(Protocol):
     * `put_if_absent` is decided by the store: of any number of concurrent calls for one key exactly one returns True.
     * `list` yields in ascending order of keys.
 
-    Every method may be called from any thread and any process. Failures that a retry may mend are retried inside; what is left
-    is raised as `StoreError`, and `ObjectNotFound` where the key does not exist.
+    Every method may be called from any thread and any process. A store on a network retries what a retry may mend; what is left is
+    raised as `StoreError`, and `ObjectNotFound` where the key does not exist.
     """
 
     def get(self, key: str) -> bytes:

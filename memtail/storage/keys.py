@@ -1,6 +1,7 @@
 """Every object key there is. First and last trial are inclusive and zero-padded, so that keys sort as trials do."""
 
 import re
+import uuid
 
 
 def experiments() -> str:
@@ -25,7 +26,17 @@ def trial_batch(name: str, first: int, last: int) -> str:
 
 def checkpoint(name: str, first: int, last: int) -> str:
     """The state of a shard in training."""
-    return f"experiments/{name}/checkpoints/{_span(first, last)}.pt"
+    return f"{checkpoints(name)}{_span(first, last)}.pt"
+
+
+def checkpoints(name: str) -> str:
+    """Prefix of all checkpoints."""
+    return f"experiments/{name}/checkpoints/"
+
+
+def probe() -> str:
+    """An object that tries out the store, removed at once."""
+    return f"probe/{uuid.uuid4().hex}"
 
 
 def failures(name: str) -> str:
@@ -59,12 +70,10 @@ def parse_experiment(key: str) -> str | None:
     return match and match[1]
 
 
-def parse_span(key: str) -> tuple[int, int]:
-    """(first, last) in a trial batch's or a failure record's key."""
-    match = re.search(r"/(\d+)-(\d+)(?:\.npz|/\d+\.json)$", key)
-    if match is None:
-        raise ValueError(f"'{key}' names no span of trials")
-    return int(match[1]), int(match[2])
+def parse_span(key: str) -> tuple[int, int] | None:
+    """(first, last) in the key of a trial batch, checkpoint or failure record; None if it is another key."""
+    match = re.search(r"/(\d+)-(\d+)(?:\.npz|\.pt|/\d+\.json)$", key)
+    return match and (int(match[1]), int(match[2]))
 
 
 def _span(first: int, last: int) -> str:

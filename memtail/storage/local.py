@@ -62,23 +62,34 @@ class LocalStore:
         self._write(key, copy, replace=True)
 
     def download(self, key: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._reading(key):
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            shutil.copyfile(self.path(key), unfinished)
-            unfinished.replace(path)
+        with self._reading(key), self.path(key).open("rb") as source:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+                    unfinished = Path(file.name)
+                    try:
+                        shutil.copyfileobj(source, file, 1 << 20)
+                        unfinished.chmod(0o644)
+                        unfinished.replace(path)
+                    finally:
+                        unfinished.unlink(missing_ok=True)
+            except OSError as error:
+                raise StoreError(f"{path} cannot be written ({error.strerror}): choose another folder") from error
 
     def list(self, prefix: str) -> Iterator[str]:
         folder = self.root / prefix.rpartition("/")[0]
         keys = []
-        for parent, folders, files in os.walk(folder):
+        for parent, folders, files in os.walk(folder, onerror=self._unreadable):
             if _UNFINISHED in folders:
                 folders.remove(_UNFINISHED)
             keys += [(Path(parent) / name).relative_to(self.root).as_posix() for name in files]
         yield from sorted(key for key in keys if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
-        self.path(key).unlink(missing_ok=True)
+        try:
+            self.path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"store {self.root}: '{key}' cannot be removed ({error.strerror})") from error
 
     def _write(self, key: str, fill: Callable[[IO[bytes]], object], *, replace: bool) -> bool:
         target = self.path(key)
@@ -111,6 +122,10 @@ class LocalStore:
             with suppress(FileNotFoundError):
                 if time.time() - file.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                     file.unlink()
+
+    def _unreadable(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise StoreError(f"store {self.root}: {error.filename} cannot be listed ({error.strerror})") from error
 
     @contextmanager
     def _reading(self, key: str) -> Iterator[None]:

@@ -44,7 +44,7 @@ def batch_bounds(m: int, batch_size: int) -> list[tuple[int, int]]:
     The last is smaller if need be; a single left-over example joins the batch before, since it has no batch statistics.
     """
     starts = list(range(0, m, batch_size))
-    if len(starts) > 1 and m - starts[-1] == 1:
+    if batch_size > 1 and len(starts) > 1 and m - starts[-1] == 1:
         starts.pop()
     return list(zip(starts, [*starts[1:], m], strict=True))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from memtail.errors import SpecError
+from memtail.processes import cores
 
 _deterministic: Any = torch.utils.deterministic  # its attributes are made at run time, out of mypy's sight
 
@@ -33,17 +34,12 @@ def available_devices(wanted: str) -> list[torch.device]:
     return there[wanted]
 
 
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
     """Deterministic kernels throughout; on a CPU one thread, so that sums are taken in one order however many cores there are."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
+    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
     fill = _deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device.type == "cpu":
@@ -51,13 +47,14 @@ def reproducible(device: torch.device) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     _deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         _deterministic.fill_uninitialized_memory = fill
-        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
 
 
 def is_out_of_memory(error: BaseException) -> bool:

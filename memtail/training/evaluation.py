@@ -23,8 +23,8 @@ class Outcome:
 
 
 @torch.no_grad()
-def evaluate(stack: nn.Module, images: DeviceImages, split: str, margins: bool, autocast: torch.autocast) -> Outcome:
-    """Run a split through a stack of networks.
+def evaluate(stack: nn.Module, images: DeviceImages, split: str, margins: bool, autocast: torch.autocast, trained_batch: int) -> Outcome:
+    """Run a split through a stack of networks, in batches that fit where batches of `trained_batch` were trained.
 
     An image is classified correctly if its label has the largest logit (the first such, in a tie). The margin is
     z_y - logsumexp of the other logits, clipped to what float16 holds.
@@ -32,7 +32,7 @@ def evaluate(stack: nn.Module, images: DeviceImages, split: str, margins: bool, 
     labels = images.train_labels if split == "train" else images.test_labels
     stack.eval()
     correct, margin, finite = [], [], None
-    size = _BATCH[images.device.type]
+    size = min(_BATCH[images.device.type], 4 * trained_batch)
     for start in range(0, len(labels), size):
         wanted = labels[start : start + size]
         with autocast:

@@ -1,7 +1,6 @@
 """Images on the device: batches are gathered, augmented and normalised there, for all trials of a stack in one call."""
 
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,9 +55,9 @@ class DeviceImages:
 
 
 @lru_cache(maxsize=2)
-def device_images(folder: Path, device: torch.device) -> DeviceImages:
-    """The images of a prepared dataset on a device, loaded once per process."""
-    return DeviceImages(ImageDataset.open(folder), device)
+def device_images(dataset: ImageDataset, device: torch.device) -> DeviceImages:
+    """The images of a dataset on a device, kept for the next shard that is trained on the same (identical) dataset."""
+    return DeviceImages(dataset, device)
 
 
 def _augment(images: Tensor, augmentation: Augmentation, positions: slice) -> Tensor:

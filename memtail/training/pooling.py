@@ -24,13 +24,13 @@ def _pool(x, out, winner):  # type: ignore[no-untyped-def]
                     largest = x[b, 2 * i, 2 * j, c]
                     place = np.uint8(0)
                     value = x[b, 2 * i, 2 * j + 1, c]
-                    if value > largest or value != value:
+                    if value > largest or np.isnan(value):
                         largest, place = value, np.uint8(1)
                     value = x[b, 2 * i + 1, 2 * j, c]
-                    if value > largest or value != value:
+                    if value > largest or np.isnan(value):
                         largest, place = value, np.uint8(2)
                     value = x[b, 2 * i + 1, 2 * j + 1, c]
-                    if value > largest or value != value:
+                    if value > largest or np.isnan(value):
                         largest, place = value, np.uint8(3)
                     if largest <= 0:
                         largest, place = np.float32(0), np.uint8(_NONE)

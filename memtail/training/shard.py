@@ -18,6 +18,7 @@ from memtail.experiment import Experiment
 from memtail.models import build_model
 from memtail.subsets import membership
 from memtail.training.devices import is_out_of_memory, reproducible
+from memtail.training.evaluation import Outcome
 from memtail.training.images import device_images
 from memtail.training.stack import is_stackable
 from memtail.training.stacked_run import StackedRun, StackResult, from_bytes, to_bytes
@@ -85,10 +86,11 @@ def train_shard(
     """
     began, started = time.perf_counter(), datetime.now(UTC)
     members = membership(experiment.subsets, dataset.train_labels, trials)
+    fingerprint = experiment.fingerprint(dataset.fingerprint)
     with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints)
+        shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, fingerprint)
         results = shard.run()
-    return _batch(experiment, dataset, np.array(trials), members, results, device, started, time.perf_counter() - began)
+    return _batch(experiment, dataset, np.array(trials), members, results, device, fingerprint, started, time.perf_counter() - began)
 
 
 @dataclass
@@ -100,17 +102,17 @@ class _ShardTraining:
     members: npt.NDArray[np.bool_]
     on_progress: Callable[[Progress], None] | None
     checkpoints: Checkpoints | None
+    fingerprint: str
     done: list[tuple[list[int], StackResult]] = field(default_factory=list)
     saved_at: float = field(default_factory=time.monotonic)
 
     def run(self) -> StackResult:
-        width = self._width()
-        resumed = self._load()
-        for rows in self._stacks(width):
-            if rows[0] < sum(len(trials) for trials, _ in self.done):
-                continue  # done before the checkpoint that this run goes on from
-            self._train_rows(rows, resumed)
-            resumed = None
+        interrupted = self._load()
+        if interrupted is not None:
+            # with the trials it had then: the stacks of this run may be of another width
+            self._train_rows([self.trials.index(trial) for trial in interrupted["trials"]], interrupted)
+        for rows in self._stacks(self._width(), sum(len(trials) for trials, _ in self.done)):
+            self._train_rows(rows, None)
         return _concatenated([result for _, result in self.done])
 
     def _width(self) -> int:
@@ -120,16 +122,17 @@ class _ShardTraining:
         dense = not any(isinstance(layer, torch.nn.Conv2d) for layer in network.modules())
         return _STACK_WIDTH[self.device.type] if is_stackable(network) and (dense or self.device.type != "cpu") else 1
 
-    def _stacks(self, width: int) -> Iterator[list[int]]:
-        """Runs of at most `width` rows whose subsets have the same size (those of explicit masks may differ)."""
+    def _stacks(self, width: int, first: int) -> Iterator[list[int]]:
+        """Runs of at most `width` rows, from `first` on, whose subsets have the same size (those of explicit masks may differ)."""
         sizes = self.members.sum(1)
         rows: list[int] = []
-        for row in range(len(self.trials)):
+        for row in range(first, len(self.trials)):
             if rows and (len(rows) == width or sizes[row] != sizes[rows[0]]):
                 yield rows
                 rows = []
             rows.append(row)
-        yield rows
+        if rows:
+            yield rows
 
     def _train_rows(self, rows: list[int], resumed: dict[str, Any] | None) -> None:
         try:
@@ -148,9 +151,9 @@ class _ShardTraining:
     def _train_stack(self, rows: list[int], resumed: dict[str, Any] | None) -> StackResult:
         subsets = np.stack([np.flatnonzero(self.members[row]) for row in rows])
         trials = [self.trials[row] for row in rows]
-        images = device_images(self.dataset.folder, self.device)
+        images = device_images(self.dataset, self.device)
         run = StackedRun(self.experiment, images, self.dataset.image_shape, len(self.dataset.classes), trials, subsets)
-        if resumed is not None and resumed["trials"] == trials:
+        if resumed is not None:
             run.restore(resumed)
         return run.train(self._between_steps)
 
@@ -160,7 +163,9 @@ class _ShardTraining:
             finished = sum(len(trials) for trials, _ in self.done) * epochs
             self.on_progress(Progress(finished + run.epoch * len(run.trials), len(self.trials) * epochs))
         if self.checkpoints and time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS:
-            self.checkpoints.save(to_bytes({"done": [_to_state(*entry) for entry in self.done], "stack": run.state()}))
+            self.checkpoints.save(
+                to_bytes({"fingerprint": self.fingerprint, "done": [_to_state(*entry) for entry in self.done], "stack": run.state()})
+            )
             self.saved_at = time.monotonic()
 
     def _load(self) -> dict[str, Any] | None:
@@ -168,9 +173,16 @@ class _ShardTraining:
         data = self.checkpoints.load() if self.checkpoints else None
         if data is None:
             return None
-        state = from_bytes(data, self.device)
-        self.done = [_from_state(entry) for entry in state["done"]]
-        stack: dict[str, Any] = state["stack"]
+        try:
+            state = from_bytes(data, self.device)
+            if state["fingerprint"] != self.fingerprint:
+                raise ValueError("it belongs to another experiment")
+            self.done = [_from_state(entry) for entry in state["done"]]
+            stack: dict[str, Any] = state["stack"]
+        except Exception as error:  # torch.load raises whatever the bytes make it raise
+            log.warning("checkpoint cannot be used, starting over", trials=f"{self.trials[0]}-{self.trials[-1]}", error=str(error))
+            self.done = []
+            return None
         return stack
 
 
@@ -187,16 +199,12 @@ def _to_state(trials: list[int], result: StackResult) -> dict[str, Any]:
 
 
 def _from_state(state: dict[str, Any]) -> tuple[list[int], StackResult]:
-    from memtail.training.evaluation import Outcome
-
     arrays = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
     train, test = (Outcome(*(arrays[f"{split}_{name}"] for name in _RESULT_ARRAYS)) for split in ("train", "test"))
     return state["trials"], StackResult(train, test, arrays["loss"])
 
 
 def _concatenated(results: list[StackResult]) -> StackResult:
-    from memtail.training.evaluation import Outcome
-
     def joined(outcomes: list[Outcome]) -> Outcome:
         margins = [outcome.margin for outcome in outcomes if outcome.margin is not None]
         return Outcome(
@@ -219,6 +227,7 @@ def _batch(
     members: npt.NDArray[np.bool_],
     result: StackResult,
     device: torch.device,
+    fingerprint: str,
     started: datetime,
     seconds: float,
 ) -> TrialBatch:
@@ -239,7 +248,7 @@ def _batch(
             )
         )
     provenance = {
-        "fingerprint": experiment.fingerprint(dataset.fingerprint),
+        "fingerprint": fingerprint,
         "memtail": version("memtail"),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -20,16 +20,29 @@ _VECTOR = 64
 
 
 def is_stackable(network: nn.Module) -> bool:
-    """Whether a network is a sequence of layers that can be stacked."""
-    if type(network) is not nn.Sequential:  # a subclass may compute something else
+    """Whether a network is a sequence of plain layers, each used once and all trained: then a stack computes the same."""
+    layers = _plain_layers(network)
+    if layers is None or len({id(layer) for layer in layers}) < len(layers):
         return False
+    kinds = [type(layer) for layer in layers]
+    if nn.Linear in kinds and (nn.Flatten not in kinds or kinds.index(nn.Linear) < kinds.index(nn.Flatten)):
+        return False
+    flattening = [(layer.start_dim, layer.end_dim) for layer in layers if isinstance(layer, nn.Flatten)]
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    return flattening == [(1, -1)] and not hooked and all(parameter.requires_grad for parameter in network.parameters())
+
+
+def _plain_layers(network: nn.Module) -> list[nn.Module] | None:
+    """The layers of a sequence in order, sequences inside it laid flat; None if it is no sequence of plain layers."""
+    if type(network) is not nn.Sequential:  # a subclass may compute something else
+        return [network] if type(network) in _PLAIN else None
+    layers: list[nn.Module] = []
     for layer in network:
-        if isinstance(layer, nn.Sequential):
-            if not is_stackable(layer):
-                return False
-        elif type(layer) not in _PLAIN:
-            return False
-    return True
+        inner = _plain_layers(layer)
+        if inner is None:
+            return None
+        layers += inner
+    return layers
 
 
 def stack_networks(networks: list[nn.Module]) -> nn.Module:
@@ -93,7 +106,7 @@ class Stacked(nn.Module):
     def __init__(self, networks: list[nn.Sequential]) -> None:
         super().__init__()
         self.width = len(networks)
-        self.layers = nn.ModuleList(_stack_layers([list(_flat(network)) for network in networks]))
+        self.layers = nn.ModuleList(_stack_layers([_plain_layers(network) or [] for network in networks]))
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dim() == 4:
@@ -104,10 +117,6 @@ class Stacked(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-def _flat(network: nn.Sequential) -> list[nn.Module]:
-    return [inner for layer in network for inner in (_flat(layer) if isinstance(layer, nn.Sequential) else [layer])]
 
 
 def _stack_layers(networks: list[list[nn.Module]]) -> list[nn.Module]:

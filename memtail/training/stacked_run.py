@@ -79,7 +79,8 @@ class StackedRun:
             self._train_epoch(between_steps)
         m = self.subsets.shape[1]
         train, test = (
-            evaluate(self.stack, self.images, split, self.experiment.record.margins, self.autocast) for split in ("train", "test")
+            evaluate(self.stack, self.images, split, self.experiment.record.margins, self.autocast, self.recipe.batch_size)
+            for split in ("train", "test")
         )
         return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy())
 

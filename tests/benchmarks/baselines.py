@@ -59,11 +59,12 @@ def with_dataloader(model: nn.Module, recipe: Recipe, data: Data, member: np.nda
             optimizer.step()
             step += 1
     model.eval()
-    right = []
-    with torch.no_grad():
-        for split in (train, test):
-            right.append(torch.cat([model(images).argmax(1) == labels for images, labels in DataLoader(split, 512)]).numpy())
-    return float(right[0][member].mean()), float(right[1].mean())
+
+    def right(split: TensorDataset) -> np.ndarray:
+        with torch.no_grad():
+            return torch.cat([model(images).argmax(1) == labels for images, labels in DataLoader(split, 512)]).numpy()
+
+    return float(right(train)[member].mean()), float(right(test).mean())
 
 
 def in_memory(model: nn.Module, recipe: Recipe, data: Data, member: np.ndarray, compiled: nn.Module | None = None) -> tuple[float, float]:

@@ -51,6 +51,35 @@ def test_more_trials_extend_an_experiment_on_its_own_grid_and_fewer_are_refused(
         archive.enroll(record(100))
 
 
+def test_a_batch_of_other_trials_than_its_name_says_is_refused_and_foreign_files_are_passed_over(archive):
+    from tests.unit.test_trials import make
+
+    batch = make()[0]
+    archive.enroll(record())
+    assert archive.commit(batch, "f") and not archive.commit(batch, "f")
+    assert archive.committed() == [Shard(10, 12)] and archive.batch(Shard(10, 12), "f").shard == Shard(10, 12)
+    with pytest.raises(StoreError, match="belongs to another experiment"):
+        archive.commit(batch, "g")
+    archive.store.put("experiments/e/trials/00000000-00000002.npz", batch.to_bytes())
+    archive.store.put("experiments/e/trials/notes.txt", b"")
+    assert archive.committed() == [Shard(0, 2), Shard(10, 12)]
+    with pytest.raises(StoreError, match=r"00000000-00000002\.npz: holds other trials than its name says"):
+        archive.batch(Shard(0, 2), "f")
+
+
+@pytest.mark.parametrize("data", [b"{", b'"x"', b"{}", b'{"schema": 7}'])
+def test_a_damaged_record_is_named(archive, data):
+    archive.store.put("experiments/e/experiment.json", data)
+    with pytest.raises(StoreError, match=r"experiment\.json: is (corrupt|of schema)"):
+        archive.record()
+
+
+def test_a_name_that_can_be_no_key_is_just_not_there(tmp_path):
+    for name in ("", "../d", "a/b"):
+        with pytest.raises(StoreError, match=f"there is no experiment '{name}'"):
+            ExperimentArchive(LocalStore(tmp_path), name).record()
+
+
 def test_failures_are_kept_and_counted(archive):
     first = archive.record_failure(Shard(0, 6), "boom", "trace", "now")
     second = archive.record_failure(Shard(0, 6), "boom again", "trace", "later")
