@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import yaml
 import memtail
 from memtail.archive import ExperimentArchive
 from memtail.errors import MemtailError, StoreError
+from memtail.scores.publish import latest_version, publish
+from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard, unpack
 from tests.conftest import write_arrays
@@ -161,6 +164,45 @@ def test_a_foreign_or_corrupt_batch_is_refused_by_name(finished, tmp_path):
     foreign.write_bytes(foreign.read_bytes()[:100])
     result = command("run", run, "--store", tmp_path / "store")
     assert result.returncode == 2 and foreign.name in result.stderr and "truncated or corrupt" in result.stderr
+
+
+def test_the_pointer_never_goes_back_to_fewer_trials(finished, digits):
+    store, _ = finished
+    archive = ExperimentArchive(LocalStore(store), "digits")
+    record = archive.record()
+    behind = Statistics(digits.n_train, digits.n_test)
+    behind.fold(archive.batch(archive.committed()[0], record.fingerprint))
+    before = latest_version(archive.store, "digits")
+    assert publish(archive.store, record, behind, digits)["trials"] == 5
+    assert latest_version(archive.store, "digits") == before
+    assert command("top", "--store", store).returncode == 0
+
+
+def test_damaged_scores_are_one_clear_line_and_a_run_mends_the_pointer(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "store")
+    folder = version(tmp_path / "store")
+    for damage in ("{", '{"version": "gone"}'):
+        (folder.parent / "latest.json").write_text(damage)
+        result = command("top", "--store", tmp_path / "store")
+        assert result.returncode == 2 and "latest.json: is damaged" in result.stderr and len(result.stderr.splitlines()) == 1
+        assert command("status", "--store", tmp_path / "store").returncode == 0
+    assert command("run", spec(tmp_path), "--store", tmp_path / "store").returncode == 0
+    assert same_files(version(tmp_path / "store"), version(finished[0]))
+    (folder / "memorization.parquet").write_bytes(b"PAR1")
+    result = command("top", "--store", tmp_path / "store")
+    assert result.returncode == 2 and "memorization.parquet: is missing or damaged" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path):
+    from tests.unit.test_datasets import write_tree
+
+    write_tree(tmp_path / "images", count=6)
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "cat").rename(tmp_path / "images" / split / "a[red]")
+    few = {"trials": 8, "design": "balanced", "fraction": 0.5}
+    path = spec(tmp_path, "folder", dataset={"name": "folder", "root": "images"}, training={"epochs": 1}, subsets=few)
+    result = command("run", path, "--store", tmp_path / "st[/v1]")
+    assert result.returncode == 0 and "a[red]/" in result.stdout and f"--store {tmp_path}/st[/v1]" in result.stdout
 
 
 MODELS = """

@@ -1,7 +1,13 @@
 """Datasets: what is read is what was there, prepared once, and what is wrong is named."""
 
 import gzip
+import re
+import signal
 import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,11 +69,14 @@ def test_equal_content_has_equal_fingerprints_and_is_prepared_once(tmp_path, mon
         ({"train_labels": np.zeros(39, int)}, "needed are 40 integers"),
         ({"train_labels": np.zeros(40)}, "train_labels is float64"),
         ({"train_images": np.zeros((40, 6, 6))}, "train_images is float64"),
+        ({"train_images": np.zeros((40, 0, 6), np.uint8)}, "train_images is uint8 [40, 0, 6]"),
+        ({"train_labels": np.array([0] * 39 + [10**10])}, "10000000000 at index 39 makes more classes than there are examples"),
+        ({"train_labels": np.zeros(40, int), "test_labels": np.zeros(20, int)}, "1 class, at least 2 are needed"),
         ({"test_images": np.zeros((20, 5, 6), np.uint8)}, "all must be of one size"),
     ],
 )
 def test_wrong_arrays_are_refused_by_name(tmp_path, changes, message):
-    with pytest.raises(DatasetError, match=message.replace("(", r"\(")):
+    with pytest.raises(DatasetError, match=re.escape(message)):
         arrays(write_arrays(tmp_path / "a.npz", **changes))
 
 
@@ -76,6 +85,16 @@ def test_missing_truncated_and_incomplete_npz_files_are_named(tmp_path):
         arrays(tmp_path / "a.npz")
     data = write_arrays(tmp_path / "a.npz").read_bytes()
     (tmp_path / "a.npz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DatasetError, match=r"a\.npz: is truncated or corrupt"):
+        arrays(tmp_path / "a.npz")
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    with pytest.raises(DatasetError, match=r"a\.npy: is no \.npz file"):
+        arrays(tmp_path / "a.npy")
+    with np.load(write_arrays(tmp_path / "b.npz")) as held:
+        np.savez_compressed(tmp_path / "a.npz", **held)
+    damaged = bytearray((tmp_path / "a.npz").read_bytes())
+    damaged[200:600] = bytes(400)
+    (tmp_path / "a.npz").write_bytes(damaged)
     with pytest.raises(DatasetError, match=r"a\.npz: is truncated or corrupt"):
         arrays(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", train_images=np.zeros((2, 2, 2), np.uint8))
@@ -200,6 +219,49 @@ def test_a_corrupt_image_is_named_and_what_was_done_before_is_kept(tmp_path, mon
     )
     fresh = datasets.ImageDataset.open(prepare_folder(find_images(root, None, None), None, tmp_path / "fresh", None))
     assert fresh.fingerprint == dataset.fingerprint and (fresh.test_images == dataset.test_images).all()
+
+
+def test_images_of_16_bits_are_refused_and_hidden_folders_passed_over(tmp_path):
+    write_tree(tmp_path)
+    (tmp_path / "train" / ".checkpoints").mkdir()
+    assert prepare_tree(tmp_path).classes == ("cat", "dog")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "train" / "dog" / "deep.png")
+    with pytest.raises(DatasetError, match=r"deep\.png: has more than 8 bits per channel"):
+        prepare_tree(tmp_path)
+
+
+def test_a_preparation_that_is_killed_leaves_no_process_and_goes_on_where_it_was(tmp_path):
+    write_tree(tmp_path / "tree", count=4000)
+    target = tmp_path / "prepared"
+    script = tmp_path / "prepare.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from memtail.datasets.folder import find_images, prepare_folder\n"
+        "if __name__ == '__main__': prepare_folder(find_images(Path(sys.argv[1]), None, None), 32, Path(sys.argv[2]), None)"
+    )
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "tree"), str(target)])
+    children: list[str] = []
+    while process.poll() is None and not list(target.glob(".unfinished-*/journal.jsonl")):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or children
+        time.sleep(0.005)
+    assert process.poll() is None and children
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a decoding process outlived its parent"
+        time.sleep(0.05)
+    steps: list[tuple[int, int]] = []
+    prepared = prepare_folder(find_images(tmp_path / "tree", None, None), 32, target, lambda *step: steps.append(step))
+    assert len(steps) < 16 and steps[-1] == (16000, 16000)
+    fresh = prepare_folder(find_images(tmp_path / "tree", None, None), 32, tmp_path / "fresh", None)
+    assert prepared.name == fresh.name
+
+
+def test_an_unusable_cache_is_one_clear_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DatasetError, match="MEMTAIL_CACHE"):
+        datasets.prepare(DatasetSpec(name="digits"))
 
 
 def test_a_missing_split_class_or_root_is_named(tmp_path):

@@ -98,11 +98,17 @@ def test_explicit_masks_of_the_wrong_shape_are_refused(tmp_path):
     np.save(tmp_path / "masks.npy", np.ones((5, 59), bool))
     with pytest.raises(SpecError, match=r"bool \[5, 59\], needed is bool \[trials, 60\]"):
         membership(spec(design="explicit", masks=tmp_path / "masks.npy", trials=5), LABELS, [0])
+    np.savez(tmp_path / "masks.npz", a=np.ones(3))
+    for name, message in (("masks.npz", "it is an .npz file"), ("gone.npy", "cannot be read")):
+        with pytest.raises(SpecError, match=message):
+            membership(spec(design="explicit", masks=tmp_path / name, trials=5), LABELS, [0])
 
 
 def test_too_few_trials_for_an_estimate_are_refused_with_the_number_that_mends_it():
     with pytest.raises(SpecError, match=r"with 3 trials \d+ of 60 .* trials are enough"):
         check_trials(spec(trials=3), LABELS)
+    with pytest.raises(SpecError, match="with 100 trials"):
+        check_trials(spec(fraction=1e-7), np.arange(10**4) % 3)
     check_trials(spec(trials=60), LABELS)
     check_trials(spec(trials=2, design="balanced", fraction=0.5), LABELS)
 

@@ -1,6 +1,7 @@
 """Training a shard: purity, batches, divergence, memory, checkpoints; and that it learns what torch learns."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -171,7 +172,14 @@ def test_a_stack_computes_what_its_networks_compute(name):
 
 
 def test_what_is_no_sequence_of_plain_layers_is_not_stacked():
+    shared, frozen, hooked = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
     for network in (
+        nn.Sequential(nn.Flatten(), shared, nn.ReLU(), shared),
+        nn.Sequential(nn.Flatten(), frozen),
+        nn.Sequential(nn.Flatten(), hooked),
+        nn.Sequential(nn.Linear(4, 4), nn.Flatten()),
+        nn.Sequential(nn.Flatten(2), nn.Linear(4, 4)),
         nn.Linear(2, 2),
         nn.Sequential(nn.Dropout()),
         nn.Sequential(nn.Sequential(nn.GELU())),
@@ -286,6 +294,41 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
     assert checkpoints.saves - saves == whole.saves - stop_at  # nothing before the checkpoint was trained again
 
 
+def test_a_checkpoint_is_taken_up_by_stacks_of_another_width(declare, digits, monkeypatch):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    experiment = declare(9, training={"epochs": 1, "batch_size": 256})
+    expected = train_shard(experiment, digits, range(9), CPU)
+    for before, after, stop_at in ((2, 8, 13), (8, 2, 2), (3, 16, 4)):
+        checkpoints = Memory(stop_at)
+        monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": before})
+        with pytest.raises(Memory.StopError):
+            train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)
+        monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": after})
+        assert same_bits([expected], [train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)])
+
+
+def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digits, monkeypatch, capfd):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    experiment = declare(2, training={"epochs": 1})
+    expected = train_shard(experiment, digits, range(2), CPU)
+    foreign = Memory(5)
+    with pytest.raises(Memory.StopError):
+        train_shard(declare(2, training={"epochs": 1, "label_smoothing": 0.5}), digits, range(2), CPU, checkpoints=foreign)
+    damaged = Memory()
+    damaged.state = foreign.state[: len(foreign.state) // 2]
+    for checkpoints in (foreign, damaged):
+        checkpoints.stop_at = None
+        assert same_bits([expected], [train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints)])
+    assert "".join(capfd.readouterr()).count("checkpoint cannot be used") == 2
+
+
+def test_the_dataset_given_is_the_one_trained_on(declare, digits):
+    experiment = declare(2, training={"epochs": 1})
+    other = dataclasses.replace(digits, train_labels=(digits.train_labels + 1) % 10)
+    batches = [train_shard(experiment, dataset, range(2), CPU) for dataset in (digits, other)]
+    assert (batches[0].test_correct != batches[1].test_correct).any()
+
+
 def with_dropout(image_shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(image_shape)), 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, classes))
 
@@ -334,6 +377,7 @@ def test_low_precision_learns_too(declare, digits, precision):
 def test_batches_cover_an_epoch_and_none_has_a_single_example():
     assert batch_bounds(10, 4) == [(0, 4), (4, 8), (8, 10)]
     assert batch_bounds(9, 4) == [(0, 4), (4, 9)]
+    assert batch_bounds(3, 1) == [(0, 1), (1, 2), (2, 3)]
     assert batch_bounds(3, 4) == [(0, 3)] and batch_bounds(1, 4) == [(0, 1)]
 
 
@@ -374,6 +418,24 @@ def test_schedules(schedule, factors):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_architecture_takes_small_grey_and_colour_images(name, channels):
     check_model(NamedModel(name=name), (channels, 32, 32), 7)
+
+
+@pytest.mark.parametrize("size", [8, 7])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0.0])
+def test_pooling_with_relu_is_torchs_to_the_bit(size, odd):
+    from memtail.training.pooling import pool_relu
+
+    images = (torch.randn(3, 5, size, size) * 2).round().div(2).contiguous(memory_format=torch.channels_last)  # full of ties
+    images[0, 0, 0, 0] = odd
+    ours, torchs = images.clone().requires_grad_(), images.clone().requires_grad_()
+    pooled, expected = pool_relu(ours), F.relu(F.max_pool2d(torchs, 2))
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=0, equal_nan=True)
+    gradient = torch.randn_like(expected)
+    pooled.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(ours.grad, torchs.grad) or np.isnan(odd)
+    with torch.no_grad():
+        torch.testing.assert_close(pool_relu(images), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_sgd_defaults_are_those_of_the_example():
