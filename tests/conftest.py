@@ -14,7 +14,7 @@ from memtail.experiment import Experiment
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Prepared datasets go to a folder of this session's, and are shared within it."""
+    """Prepared datasets go to a folder made for this run of the tests."""
     import os
 
     os.environ["MEMTAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
