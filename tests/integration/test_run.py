@@ -372,7 +372,7 @@ def test_the_command_line_answers_in_text_and_json(finished, tmp_path):
     assert [row["mem"] for row in top] == sorted((row["mem"] for row in top), reverse=True) and len(top) == 3
     pairs = json.loads(command("top", "--pairs", "--json", "--store", store).stdout)
     assert pairs[0]["infl"] >= 0.15
-    influencers = json.loads(command("top", "--influencers-of", pairs[0]["tt_idx"], "--json", "--store", store).stdout)
+    influencers = json.loads(command("top", "--influencers-of", pairs[0]["tt_idx"], "-n", 2000, "--json", "--store", store).stdout)
     assert pairs[0]["tr_idx"] in [row["tr_idx"] for row in influencers] and influencers[0]["infl"] >= pairs[0]["infl"]
     assert command("scores", "--fetch", tmp_path / "out", "--store", store).returncode == 0
     assert same_files(tmp_path / "out", version(store))
