@@ -50,15 +50,17 @@ class Influence:
     @cached_property
     def error(self) -> Floats:
         """float64 [a, b], the standard error of every value."""
-        return self._error(self.both, self.k_in[:, None], self.right)
+        return influence_error(self.both, self.k_in[:, None], self.right, self.trials)
 
     def error_at(self, i: npt.NDArray[np.integer], j: npt.NDArray[np.integer]) -> Floats:
         """float64 [p], the standard errors at p places of the block only."""
-        return self._error(self.both[i, j], self.k_in[i], self.right[j])
+        return influence_error(self.both[i, j], self.k_in[i], self.right[j], self.trials)
 
-    def _error(self, both: npt.NDArray[np.int32], k_in: Counts, right: Counts) -> Floats:
-        k_out = self.trials - k_in
-        return standard_error(rate(both, k_in), k_in, rate(right - both, k_out), k_out)
+
+def influence_error(both: npt.NDArray[np.int32], k_in: Counts, right: Counts, trials: int) -> Floats:
+    """float64, the standard errors of influences from their counts, of shapes that broadcast: see `Influence`."""
+    k_out = trials - k_in
+    return standard_error(rate(both, k_in), k_in, rate(right - both, k_out), k_out)
 
 
 def influence(packed: PackedTrials, train: Index, other: Index, on: Target = "test") -> Influence:

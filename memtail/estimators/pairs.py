@@ -1,11 +1,12 @@
 """High-influence pairs: a test example and a memorized training example of its class that it owes its correct prediction to."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from memtail.estimators.influence import influence_blocks
+from memtail.estimators.influence import influence_blocks, influence_error
 from memtail.estimators.memorization import Floats, Memorization
 from memtail.statistics.accumulator import PackedTrials
 
@@ -42,16 +43,18 @@ def high_influence_pairs(
     test_labels: npt.NDArray[np.int64],
     mem_threshold: float = MEM_THRESHOLD,
     infl_threshold: float = INFL_THRESHOLD,
+    device: str | None = None,
 ) -> Pairs:
-    """All pairs of one class with mem_i >= `mem_threshold` and infl_ij >= `infl_threshold` (the paper, section 3.2)."""
-    found: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Floats, Floats]] = []
+    """All pairs of one class with mem_i >= `mem_threshold` and infl_ij >= `infl_threshold` (the paper, section 3.2).
+
+    `device` is where to compute, as in `memtail.estimators.top_influencers`; the answer is the same.
+    """
     memorized = memorization.value >= mem_threshold
-    for label in np.unique(train_labels[memorized]):
-        rows = np.flatnonzero(memorized & (train_labels == label))
-        columns = np.flatnonzero(test_labels == label)
-        for place, block in influence_blocks(packed, rows, columns):
-            i, j = np.nonzero(block.value >= infl_threshold)
-            found.append((rows[place][i], columns[j], block.value[i, j], block.error_at(i, j)))
+    classes = [
+        (np.flatnonzero(memorized & (train_labels == label)), np.flatnonzero(test_labels == label))
+        for label in np.unique(train_labels[memorized])
+    ]
+    found = list(_found(packed, classes, infl_threshold) if device is None else _found_on(device, packed, classes, infl_threshold))
     train = np.concatenate([part[0] for part in found] or [np.empty(0, np.int64)])
     test = np.concatenate([part[1] for part in found] or [np.empty(0, np.int64)])
     value = np.concatenate([part[2] for part in found] or [np.empty(0)])
@@ -59,3 +62,23 @@ def high_influence_pairs(
     order = np.lexsort((test, train, -value))
     train, test = train[order], test[order]
     return Pairs(train, test, value[order], error[order], memorization.value[train], memorization.error[train])
+
+
+_Found = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Floats, Floats]
+_Classes = list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+
+
+def _found(packed: PackedTrials, classes: _Classes, threshold: float) -> Iterator[_Found]:
+    for rows, columns in classes:
+        for place, block in influence_blocks(packed, rows, columns):
+            i, j = np.nonzero(block.value >= threshold)
+            yield rows[place][i], columns[j], block.value[i, j], block.error_at(i, j)
+
+
+def _found_on(device: str, packed: PackedTrials, classes: _Classes, threshold: float) -> Iterator[_Found]:
+    from memtail.estimators.on_device import DeviceInfluence  # needs torch
+
+    influences = DeviceInfluence(packed.membership, packed.k_in, packed.test_correct, packed.test_right, packed.trials, device)
+    for rows, columns in classes:
+        for i, j, both, value in influences.at_least(threshold, rows, columns):
+            yield i, j, value, influence_error(both, packed.k_in[i], packed.test_right[j], packed.trials)

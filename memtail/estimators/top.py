@@ -8,15 +8,26 @@ from memtail.estimators.memorization import Floats
 from memtail.statistics.accumulator import PackedTrials
 
 
-def top_influencers(packed: PackedTrials, k: int, on: Target = "test") -> tuple[npt.NDArray[np.int64], Floats]:
+def top_influencers(packed: PackedTrials, k: int, on: Target = "test", device: str | None = None) -> tuple[npt.NDArray[np.int64], Floats]:
     """The k training examples of greatest influence on every other example.
 
     Memory stays within a block of influences; the matrix is never held.
+
+    Args:
+        packed: the statistics.
+        k: how many; at least 1.
+        on: whether the others are test examples or training examples.
+        device: where to compute: None (the processor, without torch), or torch's "cuda", "cuda:N" or "cpu". The answer is the same.
 
     Returns:
         int64 [b, k] training indices and float64 [b, k] influences, falling, ties by index; -1 and NaN where fewer than k
         training examples have an estimate.
     """
+    if device is not None:
+        from memtail.estimators.on_device import DeviceInfluence  # needs torch
+
+        words, right = (packed.test_correct, packed.test_right) if on == "test" else (packed.train_correct, packed.train_right)
+        return DeviceInfluence(packed.membership, packed.k_in, words, right, packed.trials, device).top(k)
     from memtail.statistics import kernels  # compiles
 
     others = packed.n_test if on == "test" else packed.n_train
