@@ -1,5 +1,6 @@
 """Images on the device: batches are gathered, augmented and normalised there, for all trials of a stack in one call."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -8,6 +9,15 @@ from torch import Tensor
 
 from memtail.datasets import ImageDataset
 from memtail.training.batches import Augmentation
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """An `Augmentation` on the device."""
+
+    flip: Tensor
+    down: Tensor | None
+    right: Tensor | None
 
 
 class DeviceImages:
@@ -27,6 +37,7 @@ class DeviceImages:
         self.test_labels = torch.from_numpy(np.array(dataset.test_labels)).to(device)
         self._shift = -torch.tensor(dataset.mean, dtype=torch.float32, device=device)
         self._scale = 1 / torch.tensor(dataset.std, dtype=torch.float32, device=device)
+        self._moved: tuple[Augmentation, _Moves] | None = None
 
     def gather(self, index: Tensor, augmentation: Augmentation | None, positions: slice) -> Tensor:
         """Training images, augmented and normalised.
@@ -41,13 +52,22 @@ class DeviceImages:
         """
         images = self.train[index.to(self.train.device)].to(self.device)
         if augmentation is not None:
-            images = _augment(images, augmentation, positions)
+            images = _augment(images, self._moves(augmentation), positions)
         return self._normalised(images)
 
     def split(self, name: str, start: int, stop: int) -> Tensor:
         """Images `start` to `stop` of a split, normalised: float32 [B, C, H, W]."""
         images = (self.train if name == "train" else self.test)[start:stop]
         return self._normalised(images.to(self.device))
+
+    def _moves(self, augmentation: Augmentation) -> _Moves:
+        """An epoch's augmentation on the device, taken there at its first batch: each copy from the host waits for all work before it."""
+        if self._moved is None or self._moved[0] is not augmentation:
+            arrays = (augmentation.flip, augmentation.down, augmentation.right)
+            flip, down, right = (None if array is None else torch.from_numpy(array).to(self.device) for array in arrays)
+            assert flip is not None
+            self._moved = augmentation, _Moves(flip, down, right)
+        return self._moved[1]
 
     def _normalised(self, images: Tensor) -> Tensor:
         """uint8 [..., H, W, C] -> float32 [..., C, H, W], channels last in memory."""
@@ -60,18 +80,15 @@ def device_images(dataset: ImageDataset, device: torch.device) -> DeviceImages:
     return DeviceImages(dataset, device)
 
 
-def _augment(images: Tensor, augmentation: Augmentation, positions: slice) -> Tensor:
+def _augment(images: Tensor, moves: _Moves, positions: slice) -> Tensor:
     """Shift (filling with 0) and mirror uint8 [S, B, H, W, C], each image by its own draws."""
     height, width = images.shape[2:4]
     columns = torch.arange(width, device=images.device)
-    flip = torch.from_numpy(augmentation.flip[:, positions]).to(images.device)
-    column = torch.where(flip[..., None], width - 1 - columns, columns)
-    if augmentation.down is None or augmentation.right is None:
+    column = torch.where(moves.flip[:, positions, None], width - 1 - columns, columns)
+    if moves.down is None or moves.right is None:
         return images.take_along_dim(column[:, :, None, :, None], dim=3)
-    down = torch.from_numpy(augmentation.down[:, positions]).to(images.device)
-    right = torch.from_numpy(augmentation.right[:, positions]).to(images.device)
-    row = torch.arange(height, device=images.device) - down[..., None]
-    column = column - right[..., None]
+    row = torch.arange(height, device=images.device) - moves.down[:, positions, None]
+    column = column - moves.right[:, positions, None]
     inside = ((row >= 0) & (row < height))[..., :, None] & ((column >= 0) & (column < width))[..., None, :]
     moved = images.take_along_dim(row.clamp(0, height - 1)[:, :, :, None, None], dim=2)
     moved = moved.take_along_dim(column.clamp(0, width - 1)[:, :, None, :, None], dim=3)
