@@ -131,8 +131,8 @@ class Scores:
         import pyarrow.parquet
 
         with self._reading(file):
-            table = pyarrow.parquet.read_table(self.folder / file)
-        return {name: table[name].to_numpy() for name in table.column_names}
+            table = pyarrow.parquet.ParquetFile(self.folder / file).read()
+        return {name: _as_numpy(table[name].combine_chunks()) for name in table.column_names}
 
     @contextmanager
     def _reading(self, file: str) -> Iterator[None]:
@@ -140,6 +140,13 @@ class Scores:
             yield
         except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise ScoresError(f"{self.folder / file}: is missing or damaged ({error}): run the experiment again") from None
+
+
+def _as_numpy(array: Any) -> Column:
+    """Without pyarrow's `to_numpy` (nor its `read_table`), which load pandas: that takes longer than the rest of `memtail top`."""
+    import pyarrow as pa
+
+    return np.array(np.from_dlpack(array)) if pa.types.is_primitive(array.type) else np.array(array.to_pylist(), dtype=object)
 
 
 def largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
