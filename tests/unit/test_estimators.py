@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtail.estimators import expected_standard_error, high_influence_pairs, influence, memorization, top_influencers
-from memtail.statistics import Statistics, cooccurrence
+from memtail.statistics import Statistics, cooccurrence, lookup
 from memtail.trials import TrialBatch, TrialMetrics, pack
 
 
@@ -161,3 +161,19 @@ def test_top_influencers_are_the_largest_of_every_column(k, seed, on):
 
 def test_expected_standard_error_is_the_papers_worst_case():
     assert expected_standard_error(1000, 0.7) == pytest.approx(np.sqrt(1.19 / 1000), rel=1e-3)
+
+
+@pytest.mark.skipif(not lookup.POSSIBLE, reason="this processor has no byte shuffle")
+@given(words=st.integers(1, 20), a=st.integers(2, 300), b=st.integers(2, 140), seed=st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_both_ways_of_counting_pairs_count_alike(words, a, b, seed):
+    rng = np.random.default_rng(seed)
+    left, right = (rng.integers(0, 2**64, (words, count), dtype=np.uint64) for count in (a, b))
+    left[:, 0], right[:, 0] = 2**64 - 1, 2**64 - 1  # the most that there can be
+    expected = np.bitwise_count(left[:, :, None] & right[:, None, :]).sum(0, dtype=np.int32)
+    found = []
+    for faster in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lookup, "FASTER", faster)
+            found.append(cooccurrence(left, right))
+    assert (found[0] == expected).all() and (found[1] == expected).all()
