@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +52,12 @@ def main() -> None:
 
 
 @app.command()
-def run(spec: SpecFile, store: Store = DEFAULT_STORE, json_: Json = False) -> None:
+def run(
+    spec: SpecFile,
+    store: Store = DEFAULT_STORE,
+    profile: Annotated[bool, typer.Option("--profile", help="Also show where the time of the trials went.")] = False,
+    json_: Json = False,
+) -> None:
     """Run an experiment to its scores, or go on with it where it stopped."""
     from memtail import display, logs
     from memtail.experiment import Experiment
@@ -65,7 +71,7 @@ def run(spec: SpecFile, store: Store = DEFAULT_STORE, json_: Json = False) -> No
     failure = None
     try:
         with display.RunProgress(quiet=json_) as progress, _preparation(quiet=json_) as on_preparation:
-            summary = run_experiment(experiment, store, on_progress=progress.update, on_preparation=on_preparation)
+            summary = run_experiment(experiment, store, on_progress=progress.update, on_preparation=on_preparation, profile=profile)
     except ShardsFailedError as error:
         if error.summary is None:
             raise
@@ -77,8 +83,33 @@ def run(spec: SpecFile, store: Store = DEFAULT_STORE, json_: Json = False) -> No
         print(json.dumps(summary, indent=1))
     else:
         display.show_summary(summary, _scores_of(_open(store), experiment.name), progress.seconds, store)
+        if "profile" in summary:
+            display.show_profile(summary["profile"])
     if failure is not None:
         raise failure
+
+
+@app.command()
+def plan(
+    spec: SpecFile,
+    store: Store = DEFAULT_STORE,
+    price: Annotated[float | None, typer.Option(help="What a device costs per hour.", metavar="P")] = None,
+    standard_error: Annotated[float | None, typer.Option(help="The standard error wanted of every score.", metavar="E")] = None,
+    json_: Json = False,
+) -> None:
+    """Train for a few seconds, then say what a run would take: time, memory, bytes, cost, and how exact its scores will be."""
+    from memtail import display, logs
+    from memtail.experiment import Experiment
+    from memtail.planning import plan as plan_experiment
+
+    logs.configure()
+    experiment = Experiment.load(spec)
+    with _preparation(quiet=json_) as on_preparation:
+        made = plan_experiment(experiment, store, price=price, standard_error=standard_error, on_preparation=on_preparation)
+    if json_:
+        print(json.dumps(asdict(made), indent=1))
+    else:
+        display.show_plan(made)
 
 
 @app.command()

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.bar import Bar
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.syntax import Syntax
 from rich.table import Table
@@ -14,6 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from memtail.doctor import Check
     from memtail.experiment import Experiment
+    from memtail.planning import Plan
     from memtail.runner import RunState
     from memtail.scores.reader import Column, Scores
 
@@ -22,6 +25,7 @@ if not console.is_terminal:
     console.width = 200  # nothing is cut where nobody's window sets the width
 
 _PLAIN_LINE_SECONDS = 5.0
+_BAR_WIDTH = 40
 
 
 def show_spec(experiment: "Experiment") -> None:
@@ -163,6 +167,50 @@ def show_summary(summary: dict[str, Any], scores: "Scores", seconds: float, stor
     console.print(f"next: memtail top {summary['experiment']} --pairs --store {store}")
 
 
+def show_profile(profile: dict[str, Any]) -> None:
+    """Where the time went: device-seconds by phase, with their shares as bars."""
+    seconds, devices, phases = profile["seconds"], profile["devices"], profile["phases"]
+    whole = sum(phases.values()) or 1.0
+    console.print(f"\nwhere {seconds:.1f} s on {devices} {'device' if devices == 1 else 'devices'} went", style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for column in ("phase", "share", "seconds"):
+        table.add_column(column, justify="left" if column == "phase" else "right", no_wrap=True)
+    table.add_column("bar", width=_BAR_WIDTH)
+    for phase, spent in phases.items():
+        table.add_row(f"  {phase}", f"{spent / whole:.1%}", f"{spent:.1f} s", Bar(whole, 0, spent, width=_BAR_WIDTH))
+    console.print(table, soft_wrap=False, crop=False)
+
+
+def show_plan(plan: "Plan") -> None:
+    """What a run would take, line by line, and on other numbers of devices."""
+    left = "" if plan.trials_to_train == plan.trials else f", {plan.trials_to_train} of them to be trained"
+    console.print(f"{plan.experiment}: {plan.trials} trials{left}", style="bold")
+    best = "" if plan.best_trials_per_shard == plan.trials_per_shard else f"; {plan.best_trials_per_shard} would take about half a minute"
+    here = plan.seconds_per_trial / plan.devices
+    facts = [
+        (
+            "seconds per trial",
+            f"{plan.seconds_per_trial:.3g} on one {plan.device} device, {here:.3g} on all {plan.devices} of this machine",
+        ),
+        ("before the first trial", f"{plan.startup_seconds:.1f} s"),
+        ("after the last trial", f"{plan.scoring_seconds:.1f} s"),
+        ("memory", f"{decimal(plan.peak_memory)} {'of the device' if plan.device == 'cuda' else 'per process'}"),
+        ("trials per shard", f"{plan.trials_per_shard}{best}"),
+        ("stored", f"{decimal(plan.trial_bytes)} of trials, {decimal(plan.score_bytes)} of scores"),
+        ("standard error", f"at most {plan.standard_error:.3f} to be expected"),
+    ]
+    if plan.wanted_standard_error is not None:
+        facts.append((f"for at most {plan.wanted_standard_error:g}", f"{plan.trials_for_it} trials"))
+    if plan.extrapolated:
+        facts.append(("measured", "on shortened trials"))
+    for name, value in facts:
+        console.print(f"  {name:<24} {value}")
+    console.print("\nthe whole run")
+    for where, forecast in (("this machine", plan.here), *((f"{each.devices} x {plan.device}", each) for each in plan.elsewhere)):
+        cost = "" if forecast.cost is None else f"  costs {forecast.cost:.2f}"
+        console.print(f"  {where:<24} {_duration(forecast.seconds):>10}{cost}")
+
+
 def show_status(rows: list[dict[str, Any]]) -> None:
     """One line per experiment."""
     columns = ("experiment", "trials", "wanted", "failed_attempts", "published_trials", "published", "test_accuracy")
@@ -183,6 +231,13 @@ def show_checks(checks: "list[Check]") -> None:
     """One line per check."""
     for check in checks:
         console.print(Text("ok " if check.fine else "NO ", style="green" if check.fine else "red"), f"{check.name:<22} {check.finding}")
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _percent(value: float | None) -> str:

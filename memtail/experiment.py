@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from memtail.errors import SpecError
 
 #: Part of every fingerprint: raised when a change in memtail changes what a trial computes.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 #: Names of experiments: they are parts of object keys.
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")

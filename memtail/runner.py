@@ -7,7 +7,9 @@ which trial batch counts.
 import os
 import random
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +29,7 @@ from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.subsets import check_trials
 from memtail.training.devices import available_devices
+from memtail.training.phases import PHASES
 from memtail.training.plan import trials_per_shard
 from memtail.trials import Shard
 from memtail.workers import Finished, StoredCheckpoints, Task, Workers
@@ -41,7 +44,10 @@ PUBLISH_SECONDS = 300.0
 
 @dataclass
 class RunState:
-    """How far a run is, for whoever shows it; `partial` is how much of each shard in training is done (0 to 1)."""
+    """How far a run is, for whoever shows it; `partial` is how much of each shard in training is done (0 to 1).
+
+    `phases`, when profiling, holds seconds: those of the training processes together, and this process's own under "writing".
+    """
 
     wanted: int
     statistics: Statistics
@@ -51,6 +57,7 @@ class RunState:
     partial: dict[Shard, float] = field(default_factory=dict)
     failed: dict[Shard, str] = field(default_factory=dict)
     seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def trials(self) -> int:
@@ -69,6 +76,7 @@ def run(
     *,
     on_progress: Callable[[RunState], None] | None = None,
     on_preparation: Callable[[int, int], None] | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Run an experiment to its scores; returns their summary.
 
@@ -77,6 +85,8 @@ def run(
         store: the folder in which results are kept; scores lie in `STORE/experiments/NAME`.
         on_progress: called several times a second with how far it is.
         on_preparation: called with (images done, images in all) while a folder of images is prepared.
+        profile: also measure where the time of the trials goes, and add it to the summary that is returned, as `profile`: the wall-clock
+            `seconds`, how many `devices` there were, and the seconds by phase, as device-seconds (of all devices together) in `phases`.
 
     Raises:
         MemtailError: bad input, or a store of another experiment of the same name.
@@ -91,19 +101,24 @@ def run(
     state = RunState(experiment.subsets.trials, Statistics(dataset.n_train, dataset.n_test), dataset, record, devices)
     report = on_progress or (lambda state: None)
 
-    _fold_committed(archive, state)
+    began = time.monotonic()
+    with _writing(state):
+        _fold_committed(archive, state)
     for key in list(local.list(keys.checkpoints(experiment.name))):
         if (span := keys.parse_span(key)) and archive.is_committed(Shard(*span)):
             local.delete(key)
     todo = _from_own_start(missing_shards(state.wanted, record.trials_per_shard, archive.committed()))
     report(state)
     if todo:
-        _train_all(todo, local, archive, state, report)
-        _fold_committed(archive, state)
+        _train_all(todo, local, archive, state, report, profile)
+        with _writing(state):
+            _fold_committed(archive, state)
     if state.failed:
         summary = publish(local, record, state.statistics, dataset) if state.statistics.trials else None
         raise ShardsFailedError(state.failed, local.root / keys.failures(experiment.name), summary)
-    return publish(local, record, state.statistics, dataset)
+    with _writing(state):
+        summary = publish(local, record, state.statistics, dataset)
+    return {**summary, "profile": _profile(state, time.monotonic() - began)} if profile else summary
 
 
 class ShardsFailedError(MemtailError):
@@ -138,10 +153,10 @@ def declare(experiment: Experiment, dataset: ImageDataset) -> Record:
 
 
 def _train_all(
-    todo: list[Shard], store: LocalStore, archive: ExperimentArchive, state: RunState, report: Callable[[RunState], None]
+    todo: list[Shard], store: LocalStore, archive: ExperimentArchive, state: RunState, report: Callable[[RunState], None], profile: bool
 ) -> None:
     began = published = time.monotonic()
-    task = Task(state.record.experiment, state.dataset.folder, store.root, device="")
+    task = Task(state.record.experiment, state.dataset.folder, store.root, device="", profile=profile)
     attempts: dict[Shard, int] = {}
     with Workers(task, state.devices[: len(todo)]) as workers:
         while todo or workers.running:
@@ -150,7 +165,10 @@ def _train_all(
             for finished in workers.finished(timeout=0.2):
                 state.partial.pop(finished.shard, None)
                 if finished.error is None:
-                    _commit(finished, store, archive, state)
+                    for phase, spent in finished.batch.provenance.get("phases", {}).items() if finished.batch else ():
+                        state.phases[phase] += spent
+                    with _writing(state):
+                        _commit(finished, store, archive, state)
                 elif _may_retry(finished, archive, attempts):
                     todo.append(finished.shard)
                 else:
@@ -159,9 +177,25 @@ def _train_all(
             state.seconds = time.monotonic() - began
             report(state)
             if time.monotonic() - published > PUBLISH_SECONDS and state.statistics.trials:
-                _fold_committed(archive, state)
-                publish(store, state.record, state.statistics, state.dataset)
+                with _writing(state):
+                    _fold_committed(archive, state)
+                    publish(store, state.record, state.statistics, state.dataset)
                 published = time.monotonic()
+
+
+@contextmanager
+def _writing(state: RunState) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    state.phases["writing"] += time.monotonic() - began
+
+
+def _profile(state: RunState, seconds: float) -> dict[str, Any]:
+    phases = {phase: state.phases[phase] for phase in (*PHASES, "writing")}
+    devices = len(state.devices)
+    # writing may go on beside training, so that together they can exceed the devices' time
+    rest = max(0.0, devices * seconds - sum(phases.values()))
+    return {"seconds": round(seconds, 3), "devices": devices, "phases": {p: round(s, 3) for p, s in {**phases, "rest": rest}.items()}}
 
 
 def _fold_committed(archive: ExperimentArchive, state: RunState) -> None:

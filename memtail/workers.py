@@ -6,13 +6,15 @@ replaced. Processes end when their parent does, also if it was killed.
 
 import multiprocessing
 import queue
+import sys
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memtail import logs
 from memtail.archive import ExperimentArchive
@@ -24,6 +26,9 @@ from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard, TrialBatch
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class Task:
@@ -33,16 +38,21 @@ class Task:
     dataset: Path
     store: Path
     device: str
+    profile: bool = False
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of a shard: a batch, or an error and its traceback; both None where another run had committed it."""
+    """What became of a shard: a batch, or an error and its traceback; both None where another run had committed it.
+
+    `peak_memory` is the most bytes that its process has taken so far: of the device's memory on CUDA, of the host's elsewhere.
+    """
 
     shard: Shard
     batch: TrialBatch | None = None
     error: str | None = None
     traceback: str = ""
+    peak_memory: int = 0
 
 
 class Workers:
@@ -56,7 +66,7 @@ class Workers:
     def __init__(self, task: Task, devices: list[str]) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._reports: multiprocessing.queues.Queue[tuple[Shard, float]] = self._context.Queue()
-        self._tasks = [Task(task.experiment, task.dataset, task.store, device) for device in devices]
+        self._tasks = [replace(task, device=device) for device in devices]
         self._pools = [self._pool() for _ in self._tasks]
         self._idle = list(range(len(devices)))
         self._running: dict[Future[Finished], tuple[int, Shard]] = {}
@@ -80,10 +90,10 @@ class Workers:
         """The shards in training."""
         return [shard for _, shard in self._running.values()]
 
-    def start(self, shard: Shard) -> None:
-        """Hand a shard to an idle process."""
+    def start(self, shard: Shard, **changes: Any) -> None:
+        """Hand a shard to an idle process; `changes` to the task are for this shard only."""
         index = self._idle.pop()
-        future = self._pools[index].submit(_train, self._tasks[index], shard)
+        future = self._pools[index].submit(_train, replace(self._tasks[index], **changes), shard)
         self._running[future] = (index, shard)
 
     def finished(self, timeout: float) -> list[Finished]:
@@ -159,12 +169,27 @@ def _train(task: Task, shard: Shard) -> Finished:
             torch.device(task.device),
             on_progress=report,
             checkpoints=StoredCheckpoints(store, task.experiment.name, shard),
+            profile=task.profile,
         )
     except MemtailError as error:
         return Finished(shard, error=str(error), traceback=traceback.format_exc())
     except Exception as error:  # whatever a model or a library raises becomes a failure record
         return Finished(shard, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-    return Finished(shard, batch)
+    return Finished(shard, batch, peak_memory=_peak_memory(torch.device(task.device)))
+
+
+def _peak_memory(device: "torch.device") -> int:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):  # Linux; its getrusage also counts what the parent held when it started the process
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class StoredCheckpoints:

@@ -20,6 +20,7 @@ from memtail.subsets import membership
 from memtail.training.devices import is_out_of_memory, reproducible
 from memtail.training.evaluation import Outcome
 from memtail.training.images import device_images
+from memtail.training.phases import Phases
 from memtail.training.stack import is_stackable
 from memtail.training.stacked_run import StackedRun, StackResult, from_bytes, to_bytes
 from memtail.trials import TrialBatch, TrialMetrics, pack
@@ -62,6 +63,7 @@ def train_shard(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    profile: bool = False,
 ) -> TrialBatch:
     """Train trials and record what their final models get right.
 
@@ -76,6 +78,7 @@ def train_shard(
         device: where to train.
         on_progress: called after every epoch of a stack.
         checkpoints: if given, the state is saved there every two minutes of training, and taken up from there.
+        profile: also say in the provenance, as `phases`, how many seconds went where (of this call, not of an interrupted one).
 
     Returns:
         The trials' batch; its provenance holds the experiment's fingerprint, the software, the device and the seconds it took.
@@ -87,10 +90,12 @@ def train_shard(
     began, started = time.perf_counter(), datetime.now(UTC)
     members = membership(experiment.subsets, dataset.train_labels, trials)
     fingerprint = experiment.fingerprint(dataset.fingerprint)
+    phases = Phases(device if profile else None)
     with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, fingerprint)
+        shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, fingerprint, phases)
         results = shard.run()
-    return _batch(experiment, dataset, np.array(trials), members, results, device, fingerprint, started, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return _batch(experiment, dataset, np.array(trials), members, results, device, fingerprint, started, seconds, phases)
 
 
 @dataclass
@@ -103,6 +108,7 @@ class _ShardTraining:
     on_progress: Callable[[Progress], None] | None
     checkpoints: Checkpoints | None
     fingerprint: str
+    phases: Phases
     done: list[tuple[list[int], StackResult]] = field(default_factory=list)
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -152,7 +158,7 @@ class _ShardTraining:
         subsets = np.stack([np.flatnonzero(self.members[row]) for row in rows])
         trials = [self.trials[row] for row in rows]
         images = device_images(self.dataset, self.device)
-        run = StackedRun(self.experiment, images, self.dataset.image_shape, len(self.dataset.classes), trials, subsets)
+        run = StackedRun(self.experiment, images, self.dataset.image_shape, len(self.dataset.classes), trials, subsets, self.phases)
         if resumed is not None:
             run.restore(resumed)
         return run.train(self._between_steps)
@@ -230,6 +236,7 @@ def _batch(
     fingerprint: str,
     started: datetime,
     seconds: float,
+    phases: Phases,
 ) -> TrialBatch:
     diverged = ~(np.isfinite(result.loss) & result.train.finite & result.test.finite)
     train_correct = result.train.correct & ~diverged[:, None]
@@ -257,6 +264,8 @@ def _batch(
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
     }
+    if phases.on:
+        provenance["phases"] = {phase: round(spent, 3) for phase, spent in phases.seconds.items()}
     return TrialBatch(
         trial=trials.astype(np.int32),
         membership=pack(members),

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,15 @@ from memtail.experiment import Experiment, TrainingSpec
 from memtail.models import build_model
 from memtail.randomness import Purpose, torch_seed
 from memtail.training.batches import batch_bounds, epoch_augmentation, epoch_order
-from memtail.training.dense import DenseBackpropagation, dense_layers, mean_over_batch
+from memtail.training.dense import DenseStack, dense_layers, mean_over_batch
 from memtail.training.evaluation import Outcome, evaluate
 from memtail.training.images import DeviceImages
+from memtail.training.phases import Phases
 from memtail.training.schedule import learning_rate_factor
 from memtail.training.stack import Stacked, join_parameters, stack_networks
+
+# Pixels of the examples that compiled steps are given at a time: for a stack of networks, about what a cache holds.
+_PIXELS_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class StackedRun:
         classes: number of classes.
         trials: the S trials; more than one only if the network is stackable.
         subsets: int64 [S, m], the examples of each trial's subset.
+        phases: takes the seconds of each phase; compiled steps, optimizer included, are all forward/backward.
     """
 
     def __init__(
@@ -51,9 +57,10 @@ class StackedRun:
         classes: int,
         trials: Sequence[int],
         subsets: npt.NDArray[np.int64],
+        phases: Phases | None = None,
     ) -> None:
         self.experiment, self.images, self.trials, self.subsets = experiment, images, trials, subsets
-        self.recipe = experiment.training
+        self.recipe, self.phases = experiment.training, phases or Phases()
         seed = experiment.subsets.seed
         networks = []
         for trial in trials:
@@ -64,65 +71,78 @@ class StackedRun:
         # whatever the network itself draws (dropout); such networks run one at a time
         torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
         self.stacked = isinstance(self.stack, Stacked)
-        self.optimizer = _optimizer(self.recipe, [join_parameters(self.stack)] if self.stacked else list(self.stack.parameters()))
         low = low_precision(self.recipe, images.device)
         self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low)
-        layers = None if low else dense_layers(self.stack)
-        self.dense = DenseBackpropagation(layers, self.recipe.label_smoothing) if layers else None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.steps_at_once = 1
+        if images.device.type == "cpu" and not low and (layers := dense_layers(self.stack)):
+            self.stack = DenseStack(layers, self.recipe.optimizer, self.recipe.label_smoothing)
+            # the same whatever the stack's width, on which no bit may depend
+            self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(image_shape)))
+        else:
+            self.optimizer = _optimizer(self.recipe, [join_parameters(self.stack)] if self.stacked else list(self.stack.parameters()))
         self.bounds = batch_bounds(subsets.shape[1], self.recipe.batch_size)
         self.epoch, self.step = 0, 0
         self.loss_sum = torch.zeros(len(trials), device=images.device)
 
     def train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
-        """Train to the end and evaluate; `between_steps` is called after every step."""
+        """Train to the end and evaluate; `between_steps` is called after every few steps."""
         while self.epoch < self.recipe.epochs:
             self._train_epoch(between_steps)
         m = self.subsets.shape[1]
-        train, test = (
-            evaluate(self.stack, self.images, split, self.experiment.record.margins, self.autocast, self.recipe.batch_size)
-            for split in ("train", "test")
-        )
+        with self.phases.measure("evaluation"):
+            train, test = (
+                evaluate(self.stack, self.images, split, self.experiment.record.margins, self.autocast, self.recipe.batch_size)
+                for split in ("train", "test")
+            )
         return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy())
 
     def _train_epoch(self, between_steps: Callable[["StackedRun"], None]) -> None:
         recipe, images, seed = self.recipe, self.images, self.experiment.subsets.seed
-        order = epoch_order(seed, self.trials, self.epoch, self.subsets)
-        index = torch.from_numpy(order).to(images.device)
-        reach = max(1, images.train.shape[1] // 8)
-        augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], reach)
+        with self.phases.measure("data"):
+            order = epoch_order(seed, self.trials, self.epoch, self.subsets)
+            index = torch.from_numpy(order).to(images.device)
+            reach = max(1, images.train.shape[1] // 8)
+            augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], reach)
         steps = recipe.epochs * len(self.bounds)
         if self.step == 0:
             self.loss_sum.zero_()
         while self.step < len(self.bounds):
-            start, stop = self.bounds[self.step]
-            factor = learning_rate_factor(recipe.schedule, self.epoch * len(self.bounds) + self.step, steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = recipe.optimizer.lr * factor
+            bounds = self.bounds[self.step : self.step + self.steps_at_once]
+            start, stop = bounds[0][0], bounds[-1][1]
+            done = self.epoch * len(self.bounds) + self.step
+            rates = [recipe.optimizer.lr * learning_rate_factor(recipe.schedule, done + ahead, steps) for ahead in range(len(bounds))]
             batch = index[:, start:stop]
-            self.loss_sum += self._descend(images.gather(batch, augmentation, slice(start, stop)), images.train_labels[batch]) * (
-                stop - start
-            )
-            self.step += 1
+            with self.phases.measure("data"):
+                gathered, labels = images.gather(batch, augmentation, slice(start, stop)), images.train_labels[batch]
+            if isinstance(self.stack, DenseStack):
+                within = [(first - start, last - start) for first, last in bounds]
+                with self.phases.measure("forward/backward"):
+                    self.loss_sum += self.stack.train_steps(gathered, labels, within, rates)
+            else:
+                self.loss_sum += self._descend(gathered, labels, *rates) * (stop - start)
+            self.step += len(bounds)
             if self.step < len(self.bounds):
                 between_steps(self)
         self.epoch, self.step = self.epoch + 1, 0
         between_steps(self)
 
-    def _descend(self, batch: Tensor, labels: Tensor) -> Tensor:
+    def _descend(self, batch: Tensor, labels: Tensor, rate: float) -> Tensor:
         """One step of every trial; returns the mean losses [S]."""
-        if self.dense is not None:
-            loss = self.dense(batch, labels)
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with self.phases.measure("forward/backward"):
+            with self.autocast:
+                logits = self.stack(batch)
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), reduction="none", label_smoothing=self.recipe.label_smoothing
+            )
+            loss = mean_over_batch(losses.view(labels.shape))
+            self.optimizer.zero_grad(set_to_none=not self.stacked)
+            torch.autograd.backward(loss.sum())
+        with self.phases.measure("optimizer"):
             self.optimizer.step()
-            return loss
-        with self.autocast:
-            logits = self.stack(batch)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", label_smoothing=self.recipe.label_smoothing
-        )
-        loss = mean_over_batch(losses.view(labels.shape))
-        self.optimizer.zero_grad(set_to_none=not self.stacked)
-        torch.autograd.backward(loss.sum())
-        self.optimizer.step()
         return loss.detach()
 
     def state(self) -> dict[str, Any]:
@@ -132,7 +152,7 @@ class StackedRun:
             "epoch": self.epoch,
             "step": self.step,
             "stack": self.stack.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
             "loss_sum": self.loss_sum,
             "random": torch.get_rng_state(),
         }
@@ -144,7 +164,8 @@ class StackedRun:
         """Go back to a saved state of the same trials."""
         self.epoch, self.step = state["epoch"], state["step"]
         self.stack.load_state_dict(state["stack"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.loss_sum = state["loss_sum"].to(self.images.device)
         torch.set_rng_state(state["random"].cpu())
         if "cuda_random" in state:

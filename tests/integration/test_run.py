@@ -422,6 +422,17 @@ def test_wrong_scores_paths_are_named(tmp_path):
         memtail.load_scores(tmp_path)
 
 
+def test_the_most_memorized_are_read_without_pandas_or_torch(finished):
+    store, _ = finished
+    code = (
+        "import sys, memtail\n"
+        f"scores = memtail.load_scores({str(store / 'experiments' / 'digits')!r})\n"
+        "assert len(scores.most_memorized(5)['mem']) == 5 and len(scores.pairs['infl']) >= 0\n"
+        "assert not {'pandas', 'torch', 'pyarrow.dataset'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_reading_scores_loads_no_torch(finished):
     store, _ = finished
     code = (

@@ -14,8 +14,9 @@ from memtail.datasets import prepare
 from memtail.experiment import Constant, Cosine, Linear, NamedModel, Sgd, Step
 from memtail.models import build_model, check_model
 from memtail.training import shard as shard_module
-from memtail.training import train_shard
+from memtail.training import stacked_run, train_shard
 from memtail.training.batches import batch_bounds, epoch_augmentation, epoch_order
+from memtail.training.dense import DenseStack
 from memtail.training.images import DeviceImages
 from memtail.training.schedule import learning_rate_factor
 from memtail.training.stack import is_stackable, stack_networks
@@ -90,14 +91,22 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
         seen.append(index.clone())
         return gather(self, index, augmentation, positions)
 
+    sizes, steps = set(), DenseStack.train_steps
+
+    def record_steps(self, images, labels, bounds, rates):
+        assert bounds[0][0] == 0 and bounds[-1][1] == images.shape[1] == labels.shape[1]
+        sizes.update(stop - start for start, stop in bounds)
+        return steps(self, images, labels, bounds, rates)
+
     monkeypatch.setattr(DeviceImages, "gather", record)
+    monkeypatch.setattr(DenseStack, "train_steps", record_steps)
     train_shard(experiment, digits, range(5), CPU)
     epochs = torch.cat(seen, 1).numpy().reshape(5, 3, -1)
     for trial in range(5):
         for epoch in range(3):
             assert sorted(epochs[trial, epoch].tolist()) == np.flatnonzero(members[trial]).tolist()
         assert not (epochs[trial, 0] == epochs[trial, 1]).all()
-    assert {index.shape[1] for index in seen} == {50, members[0].sum() % 50}
+    assert sizes == {50, members[0].sum() % 50}
 
 
 def reference_trial(experiment, dataset, trial):
@@ -273,6 +282,7 @@ class Memory:
 def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 3})
+    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
     model = {"name": model} if isinstance(model, str) else model
     experiment = declare(
         5,
@@ -296,6 +306,7 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
 
 def test_a_checkpoint_is_taken_up_by_stacks_of_another_width(declare, digits, monkeypatch):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
     experiment = declare(9, training={"epochs": 1, "batch_size": 256})
     expected = train_shard(experiment, digits, range(9), CPU)
     for before, after, stop_at in ((2, 8, 13), (8, 2, 2), (3, 16, 4)):
@@ -309,9 +320,10 @@ def test_a_checkpoint_is_taken_up_by_stacks_of_another_width(declare, digits, mo
 
 def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digits, monkeypatch, capfd):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
     experiment = declare(2, training={"epochs": 1})
     expected = train_shard(experiment, digits, range(2), CPU)
-    foreign = Memory(5)
+    foreign = Memory(3)
     with pytest.raises(Memory.StopError):
         train_shard(declare(2, training={"epochs": 1, "label_smoothing": 0.5}), digits, range(2), CPU, checkpoints=foreign)
     damaged = Memory()

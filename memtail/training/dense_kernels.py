@@ -1,0 +1,211 @@
+"""Compiled training of fully connected networks: many steps of one network in one call, on one thread.
+
+A matrix with rows of features is kept in panels of COLUMNS features: element (row, feature) lies at
+[feature // COLUMNS, row, feature % COLUMNS]. That is what `tile` reads and writes in one piece, for activations (a row per example) and
+for weights (a row per input feature). Numbers of features are padded to whole panels and numbers of examples to whole tiles. Padded
+weights, biases and gradients are 0 and stay 0.
+
+In the signatures: `sizes` int64 [L + 1], padded numbers of features from input to logits; `weights`, `biases` int64 [L], where each layer's
+begin in `values`; `work` int64 [L + 1], where each layer's outputs begin in `outputs` and in `deltas` (entry 0 is not used).
+"""
+
+import numba
+import numpy as np
+
+from memtail.training.tile import COLUMNS, ROWS, tile
+
+# Loops that start from 0 are turned into vector instructions; those over places in a larger array are not.
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _rectify(panel):  # type: ignore[no-untyped-def]
+    """ReLU; NaN stays."""
+    for i in range(len(panel)):
+        panel[i] *= np.float32(panel[i] > 0)
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def forward(x, x_start, rows, padded, values, sizes, weights, biases, work, outputs):  # type: ignore[no-untyped-def]
+    """Fill `outputs` with what every layer gives for `rows` examples (`padded` to whole tiles) that begin at x[x_start]."""
+    layers = len(weights)
+    for layer in range(layers):
+        features, last = sizes[layer], layer == layers - 1
+        for panel in range(sizes[layer + 1] // COLUMNS):
+            out = work[layer + 1] + panel * padded * COLUMNS
+            bias = biases[layer] + panel * COLUMNS
+            weight = weights[layer] + panel * features * COLUMNS
+            for row in range(0, padded, ROWS):
+                place = out + row * COLUMNS
+                if layer == 0:
+                    start = x_start + row * features
+                    tile(x, start, features, 1, 0, values, weight, COLUMNS, 0, outputs, place, COLUMNS, 1, features, values, bias)
+                else:
+                    start, panels = work[layer] + row * COLUMNS, features // COLUMNS
+                    across, down = padded * COLUMNS, COLUMNS * COLUMNS
+                    tile(
+                        outputs,
+                        start,
+                        COLUMNS,
+                        1,
+                        across,
+                        values,
+                        weight,
+                        COLUMNS,
+                        down,
+                        outputs,
+                        place,
+                        COLUMNS,
+                        panels,
+                        COLUMNS,
+                        values,
+                        bias,
+                    )
+            if not last:
+                _rectify(outputs[out : out + padded * COLUMNS])
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _loss(logits, start, rows, padded, classes, labels, first, smoothing, deltas):  # type: ignore[no-untyped-def]
+    """The summed cross-entropy of a batch; into `deltas` goes the gradient of its mean by the logits, (softmax - target) / rows."""
+    total = 0.0
+    for row in range(rows):
+        largest = logits[start + row * COLUMNS]
+        for c in range(classes):
+            largest = max(largest, logits[start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS])
+        norm, mean = np.float32(0), np.float32(0)
+        for c in range(classes):
+            place = start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS
+            shifted = logits[place] - largest
+            mean += shifted
+            deltas[place] = np.exp(shifted)
+            norm += deltas[place]
+        label = labels[first + row]
+        own = start + (label // COLUMNS * padded + row) * COLUMNS + label % COLUMNS
+        log_norm = np.log(norm)
+        total += (1 - smoothing) * (log_norm - (logits[own] - largest)) + smoothing * (log_norm - mean / classes)
+        scale, even = np.float32(1 / (norm * rows)), np.float32(smoothing / classes / rows)
+        for c in range(classes):
+            place = start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS
+            deltas[place] = deltas[place] * scale - even
+        deltas[own] -= np.float32((1 - smoothing) / rows)
+    for panel in range((classes + COLUMNS - 1) // COLUMNS):
+        for i in range(start + (panel * padded + rows) * COLUMNS, start + (panel + 1) * padded * COLUMNS):
+            deltas[i] = 0
+    return total
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _update(values, momenta, start, gradient, count, rate, momentum, decay, nesterov):  # type: ignore[no-untyped-def]
+    """Stochastic gradient descent as in `torch.optim.SGD`, on `count` values from `start` on."""
+    value, kept = values[start : start + count], momenta[start : start + count]
+    ahead, along = (momentum, np.float32(1)) if nesterov else (np.float32(1), np.float32(0))
+    for i in range(count):
+        g = gradient[i] + decay * value[i]
+        kept[i] = momentum * kept[i] + g
+        value[i] -= rate * (ahead * kept[i] + along * g)
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _mask(delta, output):  # type: ignore[no-untyped-def]
+    """No gradient where ReLU gave 0."""
+    for i in range(len(delta)):
+        delta[i] = delta[i] if output[i] > 0 else np.float32(0)
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _add_rows(panel, sums, out):  # type: ignore[no-untyped-def]
+    """Into the first COLUMNS of `out`, the sums of a panel's columns, four rows at a time; `sums` is room for those four."""
+    sums[:] = 0
+    for start in range(0, len(panel), 4 * COLUMNS):
+        rows = panel[start : start + 4 * COLUMNS]
+        for i in range(4 * COLUMNS):
+            sums[i] += rows[i]
+    for o in range(COLUMNS):
+        out[o] = sums[o] + sums[COLUMNS + o] + sums[2 * COLUMNS + o] + sums[3 * COLUMNS + o]
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _transpose(values, start, inputs, out, turned):  # type: ignore[no-untyped-def]
+    """A layer's weights with a row per output, in panels of inputs."""
+    for panel in range(out // COLUMNS):
+        for i in range(inputs):
+            source = start + (panel * inputs + i) * COLUMNS
+            target = (i // COLUMNS * out + panel * COLUMNS) * COLUMNS + i % COLUMNS
+            for o in range(COLUMNS):
+                turned[target + o * COLUMNS] = values[source + o]
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def train_steps(  # type: ignore[no-untyped-def]
+    x,
+    labels,
+    bounds,
+    rates,
+    classes,
+    values,
+    momenta,
+    sizes,
+    weights,
+    biases,
+    work,
+    outputs,
+    deltas,
+    turned,
+    momentum,
+    decay,
+    nesterov,
+    smoothing,
+):
+    """One step of gradient descent per batch; returns the sum of the examples' losses.
+
+    Args:
+        x: float32, the batches' examples one after another, features padded, and a tile's rows beyond the last.
+        labels: int64, of the same examples.
+        bounds: int64 [steps + 1], where each batch begins and the last ends.
+        rates: float32 [steps], learning rates.
+        values, momenta: float32, the network's parameters and their momenta; updated.
+        outputs, deltas, turned: float32, room for the layers' outputs, their gradients, and a transposed layer.
+        momentum, decay, smoothing: float32.
+    """
+    layers = len(weights)
+    total = 0.0
+    gradient = np.empty(ROWS * COLUMNS, np.float32)
+    zeros, four_rows = np.zeros(COLUMNS, np.float32), np.empty(4 * COLUMNS, np.float32)
+    for step in range(len(rates)):
+        first, rows = bounds[step], bounds[step + 1] - bounds[step]
+        padded = (rows + ROWS - 1) // ROWS * ROWS
+        rate = rates[step]
+        forward(x, first * sizes[0], rows, padded, values, sizes, weights, biases, work, outputs)
+        total += _loss(outputs, work[layers], rows, padded, classes, labels, first, smoothing, deltas)
+        for layer in range(layers - 1, -1, -1):
+            inputs, out = sizes[layer], sizes[layer + 1]
+            if layer:
+                _transpose(values, weights[layer], inputs, out, turned)
+                across, down = padded * COLUMNS, COLUMNS * COLUMNS
+                for panel in range(inputs // COLUMNS):
+                    place = work[layer] + panel * padded * COLUMNS
+                    for row in range(0, padded, ROWS):
+                        start, to = work[layer + 1] + row * COLUMNS, place + row * COLUMNS
+                        tile(
+                            deltas, start, COLUMNS, 1, across, turned, panel * out * COLUMNS, COLUMNS, down, deltas, to, COLUMNS,
+                            out // COLUMNS, COLUMNS, zeros, 0,
+                        )  # fmt: skip
+                    _mask(deltas[place : place + padded * COLUMNS], outputs[place : place + padded * COLUMNS])
+            for panel in range(out // COLUMNS):
+                start = work[layer + 1] + panel * padded * COLUMNS
+                _add_rows(deltas[start : start + padded * COLUMNS], four_rows, gradient)
+                bias = biases[layer] + panel * COLUMNS
+                _update(values, momenta, bias, gradient, COLUMNS, rate, momentum, decay, nesterov)
+            for block in range(0, inputs, COLUMNS):  # a block of inputs stays in the cache for all outputs
+                for panel in range(out // COLUMNS):
+                    start = work[layer + 1] + panel * padded * COLUMNS
+                    for i in range(block, block + COLUMNS, ROWS):
+                        if layer == 0:
+                            a_start, a_depth = first * inputs + i, inputs
+                            tile(x, a_start, 1, a_depth, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, 1, padded, zeros, 0)
+                        else:
+                            a_start = work[layer] + block // COLUMNS * padded * COLUMNS + i - block
+                            tile(outputs, a_start, 1, COLUMNS, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, 1, padded, zeros, 0)
+                        place = weights[layer] + (panel * inputs + i) * COLUMNS
+                        _update(values, momenta, place, gradient, ROWS * COLUMNS, rate, momentum, decay, nesterov)
+    return total

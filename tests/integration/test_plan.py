@@ -1,0 +1,187 @@
+"""Planning a run, and where the time of one went: figures against those of real runs, through the command line."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from memtail import planning
+from memtail.estimators import expected_standard_error
+from memtail.training import train_shard
+from memtail.training.phases import PHASES, Phases
+from memtail.trials import TrialBatch
+
+MEMTAIL = [sys.executable, "-m", "memtail"]
+CPU = torch.device("cpu")
+
+
+def command(*arguments):
+    return subprocess.run([*MEMTAIL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
+
+
+def spec(folder, **parts):
+    content = {
+        "name": "digits",
+        "dataset": {"name": "digits", "max_train": 300, "max_test": 100},
+        "model": {"name": "mlp", "hidden": [64]},
+        "training": {"epochs": 12},
+        "subsets": {"trials": 60},
+        "execution": {"trials_per_shard": 16, "device": "cpu"},
+        **parts,
+    }
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "margins"])
+def planned(request, tmp_path_factory):
+    """A plan as JSON, then a profiled run of the same experiment; margins are recorded in the second of them."""
+    folder = tmp_path_factory.mktemp("planned")
+    path = spec(folder, record={"margins": request.param})
+    plan = command("plan", path, "--store", folder / "store", "--price", 3, "--standard-error", 0.05, "--json")
+    assert plan.returncode == 0, plan.stderr
+    assert not (folder / "store").exists()
+    run = command("run", path, "--store", folder / "store", "--profile", "--json")
+    assert run.returncode == 0, run.stderr
+    return json.loads(plan.stdout), json.loads(run.stdout), folder, path
+
+
+def test_the_forecasts_agree_with_each_other(planned):
+    plan = planned[0]
+    assert plan["trials"] == plan["trials_to_train"] == 60 and plan["trials_per_shard"] == 16
+    assert [each["devices"] for each in plan["elsewhere"]] == [1, 8, 64] and plan["here"]["devices"] == plan["devices"]
+    alone, many, most = (each["seconds"] for each in plan["elsewhere"])
+    fixed = plan["startup_seconds"] + plan["scoring_seconds"]
+    assert alone == pytest.approx(fixed + 60 * plan["seconds_per_trial"])
+    assert many == pytest.approx(fixed + 8 * plan["seconds_per_trial"]) and most == pytest.approx(fixed + plan["seconds_per_trial"])
+    assert fixed < plan["here"]["seconds"] <= alone
+    for each in (plan["here"], *plan["elsewhere"]):
+        assert each["cost"] == pytest.approx(3 * each["devices"] * each["seconds"] / 3600)
+    assert plan["peak_memory"] > 1 << 26 and not plan["extrapolated"]
+
+
+def test_the_standard_error_and_the_trials_for_another_belong_together(planned):
+    plan = planned[0]
+    assert plan["standard_error"] == pytest.approx(math.sqrt(1.19 / 60), rel=0.01)
+    trials = plan["trials_for_it"]
+    assert expected_standard_error(trials, 0.7) <= 0.05 < expected_standard_error(trials - 1, 0.7)
+
+
+def test_the_bytes_are_those_of_a_run(planned):
+    plan, _, folder, _ = planned
+    experiment = folder / "store" / "experiments" / "digits"
+    assert plan["trial_bytes"] == pytest.approx(size_of(experiment / "trials"), rel=0.15)
+    assert plan["score_bytes"] == pytest.approx(size_of(experiment / "scores"), rel=0.15)
+
+
+def test_a_plan_counts_what_the_store_holds_and_leaves_it_alone(planned):
+    _, _, folder, path = planned
+    before = {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")}
+    result = command("plan", path, "--store", folder / "store")
+    assert result.returncode == 0, result.stderr
+    assert "60 trials, 0 of them to be trained" in result.stdout and "64 x cpu" in result.stdout and "standard error" in result.stdout
+    assert {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")} == before
+
+
+def test_the_phases_of_a_run_are_its_devices_time(planned):
+    profile = planned[1]["profile"]
+    assert list(profile["phases"]) == [*PHASES, "writing", "rest"]
+    assert sum(profile["phases"].values()) == pytest.approx(profile["seconds"] * profile["devices"], rel=0.01)
+    assert all(profile["phases"][phase] > 0 for phase in ("data", "forward/backward", "evaluation", "writing", "rest"))
+    batches = [TrialBatch.from_bytes(file.read_bytes()) for file in (planned[2] / "store").glob("experiments/digits/trials/*.npz")]
+    summed = sum(batch.provenance["phases"]["evaluation"] for batch in batches)
+    assert summed == pytest.approx(profile["phases"]["evaluation"], abs=0.01)
+
+
+def test_a_profile_is_shown_in_a_table(tmp_path):
+    path = spec(tmp_path)
+    shown = command("run", path, "--store", tmp_path / "store", "--profile")
+    assert shown.returncode == 0, shown.stderr
+    assert all(phase in shown.stdout for phase in (*PHASES, "writing", "rest"))
+    assert "forward/backward" not in command("run", path, "--store", tmp_path / "other").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "parts", "said"),
+    [
+        (["--standard-error", "0"], {}, "standard error: 0 cannot be had"),
+        (["--standard-error", "nan"], {}, "standard error: nan cannot be had"),
+        (["--price", "-1"], {}, "price: -1 is no price"),
+        ([], {"model": {"name": "nonesuch"}}, "nonesuch"),
+        ([], {"subsets": {"trials": 2}}, "trials"),
+        ([], {"execution": {"device": "cuda:99"}}, "cuda:99"),
+    ],
+)
+def test_bad_input_is_answered_with_one_line(tmp_path, options, parts, said):
+    result = command("plan", spec(tmp_path, **parts), "--store", tmp_path / "store", *options)
+    assert result.returncode == 2 and said in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "store").exists()
+
+
+def test_another_experiment_of_the_name_is_refused(planned, tmp_path):
+    result = command("plan", spec(tmp_path, training={"epochs": 3}), "--store", planned[2] / "store")
+    assert result.returncode == 2 and "choose another name" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, monkeypatch):
+    monkeypatch.setitem(planning._OPERATIONS, "cpu", 1e6)
+    monkeypatch.setattr(planning, "_MEASURED_SECONDS", 0.1)
+    experiment = declare(40, training={"epochs": 1000}, execution={"device": "cpu", "trials_per_shard": 4})
+    plan = planning.plan(experiment, tmp_path / "store")
+    assert plan.extrapolated and plan.here.cost is None and plan.trials_for_it is None
+    assert 1000 * 1e-6 < plan.seconds_per_trial < 1000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_fails_is_named(declare, tmp_path):
+    experiment = declare(40, model={"name": "tests.integration.test_plan:failing"}, execution={"device": "cpu", "trials_per_shard": 2})
+    with pytest.raises(planning.MemtailError, match="a trial failed while planning: RuntimeError: not in training"):
+        planning.plan(experiment, tmp_path / "store")
+
+
+class Failing(torch.nn.Linear):
+    """A network that can be tried out but not trained."""
+
+    def forward(self, images):
+        if self.training and len(images) > 2:
+            raise RuntimeError("not in training")
+        return super().forward(images.flatten(1))
+
+
+def failing(image_shape, classes):
+    return Failing(math.prod(image_shape), classes)
+
+
+def test_the_makespan_is_that_of_the_first_free_device():
+    assert planning._makespan([3.0, 2.0, 2.0, 1.0], 2) == 4.0
+    assert planning._makespan([3.0, 2.0], 1) == 5.0 and planning._makespan([3.0, 2.0], 8) == 3.0 and planning._makespan([], 2) == 0.0
+
+
+@pytest.mark.parametrize("model", [{"name": "mlp", "hidden": [16]}, {"name": "cnn", "channels": [4], "hidden": 8}])
+def test_profiling_changes_no_bit_and_phases_stay_within_the_seconds(declare, digits, model):
+    experiment = declare(6, model=model, record={"margins": True})
+    plain, profiled = train_shard(experiment, digits, range(6), CPU), train_shard(experiment, digits, range(6), CPU, profile=True)
+    for name in ("membership", "train_correct", "test_correct", "train_margin", "test_margin"):
+        assert np.array_equal(getattr(plain, name), getattr(profiled, name))
+    assert list(plain.metrics) == list(profiled.metrics)
+    assert "phases" not in plain.provenance
+    phases = profiled.provenance["phases"]
+    assert {"data", "forward/backward", "evaluation"} <= set(phases) <= set(PHASES)
+    assert 0.3 * profiled.provenance["seconds"] < sum(phases.values()) <= profiled.provenance["seconds"] + 0.01
+
+
+def test_phases_that_are_off_measure_nothing():
+    phases = Phases()
+    with phases.measure("data"):
+        pass
+    assert not phases.on and phases.seconds == {}
