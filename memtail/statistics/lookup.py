@@ -110,8 +110,9 @@ def _patterns(words, first, count, out):  # type: ignore[no-untyped-def]
         for g in range(_GROUPS):
             start = (w * _GROUPS + g) * _COLUMNS
             shift = np.uint64(g * _PATTERN_BITS)
+            patterns, given = out[start : start + count], words[w, first : first + count]
             for c in range(count):
-                out[start + c] = np.uint8((words[w, first + c] >> shift) & np.uint64(_PATTERNS - 1))
+                patterns[c] = np.uint8((given[c] >> shift) & np.uint64(_PATTERNS - 1))
 
 
 @numba.njit(parallel=True, cache=True, boundscheck=False)
@@ -121,12 +122,14 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
     columns = right.shape[1]
     groups = words * _GROUPS
     padded = (rows + _ROWS - 1) // _ROWS * _ROWS
-    offsets = np.zeros(padded * groups, np.uint8)
+    parts = (groups + _MOST_GROUPS - 1) // _MOST_GROUPS
+    offsets = np.zeros(parts * padded * _MOST_GROUPS, np.uint8)  # what is read one after another lies so
     for i in numba.prange(rows):
         for w in range(words):
             for g in range(_GROUPS):
                 pattern = (left[w, i] >> np.uint64(g * _PATTERN_BITS)) & np.uint64(_PATTERNS - 1)
-                offsets[i * groups + w * _GROUPS + g] = np.uint8(pattern * np.uint64(_PATTERNS))
+                part, place = divmod(w * _GROUPS + g, _MOST_GROUPS)
+                offsets[(part * padded + i) * _MOST_GROUPS + place] = np.uint8(pattern * np.uint64(_PATTERNS))
     for tile in numba.prange((columns + _COLUMNS - 1) // _COLUMNS):
         first = tile * _COLUMNS
         count = min(_COLUMNS, columns - first)
@@ -136,10 +139,13 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
         for block in range(0, padded, _BLOCK):
             size = min(_BLOCK, padded - block)
             counts[: size * _COLUMNS] = 0
-            for g in range(0, groups, _MOST_GROUPS):
+            for part in range(parts):
+                count_now = min(_MOST_GROUPS, groups - part * _MOST_GROUPS)
+                start = part * _MOST_GROUPS * _COLUMNS
                 for i in range(0, size, _ROWS):
-                    row = (block + i) * groups + g
-                    _add_shared(offsets, row, groups, patterns, g * _COLUMNS, min(_MOST_GROUPS, groups - g), _SHARED, counts, i * _COLUMNS)
+                    row = (part * padded + block + i) * _MOST_GROUPS
+                    _add_shared(offsets, row, _MOST_GROUPS, patterns, start, count_now, _SHARED, counts, i * _COLUMNS)
             for i in range(min(size, rows - block)):
+                counted, wanted = counts[i * _COLUMNS : (i + 1) * _COLUMNS], out[block + i, first : first + count]
                 for c in range(count):
-                    out[block + i, first + c] = counts[i * _COLUMNS + c]
+                    wanted[c] = counted[c]
