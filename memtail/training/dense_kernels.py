@@ -68,6 +68,8 @@ def forward(x, x_start, rows, padded, values, sizes, weights, biases, work, outp
 def _loss(logits, start, rows, padded, classes, labels, first, smoothing, deltas):  # type: ignore[no-untyped-def]
     """The summed cross-entropy of a batch; into `deltas` goes the gradient of its mean by the logits, (softmax - target) / rows."""
     total = 0.0
+    # padded classes and examples: a batch of another size has left its own gradients there
+    deltas[start : start + (classes + COLUMNS - 1) // COLUMNS * padded * COLUMNS] = 0
     for row in range(rows):
         largest = logits[start + row * COLUMNS]
         for c in range(classes):
@@ -88,9 +90,6 @@ def _loss(logits, start, rows, padded, classes, labels, first, smoothing, deltas
             place = start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS
             deltas[place] = deltas[place] * scale - even
         deltas[own] -= np.float32((1 - smoothing) / rows)
-    for panel in range((classes + COLUMNS - 1) // COLUMNS):
-        for i in range(start + (panel * padded + rows) * COLUMNS, start + (panel + 1) * padded * COLUMNS):
-            deltas[i] = 0
     return total
 
 

@@ -16,7 +16,7 @@ from memtail.models import build_model, check_model
 from memtail.training import shard as shard_module
 from memtail.training import stacked_run, train_shard
 from memtail.training.batches import batch_bounds, epoch_augmentation, epoch_order
-from memtail.training.dense import DenseStack
+from memtail.training.dense import DenseStack, dense_layers
 from memtail.training.images import DeviceImages
 from memtail.training.schedule import learning_rate_factor
 from memtail.training.stack import is_stackable, stack_networks
@@ -452,3 +452,19 @@ def test_pooling_with_relu_is_torchs_to_the_bit(size, odd):
 
 def test_the_sgd_defaults_are_those_of_the_example():
     assert Sgd() == Sgd(lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+
+def test_compiled_steps_of_many_classes_and_batches_of_unequal_size_are_those_of_torch():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 20))
+    dense = DenseStack(dense_layers(stack_networks([copy.deepcopy(network)])), Sgd(), 0.0)
+    images, labels = torch.randn(1, 27, 1, 4, 4), torch.randint(0, 20, (1, 27))
+    bounds = [(0, 12), (12, 24), (24, 27)]
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    for _ in range(5):
+        dense.train_steps(images, labels, bounds, [0.1] * 3)
+        for start, stop in bounds:
+            optimizer.zero_grad()
+            F.cross_entropy(network(images[0, start:stop]), labels[0, start:stop]).backward()
+            optimizer.step()
+    torch.testing.assert_close(dense(images)[0], network(images[0]), atol=1e-4, rtol=1e-4)
