@@ -12,7 +12,7 @@ begin in `values`; `work` int64 [L + 1], where each layer's outputs begin in `ou
 import numba
 import numpy as np
 
-from memtail.training.tile import COLUMNS, ROWS, tile
+from memtail.training.tile import COLUMNS, ROWS, product
 
 # Loops that start from 0 are turned into vector instructions; those over places in a larger array are not.
 
@@ -34,32 +34,16 @@ def forward(x, x_start, rows, padded, values, sizes, weights, biases, work, outp
             out = work[layer + 1] + panel * padded * COLUMNS
             bias = biases[layer] + panel * COLUMNS
             weight = weights[layer] + panel * features * COLUMNS
-            for row in range(0, padded, ROWS):
-                place = out + row * COLUMNS
-                if layer == 0:
-                    start = x_start + row * features
-                    tile(x, start, features, 1, 0, values, weight, COLUMNS, 0, outputs, place, COLUMNS, 1, features, values, bias)
-                else:
-                    start, panels = work[layer] + row * COLUMNS, features // COLUMNS
-                    across, down = padded * COLUMNS, COLUMNS * COLUMNS
-                    tile(
-                        outputs,
-                        start,
-                        COLUMNS,
-                        1,
-                        across,
-                        values,
-                        weight,
-                        COLUMNS,
-                        down,
-                        outputs,
-                        place,
-                        COLUMNS,
-                        panels,
-                        COLUMNS,
-                        values,
-                        bias,
-                    )
+            if layer == 0:
+                product(
+                    x, x_start, features, 1, 0, values, weight, COLUMNS, 0, outputs, out, COLUMNS, padded, 1, features, values, bias
+                )  # fmt: skip
+            else:
+                across, down, panels = padded * COLUMNS, COLUMNS * COLUMNS, features // COLUMNS
+                product(
+                    outputs, work[layer], COLUMNS, 1, across, values, weight, COLUMNS, down, outputs, out, COLUMNS, padded,
+                    panels, COLUMNS, values, bias,
+                )  # fmt: skip
             if not last:
                 _rectify(outputs[out : out + padded * COLUMNS])
 
@@ -168,7 +152,7 @@ def train_steps(  # type: ignore[no-untyped-def]
     """
     layers = len(weights)
     total = 0.0
-    gradient = np.empty(ROWS * COLUMNS, np.float32)
+    gradient = np.empty(COLUMNS * COLUMNS, np.float32)
     zeros, four_rows = np.zeros(COLUMNS, np.float32), np.empty(4 * COLUMNS, np.float32)
     for step in range(len(rates)):
         first, rows = bounds[step], bounds[step + 1] - bounds[step]
@@ -183,12 +167,10 @@ def train_steps(  # type: ignore[no-untyped-def]
                 across, down = padded * COLUMNS, COLUMNS * COLUMNS
                 for panel in range(inputs // COLUMNS):
                     place = work[layer] + panel * padded * COLUMNS
-                    for row in range(0, padded, ROWS):
-                        start, to = work[layer + 1] + row * COLUMNS, place + row * COLUMNS
-                        tile(
-                            deltas, start, COLUMNS, 1, across, turned, panel * out * COLUMNS, COLUMNS, down, deltas, to, COLUMNS,
-                            out // COLUMNS, COLUMNS, zeros, 0,
-                        )  # fmt: skip
+                    product(
+                        deltas, work[layer + 1], COLUMNS, 1, across, turned, panel * out * COLUMNS, COLUMNS, down, deltas, place,
+                        COLUMNS, padded, out // COLUMNS, COLUMNS, zeros, 0,
+                    )  # fmt: skip
                     _mask(deltas[place : place + padded * COLUMNS], outputs[place : place + padded * COLUMNS])
             for panel in range(out // COLUMNS):
                 start = work[layer + 1] + panel * padded * COLUMNS
@@ -198,13 +180,17 @@ def train_steps(  # type: ignore[no-untyped-def]
             for block in range(0, inputs, COLUMNS):  # a block of inputs stays in the cache for all outputs
                 for panel in range(out // COLUMNS):
                     start = work[layer + 1] + panel * padded * COLUMNS
-                    for i in range(block, block + COLUMNS, ROWS):
-                        if layer == 0:
-                            a_start, a_depth = first * inputs + i, inputs
-                            tile(x, a_start, 1, a_depth, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, 1, padded, zeros, 0)
-                        else:
-                            a_start = work[layer] + block // COLUMNS * padded * COLUMNS + i - block
-                            tile(outputs, a_start, 1, COLUMNS, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, 1, padded, zeros, 0)
-                        place = weights[layer] + (panel * inputs + i) * COLUMNS
-                        _update(values, momenta, place, gradient, ROWS * COLUMNS, rate, momentum, decay, nesterov)
+                    if layer == 0:
+                        product(
+                            x, first * inputs + block, 1, inputs, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, COLUMNS,
+                            1, padded, zeros, 0,
+                        )  # fmt: skip
+                    else:
+                        a_start = work[layer] + block * padded
+                        product(
+                            outputs, a_start, 1, COLUMNS, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, COLUMNS,
+                            1, padded, zeros, 0,
+                        )  # fmt: skip
+                    place = weights[layer] + (panel * inputs + block) * COLUMNS
+                    _update(values, momenta, place, gradient, COLUMNS * COLUMNS, rate, momentum, decay, nesterov)
     return total

@@ -1,21 +1,24 @@
-"""The one compiled piece that all products are made of: a tile of C = A B, kept in vector registers.
+"""The one compiled piece that all products are made of: a few columns of C = A B, in tiles kept in vector registers.
 
-`tile` is what a matrix library has at its heart. Having it as a building block means that a whole epoch of a small network is one
+`product` is what a matrix library has at its heart. Having it as a building block means that a whole epoch of a small network is one
 compiled call, with nothing between the products. Every element of C is one sum, taken in the order of the depth with fused
-multiply-adds, so its bits depend neither on the size of the tile nor on the machine's vector width.
+multiply-adds, so its bits depend neither on the size of the tiles nor on the machine's vector width.
 """
 
 from typing import Any
 
 import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 #: Columns of a tile, and the width of the panels that matrices are kept in: one vector of the widest processors, two of others.
 COLUMNS = 16
-#: Rows of a tile: as many as keep the multipliers busy without running out of registers.
-ROWS = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4
+#: Numbers of rows that `product` takes are multiples of this.
+ROWS = 4
+# Rows of a tile: as many as keep the multipliers busy without running out of registers, and fewer for what is left.
+_MOST, _FEWER = (8, 4) if llvmlite.binding.get_host_cpu_features().get("avx512f") else (6, 4)
 
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, COLUMNS)
@@ -24,79 +27,98 @@ _LANE = ir.IntType(32)
 _ALIGNMENT = 4
 
 
-def _tile(
-    typing_context: Any,
-    a: Any,
-    a_start: Any,
-    a_row: Any,
-    a_depth: Any,
-    a_outer: Any,
-    b: Any,
-    b_start: Any,
-    b_depth: Any,
-    b_outer: Any,
-    c: Any,
-    c_start: Any,
-    c_row: Any,
-    outer: Any,
-    depth: Any,
-    first: Any,
-    first_start: Any,
-) -> Any:
-    """C[r, :] = first + sum over o, d of A[r, o, d] B[o, d, :], for ROWS rows and COLUMNS columns of float32 arrays.
+def _tile_of(rows: int) -> Any:
+    """`product` for so many rows, as instructions in the code that calls it."""
+
+    def tile(
+        typing_context: Any,
+        a: Any,
+        a_start: Any,
+        a_row: Any,
+        a_depth: Any,
+        a_outer: Any,
+        b: Any,
+        b_start: Any,
+        b_depth: Any,
+        b_outer: Any,
+        c: Any,
+        c_start: Any,
+        c_row: Any,
+        outer: Any,
+        depth: Any,
+        first: Any,
+        first_start: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def data(place: Any) -> Any:
+                return context.make_array(signature.args[place])(context, builder, arguments[place]).data
+
+            _, a_start, a_row, a_depth, a_outer, _, b_start, b_depth, b_outer, _, c_start, c_row, outer, depth, _, first_start = arguments
+            a, b, c, first = data(0), data(5), data(9), data(14)
+            fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{COLUMNS}f32")
+
+            def vector(array: Any, place: Any) -> Any:
+                return builder.bitcast(builder.gep(array, [place]), _VECTOR.as_pointer())
+
+            def load(array: Any, place: Any) -> Any:
+                loaded = builder.load(vector(array, place))
+                loaded.align = _ALIGNMENT
+                return loaded
+
+            def spread(scalar: Any) -> Any:
+                undefined = ir.Constant(_VECTOR, ir.Undefined)
+                first = builder.insert_element(undefined, scalar, ir.Constant(_LANE, 0))
+                return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_LANE, COLUMNS), [0] * COLUMNS))
+
+            sums = [cgutils.alloca_once(builder, _VECTOR) for _ in range(rows)]
+            c_rows = [builder.add(c_start, builder.mul(c_row, ir.Constant(_INDEX, r))) for r in range(rows)]
+            a_rows = [builder.add(a_start, builder.mul(a_row, ir.Constant(_INDEX, r))) for r in range(rows)]
+            initial = load(first, first_start)
+            for kept in sums:
+                builder.store(initial, kept)
+            with cgutils.for_range(builder, outer) as over:
+                a_offset, b_offset = builder.mul(over.index, a_outer), builder.add(b_start, builder.mul(over.index, b_outer))
+                with cgutils.for_range(builder, depth) as step:
+                    b_vector = load(b, builder.add(b_offset, builder.mul(step.index, b_depth)))
+                    a_place = builder.add(a_offset, builder.mul(step.index, a_depth))
+                    for row, kept in zip(a_rows, sums, strict=True):
+                        scalar = builder.load(builder.gep(a, [builder.add(a_place, row)]))
+                        builder.store(builder.call(fma, [spread(scalar), b_vector, builder.load(kept)]), kept)
+            for place, kept in zip(c_rows, sums, strict=True):
+                stored = builder.store(builder.load(kept), vector(c, place))
+                stored.align = _ALIGNMENT
+            return context.get_dummy_value()
+
+        del typing_context
+        return types.void(
+            a, a_start, a_row, a_depth, a_outer, b, b_start, b_depth, b_outer, c, c_start, c_row, outer, depth, first, first_start
+        ), generate
+
+    return intrinsic(tile)
+
+
+_most, _fewer = _tile_of(_MOST), _tile_of(_FEWER)
+
+
+@numba.njit(boundscheck=False, error_model="numpy")
+def product(  # type: ignore[no-untyped-def]
+    a, a_start, a_row, a_depth, a_outer, b, b_start, b_depth, b_outer, c, c_start, c_row, rows, outer, depth, first, first_start
+):  # fmt: skip
+    """C[r, :] = first + sum over o, d of A[r, o, d] B[o, d, :], for `rows` rows and COLUMNS columns of float32 arrays.
 
     Args:
-        a, b, c: contiguous float32 arrays, with the place of the tile's first element in each.
+        a, b, c: contiguous float32 arrays, with the place of the product's first element in each.
         a_row, a_depth, a_outer, b_depth, b_outer, c_row: strides, in elements. The columns of B and C are next to each other.
+        rows: a multiple of ROWS.
         outer, depth: extents of the two nested sums.
         first, first_start: a float32 array, and where in it the row lies that the sums start from: a bias, or zeros.
     """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def data(place: Any) -> Any:
-            return context.make_array(signature.args[place])(context, builder, arguments[place]).data
-
-        _, a_start, a_row, a_depth, a_outer, _, b_start, b_depth, b_outer, _, c_start, c_row, outer, depth, _, first_start = arguments
-        a, b, c, first = data(0), data(5), data(9), data(14)
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{COLUMNS}f32")
-
-        def vector(array: Any, place: Any) -> Any:
-            return builder.bitcast(builder.gep(array, [place]), _VECTOR.as_pointer())
-
-        def load(array: Any, place: Any) -> Any:
-            loaded = builder.load(vector(array, place))
-            loaded.align = _ALIGNMENT
-            return loaded
-
-        def spread(scalar: Any) -> Any:
-            undefined = ir.Constant(_VECTOR, ir.Undefined)
-            first = builder.insert_element(undefined, scalar, ir.Constant(_LANE, 0))
-            return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_LANE, COLUMNS), [0] * COLUMNS))
-
-        sums = [cgutils.alloca_once(builder, _VECTOR) for _ in range(ROWS)]
-        c_rows = [builder.add(c_start, builder.mul(c_row, ir.Constant(_INDEX, r))) for r in range(ROWS)]
-        a_rows = [builder.add(a_start, builder.mul(a_row, ir.Constant(_INDEX, r))) for r in range(ROWS)]
-        initial = load(first, first_start)
-        for kept in sums:
-            builder.store(initial, kept)
-        with cgutils.for_range(builder, outer) as over:
-            a_offset, b_offset = builder.mul(over.index, a_outer), builder.add(b_start, builder.mul(over.index, b_outer))
-            with cgutils.for_range(builder, depth) as step:
-                b_vector = load(b, builder.add(b_offset, builder.mul(step.index, b_depth)))
-                a_place = builder.add(a_offset, builder.mul(step.index, a_depth))
-                for row, kept in zip(a_rows, sums, strict=True):
-                    scalar = builder.load(builder.gep(a, [builder.add(a_place, row)]))
-                    builder.store(builder.call(fma, [spread(scalar), b_vector, builder.load(kept)]), kept)
-        for place, kept in zip(c_rows, sums, strict=True):
-            stored = builder.store(builder.load(kept), vector(c, place))
-            stored.align = _ALIGNMENT
-        return context.get_dummy_value()
-
-    del typing_context
-    return types.void(
-        a, a_start, a_row, a_depth, a_outer, b, b_start, b_depth, b_outer, c, c_start, c_row, outer, depth, first, first_start
-    ), generate
-
-
-#: For compiled code: see `_tile`.
-tile: Any = intrinsic(_tile)
+    row = 0
+    while row < rows:
+        a_place, c_place, left = a_start + row * a_row, c_start + row * c_row, rows - row
+        if left == _MOST or left >= _MOST + _FEWER:
+            _most(a, a_place, a_row, a_depth, a_outer, b, b_start, b_depth, b_outer, c, c_place, c_row, outer, depth, first, first_start)
+            row += _MOST
+        else:
+            _fewer(a, a_place, a_row, a_depth, a_outer, b, b_start, b_depth, b_outer, c, c_place, c_row, outer, depth, first, first_start)
+            row += _FEWER
