@@ -25,8 +25,8 @@ def _rectify(panel):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def forward(x, x_start, rows, padded, values, sizes, weights, biases, work, outputs):  # type: ignore[no-untyped-def]
-    """Fill `outputs` with what every layer gives for `rows` examples (`padded` to whole tiles) that begin at x[x_start]."""
+def forward(x, padded, values, sizes, weights, biases, work, outputs):  # type: ignore[no-untyped-def]
+    """Fill `outputs` with what every layer gives for the examples in `x`, `padded` to whole tiles."""
     layers = len(weights)
     for layer in range(layers):
         features, last = sizes[layer], layer == layers - 1
@@ -36,7 +36,7 @@ def forward(x, x_start, rows, padded, values, sizes, weights, biases, work, outp
             weight = weights[layer] + panel * features * COLUMNS
             if layer == 0:
                 product(
-                    x, x_start, features, 1, 0, values, weight, COLUMNS, 0, outputs, out, COLUMNS, padded, 1, features, values, bias
+                    x, 0, features, 1, 0, values, weight, COLUMNS, 0, outputs, out, COLUMNS, padded, 1, features, values, bias
                 )  # fmt: skip
             else:
                 across, down, panels = padded * COLUMNS, COLUMNS * COLUMNS, features // COLUMNS
@@ -49,31 +49,58 @@ def forward(x, x_start, rows, padded, values, sizes, weights, biases, work, outp
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _exponentials(values):  # type: ignore[no-untyped-def]
+    """e^x of float32 x <= 0 in place, to the last bit or two, in arithmetic that vectors have (Cephes, expf). NaN stays."""
+    for i in range(len(values)):
+        x = np.float32(-87) if values[i] < np.float32(-87) else values[i]
+        power = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+        x = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+        series = np.float32(1.9875691500e-4)
+        series = series * x + np.float32(1.3981999507e-3)
+        series = series * x + np.float32(8.3334519073e-3)
+        series = series * x + np.float32(4.1665795894e-2)
+        series = series * x + np.float32(1.6666665459e-1)
+        series = series * x + np.float32(5.0000001201e-1)
+        scale = np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
+        values[i] = (series * x * x + x + np.float32(1)) * scale
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _loss(logits, start, rows, padded, classes, labels, first, smoothing, deltas):  # type: ignore[no-untyped-def]
     """The summed cross-entropy of a batch; into `deltas` goes the gradient of its mean by the logits, (softmax - target) / rows."""
     total = 0.0
-    # padded classes and examples: a batch of another size has left its own gradients there
-    deltas[start : start + (classes + COLUMNS - 1) // COLUMNS * padded * COLUMNS] = 0
+    stop = start + (classes + COLUMNS - 1) // COLUMNS * padded * COLUMNS
+    deltas[start:stop] = 0
     for row in range(rows):
         largest = logits[start + row * COLUMNS]
         for c in range(classes):
             largest = max(largest, logits[start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS])
-        norm, mean = np.float32(0), np.float32(0)
         for c in range(classes):
             place = start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS
-            shifted = logits[place] - largest
-            mean += shifted
-            deltas[place] = np.exp(shifted)
-            norm += deltas[place]
+            deltas[place] = logits[place] - largest
         label = labels[first + row]
         own = start + (label // COLUMNS * padded + row) * COLUMNS + label % COLUMNS
-        log_norm = np.log(norm)
-        total += (1 - smoothing) * (log_norm - (logits[own] - largest)) + smoothing * (log_norm - mean / classes)
-        scale, even = np.float32(1 / (norm * rows)), np.float32(smoothing / classes / rows)
+        total -= (1 - smoothing) * deltas[own]
+        if smoothing:
+            for c in range(classes):
+                total -= smoothing * deltas[start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS] / classes
+    _exponentials(deltas[start:stop])
+    even = np.float32(smoothing / classes / rows)
+    for row in range(rows):
+        norm = np.float32(0)
+        for c in range(classes):
+            norm += deltas[start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS]
+        total += np.log(norm)
+        scale = np.float32(1 / (norm * rows))
         for c in range(classes):
             place = start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS
             deltas[place] = deltas[place] * scale - even
-        deltas[own] -= np.float32((1 - smoothing) / rows)
+        label = labels[first + row]
+        for c in range(classes, (stop - start) // padded):  # what padding has must stay 0
+            deltas[start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS] = 0
+        deltas[start + (label // COLUMNS * padded + row) * COLUMNS + label % COLUMNS] -= np.float32((1 - smoothing) / rows)
+    for panel in range(start, stop, padded * COLUMNS):
+        deltas[panel + rows * COLUMNS : panel + padded * COLUMNS] = 0
     return total
 
 
@@ -119,37 +146,22 @@ def _transpose(values, start, inputs, out, turned):  # type: ignore[no-untyped-d
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def train_steps(  # type: ignore[no-untyped-def]
-    x,
-    labels,
-    bounds,
-    rates,
-    classes,
-    values,
-    momenta,
-    sizes,
-    weights,
-    biases,
-    work,
-    outputs,
-    deltas,
-    turned,
-    momentum,
-    decay,
-    nesterov,
-    smoothing,
-):
-    """One step of gradient descent per batch; returns the sum of the examples' losses.
+def _normalise(pixels, shift, scale, rows, padded, features, x):  # type: ignore[no-untyped-def]
+    """Into `x` [padded, features] go `rows` examples; what is padding stays 0, or becomes it."""
+    count = len(shift)
+    for row in range(rows):
+        given, normalised = pixels[row * count : (row + 1) * count], x[row * features : row * features + count]
+        for i in range(count):
+            normalised[i] = (np.float32(given[i]) + shift[i]) * scale[i]
+    x[rows * features : padded * features] = 0
 
-    Args:
-        x: float32, the batches' examples one after another, features padded, and a tile's rows beyond the last.
-        labels: int64, of the same examples.
-        bounds: int64 [steps + 1], where each batch begins and the last ends.
-        rates: float32 [steps], learning rates.
-        values, momenta: float32, the network's parameters and their momenta; updated.
-        outputs, deltas, turned: float32, room for the layers' outputs, their gradients, and a transposed layer.
-        momentum, decay, smoothing: float32.
-    """
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _train(  # type: ignore[no-untyped-def]
+    pixels, labels, shift, scale, bounds, rates, classes, values, momenta, sizes, weights, biases, work, x, outputs, deltas, turned,
+    momentum, decay, nesterov, smoothing,
+):  # fmt: skip
+    """`train_steps` of one network; returns the sum of its examples' losses."""
     layers = len(weights)
     total = 0.0
     gradient = np.empty(COLUMNS * COLUMNS, np.float32)
@@ -158,7 +170,8 @@ def train_steps(  # type: ignore[no-untyped-def]
         first, rows = bounds[step], bounds[step + 1] - bounds[step]
         padded = (rows + ROWS - 1) // ROWS * ROWS
         rate = rates[step]
-        forward(x, first * sizes[0], rows, padded, values, sizes, weights, biases, work, outputs)
+        _normalise(pixels[first * len(shift) :], shift, scale, rows, padded, sizes[0], x)
+        forward(x, padded, values, sizes, weights, biases, work, outputs)
         total += _loss(outputs, work[layers], rows, padded, classes, labels, first, smoothing, deltas)
         for layer in range(layers - 1, -1, -1):
             inputs, out = sizes[layer], sizes[layer + 1]
@@ -182,7 +195,7 @@ def train_steps(  # type: ignore[no-untyped-def]
                     start = work[layer + 1] + panel * padded * COLUMNS
                     if layer == 0:
                         product(
-                            x, first * inputs + block, 1, inputs, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, COLUMNS,
+                            x, block, 1, inputs, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, COLUMNS,
                             1, padded, zeros, 0,
                         )  # fmt: skip
                     else:
@@ -194,3 +207,28 @@ def train_steps(  # type: ignore[no-untyped-def]
                     place = weights[layer] + (panel * inputs + block) * COLUMNS
                     _update(values, momenta, place, gradient, COLUMNS * COLUMNS, rate, momentum, decay, nesterov)
     return total
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def train_steps(  # type: ignore[no-untyped-def]
+    pixels, labels, shift, scale, bounds, rates, classes, values, momenta, sizes, weights, biases, work, x, outputs, deltas, turned,
+    momentum, decay, nesterov, smoothing, losses,
+):  # fmt: skip
+    """One step of gradient descent per batch, on one network after another; each stays in the processor's cache meanwhile.
+
+    Args:
+        pixels: uint8 [S, B * P], for each network the batches' examples one after another.
+        labels: int64 [S, B], of the same examples.
+        shift, scale: float32 [P]; the first layer gets (pixel + shift) * scale.
+        bounds: int64 [steps + 1], where each batch begins and the last ends.
+        rates: float32 [steps], learning rates.
+        values, momenta: float32 [S, ...], the networks' parameters and their momenta; updated.
+        x, outputs, deltas, turned: float32, room for a batch, for the layers' outputs and their gradients, and for a transposed layer.
+        momentum, decay, smoothing: float32.
+        losses: float32 [S], becomes the sums of the examples' losses.
+    """
+    for network in range(len(losses)):
+        losses[network] = _train(
+            pixels[network], labels[network], shift, scale, bounds, rates, classes, values[network], momenta[network], sizes, weights,
+            biases, work, x, outputs, deltas, turned, momentum, decay, nesterov, smoothing,
+        )  # fmt: skip

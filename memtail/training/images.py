@@ -25,6 +25,7 @@ class DeviceImages:
 
     Attributes:
         train_labels, test_labels: int64 [n] and [q] on the device.
+        shift, scale: float32 [C]; a pixel is normalised as (pixel + shift) * scale.
     """
 
     def __init__(self, dataset: ImageDataset, device: torch.device) -> None:
@@ -35,12 +36,12 @@ class DeviceImages:
         self.test = test.to(device) if resident else test
         self.train_labels = torch.from_numpy(np.array(dataset.train_labels)).to(device)
         self.test_labels = torch.from_numpy(np.array(dataset.test_labels)).to(device)
-        self._shift = -torch.tensor(dataset.mean, dtype=torch.float32, device=device)
-        self._scale = 1 / torch.tensor(dataset.std, dtype=torch.float32, device=device)
+        self.shift = -torch.tensor(dataset.mean, dtype=torch.float32, device=device)
+        self.scale = 1 / torch.tensor(dataset.std, dtype=torch.float32, device=device)
         self._moved: tuple[Augmentation, _Moves] | None = None
 
     def gather(self, index: Tensor, augmentation: Augmentation | None, positions: slice) -> Tensor:
-        """Training images, augmented and normalised.
+        """Training images, augmented.
 
         Args:
             index: int64 [S, B] on the device.
@@ -48,17 +49,15 @@ class DeviceImages:
             positions: the batch's place in the epoch's order.
 
         Returns:
-            float32 [S, B, C, H, W].
+            uint8 [S, B, H, W, C].
         """
-        images = self.train[index.to(self.train.device)].to(self.device)
-        if augmentation is not None:
-            images = _augment(images, self._moves(augmentation), positions)
-        return self._normalised(images)
+        images = self.train.index_select(0, index.flatten().to(self.train.device)).unflatten(0, index.shape).to(self.device)
+        return images if augmentation is None else _augment(images, self._moves(augmentation), positions)
 
     def split(self, name: str, start: int, stop: int) -> Tensor:
         """Images `start` to `stop` of a split, normalised: float32 [B, C, H, W]."""
         images = (self.train if name == "train" else self.test)[start:stop]
-        return self._normalised(images.to(self.device))
+        return self.normalised(images.to(self.device))
 
     def _moves(self, augmentation: Augmentation) -> _Moves:
         """An epoch's augmentation on the device, taken there at its first batch: each copy from the host waits for all work before it."""
@@ -69,9 +68,9 @@ class DeviceImages:
             self._moved = augmentation, _Moves(flip, down, right)
         return self._moved[1]
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
         """uint8 [..., H, W, C] -> float32 [..., C, H, W], channels last in memory."""
-        return images.to(torch.float32).add_(self._shift).mul_(self._scale).movedim(-1, -3)
+        return images.to(torch.float32).add_(self.shift).mul_(self.scale).movedim(-1, -3)
 
 
 @lru_cache(maxsize=2)

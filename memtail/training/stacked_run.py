@@ -24,8 +24,8 @@ from memtail.training.phases import Phases
 from memtail.training.schedule import learning_rate_factor
 from memtail.training.stack import Stacked, join_parameters, stack_networks
 
-# Pixels of the examples that compiled steps are given at a time: for a stack of networks, about what a cache holds.
-_PIXELS_AT_ONCE = 1 << 15
+# Pixels of a network's examples that compiled steps are given at a time: enough for their work to outweigh the call.
+_PIXELS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class StackedRun:
         networks = []
         for trial in trials:
             # drawn on the CPU, so that every device starts from the same weights
-            torch.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
+            torch.default_generator.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
             networks.append(build_model(experiment.model, image_shape, classes))
         self.stack: nn.Module = stack_networks(networks).to(images.device).train()
         # whatever the network itself draws (dropout); such networks run one at a time
@@ -76,7 +76,7 @@ class StackedRun:
         self.optimizer: torch.optim.Optimizer | None = None
         self.steps_at_once = 1
         if images.device.type == "cpu" and not low and (layers := dense_layers(self.stack)):
-            self.stack = DenseStack(layers, self.recipe.optimizer, self.recipe.label_smoothing)
+            self.stack = DenseStack(layers, image_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
             # the same whatever the stack's width, on which no bit may depend
             self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(image_shape)))
         else:
@@ -114,24 +114,26 @@ class StackedRun:
             rates = [recipe.optimizer.lr * learning_rate_factor(recipe.schedule, done + ahead, steps) for ahead in range(len(bounds))]
             batch = index[:, start:stop]
             with self.phases.measure("data"):
-                gathered, labels = images.gather(batch, augmentation, slice(start, stop)), images.train_labels[batch]
+                pixels, labels = images.gather(batch, augmentation, slice(start, stop)), images.train_labels[batch]
             if isinstance(self.stack, DenseStack):
                 within = [(first - start, last - start) for first, last in bounds]
                 with self.phases.measure("forward/backward"):
-                    self.loss_sum += self.stack.train_steps(gathered, labels, within, rates)
+                    self.loss_sum += self.stack.train_steps(pixels, labels, within, rates)
             else:
-                self.loss_sum += self._descend(gathered, labels, *rates) * (stop - start)
+                self.loss_sum += self._descend(pixels, labels, *rates) * (stop - start)
             self.step += len(bounds)
             if self.step < len(self.bounds):
                 between_steps(self)
         self.epoch, self.step = self.epoch + 1, 0
         between_steps(self)
 
-    def _descend(self, batch: Tensor, labels: Tensor, rate: float) -> Tensor:
+    def _descend(self, pixels: Tensor, labels: Tensor, rate: float) -> Tensor:
         """One step of every trial; returns the mean losses [S]."""
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        with self.phases.measure("data"):
+            batch = self.images.normalised(pixels)
         with self.phases.measure("forward/backward"):
             with self.autocast:
                 logits = self.stack(batch)

@@ -93,10 +93,10 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
 
     sizes, steps = set(), DenseStack.train_steps
 
-    def record_steps(self, images, labels, bounds, rates):
-        assert bounds[0][0] == 0 and bounds[-1][1] == images.shape[1] == labels.shape[1]
+    def record_steps(self, pixels, labels, bounds, rates):
+        assert bounds[0][0] == 0 and bounds[-1][1] == pixels.shape[1] == labels.shape[1]
         sizes.update(stop - start for start, stop in bounds)
-        return steps(self, images, labels, bounds, rates)
+        return steps(self, pixels, labels, bounds, rates)
 
     monkeypatch.setattr(DeviceImages, "gather", record)
     monkeypatch.setattr(DenseStack, "train_steps", record_steps)
@@ -397,7 +397,8 @@ def test_augmentation_shifts_with_zeros_and_mirrors(digits):
     images = DeviceImages(digits, CPU)
     index = torch.arange(20).reshape(2, 10)
     augmentation = epoch_augmentation("crop-flip", 0, [3, 4], 0, 10, 2)
-    got = images.gather(index, augmentation, slice(0, 10)) * torch.tensor(digits.std) + torch.tensor(digits.mean)
+    normalised = images.normalised(images.gather(index, augmentation, slice(0, 10)))
+    got = normalised * torch.tensor(digits.std) + torch.tensor(digits.mean)
     assert len(set(augmentation.down.flatten().tolist())) == 5 and 0 < augmentation.flip.mean() < 1
     for s in range(2):
         for b in range(10):
@@ -456,13 +457,16 @@ def test_the_sgd_defaults_are_those_of_the_example():
 
 def test_compiled_steps_of_many_classes_and_batches_of_unequal_size_are_those_of_torch():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 20))
-    dense = DenseStack(dense_layers(stack_networks([copy.deepcopy(network)])), Sgd(), 0.0)
-    images, labels = torch.randn(1, 27, 1, 4, 4), torch.randint(0, 20, (1, 27))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(27, 8), nn.ReLU(), nn.Linear(8, 20))
+    layers = dense_layers(stack_networks([copy.deepcopy(network)]))
+    shift, scale = torch.tensor([-120.0, -130.0, -140.0]), torch.tensor([0.01, 0.011, 0.012])
+    dense = DenseStack(layers, (3, 3, 3), shift, scale, Sgd(), 0.0)
+    pixels, labels = torch.randint(0, 256, (1, 27, 3, 3, 3), dtype=torch.uint8), torch.randint(0, 20, (1, 27))
+    images = ((pixels + shift) * scale).movedim(-1, -3)
     bounds = [(0, 12), (12, 24), (24, 27)]
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     for _ in range(5):
-        dense.train_steps(images, labels, bounds, [0.1] * 3)
+        dense.train_steps(pixels, labels, bounds, [0.1] * 3)
         for start, stop in bounds:
             optimizer.zero_grad()
             F.cross_entropy(network(images[0, start:stop]), labels[0, start:stop]).backward()
