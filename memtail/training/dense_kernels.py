@@ -12,7 +12,10 @@ begin in `values`; `work` int64 [L + 1], where each layer's outputs begin in `ou
 import numba
 import numpy as np
 
-from memtail.training.tile import COLUMNS, ROWS, product
+from memtail.training.tile import COLUMNS, ROWS, product, transpose
+
+# Input features whose gradients are computed before their weights are updated: a batch of them stays in the first-level cache.
+_HEIGHT = 48
 
 # Loops that start from 0 are turned into vector instructions; those over places in a larger array are not.
 
@@ -138,11 +141,8 @@ def _add_rows(panel, sums, out):  # type: ignore[no-untyped-def]
 def _transpose(values, start, inputs, out, turned):  # type: ignore[no-untyped-def]
     """A layer's weights with a row per output, in panels of inputs."""
     for panel in range(out // COLUMNS):
-        for i in range(inputs):
-            source = start + (panel * inputs + i) * COLUMNS
-            target = (i // COLUMNS * out + panel * COLUMNS) * COLUMNS + i % COLUMNS
-            for o in range(COLUMNS):
-                turned[target + o * COLUMNS] = values[source + o]
+        for i in range(0, inputs, COLUMNS):
+            transpose(values, start + (panel * inputs + i) * COLUMNS, COLUMNS, turned, (i * out // COLUMNS + panel * COLUMNS) * COLUMNS)
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
@@ -164,7 +164,7 @@ def _train(  # type: ignore[no-untyped-def]
     """`train_steps` of one network; returns the sum of its examples' losses."""
     layers = len(weights)
     total = 0.0
-    gradient = np.empty(COLUMNS * COLUMNS, np.float32)
+    gradient = np.empty(_HEIGHT * COLUMNS, np.float32)
     zeros, four_rows = np.zeros(COLUMNS, np.float32), np.empty(4 * COLUMNS, np.float32)
     for step in range(len(rates)):
         first, rows = bounds[step], bounds[step + 1] - bounds[step]
@@ -190,22 +190,21 @@ def _train(  # type: ignore[no-untyped-def]
                 _add_rows(deltas[start : start + padded * COLUMNS], four_rows, gradient)
                 bias = biases[layer] + panel * COLUMNS
                 _update(values, momenta, bias, gradient, COLUMNS, rate, momentum, decay, nesterov)
-            for block in range(0, inputs, COLUMNS):  # a block of inputs stays in the cache for all outputs
+            for block in range(0, inputs, _HEIGHT):
+                height = min(_HEIGHT, inputs - block)
                 for panel in range(out // COLUMNS):
                     start = work[layer + 1] + panel * padded * COLUMNS
                     if layer == 0:
-                        product(
-                            x, block, 1, inputs, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, COLUMNS,
-                            1, padded, zeros, 0,
-                        )  # fmt: skip
+                        product(x, block, 1, inputs, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, height, 1, padded, zeros, 0)
                     else:
-                        a_start = work[layer] + block * padded
-                        product(
-                            outputs, a_start, 1, COLUMNS, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, COLUMNS,
-                            1, padded, zeros, 0,
-                        )  # fmt: skip
+                        for part in range(0, height, COLUMNS):
+                            a_start = work[layer] + (block + part) * padded
+                            product(
+                                outputs, a_start, 1, COLUMNS, 0, deltas, start, COLUMNS, 0, gradient, part * COLUMNS, COLUMNS, COLUMNS,
+                                1, padded, zeros, 0,
+                            )  # fmt: skip
                     place = weights[layer] + (panel * inputs + block) * COLUMNS
-                    _update(values, momenta, place, gradient, COLUMNS * COLUMNS, rate, momentum, decay, nesterov)
+                    _update(values, momenta, place, gradient, height * COLUMNS, rate, momentum, decay, nesterov)
     return total
 
 

@@ -97,6 +97,36 @@ def _tile_of(rows: int) -> Any:
     return intrinsic(tile)
 
 
+def _transposed(typing_context: Any, source: Any, source_start: Any, source_row: Any, target: Any, target_start: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target = (context.make_array(signature.args[place])(context, builder, arguments[place]).data for place in (0, 3))
+        _, source_start, source_row, _, target_start = arguments
+
+        def vector(array: Any, start: Any, stride: Any, row: int) -> Any:
+            place = builder.add(start, builder.mul(stride, ir.Constant(_INDEX, row)))
+            return builder.bitcast(builder.gep(array, [place]), _VECTOR.as_pointer())
+
+        rows = [builder.load(vector(source, source_start, source_row, row)) for row in range(COLUMNS)]
+        for loaded in rows:
+            loaded.align = _ALIGNMENT
+        for bit in (1, 2, 4, 8):  # exchange the quarters of ever larger squares
+            for row in (row for row in range(COLUMNS) if not row & bit):
+                upper, lower = rows[row], rows[row | bit]
+                first = [column if not column & bit else COLUMNS + (column ^ bit) for column in range(COLUMNS)]
+                second = [column | bit if not column & bit else COLUMNS + column for column in range(COLUMNS)]
+                for place, lanes in ((row, first), (row | bit, second)):
+                    rows[place] = builder.shuffle_vector(upper, lower, ir.Constant(ir.VectorType(_LANE, COLUMNS), lanes))
+        for row, kept in enumerate(rows):
+            builder.store(kept, vector(target, target_start, ir.Constant(_INDEX, COLUMNS), row)).align = _ALIGNMENT
+        return context.get_dummy_value()
+
+    del typing_context
+    return types.void(source, source_start, source_row, target, target_start), generate
+
+
+#: transpose(source, start, row, target, start): COLUMNS rows of COLUMNS float32, `row` apart, into rows next to each other.
+transpose: Any = intrinsic(_transposed)
+
 _most, _fewer = _tile_of(_MOST), _tile_of(_FEWER)
 
 
