@@ -383,10 +383,10 @@ def _cause(error: BaseException, timeout: float) -> str:
         return " ".join(f"{error.code}: {error.message}".split())[:300]
     if (status := _status(error)) is not None:
         return f"HTTP status {status}"
+    if isinstance(error, NewConnectionError):  # a ConnectTimeoutError, too
+        return re.sub(r"\[Errno -?\d+\] ", "", str(error).rpartition(": ")[2])
     if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
         return f"no answer within {timeout:g} s"
-    if isinstance(error, NewConnectionError):
-        return str(error).rpartition(": ")[2]
     if isinstance(error, SSLError):
         return f"TLS: {error}"[:300]
     if isinstance(error, HTTPError):
