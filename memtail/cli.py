@@ -208,9 +208,10 @@ def stage(spec: SpecFile, json_: Json = False) -> None:
 @app.command()
 def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
     """Show what is installed, which devices there are, and what is missing."""
-    from memtail import display
+    from memtail import display, logs
     from memtail.doctor import examine
 
+    logs.configure()
     checks = examine(store)
     if json_:
         print(json.dumps([vars(check) for check in checks], indent=1))
@@ -222,9 +223,12 @@ def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
 
 def _open(store: str) -> "ObjectStore":
     """A store that is there, to read from."""
+    from memtail import logs
     from memtail.storage.opening import is_url, open_store
 
-    if not is_url(store) and not Path(store).is_dir():
+    if is_url(store):
+        logs.configure()
+    elif not Path(store).is_dir():
         raise StoreError(f"there is no store at {store}: memtail run SPEC makes one, --store names another")
     return open_store(store, prove=False)
 

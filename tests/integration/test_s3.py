@@ -446,7 +446,7 @@ def test_a_server_that_does_not_keep_the_contract_is_refused_at_the_start(enviro
 
 def test_what_is_no_s3_server_is_one_clear_error_at_once(logs):
     class Anything(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802 - the name that http.server calls
+        def do_GET(self):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"<html>hello")

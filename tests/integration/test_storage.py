@@ -104,8 +104,8 @@ def test_keys_that_leave_the_store_are_refused(store, tmp_path):
         for action in (
             lambda key: store.put(key, b""),
             lambda key: store.put_if_absent(key, b""),
-            lambda key: store.get(key),
-            lambda key: store.delete(key),
+            store.get,
+            store.delete,
             lambda key: store.upload(key, tmp_path / "file"),
             lambda key: store.download(key, tmp_path / "file"),
         ):
