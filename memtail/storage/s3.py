@@ -44,7 +44,15 @@ _LONGEST_PAUSE = 10.0
 _MOST_PARTS = 10_000
 
 _PASSING_STATUS = {429, 500, 502, 503, 504}
-_PASSING_CODES = {"ConditionalRequestConflict", "InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+_PASSING_CODES = {
+    "ConditionalRequestConflict",
+    "InternalError",
+    "NoSuchUpload",  # minio aborts an upload in parts whose last answer was lost, and then says only that there is none to abort
+    "OperationAborted",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+}
 _KEY_MEND = "set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY to a key of this server"
 _REGION_MEND = "set MEMTAIL_S3_REGION to the bucket's region"
 _MENDS = {

@@ -118,7 +118,7 @@ def _quiet():
 class LossyProxy:
     """Passes TCP connections on to a server, and cuts some of them while the server answers.
 
-    `cuts` holds what is still to be cut: of the next request of this method, all after so many bytes of the answer.
+    `cuts` holds what is still to be cut: of the next request that begins so, all after so many bytes of the answer.
     """
 
     def __init__(self, server: MinioServer) -> None:

@@ -248,9 +248,10 @@ def test_large_files_go_up_in_parts_and_come_down_whole(minio, bucket, proxy, tm
     assert sum(b"partNumber=" in request for request in proxy.requests) == 5
     store.download("k", tmp_path / "down")
     assert (tmp_path / "down").read_bytes() == (tmp_path / "up").read_bytes()
-    proxy.cuts.append((b"PUT", 0))
-    store.upload("k2", tmp_path / "up")
-    assert store.get("k2") == (tmp_path / "up").read_bytes() and not proxy.cuts
+    for key, lost in (("k2", b"PUT"), ("k3", f"POST /{bucket}/parts/k3?uploadId".encode())):
+        proxy.cuts.append((lost, 0))
+        store.upload(key, tmp_path / "up")
+        assert store.get(key) == (tmp_path / "up").read_bytes() and not proxy.cuts
 
 
 def test_a_listing_of_more_than_a_page_is_whole_and_in_order(minio, bucket, monkeypatch):
@@ -348,7 +349,8 @@ def test_a_malformed_setting_is_refused_by_name(environment, variable, value, me
 
 
 class FakeS3(ThreadingHTTPServer):
-    """Enough of S3 for one bucket, with what a server may do wrong: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`.
+    """Enough of S3 for one bucket, with what a server may do wrong: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`,
+    `fails-late` (an upload in parts ends with an error under status 200).
 
     `failures` are answered first, as (status, code); `clock` is how many seconds it is ahead.
     """
@@ -386,6 +388,16 @@ class _FakeHandler(BaseHTTPRequestHandler):
             return self.answer(status, f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode())
         if "list-type" in query:
             return self.answer(200, b"<ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated></ListBucketResult>")
+        if "uploads" in query:
+            return self.answer(200, b"<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>")
+        if self.command == "POST" and "fails-late" in self.server.faults:
+            self.server.faults = ()
+            return self.answer(200, b"<Error><Code>InternalError</Code><Message>m</Message></Error>")
+        if self.command == "POST":
+            self.server.objects[url.path] = (data, "")
+            return self.answer(200, b"<CompleteMultipartUploadResult><ETag>x-1</ETag></CompleteMultipartUploadResult>")
+        if "partNumber" in query:
+            return self.answer(200, ETag='"x"')
         if self.command == "PUT":
             return [self.put(url.path, query, data) for _ in range(1 + ("repeats" in self.server.faults))][-1]()
         if self.command == "DELETE":
@@ -463,6 +475,13 @@ def test_what_is_no_s3_server_is_one_clear_error_at_once(logs):
     assert not logs
 
 
+def test_an_upload_that_fails_at_its_very_end_is_begun_again(tmp_path, logs):
+    (tmp_path / "file").write_bytes(bytes(6 << 20))
+    with FakeS3("fails-late") as server:
+        S3Store("bucket", "", server.settings(), part_size=5 << 20).upload("k", tmp_path / "file")
+        assert list(server.objects) == ["/bucket/k"] and len(logs) == 1
+
+
 def test_a_write_that_a_proxy_repeats_is_known_again_as_ones_own():
     with FakeS3("repeats") as server:
         store = S3Store("bucket", "", server.settings())
@@ -479,6 +498,7 @@ def test_a_write_that_a_proxy_repeats_is_known_again_as_ones_own():
         (429, "TooManyRequests"),
         (400, "RequestTimeout"),
         (409, "ConditionalRequestConflict"),
+        (404, "NoSuchUpload"),
     ],
 )
 def test_what_may_pass_is_tried_again(logs, status, code):
