@@ -20,7 +20,7 @@ from memtail.storage.s3 import S3Store
 
 _PROJECT = Path(__file__).parents[2]
 _INSTALL = _PROJECT.parent / "shared" / "tools" / "install.sh"
-_REGION = "north-1"
+REGION = "north-1"
 
 
 def server_binary(name: str) -> str:
@@ -62,7 +62,7 @@ class MinioServer:
             "MINIO_ROOT_USER": self.access_key,
             "MINIO_ROOT_PASSWORD": self.secret_key,
             "MINIO_DOMAIN": "localhost",
-            "MINIO_SITE_REGION": _REGION,
+            "MINIO_SITE_REGION": REGION,
             "MINIO_BROWSER": "off",
             "MINIO_UPDATE": "off",
         }
@@ -102,7 +102,7 @@ class MinioServer:
     def new_bucket(self) -> str:
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         ca = self._certificates and self._certificates / "ca.pem"
-        S3Store(name, settings=self.settings(ca_file=ca))._connection().s3.make_bucket(bucket_name=name, location=_REGION)
+        S3Store(name, settings=self.settings(ca_file=ca))._connection().s3.make_bucket(bucket_name=name, location=REGION)
         return name
 
 

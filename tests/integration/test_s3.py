@@ -21,7 +21,7 @@ from memtail.settings import S3Settings
 from memtail.storage import ObjectNotFound
 from memtail.storage.opening import open_bucket, open_store
 from memtail.storage.s3 import S3Store
-from tests.integration.servers import LossyProxy, MinioServer, free_port
+from tests.integration.servers import REGION, LossyProxy, MinioServer, free_port
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +164,7 @@ def test_a_temporary_key_that_may_only_read_reads_and_is_told_what_it_lacks(mini
     actions = ["s3:GetObject", "s3:ListBucket", "s3:GetBucketLocation"]
     policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": actions, "Resource": ["arn:aws:s3:::*"]}]}
     provider = AssumeRoleProvider(
-        sts_endpoint=minio.endpoint, access_key=minio.access_key, secret_key=minio.secret_key, policy=json.dumps(policy), region="north-1"
+        sts_endpoint=minio.endpoint, access_key=minio.access_key, secret_key=minio.secret_key, policy=json.dumps(policy), region=REGION
     )
     key = provider.retrieve()
     settings = minio.settings(access_key=key.access_key, secret_key=key.secret_key, session_token=key.session_token)

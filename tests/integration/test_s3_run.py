@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+import memtail
+from memtail.errors import ScoresError, StoreError
 from memtail.storage.s3 import S3Store
 from tests.integration.test_run import batches, command, spec, version
 from tests.integration.test_s3 import FakeS3
@@ -64,6 +66,18 @@ def test_scores_are_copied_to_the_cache_once(in_a_bucket):
     assert any(path.name == "memorization.parquet" for path in files)
     assert command("top", "--store", address, env=environment).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in (folder / "cache" / "scores").rglob("*.*")} == files
+
+
+def test_a_notebook_loads_scores_from_a_bucket(in_a_bucket, monkeypatch):
+    address, environment, _, _ = in_a_bucket
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    scores = memtail.load_scores(f"{address}/experiments/digits")
+    assert scores.summary["trials"] == 10 and len(scores.memorization["mem"]) == 1438
+    with pytest.raises(ScoresError, match="experiment 'nobody' has no published scores"):
+        memtail.load_scores(f"{address}/experiments/nobody")
+    with pytest.raises(StoreError, match="is not the address of a store"):
+        memtail.load_scores("gs://bucket/experiments/digits")
 
 
 def test_a_bucket_that_cannot_be_used_is_one_line(in_a_bucket, tmp_path):
