@@ -30,7 +30,7 @@ lint: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed-train
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[train,services,dev]'
 	@touch $@
 
 clean:

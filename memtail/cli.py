@@ -16,7 +16,7 @@ from memtail.settings import STORE_VARIABLE
 
 if TYPE_CHECKING:
     from memtail.scores.reader import Scores
-    from memtail.storage.local import LocalStore
+    from memtail.storage import ObjectStore
 
 app = typer.Typer(
     help="What neural networks memorize, and which examples they owe it to.",
@@ -28,9 +28,9 @@ app = typer.Typer(
 
 SpecFile = Annotated[Path, typer.Argument(help="The experiment file (YAML).", metavar="SPEC")]
 Name = Annotated[str | None, typer.Argument(help="The experiment; may be left out if the store holds one only.")]
-Store = Annotated[Path, typer.Option(help="The folder that holds the results.", envvar=STORE_VARIABLE)]
+Store = Annotated[str, typer.Option(help="The folder, or s3://BUCKET/PREFIX, that holds the results.", envvar=STORE_VARIABLE)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-DEFAULT_STORE = Path("memtail-store")
+DEFAULT_STORE = "memtail-store"
 
 
 def main() -> None:
@@ -164,6 +164,7 @@ def scores(
     json_: Json = False,
 ) -> None:
     """List the published score files, or copy them out."""
+    from memtail.scores.fetch import fetch_scores
     from memtail.scores.publish import latest_version
     from memtail.storage import keys
 
@@ -172,16 +173,15 @@ def scores(
     pointer = latest_version(opened, name)
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
-    prefix = keys.scores(name, pointer["version"])
+    place = f"{opened.address}/{keys.scores(name, pointer['version']).rstrip('/')}"
     if fetch is not None:
-        for file in pointer["files"]:
-            opened.download(prefix + file, fetch / file)
+        fetch_scores(opened, name, pointer, fetch)
     if json_:
-        print(json.dumps({**pointer, "folder": str(fetch or opened.path(prefix.rstrip("/")))}, indent=1))
+        print(json.dumps({**pointer, "folder": str(fetch or place)}, indent=1))
         return
     print(f"{name}: {pointer['summary']['trials']} trials, published {pointer['published']}")
     for file in pointer["files"]:
-        print(fetch / file if fetch else opened.path(prefix + file))
+        print(fetch / file if fetch else f"{place}/{file}")
 
 
 @app.command()
@@ -208,9 +208,10 @@ def stage(spec: SpecFile, json_: Json = False) -> None:
 @app.command()
 def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
     """Show what is installed, which devices there are, and what is missing."""
-    from memtail import display
+    from memtail import display, logs
     from memtail.doctor import examine
 
+    logs.configure()
     checks = examine(store)
     if json_:
         print(json.dumps([vars(check) for check in checks], indent=1))
@@ -220,15 +221,19 @@ def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
         sys.exit(1)
 
 
-def _open(store: Path) -> "LocalStore":
-    from memtail.storage.local import LocalStore
+def _open(store: str) -> "ObjectStore":
+    """A store that is there, to read from."""
+    from memtail import logs
+    from memtail.storage.opening import is_url, open_store
 
-    if not store.is_dir():
+    if is_url(store):
+        logs.configure()
+    elif not Path(store).is_dir():
         raise StoreError(f"there is no store at {store}: memtail run SPEC makes one, --store names another")
-    return LocalStore(store)
+    return open_store(store, prove=False)
 
 
-def _only(store: "LocalStore", name: str | None) -> str:
+def _only(store: "ObjectStore", name: str | None) -> str:
     """The named experiment, or the only one there is."""
     from memtail.archive import ExperimentArchive, experiment_names
 
@@ -237,18 +242,17 @@ def _only(store: "LocalStore", name: str | None) -> str:
         return name
     names = experiment_names(store)
     if len(names) != 1:
-        raise StoreError(f"the store {store.root} holds {len(names)} experiments ({', '.join(names) or 'none'}): name one")
+        raise StoreError(f"the store {store.address} holds {len(names)} experiments ({', '.join(names) or 'none'}): name one")
     return names[0]
 
 
-def _scores_of(store: "LocalStore", name: str) -> "Scores":
-    from memtail.scores.reader import load_scores
-    from memtail.storage import keys
+def _scores_of(store: "ObjectStore", name: str) -> "Scores":
+    from memtail.scores.fetch import open_scores
 
-    return load_scores(store.path(keys.all_scores(name).rstrip("/")))
+    return open_scores(store, name)
 
 
-def _status(store: "LocalStore", name: str) -> dict[str, Any]:
+def _status(store: "ObjectStore", name: str) -> dict[str, Any]:
     from memtail.archive import ExperimentArchive
     from memtail.scores.publish import latest_version
 

@@ -1,7 +1,6 @@
 """What the command line shows: progress of a run, summaries and tables."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,7 +137,7 @@ def _figures(state: "RunState") -> str:
     return f"in-subset {inside:.2%}, test {test:.2%}, memorized {memorized}"
 
 
-def show_summary(summary: dict[str, Any], scores: "Scores", seconds: float, store: Path) -> None:
+def show_summary(summary: dict[str, Any], scores: "Scores", seconds: float, store: str) -> None:
     """What came out, the five most memorized examples, and where the files are."""
     trained = f" in {seconds:.1f} s" if seconds else ", all from the store"
     console.print(f"\n{summary['experiment']}: {summary['trials']} trials{trained}", style="bold")

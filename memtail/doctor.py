@@ -3,12 +3,18 @@
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from memtail.errors import MemtailError
 from memtail.settings import Settings
+from memtail.storage.opening import is_url, open_bucket
+
+# Seconds: for which a server that does not answer is tried, and by which clocks may differ.
+_PATIENCE = 10.0
+_CLOCK_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Check:
     finding: str
 
 
-def examine(store: Path) -> list[Check]:
+def examine(store: str | Path) -> list[Check]:
     """Look at the machine as a run would use it."""
     settings = Settings()
     return [
@@ -30,8 +36,7 @@ def examine(store: Path) -> list[Check]:
         *_devices(),
         Check("datasets looked for in", True, ", ".join(str(place) for place in settings.places(None))),
         _folder("cache", settings.cache),
-        _folder("store", store),
-        *_store(store),
+        *(_bucket(str(store)) if is_url(store) else [_folder("store", Path(store)), *_store(Path(store))]),
     ]
 
 
@@ -80,3 +85,33 @@ def _store(store: Path) -> list[Check]:
         return [Check("conditional write", False, str(error))]
     fine = (first, second, held) == (True, False, b"1")
     return [Check("conditional write", fine, "the first writer wins" if fine else "a second writer overwrote the first")]
+
+
+def _bucket(address: str) -> list[Check]:
+    """Whether a bucket can be used, and how far its server's clock is off: S3 refuses beyond 15 minutes."""
+    from memtail.storage import keys
+
+    def clock() -> Check:
+        ahead = opened.clock_difference()
+        return Check("clock", abs(ahead) <= _CLOCK_SECONDS, f"{abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead of'} the store's")
+
+    def reading() -> Check:
+        next(opened.list(keys.probe()), None)
+        return Check("store", True, f"{address} can be listed")
+
+    def writing() -> Check:
+        opened.prove()
+        return Check("conditional write", True, "the first writer wins")
+
+    try:
+        opened = open_bucket(address, patience=_PATIENCE)
+        return [clock(), _or_error("store", reading), _or_error("conditional write", writing)]
+    except MemtailError as error:
+        return [Check("store", False, str(error))]
+
+
+def _or_error(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except MemtailError as error:
+        return Check(name, False, str(error))

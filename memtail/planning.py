@@ -34,6 +34,7 @@ from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
+from memtail.storage.opening import open_store
 from memtail.subsets import membership
 from memtail.training.devices import available_devices
 from memtail.training.plan import operations_per_trial
@@ -115,7 +116,7 @@ def plan(
 
     Args:
         experiment: the declaration.
-        store: the folder in which its results are, or would be, kept: what it holds need not be trained. It is only read.
+        store: the folder or bucket in which its results are, or would be, kept: what it holds need not be trained. It is only read.
         price: of one device for an hour.
         standard_error: the one that is wanted of every score.
         on_preparation: as in `memtail.run`.
@@ -181,7 +182,7 @@ def plan(
 def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) -> tuple[Record, list[Shard]]:
     """The record that a run would go by, and the shards that the store lacks."""
     wanted = declare(experiment, dataset)
-    archive = ExperimentArchive(LocalStore(store), experiment.name)
+    archive = ExperimentArchive(open_store(store, prove=False), experiment.name)
     if next(iter(archive.store.list(keys.experiment(experiment.name))), None) is None:
         return wanted, missing_shards(experiment.subsets.trials, wanted.trials_per_shard, [])
     held = archive.record()
@@ -227,7 +228,7 @@ def _measure_shard(record: Record, dataset: ImageDataset, fraction: float, devic
     sample = dataset if share >= 1 else _sample(dataset, share, folder / "sample")
     shards = [Shard(place * size, (place + 1) * size - 1) for place in range(len(devices))]
 
-    with Workers(Task(short, sample.folder, folder / "store", device=""), devices) as workers:
+    with Workers(Task(short, sample.folder, str(folder / "store"), device=""), devices) as workers:
         cold, _ = _train_at_once(workers, shards)
         warm, finished = _train_at_once(workers, shards, profile=True)
         spent = [batch.provenance["phases"] for batch, _ in finished]

@@ -1,4 +1,4 @@
-"""The embedded run: one experiment from its declaration to its scores, on this machine, with a store in a folder.
+"""The embedded run: one experiment from its declaration to its scores, on this machine, with a store in a folder or a bucket.
 
 It goes on where an earlier run stopped, however that ended, and may run beside another of the same experiment: the store decides
 which trial batch counts.
@@ -25,8 +25,9 @@ from memtail.experiment import Experiment
 from memtail.models import check_model
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
-from memtail.storage import keys
+from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
+from memtail.storage.opening import open_store
 from memtail.subsets import check_trials
 from memtail.training.devices import available_devices
 from memtail.training.phases import PHASES
@@ -82,7 +83,7 @@ def run(
 
     Args:
         experiment: the declaration.
-        store: the folder in which results are kept; scores lie in `STORE/experiments/NAME`.
+        store: the folder, or `s3://BUCKET/PREFIX`, in which results are kept; scores lie in `STORE/experiments/NAME`.
         on_progress: called several times a second with how far it is.
         on_preparation: called with (images done, images in all) while a folder of images is prepared.
         profile: also measure where the time of the trials goes, and add it to the summary that is returned, as `profile`: the wall-clock
@@ -92,10 +93,11 @@ def run(
         MemtailError: bad input, or a store of another experiment of the same name.
         ShardsFailedError: some shards failed for good; the scores are published without them.
     """
-    local = LocalStore(store)
-    local.remove_abandoned()
+    opened = open_store(store)
+    if isinstance(opened, LocalStore):
+        opened.remove_abandoned()
     dataset = datasets.prepare(experiment.dataset, on_preparation)
-    archive = ExperimentArchive(local, experiment.name)
+    archive = ExperimentArchive(opened, experiment.name)
     record = archive.enroll(declare(experiment, dataset))
     devices = [str(device) for device in available_devices(experiment.execution.device)]
     state = RunState(experiment.subsets.trials, Statistics(dataset.n_train, dataset.n_test), dataset, record, devices)
@@ -104,27 +106,27 @@ def run(
     began = time.monotonic()
     with _writing(state):
         _fold_committed(archive, state)
-    for key in list(local.list(keys.checkpoints(experiment.name))):
+    for key in list(opened.list(keys.checkpoints(experiment.name))):
         if (span := keys.parse_span(key)) and archive.is_committed(Shard(*span)):
-            local.delete(key)
+            opened.delete(key)
     todo = _from_own_start(missing_shards(state.wanted, record.trials_per_shard, archive.committed()))
     report(state)
     if todo:
-        _train_all(todo, local, archive, state, report, profile)
+        _train_all(todo, opened, archive, state, report, profile)
         with _writing(state):
             _fold_committed(archive, state)
     if state.failed:
-        summary = publish(local, record, state.statistics, dataset) if state.statistics.trials else None
-        raise ShardsFailedError(state.failed, local.root / keys.failures(experiment.name), summary)
+        summary = publish(opened, record, state.statistics, dataset) if state.statistics.trials else None
+        raise ShardsFailedError(state.failed, f"{opened.address}/{keys.failures(experiment.name)}", summary)
     with _writing(state):
-        summary = publish(local, record, state.statistics, dataset)
+        summary = publish(opened, record, state.statistics, dataset)
     return {**summary, "profile": _profile(state, time.monotonic() - began)} if profile else summary
 
 
 class ShardsFailedError(MemtailError):
     """Some shards failed for good; `summary` is that of the scores without them, None if there are none at all."""
 
-    def __init__(self, failed: dict[Shard, str], records: Path, summary: dict[str, Any] | None) -> None:
+    def __init__(self, failed: dict[Shard, str], records: str, summary: dict[str, Any] | None) -> None:
         shard, error = next(iter(failed.items()))
         super().__init__(
             f"{len(failed)} shards failed {MAX_ATTEMPTS} times each and are missing from the scores ({shard}: {error}): "
@@ -153,10 +155,10 @@ def declare(experiment: Experiment, dataset: ImageDataset) -> Record:
 
 
 def _train_all(
-    todo: list[Shard], store: LocalStore, archive: ExperimentArchive, state: RunState, report: Callable[[RunState], None], profile: bool
+    todo: list[Shard], store: ObjectStore, archive: ExperimentArchive, state: RunState, report: Callable[[RunState], None], profile: bool
 ) -> None:
     began = published = time.monotonic()
-    task = Task(state.record.experiment, state.dataset.folder, store.root, device="", profile=profile)
+    task = Task(state.record.experiment, state.dataset.folder, store.address, device="", profile=profile)
     attempts: dict[Shard, int] = {}
     with Workers(task, state.devices[: len(todo)]) as workers:
         while todo or workers.running:
@@ -205,7 +207,7 @@ def _fold_committed(archive: ExperimentArchive, state: RunState) -> None:
             state.statistics.fold(archive.batch(shard, state.record.fingerprint))
 
 
-def _commit(finished: Finished, store: LocalStore, archive: ExperimentArchive, state: RunState) -> None:
+def _commit(finished: Finished, store: ObjectStore, archive: ExperimentArchive, state: RunState) -> None:
     """Commit a batch and fold what the store then holds: this one, or that of another run that was first."""
     batch = finished.batch
     if batch is None or not archive.commit(batch, state.record.fingerprint):

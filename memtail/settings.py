@@ -6,7 +6,9 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-#: The folder that holds the results, as the command line's --store.
+from memtail.errors import StoreError
+
+#: The folder or bucket that holds the results, as the command line's --store.
 STORE_VARIABLE = "MEMTAIL_STORE"
 
 
@@ -28,3 +30,55 @@ class Settings:
     def places(self, root: Path | None) -> list[Path]:
         """The folders in which a dataset is looked for, in order."""
         return [place for place in (root, self.data, self.cache) if place is not None]
+
+
+@dataclass(frozen=True)
+class S3Settings:
+    """How an S3 server is reached. No key is shown when it is printed.
+
+    `MEMTAIL_S3_ENDPOINT`: its URL. `MEMTAIL_S3_ACCESS_KEY`, `MEMTAIL_S3_SECRET_KEY` and, with temporary keys,
+    `MEMTAIL_S3_SESSION_TOKEN`; else `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and `AWS_SESSION_TOKEN`. Each of these may be given as
+    the name of a file that holds it, in the variable with `_FILE` at its end. `MEMTAIL_S3_REGION`, `AWS_REGION`: asked from the server if
+    not set. `MEMTAIL_S3_CA_FILE`: the certificate of the authority that signed the server's, if this machine does not trust it.
+    `MEMTAIL_S3_ADDRESSING`: `path` (ENDPOINT/BUCKET) or `virtual` (BUCKET.ENDPOINT), which is how AWS is addressed if not set.
+    """
+
+    endpoint: str = "https://s3.amazonaws.com"
+    access_key: str | None = field(default=None, repr=False)
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    region: str | None = None
+    ca_file: Path | None = None
+    addressing: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> "S3Settings":
+        """Those that the environment holds. Raises: StoreError: half of a key is missing, or a file that holds one."""
+        variables = ("MEMTAIL_S3_ACCESS_KEY", "MEMTAIL_S3_SECRET_KEY", "MEMTAIL_S3_SESSION_TOKEN")
+        access, secret, token = map(_secret, variables)
+        if access is secret is None:
+            variables = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+            access, secret, token = map(_secret, variables)
+        if (access is None) != (secret is None):
+            there, missing = variables[:2] if access else variables[1::-1]
+            raise StoreError(f"{there} is set, but {missing} is not: set both or neither")
+        return cls(
+            endpoint=os.environ.get("MEMTAIL_S3_ENDPOINT") or cls.endpoint,
+            access_key=access,
+            secret_key=secret,
+            session_token=token,
+            region=os.environ.get("MEMTAIL_S3_REGION") or os.environ.get("AWS_REGION") or None,
+            ca_file=_from_environment("MEMTAIL_S3_CA_FILE", None),
+            addressing=os.environ.get("MEMTAIL_S3_ADDRESSING") or None,
+        )
+
+
+def _secret(variable: str) -> str | None:
+    """A variable's value, or the content of the file that the variable with `_FILE` at its end names."""
+    path = os.environ.get(f"{variable}_FILE")
+    if os.environ.get(variable) or not path:
+        return os.environ.get(variable) or None
+    try:
+        return Path(path).read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        raise StoreError(f"{variable}_FILE names {path}, which cannot be read: name a file that holds {variable}") from None

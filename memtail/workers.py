@@ -22,8 +22,8 @@ from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
 from memtail.experiment import Experiment
 from memtail.processes import follow_parent, keep_memory
-from memtail.storage import ObjectNotFound, keys
-from memtail.storage.local import LocalStore
+from memtail.storage import ObjectNotFound, ObjectStore, keys
+from memtail.storage.opening import open_store
 from memtail.trials import Shard, TrialBatch
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Task:
 
     experiment: Experiment
     dataset: Path
-    store: Path
+    store: str
     device: str
     profile: bool = False
 
@@ -149,12 +149,18 @@ def _opened(folder: Path) -> ImageDataset:
     return ImageDataset.open(folder)
 
 
+@lru_cache(maxsize=1)
+def _store(address: str) -> ObjectStore:
+    """The store, opened once per process, so that its connections stay; whoever started the process has proved it."""
+    return open_store(address, prove=False)
+
+
 def _train(task: Task, shard: Shard) -> Finished:
     import torch
 
     from memtail.training import Progress, train_shard
 
-    store = LocalStore(task.store)
+    store = _store(task.store)
     if ExperimentArchive(store, task.experiment.name).is_committed(shard):
         return Finished(shard)
 
@@ -195,7 +201,7 @@ def _peak_memory(device: "torch.device") -> int:
 class StoredCheckpoints:
     """`memtail.training.Checkpoints` of one shard, kept in the store."""
 
-    def __init__(self, store: LocalStore, name: str, shard: Shard) -> None:
+    def __init__(self, store: ObjectStore, name: str, shard: Shard) -> None:
         self._store = store
         self._key = keys.checkpoint(name, shard.first, shard.last)
 

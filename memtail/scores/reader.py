@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from memtail.errors import ScoresError
 from memtail.scores.names import INFLUENCE_MATRIX, LATEST, MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.storage.opening import is_url, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,12 +29,18 @@ def load_scores(path: str | Path) -> "Scores":
     """Open published scores.
 
     Args:
-        path: a folder of score files, or an experiment's folder in a local store (`STORE/experiments/NAME`), whose latest
-            version is taken.
+        path: a folder of score files; or an experiment in a store, `STORE/experiments/NAME`, whose latest version is taken. Of a store in a
+            bucket it is copied to the cache.
 
     Raises:
         ScoresError: there are none.
+        StoreError: the bucket cannot be read.
     """
+    if is_url(path):
+        from memtail.scores.fetch import open_scores
+
+        address, _, name = str(path).rstrip("/").rpartition("/experiments/")
+        return open_scores(open_store(address, prove=False), name)
     path = Path(path)
     for scores in (path, path / "scores"):
         if (scores / LATEST).is_file():

@@ -24,10 +24,16 @@ class ObjectStore(Protocol):
 
     Every method may be called from any thread and any process. A store on a network retries what a retry may mend; what is left is
     raised as `StoreError`, and `ObjectNotFound` where the key does not exist.
+
+    Attributes:
+        address: what `open_store` takes to open it again; `{address}/{key}` names an object to people.
     """
 
-    def get(self, key: str) -> bytes:
-        """The object's bytes. Raises: ObjectNotFound, StoreError."""
+    @property
+    def address(self) -> str: ...
+
+    def get(self, key: str, limit: int | None = None) -> bytes:
+        """The object's bytes, refused unread if they are more than `limit`. Raises: ObjectNotFound, StoreError."""
         ...
 
     def put(self, key: str, data: bytes) -> None:

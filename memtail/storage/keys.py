@@ -1,7 +1,16 @@
-"""Every object key there is. First and last trial are inclusive and zero-padded, so that keys sort as trials do."""
+"""Every object key there is, and what a key is. First and last trial are inclusive and zero-padded, so that keys sort as trials do."""
 
 import re
 import uuid
+
+from memtail.errors import StoreError
+
+
+def check(key: str) -> str:
+    """The key itself. Raises: StoreError: it could leave the store, or no store could hold it."""
+    if not key.isprintable() or any(part in ("", ".", "..") for part in key.split("/")):
+        raise StoreError(f"{key!r} is not a key: its parts must be names with one '/' between them")
+    return key
 
 
 def experiments() -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from memtail.errors import StoreError
-from memtail.storage import ObjectNotFound
+from memtail.storage import ObjectNotFound, keys
+from memtail.storage.whole_file import whole_file
 
 _UNFINISHED = ".unfinished"
 _ABANDONED_AFTER_SECONDS = 24 * 3600
@@ -37,14 +38,19 @@ class LocalStore:
         Raises:
             StoreError: the key leaves the folder.
         """
-        parts = key.split("/")
-        if not key or any(part in ("", ".", "..") for part in parts):
-            raise StoreError(f"'{key}' is not a key: its parts must be names with one '/' between them")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*keys.check(key).split("/"))
 
-    def get(self, key: str) -> bytes:
-        with self._reading(key):
-            return self.path(key).read_bytes()
+    @property
+    def address(self) -> str:
+        """The folder's absolute path."""
+        return str(self.root)
+
+    def get(self, key: str, limit: int | None = None) -> bytes:
+        with self._reading(key), self.path(key).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if limit is not None and size > limit:
+                raise StoreError(f"store {self.root}: '{key}' has {size} bytes, more than the {limit} that are read: remove it")
+            return file.read()
 
     def put(self, key: str, data: bytes) -> None:
         self._write(key, lambda file: file.write(data), replace=True)
@@ -62,28 +68,17 @@ class LocalStore:
         self._write(key, copy, replace=True)
 
     def download(self, key: str, path: Path) -> None:
-        with self._reading(key), self.path(key).open("rb") as source:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                    unfinished = Path(file.name)
-                    try:
-                        shutil.copyfileobj(source, file, 1 << 20)
-                        unfinished.chmod(0o644)
-                        unfinished.replace(path)
-                    finally:
-                        unfinished.unlink(missing_ok=True)
-            except OSError as error:
-                raise StoreError(f"{path} cannot be written ({error.strerror}): choose another folder") from error
+        with self._reading(key), self.path(key).open("rb") as source, whole_file(path) as file:
+            shutil.copyfileobj(source, file, 1 << 20)
 
     def list(self, prefix: str) -> Iterator[str]:
         folder = self.root / prefix.rpartition("/")[0]
-        keys = []
+        found = []
         for parent, folders, files in os.walk(folder, onerror=self._unreadable):
             if _UNFINISHED in folders:
                 folders.remove(_UNFINISHED)
-            keys += [(Path(parent) / name).relative_to(self.root).as_posix() for name in files]
-        yield from sorted(key for key in keys if key.startswith(prefix))
+            found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in files]
+        yield from sorted(key for key in found if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
         try:

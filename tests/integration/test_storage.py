@@ -11,13 +11,21 @@ import pytest
 from memtail.errors import StoreError
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
+from memtail.storage.opening import open_store
+from memtail.storage.s3 import S3Store
 
-STORES = {"local": lambda tmp_path: LocalStore(tmp_path / "store")}
+
+def _s3_store(request):
+    minio = request.getfixturevalue("minio")
+    return S3Store(minio.new_bucket(), "some/prefix", minio.settings())
+
+
+STORES = {"local": lambda request: LocalStore(request.getfixturevalue("tmp_path") / "store"), "s3": _s3_store}
 
 
 @pytest.fixture(params=STORES)
-def store(request, tmp_path):
-    return STORES[request.param](tmp_path)
+def store(request):
+    return STORES[request.param](request)
 
 
 def test_what_was_put_is_got(store):
@@ -43,12 +51,14 @@ def test_the_first_writer_wins(store):
     assert store.get("k") == b"first"
 
 
-def test_of_many_concurrent_writers_exactly_one_wins(store):
+@pytest.mark.parametrize("equal", [False, True])
+def test_of_many_concurrent_writers_exactly_one_wins(store, equal):
     for attempt in range(20):
+        values = [b"same" if equal else str(value).encode() for value in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            won = list(pool.map(lambda value, key=f"k/{attempt}": store.put_if_absent(key, str(value).encode()), range(8)))
+            won = list(pool.map(lambda value, key=f"k/{attempt}": store.put_if_absent(key, value), values))
         assert sum(won) == 1
-        assert store.get(f"k/{attempt}") == str(won.index(True)).encode()
+        assert store.get(f"k/{attempt}") == values[won.index(True)]
 
 
 def test_list_gives_keys_in_order_and_only_those_with_the_prefix(store):
@@ -80,23 +90,73 @@ def test_files_go_up_and_come_down_whole(store, tmp_path):
     assert not (tmp_path / "new" / "missing").exists()
 
 
-def test_keys_that_leave_the_store_are_refused(tmp_path):
-    for key in ("", "/etc/passwd", "../x", "a//b", "a/./b"):
-        with pytest.raises(StoreError, match="is not a key"):
-            LocalStore(tmp_path).put(key, b"")
+def test_a_large_object_is_refused_where_a_limit_is_given(store):
+    store.put("k", b"12345")
+    assert store.get("k", limit=5) == b"12345"
+    with pytest.raises(StoreError, match="'k' has 5 bytes, more than the 4"):
+        store.get("k", limit=4)
+    assert store.get("k") == b"12345"
 
 
-def _write_for_ever(root):
-    store = LocalStore(root)
+def test_keys_that_leave_the_store_are_refused(store, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for key in ("", "/etc/passwd", "../x", "a//b", "a/./b", "a/", "a\nb", "a\0b"):
+        for action in (
+            lambda key: store.put(key, b""),
+            lambda key: store.put_if_absent(key, b""),
+            store.get,
+            store.delete,
+            lambda key: store.upload(key, tmp_path / "file"),
+            lambda key: store.download(key, tmp_path / "file"),
+        ):
+            with pytest.raises(StoreError, match="is not a key"):
+                action(key)
+
+
+def test_a_file_that_cannot_be_read_or_written_is_one_clear_error(store, tmp_path):
+    store.put("k", b"")
+    with pytest.raises(StoreError, match=r"'k' cannot be written .*No such file"):
+        store.upload("k", tmp_path / "missing")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"file/k cannot be written .*choose another folder"):
+        store.download("k", tmp_path / "file" / "k")
+
+
+def test_a_forked_process_uses_the_store_at_the_same_time(store):
+    def use(name):
+        for number in range(20):
+            store.put(f"{name}/{number}", f"{name} {number}".encode() * 1000)
+            assert store.get(f"{name}/{number}") == f"{name} {number}".encode() * 1000
+
+    use("before")
+    children = [multiprocessing.get_context("fork").Process(target=use, args=(f"child {name}",)) for name in range(3)]
+    for child in children:
+        child.start()
+    use("parent")
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    use("after")
+
+
+def test_its_address_opens_it_again(store, monkeypatch, request):
+    if isinstance(store, S3Store):
+        for variable, value in request.getfixturevalue("minio").environment().items():
+            monkeypatch.setenv(variable, value)
+    store.put("k", b"there")
+    again = open_store(store.address)
+    assert type(again) is type(store) and again.address == store.address and again.get("k") == b"there"
+
+
+def _write_for_ever(store):
     while True:
         store.put("object", os.urandom(1) * (4 << 20))
 
 
-def test_a_writer_killed_half_way_leaves_the_whole_old_or_the_whole_new_object(tmp_path):
-    store = LocalStore(tmp_path)
+def test_a_writer_killed_half_way_leaves_the_whole_old_or_the_whole_new_object(store):
     store.put("object", b"\0" * (4 << 20))
     for _ in range(5):
-        writer = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(tmp_path,))
+        writer = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(store,))
         writer.start()
         before = time.monotonic()
         while time.monotonic() - before < 0.1:

@@ -1,0 +1,49 @@
+"""Published scores out of any store: read where they lie in a folder, else copied to the cache first."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from memtail.errors import ScoresError
+from memtail.scores.reader import Scores, load_scores
+from memtail.settings import Settings
+from memtail.storage import ObjectStore, keys
+from memtail.storage.local import LocalStore
+
+
+def open_scores(store: ObjectStore, name: str) -> Scores:
+    """The latest scores of an experiment. A version that is in the cache is not copied again.
+
+    Raises:
+        ScoresError: there are none.
+        StoreError: the store cannot be read, or the cache not written.
+    """
+    if isinstance(store, LocalStore):
+        return load_scores(store.path(keys.all_scores(name).rstrip("/")))
+    from memtail.scores.publish import latest_version
+
+    pointer = latest_version(store, name)
+    if pointer is None:
+        raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
+    place = hashlib.sha256(store.address.encode()).hexdigest()[:16]
+    folder = Settings().cache / "scores" / place / keys.check(f"{name}/{pointer['version']}")
+    fetch_scores(store, name, pointer, folder, again=False)
+    return Scores(folder)
+
+
+def fetch_scores(store: ObjectStore, name: str, pointer: dict[str, Any], folder: Path, *, again: bool = True) -> None:
+    """Copy the files of the version that a pointer names to a folder.
+
+    Args:
+        store, name: where they are.
+        pointer: as `latest_version` gives it.
+        folder: where they go; each file appears whole.
+        again: whether to copy those that are there already.
+
+    Raises:
+        StoreError: the store cannot be read, or the folder not written.
+    """
+    for file in pointer["files"]:
+        key = keys.check(keys.scores(name, pointer["version"]) + file)
+        if again or not (folder / file).is_file():
+            store.download(key, folder / file)

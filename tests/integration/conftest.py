@@ -1,0 +1,13 @@
+"""Servers that are started once for all integration tests that ask for them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.servers import MinioServer
+
+
+@pytest.fixture(scope="session")
+def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServer]:
+    with MinioServer(tmp_path_factory.mktemp("minio")) as server:
+        yield server

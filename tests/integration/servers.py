@@ -1,0 +1,172 @@
+"""Real servers for tests, each with a free port and a folder of its own, ended by its own process id."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import socketserver
+import subprocess
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import urllib3
+
+from memtail.settings import S3Settings
+from memtail.storage.s3 import S3Store
+
+_PROJECT = Path(__file__).parents[2]
+_INSTALL = _PROJECT.parent / "shared" / "tools" / "install.sh"
+REGION = "north-1"
+
+
+def server_binary(name: str) -> str:
+    """A server's program; where it is missing and there is a script that installs it, that is run first (minutes)."""
+    if shutil.which(name) is None and _INSTALL.exists():
+        subprocess.run(["nice", "-n", "19", str(_INSTALL), name], check=False)
+    found = shutil.which(name)
+    if found is None:
+        pytest.fail(f"this test needs the program {name}, which is not on PATH: install it", pytrace=False)
+    return found
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class MinioServer:
+    """A MinIO server on the loopback interface, with random credentials; with `certificates` (public.crt, private.key) on TLS."""
+
+    def __init__(self, folder: Path, certificates: Path | None = None) -> None:
+        self._folder, self._certificates = folder, certificates
+        self.port = free_port()
+        self.endpoint = f"{'https' if certificates else 'http'}://127.0.0.1:{self.port}"
+        self.access_key, self.secret_key = secrets.token_hex(10), secrets.token_hex(20)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "MinioServer":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        environment = {
+            "HOME": str(self._folder),
+            "PATH": os.environ["PATH"],
+            "MINIO_ROOT_USER": self.access_key,
+            "MINIO_ROOT_PASSWORD": self.secret_key,
+            "MINIO_DOMAIN": "localhost",
+            "MINIO_SITE_REGION": REGION,
+            "MINIO_BROWSER": "off",
+            "MINIO_UPDATE": "off",
+        }
+        command = [server_binary("minio"), "server", str(self._folder / "data"), "--address", f"127.0.0.1:{self.port}"]
+        if self._certificates:
+            command += ["--certs-dir", str(self._certificates)]
+        log = self._folder / "minio.log"
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        http = urllib3.PoolManager(cert_reqs="CERT_NONE", retries=False)
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(urllib3.exceptions.HTTPError), _quiet():
+                if http.request("GET", f"{self.endpoint}/minio/health/cluster", timeout=5).status == 200:
+                    return
+            assert self._process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
+
+    def settings(self, **changes: object) -> S3Settings:
+        return S3Settings(**{"endpoint": self.endpoint, "access_key": self.access_key, "secret_key": self.secret_key, **changes})
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs to use it, beside this one's environment."""
+        return {
+            **os.environ,
+            "MEMTAIL_S3_ENDPOINT": self.endpoint,
+            "MEMTAIL_S3_ACCESS_KEY": self.access_key,
+            "MEMTAIL_S3_SECRET_KEY": self.secret_key,
+        }
+
+    def new_bucket(self) -> str:
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        ca = self._certificates and self._certificates / "ca.pem"
+        S3Store(name, settings=self.settings(ca_file=ca))._connection().s3.make_bucket(bucket_name=name, location=REGION)
+        return name
+
+
+@contextlib.contextmanager
+def _quiet():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", urllib3.exceptions.InsecureRequestWarning)
+        yield
+
+
+class LossyProxy:
+    """Passes TCP connections on to a server, and cuts some of them while the server answers.
+
+    `cuts` holds what is still to be cut: of the next request that begins so, all after so many bytes of the answer.
+    """
+
+    def __init__(self, server: MinioServer) -> None:
+        self.cuts: list[tuple[bytes, int]] = []
+        self.requests: list[bytes] = []
+        proxy = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with socket.create_connection(("127.0.0.1", server.port)) as upstream:
+                    threading.Thread(target=self.forward, args=(upstream,), daemon=True).start()
+                    with contextlib.suppress(OSError):
+                        self.back(upstream)
+                    for end in (self.request, upstream):
+                        with contextlib.suppress(OSError):
+                            end.shutdown(socket.SHUT_RDWR)
+
+            def forward(self, upstream: socket.socket) -> None:
+                with contextlib.suppress(OSError):
+                    while data := self.request.recv(1 << 16):
+                        head = data.partition(b"\r\n")[0]
+                        if head.endswith(b" HTTP/1.1"):
+                            proxy.requests.append(head)
+                            self.cut = next((cut for cut in proxy.cuts if head.startswith(cut[0])), None)
+                        upstream.sendall(data)
+                    upstream.shutdown(socket.SHUT_WR)
+
+            def back(self, upstream: socket.socket) -> None:
+                passed = 0
+                while data := upstream.recv(1 << 16):
+                    cut = self.cut
+                    if cut is not None and passed + len(data) > cut[1]:
+                        proxy.cuts.remove(cut)
+                        self.request.sendall(data[: cut[1] - passed])
+                        return
+                    passed = passed + len(data) if cut else 0
+                    self.request.sendall(data)
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> "LossyProxy":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

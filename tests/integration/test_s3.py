@@ -1,0 +1,536 @@
+"""What only a store in a bucket can do wrong: lost answers, outages, wrong credentials, servers that are not what they should be."""
+
+import json
+import logging
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import structlog
+import trustme
+from minio.credentials.providers import AssumeRoleProvider
+
+from memtail.doctor import examine
+from memtail.errors import StoreError
+from memtail.settings import S3Settings
+from memtail.storage import ObjectNotFound
+from memtail.storage.opening import open_bucket, open_store
+from memtail.storage.s3 import S3Store
+from tests.integration.servers import REGION, LossyProxy, MinioServer, free_port
+
+
+@pytest.fixture(scope="session")
+def bucket(minio):
+    """One that many tests share, each under a prefix of its own."""
+    return minio.new_bucket()
+
+
+@pytest.fixture
+def logs():
+    with structlog.testing.capture_logs() as events:
+        yield events
+
+
+@pytest.fixture
+def proxy(minio):
+    with LossyProxy(minio) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for variable in list(os.environ):
+        if variable.startswith(("MEMTAIL_S3_", "AWS_")):
+            monkeypatch.delenv(variable)
+    return monkeypatch
+
+
+def test_a_write_whose_answer_is_lost_is_known_again_as_ones_own(minio, bucket, proxy, logs):
+    store = S3Store(bucket, "lost", minio.settings(endpoint=proxy.endpoint))
+    proxy.cuts.append((b"PUT", 0))
+    assert store.put_if_absent("k", b"mine")
+    assert not proxy.cuts and [event["event"] for event in logs] == ["store fails, trying again"]
+    assert sum(request.startswith(b"PUT") for request in proxy.requests) == 1
+    assert not store.put_if_absent("k", b"mine")
+    assert S3Store(bucket, "lost", minio.settings()).get("k") == b"mine"
+
+
+def test_a_refusal_whose_answer_is_lost_is_not_taken_for_success_though_the_bytes_are_the_same(minio, bucket, proxy):
+    store = S3Store(bucket, "refused", minio.settings(endpoint=proxy.endpoint))
+    assert S3Store(bucket, "refused", minio.settings()).put_if_absent("k", b"same")
+    proxy.cuts.append((b"PUT", 0))
+    assert not store.put_if_absent("k", b"same")
+    assert not proxy.cuts
+
+
+def test_of_many_writers_whose_answers_are_lost_exactly_one_wins(minio, bucket, proxy):
+    store = S3Store(bucket, "many", minio.settings(endpoint=proxy.endpoint))
+    for attempt in range(5):
+        proxy.cuts += [(b"PUT", 0)] * 6
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda _, key=f"k/{attempt}": store.put_if_absent(key, b"same"), range(8)))
+        assert sum(won) == 1
+        proxy.cuts.clear()
+
+
+@pytest.mark.parametrize("after", [0, 1000, 1 << 20])
+def test_a_read_that_breaks_off_is_begun_again_and_never_short(minio, bucket, proxy, tmp_path, logs, after):
+    content = os.urandom(3 << 20)
+    store = S3Store(bucket, "short", minio.settings(endpoint=proxy.endpoint))
+    store.put("k", content)
+    proxy.cuts.append((b"GET", after))
+    assert store.get("k") == content
+    proxy.cuts.append((b"GET", after))
+    store.download("k", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == content and [path.name for path in tmp_path.iterdir()] == ["file"]
+    proxy.cuts.append((b"GET", after % 300))
+    assert list(store.list("")) == ["k"]
+    assert not proxy.cuts and len(logs) == 3
+
+
+def test_a_server_that_restarts_during_a_write_delays_it(tmp_path):
+    with MinioServer(tmp_path) as server:
+        store = S3Store(server.new_bucket(), settings=server.settings())
+        server.stop()
+        tried_in_vain = threading.Event()
+        with structlog.testing.capture_logs() as logs, ThreadPoolExecutor(2) as pool:
+            writes = [pool.submit(store.put, "put", b"1"), pool.submit(store.put_if_absent, "new", b"2")]
+            while len({event["key"] for event in logs}) < 2:
+                assert not tried_in_vain.wait(0.01) and not any(write.done() for write in writes)
+            server.start()
+            assert writes[1].result() is True and writes[0].result() is None
+        assert store.get("put") == b"1" and store.get("new") == b"2"
+
+
+def test_a_server_that_stays_away_is_one_clear_error_after_a_bounded_time(logs):
+    settings = S3Settings(endpoint=f"http://127.0.0.1:{free_port()}", access_key="a" * 20, secret_key="b" * 40)
+    with pytest.raises(StoreError) as caught:
+        S3Store("bucket", "p", settings, attempts=3).put_if_absent("k", b"")
+    assert str(caught.value) == (
+        f"store s3://bucket/p at {settings.endpoint}: 'k' cannot be written (Connection refused): "
+        f"check that the server is up, and that MEMTAIL_S3_ENDPOINT is its URL"
+    )
+    assert [event["attempt"] for event in logs] == [1, 2]
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="Connection refused"):
+        S3Store("bucket", "p", settings, attempts=10**6, patience=0.5).get("k")
+    assert time.monotonic() - began < 10
+
+
+def test_a_server_that_does_not_answer_is_given_up(logs):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = S3Settings(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}", access_key="a" * 20, secret_key="b" * 40)
+        with pytest.raises(StoreError, match=r"'k' cannot be read \(no answer within 0.1 s\)"):
+            S3Store("bucket", "", settings, attempts=2, timeout=0.1).get("k")
+    assert len(logs) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"access_key": "nobody-knows"}, r"\(InvalidAccessKeyId: .*\): set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY"),
+        ({"secret_key": "wrong-secret"}, r"\(SignatureDoesNotMatch: .*\): set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY"),
+        ({"session_token": "wrong-token"}, r"\(InvalidTokenId: .*\): set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY"),
+        ({"region": "eu-north-7"}, r"\(AuthorizationHeaderMalformed: .*\): set MEMTAIL_S3_REGION"),
+    ],
+)
+def test_wrong_credentials_are_one_clear_error_at_once(minio, bucket, logs, changes, cause):
+    store = S3Store(bucket, "", minio.settings(**changes))
+    for action in (store.prove, lambda: store.put("k", b""), lambda: store.get("k")):
+        with pytest.raises(StoreError, match=cause) as caught:
+            action()
+        assert not isinstance(caught.value, ObjectNotFound) and "\n" not in str(caught.value)
+    assert not logs
+
+
+def test_a_missing_bucket_is_one_clear_error_at_once(minio, logs):
+    store = S3Store("not-there", "", minio.settings())
+    for action in (store.prove, lambda: store.put_if_absent("k", b""), lambda: list(store.list("")), lambda: store.get("k")):
+        with pytest.raises(StoreError, match=r"NoSuchBucket.*make the bucket") as caught:
+            action()
+        assert not isinstance(caught.value, ObjectNotFound)
+    assert not logs
+
+
+def test_a_temporary_key_that_may_only_read_reads_and_is_told_what_it_lacks(minio, bucket, logs):
+    S3Store(bucket, "reading", minio.settings()).put("k", b"1")
+    actions = ["s3:GetObject", "s3:ListBucket", "s3:GetBucketLocation"]
+    policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": actions, "Resource": ["arn:aws:s3:::*"]}]}
+    provider = AssumeRoleProvider(
+        sts_endpoint=minio.endpoint, access_key=minio.access_key, secret_key=minio.secret_key, policy=json.dumps(policy), region=REGION
+    )
+    key = provider.retrieve()
+    settings = minio.settings(access_key=key.access_key, secret_key=key.secret_key, session_token=key.session_token)
+    store = S3Store(bucket, "reading", settings)
+    assert store.get("k") == b"1" and list(store.list("")) == ["k"]
+    for action in (store.prove, lambda: store.put("k", b""), lambda: store.put_if_absent("k", b""), lambda: store.delete("k")):
+        with pytest.raises(StoreError, match=r"AccessDenied: .*let this key list the bucket, and get, put and delete objects"):
+            action()
+    assert not logs
+
+
+def test_a_clock_that_is_far_off_is_one_clear_error(minio, bucket, monkeypatch, logs):
+    monkeypatch.setattr("minio.time.utcnow", lambda: datetime.now(UTC) + timedelta(hours=1))
+    with pytest.raises(StoreError, match=r"RequestTimeTooSkewed.*set the clock of this machine"):
+        S3Store(bucket, "", minio.settings()).prove()
+    assert not logs
+
+
+def test_a_server_with_a_certificate_of_ones_own_authority(tmp_path, logs):
+    authority = trustme.CA()
+    certificate, folder = authority.issue_cert("127.0.0.1"), tmp_path / "certs"
+    folder.mkdir()
+    certificate.private_key_pem.write_to_path(folder / "private.key")
+    for part in certificate.cert_chain_pems:
+        part.write_to_path(folder / "public.crt", append=True)
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    with MinioServer(tmp_path, folder) as server:
+        trusting = server.settings(ca_file=folder / "ca.pem")
+        store = S3Store(server.new_bucket(), "p", trusting)
+        store.prove()
+        store.put("k", b"safe")
+        assert store.put_if_absent("new", b"1") and not store.put_if_absent("new", b"1") and store.get("k") == b"safe"
+        name = store.address.split("/")[2]
+        with pytest.raises(StoreError, match=r"TLS: .*CERTIFICATE_VERIFY_FAILED.*MEMTAIL_S3_CA_FILE"):
+            S3Store(name, "p", server.settings()).get("k")
+        plain = f"http://127.0.0.1:{server.port}"
+        with pytest.raises(StoreError, match=r"HTTP status 400.*check MEMTAIL_S3_ENDPOINT"):
+            S3Store(name, "p", server.settings(endpoint=plain)).get("k")
+    assert not logs
+
+
+def test_tls_to_a_server_without_it_is_one_clear_error_at_once(minio, bucket, logs):
+    with pytest.raises(StoreError, match="TLS: "):
+        S3Store(bucket, "", minio.settings(endpoint=minio.endpoint.replace("http:", "https:"))).get("k")
+    assert not logs
+
+
+def test_a_bucket_may_be_addressed_by_a_host_name_of_its_own(minio, bucket, monkeypatch):
+    import socket
+
+    asked, resolve = set(), socket.getaddrinfo
+
+    def here(host, *arguments, **options):
+        asked.add(host)
+        return resolve("127.0.0.1" if str(host).endswith("localhost") else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", here)
+    endpoint = f"http://localhost:{minio.port}"
+    virtual = S3Store(bucket, "addressing", minio.settings(endpoint=endpoint, addressing="virtual"))
+    virtual.prove()
+    assert virtual.put_if_absent("k", b"1") and f"{bucket}.localhost" in asked
+    asked.clear()
+    assert S3Store(bucket, "addressing", minio.settings(endpoint=endpoint, addressing="path")).get("k") == b"1"
+    assert asked == {"localhost"}
+
+
+def test_stores_under_two_prefixes_of_a_bucket_do_not_see_each_other(minio, bucket):
+    one, other = (S3Store(bucket, f"shared/{name}", minio.settings()) for name in ("one", "one-more"))
+    one.put("k", b"1")
+    other.put("k", b"2")
+    assert one.get("k") == b"1" and list(one.list("")) == ["k"]
+    other.delete("k")
+    assert list(one.list("")) == ["k"] and list(other.list("")) == []
+    assert list(S3Store(bucket, "shared", minio.settings()).list("")) == ["one/k"]
+
+
+def test_large_files_go_up_in_parts_and_come_down_whole(minio, bucket, proxy, tmp_path):
+    store = S3Store(bucket, "parts", minio.settings(endpoint=proxy.endpoint), part_size=5 << 20)
+    (tmp_path / "up").write_bytes(os.urandom((20 << 20) + 7))
+    store.upload("k", tmp_path / "up")
+    assert sum(b"partNumber=" in request for request in proxy.requests) == 5
+    store.download("k", tmp_path / "down")
+    assert (tmp_path / "down").read_bytes() == (tmp_path / "up").read_bytes()
+    for key, lost in (("k2", b"PUT"), ("k3", f"POST /{bucket}/parts/k3?uploadId".encode())):
+        proxy.cuts.append((lost, 0))
+        store.upload(key, tmp_path / "up")
+        assert store.get(key) == (tmp_path / "up").read_bytes() and not proxy.cuts
+
+
+def test_a_listing_of_more_than_a_page_is_whole_and_in_order(minio, bucket, monkeypatch):
+    monkeypatch.setattr("memtail.storage.s3._PAGE", 7)
+    store = S3Store(bucket, "pages", minio.settings())
+    names = [f"{number:03d}/x y+z%&ü" for number in range(28)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: store.put(name, b""), reversed(names)))
+    assert list(store.list("")) == names
+    assert list(store.list("01")) == names[10:20]
+    assert store.get(names[3]) == b""
+
+
+def test_credentials_come_from_variables_or_from_files_that_they_name(minio, bucket, environment, tmp_path):
+    environment.setenv("MEMTAIL_S3_ENDPOINT", minio.endpoint)
+    for name, value in (("ACCESS", minio.access_key), ("SECRET", minio.secret_key)):
+        (tmp_path / name).write_text(f"{value}\n")
+        environment.setenv(f"MEMTAIL_S3_{name}_KEY_FILE", str(tmp_path / name))
+    open_store(f"s3://{bucket}/files")
+    environment.setenv("MEMTAIL_S3_SECRET_KEY_FILE", str(tmp_path / "missing"))
+    with pytest.raises(StoreError, match=r"MEMTAIL_S3_SECRET_KEY_FILE names .*missing, which cannot be read"):
+        open_store(f"s3://{bucket}/files")
+    environment.delenv("MEMTAIL_S3_SECRET_KEY_FILE")
+    with pytest.raises(StoreError, match="MEMTAIL_S3_ACCESS_KEY is set, but MEMTAIL_S3_SECRET_KEY is not"):
+        open_store(f"s3://{bucket}/files")
+    environment.delenv("MEMTAIL_S3_ACCESS_KEY_FILE")
+    environment.setenv("AWS_ACCESS_KEY_ID", minio.access_key)
+    environment.setenv("AWS_SECRET_ACCESS_KEY", minio.secret_key)
+    open_store(f"s3://{bucket}/files")
+
+
+def test_without_a_key_those_of_aws_are_looked_for(minio, bucket, environment, tmp_path, logs):
+    environment.setenv("MEMTAIL_S3_ENDPOINT", minio.endpoint)
+    environment.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    environment.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{free_port()}/")
+    with pytest.raises(StoreError, match=r"there is no key for the S3 server, here or from AWS: set MEMTAIL_S3_ACCESS_KEY"):
+        open_store(f"s3://{bucket}/aws")
+    content = f"[default]\naws_access_key_id = {minio.access_key}\naws_secret_access_key = {minio.secret_key}\n"
+    (tmp_path / "credentials").write_text(content)
+    open_store(f"s3://{bucket}/aws")
+    assert not logs
+
+
+def test_no_secret_is_ever_shown(minio, bucket, proxy, logs, caplog):
+    caplog.set_level(logging.DEBUG)
+    settings = minio.settings(endpoint=proxy.endpoint)
+    store = S3Store(bucket, "secrets", settings)
+    proxy.cuts += [(b"PUT", 0), (b"HEAD", 0)]
+    store.put_if_absent("k", b"")
+    wrong = S3Store(bucket, "secrets", minio.settings(session_token="session-token-of-mine"), attempts=2)
+    with pytest.raises(StoreError) as caught:
+        wrong.put_if_absent("k", b"")
+    chain, seen = caught.value, []
+    while chain is not None:
+        seen.append(str(chain))
+        chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
+    shown = f"{settings} {settings!r} {store} {store!r} {store.address} {seen} {logs}"
+    assert len(logs) == 2 and len(seen) == 1
+    for secret in (minio.access_key, minio.secret_key, "session-token-of-mine", "X-Amz-Signature"):
+        assert secret not in shown
+    assert minio.secret_key not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("gs://bucket/x", "gs://bucket/x is not the address of a store"),
+        ("s3:/bucket/x", "is not the address of a store: give a folder, or s3://BUCKET/PREFIX"),
+        ("s3://", "'' is not the name of a bucket"),
+        ("s3://UPPER/x", "'UPPER' is not the name of a bucket"),
+        ("s3://bucket/../x", "is not a key"),
+    ],
+)
+def test_what_is_no_address_of_a_store_is_refused(environment, address, message):
+    with pytest.raises(StoreError, match=message):
+        open_store(address)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MEMTAIL_S3_ENDPOINT", "127.0.0.1:9000", "MEMTAIL_S3_ENDPOINT or MEMTAIL_S3_REGION is malformed"),
+        ("MEMTAIL_S3_ENDPOINT", "http://user:hidden@127.0.0.1:9000", "MEMTAIL_S3_ENDPOINT or MEMTAIL_S3_REGION is malformed"),
+        ("MEMTAIL_S3_ENDPOINT", "http://127.0.0.1:9000/path", "MEMTAIL_S3_ENDPOINT or MEMTAIL_S3_REGION is malformed"),
+        ("MEMTAIL_S3_REGION", "a b", "MEMTAIL_S3_ENDPOINT or MEMTAIL_S3_REGION is malformed"),
+        ("MEMTAIL_S3_ADDRESSING", "sideways", "MEMTAIL_S3_ADDRESSING is 'sideways': set it to path or virtual"),
+        ("MEMTAIL_S3_CA_FILE", "/not/there", "MEMTAIL_S3_CA_FILE names /not/there, which is no file"),
+    ],
+)
+def test_a_malformed_setting_is_refused_by_name(environment, variable, value, message):
+    environment.setenv(variable, value)
+    with pytest.raises(StoreError, match=message) as caught:
+        open_bucket("s3://bucket")
+    assert "hidden" not in str(caught.value)
+
+
+class FakeS3(ThreadingHTTPServer):
+    """Enough of S3 for one bucket, with what a server may do wrong: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`,
+    `fails-late` (an upload in parts ends with an error under status 200).
+
+    `failures` are answered first, as (status, code); `clock` is how many seconds it is ahead.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, *faults, failures=(), clock=0.0):
+        self.faults, self.failures, self.clock, self.objects, self.requests = faults, list(failures), clock, {}, []
+        super().__init__(("127.0.0.1", 0), _FakeHandler)
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def settings(self):
+        return S3Settings(endpoint=f"http://127.0.0.1:{self.server_port}", access_key="a" * 20, secret_key="b" * 40)
+
+
+class _FakeHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_any(self):
+        url = urlsplit(self.path)
+        query = parse_qs(url.query, keep_blank_values=True)
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.requests.append(self.command)
+        if "location" in query:
+            return self.answer(200, b"<LocationConstraint/>")
+        if self.server.failures and self.command != "HEAD":  # whose answers have no code
+            status, code = self.server.failures.pop(0)
+            return self.answer(status, f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode())
+        if "list-type" in query:
+            return self.answer(200, b"<ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated></ListBucketResult>")
+        if "uploads" in query:
+            return self.answer(200, b"<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>")
+        if self.command == "POST" and "fails-late" in self.server.faults:
+            self.server.faults = ()
+            return self.answer(200, b"<Error><Code>InternalError</Code><Message>m</Message></Error>")
+        if self.command == "POST":
+            self.server.objects[url.path] = (data, "")
+            return self.answer(200, b"<CompleteMultipartUploadResult><ETag>x-1</ETag></CompleteMultipartUploadResult>")
+        if "partNumber" in query:
+            return self.answer(200, ETag='"x"')
+        if self.command == "PUT":
+            return [self.put(url.path, query, data) for _ in range(1 + ("repeats" in self.server.faults))][-1]()
+        if self.command == "DELETE":
+            self.server.objects.pop(url.path, None)
+            return self.answer(204)
+        if url.path not in self.server.objects:
+            return self.answer(404, b"" if self.command == "HEAD" else b"<Error><Code>NoSuchKey</Code></Error>")
+        data, writer = self.server.objects[url.path]
+        return self.answer(200, data, **({"x-amz-meta-writer": writer} if writer else {}))
+
+    def put(self, path, query, data):
+        there = path in self.server.objects and "ignores-condition" not in self.server.faults
+        if self.headers.get("If-None-Match") == "*" and (there or "refuses" in self.server.faults):
+            return lambda: self.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+        writer = query.get("x-amz-meta-writer", [""])[0]
+        self.server.objects[path] = (data, "" if "drops-metadata" in self.server.faults else writer)
+        return lambda: self.answer(200, ETag='"x"')
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/xml", "Content-Length": len(body), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def date_time_string(self, timestamp=None):
+        return super().date_time_string(time.time() + self.server.clock)
+
+    def log_message(self, *_):
+        pass
+
+    do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = do_any  # noqa: N815 - the names that http.server calls
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("ignores-condition", "it overwrites an object in spite of If-None-Match"),
+        ("drops-metadata", "it does not keep the metadata of a presigned write"),
+        ("refuses", "it refuses a conditional write of a new object"),
+    ],
+)
+def test_a_server_that_does_not_keep_the_contract_is_refused_at_the_start(environment, fault, message):
+    with FakeS3() as sound:
+        S3Store("bucket", "", sound.settings()).prove()
+        assert not sound.objects
+    with FakeS3(fault) as server:
+        with pytest.raises(StoreError, match=message):
+            S3Store("bucket", "", server.settings()).prove()
+        assert not server.objects
+        for name, value in (("ENDPOINT", server.settings().endpoint), ("ACCESS_KEY", "a" * 20), ("SECRET_KEY", "b" * 40)):
+            environment.setenv(f"MEMTAIL_S3_{name}", value)
+        with pytest.raises(StoreError, match=message):
+            open_store("s3://bucket/x")
+        assert open_store("s3://bucket/x", prove=False).address == "s3://bucket/x"
+
+
+def test_what_is_no_s3_server_is_one_clear_error_at_once(logs):
+    class Anything(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Anything) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        settings = S3Settings(endpoint=f"http://127.0.0.1:{server.server_port}", access_key="a" * 20, secret_key="b" * 40)
+        with pytest.raises(StoreError, match="the answer is not that of an S3 server"):
+            S3Store("bucket", "", settings).prove()
+        server.shutdown()
+    assert not logs
+
+
+def test_an_upload_that_fails_at_its_very_end_is_begun_again(tmp_path, logs):
+    (tmp_path / "file").write_bytes(bytes(6 << 20))
+    with FakeS3("fails-late") as server:
+        S3Store("bucket", "", server.settings(), part_size=5 << 20).upload("k", tmp_path / "file")
+        assert list(server.objects) == ["/bucket/k"] and len(logs) == 1
+
+
+def test_a_write_that_a_proxy_repeats_is_known_again_as_ones_own():
+    with FakeS3("repeats") as server:
+        store = S3Store("bucket", "", server.settings())
+        assert store.put_if_absent("k", b"1") and not store.put_if_absent("k", b"1")
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (503, "SlowDown"),
+        (500, "InternalError"),
+        (502, "BadGateway"),
+        (504, "GatewayTimeout"),
+        (429, "TooManyRequests"),
+        (400, "RequestTimeout"),
+        (409, "ConditionalRequestConflict"),
+        (404, "NoSuchUpload"),
+    ],
+)
+def test_what_may_pass_is_tried_again(logs, status, code):
+    with FakeS3(failures=[(status, code), (status, code)]) as server:
+        assert S3Store("bucket", "", server.settings()).put_if_absent("k", b"1")
+        assert len(logs) == 2 and len(server.objects) == 1
+        server.failures += [(status, code)]
+        assert S3Store("bucket", "", server.settings()).get("k") == b"1"
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(403, "AccessDenied"), (404, "NoSuchBucket"), (501, "NotImplemented"), (400, "KeyTooLongError"), (409, "Other")]
+)
+def test_what_cannot_pass_is_not_tried_again(logs, status, code):
+    for action in (lambda store: store.put_if_absent("k", b""), lambda store: store.put("k", b""), lambda store: store.get("k")):
+        with FakeS3(failures=[(status, code)]) as server, pytest.raises(StoreError, match=f"'k' cannot be .* \\({code}: m\\): "):
+            action(S3Store("bucket", "", server.settings()))
+    assert not logs
+
+
+def test_doctor_looks_at_the_bucket_the_conditional_write_and_the_clock(environment, minio, bucket):
+    def checks(endpoint, address=f"s3://{bucket}/doctor"):
+        for name, value in (("ENDPOINT", endpoint), ("ACCESS_KEY", minio.access_key), ("SECRET_KEY", minio.secret_key)):
+            environment.setenv(f"MEMTAIL_S3_{name}", value)
+        names = ("clock", "store", "conditional write")
+        return {check.name: (check.fine, check.finding) for check in examine(address) if check.name in names}
+
+    assert [fine for fine, _ in checks(minio.endpoint).values()] == [True, True, True]
+    missing = checks(minio.endpoint, "s3://not-there")
+    assert missing["clock"][0] and not missing["store"][0] and "NoSuchBucket" in missing["store"][1]
+    for clock, text in ((600, "600 s behind the store's"), (-600, "600 s ahead of the store's")):
+        with FakeS3("ignores-condition", clock=clock) as server:
+            found = checks(server.settings().endpoint)
+        assert found["clock"][0] is False and abs(int(found["clock"][1].split()[0]) - 600) <= 2 and found["clock"][1][4:] == text[4:]
+        assert found["store"][0] and not found["conditional write"][0] and "overwrites" in found["conditional write"][1]
