@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import re
-import ssl
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,13 +21,14 @@ import urllib3
 from minio import Minio
 from minio.credentials.credentials import Credentials
 from minio.credentials.providers import AWSConfigProvider, ChainedProvider, IamAwsProvider, StaticProvider
-from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
+from minio.error import MinioException, S3Error, ServerError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError, SSLError
+from urllib3.exceptions import HTTPError
 
 from memtail.errors import StoreError
 from memtail.settings import S3Settings
 from memtail.storage import ObjectNotFound, keys
+from memtail.storage.s3_errors import KEY_MEND, PASSING_STATUS, cause_of, error_in, may_pass, mend_of
 from memtail.storage.whole_file import whole_file
 
 log = structlog.get_logger()
@@ -42,32 +42,6 @@ _PAGE = 1000
 _PRESIGNED_FOR = timedelta(minutes=20)
 _LONGEST_PAUSE = 10.0
 _MOST_PARTS = 10_000
-
-_PASSING_STATUS = {429, 500, 502, 503, 504}
-_PASSING_CODES = {
-    "ConditionalRequestConflict",
-    "InternalError",
-    "NoSuchUpload",  # minio aborts an upload in parts whose last answer was lost, and then says only that there is none to abort
-    "OperationAborted",
-    "RequestTimeout",
-    "ServiceUnavailable",
-    "SlowDown",
-}
-_KEY_MEND = "set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY to a key of this server"
-_REGION_MEND = "set MEMTAIL_S3_REGION to the bucket's region"
-_MENDS = {
-    "AccessDenied": "let this key list the bucket, and get, put and delete objects in it",
-    "AuthorizationHeaderMalformed": _REGION_MEND,
-    "ExpiredToken": "get a new session token",
-    "InvalidAccessKeyId": _KEY_MEND,
-    "InvalidToken": _KEY_MEND,
-    "InvalidTokenId": _KEY_MEND,
-    "NoSuchBucket": "make the bucket, or name one that is there",
-    "NotImplemented": "use a server that knows conditional writes",
-    "PermanentRedirect": _REGION_MEND,
-    "RequestTimeTooSkewed": "set the clock of this machine",
-    "SignatureDoesNotMatch": _KEY_MEND,
-}
 
 
 class _Connection(NamedTuple):
@@ -244,7 +218,7 @@ class S3Store:
             if response.status == 412:
                 return self._writer(connection, key) == writer
             if response.status != 200:
-                raise _error_in(response)
+                raise error_in(response)
             return True
 
         return self._try(key, "written", write)
@@ -290,11 +264,11 @@ class S3Store:
                 key=key,
                 attempt=state.attempt_number,
                 pause=f"{state.upcoming_sleep:.1f} s",
-                error=_cause(error, self._timeout) if error else "",
+                error=cause_of(error, self._timeout) if error else "",
             )
 
         retrying = Retrying(
-            retry=retry_if_exception(_may_pass),
+            retry=retry_if_exception(may_pass),
             stop=stop_after_attempt(self._attempts) | stop_after_delay(self._patience),
             wait=wait_random_exponential(multiplier=0.25, max=_LONGEST_PAUSE),
             before_sleep=warn,
@@ -305,7 +279,7 @@ class S3Store:
         except (MinioException, HTTPError, ParseError, ValueError, KeyError) as error:
             if isinstance(error, S3Error) and error.code == "NoSuchKey":
                 raise ObjectNotFound(f"store {self.address}: there is no '{key}'") from None
-            cause, mend = _cause(error, self._timeout), _mend(error)
+            cause, mend = cause_of(error, self._timeout), mend_of(error)
             at = f"store {self.address} at {self._settings.endpoint}"
             # what was raised below may hold a signed URL
             raise StoreError(f"{at}: '{key}' cannot be {done} ({cause}): {mend}") from None
@@ -318,7 +292,7 @@ class _AmbientCredentials(ChainedProvider):
         try:
             return super().retrieve()
         except (ValueError, KeyError, OSError, HTTPError):  # what they say may hold a token
-            raise StoreError(f"there is no key for the S3 server, here or from AWS: {_KEY_MEND}") from None
+            raise StoreError(f"there is no key for the S3 server, here or from AWS: {KEY_MEND}") from None
 
 
 def _connect(settings: S3Settings, timeout: float) -> _Connection:
@@ -357,56 +331,6 @@ def _credentials(settings: S3Settings) -> StaticProvider | _AmbientCredentials:
     if settings.access_key and settings.secret_key:
         return StaticProvider(access_key=settings.access_key, secret_key=settings.secret_key, session_token=settings.session_token)
     # an address that only AWS's machines have, elsewhere never answers
-    retries = urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=_PASSING_STATUS)
+    retries = urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=PASSING_STATUS)
     http = urllib3.PoolManager(timeout=urllib3.Timeout(connect=2.0, read=10.0), retries=retries)
     return _AmbientCredentials(providers=[AWSConfigProvider(), IamAwsProvider(http_client=http)])
-
-
-def _error_in(response: urllib3.BaseHTTPResponse) -> MinioException:
-    try:
-        return S3Error.fromxml(response)
-    except (ParseError, UnicodeDecodeError):
-        return ServerError(f"server failed with HTTP status code {response.status}", response.status)
-
-
-def _status(error: BaseException) -> int | None:
-    if isinstance(error, S3Error):
-        return error.response.status
-    if isinstance(error, ServerError):
-        return error.status_code
-    return error._code if isinstance(error, InvalidResponseError) else None
-
-
-def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, SSLError):
-        return any(isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError) for cause in error.args)
-    if isinstance(error, HTTPError):
-        return True
-    return _status(error) in _PASSING_STATUS or (isinstance(error, S3Error) and error.code in _PASSING_CODES)
-
-
-def _cause(error: BaseException, timeout: float) -> str:
-    """What went wrong, in a few words of one line, which hold no URL: a signature may be in it."""
-    if isinstance(error, S3Error):
-        return " ".join(f"{error.code}: {error.message}".split())[:300]
-    if (status := _status(error)) is not None:
-        return f"HTTP status {status}"
-    if isinstance(error, NewConnectionError):  # a ConnectTimeoutError, too
-        return re.sub(r"\[Errno -?\d+\] ", "", str(error).rpartition(": ")[2])
-    if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
-        return f"no answer within {timeout:g} s"
-    if isinstance(error, SSLError):
-        return f"TLS: {error}"[:300]
-    if isinstance(error, HTTPError):
-        return f"the connection was lost: {type(error).__name__}"
-    return "the answer is not that of an S3 server"
-
-
-def _mend(error: BaseException) -> str:
-    if isinstance(error, S3Error):
-        return _MENDS.get(error.code or "", "see what the server's log says")
-    if isinstance(error, SSLError):
-        return "name the certificate of the server's authority in MEMTAIL_S3_CA_FILE, and the server as its certificate does"
-    if isinstance(error, HTTPError):
-        return "check that the server is up, and that MEMTAIL_S3_ENDPOINT is its URL"
-    return "check MEMTAIL_S3_ENDPOINT" if (_status(error) or 0) < 500 else "see what the server's log says"

@@ -8,8 +8,8 @@ import pytest
 import memtail
 from memtail.errors import ScoresError, StoreError
 from memtail.storage.s3 import S3Store
+from tests.integration.fake_s3 import FakeS3
 from tests.integration.test_run import batches, command, spec, version
-from tests.integration.test_s3 import FakeS3
 
 FEW = {"trials": 10, "design": "balanced", "fraction": 0.5}
 

@@ -1,0 +1,93 @@
+"""A server that does wrong on purpose what a real one does right."""
+
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+from memtail.settings import S3Settings
+
+
+class FakeS3(ThreadingHTTPServer):
+    """Enough of S3 for one bucket, with what a server may do wrong: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`,
+    `fails-late` (an upload in parts ends with an error under status 200).
+
+    `failures` are answered first, as (status, code); `clock` is how many seconds it is ahead.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, *faults, failures=(), clock=0.0):
+        self.faults, self.failures, self.clock, self.objects, self.requests = faults, list(failures), clock, {}, []
+        super().__init__(("127.0.0.1", 0), _FakeHandler)
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def settings(self):
+        return S3Settings(endpoint=f"http://127.0.0.1:{self.server_port}", access_key="a" * 20, secret_key="b" * 40)
+
+
+class _FakeHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_any(self):
+        url = urlsplit(self.path)
+        query = parse_qs(url.query, keep_blank_values=True)
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.requests.append(self.command)
+        if "location" in query:
+            return self.answer(200, b"<LocationConstraint/>")
+        if self.server.failures and self.command != "HEAD":  # whose answers have no code
+            status, code = self.server.failures.pop(0)
+            return self.answer(status, f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode())
+        if "list-type" in query:
+            return self.answer(200, b"<ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated></ListBucketResult>")
+        if "uploads" in query:
+            return self.answer(200, b"<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>")
+        if self.command == "POST" and "fails-late" in self.server.faults:
+            self.server.faults = ()
+            return self.answer(200, b"<Error><Code>InternalError</Code><Message>m</Message></Error>")
+        if self.command == "POST":
+            self.server.objects[url.path] = (data, "")
+            return self.answer(200, b"<CompleteMultipartUploadResult><ETag>x-1</ETag></CompleteMultipartUploadResult>")
+        if "partNumber" in query:
+            return self.answer(200, ETag='"x"')
+        if self.command == "PUT":
+            return [self.put(url.path, query, data) for _ in range(1 + ("repeats" in self.server.faults))][-1]()
+        if self.command == "DELETE":
+            self.server.objects.pop(url.path, None)
+            return self.answer(204)
+        if url.path not in self.server.objects:
+            return self.answer(404, b"" if self.command == "HEAD" else b"<Error><Code>NoSuchKey</Code></Error>")
+        data, writer = self.server.objects[url.path]
+        return self.answer(200, data, **({"x-amz-meta-writer": writer} if writer else {}))
+
+    def put(self, path, query, data):
+        there = path in self.server.objects and "ignores-condition" not in self.server.faults
+        if self.headers.get("If-None-Match") == "*" and (there or "refuses" in self.server.faults):
+            return lambda: self.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+        writer = query.get("x-amz-meta-writer", [""])[0]
+        self.server.objects[path] = (data, "" if "drops-metadata" in self.server.faults else writer)
+        return lambda: self.answer(200, ETag='"x"')
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/xml", "Content-Length": len(body), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def date_time_string(self, timestamp=None):
+        return super().date_time_string(time.time() + self.server.clock)
+
+    def log_message(self, *_):
+        pass
+
+    do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = do_any  # noqa: N815 - the names that http.server calls
