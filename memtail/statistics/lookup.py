@@ -1,8 +1,9 @@
 """Counting pairs by table lookup, for processors that have byte shuffles (AVX2) but no vector population count.
 
-Four trials of an example are one of 16 patterns. For each pattern of the left example, a table of 16 bytes holds how many trials it shares
-with each pattern of the right example; one shuffle instruction looks that up for 32 right examples at once. That is two instructions for
-32 pairs and four trials, where AND and population count take ten.
+Four trials of an example are one of 16 patterns. For a pattern of a left example, a table of 16 bytes holds how many trials it shares with
+each pattern of a right example; one shuffle instruction looks that up for 32 right examples at once. Tables are made for two left examples
+at a time, the count of one in the lower half of each byte and that of the other in the upper: with the three groups of trials that half a
+byte can count, that is ten instructions for 64 pairs and twelve trials, where AND and population count take ten for 32 pairs and four.
 """
 
 from typing import Any
@@ -23,27 +24,29 @@ FASTER = POSSIBLE and not _features.get("avx512vpopcntdq")
 _PATTERN_BITS = 4
 _PATTERNS = 1 << _PATTERN_BITS
 _GROUPS = 64 // _PATTERN_BITS  # groups of trials in a word
-_ROWS = 4
+_ROWS = 2  # of a table
 _LANES = 32
-_VECTORS = 3
+_VECTORS = 4
 _COLUMNS = _VECTORS * _LANES
-_BLOCK = 128  # rows whose counts, and whose patterns of a part, stay in the first-level cache
-_AT_ONCE = 2  # groups in one pass of the innermost loop
+_BLOCK = 64  # rows whose counts, and whose patterns of a part, stay in the first-level cache
+_AT_ONCE = 15 // _PATTERN_BITS  # groups that half a byte can count
 _MOST_GROUPS = 255 // _PATTERN_BITS // _AT_ONCE * _AT_ONCE  # that a byte can count: a part
 _MOST_PARTS = 65535 // (_MOST_GROUPS * _PATTERN_BITS)  # that 16 bits can count
 
-# At [16 a + b], the number of trials in both of two patterns.
-_SHARED = np.array([[(a & b).bit_count() for b in range(_PATTERNS)] for a in range(_PATTERNS)], np.uint8).ravel()
+# The table of the left patterns a and b begins at 16 (a + 16 b); at c it has the trials shared by a and c, and 16 times those by b and c.
+_SHARED = np.array(
+    [[(a & c).bit_count() + 16 * (b & c).bit_count() for c in range(_PATTERNS)] for b in range(_PATTERNS) for a in range(_PATTERNS)], np.uint8
+).ravel()
 
 _BYTE, _COUNT, _LANE, _INDEX = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_BYTES, _TABLE, _COUNTS = ir.VectorType(_BYTE, _LANES), ir.VectorType(_BYTE, _PATTERNS), ir.VectorType(_COUNT, _LANES)
+_BYTES, _TABLE = ir.VectorType(_BYTE, _LANES), ir.VectorType(_BYTE, _PATTERNS)
+_PAIRS, _COUNTS = ir.VectorType(_COUNT, _LANES // 2), ir.VectorType(_COUNT, _LANES)
 
 
 def _shared_counts(
     typing_context: Any,
-    rows: Any,
-    rows_start: Any,
-    rows_stride: Any,
+    tables: Any,
+    tables_start: Any,
     columns: Any,
     columns_start: Any,
     groups: Any,
@@ -51,17 +54,18 @@ def _shared_counts(
     counts: Any,
     counts_start: Any,
 ) -> Any:
-    """counts[r, c] += sum over g of shared[rows[r, g] + columns[g, c]], for _ROWS rows, _COLUMNS columns and at most _MOST_GROUPS groups, _AT_ONCE at a time.
+    """Add to `counts` of _ROWS rows and _COLUMNS columns what they share in at most _MOST_GROUPS groups, a multiple of _AT_ONCE.
 
-    `rows` are uint8 offsets of tables, `columns` uint8 patterns; `counts` is uint16 [..., _COLUMNS], its rows beginning at counts_start.
+    `tables` are uint8 [groups], each group's patterns of the two rows; `columns` uint8 [groups, _COLUMNS], patterns; `counts` uint16
+    [_ROWS, _COLUMNS].
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def data(place: Any) -> Any:
             return context.make_array(signature.args[place])(context, builder, arguments[place]).data
 
-        _, rows_start, rows_stride, _, columns_start, groups, _, _, counts_start = arguments
-        rows, columns, shared, counts = data(0), data(3), data(6), data(7)
+        _, tables_start, _, columns_start, groups, _, _, counts_start = arguments
+        tables, columns, shared, counts = data(0), data(2), data(5), data(6)
         shuffle = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_BYTES, [_BYTES, _BYTES]), "llvm.x86.avx2.pshuf.b")
 
         def load(array: Any, place: Any, kind: Any) -> Any:
@@ -72,23 +76,26 @@ def _shared_counts(
         def at(number: Any) -> Any:
             return ir.Constant(_INDEX, number)
 
-        sums = [[cgutils.alloca_once_value(builder, ir.Constant(_BYTES, [0] * _LANES)) for _ in range(_VECTORS)] for _ in range(_ROWS)]
-        for row in sums:
-            for kept in row:
-                builder.store(ir.Constant(_BYTES, [0] * _LANES), kept)
+        zero, lower = ir.Constant(_BYTES, [0] * _LANES), ir.Constant(_BYTES, [15] * _LANES)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(_VECTORS)] for _ in range(_ROWS)]
+        for kept in (kept for row in sums for kept in row):
+            builder.store(zero, kept)
         twice = ir.Constant(ir.VectorType(_LANE, _LANES), [*range(_PATTERNS)] * 2)
         with cgutils.for_range(builder, builder.udiv(groups, at(_AT_ONCE))) as loop:
+            both: list[Any] = [None] * _VECTORS
             for ahead in range(_AT_ONCE):
                 group = builder.add(builder.mul(loop.index, at(_AT_ONCE)), at(ahead))
+                pattern = builder.zext(builder.load(builder.gep(tables, [builder.add(tables_start, group)])), _INDEX)
+                table = load(shared, builder.mul(pattern, at(_PATTERNS)), _TABLE)
+                table = builder.shuffle_vector(table, ir.Constant(_TABLE, ir.Undefined), twice)
                 place = builder.add(columns_start, builder.mul(group, at(_COLUMNS)))
-                patterns = [load(columns, builder.add(place, at(v * _LANES)), _BYTES) for v in range(_VECTORS)]
-                for r, row in enumerate(sums):
-                    where = builder.add(builder.add(rows_start, builder.mul(rows_stride, at(r))), group)
-                    offset = builder.zext(builder.load(builder.gep(rows, [where])), _INDEX)
-                    table = load(shared, offset, _TABLE)
-                    table = builder.shuffle_vector(table, ir.Constant(_TABLE, ir.Undefined), twice)
-                    for pattern, kept in zip(patterns, row, strict=True):
-                        builder.store(builder.add(builder.load(kept), builder.call(shuffle, [table, pattern])), kept)
+                for v in range(_VECTORS):
+                    found = builder.call(shuffle, [table, load(columns, builder.add(place, at(v * _LANES)), _BYTES)])
+                    both[v] = found if both[v] is None else builder.add(both[v], found)
+            for v, counted in enumerate(both):
+                shifted = builder.lshr(builder.bitcast(counted, _PAIRS), ir.Constant(_PAIRS, [4] * (_LANES // 2)))
+                for kept, row in ((sums[0][v], counted), (sums[1][v], builder.bitcast(shifted, _BYTES))):
+                    builder.store(builder.add(builder.load(kept), builder.and_(row, lower)), kept)
         for r, row in enumerate(sums):
             for v, kept in enumerate(row):
                 pointer = builder.bitcast(
@@ -101,7 +108,7 @@ def _shared_counts(
         return context.get_dummy_value()
 
     del typing_context
-    return types.void(rows, rows_start, rows_stride, columns, columns_start, groups, shared, counts, counts_start), generate
+    return types.void(tables, tables_start, columns, columns_start, groups, shared, counts, counts_start), generate
 
 
 _add_shared: Any = intrinsic(_shared_counts)
@@ -120,14 +127,14 @@ def _patterns(words, first, count, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, boundscheck=False)
-def _offsets(words, first, count, padded, out):  # type: ignore[no-untyped-def]
-    """Where the tables of `count` rows begin, in the order in which they are read: uint8 [parts, padded, _MOST_GROUPS], laid flat."""
+def _tables(words, first, count, pairs, out):  # type: ignore[no-untyped-def]
+    """The patterns of `count` rows, two to a byte, in the order in which they are read: uint8 [parts, pairs, _MOST_GROUPS], laid flat."""
     for i in range(count):
         for w in range(len(words)):
             for g in range(_GROUPS):
                 pattern = (words[w, first + i] >> np.uint64(g * _PATTERN_BITS)) & np.uint64(_PATTERNS - 1)
                 part, place = divmod(w * _GROUPS + g, _MOST_GROUPS)
-                out[(part * padded + i) * _MOST_GROUPS + place] = np.uint8(pattern * np.uint64(_PATTERNS))
+                out[(part * pairs + i // _ROWS) * _MOST_GROUPS + place] |= np.uint8(pattern << np.uint64(i % _ROWS * _PATTERN_BITS))
 
 
 @numba.njit(parallel=True, cache=True, boundscheck=False)
@@ -135,7 +142,7 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
     """out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b]."""
     words, rows = left.shape
     columns = right.shape[1]
-    groups = words * _GROUPS
+    groups = (words * _GROUPS + _AT_ONCE - 1) // _AT_ONCE * _AT_ONCE
     parts = (groups + _MOST_GROUPS - 1) // _MOST_GROUPS
     tiles = (columns + _COLUMNS - 1) // _COLUMNS
     patterns = np.zeros((tiles, groups * _COLUMNS), np.uint8)
@@ -143,10 +150,10 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
         _patterns(right, tile * _COLUMNS, min(_COLUMNS, columns - tile * _COLUMNS), patterns[tile])
     for block in numba.prange((rows + _BLOCK - 1) // _BLOCK):
         size = min(_BLOCK, rows - block * _BLOCK)
-        padded = (size + _ROWS - 1) // _ROWS * _ROWS
-        offsets = np.zeros(parts * padded * _MOST_GROUPS, np.uint8)
-        _offsets(left, block * _BLOCK, size, padded, offsets)
-        counts = np.empty(padded * _COLUMNS, np.uint16)
+        pairs = (size + _ROWS - 1) // _ROWS
+        tables = np.zeros(parts * pairs * _MOST_GROUPS, np.uint8)
+        _tables(left, block * _BLOCK, size, pairs, tables)
+        counts = np.empty(pairs * _ROWS * _COLUMNS, np.uint16)
         for tile in range(tiles):
             first = tile * _COLUMNS
             count = min(_COLUMNS, columns - first)
@@ -155,9 +162,9 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
                 for part in range(begin, min(begin + _MOST_PARTS, parts)):
                     count_now = min(_MOST_GROUPS, groups - part * _MOST_GROUPS)
                     start = part * _MOST_GROUPS * _COLUMNS
-                    for i in range(0, padded, _ROWS):
-                        row = (part * padded + i) * _MOST_GROUPS
-                        _add_shared(offsets, row, _MOST_GROUPS, patterns[tile], start, count_now, _SHARED, counts, i * _COLUMNS)
+                    for pair in range(pairs):
+                        table = (part * pairs + pair) * _MOST_GROUPS
+                        _add_shared(tables, table, patterns[tile], start, count_now, _SHARED, counts, pair * _ROWS * _COLUMNS)
                 for i in range(size):
                     counted, wanted = counts[i * _COLUMNS : (i + 1) * _COLUMNS], out[block * _BLOCK + i, first : first + count]
                     if begin:
