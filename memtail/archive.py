@@ -5,16 +5,21 @@ be killed at any moment.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from memtail.errors import StoreError
+from pydantic import TypeAdapter, ValidationError
+
+from memtail.errors import ForeignObjectError, StoreError
 from memtail.experiment import NAME, Experiment, differences
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trials import Shard, TrialBatch
 
 SCHEMA = 1
+# Bytes of the largest small object that is read.
+_SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,19 @@ class Failure:
     error: str
     traceback: str
     when: str
+
+
+@dataclass(frozen=True)
+class Control:
+    """What its owner asks of an experiment on a cluster.
+
+    Attributes:
+        state: "running", "paused" (nothing new is begun) or "cancelled" (what is being trained is dropped, too).
+        priority: shards of the experiments with the highest are trained first.
+    """
+
+    state: Literal["running", "paused", "cancelled"] = "running"
+    priority: int = 0
 
 
 class ExperimentArchive:
@@ -137,29 +155,71 @@ class ExperimentArchive:
         """A committed trial batch.
 
         Raises:
-            StoreError: it is missing or corrupt, holds other trials, or belongs to an experiment of another fingerprint.
+            ObjectNotFound: it is missing.
+        ForeignObjectError: it is damaged, holds other trials, or belongs to an experiment of another fingerprint.
+        StoreError: the store cannot be read.
         """
         key = keys.trial_batch(self.name, shard.first, shard.last)
         batch = TrialBatch.from_bytes(self.store.get(key), key)
         if batch.trial.tolist() != list(shard.trials):
-            raise StoreError(f"{key}: holds other trials than its name says: remove it, then run again")
+            raise ForeignObjectError(f"{key}: holds other trials than its name says: remove it, then run again")
         self._check(key, batch, fingerprint)
         return batch
 
     def _check(self, source: str, batch: TrialBatch, fingerprint: str) -> None:
         if batch.fingerprint != fingerprint:
-            raise StoreError(
+            raise ForeignObjectError(
                 f"{source}: has fingerprint {batch.fingerprint[:8]}..., experiment '{self.name}' has {fingerprint[:8]}...: "
                 f"it belongs to another experiment, remove it"
             )
 
+    def extend(self, trials: int) -> Record:
+        """Ask for so many trials, if there were fewer; returns the record that holds."""
+        held = self.record()
+        if trials <= held.experiment.subsets.trials:
+            return held
+        subsets = held.experiment.subsets.model_copy(update={"trials": trials})
+        extended = replace(held, experiment=held.experiment.model_copy(update={"subsets": subsets}))
+        self.store.put(keys.experiment(self.name), extended.to_bytes())
+        return extended
+
+    def control(self) -> Control:
+        """What its owner asks of it. Raises: StoreError."""
+        key = keys.control(self.name)
+        try:
+            return TypeAdapter(Control).validate_json(self.store.get(key, limit=_SMALL))
+        except ObjectNotFound:
+            return Control()
+        except ValidationError as error:
+            raise StoreError(f"{key}: is corrupt ({error.error_count()} errors): remove it") from None
+
+    def set_control(self, control: Control) -> None:
+        """Ask something of it."""
+        self.store.put(keys.control(self.name), json.dumps(asdict(control)).encode())
+
     def record_failure(self, shard: Shard, error: str, traceback: str, when: str) -> Failure:
         """Keep what went wrong in one attempt; attempts count up from 1."""
-        attempt = 1 + sum(failure.shard == shard for failure in self.failures())
-        failure = Failure(shard, attempt, error, traceback, when)
-        content = {"attempt": attempt, "error": error, "traceback": traceback, "when": when}
-        self.store.put(keys.failure(self.name, shard.first, shard.last, attempt), json.dumps(content, indent=1).encode())
-        return failure
+        attempt = self.attempts().get(shard, 0) + 1
+        while True:
+            failure = Failure(shard, attempt, error, traceback, when)
+            content = {"attempt": attempt, "error": error, "traceback": traceback, "when": when}
+            key = keys.failure(self.name, shard.first, shard.last, attempt)
+            if self.store.put_if_absent(key, json.dumps(content, indent=1).encode()):
+                return failure
+            attempt += 1  # another worker failed at it at the same time
+
+    def attempts(self) -> Counter[Shard]:
+        """How many failed attempts at each shard are recorded."""
+        spans = (keys.parse_span(key) for key in self.store.list(keys.failures(self.name)))
+        return Counter(Shard(*span) for span in spans if span)
+
+    def forgive(self, shard: Shard | None = None) -> int:
+        """Remove the failure records of a shard, or all, so that it is tried again; returns how many there were."""
+        wanted = None if shard is None else (shard.first, shard.last)
+        records = [key for key in self.store.list(keys.failures(self.name)) if wanted in (None, keys.parse_span(key))]
+        for key in records:
+            self.store.delete(key)
+        return len(records)
 
     def failures(self) -> Iterator[Failure]:
         """Every failed attempt, by shard."""

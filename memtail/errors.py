@@ -20,5 +20,9 @@ class StoreError(MemtailError):
     """The object store cannot be used, or holds something other than what was asked for."""
 
 
+class ForeignObjectError(StoreError):
+    """An object is not what its key says: damaged, too large, or of another experiment."""
+
+
 class ScoresError(MemtailError):
     """Published scores are missing or do not answer what was asked."""

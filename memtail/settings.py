@@ -17,15 +17,27 @@ def _from_environment(variable: str, default: Path | None) -> Path | None:
     return Path(value).expanduser().absolute() if value else default
 
 
+def _bytes_from_environment(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    try:
+        return int(float(text) * 2**30)
+    except (ValueError, OverflowError):
+        raise StoreError(f"{variable} is '{text}': give a number of GiB") from None
+
+
 @dataclass(frozen=True)
 class Settings:
     """Read anew at each construction, so that a process may change its environment.
 
     `MEMTAIL_DATA`: a folder in which datasets are looked for. `MEMTAIL_CACHE`: where downloads and prepared datasets are kept.
+    `MEMTAIL_CACHE_LIMIT`: GiB that the datasets brought from a bucket may take there.
     """
 
     cache: Path = field(default_factory=lambda: _from_environment("MEMTAIL_CACHE", None) or user_cache_path("memtail"))
     data: Path | None = field(default_factory=lambda: _from_environment("MEMTAIL_DATA", None))
+    cache_limit: int | None = field(default_factory=lambda: _bytes_from_environment("MEMTAIL_CACHE_LIMIT"))
 
     def places(self, root: Path | None) -> list[Path]:
         """The folders in which a dataset is looked for, in order."""
@@ -55,17 +67,17 @@ class S3Settings:
     def from_environment(cls) -> "S3Settings":
         """Those that the environment holds. Raises: StoreError: half of a key is missing, or a file that holds one."""
         variables = ("MEMTAIL_S3_ACCESS_KEY", "MEMTAIL_S3_SECRET_KEY", "MEMTAIL_S3_SESSION_TOKEN")
-        access, secret, token = map(_secret, variables)
-        if access is secret is None:
+        access, key, token = map(secret, variables)
+        if access is key is None:
             variables = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-            access, secret, token = map(_secret, variables)
-        if (access is None) != (secret is None):
+            access, key, token = map(secret, variables)
+        if (access is None) != (key is None):
             there, missing = variables[:2] if access else variables[1::-1]
             raise StoreError(f"{there} is set, but {missing} is not: set both or neither")
         return cls(
             endpoint=os.environ.get("MEMTAIL_S3_ENDPOINT") or cls.endpoint,
             access_key=access,
-            secret_key=secret,
+            secret_key=key,
             session_token=token,
             region=os.environ.get("MEMTAIL_S3_REGION") or os.environ.get("AWS_REGION") or None,
             ca_file=_from_environment("MEMTAIL_S3_CA_FILE", None),
@@ -73,7 +85,7 @@ class S3Settings:
         )
 
 
-def _secret(variable: str) -> str | None:
+def secret(variable: str) -> str | None:
     """A variable's value, or the content of the file that the variable with `_FILE` at its end names."""
     path = os.environ.get(f"{variable}_FILE")
     if os.environ.get(variable) or not path:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memtail.errors import StoreError
+from memtail.errors import ForeignObjectError, StoreError
 
 SCHEMA = 1
 
@@ -114,20 +114,20 @@ class TrialBatch:
         """Read the wire format.
 
         Raises:
-            StoreError: the bytes are truncated, corrupt or of a schema this version does not know; names `source`.
+            ForeignObjectError: the bytes are truncated, corrupt or of a schema this version does not know; names `source`.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
                 arrays = dict(archive)
             schema = int(arrays.pop("schema"))
             if schema != SCHEMA:
-                raise StoreError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
+                raise ForeignObjectError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             n_train, n_test = (int(size) for size in arrays.pop("shape"))
             metrics = [TrialMetrics(**entry) for entry in json.loads(str(arrays.pop("metrics")))]
             provenance = json.loads(str(arrays.pop("provenance")))
             return cls(n_train=n_train, n_test=n_test, metrics=metrics, provenance=provenance, **arrays)
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, TypeError) as error:
-            raise StoreError(f"{source}: is truncated or corrupt ({error}): delete it, then run again") from None
+            raise ForeignObjectError(f"{source}: is truncated or corrupt ({error}): delete it, then run again") from None
 
 
 def pack(bits: npt.NDArray[np.bool_]) -> Bits:

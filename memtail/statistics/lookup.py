@@ -35,7 +35,8 @@ _MOST_PARTS = 65535 // (_MOST_GROUPS * _PATTERN_BITS)  # that 16 bits can count
 
 # The table of the left patterns a and b begins at 16 (a + 16 b); at c it has the trials shared by a and c, and 16 times those by b and c.
 _SHARED = np.array(
-    [[(a & c).bit_count() + 16 * (b & c).bit_count() for c in range(_PATTERNS)] for b in range(_PATTERNS) for a in range(_PATTERNS)], np.uint8
+    [[(a & c).bit_count() + 16 * (b & c).bit_count() for c in range(_PATTERNS)] for b in range(_PATTERNS) for a in range(_PATTERNS)],
+    np.uint8,
 ).ravel()
 
 _BYTE, _COUNT, _LANE, _INDEX = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)

@@ -13,6 +13,11 @@ def check(key: str) -> str:
     return key
 
 
+def dataset(fingerprint: str, file: str) -> str:
+    """One file of a staged dataset."""
+    return f"datasets/{fingerprint}/{file}"
+
+
 def experiments() -> str:
     """Prefix of all experiments."""
     return "experiments/"
@@ -21,6 +26,11 @@ def experiments() -> str:
 def experiment(name: str) -> str:
     """The declaration, its fingerprint and the shard grid."""
     return f"experiments/{name}/experiment.json"
+
+
+def control(name: str) -> str:
+    """Whether the experiment is to run, and how urgently."""
+    return f"experiments/{name}/control.json"
 
 
 def trials(name: str) -> str:

@@ -5,6 +5,6 @@ not from who calls it. On a CPU it computes on one thread, which makes the bits 
 shard: see `memtail.training.stack`); the cores are filled by running several shards at once.
 """
 
-from memtail.training.shard import Checkpoints, Progress, train_shard
+from memtail.training.shard import Checkpoints, Progress, TrainingStopped, train_shard
 
-__all__ = ["Checkpoints", "Progress", "train_shard"]
+__all__ = ["Checkpoints", "Progress", "TrainingStopped", "train_shard"]

@@ -67,7 +67,7 @@ class DenseStack(nn.Module):
         for layer, weight_at, bias_at in zip(layers, self._weights.tolist(), self._biases.tolist(), strict=True):
             weight = layer.weight.detach()
             if not weight_at:  # pixels come with their channels next to each other
-                weight = weight.unflatten(2, (channels, height, width)).movedim(2, -1).flatten(2)
+                weight = weight.view(*weight.shape[:2], channels, height, width).movedim(2, -1).flatten(2)
             self._load(weight, cast(Tensor, layer.bias).detach(), weight_at, bias_at)
 
     def _load(self, weight: Tensor, bias: Tensor, weight_at: int, bias_at: int) -> None:

@@ -51,7 +51,8 @@ class DeviceImages:
         Returns:
             uint8 [S, B, H, W, C].
         """
-        images = self.train.index_select(0, index.flatten().to(self.train.device)).unflatten(0, index.shape).to(self.device)
+        chosen = self.train.index_select(0, index.flatten().to(self.train.device))
+        images = chosen.view(*index.shape, *self.train.shape[1:]).to(self.device)
         return images if augmentation is None else _augment(images, self._moves(augmentation), positions)
 
     def split(self, name: str, start: int, stop: int) -> Tensor:

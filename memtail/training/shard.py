@@ -43,6 +43,10 @@ class Progress:
     total: int
 
 
+class TrainingStopped(Exception):  # noqa: N818 - nothing went wrong
+    """Training was told to stop; its state is in the checkpoint, if there are checkpoints."""
+
+
 class Checkpoints(Protocol):
     """Where the state of one unfinished shard is kept."""
 
@@ -63,6 +67,7 @@ def train_shard(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    stop: Callable[[], bool] | None = None,
     profile: bool = False,
 ) -> TrialBatch:
     """Train trials and record what their final models get right.
@@ -78,6 +83,7 @@ def train_shard(
         device: where to train.
         on_progress: called after every epoch of a stack.
         checkpoints: if given, the state is saved there every two minutes of training, and taken up from there.
+        stop: asked every few steps whether to stop.
         profile: also say in the provenance, as `phases`, how many seconds went where (of this call, not of an interrupted one).
 
     Returns:
@@ -86,13 +92,14 @@ def train_shard(
     Raises:
         SpecError: the model or the subset design does not fit the dataset.
         torch.OutOfMemoryError: one trial alone does not fit.
+        TrainingStopped: `stop` returned True.
     """
     began, started = time.perf_counter(), datetime.now(UTC)
     members = membership(experiment.subsets, dataset.train_labels, trials)
     fingerprint = experiment.fingerprint(dataset.fingerprint)
     phases = Phases(device if profile else None)
     with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, fingerprint, phases)
+        shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, stop, fingerprint, phases)
         results = shard.run()
     seconds = time.perf_counter() - began
     return _batch(experiment, dataset, np.array(trials), members, results, device, fingerprint, started, seconds, phases)
@@ -107,6 +114,7 @@ class _ShardTraining:
     members: npt.NDArray[np.bool_]
     on_progress: Callable[[Progress], None] | None
     checkpoints: Checkpoints | None
+    stop: Callable[[], bool] | None
     fingerprint: str
     phases: Phases
     done: list[tuple[list[int], StackResult]] = field(default_factory=list)
@@ -168,11 +176,14 @@ class _ShardTraining:
             epochs = self.experiment.training.epochs
             finished = sum(len(trials) for trials, _ in self.done) * epochs
             self.on_progress(Progress(finished + run.epoch * len(run.trials), len(self.trials) * epochs))
-        if self.checkpoints and time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS:
+        stopped = self.stop is not None and self.stop()
+        if self.checkpoints and (stopped or time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS):
             self.checkpoints.save(
                 to_bytes({"fingerprint": self.fingerprint, "done": [_to_state(*entry) for entry in self.done], "stack": run.state()})
             )
             self.saved_at = time.monotonic()
+        if stopped:
+            raise TrainingStopped
 
     def _load(self) -> dict[str, Any] | None:
         """Take up what a checkpoint holds; returns the state of the stack that was in training."""

@@ -1,0 +1,149 @@
+"""The loop around `reconcile`: reads the bucket and the broker, does what is decided, again and again."""
+
+import socket
+import time
+import uuid
+from collections import Counter
+from datetime import UTC, datetime
+
+import redis
+import structlog
+from kombu.exceptions import OperationalError
+
+from memtail.archive import Control, ExperimentArchive, Record, experiment_names
+from memtail.errors import MemtailError
+from memtail.storage import ObjectStore
+from memtail.trials import Shard
+from services.broker import Assignment, Broker
+from services.dispatcher.reconcile import Plan, View, reconcile
+from services.settings import ServiceSettings
+
+log = structlog.get_logger()
+
+# Part of a lease's duration that a worker may take from receiving a message to holding the lease. What takes longer is sent once more, and
+# dropped by the worker that finds it leased.
+_ON_THE_WAY = 0.25
+
+
+class Dispatcher:
+    """Keeps the queue filled with what is missing.
+
+    What it remembers between passes only saves requests: a new dispatcher starts from the bucket and the broker.
+
+    Args:
+        store: the bucket.
+        broker: the queue and the leases.
+        settings: of the services.
+    """
+
+    def __init__(self, store: ObjectStore, broker: Broker, settings: ServiceSettings) -> None:
+        self._store, self._broker, self._settings = store, broker, settings
+        self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
+        self._experiments: dict[str, _Known] = {}
+        self._waited: dict[str, float] = {}  # when each assignment was last seen in the queue
+        self._leased: set[str] = set()
+        self.plan: Plan | None = None
+
+    def run(self) -> None:
+        """Reconcile for ever; an outage of the bucket or the broker is waited out."""
+        while True:
+            began = time.monotonic()
+            try:
+                if self._broker.lead(self._holder):
+                    self.reconcile()
+            except (redis.RedisError, OperationalError, MemtailError, OSError) as error:
+                log.warning("pass given up", error=str(error) or type(error).__name__)
+            time.sleep(max(0.0, began + self._settings.reconcile_seconds - time.monotonic()))
+
+    def stop(self) -> None:
+        """Let another dispatcher lead at once."""
+        self._broker.step_down(self._holder)
+
+    def reconcile(self) -> Plan:
+        """One pass."""
+        queued = list(self._broker.queued())
+        leased, starts = self._broker.leased(), self._broker.starts()
+        ended = self._leased - leased
+        taken = self._taken({assignment.id for assignment in queued}, leased, ended)
+        self._read_bucket(taken | ended)
+        self._leased = leased
+        plan = reconcile(
+            (known.view for known in self._experiments.values()),
+            queued,
+            leased | taken,
+            starts,
+            max_attempts=self._settings.max_attempts,
+            max_starts=self._settings.max_starts,
+            max_queued=self._settings.max_queued,
+        )
+        for assignment in plan.lost:
+            self._record_lost(assignment, starts[assignment.id])
+        if plan.clear:
+            self._broker.clear_queue()
+        self._broker.send(plan.send)
+        self.plan = plan
+        if plan.send or plan.lost:
+            log.info("sent", shards=len(plan.send), lost=len(plan.lost), queued=len(queued), leased=len(leased), cleared=plan.clear)
+        return plan
+
+    def _taken(self, waiting: set[str], leased: set[str], ended: set[str]) -> set[str]:
+        """What waited in the queue a moment ago and now neither waits nor is leased: a worker has just taken it, or it is done."""
+        now, most = time.monotonic(), _ON_THE_WAY * self._settings.lease_seconds
+        recent = {name: seen for name, seen in self._waited.items() if now - seen < most and name not in ended}
+        self._waited = recent | dict.fromkeys(waiting, now)
+        return self._waited.keys() - waiting - leased
+
+    def _read_bucket(self, ended: set[str]) -> None:
+        names = experiment_names(self._store)
+        self._experiments = {name: self._experiments.get(name) or _Known(self._store, name) for name in names}
+        for known in list(self._experiments.values()):
+            try:
+                known.refresh(self._settings.resync_seconds, ended)
+            except MemtailError as error:
+                log.error("experiment passed over", experiment=known.name, error=str(error))
+                del self._experiments[known.name]
+
+    def _record_lost(self, assignment: Assignment, starts: int) -> None:
+        error = f"{starts} workers vanished while they trained it: killed with their whole container, or cut off"
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        failure = ExperimentArchive(self._store, assignment.experiment).record_failure(assignment.shard, error, "", when)
+        self._broker.forget_starts([assignment.id])
+        log.error("shard failed", experiment=assignment.experiment, shard=str(assignment.shard), attempt=failure.attempt, error=error)
+
+
+class _Known:
+    """What the dispatcher remembers of an experiment."""
+
+    def __init__(self, store: ObjectStore, name: str) -> None:
+        self.name = name
+        self._archive = ExperimentArchive(store, name)
+        self._record: Record | None = None
+        self._control = Control()
+        self._committed: set[Shard] = set()
+        self._attempts: Counter[Shard] = Counter()
+        self._listed = float("-inf")
+
+    @property
+    def view(self) -> View:
+        """For `reconcile`."""
+        assert self._record is not None
+        record = self._record
+        return View(
+            self.name, record.fingerprint, record.experiment.subsets.trials, record.trials_per_shard, self._control, self._committed,
+            self._attempts,
+        )  # fmt: skip
+
+    def refresh(self, resync_seconds: float, ended: set[str]) -> None:
+        """Read what may have changed: the declaration, what its owner asks, failures, and batches.
+
+        All batches are listed now and then only; in between, those of the shards that may have `ended` are looked for.
+        """
+        self._record, self._control, self._attempts = self._archive.record(), self._archive.control(), self._archive.attempts()
+        if time.monotonic() - self._listed >= resync_seconds:
+            self._committed, self._listed = set(self._archive.committed()), time.monotonic()
+            return
+        for name, _, span in (assignment.rpartition("/") for assignment in ended):
+            if name == self.name:
+                shard = Shard(*map(int, span.split("-")))
+                if shard not in self._committed and self._archive.is_committed(shard):
+                    self._committed.add(shard)

@@ -1,0 +1,95 @@
+"""The Celery worker: messages to `Trainer`, one process per device, and what happens when a process dies.
+
+The parent process never imports torch, since a CUDA context does not survive a fork. Children cannot tell that the worker is told to stop
+(SIGTERM comes to the parent), so the parent raises a flag in shared memory, which they look at between steps.
+"""
+
+import os
+import socket
+import uuid
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import redis
+import structlog
+from billiard import Value, current_process
+from celery import signals
+from celery.exceptions import Reject
+from pydantic import ValidationError
+
+from memtail.archive import ExperimentArchive
+from memtail.errors import MemtailError
+from memtail.processes import keep_memory
+from memtail.storage import ObjectStore
+from memtail.storage.opening import open_store
+from services.broker import TASK, Assignment, Broker, celery_app
+from services.settings import ServiceSettings
+from services.worker.training import Outcome, Trainer
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """A Celery worker and its processes.
+
+    Args:
+        settings: of the services.
+        devices: one per process.
+    """
+
+    def __init__(self, settings: ServiceSettings, devices: list[str]) -> None:
+        self._settings, self._devices = settings, devices
+        self._name = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
+        self._stopping = Value("b", 0)
+        self._store: ObjectStore = open_store(settings.store)
+        self._trainer: Trainer | None = None
+        self.celery = celery_app(settings)
+        self.celery.task(name=TASK, bind=False)(self._run)
+        # kept by weak reference otherwise
+        signals.worker_process_init.connect(self._start_process, weak=False)
+        signals.worker_shutting_down.connect(self._stop, weak=False)
+        signals.task_failure.connect(self._record_loss, weak=False)
+
+    def run(self) -> None:
+        """Work until told to stop."""
+        arguments = ["worker", "--pool=prefork", f"--concurrency={len(self._devices)}", "--loglevel=WARNING"]
+        self.celery.worker_main([*arguments, "--without-gossip", "--without-mingle", "--without-heartbeat"])
+
+    def _start_process(self, **_: Any) -> None:
+        keep_memory()
+        device = self._devices[current_process().index % len(self._devices)]
+        if device.startswith("cuda:"):
+            os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+            device = "cuda"
+        broker = Broker(self._settings, self.celery)
+        lease, stopping = self._settings.lease_seconds, lambda: bool(self._stopping.value)
+        self._trainer = Trainer(self._store, broker, self._name, device, lease, stopping)
+
+    def _run(self, **fields: Any) -> None:
+        assert self._trainer is not None
+        try:
+            assignment = Assignment.model_validate(fields)
+        except ValidationError as error:
+            log.warning("message dropped: it is no assignment", errors=error.error_count())
+            return
+        if self._stopping.value or self._trainer.train(assignment) is Outcome.HANDED_BACK:
+            raise Reject("handed back", requeue=True)
+
+    def _stop(self, **_: Any) -> None:
+        self._stopping.value = 1
+
+    def _record_loss(self, exception: BaseException, kwargs: Any, **_: Any) -> None:
+        """In the parent: a process died, or was killed at its time limit, and can say nothing itself."""
+        if isinstance(exception, Reject):
+            return
+        try:
+            assignment = Assignment.model_validate(kwargs)
+            error = f"the training process died ({exception}): killed, out of memory, or a crash in native code"
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            ExperimentArchive(self._store, assignment.experiment).record_failure(assignment.shard, error, "", when)
+            with suppress(redis.RedisError):
+                Broker(self._settings, self.celery).release(assignment, self._name)
+            log.error("training process died", experiment=assignment.experiment, shard=str(assignment.shard), error=str(exception))
+        except (ValidationError, MemtailError) as problem:
+            log.error("training process died, and that could not be recorded", error=str(problem))

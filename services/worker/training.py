@@ -1,0 +1,150 @@
+"""What a worker does with an assignment. It holds no science: training is `memtail.training.train_shard`."""
+
+import os
+import threading
+import traceback
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from enum import StrEnum
+
+import redis
+import structlog
+
+from memtail.archive import ExperimentArchive, Record
+from memtail.datasets import ImageDataset
+from memtail.datasets.staging import fetch
+from memtail.errors import MemtailError, StoreError
+from memtail.settings import Settings
+from memtail.storage import ObjectStore
+from memtail.workers import StoredCheckpoints
+from services.broker import Assignment, Broker
+
+log = structlog.get_logger()
+
+
+class Outcome(StrEnum):
+    """What became of an assignment."""
+
+    COMMITTED = "committed"
+    LOST_RACE = "lost race"
+    DONE_BEFORE = "done before"
+    LEASED = "leased by another"
+    NOT_WANTED = "not wanted"
+    FAILED = "failed"
+    HANDED_BACK = "handed back"
+
+
+class Trainer:
+    """Trains assignments on one device, in a process that stays warm from one to the next.
+
+    Args:
+        store: the bucket.
+        broker: for leases; while it cannot be reached, training goes on without.
+        worker: the name of the worker, with which its leases begin.
+        device: as torch names it, or "auto" for the best there is.
+        lease_seconds: how long a lease lasts; it is renewed three times as often.
+        stopping: whether the worker is about to stop, so that the shard is to be handed back.
+    """
+
+    def __init__(
+        self, store: ObjectStore, broker: Broker, worker: str, device: str, lease_seconds: float, stopping: Callable[[], bool]
+    ) -> None:
+        self._store, self._broker, self._device = store, broker, device
+        self._lease_seconds, self._stopping = lease_seconds, stopping
+        self._holder = f"{worker}/{os.getpid()}"
+        self._dataset: ImageDataset | None = None
+
+    def train(self, assignment: Assignment) -> Outcome:
+        """Train a shard unless that is done, being done, or no longer wanted; never raises for what a shard or a model does."""
+        bound = log.bind(experiment=assignment.experiment, shard=str(assignment.shard))
+        try:
+            outcome = self._train_if_wanted(assignment, bound)
+        except StoreError as error:  # the fault is not the shard's: it is tried again when the store is back
+            bound.error("shard handed back", error=str(error))
+            return Outcome.HANDED_BACK
+        bound.info("shard ended", outcome=outcome.value)
+        return outcome
+
+    def _train_if_wanted(self, assignment: Assignment, bound: structlog.stdlib.BoundLogger) -> Outcome:
+        archive = ExperimentArchive(self._store, assignment.experiment)
+        record = archive.record()
+        if record.fingerprint != assignment.fingerprint or archive.control().state != "running":
+            return Outcome.NOT_WANTED
+        if archive.is_committed(assignment.shard):
+            return Outcome.DONE_BEFORE
+        with _Lease(self._broker, assignment, self._holder, self._lease_seconds) as lease:
+            if not lease.held:
+                return Outcome.LEASED
+            return self._train(assignment, archive, record, bound)
+
+    def _train(self, assignment: Assignment, archive: ExperimentArchive, record: Record, bound: structlog.stdlib.BoundLogger) -> Outcome:
+        import torch
+
+        from memtail.training import TrainingStopped, train_shard
+        from memtail.training.devices import available_devices
+
+        checkpoints = StoredCheckpoints(self._store, assignment.experiment, assignment.shard)
+        try:
+            batch = train_shard(
+                record.experiment,
+                self._dataset_of(record),
+                assignment.shard.trials,
+                available_devices(self._device)[0] if self._device == "auto" else torch.device(self._device),
+                checkpoints=checkpoints,
+                stop=self._stopping,
+            )
+        except TrainingStopped:
+            return Outcome.HANDED_BACK
+        except StoreError:
+            raise
+        except Exception as error:  # MemoryError too, which would end the whole worker
+            message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
+            archive.record_failure(assignment.shard, message, traceback.format_exc(), datetime.now(UTC).isoformat(timespec="seconds"))
+            bound.warning("shard failed", error=message)
+            return Outcome.FAILED
+        committed = archive.commit(batch, record.fingerprint)
+        checkpoints.remove()
+        return Outcome.COMMITTED if committed else Outcome.LOST_RACE
+
+    def _dataset_of(self, record: Record) -> ImageDataset:
+        """The dataset; the last one stays open, so that its images stay on the device from shard to shard."""
+        fingerprint = record.canonical["dataset"]["fingerprint"]
+        if self._dataset is None or self._dataset.fingerprint != fingerprint:
+            settings = Settings()
+            self._dataset = fetch(self._store, fingerprint, settings.cache, settings.cache_limit)
+        return self._dataset
+
+
+class _Lease:
+    """A shard's lease, renewed by a thread while training. Where Redis cannot be reached the shard is trained without."""
+
+    def __init__(self, broker: Broker, assignment: Assignment, holder: str, seconds: float) -> None:
+        self._broker, self._assignment, self._seconds = broker, assignment, seconds
+        self._holder = f"{holder}/{uuid.uuid4().hex}"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self.held = False
+
+    def __enter__(self) -> "_Lease":
+        try:
+            self.held = self._broker.acquire(self._assignment, self._holder)
+        except redis.RedisError as error:
+            log.warning("training without a lease", experiment=self._assignment.experiment, error=str(error))
+            self.held = True
+        if self.held:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self.held:
+            self._thread.join()
+            with suppress(redis.RedisError):
+                self._broker.release(self._assignment, self._holder)
+
+    def _renew(self) -> None:
+        while not self._over.wait(self._seconds / 3):
+            with suppress(redis.RedisError):
+                self._broker.renew(self._assignment, self._holder)
