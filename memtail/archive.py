@@ -138,8 +138,7 @@ class ExperimentArchive:
 
     def is_committed(self, shard: Shard) -> bool:
         """Whether the shard has a trial batch."""
-        key = keys.trial_batch(self.name, shard.first, shard.last)
-        return next(iter(self.store.list(key)), None) == key
+        return self.store.exists(keys.trial_batch(self.name, shard.first, shard.last))
 
     def commit(self, batch: TrialBatch, fingerprint: str) -> bool:
         """Write a trial batch unless the shard has one; False if another was first, whose batch then stands.
@@ -233,7 +232,7 @@ class ExperimentArchive:
 
 def experiment_names(store: ObjectStore) -> list[str]:
     """The names of all experiments in a store, ascending."""
-    return [name for key in store.list(keys.experiments()) if (name := keys.parse_experiment(key))]
+    return [name for name in store.folders(keys.experiments()) if NAME.fullmatch(name) and store.exists(keys.experiment(name))]
 
 
 def missing_shards(trials: int, trials_per_shard: int, committed: list[Shard]) -> list[Shard]:

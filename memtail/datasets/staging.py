@@ -41,7 +41,7 @@ def stage(dataset: ImageDataset, store: ObjectStore) -> bool:
         StoreError: the store cannot be written.
     """
     manifest_key = keys.dataset(dataset.fingerprint, "manifest.json")
-    if next(iter(store.list(manifest_key)), None) == manifest_key:
+    if store.exists(manifest_key):
         return False
     files = {}
     for path in sorted(dataset.folder.iterdir()):
