@@ -18,6 +18,8 @@ from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trials import Shard, TrialBatch
 
 SCHEMA = 1
+#: A shard that fails this often is given up.
+MAX_ATTEMPTS = 3
 # Bytes of the largest small object that is read.
 _SMALL = 1 << 20
 
@@ -97,7 +99,7 @@ class ExperimentArchive:
         self.name = name
 
     def record(self) -> Record:
-        """The experiment's record. Raises: StoreError: there is none of this name; says which there are."""
+        """The experiment's record. Raises: ObjectNotFound: there is none of this name; says which there are. StoreError."""
         key = keys.experiment(self.name)
         try:
             if not NAME.fullmatch(self.name):
@@ -105,7 +107,7 @@ class ExperimentArchive:
             return Record.from_bytes(self.store.get(key), key)
         except ObjectNotFound:
             there = ", ".join(experiment_names(self.store)) or "none"
-            raise StoreError(f"there is no experiment '{self.name}' in the store; there: {there}") from None
+            raise ObjectNotFound(f"there is no experiment '{self.name}' in the store; there: {there}") from None
 
     def enroll(self, wanted: Record) -> Record:
         """Enter an experiment, or find it entered already; returns the record that holds.
