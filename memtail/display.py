@@ -30,6 +30,7 @@ if not console.is_terminal:
 
 _PLAIN_LINE_SECONDS = 5.0
 _BAR_WIDTH = 40
+_WIDEST = 1000
 # Columns of tables that are read from their left.
 _TEXTS = ("experiment", "filename", "state")
 
@@ -219,7 +220,7 @@ def show_plan(plan: "Plan") -> None:
 
 
 def show_status(found: "list[ExperimentProgress]") -> None:
-    """One line per experiment."""
+    """One line per experiment; columns that hold nothing but zeros are left out."""
     rows = [
         {
             "experiment": each.experiment,
@@ -230,12 +231,13 @@ def show_status(found: "list[ExperimentProgress]") -> None:
             "failed": each.failed_attempts,
             "dead": len(each.dead),
             "published": "-" if each.published_age is None else f"{each.published_trials}, {age(each.published_age)} ago",
-            "se": "-" if each.standard_error is None else each.standard_error,
-            "test": "-" if each.pointer is None else _percent(each.pointer["summary"]["test_accuracy"]),
+            "std. error": "-" if each.standard_error is None else each.standard_error,
+            "test acc.": "-" if each.pointer is None else _percent(each.pointer["summary"]["test_accuracy"]),
         }
         for each in found
     ]
-    show_table({column: np.array([row[column] for row in rows], dtype=object) for column in rows[0]})
+    table = {column: np.array([row[column] for row in rows], dtype=object) for column in rows[0]}
+    show_table({column: values for column, values in table.items() if any(value != 0 for value in values)})
 
 
 def show_submission(made: "Submission", store: str) -> None:
@@ -289,6 +291,8 @@ def show_table(table: "dict[str, Column]") -> None:
         shown.add_column(Text(name), justify="left" if name in _TEXTS else "right", no_wrap=True)
     for row in zip(*(values.tolist() for values in table.values()), strict=True):
         shown.add_row(*(Text(f"{value:.4f}" if isinstance(value, float) else str(value)) for value in row))
+    # a narrow terminal had better break lines than cut cells
+    shown.width = console.measure(shown, options=console.options.update(width=_WIDEST)).maximum
     console.print(shown, soft_wrap=False, crop=False)
 
 

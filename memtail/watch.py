@@ -81,7 +81,7 @@ class Followed:
         """Its rate and the time left, or its state where there is none."""
         progress = self.progress
         if progress.ending:
-            return progress.ending
+            return "done" if progress.ending == "published" else progress.ending
         if progress.control.state != "running":
             return progress.control.state
         if not progress.outstanding:
@@ -94,8 +94,8 @@ class Followed:
         """What has been published, and what went wrong."""
         progress = self.progress
         if progress.pointer and progress.published_age is not None:
-            error = "" if progress.standard_error is None else f" (95% with a standard error of at most {progress.standard_error:.3f})"
-            yield f"published {progress.published_trials} trials{error} {age(progress.published_age)} ago"
+            error = "" if progress.standard_error is None else f", standard error {progress.standard_error:.3f}"
+            yield f"published {progress.published_trials} trials {age(progress.published_age)} ago{error}"
         if progress.failed_attempts:
             yield f"{progress.failed_attempts} failed attempt{'s' * (progress.failed_attempts > 1)}"
         if progress.dead:
