@@ -32,6 +32,7 @@ class ServiceSettings:
         resync_seconds: between two listings of all that is committed.
         max_queued: messages that wait in the broker at most.
         publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed.
+        devices: of a worker, one process for each, with commas between: "auto", "cpu", or "cuda:0,cuda:1".
         port: of the metrics and health checks of a service.
     """
 
@@ -46,6 +47,7 @@ class ServiceSettings:
     max_queued: int = _variable("MEMTAIL_MAX_QUEUED", 2000)
     publish_trials: int = _variable("MEMTAIL_PUBLISH_TRIALS", 500)
     publish_seconds: float = _variable("MEMTAIL_PUBLISH_SECONDS", 60.0)
+    devices: str = _variable("MEMTAIL_DEVICES", "auto")
     port: int = _variable("MEMTAIL_PORT", 9100)
 
     @classmethod

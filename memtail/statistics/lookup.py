@@ -130,12 +130,16 @@ def _patterns(words, first, count, out):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, boundscheck=False)
 def _tables(words, first, count, pairs, out):  # type: ignore[no-untyped-def]
     """The patterns of `count` rows, two to a byte, in the order in which they are read: uint8 [parts, pairs, _MOST_GROUPS], laid flat."""
-    for i in range(count):
-        for w in range(len(words)):
-            for g in range(_GROUPS):
-                pattern = (words[w, first + i] >> np.uint64(g * _PATTERN_BITS)) & np.uint64(_PATTERNS - 1)
-                part, place = divmod(w * _GROUPS + g, _MOST_GROUPS)
-                out[(part * pairs + i // _ROWS) * _MOST_GROUPS + place] |= np.uint8(pattern << np.uint64(i % _ROWS * _PATTERN_BITS))
+    given = np.zeros(pairs * _ROWS, np.uint64)
+    for w in range(len(words)):
+        given[:count] = words[w, first : first + count]
+        for g in range(_GROUPS):
+            part, place = divmod(w * _GROUPS + g, _MOST_GROUPS)
+            into = out[part * pairs * _MOST_GROUPS + place :]
+            shift, one = np.uint64(g * _PATTERN_BITS), np.uint64(_PATTERNS - 1)
+            for pair in range(pairs):
+                upper, lower = (given[2 * pair + 1] >> shift) & one, (given[2 * pair] >> shift) & one
+                into[pair * _MOST_GROUPS] = np.uint8(lower | upper << np.uint64(_PATTERN_BITS))
 
 
 @numba.njit(parallel=True, cache=True, boundscheck=False)

@@ -1,6 +1,7 @@
 """Folding and publishing. All state is made from the bucket; a new aggregator catches up and publishes the same bits."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -60,14 +61,15 @@ class Aggregator:
         self._store, self._settings = store, settings
         self.experiments: dict[str, Folded] = {}
 
-    def run(self) -> None:
-        """Fold and publish for ever; an outage of the bucket is waited out."""
+    def run(self, beat: Callable[[], None]) -> None:
+        """Fold and publish for ever, and call `beat` after each pass; an outage of the bucket is waited out."""
         while True:
             began = time.monotonic()
             try:
                 self.catch_up()
             except (MemtailError, OSError) as error:
                 log.warning("pass given up", error=str(error))
+            beat()
             time.sleep(max(0.0, began + self._settings.reconcile_seconds - time.monotonic()))
 
     def catch_up(self) -> None:

@@ -4,6 +4,8 @@ import socket
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import redis
@@ -44,8 +46,8 @@ class Dispatcher:
         self._leased: set[str] = set()
         self.plan: Plan | None = None
 
-    def run(self) -> None:
-        """Reconcile for ever; an outage of the bucket or the broker is waited out."""
+    def run(self, beat: Callable[[], None]) -> None:
+        """Reconcile for ever, and call `beat` after each pass; an outage of the bucket or the broker is waited out."""
         while True:
             began = time.monotonic()
             try:
@@ -53,11 +55,13 @@ class Dispatcher:
                     self.reconcile()
             except (redis.RedisError, OperationalError, MemtailError, OSError) as error:
                 log.warning("pass given up", error=str(error) or type(error).__name__)
+            beat()
             time.sleep(max(0.0, began + self._settings.reconcile_seconds - time.monotonic()))
 
     def stop(self) -> None:
         """Let another dispatcher lead at once."""
-        self._broker.step_down(self._holder)
+        with suppress(redis.RedisError):
+            self._broker.step_down(self._holder)
 
     def reconcile(self) -> Plan:
         """One pass."""

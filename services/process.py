@@ -1,0 +1,99 @@
+"""What the service processes have in common: how they start, say that they live, and end."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import structlog
+from prometheus_client import make_wsgi_app
+
+from memtail.errors import MemtailError
+from services.settings import ServiceSettings
+
+log = structlog.get_logger()
+
+
+def start(service: Callable[[ServiceSettings], int | None]) -> None:
+    """Run a service to its end, with structured logs; what a user can mend ends it with one line and 2."""
+    configure_logs()
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        sys.exit(service(ServiceSettings.from_environment()))
+    except MemtailError as error:
+        sys.exit(f"memtail: {error}")
+    except (KeyboardInterrupt, _TerminatedError):
+        sys.exit(0)
+
+
+def configure_logs() -> None:
+    """One line an event on standard error: JSON, or readable on a terminal."""
+    terminal = sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(pad_event_to=0) if terminal else structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM came."""
+
+
+def _terminated(*_: Any) -> None:
+    raise _TerminatedError
+
+
+class Heartbeat:
+    """When a service's loop last came round; healthy if that was not long ago.
+
+    Args:
+        patience: seconds without a beat after which it counts as dead.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience, self._last = patience, time.monotonic()
+        self.ready = False
+
+    def beat(self) -> None:
+        """The loop has come round; the service is ready from its first beat on."""
+        self._last, self.ready = time.monotonic(), True
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has come round lately."""
+        return time.monotonic() - self._last < self._patience
+
+
+def serve(port: int, heartbeat: Heartbeat) -> None:
+    """Answer /metrics, /healthz and /readyz from a thread of its own."""
+    metrics = make_wsgi_app()
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        checks = {"/healthz": lambda: heartbeat.alive, "/readyz": lambda: heartbeat.alive and heartbeat.ready}
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            page: Iterable[bytes] = metrics(environ, start_response)
+            return page
+        if path not in checks:
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"there are /metrics, /healthz and /readyz\n"]
+        fine = checks[path]()
+        start_response("200 OK" if fine else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ok\n" if fine else b"no pass for too long\n"]
+
+    server = make_server("", port, answer, handler_class=_Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name it has in the base class
+        pass

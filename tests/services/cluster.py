@@ -1,0 +1,176 @@
+"""The whole service as real processes on the loopback interface: Redis, MinIO, a dispatcher, workers, an aggregator."""
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from memtail.archive import ExperimentArchive
+from memtail.datasets import ImageDataset
+from memtail.datasets.staging import stage
+from memtail.experiment import Experiment
+from memtail.runner import declare
+from memtail.scores.publish import latest_version
+from memtail.storage import keys
+from memtail.storage.s3 import S3Store
+from tests.integration.servers import MinioServer, free_port, server_binary
+
+PROJECT = Path(__file__).parents[2]
+# Everything that takes time in real use takes little here.
+QUICK = {
+    "MEMTAIL_LEASE_SECONDS": "3",
+    "MEMTAIL_RECONCILE_SECONDS": "0.2",
+    "MEMTAIL_RESYNC_SECONDS": "2",
+    "MEMTAIL_PUBLISH_SECONDS": "2",
+}
+
+
+class RedisServer:
+    """A Redis server with a random password that keeps nothing on the disk."""
+
+    def __init__(self) -> None:
+        self.port, self.password = free_port(), secrets.token_hex(16)
+        self.url = f"redis://:{self.password}@127.0.0.1:{self.port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [server_binary("redis-server"), "--port", str(self.port), "--bind", "127.0.0.1", "--requirepass", self.password]
+        self._process = subprocess.Popen([*command, "--save", "", "--appendonly", "no"], stdout=subprocess.DEVNULL)
+        while True:
+            with contextlib.suppress(redis.RedisError):
+                if self.client().ping():
+                    return
+            assert self._process.poll() is None
+            time.sleep(0.02)
+
+    def client(self) -> Any:
+        return redis.Redis.from_url(self.url, decode_responses=True)
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+
+class Service:
+    """One service process with its log."""
+
+    def __init__(self, name: str, environment: dict[str, str], log: Path) -> None:
+        self.name, self._environment, self.log = name, environment, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "Service":
+        environment = {**self._environment, "MEMTAIL_PORT": str(free_port())}
+        self.port = environment["MEMTAIL_PORT"]
+        with self.log.open("ab") as output:
+            command = [sys.executable, "-m", f"services.{self.name}"]
+            self._process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=output, stderr=output, start_new_session=True)
+        return self
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        assert self._process is not None
+        return self._process
+
+    def kill(self) -> None:
+        """All of it at once, as when its container is killed."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self, patience: float = 30) -> None:
+        """As a cluster does: SIGTERM, then SIGKILL."""
+        self.process.terminate()
+        try:
+            self.process.wait(patience)
+        finally:
+            self.kill()
+
+    def children(self) -> list[int]:
+        """The processes it has forked."""
+        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False).stdout
+        return [int(line) for line in found.split()]
+
+
+class Cluster:
+    """A bucket, a broker and the services; what a test starts is stopped when it ends."""
+
+    def __init__(self, folder: Path, minio: MinioServer, **settings: str) -> None:
+        self.folder, self.minio, self.redis = folder, minio, RedisServer()
+        self.bucket = minio.new_bucket()
+        self.store = S3Store(self.bucket, settings=minio.settings())
+        self.environment = {
+            **minio.environment(),
+            **QUICK,
+            "MEMTAIL_STORE": f"s3://{self.bucket}",
+            "MEMTAIL_BROKER": self.redis.url,
+            "MEMTAIL_CACHE": str(folder / "cache"),
+            "MEMTAIL_DEVICES": "cpu",
+            "OMP_NUM_THREADS": "1",
+            **settings,
+        }
+        self.services: list[Service] = []
+
+    def __enter__(self) -> "Cluster":
+        self.redis.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for service in self.services:
+            service.kill()
+        self.redis.stop()
+
+    def start(self, name: str, **environment: str) -> Service:
+        log = self.folder / f"{name}-{len(self.services)}.log"
+        service = Service(name, {**self.environment, **environment}, log)
+        self.services.append(service)
+        return service.start()
+
+    def submit(self, experiment: Experiment, dataset: ImageDataset) -> ExperimentArchive:
+        stage(dataset, self.store)
+        archive = ExperimentArchive(self.store, experiment.name)
+        archive.enroll(declare(experiment, dataset))
+        return archive
+
+    def until(self, what: Callable[[], Any], seconds: float = 90) -> float:
+        """Wait for something to become true; returns the seconds it took."""
+        began = time.monotonic()
+        while not what():
+            assert time.monotonic() - began < seconds, self.logs()
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def until_published(self, archive: ExperimentArchive, trials: int, seconds: float = 90) -> float:
+        """Wait for scores of so many trials."""
+
+        def published() -> bool:
+            pointer = latest_version(self.store, archive.name)
+            return pointer is not None and pointer["summary"]["trials"] + pointer["summary"]["diverged"] >= trials
+
+        return self.until(published, seconds)
+
+    def scores(self, name: str) -> dict[str, bytes]:
+        """The published files."""
+        pointer = latest_version(self.store, name)
+        assert pointer is not None
+        return {file: self.store.get(keys.scores(name, pointer["version"]) + file) for file in pointer["files"]}
+
+    def logs(self) -> str:
+        return "\n".join(f"== {service.log.name}\n{service.log.read_text()[-4000:]}" for service in self.services)
+
+    def events(self, service: Service, event: str) -> Iterator[str]:
+        """The lines of a service's log with an event."""
+        return (line for line in service.log.read_text().splitlines() if f'"event": "{event}"' in line)
