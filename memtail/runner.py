@@ -204,14 +204,14 @@ def _fold_committed(archive: ExperimentArchive, state: RunState) -> None:
     """Fold what the store holds and this run has not: of earlier runs, or of another at the same time."""
     for shard in archive.committed():
         if not all(trial in state.statistics.metrics for trial in shard.trials):
-            state.statistics.fold(archive.batch(shard, state.record.fingerprint))
+            state.statistics.fold(archive.batch(shard, state.record))
 
 
 def _commit(finished: Finished, store: ObjectStore, archive: ExperimentArchive, state: RunState) -> None:
     """Commit a batch and fold what the store then holds: this one, or that of another run that was first."""
     batch = finished.batch
     if batch is None or not archive.commit(batch, state.record.fingerprint):
-        batch = archive.batch(finished.shard, state.record.fingerprint)
+        batch = archive.batch(finished.shard, state.record)
     StoredCheckpoints(store, archive.name, finished.shard).remove()
     state.statistics.fold(batch)
 

@@ -101,7 +101,7 @@ class Aggregator:
 
     def _fold(self, archive: ExperimentArchive, folded: Folded, shard: Shard) -> None:
         try:
-            folded.statistics.fold(archive.batch(shard, folded.record.fingerprint))
+            folded.statistics.fold(archive.batch(shard, folded.record))
         except ForeignObjectError as error:
             self._refuse(archive, folded, shard, str(error))
         else:

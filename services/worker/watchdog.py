@@ -1,8 +1,8 @@
 """A remedy for consumers that fall silent.
 
-When a message cannot be acknowledged because Redis went away, Celery's consumer may come back without ever asking for another: it believes
-that it still holds as many as it may. Idle processes beside a queue with messages are the sign, whatever the cause; then the consumer is made
-to connect anew.
+When a message cannot be acknowledged because Redis went away, Celery's consumer may come back without ever asking for another: it
+believes that it still holds as many as it may. Idle processes beside a queue with messages are the sign, whatever the cause; then the
+consumer is made to connect anew.
 """
 
 from typing import Any
