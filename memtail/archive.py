@@ -52,6 +52,11 @@ class Record:
             indent=1,
         ).encode()
 
+    def with_trials(self, trials: int) -> "Record":
+        """The same with another number of trials."""
+        subsets = self.experiment.subsets.model_copy(update={"trials": trials})
+        return replace(self, experiment=self.experiment.model_copy(update={"subsets": subsets}))
+
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> "Record":
         """Read a record. Raises: StoreError."""
@@ -124,6 +129,8 @@ class ExperimentArchive:
                 f"experiment '{self.name}' is in the store with fingerprint {held.fingerprint[:8]}..., this spec has "
                 f"{wanted.fingerprint[:8]}... ({changes}): choose another name"
             )
+        if wanted.experiment.subsets.until:  # it began with fewer than it has come to
+            wanted = wanted.with_trials(max(wanted.experiment.subsets.trials, held.experiment.subsets.trials))
         more, fewer = wanted.experiment.subsets.trials, held.experiment.subsets.trials
         if more < fewer:
             raise StoreError(f"experiment '{self.name}' is in the store with {fewer} trials, this spec has {more}: ask for {fewer} or more")
@@ -183,8 +190,7 @@ class ExperimentArchive:
         held = self.record()
         if trials <= held.experiment.subsets.trials:
             return held
-        subsets = held.experiment.subsets.model_copy(update={"trials": trials})
-        extended = replace(held, experiment=held.experiment.model_copy(update={"subsets": subsets}))
+        extended = held.with_trials(trials)
         self.store.put(keys.experiment(self.name), extended.to_bytes())
         return extended
 
