@@ -18,6 +18,8 @@ from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trials import Shard, TrialBatch, largest_batch
 
 SCHEMA = 1
+#: A shard that fails this often is given up.
+MAX_ATTEMPTS = 3
 # Bytes of the largest small object that is read.
 _SMALL = 1 << 20
 
@@ -102,7 +104,7 @@ class ExperimentArchive:
         self.name = name
 
     def record(self) -> Record:
-        """The experiment's record. Raises: StoreError: there is none of this name; says which there are."""
+        """The experiment's record. Raises: ObjectNotFound: there is none of this name; says which there are. StoreError."""
         key = keys.experiment(self.name)
         try:
             if not NAME.fullmatch(self.name):
@@ -110,7 +112,7 @@ class ExperimentArchive:
             return Record.from_bytes(self.store.get(key), key)
         except ObjectNotFound:
             there = ", ".join(experiment_names(self.store)) or "none"
-            raise StoreError(f"there is no experiment '{self.name}' in the store; there: {there}") from None
+            raise ObjectNotFound(f"there is no experiment '{self.name}' in the store; there: {there}") from None
 
     def enroll(self, wanted: Record) -> Record:
         """Enter an experiment, or find it entered already; returns the record that holds.
@@ -145,8 +147,7 @@ class ExperimentArchive:
 
     def is_committed(self, shard: Shard) -> bool:
         """Whether the shard has a trial batch."""
-        key = keys.trial_batch(self.name, shard.first, shard.last)
-        return next(iter(self.store.list(key)), None) == key
+        return self.store.exists(keys.trial_batch(self.name, shard.first, shard.last))
 
     def commit(self, batch: TrialBatch, fingerprint: str) -> bool:
         """Write a trial batch unless the shard has one; False if another was first, whose batch then stands.
@@ -244,7 +245,7 @@ class ExperimentArchive:
 
 def experiment_names(store: ObjectStore) -> list[str]:
     """The names of all experiments in a store, ascending."""
-    return [name for key in store.list(keys.experiments()) if (name := keys.parse_experiment(key))]
+    return [name for name in store.folders(keys.experiments()) if NAME.fullmatch(name) and store.exists(keys.experiment(name))]
 
 
 def missing_shards(trials: int, trials_per_shard: int, committed: list[Shard]) -> list[Shard]:

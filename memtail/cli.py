@@ -3,16 +3,15 @@
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtail.errors import MemtailError, ScoresError, StoreError
-from memtail.settings import STORE_VARIABLE
+from memtail import cli_service
+from memtail.cli_arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, only, open_existing, preparation
+from memtail.errors import MemtailError, ScoresError
 
 if TYPE_CHECKING:
     from memtail.scores.reader import Scores
@@ -25,12 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-SpecFile = Annotated[Path, typer.Argument(help="The experiment file (YAML).", metavar="SPEC")]
-Name = Annotated[str | None, typer.Argument(help="The experiment; may be left out if the store holds one only.")]
-Store = Annotated[str, typer.Option(help="The folder, or s3://BUCKET/PREFIX, that holds the results.", envvar=STORE_VARIABLE)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-DEFAULT_STORE = "memtail-store"
 
 
 def main() -> None:
@@ -70,7 +63,7 @@ def run(
         display.show_spec(experiment)
     failure = None
     try:
-        with display.RunProgress(quiet=json_) as progress, _preparation(quiet=json_) as on_preparation:
+        with display.RunProgress(quiet=json_) as progress, preparation(quiet=json_) as on_preparation:
             summary = run_experiment(experiment, store, on_progress=progress.update, on_preparation=on_preparation, profile=profile)
     except ShardsFailedError as error:
         if error.summary is None:
@@ -82,7 +75,7 @@ def run(
     if json_:
         print(json.dumps(summary, indent=1))
     else:
-        display.show_summary(summary, _scores_of(_open(store), experiment.name), progress.seconds, store)
+        display.show_summary(summary, _scores_of(open_existing(store), experiment.name), progress.seconds, store)
         if "profile" in summary:
             display.show_profile(summary["profile"])
     if failure is not None:
@@ -104,7 +97,7 @@ def plan(
 
     logs.configure()
     experiment = Experiment.load(spec)
-    with _preparation(quiet=json_) as on_preparation:
+    with preparation(quiet=json_) as on_preparation:
         made = plan_experiment(experiment, store, price=price, standard_error=standard_error, on_preparation=on_preparation)
     if json_:
         print(json.dumps(asdict(made), indent=1))
@@ -117,13 +110,14 @@ def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False)
     """Show how far the experiments in a store are."""
     from memtail import display
     from memtail.archive import experiment_names
+    from memtail.progress import progress_of
 
-    opened = _open(store)
-    rows = [_status(opened, each) for each in ([name] if name else experiment_names(opened))]
+    opened = open_existing(store)
+    found = [progress_of(opened, each) for each in ([name] if name else experiment_names(opened))]
     if json_:
-        print(json.dumps(rows, indent=1))
-    elif rows:
-        display.show_status(rows)
+        print(json.dumps([progress.to_json() for progress in found], indent=1))
+    elif found:
+        display.show_status(found)
     else:
         print(f"no experiment in {store}")
 
@@ -140,8 +134,8 @@ def top(
     json_: Json = False,
 ) -> None:
     """Show the most memorized training examples, or the pairs of greatest influence."""
-    opened = _open(store)
-    scores = _scores_of(opened, _only(opened, name))
+    opened = open_existing(store)
+    scores = _scores_of(opened, only(opened, name))
     if influencers_of is not None:
         table = scores.top_influencers(influencers_of, count)
     elif pairs:
@@ -168,8 +162,8 @@ def scores(
     from memtail.scores.publish import latest_version
     from memtail.storage import keys
 
-    opened = _open(store)
-    name = _only(opened, name)
+    opened = open_existing(store)
+    name = only(opened, name)
     pointer = latest_version(opened, name)
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
@@ -182,27 +176,6 @@ def scores(
     print(f"{name}: {pointer['summary']['trials']} trials, published {pointer['published']}")
     for file in pointer["files"]:
         print(fetch / file if fetch else f"{place}/{file}")
-
-
-@app.command()
-def stage(spec: SpecFile, json_: Json = False) -> None:
-    """Prepare the dataset of an experiment, without training."""
-    from memtail import datasets
-    from memtail.experiment import Experiment
-
-    experiment = Experiment.load(spec)
-    with _preparation(quiet=json_) as on_preparation:
-        dataset = datasets.prepare(experiment.dataset, on_preparation)
-    facts = {
-        "dataset": experiment.dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "train": dataset.n_train,
-        "test": dataset.n_test,
-        "classes": len(dataset.classes),
-        "image": "x".join(str(side) for side in dataset.image_shape),
-        "folder": str(dataset.folder),
-    }
-    print(json.dumps(facts, indent=1) if json_ else "\n".join(f"{key:<12} {value}" for key, value in facts.items()))
 
 
 @app.command()
@@ -221,63 +194,10 @@ def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
         sys.exit(1)
 
 
-def _open(store: str) -> "ObjectStore":
-    """A store that is there, to read from."""
-    from memtail import logs
-    from memtail.storage.opening import is_url, open_store
-
-    if is_url(store):
-        logs.configure()
-    elif not Path(store).is_dir():
-        raise StoreError(f"there is no store at {store}: memtail run SPEC makes one, --store names another")
-    return open_store(store, prove=False)
-
-
-def _only(store: "ObjectStore", name: str | None) -> str:
-    """The named experiment, or the only one there is."""
-    from memtail.archive import ExperimentArchive, experiment_names
-
-    if name is not None:
-        ExperimentArchive(store, name).record()
-        return name
-    names = experiment_names(store)
-    if len(names) != 1:
-        raise StoreError(f"the store {store.address} holds {len(names)} experiments ({', '.join(names) or 'none'}): name one")
-    return names[0]
-
-
 def _scores_of(store: "ObjectStore", name: str) -> "Scores":
     from memtail.scores.fetch import open_scores
 
     return open_scores(store, name)
 
 
-def _status(store: "ObjectStore", name: str) -> dict[str, Any]:
-    from memtail.archive import ExperimentArchive
-    from memtail.scores.publish import latest_version
-
-    archive = ExperimentArchive(store, name)
-    record = archive.record()
-    pointer = latest_version(store, name)
-    return {
-        "experiment": name,
-        "trials": len({trial for shard in archive.committed() for trial in shard.trials}),
-        "wanted": record.experiment.subsets.trials,
-        "failed_attempts": sum(1 for _ in archive.failures()),
-        "published_trials": pointer["summary"]["trials"] if pointer else 0,
-        "published": pointer["published"] if pointer else None,
-        "test_accuracy": pointer["summary"]["test_accuracy"] if pointer else None,
-        "fingerprint": record.fingerprint,
-    }
-
-
-@contextmanager
-def _preparation(quiet: bool) -> Iterator[Any]:
-    """A progress bar for a folder of images, shown once there is something to do."""
-    from memtail import display
-
-    if quiet:
-        yield None
-        return
-    with display.PreparationProgress() as progress:
-        yield progress.update
+cli_service.register(app)

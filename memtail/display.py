@@ -1,6 +1,8 @@
 """What the command line shows: progress of a run, summaries and tables."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from memtail.archive import Failure
     from memtail.doctor import Check
     from memtail.experiment import Experiment
     from memtail.planning import Plan
+    from memtail.progress import ExperimentProgress
     from memtail.runner import RunState
     from memtail.scores.reader import Column, Scores
+    from memtail.submission import Submission
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 if not console.is_terminal:
@@ -25,6 +30,9 @@ if not console.is_terminal:
 
 _PLAIN_LINE_SECONDS = 5.0
 _BAR_WIDTH = 40
+_WIDEST = 1000
+# Columns of tables that are read from their left.
+_TEXTS = ("experiment", "filename", "state")
 
 
 def show_spec(experiment: "Experiment") -> None:
@@ -47,7 +55,8 @@ class PreparationProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._task is not None:  # elsewhere it would leave an empty line
+            self._bar.stop()
 
     def update(self, done: int, total: int) -> None:
         """Show that `done` of `total` are prepared."""
@@ -207,22 +216,83 @@ def show_plan(plan: "Plan") -> None:
     console.print("\nthe whole run")
     for where, forecast in (("this machine", plan.here), *((f"{each.devices} x {plan.device}", each) for each in plan.elsewhere)):
         cost = "" if forecast.cost is None else f"  costs {forecast.cost:.2f}"
-        console.print(f"  {where:<24} {_duration(forecast.seconds):>10}{cost}")
+        console.print(f"  {where:<24} {duration(forecast.seconds):>10}{cost}")
 
 
-def show_status(rows: list[dict[str, Any]]) -> None:
-    """One line per experiment."""
-    columns = ("experiment", "trials", "wanted", "failed_attempts", "published_trials", "published", "test_accuracy")
-    show_table({column: np.array([row[column] if row[column] is not None else "-" for row in rows], dtype=object) for column in columns})
+def show_status(found: "list[ExperimentProgress]") -> None:
+    """One line per experiment; columns that hold nothing but zeros are left out."""
+    rows = [
+        {
+            "experiment": each.experiment,
+            "state": each.ending or each.control.state,
+            "prio": each.control.priority,
+            "trials": f"{each.trials}/{each.wanted}",
+            "shards": f"{len(each.committed)}/{len(each.committed) + len(each.missing)}",
+            "failed": each.failed_attempts,
+            "dead": len(each.dead),
+            "published": "-" if each.published_age is None else f"{each.published_trials}, {age(each.published_age)} ago",
+            "std. error": "-" if each.standard_error is None else each.standard_error,
+            "test acc.": "-" if each.pointer is None else _percent(each.pointer["summary"]["test_accuracy"]),
+        }
+        for each in found
+    ]
+    table = {column: np.array([row[column] for row in rows], dtype=object) for column in rows[0]}
+    show_table({column: values for column, values in table.items() if any(value != 0 for value in values)})
+
+
+def show_submission(made: "Submission", store: str) -> None:
+    """What was entered, and what to do next."""
+    experiment, before = made.record.experiment, made.trials_before
+    trials = experiment.subsets.trials
+    if before is None:
+        what = f"entered in {store}"
+    elif before < trials:
+        what = f"extended from {before} to {trials} trials in {store}"
+    else:
+        what = f"is in {store} already"
+    console.print(f"{experiment.name} {what}", style="bold")
+    state = "running" if made.control.state == "running" else f"{made.control.state}: memtail resume {experiment.name} lets it run"
+    facts = [
+        ("trials", f"{trials} in {made.shards} shards of {made.record.trials_per_shard}"),
+        ("fingerprint", made.record.fingerprint[:16]),
+        ("dataset", f"{made.dataset[:16]}, {'put into the store' if made.staged else 'was in the store'}"),
+        ("priority", str(made.control.priority)),
+        ("state", state),
+    ]
+    for name, value in facts:
+        console.print(f"  {name:<24} {value}")
+    console.print(f"\nwatch it:     memtail watch {experiment.name} --store {store}")
+    console.print(f"its scores:   memtail scores {experiment.name} --fetch DIR --store {store}")
+
+
+def show_failures(found: "list[Failure]", progress: "ExperimentProgress", traceback: bool) -> None:
+    """One line per failed attempt, or its whole text."""
+    if traceback:
+        for each in found:
+            console.print(f"{each.shard}, attempt {each.attempt}, {each.when}: {progress.fate(each.shard)}", style="bold")
+            console.print(f"{each.traceback.rstrip() or each.error}\n")
+    else:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for column in ("trials", "attempt", "when", "now"):
+            table.add_column(column, justify="right" if column == "attempt" else "left", no_wrap=True)
+        table.add_column("error", overflow="fold")
+        for each in found:
+            table.add_row(each.shard.span, str(each.attempt), each.when, progress.fate(each.shard), Text(each.error))
+        console.print(table, soft_wrap=False, crop=False)
+    if progress.dead:
+        count, name = len(progress.dead), progress.experiment
+        console.print(f"\n{count} shard{'s' * (count > 1)} given up: memtail retry {name} has {'them' if count > 1 else 'it'} tried again")
 
 
 def show_table(table: "dict[str, Column]") -> None:
     """Columns side by side; floats to four digits."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in table:
-        shown.add_column(Text(name), justify="right" if name != "filename" else "left", no_wrap=True)
+        shown.add_column(Text(name), justify="left" if name in _TEXTS else "right", no_wrap=True)
     for row in zip(*(values.tolist() for values in table.values()), strict=True):
         shown.add_row(*(Text(f"{value:.4f}" if isinstance(value, float) else str(value)) for value in row))
+    # a narrow terminal had better break lines than cut cells
+    shown.width = console.measure(shown, options=console.options.update(width=_WIDEST)).maximum
     console.print(shown, soft_wrap=False, crop=False)
 
 
@@ -232,11 +302,27 @@ def show_checks(checks: "list[Check]") -> None:
         console.print(Text("ok " if check.fine else "NO ", style="green" if check.fine else "red"), f"{check.name:<22} {check.finding}")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In the unit that fits."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def age(seconds: float) -> str:
+    """As `duration`, in whole seconds; clocks that differ a little give 0."""
+    return f"{max(0.0, seconds):.0f} s" if seconds < 120 else duration(seconds)
+
+
+@contextmanager
+def working(what: str, quiet: bool = False) -> Iterator[None]:
+    """Says what is being done while it takes long, on a terminal."""
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 def _percent(value: float | None) -> str:

@@ -4,16 +4,18 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from memtail.errors import MemtailError
-from memtail.settings import Settings
+from memtail.settings import BROKER_VARIABLE, Settings, secret
 from memtail.storage.opening import is_url, open_bucket
 
-# Seconds: for which a server that does not answer is tried, and by which clocks may differ.
+# Seconds: for which an object store that does not answer is tried, for which a broker's answer is waited, and by which clocks may differ.
 _PATIENCE = 10.0
+_BROKER_SECONDS = 5.0
 _CLOCK_SECONDS = 300.0
 
 
@@ -37,6 +39,7 @@ def examine(store: str | Path) -> list[Check]:
         Check("datasets looked for in", True, ", ".join(str(place) for place in settings.places(None))),
         _folder("cache", settings.cache),
         *(_bucket(str(store)) if is_url(store) else [_folder("store", Path(store)), *_store(Path(store))]),
+        *_broker(),
     ]
 
 
@@ -108,6 +111,40 @@ def _bucket(address: str) -> list[Check]:
         return [clock(), _or_error("store", reading), _or_error("conditional write", writing)]
     except MemtailError as error:
         return [Check("store", False, str(error))]
+
+
+def _broker() -> list[Check]:
+    """Whether Redis answers, where the services' broker is set. No finding holds its password."""
+    try:
+        url = secret(BROKER_VARIABLE)
+        if url is None:
+            return []
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+    except MemtailError as error:
+        return [Check("broker", False, str(error))]
+    except ModuleNotFoundError:
+        return [Check("broker", False, "unknown: redis is not installed: pip install 'memtail[services]'")]
+    malformed = Check("broker", False, f"{BROKER_VARIABLE} is no Redis URL: give redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS")
+    try:
+        if "@" in url and "@" not in urlsplit(url).netloc:  # else a part of the password would be taken, and shown, for the host
+            return [replace(malformed, finding=f"{malformed.finding}, with / # and ? in the password as %2F %23 and %3F")]
+        client = redis.Redis.from_url(
+            url, socket_timeout=_BROKER_SECONDS, socket_connect_timeout=_BROKER_SECONDS, retry=Retry(NoBackoff(), 0)
+        )
+        place = "{host}:{port}".format_map({"host": "localhost", "port": 6379, **client.connection_pool.connection_kwargs})
+        client.ping()
+    except (ValueError, TypeError):
+        return [malformed]
+    except redis.AuthenticationError as error:
+        return [
+            Check("broker", False, f"Redis at {place} refuses the password ({error}): set {BROKER_VARIABLE} to a URL with the right one")
+        ]
+    except redis.RedisError as error:
+        mend = f"check that Redis is up, and that {BROKER_VARIABLE} is its URL"
+        return [Check("broker", False, f"Redis at {place} does not answer ({str(error).rstrip('.')}): {mend}")]
+    return [Check("broker", True, f"Redis at {place} answers")]
 
 
 def _or_error(name: str, check: Callable[[], Check]) -> Check:

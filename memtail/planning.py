@@ -183,7 +183,7 @@ def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) 
     """The record that a run would go by, and the shards that the store lacks."""
     wanted = declare(experiment, dataset)
     archive = ExperimentArchive(open_store(store, prove=False), experiment.name)
-    if next(iter(archive.store.list(keys.experiment(experiment.name))), None) is None:
+    if not archive.store.exists(keys.experiment(experiment.name)):
         return wanted, missing_shards(experiment.subsets.trials, wanted.trials_per_shard, [])
     held = archive.record()
     if held.fingerprint != wanted.fingerprint:

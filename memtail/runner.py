@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import torch
 
 from memtail import datasets
-from memtail.archive import ExperimentArchive, Record, missing_shards
+from memtail.archive import MAX_ATTEMPTS, ExperimentArchive, Record, missing_shards
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
 from memtail.experiment import Experiment
@@ -38,8 +39,6 @@ from memtail.workers import Finished, StoredCheckpoints, Task, Workers
 
 log = structlog.get_logger()
 
-#: A shard that fails this often in one run is given up.
-MAX_ATTEMPTS = 3
 #: Scores are published at the end, and in a long run every so many seconds.
 PUBLISH_SECONDS = 300.0
 
@@ -142,15 +141,20 @@ class ShardsFailedError(MemtailError):
         self.summary = summary
 
 
-def declare(experiment: Experiment, dataset: ImageDataset) -> Record:
+def declare(experiment: Experiment, dataset: ImageDataset, devices: list[torch.device] | None = None) -> Record:
     """The record under which an experiment is entered in a store, after checking all that can be checked before training.
+
+    Args:
+        experiment: the declaration.
+        dataset: its dataset.
+        devices: those that shards are to be cut for, which need not be here; by default this machine's.
 
     Raises:
         SpecError: the model or the subset design does not fit the dataset.
     """
     check_trials(experiment.subsets, dataset.train_labels)
     check_model(experiment.model, dataset.image_shape, len(dataset.classes))
-    devices = available_devices(experiment.execution.device)
+    devices = devices or available_devices(experiment.execution.device)
     return Record(
         experiment=experiment,
         fingerprint=experiment.fingerprint(dataset.fingerprint),

@@ -10,6 +10,8 @@ from memtail.errors import StoreError
 
 #: The folder or bucket that holds the results, as the command line's --store.
 STORE_VARIABLE = "MEMTAIL_STORE"
+#: Redis's URL with its password, or with `_FILE` at its end the file that holds it: of the services, and looked at by the doctor.
+BROKER_VARIABLE = "MEMTAIL_BROKER"
 
 
 def _from_environment(variable: str, default: Path | None) -> Path | None:

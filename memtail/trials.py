@@ -34,8 +34,13 @@ class Shard:
         """The trials' indices."""
         return range(self.first, self.last + 1)
 
+    @property
+    def span(self) -> str:
+        """`FIRST-LAST`."""
+        return f"{self.first}-{self.last}"
+
     def __str__(self) -> str:
-        return f"trials {self.first}-{self.last}"
+        return f"trials {self.span}"
 
 
 @dataclass(frozen=True)

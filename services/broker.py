@@ -116,9 +116,8 @@ class Broker:
         self._lease = int(settings.lease_seconds * 1000)
         try:
             self.redis = redis.Redis.from_url(settings.broker, socket_timeout=10, socket_connect_timeout=5, decode_responses=True)
-        except ValueError as error:
-            mend = "give redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS"
-            raise ServiceError(f"MEMTAIL_BROKER is no Redis URL ({error}): {mend}") from None
+        except ValueError:  # what it says may hold a part of the password
+            raise ServiceError("MEMTAIL_BROKER is no Redis URL: give redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS") from None
         self._acquire, self._renew, self._release = map(self.redis.register_script, (_ACQUIRE, _RENEW, _RELEASE))
 
     def send(self, assignments: list[Assignment]) -> None:

@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from memtail.archive import MAX_ATTEMPTS
 from memtail.errors import MemtailError
-from memtail.settings import STORE_VARIABLE, secret
+from memtail.settings import BROKER_VARIABLE, STORE_VARIABLE, secret
 
 
 class ServiceError(MemtailError):
@@ -36,10 +37,10 @@ class ServiceSettings:
     """
 
     store: str = _variable(STORE_VARIABLE, "")
-    broker: str = _variable("MEMTAIL_BROKER", "redis://127.0.0.1:6379/0", repr=False)
+    broker: str = _variable(BROKER_VARIABLE, "redis://127.0.0.1:6379/0", repr=False)
     lease_seconds: float = _variable("MEMTAIL_LEASE_SECONDS", 60.0)
     shard_seconds: float = _variable("MEMTAIL_SHARD_SECONDS", 6 * 3600.0)
-    max_attempts: int = _variable("MEMTAIL_MAX_ATTEMPTS", 3)
+    max_attempts: int = _variable("MEMTAIL_MAX_ATTEMPTS", MAX_ATTEMPTS)
     max_starts: int = _variable("MEMTAIL_MAX_STARTS", 10)
     reconcile_seconds: float = _variable("MEMTAIL_RECONCILE_SECONDS", 2.0)
     resync_seconds: float = _variable("MEMTAIL_RESYNC_SECONDS", 60.0)
@@ -55,7 +56,7 @@ class ServiceSettings:
         values: dict[str, Any] = {}
         for entry in fields(cls):
             variable = entry.metadata["variable"]
-            text = secret(variable) if variable == "MEMTAIL_BROKER" else os.environ.get(variable)
+            text = secret(variable) if variable == BROKER_VARIABLE else os.environ.get(variable)
             if text:
                 values[entry.name] = _parsed(variable, text, type(entry.default))
         settings = cls(**values)

@@ -4,7 +4,6 @@ A staged dataset is complete when its manifest is there, which is written last a
 """
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from memtail.datasets.image_dataset import ImageDataset
 from memtail.errors import DatasetError
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
+_MANIFEST = "manifest.json"
 _MOST_MANIFEST_BYTES = 1 << 16
 
 
@@ -40,8 +40,8 @@ def stage(dataset: ImageDataset, store: ObjectStore) -> bool:
     Raises:
         StoreError: the store cannot be written.
     """
-    manifest_key = keys.dataset(dataset.fingerprint, "manifest.json")
-    if next(iter(store.list(manifest_key)), None) == manifest_key:
+    manifest_key = keys.dataset(dataset.fingerprint, _MANIFEST)
+    if store.exists(manifest_key):
         return False
     files = {}
     for path in sorted(dataset.folder.iterdir()):
@@ -72,28 +72,38 @@ def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None =
 
 def _bring(store: ObjectStore, fingerprint: str, folder: Path, limit: int | None) -> None:
     try:
-        data = store.get(keys.dataset(fingerprint, "manifest.json"), limit=_MOST_MANIFEST_BYTES)
+        data = store.get(keys.dataset(fingerprint, _MANIFEST), limit=_MOST_MANIFEST_BYTES)
         manifest = _Manifest.model_validate_json(data)
     except ObjectNotFound:
         raise DatasetError(f"dataset {fingerprint[:8]}... is not in {store.address}: memtail stage SPEC puts it there") from None
     except ValidationError:
-        raise DatasetError(
-            f"dataset {fingerprint[:8]}... in {store.address} has a damaged manifest: remove it and stage it again"
-        ) from None
+        raise _damaged(store, fingerprint, "its manifest is damaged") from None
     size = sum(file.size for file in manifest.files.values())
     if limit is not None:
         _make_room(folder.parent, limit - size, f"dataset {fingerprint[:8]}... has {size} bytes")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as temporary:
         unfinished = Path(temporary) / fingerprint
         for name, file in manifest.files.items():
-            store.download(keys.dataset(fingerprint, name), unfinished / name)
+            try:
+                store.download(keys.dataset(fingerprint, name), unfinished / name)
+            except ObjectNotFound:
+                raise _damaged(store, fingerprint, f"{name} is missing") from None
             if _digest(unfinished / name) != file.sha256:
-                raise DatasetError(f"dataset {fingerprint[:8]}...: {name} in {store.address} is damaged: remove it and stage it again")
-        found = json.loads((unfinished / "meta.json").read_text())["fingerprint"]
+                raise _damaged(store, fingerprint, f"{name} is damaged")
+        try:
+            found = ImageDataset.open(unfinished).fingerprint
+        except (DatasetError, ValueError, KeyError, TypeError):
+            raise _damaged(store, fingerprint, "its files make no dataset") from None
         if found != fingerprint:
-            raise DatasetError(f"dataset {fingerprint[:8]}... in {store.address} is {found[:8]}... in truth: remove it and stage it again")
+            raise _damaged(store, fingerprint, f"it is {found[:8]}... in truth")
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
+
+
+def _damaged(store: ObjectStore, fingerprint: str, what: str) -> DatasetError:
+    """A dataset is staged again only where it has no manifest."""
+    manifest = keys.dataset(fingerprint, _MANIFEST)
+    return DatasetError(f"dataset {fingerprint[:8]}... in {store.address}: {what}: remove {manifest} there, then memtail stage SPEC")
 
 
 def _make_room(folder: Path, room: int, what: str) -> None:

@@ -62,8 +62,7 @@ def latest_version(store: ObjectStore, name: str) -> dict[str, Any] | None:
 
 def versions(store: ObjectStore, name: str) -> list[str]:
     """The versions in the store, by number of trials."""
-    prefix = keys.all_scores(name)
-    return sorted({version for key in store.list(prefix) for version, slash, _ in [key.removeprefix(prefix).partition("/")] if slash})
+    return list(store.folders(keys.all_scores(name)))
 
 
 def _version(fingerprint: str, statistics: Statistics) -> str:

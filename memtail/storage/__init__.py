@@ -17,10 +17,10 @@ class ObjectStore(Protocol):
     A key is a relative path with `/` between its parts. What every store guarantees:
 
     * Atomicity: a reader sees the whole of an object or none of it, also when the writer is killed half-way.
-    * Visibility: once a write has returned, every later `get` and `list` anywhere sees it.
+    * Visibility: once a write has returned, every later `get`, `exists`, `list` and `folders` anywhere sees it.
     * Durability: once a write has returned, the object survives a crash of the writer.
     * `put_if_absent` is decided by the store: of any number of concurrent calls for one key exactly one returns True.
-    * `list` yields in ascending order of keys.
+    * `list` and `folders` yield in ascending order.
 
     Every method may be called from any thread and any process. A store on a network retries what a retry may mend; what is left is
     raised as `StoreError`, and `ObjectNotFound` where the key does not exist.
@@ -46,6 +46,17 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> Iterator[str]:
         """The keys that start with `prefix`, ascending. Raises: StoreError."""
+        ...
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """The names of the folders right below `prefix`: what keys go on with before their next `/`, each once, ascending.
+
+        What lies in them is not listed. `prefix` is empty or ends with a `/`. Raises: StoreError.
+        """
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object under the key. Raises: StoreError."""
         ...
 
     def delete(self, key: str) -> None:

@@ -83,12 +83,6 @@ def latest_scores(name: str) -> str:
     return f"{all_scores(name)}latest.json"
 
 
-def parse_experiment(key: str) -> str | None:
-    """The name in an `experiment` key; None if it is another key."""
-    match = re.fullmatch(r"experiments/([^/]+)/experiment\.json", key)
-    return match and match[1]
-
-
 def parse_span(key: str) -> tuple[int, int] | None:
     """(first, last) in the key of a trial batch, checkpoint or failure record; None if it is another key."""
     match = re.search(r"/(\d+)-(\d+)(?:\.npz|\.pt|/\d+\.json)$", key)

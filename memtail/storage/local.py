@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,22 @@ class LocalStore:
             found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in files]
         yield from sorted(key for key in found if key.startswith(prefix))
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        try:
+            found = [entry.name for entry in os.scandir(self.root / prefix) if entry.is_dir(follow_symlinks=False)]
+        except OSError as error:
+            self._unreadable(error)
+            return
+        # one that all objects have left is no folder any more
+        yield from (name for name in sorted(found) if name != _UNFINISHED and self._holds_a_file(self.root / prefix / name))
+
+    def exists(self, key: str) -> bool:
+        try:
+            with self._reading(key):
+                return stat.S_ISREG(self.path(key).stat().st_mode)
+        except ObjectNotFound:
+            return False
+
     def delete(self, key: str) -> None:
         try:
             self.path(key).unlink(missing_ok=True)
@@ -117,6 +134,9 @@ class LocalStore:
             with suppress(FileNotFoundError):
                 if time.time() - file.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                     file.unlink()
+
+    def _holds_a_file(self, folder: Path) -> bool:
+        return any(files for _, _, files in os.walk(folder, onerror=self._unreadable))
 
     def _unreadable(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):

@@ -31,8 +31,16 @@ def open_store(address: str | Path, *, prove: bool = True) -> ObjectStore:
     return store
 
 
-def open_bucket(address: str, patience: float = 120.0) -> "S3Store":
-    """Open `s3://BUCKET/PREFIX` without asking its server, which is to be tried for `patience` seconds. Raises: StoreError."""
+def open_bucket(address: str, patience: float = 120.0, timeout: float = 60.0) -> "S3Store":
+    """Open `s3://BUCKET/PREFIX` without asking its server.
+
+    Args:
+        address: of the bucket.
+        patience, timeout: seconds for which a request is tried, and for which each answer is waited.
+
+    Raises:
+        StoreError: it cannot be the address of a bucket.
+    """
     scheme, _, rest = address.partition("://")
     if scheme != "s3":
         raise StoreError(f"{address} is not the address of a store: give a folder, or s3://BUCKET/PREFIX as text")
@@ -41,7 +49,7 @@ def open_bucket(address: str, patience: float = 120.0) -> "S3Store":
     except ModuleNotFoundError as error:
         raise StoreError(f"{address}: this needs {error.name}, which is not installed: pip install 'memtail[services]'") from None
     bucket, _, prefix = rest.partition("/")
-    return S3Store(bucket, prefix.strip("/"), patience=patience)
+    return S3Store(bucket, prefix.strip("/"), patience=patience, timeout=timeout)
 
 
 def is_url(address: str | Path) -> bool:

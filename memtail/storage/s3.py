@@ -144,6 +144,20 @@ class S3Store:
                 return
             last = names[-1]
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        start = self._prefix + prefix
+
+        def names(connection: _Connection) -> set[str]:
+            entries = connection.s3.list_objects(bucket_name=self._bucket, prefix=start or None, recursive=False)
+            found = ((entry.object_name or "").removeprefix(start) for entry in entries)
+            return {name.removesuffix("/") for name in found if name.endswith("/")}
+
+        # the server sorts them with their slash: a-b/ before a/
+        yield from sorted(self._try(prefix, "listed", names))
+
+    def exists(self, key: str) -> bool:
+        return self._try(key, "looked for", lambda connection: self._writer(connection, key) is not None)
+
     def delete(self, key: str) -> None:
         name = self._name(key)
         self._try(key, "removed", lambda connection: connection.s3.remove_object(bucket_name=self._bucket, object_name=name))

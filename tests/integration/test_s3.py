@@ -265,6 +265,15 @@ def test_a_listing_of_more_than_a_page_is_whole_and_in_order(minio, bucket, monk
     assert store.get(names[3]) == b""
 
 
+def test_folders_are_named_without_a_listing_of_what_lies_in_them(minio, bucket, proxy):
+    store = S3Store(bucket, "folders", minio.settings(endpoint=proxy.endpoint))
+    for number in range(20):
+        store.put(f"experiments/e/trials/{number}", b"")
+    proxy.requests.clear()
+    assert list(store.folders("experiments/")) == ["e"]
+    assert len(proxy.requests) == 1 and b"delimiter=%2F" in proxy.requests[0]
+
+
 def test_credentials_come_from_variables_or_from_files_that_they_name(minio, bucket, environment, tmp_path):
     environment.setenv("MEMTAIL_S3_ENDPOINT", minio.endpoint)
     for name, value in (("ACCESS", minio.access_key), ("SECRET", minio.secret_key)):

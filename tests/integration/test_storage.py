@@ -71,6 +71,25 @@ def test_list_gives_keys_in_order_and_only_those_with_the_prefix(store):
     assert list(store.list("")) == ["x/a", "x/b/10", "x/b/2", "xy", "z/x/a"]
 
 
+def test_folders_gives_each_name_once_and_in_order_and_no_objects(store):
+    for key in ("x/b/2", "x/b/1/deep", "x/b-c/1", "x/a/1", "x/ü +%/1", "x/file", "xy/1", "file"):
+        store.put(key, b"")
+    assert list(store.folders("x/")) == ["a", "b", "b-c", "ü +%"]
+    assert list(store.folders("x/b/")) == ["1"]
+    assert list(store.folders("")) == ["x", "xy"]
+    assert list(store.folders("x/a/")) == list(store.folders("nothing/")) == list(store.folders("file/")) == []
+    store.delete("x/a/1")
+    assert list(store.folders("x/")) == ["b", "b-c", "ü +%"]
+
+
+def test_an_object_exists_from_its_writing_to_its_removal(store):
+    assert not store.exists("a/b")
+    store.put("a/b", b"")
+    assert store.exists("a/b") and not store.exists("a") and not store.exists("a/b/c")
+    store.delete("a/b")
+    assert not store.exists("a/b")
+
+
 def test_delete_removes_and_is_silent_about_what_is_not_there(store):
     store.put("k", b"")
     store.delete("k")
@@ -105,6 +124,7 @@ def test_keys_that_leave_the_store_are_refused(store, tmp_path):
             lambda key: store.put(key, b""),
             lambda key: store.put_if_absent(key, b""),
             store.get,
+            store.exists,
             store.delete,
             lambda key: store.upload(key, tmp_path / "file"),
             lambda key: store.download(key, tmp_path / "file"),
@@ -178,4 +198,3 @@ def test_a_file_in_place_of_the_folder_is_one_clear_error(tmp_path):
 def test_keys_are_read_back_from_what_they_spell():
     assert keys.parse_span(keys.trial_batch("x", 64, 127)) == (64, 127)
     assert keys.parse_span(keys.failure("x", 0, 9, 2)) == (0, 9)
-    assert keys.parse_experiment(keys.experiment("x")) == "x" and keys.parse_experiment(keys.latest_scores("x")) is None

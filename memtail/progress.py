@@ -1,0 +1,152 @@
+"""How far an experiment is, as its store says: read anew at every call, with nothing but listings and a few small objects."""
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from memtail.archive import MAX_ATTEMPTS, Control, ExperimentArchive, missing_shards
+from memtail.scores.publish import latest_version
+from memtail.storage import ObjectStore, keys
+from memtail.trials import Shard
+
+#: How an experiment ends: all is published; what is missing has failed too often, or was refused; its owner gave it up.
+Ending = Literal["published", "dead", "cancelled"]
+
+
+@dataclass(frozen=True)
+class ExperimentProgress:
+    """What a store held of an experiment at one moment.
+
+    Attributes:
+        control: what its owner asks.
+        committed: the shards that have a trial batch.
+        trials, wanted: how many trials are committed, and how many there are to be.
+        missing: the shards still to be trained, dead ones included.
+        attempts: the failed attempts on record, by shard.
+        refused: the committed shards whose batches cannot be counted. They are looked for only where nothing else is left to wait for.
+        pointer: to the published scores (see `latest_version`); None if there are none.
+    """
+
+    experiment: str
+    fingerprint: str
+    control: Control
+    committed: list[Shard]
+    trials: int
+    wanted: int
+    missing: list[Shard]
+    attempts: Counter[Shard]
+    refused: list[Shard]
+    pointer: dict[str, Any] | None
+
+    @property
+    def dead(self) -> list[Shard]:
+        """The missing shards that failed so often that nobody tries them again."""
+        return [shard for shard in self.missing if self.attempts[shard] >= MAX_ATTEMPTS]
+
+    @property
+    def failed_attempts(self) -> int:
+        """All failed attempts on record."""
+        return self.attempts.total()
+
+    @property
+    def outstanding(self) -> int:
+        """Trials that are still to come: neither committed nor dead."""
+        return sum(len(shard.trials) for shard in self.missing) - sum(len(shard.trials) for shard in self.dead)
+
+    @property
+    def published_trials(self) -> int:
+        """The trials that the published scores count."""
+        return int(self.pointer["summary"]["trials"]) if self.pointer else 0
+
+    @property
+    def published_age(self) -> float | None:
+        """Seconds since the scores were published, by this machine's clock."""
+        return (datetime.now(UTC) - datetime.fromisoformat(self.pointer["published"])).total_seconds() if self.pointer else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """That of the published memorization scores: 95% have at most this."""
+        return self.pointer["summary"]["mem_se_quantiles"]["0.95"] if self.pointer else None
+
+    @property
+    def ending(self) -> Ending | None:
+        """How it ended; None while there is something to wait for."""
+        if not self.missing and self.pointer and _folded(self.pointer) >= self.wanted:
+            return "published"
+        if self.control.state == "cancelled":
+            return "cancelled"
+        return "dead" if not self.outstanding and (self.dead or self.refused) else None
+
+    def fate(self, shard: Shard) -> str:
+        """What has become of a shard that failed once."""
+        if shard in self.refused:
+            return "refused"
+        if shard in self.dead:
+            return "given up"
+        left = any(other.first <= shard.last and shard.first <= other.last for other in self.missing)
+        return "to be tried again" if left else "committed"
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return {
+            "experiment": self.experiment,
+            "state": self.control.state,
+            "priority": self.control.priority,
+            "trials": self.trials,
+            "wanted": self.wanted,
+            "shards_committed": len(self.committed),
+            "shards_wanted": len(self.committed) + len(self.missing),
+            "failed_attempts": self.failed_attempts,
+            "dead_shards": [shard.span for shard in self.dead],
+            "published_trials": self.published_trials,
+            "published": self.pointer["published"] if self.pointer else None,
+            "published_age": self.published_age,
+            "standard_error": self.standard_error,
+            "test_accuracy": self.pointer["summary"]["test_accuracy"] if self.pointer else None,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
+    """Look how far an experiment is.
+
+    Raises:
+        ObjectNotFound: there is no such experiment.
+        StoreError: the store cannot be read, or holds a damaged object.
+    """
+    archive = ExperimentArchive(store, name)
+    record = archive.record()
+    attempts, committed = archive.attempts(), archive.committed()
+    wanted = record.experiment.subsets.trials
+    missing = missing_shards(wanted, record.trials_per_shard, committed)
+    pointer = latest_version(store, name)
+    all_counted = pointer is not None and _folded(pointer) >= wanted
+    return ExperimentProgress(
+        experiment=name,
+        fingerprint=record.fingerprint,
+        control=archive.control(),
+        committed=committed,
+        trials=len({trial for shard in committed for trial in shard.trials}),
+        wanted=wanted,
+        missing=missing,
+        attempts=attempts,
+        refused=[] if missing or all_counted else _refused(archive, set(committed) & attempts.keys()),
+        pointer=pointer,
+    )
+
+
+def _folded(pointer: dict[str, Any]) -> int:
+    return int(pointer["summary"]["trials"]) + int(pointer["summary"]["diverged"])
+
+
+def _refused(archive: ExperimentArchive, failed: set[Shard]) -> list[Shard]:
+    """Of committed shards with failures on record, those whose very batch one of them is about."""
+    if not failed:
+        return []
+    about = {
+        failure.shard
+        for failure in archive.failures()
+        if failure.error.startswith(keys.trial_batch(archive.name, failure.shard.first, failure.shard.last))
+    }
+    return sorted(failed & about, key=lambda shard: shard.first)

@@ -1,0 +1,64 @@
+"""Entering an experiment in a store, for the services to train: its dataset first, then what is wanted."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from memtail import datasets
+from memtail.archive import Control, ExperimentArchive, Record
+from memtail.datasets.staging import stage
+from memtail.experiment import Experiment
+from memtail.runner import declare
+from memtail.storage import ObjectStore, keys
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a store holds after `submit`.
+
+    Attributes:
+        record: what is wanted.
+        dataset: its fingerprint.
+        staged: whether the dataset was put into the store now, and was not there.
+        trials_before: how many trials were wanted before; None if the experiment is new.
+        control: what is asked of it.
+    """
+
+    record: Record
+    dataset: str
+    staged: bool
+    trials_before: int | None
+    control: Control
+
+    @property
+    def shards(self) -> int:
+        """How many shards all trials make."""
+        return -(-self.record.experiment.subsets.trials // self.record.trials_per_shard)
+
+
+def submit(experiment: Experiment, store: ObjectStore, *, priority: int | None = None) -> Submission:
+    """Enter an experiment, or find it entered; more trials extend it.
+
+    Args:
+        experiment: the declaration. Its device is the workers' and need not be on this machine.
+        store: where the services look for work.
+        priority: experiments with the highest are trained first; by default 0, or what it was.
+
+    Raises:
+        SpecError, DatasetError: bad input.
+        StoreError: another experiment has the name, or fewer trials are asked for; or the store cannot be written.
+    """
+    archive = ExperimentArchive(store, experiment.name)
+    dataset = datasets.prepare(experiment.dataset)
+    device = experiment.execution.device
+    wanted = declare(experiment, dataset, None if device == "auto" else [torch.device(device)])
+    before = None
+    if store.exists(keys.experiment(experiment.name)):
+        before = archive.record().experiment.subsets.trials
+        archive.enroll(wanted)  # what is refused is refused before a large dataset goes up
+    staged = stage(dataset, store)
+    control = archive.control()
+    if priority is not None and priority != control.priority:
+        control = replace(control, priority=priority)
+        archive.set_control(control)
+    return Submission(archive.enroll(wanted), dataset.fingerprint, staged, before, control)

@@ -1,0 +1,180 @@
+"""Following experiments as their stores fill: bars on a terminal, a plain line now and then elsewhere."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from memtail.display import age, console, duration
+from memtail.errors import StoreError
+from memtail.progress import ExperimentProgress, progress_of
+from memtail.storage import ObjectNotFound, ObjectStore
+
+#: Seconds for which a request is tried, and for which its answer is waited: the next look is the next attempt.
+PATIENCE, TIMEOUT = 0.0, 10.0
+
+_REFRESH_SECONDS = 2.0
+_PLAIN_LINE_SECONDS = 10.0
+# The rate is that of the last ten minutes, so that it follows workers that come and go, and is not that of a single shard.
+_RATE_SECONDS = 600.0
+
+
+def follow(store: ObjectStore, names: list[str]) -> bool:
+    """Show how far experiments are until all have ended; True if all are published.
+
+    Raises:
+        StoreError: the store cannot be read at the start. Later that is shown, and waited out.
+        ObjectNotFound: an experiment is not there, or was removed.
+    """
+    followed = {name: Followed(progress_of(store, name)) for name in names}
+    show = _Bars() if console.is_terminal else _Lines()
+    with show:
+        while True:
+            show.show(list(followed.values()), "")
+            going = [each for each in followed.values() if each.progress.ending is None]
+            if not going:
+                break
+            while True:
+                time.sleep(_REFRESH_SECONDS)
+                try:
+                    for each in going:
+                        each.update(progress_of(store, each.progress.experiment))
+                    break
+                except ObjectNotFound:
+                    raise
+                except StoreError as error:
+                    show.show(list(followed.values()), f"store unreachable, trying again ({' '.join(str(error).split())})")
+    for each in followed.values():
+        if line := last_line(each.progress):
+            console.print(line)
+    return all(each.progress.ending == "published" for each in followed.values())
+
+
+class Followed:
+    """One experiment as it is, and how fast it has come on."""
+
+    def __init__(self, progress: ExperimentProgress) -> None:
+        self.progress = progress
+        self._seen = deque([(time.monotonic(), progress.trials)])
+
+    def update(self, progress: ExperimentProgress) -> None:
+        """It is so far now."""
+        now = time.monotonic()
+        self.progress = progress
+        self._seen.append((now, progress.trials))
+        while now - self._seen[0][0] > _RATE_SECONDS:
+            self._seen.popleft()
+
+    @property
+    def rate(self) -> float:
+        """Trials per second."""
+        (began, before), (now, trials) = self._seen[0], self._seen[-1]
+        return max(0, trials - before) / (now - began) if now > began else 0.0
+
+    def pace(self) -> str:
+        """Its rate and the time left, or its state where there is none."""
+        progress = self.progress
+        if progress.ending:
+            return "done" if progress.ending == "published" else progress.ending
+        if progress.control.state != "running":
+            return progress.control.state
+        if not progress.outstanding:
+            return "waiting for the scores"
+        if not self.rate:
+            return "running"
+        return f"{self.rate:.2f} trials/s, {duration(progress.outstanding / self.rate)} left"
+
+    def facts(self) -> Iterator[str]:
+        """What has been published, and what went wrong."""
+        progress = self.progress
+        if progress.pointer and progress.published_age is not None:
+            error = "" if progress.standard_error is None else f", standard error {progress.standard_error:.3f}"
+            yield f"published {progress.published_trials} trials {age(progress.published_age)} ago{error}"
+        if progress.failed_attempts:
+            yield f"{progress.failed_attempts} failed attempt{'s' * (progress.failed_attempts > 1)}"
+        if progress.dead:
+            yield f"{len(progress.dead)} shard{'s' * (len(progress.dead) > 1)} given up"
+
+
+def last_line(progress: ExperimentProgress) -> str | None:
+    """What there is to do about an experiment that ended without all its scores."""
+    name = progress.experiment
+    short = f"{progress.wanted - progress.trials} of {progress.wanted} trials are missing"
+    if progress.ending == "cancelled":
+        return f"{name}: {short}, it is cancelled: memtail resume {name} goes on"
+    if progress.ending != "dead":
+        return None
+    see = f"memtail failures {name} --traceback says why, memtail retry {name} tries again"
+    if progress.refused:
+        shards = ", ".join(shard.span for shard in progress.refused)
+        return f"{name}: the batches of trials {shards} cannot be counted: {see} once they are removed"
+    shards = ", ".join(shard.span for shard in progress.dead)
+    return f"{name}: {short}, their shards failed too often ({shards}): {see}"
+
+
+class _Bars:
+    """A bar for each experiment, with what is published below it."""
+
+    def __init__(self) -> None:
+        self._live = Live(console=console, refresh_per_second=4)
+
+    def __enter__(self) -> "_Bars":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, followed: list[Followed], trouble: str) -> None:
+        rows = list(_rows(followed))
+        if trouble:
+            rows.append(Text(trouble, style="yellow"))
+        self._live.update(Group(*rows), refresh=True)
+
+
+def _rows(followed: list[Followed]) -> Iterator[RenderableType]:
+    counts = [f"{each.progress.trials}/{each.progress.wanted} trials" for each in followed]
+    widths = max(len(each.progress.experiment) for each in followed), max(map(len, counts))
+    for each, count in zip(followed, counts, strict=True):
+        progress = each.progress
+        row = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        row.add_column(no_wrap=True, width=widths[0])
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True, width=widths[1], justify="right")
+        row.add_row(Text(progress.experiment, "bold"), ProgressBar(total=progress.wanted, completed=progress.trials), Text(count))
+        yield row
+        yield Padding(Text("; ".join((each.pace(), *each.facts())), "dim"), (0, 0, 0, 2))
+
+
+class _Lines:
+    """A line for each experiment that has come on, at most every few seconds, and one when the store is lost."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, tuple[ExperimentProgress, float]] = {}
+        self._trouble = False
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, followed: list[Followed], trouble: str) -> None:
+        if trouble and not self._trouble:
+            console.print(trouble)
+        self._trouble = bool(trouble)
+        now = time.monotonic()
+        for each in [] if trouble else followed:
+            progress = each.progress
+            last, when = self._shown.get(progress.experiment, (None, 0.0))
+            if progress == last or (last and not progress.ending and now - when < _PLAIN_LINE_SECONDS):
+                continue
+            parts = (f"{progress.trials}/{progress.wanted} trials", each.pace(), *each.facts())
+            console.print(f"{progress.experiment}: {'; '.join(parts)}")
+            self._shown[progress.experiment] = (progress, now)

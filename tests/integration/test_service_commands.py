@@ -1,0 +1,464 @@
+"""The commands for experiments that services train, as their users type them. Trials are made up: no test here trains."""
+
+import dataclasses
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from memtail import datasets, doctor, watch
+from memtail.archive import Control, ExperimentArchive
+from memtail.cli import app
+from memtail.datasets.staging import fetch
+from memtail.doctor import examine
+from memtail.errors import MemtailError, StoreError
+from memtail.progress import progress_of
+from memtail.scores.publish import publish
+from memtail.statistics import Statistics
+from memtail.storage import ObjectNotFound, keys
+from memtail.storage.local import LocalStore
+from memtail.storage.s3 import S3Store
+from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
+from tests.conftest import write_arrays
+from tests.integration.servers import MinioServer, free_port
+from tests.integration.test_run import command
+from tests.services.cluster import RedisServer
+
+TRIALS, PER_SHARD = 12, 4
+SHARDS = [Shard(0, 3), Shard(4, 7), Shard(8, 11)]
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """Writes an experiment file of 12 trials in shards of 4 on a tiny dataset."""
+
+    def write(name="tiny", trials=TRIALS, **parts):
+        root = write_arrays(tmp_path / "tiny.npz")
+        content = {
+            "name": name,
+            "dataset": {"name": "arrays", "root": str(root)},
+            "model": {"name": "mlp", "hidden": [4]},
+            "subsets": {"trials": trials, "design": "balanced", "fraction": 0.5},
+            "execution": {"trials_per_shard": PER_SHARD},
+            **parts,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path / "store")
+
+
+@pytest.fixture
+def call(store):
+    """Calls a command on the store, in this process; what users are told of an error is its text."""
+
+    def invoke(*arguments, code=0):
+        result = CliRunner().invoke(app, [*map(str, arguments), "--store", store.address])
+        if isinstance(result.exception, MemtailError):
+            raise result.exception
+        assert result.exit_code == code, (result.output, result.exception)
+        return result.stdout
+
+    return invoke
+
+
+@pytest.fixture
+def submitted(call, spec, store):
+    """An experiment that was submitted, and has no trials yet."""
+    call("submit", spec())
+    return ExperimentArchive(store, "tiny")
+
+
+def commit(archive, *shards, diverged=False):
+    """Commits made-up trials."""
+    record = archive.record()
+    for shard in shards:
+        rng = np.random.default_rng(shard.first)
+        count = len(shard.trials)
+        bits = [pack(rng.random((count, size)) < 0.5) for size in (record.n_train, record.n_train, record.n_test)]
+        metrics = [TrialMetrics(trial, diverged, 0.1, 1.0, 0.5, 0.75) for trial in shard.trials]
+        trial, provenance = np.array(shard.trials, np.int32), {"fingerprint": record.fingerprint}
+        archive.commit(TrialBatch(trial, *bits, record.n_train, record.n_test, metrics, provenance), record.fingerprint)
+
+
+def publish_all(archive):
+    """Does what the aggregator does."""
+    record = archive.record()
+    statistics = Statistics(record.n_train, record.n_test)
+    for shard in archive.committed():
+        statistics.fold(archive.batch(shard, record.fingerprint))
+    publish(archive.store, record, statistics, datasets.prepare(record.experiment.dataset))
+
+
+def fail(archive, shard, times, error="RuntimeError: boom"):
+    for _ in range(times):
+        archive.record_failure(shard, error, f"Traceback (most recent call last):\n  in forward\n{error}\n", "2026-01-02T03:04:05+00:00")
+
+
+def test_stage_puts_a_dataset_into_the_store_once_and_says_so(call, spec, store, tmp_path):
+    text = call("stage", spec())
+    facts = json.loads(call("stage", spec(), "--json"))
+    assert "put there" in text and facts["fingerprint"] in text and facts["staged"] is False and facts["store"] == store.address
+    assert "was there" in call("stage", spec())
+    assert fetch(store, facts["fingerprint"], tmp_path / "cache").n_train == 40
+
+
+def test_stage_without_a_store_only_prepares(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["stage", str(spec()), "--json"])
+    assert result.exit_code == 0 and "store" not in json.loads(result.stdout) and not (tmp_path / "memtail-store").exists()
+
+
+def test_submit_stages_and_enters_and_says_what_and_what_next(call, spec, store, tmp_path):
+    text = call("submit", spec(), "--priority", 5)
+    archive = ExperimentArchive(store, "tiny")
+    record = archive.record()
+    assert f"tiny entered in {store.address}" in text and "12 in 3 shards of 4" in text and "put into the store" in text
+    assert f"memtail watch tiny --store {store.address}" in text
+    assert f"memtail scores tiny --fetch DIR --store {store.address}" in text
+    assert archive.control() == Control("running", 5)
+    assert fetch(store, record.canonical["dataset"]["fingerprint"], tmp_path / "cache").n_train == record.n_train
+
+
+def test_submitting_again_changes_nothing_and_more_trials_extend(call, spec, store):
+    call("submit", spec(), "--priority", 5)
+    held = {key: store.get(key) for key in store.list("")}
+    assert "is in" in call("submit", spec())
+    assert {key: store.get(key) for key in store.list("")} == held
+    assert "extended from 12 to 20 trials" in call("submit", spec(trials=20))
+    made = json.loads(call("submit", spec(trials=20), "--json"))
+    assert (made["new"], made["trials_before"], made["trials"], made["shards"], made["priority"]) == (False, 20, 20, 5, 5)
+    with pytest.raises(StoreError, match="with 20 trials, this spec has 12"):
+        call("submit", spec())
+
+
+def test_submitting_something_else_under_the_name_is_refused_before_its_dataset_goes_up(call, spec, store, tmp_path):
+    call("submit", spec())
+    held = list(store.list(""))
+    other = write_arrays(tmp_path / "other.npz", test_images=np.zeros((20, 6, 6), np.uint8))
+    with pytest.raises(StoreError, match=r"'tiny' is in the store .*dataset\.fingerprint .*choose another name"):
+        call("submit", spec(dataset={"name": "arrays", "root": str(other)}))
+    assert list(store.list("")) == held
+
+
+def test_a_paused_experiment_stays_paused_when_submitted_again(call, spec, submitted):
+    call("pause", "tiny")
+    assert "paused: memtail resume tiny lets it run" in call("submit", spec(), "--priority", 2)
+    assert submitted.control() == Control("paused", 2)
+
+
+def test_submit_needs_no_device_of_the_workers(call, spec):
+    call("submit", spec(execution={"trials_per_shard": 4, "device": "cuda:7"}))
+
+
+def test_submit_without_torch_is_one_line(spec, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    result = command("submit", spec(), "--store", tmp_path / "store", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (result.returncode, result.stderr) == (
+        2,
+        "memtail: this needs torch, which is not installed: pip install 'memtail[train]'\n",
+    )
+
+
+def test_control_is_set_and_its_other_half_kept(call, submitted):
+    call("priority", "tiny", "-3")
+    assert submitted.control() == Control("running", -3)
+    for name, state in (("pause", "paused"), ("cancel", "cancelled"), ("resume", "running")):
+        text = call(name, "tiny")
+        assert submitted.control() == Control(state, -3) and state in text
+    assert "priority -3" in text
+    call("pause", "tiny")
+    assert "paused" in call("priority", "tiny", 7) and submitted.control() == Control("paused", 7)
+    for name in ("pause", "cancel", "resume"):
+        with pytest.raises(StoreError, match="there is no experiment 'nobody' in the store; there: tiny"):
+            call(name, "nobody")
+    assert not submitted.store.exists(keys.control("nobody"))
+
+
+def test_status_shows_control_shards_failures_and_what_is_published(call, spec, submitted):
+    call("submit", spec("other"), "--priority", 2)
+    commit(submitted, SHARDS[0])
+    publish_all(submitted)
+    commit(submitted, SHARDS[1])
+    fail(submitted, SHARDS[2], 3)
+    fail(submitted, SHARDS[1], 1)  # and then it was committed
+    other, tiny = json.loads(call("status", "--json"))
+    assert (other["experiment"], other["state"], other["priority"], other["published"]) == ("other", "running", 2, None)
+    wanted = {
+        "state": "running", "priority": 0, "trials": 8, "wanted": 12, "shards_committed": 2, "shards_wanted": 3, "failed_attempts": 4,
+        "dead_shards": ["8-11"], "published_trials": 4, "test_accuracy": 0.75,
+    }  # fmt: skip
+    assert {key: tiny[key] for key in wanted} == wanted
+    assert 0 <= tiny["published_age"] < 60 and 0 < tiny["standard_error"] < 1
+    lines = [line.split() for line in call("status").splitlines()]
+    assert lines[0][:7] == ["experiment", "state", "prio", "trials", "shards", "failed", "dead"]
+    assert lines[2][:8] == ["tiny", "dead", "0", "8/12", "2/3", "4", "1", "4,"]
+    assert [row["experiment"] for row in json.loads(call("status", "tiny", "--json"))] == ["tiny"]
+
+
+def test_failures_are_a_table_or_whole_texts(call, submitted):
+    assert "no failed attempt is on record" in call("failures")
+    fail(submitted, SHARDS[0], 3)
+    fail(submitted, SHARDS[1], 1, "MemoryError: " + "x" * 300)
+    commit(submitted, SHARDS[1])
+    text = call("failures")
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[0] == ["trials", "attempt", "when", "now", "error"]
+    assert rows[1][:3] == ["0-3", "1", "2026-01-02T03:04:05+00:00"] and rows[3][1] == "3"
+    assert "given up" in text and "committed" in text and "Traceback" not in text and "memtail retry tiny has it tried again" in text
+    assert text.count("x") >= 300
+    whole = call("failures", "tiny", "--traceback")
+    assert whole.count("Traceback (most recent call last):\n  in forward") == 4 and "trials 0-3, attempt 3" in whole
+    records = json.loads(call("failures", "--json"))
+    assert [(record["shard"], record["attempt"], record["now"]) for record in records] == [
+        ("0-3", 1, "given up"), ("0-3", 2, "given up"), ("0-3", 3, "given up"), ("4-7", 1, "committed")
+    ]  # fmt: skip
+
+
+def test_retry_forgets_the_failures_of_a_shard_or_of_all(call, submitted):
+    for shard in SHARDS:
+        fail(submitted, shard, 3)
+    assert "forgot 3 failed attempts" in call("retry", "--shard", "4-7")
+    assert set(submitted.attempts()) == {SHARDS[0], SHARDS[2]}
+    assert "no failed attempt at 4-7 is on record" in call("retry", "tiny", "--shard", "4-7")
+    call("pause", "tiny")
+    assert "forgot 6 failed attempts" in (text := call("retry", "tiny")) and "memtail resume tiny" in text
+    assert not submitted.attempts() and "no failed attempt is on record" in call("retry")
+    for wrong in ("4", "a-b", "4-", "4:7"):
+        with pytest.raises(StoreError, match=f"--shard: '{wrong}' is no shard: give FIRST-LAST"):
+            call("retry", "--shard", wrong)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Has something happen between two looks of `watch`, each time the next of some actions, instead of a pause."""
+
+    def arrange(*actions):
+        left = iter(actions)
+        monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: next(left)()))
+        monkeypatch.setattr(watch, "_PLAIN_LINE_SECONDS", 0.0)
+        return left
+
+    return arrange
+
+
+def test_watch_follows_an_experiment_until_its_scores_are_published(call, submitted, meanwhile):
+    left = meanwhile(
+        lambda: commit(submitted, SHARDS[1]),
+        lambda: (publish_all(submitted), fail(submitted, SHARDS[0], 1)),
+        lambda: commit(submitted, SHARDS[0], SHARDS[2]),
+        lambda: None,
+        lambda: publish_all(submitted),
+    )
+    lines = call("watch").splitlines()
+    assert next(left, None) is None
+    assert lines[0] == "tiny: 0/12 trials; running"
+    assert lines[1].startswith("tiny: 4/12 trials; ") and "trials/s" in lines[1] and lines[1].endswith("left")
+    assert re.search(r"; published 4 trials \d s ago, standard error 0\.\d{3}; 1 failed attempt$", lines[2])
+    assert "12/12 trials; waiting for the scores; published 4 trials" in lines[3]
+    assert "12/12 trials; done; published 12 trials" in lines[-1]
+    assert "12/12 trials; done" in call("watch")
+
+
+def test_watch_ends_with_1_where_all_that_is_left_is_dead(call, submitted, meanwhile):
+    commit(submitted, SHARDS[0])
+    meanwhile(lambda: fail(submitted, SHARDS[1], 3), lambda: fail(submitted, SHARDS[2], 3))
+    lines = call("watch", "tiny", code=1).splitlines()
+    assert "1 shard given up" in lines[1]
+    assert lines[-1] == (
+        "tiny: 8 of 12 trials are missing, their shards failed too often (4-7, 8-11): "
+        "memtail failures tiny --traceback says why, memtail retry tiny tries again"
+    )
+
+
+def test_watch_ends_with_1_where_an_experiment_is_cancelled_and_waits_for_a_paused_one(call, submitted, meanwhile):
+    meanwhile(lambda: submitted.set_control(Control("paused")), lambda: submitted.set_control(Control("cancelled")))
+    lines = call("watch", code=1).splitlines()
+    assert lines[1] == "tiny: 0/12 trials; paused" and lines[-1].endswith("it is cancelled: memtail resume tiny goes on")
+
+
+def test_watch_ends_with_1_where_a_batch_was_refused(call, submitted, meanwhile):
+    commit(submitted, *SHARDS)
+    key = keys.trial_batch("tiny", 4, 7)
+    meanwhile(lambda: fail(submitted, SHARDS[1], 1, f"{key}: is truncated or corrupt"))
+    assert "the batches of trials 4-7 cannot be counted" in call("watch", code=1).splitlines()[-1]
+    assert "refused" in call("failures")
+
+
+def test_watch_counts_diverged_trials_as_done(call, submitted):
+    commit(submitted, SHARDS[0], diverged=True)
+    commit(submitted, *SHARDS[1:])
+    publish_all(submitted)
+    assert "12/12 trials; done; published 8 trials" in call("watch")
+
+
+def test_watch_follows_all_experiments_and_goes_on_to_the_last(call, spec, submitted, meanwhile):
+    call("submit", spec("other"))
+    other = ExperimentArchive(submitted.store, "other")
+    meanwhile(
+        lambda: (commit(other, *SHARDS), publish_all(other)), lambda: fail(submitted, SHARDS[0], 1), lambda: commit(submitted, *SHARDS),
+        lambda: publish_all(submitted),
+    )  # fmt: skip
+    lines = call("watch").splitlines()
+    assert sum(line.startswith("other: 12/12 trials; done") for line in lines) == 1
+    assert lines[-1].startswith("tiny: 12/12 trials; done")
+
+
+def test_watch_says_what_is_wrong_at_the_start_and_when_an_experiment_is_removed(call, store, spec, submitted, meanwhile):
+    with pytest.raises(StoreError, match="there is no experiment 'nobody' in the store; there: tiny"):
+        call("watch", "nobody")
+    meanwhile(lambda: store.delete(keys.experiment("tiny")))
+    with pytest.raises(ObjectNotFound, match="there is no experiment 'tiny'"):
+        call("watch", "tiny")
+    with pytest.raises(StoreError, match=r"there is no experiment in .*: memtail submit SPEC enters one"):
+        call("watch")
+
+
+def test_the_rate_is_that_of_the_last_minutes(submitted, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    progress = progress_of(submitted.store, "tiny")
+    followed = watch.Followed(progress)
+    assert followed.pace() == "running"
+    for clock.now, trials in ((10.0, 20), (700.0, 20), (900.0, 420)):
+        followed.update(dataclasses.replace(progress, trials=trials))
+    assert followed.rate == 2.0 and followed.pace() == "2.00 trials/s, 6.0 s left"
+
+
+def test_on_a_terminal_watch_draws_bars_and_ctrl_c_ends_it_quietly(submitted):
+    commit(submitted, SHARDS[0])
+    terminal, end = pty.openpty()
+    arguments = [sys.executable, "-m", "memtail", "watch", "--store", submitted.store.address]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(arguments, stdin=end, stdout=end, stderr=subprocess.PIPE, env=environment)
+    os.close(end)
+    shown = b""
+    while b"4/12 trials" not in shown or b"running" not in shown:
+        shown += os.read(terminal, 1 << 16)
+    assert "━".encode() in shown and b"\x1b[" in shown
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    os.close(terminal)
+    assert (process.returncode, errors) == (130, b"")
+
+
+@pytest.fixture
+def own_minio(tmp_path):
+    """A server that a test may stop."""
+    folder = tmp_path / "minio-of-its-own"
+    folder.mkdir()
+    with MinioServer(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def in_a_bucket(minio, monkeypatch):
+    """A store in a bucket that the environment leads to."""
+    for variable, value in minio.environment().items():
+        monkeypatch.setenv(variable, value)
+    return S3Store(minio.new_bucket(), "work", minio.settings())
+
+
+def test_the_commands_work_on_a_bucket(in_a_bucket, spec, tmp_path):
+    def call(*arguments, code=0):
+        result = CliRunner().invoke(app, [*map(str, arguments), "--store", in_a_bucket.address])
+        assert result.exit_code == code, (result.output, result.exception)
+        return result.stdout
+
+    archive = ExperimentArchive(in_a_bucket, "tiny")
+    assert json.loads(call("submit", spec(), "--priority", 1, "--json"))["staged"] is True
+    assert "was there" in call("stage", spec())
+    commit(archive, *SHARDS[:2])
+    fail(archive, SHARDS[2], 3)
+    assert "dead" in call("status") and "given up" in call("failures") and "shards failed too often (8-11)" in call("watch", code=1)
+    call("retry")
+    call("pause", "tiny")
+    assert archive.control() == Control("paused", 1)
+    commit(archive, SHARDS[2])
+    publish_all(archive)
+    assert "12/12 trials; done" in call("watch")
+    call("scores", "tiny", "--fetch", tmp_path / "fetched")
+    assert json.loads((tmp_path / "fetched" / "summary.json").read_text())["trials"] == 12
+
+
+def test_watch_waits_out_an_outage_of_the_store(own_minio, spec, meanwhile, monkeypatch):
+    for variable, value in own_minio.environment().items():
+        monkeypatch.setenv(variable, value)
+    store = S3Store(own_minio.new_bucket(), "work", own_minio.settings())
+    archive = ExperimentArchive(store, "tiny")
+    runner = CliRunner()
+    assert runner.invoke(app, ["submit", str(spec()), "--store", store.address]).exit_code == 0
+    meanwhile(
+        own_minio.stop, lambda: None, lambda: (own_minio.start(), commit(archive, *SHARDS)), lambda: publish_all(archive)
+    )  # fmt: skip
+    result = runner.invoke(app, ["watch", "--store", store.address])
+    assert result.exit_code == 0, (result.output, result.exception)
+    lines = result.stdout.splitlines()
+    assert lines[1].startswith("store unreachable, trying again (") and "refused" in lines[1]
+    assert sum("unreachable" in line for line in lines) == 1 and "12/12 trials; waiting for the scores" in lines[2] and "done" in lines[-1]
+
+
+def _broker(monkeypatch, tmp_path, url):
+    monkeypatch.setenv("MEMTAIL_BROKER", url)
+    return next(check for check in examine(tmp_path) if check.name == "broker")
+
+
+def test_doctor_looks_at_the_broker_where_there_is_one_and_never_shows_its_password(monkeypatch, tmp_path):
+    assert not [check for check in examine(tmp_path) if check.name == "broker"]
+    monkeypatch.setattr(doctor, "_BROKER_SECONDS", 0.2)
+    server = RedisServer()
+    server.start()
+    try:
+        check = _broker(monkeypatch, tmp_path, server.url)
+        assert check.fine and check.finding == f"Redis at 127.0.0.1:{server.port} answers"
+        (tmp_path / "url").write_text(server.url)
+        monkeypatch.setenv("MEMTAIL_BROKER_FILE", str(tmp_path / "url"))
+        assert _broker(monkeypatch, tmp_path, "").fine
+        monkeypatch.delenv("MEMTAIL_BROKER_FILE")
+        for url, message in (
+            (server.url.replace(server.password, "wrong-secret"), f"Redis at 127.0.0.1:{server.port} refuses the password"),
+            (f"redis://127.0.0.1:{server.port}/0", "refuses the password"),
+            (f"redis://:a-secret@127.0.0.1:{free_port()}/0", "does not answer (Error 111"),
+            ("redis://:a-secret@no-such-host.invalid/0", "no-such-host.invalid:6379 does not answer"),
+            ("redis://:a/secret@127.0.0.1:1/0", "is no Redis URL: give redis://:PASSWORD@HOST:PORT/0"),
+            ("redis://:a#secret@127.0.0.1:1/0", "is no Redis URL"),
+            ("redis://:a-secret@127.0.0.1:port/0", "is no Redis URL"),
+            ("http://:a-secret@127.0.0.1", "is no Redis URL"),
+            ("redis://:a-secret@127.0.0.1/0?colour=red", "is no Redis URL"),
+        ):
+            check = _broker(monkeypatch, tmp_path, url)
+            assert not check.fine and message in check.finding and "secret" not in check.finding and "\n" not in check.finding
+    finally:
+        server.stop()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        check = _broker(monkeypatch, tmp_path, f"redis://:a-secret@127.0.0.1:{silent.getsockname()[1]}/0")
+    assert not check.fine and "does not answer" in check.finding and "secret" not in check.finding
+
+
+def test_bad_input_is_one_line_and_exit_code_2(spec, tmp_path):
+    store = tmp_path / "store"
+    for arguments, message in (
+        (["stage", spec(), "--store", "gs://bucket"], "gs://bucket is not the address of a store"),
+        (["pause", "tiny", "--store", store], f"there is no store at {store}"),
+        (["submit", tmp_path / "missing.yaml", "--store", store], "missing.yaml: cannot be read"),
+    ):
+        result = command(*arguments)
+        assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not store.exists()

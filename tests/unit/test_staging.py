@@ -1,0 +1,171 @@
+"""Datasets go to a store once, and come from it whole, once, and into a cache that does not grow without end."""
+
+import json
+import multiprocessing
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from memtail import datasets
+from memtail.datasets.staging import fetch, stage
+from memtail.errors import DatasetError
+from memtail.experiment import DatasetSpec
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from tests.conftest import write_arrays
+
+
+class CountingStore(LocalStore):
+    """Counts what is downloaded; the number lies in a file, for other processes to add to."""
+
+    def download(self, key, path):
+        with (self.root / "downloads").open("a") as file:
+            file.write(f"{key}\n")
+        super().download(key, path)
+
+    @property
+    def downloads(self):
+        path = self.root / "downloads"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CountingStore(tmp_path / "store")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def prepare(tmp_path, shade=0):
+    """One of several small datasets."""
+    rng = np.random.default_rng(shade)
+    path = write_arrays(tmp_path / f"{shade}.npz", train_images=rng.integers(0, 255, (40, 6, 6)).astype(np.uint8))
+    return datasets.prepare(DatasetSpec(name="arrays", root=path))
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def change(store, fingerprint, **files):
+    """Replaces entries of a staged dataset's manifest."""
+    key = keys.dataset(fingerprint, "manifest.json")
+    manifest = json.loads(store.get(key))
+    manifest["files"] |= files
+    store.put(key, json.dumps(manifest).encode())
+
+
+def test_a_staged_dataset_comes_back_as_it_was_and_is_brought_once(tmp_path, store, cache):
+    dataset = prepare(tmp_path)
+    assert stage(dataset, store) and not stage(dataset, store)
+    fetched = fetch(store, dataset.fingerprint, cache)
+    assert fetched.folder == cache / "datasets" / dataset.fingerprint and fetched.fingerprint == dataset.fingerprint
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.testing.assert_array_equal(getattr(fetched, name), getattr(dataset, name))
+    assert (fetched.classes, fetched.mean, fetched.std) == (dataset.classes, dataset.mean, dataset.std)
+    before = store.downloads
+    assert before > 0
+    fetch(store, dataset.fingerprint, cache)
+    assert store.downloads == before and not list((cache / "datasets").glob(".unfinished-*"))
+
+
+def test_staging_that_was_cut_short_is_not_taken_for_done(tmp_path, store, cache):
+    dataset = prepare(tmp_path)
+    store.upload(keys.dataset(dataset.fingerprint, "train_images.npy"), dataset.folder / "train_images.npy")
+    with pytest.raises(DatasetError, match=r"is not in .*: memtail stage SPEC puts it there"):
+        fetch(store, dataset.fingerprint, cache)
+    assert stage(dataset, store)
+    assert fetch(store, dataset.fingerprint, cache).n_train == 40
+
+
+def test_what_is_damaged_in_the_store_is_named_and_staged_again_once_its_manifest_is_removed(tmp_path, store, cache):
+    dataset = prepare(tmp_path)
+    manifest = keys.dataset(dataset.fingerprint, "manifest.json")
+    key = keys.dataset(dataset.fingerprint, "train_images.npy")
+    stage(dataset, store)
+    whole = store.get(key)
+    for damage, message in (
+        (lambda: store.put(key, whole[:-1] + b"x"), "train_images.npy is damaged"),
+        (lambda: store.delete(key), "train_images.npy is missing"),
+        (lambda: store.put(manifest, b"{"), "its manifest is damaged"),
+        (lambda: store.put(manifest, b'{"files": {}}'), "its files make no dataset"),
+    ):
+        damage()
+        with pytest.raises(DatasetError) as caught:
+            fetch(store, dataset.fingerprint, cache)
+        text = str(caught.value)
+        assert message in text and f"remove {manifest} there, then memtail stage SPEC" in text and "\n" not in text
+        assert not (cache / "datasets" / dataset.fingerprint).exists()
+        store.delete(manifest)
+        assert stage(dataset, store)
+    assert fetch(store, dataset.fingerprint, cache).n_train == 40
+
+
+def test_another_dataset_under_the_fingerprint_is_refused(tmp_path, store, cache):
+    dataset, other = prepare(tmp_path), prepare(tmp_path, 1)
+    stage(dataset, store)
+    shutil.move(store.path(f"datasets/{dataset.fingerprint}"), store.path(f"datasets/{other.fingerprint}"))
+    with pytest.raises(DatasetError, match=f"it is {dataset.fingerprint[:8]}... in truth"):
+        fetch(store, other.fingerprint, cache)
+    assert not (cache / "datasets" / other.fingerprint).exists()
+
+
+@pytest.mark.parametrize("name", ["../../escaped.npy", "/tmp/escaped.npy", "a/b.npy", "..", "train_images.npy\n", "run.sh"])
+def test_a_manifest_that_names_a_path_is_refused_unread(tmp_path, store, cache, name):
+    dataset = prepare(tmp_path)
+    stage(dataset, store)
+    change(store, dataset.fingerprint, **{name: {"size": 1, "sha256": "0" * 64}})
+    with pytest.raises(DatasetError, match="its manifest is damaged"):
+        fetch(store, dataset.fingerprint, cache)
+    assert store.downloads == 0 and not list(tmp_path.rglob("*escaped*"))
+
+
+def test_the_dataset_opened_longest_ago_leaves_a_full_cache(tmp_path, store, cache):
+    made = [prepare(tmp_path, shade) for shade in range(3)]
+    for dataset in made:
+        stage(dataset, store)
+    limit = 2 * max(size_of(dataset.folder) for dataset in made) + 100
+    first, second = (fetch(store, dataset.fingerprint, cache, limit) for dataset in made[:2])
+    os.utime(first.folder, (1, 1))
+    os.utime(second.folder, (2, 2))
+    fetch(store, made[0].fingerprint, cache, limit)  # now the second was opened longest ago
+    fetch(store, made[2].fingerprint, cache, limit)
+    there = {path.name for path in (cache / "datasets").iterdir() if path.is_dir()}
+    assert there == {made[0].fingerprint, made[2].fingerprint}
+    np.testing.assert_array_equal(second.train_images, made[1].train_images)  # whoever has it open reads on
+    assert fetch(store, made[1].fingerprint, cache, limit).n_train == 40
+
+
+def test_a_dataset_larger_than_the_cache_may_be_is_refused_and_nothing_leaves_for_it(tmp_path, store, cache):
+    small, large = prepare(tmp_path), prepare(tmp_path, 1)
+    stage(small, store)
+    stage(large, store)
+    fetch(store, small.fingerprint, cache)
+    before = store.downloads
+    with pytest.raises(DatasetError, match=r"has \d+ bytes, more than the cache may hold: set MEMTAIL_CACHE_LIMIT to more"):
+        fetch(store, large.fingerprint, cache, limit=100)
+    assert store.downloads == before and (cache / "datasets" / small.fingerprint).exists()
+
+
+def _fetch_at_once(start, store, fingerprint, cache):
+    start.wait()
+    assert fetch(store, fingerprint, cache).n_train == 40
+
+
+def test_of_several_processes_that_need_a_dataset_one_brings_it(tmp_path, store, cache):
+    dataset = prepare(tmp_path)
+    stage(dataset, store)
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(3)
+    processes = [context.Process(target=_fetch_at_once, args=(start, store, dataset.fingerprint, cache)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert store.downloads == len(list(dataset.folder.iterdir()))
