@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from memtail.archive import Control, missing_shards
 from memtail.trials import Shard
-from services.dispatcher.reconcile import Plan, View, reconcile
+from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
 
 LIMITS = {"max_attempts": 3, "max_starts": 3, "max_queued": 100}
 
 
-def view(name="a", trials=40, per_shard=4, **parts):
-    return View(name, "0" * 64, trials, per_shard, **parts)
+def view(name="a", trials=40, per_shard=4, committed=(), **parts):
+    return View(name, "0" * 64, dict.fromkeys(shards_missing(trials, per_shard, set(committed))), **parts)
 
 
 def decide(views, queued=(), busy=(), starts=None, **limits) -> Plan:
@@ -25,7 +25,7 @@ def spans(assignments):
 
 
 def test_what_is_neither_committed_nor_dead_nor_leased_nor_queued_is_sent():
-    one = view(committed={Shard(0, 3)}, attempts=Counter({Shard(4, 7): 3, Shard(8, 11): 2}))
+    one = view(committed=[Shard(0, 3)], attempts=Counter({Shard(4, 7): 3, Shard(8, 11): 2}))
     queued, leased = one.assignment(Shard(12, 15)), one.assignment(Shard(16, 19))
     plan = decide([one], [queued], {leased.id})
     assert spans(plan.send) == [("a", first, first + 3) for first in (8, 20, 24, 28, 32, 36)]
@@ -46,7 +46,7 @@ def test_no_more_are_queued_than_allowed():
 
 def test_urgent_experiments_go_first_and_overtake_what_waits():
     low, high = view("low"), view("high", trials=8, control=Control(priority=1))
-    queued = [low.assignment(shard) for shard in low.missing()]
+    queued = [low.assignment(shard) for shard in low.missing]
     plan = decide([low, high], queued)
     assert plan.clear and spans(plan.send)[:3] == [("high", 0, 3), ("high", 4, 7), ("low", 0, 3)]
     again = decide([low, high], plan.send)
@@ -64,7 +64,7 @@ def test_paused_and_cancelled_experiments_leave_the_queue():
 
 def test_workers_that_vanish_count_as_a_failure_in_the_end():
     one = view(trials=8)
-    first, second = (one.assignment(shard) for shard in one.missing())
+    first, second = (one.assignment(shard) for shard in one.missing)
     plan = decide([one], [], {second.id}, {first.id: 3, second.id: 3})
     assert spans(plan.lost) == [("a", 0, 3)] and not plan.send
     assert spans(decide([one], [], set(), {first.id: 2}).send) == [("a", 0, 3), ("a", 4, 7)]
@@ -78,5 +78,4 @@ def test_workers_that_vanish_count_as_a_failure_in_the_end():
 )
 def test_missing_is_what_the_general_rule_says_also_after_an_extension(trials, per_shard, extended, kept):
     grid = [shard for i, shard in enumerate(missing_shards(trials, per_shard, [])) if i in kept]
-    extended_view = View("a", "0" * 64, trials + extended, per_shard, committed=set(grid))
-    assert extended_view.missing() == missing_shards(trials + extended, per_shard, grid)
+    assert shards_missing(trials + extended, per_shard, set(grid)) == missing_shards(trials + extended, per_shard, grid)
