@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.experiment import NAME, Experiment, differences
 from memtail.storage import ObjectNotFound, ObjectStore, keys
-from memtail.trials import Shard, TrialBatch
+from memtail.trials import Shard, TrialBatch, largest_batch
 
 SCHEMA = 1
 #: A shard that fails this often is given up.
@@ -53,6 +53,11 @@ class Record:
             },
             indent=1,
         ).encode()
+
+    def with_trials(self, trials: int) -> "Record":
+        """The same with another number of trials."""
+        subsets = self.experiment.subsets.model_copy(update={"trials": trials})
+        return replace(self, experiment=self.experiment.model_copy(update={"subsets": subsets}))
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> "Record":
@@ -126,6 +131,8 @@ class ExperimentArchive:
                 f"experiment '{self.name}' is in the store with fingerprint {held.fingerprint[:8]}..., this spec has "
                 f"{wanted.fingerprint[:8]}... ({changes}): choose another name"
             )
+        if wanted.experiment.subsets.until:  # it began with fewer than it has come to
+            wanted = wanted.with_trials(max(wanted.experiment.subsets.trials, held.experiment.subsets.trials))
         more, fewer = wanted.experiment.subsets.trials, held.experiment.subsets.trials
         if more < fewer:
             raise StoreError(f"experiment '{self.name}' is in the store with {fewer} trials, this spec has {more}: ask for {fewer} or more")
@@ -152,19 +159,24 @@ class ExperimentArchive:
         key = keys.trial_batch(self.name, batch.shard.first, batch.shard.last)
         return self.store.put_if_absent(key, batch.to_bytes())
 
-    def batch(self, shard: Shard, fingerprint: str) -> TrialBatch:
-        """A committed trial batch.
+    def batch(self, shard: Shard, record: Record) -> TrialBatch:
+        """A committed trial batch of the experiment.
 
         Raises:
             ObjectNotFound: it is missing.
-        ForeignObjectError: it is damaged, holds other trials, or belongs to an experiment of another fingerprint.
-        StoreError: the store cannot be read.
+            ForeignObjectError: it is damaged, too large, holds other trials, or belongs to another experiment.
+            StoreError: the store cannot be read.
         """
         key = keys.trial_batch(self.name, shard.first, shard.last)
-        batch = TrialBatch.from_bytes(self.store.get(key), key)
+        if shard.last >= record.experiment.subsets.trials or not len(shard.trials) > 0:
+            raise ForeignObjectError(f"{key}: the experiment has {record.experiment.subsets.trials} trials: remove it")
+        data = self.store.get(key, limit=largest_batch(len(shard.trials), record.n_train, record.n_test))
+        batch = TrialBatch.from_bytes(data, key)
         if batch.trial.tolist() != list(shard.trials):
             raise ForeignObjectError(f"{key}: holds other trials than its name says: remove it, then run again")
-        self._check(key, batch, fingerprint)
+        self._check(key, batch, record.fingerprint)
+        if (batch.n_train, batch.n_test) != (record.n_train, record.n_test):
+            raise ForeignObjectError(f"{key}: is of a dataset of another size: remove it, then run again")
         return batch
 
     def _check(self, source: str, batch: TrialBatch, fingerprint: str) -> None:
@@ -179,8 +191,7 @@ class ExperimentArchive:
         held = self.record()
         if trials <= held.experiment.subsets.trials:
             return held
-        subsets = held.experiment.subsets.model_copy(update={"trials": trials})
-        extended = replace(held, experiment=held.experiment.model_copy(update={"subsets": subsets}))
+        extended = held.with_trials(trials)
         self.store.put(keys.experiment(self.name), extended.to_bytes())
         return extended
 

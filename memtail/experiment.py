@@ -1,8 +1,8 @@
 """The experiment: one declaration (YAML) of dataset, model, training recipe, subset design and number of trials.
 
 `Experiment.load(path)` reads and validates a file; `experiment.fingerprint(dataset_fingerprint)` names what it computes. Two
-things are left out of the fingerprint because no trial depends on them: `execution` (how fast), and `subsets.trials` (how many:
-an experiment is extended by asking for more of the same trials). So are `name` and the places where files lie.
+things are left out of the fingerprint because no trial depends on them: `execution` (how fast), and `subsets.trials` and `subsets.until`
+(how many: an experiment is extended by asking for more of the same trials). So are `name` and the places where files lie.
 """
 
 import difflib
@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from memtail.errors import SpecError
+from memtail.stopping import first_round
 
 #: Part of every fingerprint: raised when a change in memtail changes what a trial computes.
 RECIPE_VERSION = 2
@@ -143,14 +144,41 @@ class TrainingSpec(_Part):
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
 
 
+class UntilSpec(_Part):
+    """How sharp the scores are to be: `quantile` of all examples' memorization with a standard error of at most `standard_error`."""
+
+    standard_error: Annotated[float, Field(gt=0, lt=0.5)]
+    quantile: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
 class SubsetsSpec(_Part):
-    """Which examples each trial sees: see `memtail.subsets` for the designs."""
+    """Which examples each trial sees, and of how many trials: see `memtail.subsets` for the designs, `memtail.stopping` for `until`.
+
+    With `until`, `trials` is the number to begin with, chosen if it is not given.
+    """
 
     design: Literal["uniform", "balanced", "stratified", "explicit"] = "uniform"
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.7
     trials: Annotated[int, Field(ge=2)] = 1000
     seed: Annotated[int, Field(ge=0)] = 0
     masks: Path | None = None
+    until: UntilSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begin_with_a_first_round(cls, data: Any) -> Any:
+        try:
+            if "trials" not in data and data["until"]:
+                return {**data, "trials": first_round(float(data["until"]["standard_error"]), float(data.get("fraction", 0.7)))}
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            pass  # there is no `until`, or it is reported as what it is
+        return data
+
+    @model_validator(mode="after")
+    def _masks_are_given_in_full(self) -> Self:
+        if self.masks is not None and self.until is not None:
+            raise ValueError("until cannot go with masks, which are of a number of trials")
+        return self
 
     @model_validator(mode="after")
     def _masks_belong_to_explicit(self) -> Self:
@@ -232,7 +260,7 @@ class Experiment(_Part):
 
     def canonical(self, dataset_fingerprint: str) -> dict[str, Any]:
         """What the fingerprint is taken of: the resolved spec without what no trial depends on, and the dataset's fingerprint."""
-        spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials"}})
+        spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})
         spec["dataset"] = {"fingerprint": dataset_fingerprint}
         if self.subsets.masks is not None:
             spec["subsets"]["masks"] = _file_digest(self.subsets.masks)

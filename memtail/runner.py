@@ -26,6 +26,7 @@ from memtail.experiment import Experiment
 from memtail.models import check_model
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
+from memtail.stopping import next_round
 from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
 from memtail.storage.opening import open_store
@@ -99,7 +100,7 @@ def run(
     archive = ExperimentArchive(opened, experiment.name)
     record = archive.enroll(declare(experiment, dataset))
     devices = [str(device) for device in available_devices(experiment.execution.device)]
-    state = RunState(experiment.subsets.trials, Statistics(dataset.n_train, dataset.n_test), dataset, record, devices)
+    state = RunState(record.experiment.subsets.trials, Statistics(dataset.n_train, dataset.n_test), dataset, record, devices)
     report = on_progress or (lambda state: None)
 
     began = time.monotonic()
@@ -108,17 +109,23 @@ def run(
     for key in list(opened.list(keys.checkpoints(experiment.name))):
         if (span := keys.parse_span(key)) and archive.is_committed(Shard(*span)):
             opened.delete(key)
-    todo = _from_own_start(missing_shards(state.wanted, record.trials_per_shard, archive.committed()))
-    report(state)
-    if todo:
-        _train_all(todo, opened, archive, state, report, profile)
-        with _writing(state):
-            _fold_committed(archive, state)
+    while True:
+        todo = _from_own_start(missing_shards(state.wanted, record.trials_per_shard, archive.committed()))
+        report(state)
+        if todo:
+            _train_all(todo, opened, archive, state, report, profile)
+            with _writing(state):
+                _fold_committed(archive, state)
+        more = None if state.failed else next_round(state.record.experiment.subsets, state.statistics)
+        if more is None:
+            break
+        state.record = archive.extend(more)
+        state.wanted = state.record.experiment.subsets.trials
     if state.failed:
-        summary = publish(opened, record, state.statistics, dataset) if state.statistics.trials else None
+        summary = publish(opened, state.record, state.statistics, dataset) if state.statistics.trials else None
         raise ShardsFailedError(state.failed, f"{opened.address}/{keys.failures(experiment.name)}", summary)
     with _writing(state):
-        summary = publish(opened, record, state.statistics, dataset)
+        summary = publish(opened, state.record, state.statistics, dataset)
     return {**summary, "profile": _profile(state, time.monotonic() - began)} if profile else summary
 
 
@@ -208,14 +215,14 @@ def _fold_committed(archive: ExperimentArchive, state: RunState) -> None:
     """Fold what the store holds and this run has not: of earlier runs, or of another at the same time."""
     for shard in archive.committed():
         if not all(trial in state.statistics.metrics for trial in shard.trials):
-            state.statistics.fold(archive.batch(shard, state.record.fingerprint))
+            state.statistics.fold(archive.batch(shard, state.record))
 
 
 def _commit(finished: Finished, store: ObjectStore, archive: ExperimentArchive, state: RunState) -> None:
     """Commit a batch and fold what the store then holds: this one, or that of another run that was first."""
     batch = finished.batch
     if batch is None or not archive.commit(batch, state.record.fingerprint):
-        batch = archive.batch(finished.shard, state.record.fingerprint)
+        batch = archive.batch(finished.shard, state.record)
     StoredCheckpoints(store, archive.name, finished.shard).remove()
     state.statistics.fold(batch)
 

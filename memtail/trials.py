@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memtail.errors import ForeignObjectError, StoreError
+from memtail.errors import ForeignObjectError
 
 SCHEMA = 1
 
@@ -81,10 +81,13 @@ class TrialBatch:
         }
         for name, shape in expected.items():
             array = getattr(self, name)
-            if array is not None and array.shape != shape:
-                raise StoreError(f"trial batch: {name} has shape {list(array.shape)}, expected is {list(shape)}")
-        if len(self.metrics) != k:
-            raise StoreError(f"trial batch: metrics of {len(self.metrics)} trials, expected are {k}")
+            kind = np.float16 if name.endswith("margin") else np.uint8
+            if array is not None and (array.shape != shape or array.dtype != kind):
+                raise ForeignObjectError(
+                    f"trial batch: {name} is {array.dtype} {list(array.shape)}, expected is {np.dtype(kind)} {list(shape)}"
+                )
+        if [entry.trial for entry in self.metrics] != self.trial.tolist():
+            raise ForeignObjectError(f"trial batch: its metrics are not those of its {k} trials")
 
     @property
     def shard(self) -> Shard:
@@ -122,6 +125,9 @@ class TrialBatch:
             ForeignObjectError: the bytes are truncated, corrupt or of a schema this version does not know; names `source`.
         """
         try:
+            with zipfile.ZipFile(io.BytesIO(data)) as entries:
+                if sum(entry.file_size for entry in entries.infolist()) > len(data):
+                    raise ValueError("it would grow when it is unpacked")
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
                 arrays = dict(archive)
             schema = int(arrays.pop("schema"))
@@ -131,8 +137,15 @@ class TrialBatch:
             metrics = [TrialMetrics(**entry) for entry in json.loads(str(arrays.pop("metrics")))]
             provenance = json.loads(str(arrays.pop("provenance")))
             return cls(n_train=n_train, n_test=n_test, metrics=metrics, provenance=provenance, **arrays)
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, TypeError) as error:
+        except ForeignObjectError:
+            raise
+        except Exception as error:  # whatever hostile bytes make the parsers raise
             raise ForeignObjectError(f"{source}: is truncated or corrupt ({error}): delete it, then run again") from None
+
+
+def largest_batch(trials: int, n_train: int, n_test: int) -> int:
+    """Bytes that a batch may have at most: everything recorded, and a page of text for each trial."""
+    return trials * (3 * (n_train + n_test) + 4096) + (1 << 20)
 
 
 def pack(bits: npt.NDArray[np.bool_]) -> Bits:

@@ -138,6 +138,10 @@ class Broker:
             except (ValueError, KeyError, TypeError, IndexError):
                 continue
 
+    def waiting(self) -> int:
+        """How many messages wait in the queue."""
+        return int(self.redis.llen(_PREFIX + QUEUE))
+
     def clear_queue(self) -> None:
         """Take all waiting assignments away."""
         self.redis.delete(_PREFIX + QUEUE)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from memtail.errors import StoreError
+from memtail.errors import ForeignObjectError, StoreError
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.whole_file import whole_file
 
@@ -50,7 +50,7 @@ class LocalStore:
         with self._reading(key), self.path(key).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if limit is not None and size > limit:
-                raise StoreError(f"store {self.root}: '{key}' has {size} bytes, more than the {limit} that are read: remove it")
+                raise ForeignObjectError(f"store {self.root}: '{key}' has {size} bytes, more than the {limit} that are read: remove it")
             return file.read()
 
     def put(self, key: str, data: bytes) -> None:

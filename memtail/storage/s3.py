@@ -25,7 +25,7 @@ from minio.error import MinioException, S3Error, ServerError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 from urllib3.exceptions import HTTPError
 
-from memtail.errors import StoreError
+from memtail.errors import ForeignObjectError, StoreError
 from memtail.settings import S3Settings
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.s3_errors import KEY_MEND, PASSING_STATUS, cause_of, error_in, may_pass, mend_of
@@ -100,7 +100,9 @@ class S3Store:
             with self._opened(connection, key) as response:
                 size = response.headers.get("Content-Length", "an unknown number of")
                 if limit is not None and not (size.isdigit() and int(size) <= limit):
-                    raise StoreError(f"store {self.address}: '{key}' has {size} bytes, more than the {limit} that are read: remove it")
+                    raise ForeignObjectError(
+                        f"store {self.address}: '{key}' has {size} bytes, more than the {limit} that are read: remove it"
+                    )
                 return response.read(decode_content=False)
 
         return self._try(key, "read", read)

@@ -18,7 +18,7 @@ _NONE = 4
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _larger(largest, place, value, here):  # type: ignore[no-untyped-def]
     """A comparison without a branch, so that loops of it become vector instructions."""
-    taken = (value > largest) | (value != value)
+    taken = (value > largest) | np.isnan(value)
     return value if taken else largest, here if taken else place
 
 

@@ -14,6 +14,7 @@ from memtail.errors import ForeignObjectError, MemtailError
 from memtail.scores.publish import publish
 from memtail.settings import Settings
 from memtail.statistics import Statistics
+from memtail.stopping import next_round
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
 from services.settings import ServiceSettings
@@ -98,10 +99,13 @@ class Aggregator:
                     self._publish(folded)
         if self._due(folded):
             self._publish(folded)
+        if folded.complete and (more := next_round(record.experiment.subsets, folded.statistics)):
+            folded.record = archive.extend(more)
+            log.info("extended", experiment=name, trials=more)
 
     def _fold(self, archive: ExperimentArchive, folded: Folded, shard: Shard) -> None:
         try:
-            folded.statistics.fold(archive.batch(shard, folded.record.fingerprint))
+            folded.statistics.fold(archive.batch(shard, folded.record))
         except ForeignObjectError as error:
             self._refuse(archive, folded, shard, str(error))
         else:

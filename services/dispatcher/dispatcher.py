@@ -3,7 +3,6 @@
 import socket
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -12,12 +11,12 @@ import redis
 import structlog
 from kombu.exceptions import OperationalError
 
-from memtail.archive import Control, ExperimentArchive, Record, experiment_names
+from memtail.archive import ExperimentArchive, experiment_names
 from memtail.errors import MemtailError
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
 from services.broker import Assignment, Broker
-from services.dispatcher.reconcile import Plan, View, reconcile
+from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
 from services.settings import ServiceSettings
 
 log = structlog.get_logger()
@@ -25,6 +24,8 @@ log = structlog.get_logger()
 # Part of a lease's duration that a worker may take from receiving a message to holding the lease. What takes longer is sent once more, and
 # dropped by the worker that finds it leased.
 _ON_THE_WAY = 0.25
+# Between two listings of all batches passes at least this many times what one takes.
+_LISTING_SHARE = 20
 
 
 class Dispatcher:
@@ -121,33 +122,26 @@ class _Known:
     def __init__(self, store: ObjectStore, name: str) -> None:
         self.name = name
         self._archive = ExperimentArchive(store, name)
-        self._record: Record | None = None
-        self._control = Control()
-        self._committed: set[Shard] = set()
-        self._attempts: Counter[Shard] = Counter()
+        self._trials = 0
+        self._missing: dict[Shard, None] = {}  # in order, and quick to find and to remove
         self._listed = float("-inf")
-
-    @property
-    def view(self) -> View:
-        """For `reconcile`."""
-        assert self._record is not None
-        record = self._record
-        return View(
-            self.name, record.fingerprint, record.experiment.subsets.trials, record.trials_per_shard, self._control, self._committed,
-            self._attempts,
-        )  # fmt: skip
+        self.view = View(name, "", ())
 
     def refresh(self, resync_seconds: float, ended: set[str]) -> None:
         """Read what may have changed: the declaration, what its owner asks, failures, and batches.
 
         All batches are listed now and then only; in between, those of the shards that may have `ended` are looked for.
         """
-        self._record, self._control, self._attempts = self._archive.record(), self._archive.control(), self._archive.attempts()
-        if time.monotonic() - self._listed >= resync_seconds:
-            self._committed, self._listed = set(self._archive.committed()), time.monotonic()
-            return
-        for name, _, span in (assignment.rpartition("/") for assignment in ended):
-            if name == self.name:
+        record, control, attempts = self._archive.record(), self._archive.control(), self._archive.attempts()
+        trials = record.experiment.subsets.trials
+        if time.monotonic() - self._listed >= resync_seconds or trials != self._trials:
+            began = time.monotonic()
+            self._missing = dict.fromkeys(shards_missing(trials, record.trials_per_shard, set(self._archive.committed())))
+            # where that takes long it is done more rarely
+            self._listed, self._trials = time.monotonic() + _LISTING_SHARE * (time.monotonic() - began), trials
+        else:
+            for name, _, span in (assignment.rpartition("/") for assignment in ended):
                 shard = Shard(*map(int, span.split("-")))
-                if shard not in self._committed and self._archive.is_committed(shard):
-                    self._committed.add(shard)
+                if name == self.name and shard in self._missing and self._archive.is_committed(shard):
+                    del self._missing[shard]
+        self.view = View(self.name, record.fingerprint, self._missing, control, attempts)

@@ -5,7 +5,7 @@ all of Redis, the dispatcher itself) is therefore made good by the next pass.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from memtail.archive import Control, missing_shards
@@ -18,31 +18,29 @@ class View:
     """One experiment as a pass finds it.
 
     Attributes:
-        committed: the shards that have a trial batch.
+        missing: the shards still to be trained, dead ones included, by first trial.
         attempts: the failed attempts that are on record, by shard.
     """
 
     name: str
     fingerprint: str
-    trials: int
-    trials_per_shard: int
+    missing: Collection[Shard]
     control: Control = field(default_factory=Control)
-    committed: set[Shard] = field(default_factory=set)
     attempts: Counter[Shard] = field(default_factory=Counter)
-
-    def missing(self) -> list[Shard]:
-        """The shards still to be trained, dead ones included, by first trial."""
-        step = self.trials_per_shard
-        grid = [Shard(first, min(first + step, self.trials) - 1) for first in range(0, self.trials, step)]
-        absent = [shard for shard in grid if shard not in self.committed]
-        if len(grid) - len(absent) == len(self.committed):
-            return absent
-        # batches of another length, from before the experiment was extended
-        return missing_shards(self.trials, step, sorted(self.committed, key=lambda shard: shard.first))
 
     def assignment(self, shard: Shard) -> Assignment:
         """The message that has a shard trained."""
         return Assignment(experiment=self.name, fingerprint=self.fingerprint, first=shard.first, last=shard.last)
+
+
+def shards_missing(trials: int, trials_per_shard: int, committed: set[Shard]) -> list[Shard]:
+    """What is not committed of trials 0 to `trials` - 1, by first trial; as `missing_shards`, but quick where all is cut alike."""
+    grid = [Shard(first, min(first + trials_per_shard, trials) - 1) for first in range(0, trials, trials_per_shard)]
+    absent = [shard for shard in grid if shard not in committed]
+    if len(grid) - len(absent) == len(committed):
+        return absent
+    # batches of another length, from before the experiment was extended
+    return missing_shards(trials, trials_per_shard, sorted(committed, key=lambda shard: shard.first))
 
 
 @dataclass(frozen=True)
@@ -92,14 +90,13 @@ def reconcile(
     priority: dict[str, int] = {}  # of those that run
     waiting = {assignment.id for assignment in queued}
     for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):
-        missing = view.missing()
         failed = {shard for shard, attempts in view.attempts.items() if attempts >= max_attempts}
-        dead[view.name] = [shard for shard in missing if shard in failed] if failed else []
-        outstanding[view.name] = len(missing) - len(dead[view.name])
+        dead[view.name] = sorted((shard for shard in failed if shard in view.missing), key=lambda shard: shard.first)
+        outstanding[view.name] = len(view.missing) - len(dead[view.name])
         if view.control.state != "running":
             continue
         priority[view.name] = view.control.priority
-        for shard in missing:
+        for shard in view.missing:
             if len(wanted) >= max_queued + len(queued):
                 break
             assignment = view.assignment(shard)

@@ -6,6 +6,7 @@ The parent process never imports torch, since a CUDA context does not survive a 
 
 import os
 import socket
+import time
 import uuid
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from memtail.storage.opening import open_store
 from services.broker import TASK, Assignment, Broker, celery_app
 from services.settings import ServiceSettings
 from services.worker.training import Outcome, Trainer
+from services.worker.watchdog import Watchdog
 
 log = structlog.get_logger()
 
@@ -45,7 +47,8 @@ class Worker:
         self._store: ObjectStore = open_store(settings.store)
         self._trainer: Trainer | None = None
         self.celery = celery_app(settings)
-        self.celery.task(name=TASK, bind=False)(self._run)
+        self.celery.task(name=TASK)(self._run)
+        self.celery.steps["consumer"].add(Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6).step())
         # kept by weak reference otherwise
         signals.worker_process_init.connect(self._start_process, weak=False)
         signals.worker_shutting_down.connect(self._stop, weak=False)
@@ -74,6 +77,10 @@ class Worker:
             log.warning("message dropped: it is no assignment", errors=error.error_count())
             return
         if self._stopping.value or self._trainer.train(assignment) is Outcome.HANDED_BACK:
+            # where the worker itself is at fault (its disk, its clock, its way to the store), another is to have a chance first
+            until = time.monotonic() + self._settings.lease_seconds / 4
+            while not self._stopping.value and time.monotonic() < until:
+                time.sleep(0.1)
             raise Reject("handed back", requeue=True)
 
     def _stop(self, **_: Any) -> None:

@@ -33,6 +33,15 @@ def server_binary(name: str) -> str:
     return found
 
 
+def debian_program(name: str) -> str:
+    """A program of the Debian package of its name; where it is missing and may be installed, that is done first."""
+    if shutil.which(name) is None and shutil.which("apt-get") and os.geteuid() == 0:
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", name]):
+            subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True, check=False)
+    return shutil.which(name) or pytest.fail(f"this test needs the program {name}, which is not on PATH: install it", pytrace=False)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]

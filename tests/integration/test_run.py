@@ -171,7 +171,7 @@ def test_the_pointer_never_goes_back_to_fewer_trials(finished, digits):
     archive = ExperimentArchive(LocalStore(store), "digits")
     record = archive.record()
     behind = Statistics(digits.n_train, digits.n_test)
-    behind.fold(archive.batch(archive.committed()[0], record.fingerprint))
+    behind.fold(archive.batch(archive.committed()[0], record))
     before = latest_version(archive.store, "digits")
     assert publish(archive.store, record, behind, digits)["trials"] == 5
     assert latest_version(archive.store, "digits") == before

@@ -68,15 +68,15 @@ class RedisServer:
 class Service:
     """One service process with its log."""
 
-    def __init__(self, name: str, environment: dict[str, str], log: Path) -> None:
-        self.name, self._environment, self.log = name, environment, log
+    def __init__(self, name: str, environment: dict[str, str], log: Path, prefix: tuple[str, ...] = ()) -> None:
+        self.name, self._environment, self.log, self._prefix = name, environment, log, prefix
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Service":
         environment = {**self._environment, "MEMTAIL_PORT": str(free_port())}
         self.port = environment["MEMTAIL_PORT"]
         with self.log.open("ab") as output:
-            command = [sys.executable, "-m", f"services.{self.name}"]
+            command = [*self._prefix, sys.executable, "-m", f"services.{self.name}"]
             self._process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=output, stderr=output, start_new_session=True)
         return self
 
@@ -133,9 +133,9 @@ class Cluster:
             service.kill()
         self.redis.stop()
 
-    def start(self, name: str, **environment: str) -> Service:
+    def start(self, name: str, prefix: tuple[str, ...] = (), **environment: str) -> Service:
         log = self.folder / f"{name}-{len(self.services)}.log"
-        service = Service(name, {**self.environment, **environment}, log)
+        service = Service(name, {**self.environment, **environment}, log, prefix)
         self.services.append(service)
         return service.start()
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtail.archive import ExperimentArchive, Record, missing_shards
-from memtail.errors import StoreError
+from memtail.archive import Control, ExperimentArchive, Record, missing_shards
+from memtail.errors import ForeignObjectError, StoreError
 from memtail.experiment import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -55,16 +55,23 @@ def test_a_batch_of_other_trials_than_its_name_says_is_refused_and_foreign_files
     from tests.unit.test_trials import make
 
     batch = make()[0]
-    archive.enroll(record())
+    held = dataclasses.replace(archive.enroll(record()), fingerprint="f", n_train=13)
     assert archive.commit(batch, "f") and not archive.commit(batch, "f")
-    assert archive.committed() == [Shard(10, 12)] and archive.batch(Shard(10, 12), "f").shard == Shard(10, 12)
+    assert archive.committed() == [Shard(10, 12)] and archive.batch(Shard(10, 12), held).shard == Shard(10, 12)
     with pytest.raises(StoreError, match="belongs to another experiment"):
         archive.commit(batch, "g")
     archive.store.put("experiments/e/trials/00000000-00000002.npz", batch.to_bytes())
     archive.store.put("experiments/e/trials/notes.txt", b"")
     assert archive.committed() == [Shard(0, 2), Shard(10, 12)]
     with pytest.raises(StoreError, match=r"00000000-00000002\.npz: holds other trials than its name says"):
-        archive.batch(Shard(0, 2), "f")
+        archive.batch(Shard(0, 2), held)
+    with pytest.raises(ForeignObjectError, match="of a dataset of another size"):
+        archive.batch(Shard(10, 12), dataclasses.replace(held, n_test=6))
+    with pytest.raises(ForeignObjectError, match="the experiment has 100 trials"):
+        archive.batch(Shard(10**9, 10**9), held)
+    archive.store.put("experiments/e/trials/00000003-00000004.npz", b"0" * (2 << 20))
+    with pytest.raises(ForeignObjectError, match="has 2097152 bytes, more than the"):
+        archive.batch(Shard(3, 4), held)
 
 
 @pytest.mark.parametrize("data", [b"{", b'"x"', b"{}", b'{"schema": 7}'])
@@ -85,3 +92,26 @@ def test_failures_are_kept_and_counted(archive):
     second = archive.record_failure(Shard(0, 6), "boom again", "trace", "later")
     assert (first.attempt, second.attempt) == (1, 2)
     assert [failure.error for failure in archive.failures()] == ["boom", "boom again"]
+
+
+def test_attempts_are_counted_also_when_two_fail_at_once_and_forgiven_when_asked(archive):
+    for shard in (Shard(0, 6), Shard(0, 6), Shard(7, 13)):
+        archive.record_failure(shard, "boom", "", "now")
+    assert archive.attempts() == {Shard(0, 6): 2, Shard(7, 13): 1}
+    assert archive.forgive(Shard(0, 6)) == 2 and archive.attempts() == {Shard(7, 13): 1}
+    assert archive.forgive() == 1 and not archive.attempts()
+
+
+def test_control_is_running_until_something_else_is_asked(archive):
+    assert archive.control() == Control("running", 0)
+    archive.set_control(Control("paused", 5))
+    assert archive.control() == Control("paused", 5)
+    archive.store.put("experiments/e/control.json", b'{"state": "walking"}')
+    with pytest.raises(StoreError, match=r"control\.json: is corrupt"):
+        archive.control()
+
+
+def test_an_experiment_is_extended_and_never_shrinks(archive):
+    archive.enroll(record(100))
+    assert archive.extend(150).experiment.subsets.trials == 150 == archive.record().experiment.subsets.trials
+    assert archive.extend(120).experiment.subsets.trials == 150

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtail.errors import StoreError
+from memtail.errors import ForeignObjectError, StoreError
 from memtail.trials import TrialBatch, TrialMetrics, pack, unpack
 
 
@@ -46,3 +46,19 @@ def test_a_truncated_batch_is_named():
     for size in (0, 10, len(data) // 2, len(data) - 1):
         with pytest.raises(StoreError, match=r"trials/x\.npz: is truncated or corrupt"):
             TrialBatch.from_bytes(data[:size], "trials/x.npz")
+
+
+def test_a_batch_that_grows_when_unpacked_or_holds_other_types_is_refused():
+    batch = make(n=1 << 20)[0]
+    with np.load(io.BytesIO(batch.to_bytes())) as archive:
+        arrays = dict(archive)
+    for changes, compressed, message in (
+        ({"membership": np.zeros_like(arrays["membership"])}, True, "would grow when it is unpacked"),
+        ({"membership": arrays["membership"].astype(np.float32)}, False, "membership is float32"),
+        ({"trial": arrays["trial"] + 1}, False, "its metrics are not those of its 3 trials"),
+        ({"membership": np.array([object()])}, False, "truncated or corrupt"),
+    ):
+        buffer = io.BytesIO()
+        (np.savez_compressed if compressed else np.savez)(buffer, **(arrays | changes))
+        with pytest.raises(ForeignObjectError, match=message):
+            TrialBatch.from_bytes(buffer.getvalue())

@@ -1,0 +1,66 @@
+"""Rows about the dispatcher: one pass over 100,000 shards and 1,000 workers, with real servers."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from memtail import datasets
+from memtail.archive import ExperimentArchive
+from memtail.experiment import Experiment
+from memtail.runner import declare
+from memtail.storage import keys
+from memtail.storage.s3 import S3Store
+from memtail.trials import Shard
+from services.broker import Assignment, Broker
+from services.dispatcher.dispatcher import Dispatcher
+from services.settings import ServiceSettings
+from tests.benchmarks.bench import Row
+from tests.integration.servers import MinioServer
+from tests.services.cluster import RedisServer
+
+SHARDS, WORKERS, COMMITTED = 100_000, 1_000, 50_000
+
+
+def dispatcher() -> list[Row]:
+    """Half of the shards committed, as many leased as there are workers, the queue full; passes with and without listing all batches."""
+    redis = RedisServer()
+    with tempfile.TemporaryDirectory() as folder, MinioServer(Path(folder)) as minio:
+        redis.start()
+        try:
+            store = S3Store(minio.new_bucket(), settings=minio.settings())
+            settings = ServiceSettings(store=store.address, broker=redis.url, lease_seconds=600)
+            return _passes(store, Broker(settings), settings)
+        finally:
+            redis.stop()
+
+
+def _passes(store: S3Store, broker: Broker, settings: ServiceSettings) -> list[Row]:
+    spec = {"name": "big", "dataset": {"name": "digits"}, "subsets": {"trials": SHARDS}, "execution": {"trials_per_shard": 1}}
+    experiment = Experiment.parse(spec)
+    archive = ExperimentArchive(store, "big")
+    record = archive.enroll(declare(experiment, datasets.prepare(experiment.dataset)))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda trial: store.put(keys.trial_batch("big", trial, trial), b""), range(COMMITTED)))
+    listing, passes = [], []
+    for _ in range(3):
+        dispatcher = Dispatcher(store, broker, settings)
+        for trial in range(COMMITTED, COMMITTED + WORKERS):
+            broker.acquire(Assignment(experiment="big", fingerprint=record.fingerprint, first=trial, last=trial), f"worker-{trial}")
+        for times in (listing, passes, passes, passes):
+            began = time.perf_counter()
+            plan = dispatcher.reconcile()
+            times.append(time.perf_counter() - began)
+            broker.redis.ltrim("memtail:shards", 0, -201)  # workers take some
+    assert plan.outstanding["big"] == SHARDS - COMMITTED
+    assert Shard(COMMITTED, COMMITTED) not in {assignment.shard for assignment in plan.send}
+    memory = broker.redis.info("memory")["used_memory_peak"] / 2**20
+    note = f"{SHARDS:,} shards, {COMMITTED:,} committed, {WORKERS:,} leased, {settings.max_queued:,} queued; peak is Redis's"
+    return [
+        Row("dispatcher-listing", "pass", "2 s, 100 MiB", listing, [], "", memory, f"{note}; all batches listed"),
+        Row("dispatcher", "pass", "2 s, 100 MiB", passes, [], "", memory, note),
+    ]
+
+
+ROWS: dict[str, Callable[[], list[Row]]] = {"dispatcher": dispatcher}

@@ -1,0 +1,81 @@
+"""What the dispatcher decides, without servers."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtail.archive import Control, missing_shards
+from memtail.trials import Shard
+from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
+
+LIMITS = {"max_attempts": 3, "max_starts": 3, "max_queued": 100}
+
+
+def view(name="a", trials=40, per_shard=4, committed=(), **parts):
+    return View(name, "0" * 64, dict.fromkeys(shards_missing(trials, per_shard, set(committed))), **parts)
+
+
+def decide(views, queued=(), busy=(), starts=None, **limits) -> Plan:
+    return reconcile(views, list(queued), set(busy), starts or {}, **(LIMITS | limits))
+
+
+def spans(assignments):
+    return [(assignment.experiment, assignment.first, assignment.last) for assignment in assignments]
+
+
+def test_what_is_neither_committed_nor_dead_nor_leased_nor_queued_is_sent():
+    one = view(committed=[Shard(0, 3)], attempts=Counter({Shard(4, 7): 3, Shard(8, 11): 2}))
+    queued, leased = one.assignment(Shard(12, 15)), one.assignment(Shard(16, 19))
+    plan = decide([one], [queued], {leased.id})
+    assert spans(plan.send) == [("a", first, first + 3) for first in (8, 20, 24, 28, 32, 36)]
+    assert not plan.clear and not plan.lost
+    assert plan.dead == {"a": [Shard(4, 7)]} and plan.outstanding == {"a": 8}
+
+
+def test_the_last_shard_may_be_shorter():
+    assert spans(decide([view(trials=6)]).send) == [("a", 0, 3), ("a", 4, 5)]
+
+
+def test_no_more_are_queued_than_allowed():
+    one = view(trials=4000)
+    queued = [one.assignment(Shard(first, first + 3)) for first in range(0, 360, 4)]
+    plan = decide([one], queued)
+    assert spans(plan.send) == [("a", first, first + 3) for first in range(360, 400, 4)]
+
+
+def test_urgent_experiments_go_first_and_overtake_what_waits():
+    low, high = view("low"), view("high", trials=8, control=Control(priority=1))
+    queued = [low.assignment(shard) for shard in low.missing]
+    plan = decide([low, high], queued)
+    assert plan.clear and spans(plan.send)[:3] == [("high", 0, 3), ("high", 4, 7), ("low", 0, 3)]
+    again = decide([low, high], plan.send)
+    assert not again.clear and not again.send
+
+
+def test_paused_and_cancelled_experiments_leave_the_queue():
+    for state in ("paused", "cancelled"):
+        stopped, going = view("stopped", control=Control(state)), view("going", trials=4)
+        plan = decide([stopped, going], [stopped.assignment(Shard(0, 3))])
+        assert plan.clear and spans(plan.send) == [("going", 0, 3)] and plan.outstanding["stopped"] == 10
+    gone = decide([view("going", trials=4)], [view("gone").assignment(Shard(0, 3))])
+    assert gone.clear and spans(gone.send) == [("going", 0, 3)]
+
+
+def test_workers_that_vanish_count_as_a_failure_in_the_end():
+    one = view(trials=8)
+    first, second = (one.assignment(shard) for shard in one.missing)
+    plan = decide([one], [], {second.id}, {first.id: 3, second.id: 3})
+    assert spans(plan.lost) == [("a", 0, 3)] and not plan.send
+    assert spans(decide([one], [], set(), {first.id: 2}).send) == [("a", 0, 3), ("a", 4, 7)]
+
+
+@given(
+    trials=st.integers(1, 60),
+    per_shard=st.integers(1, 9),
+    extended=st.integers(0, 30),
+    kept=st.sets(st.integers(0, 60)),
+)
+def test_missing_is_what_the_general_rule_says_also_after_an_extension(trials, per_shard, extended, kept):
+    grid = [shard for i, shard in enumerate(missing_shards(trials, per_shard, [])) if i in kept]
+    assert shards_missing(trials + extended, per_shard, set(grid)) == missing_shards(trials + extended, per_shard, grid)

@@ -1,0 +1,56 @@
+"""Experiments that end when their scores are sharp enough."""
+
+import numpy as np
+import pytest
+
+from memtail.errors import SpecError
+from memtail.estimators import expected_standard_error, memorization
+from memtail.experiment import Experiment
+from memtail.runner import run
+from memtail.scores.publish import latest_version
+from memtail.statistics import Statistics
+from memtail.stopping import first_round, most_trials, next_round
+from memtail.storage.local import LocalStore
+
+
+def spec(**subsets):
+    model, training = {"name": "mlp", "hidden": [16]}, {"epochs": 2}
+    return Experiment.parse({"name": "e", "dataset": {"name": "digits"}, "model": model, "training": training, "subsets": subsets})
+
+
+def test_the_worst_case_is_never_exceeded_and_always_enough():
+    assert expected_standard_error(most_trials(0.02, 0.7), 0.7) <= 0.02 < expected_standard_error(most_trials(0.02, 0.7) - 1, 0.7)
+    assert first_round(0.02, 0.7) == most_trials(0.02, 0.7) // 20 and first_round(0.3, 0.5) == most_trials(0.3, 0.5)
+
+
+def test_until_chooses_the_first_round_and_is_no_part_of_the_fingerprint():
+    sharp, blunt = spec(until={"standard_error": 0.02}), spec(until={"standard_error": 0.05}, trials=100)
+    assert sharp.subsets.trials == first_round(0.02, 0.7) and blunt.subsets.trials == 100
+    assert sharp.fingerprint("d") == blunt.fingerprint("d") == spec(trials=3).fingerprint("d")
+    for until, message in (({"standard_error": 0}, "greater than 0"), ({}, "standard_error"), ({"standard_error": "x"}, "valid number")):
+        with pytest.raises(SpecError, match=message):
+            spec(until=until)
+
+
+def test_a_run_goes_on_until_its_scores_are_sharp_and_no_further(tmp_path):
+    experiment = spec(until={"standard_error": 0.04, "quantile": 0.9})
+    summary = run(experiment, tmp_path)
+    store = LocalStore(tmp_path)
+    pointer = latest_version(store, "e")
+    trials = summary["trials"]
+    assert experiment.subsets.trials < trials < most_trials(0.04, 0.7) and pointer["summary"]["trials"] == trials
+    from memtail import load_scores
+
+    errors = load_scores(tmp_path / "experiments" / "e").memorization["mem_se"]
+    assert np.quantile(errors, 0.9, method="higher") <= 0.04
+    # asked again, it is as it was, also by who leaves the number of trials out
+    assert run(experiment, tmp_path) == summary
+
+
+def test_examples_without_an_estimate_keep_it_going_to_the_worst_case_at_most():
+    experiment = spec(until={"standard_error": 0.1}, trials=10)
+    nothing = Statistics(5, 5)
+    assert 10 < next_round(experiment.subsets, nothing) <= most_trials(0.1, 0.7)
+    assert np.isnan(memorization(nothing).error).all()
+    assert next_round(spec(until={"standard_error": 0.1}, trials=most_trials(0.1, 0.7)).subsets, nothing) is None
+    assert next_round(spec(trials=10).subsets, nothing) is None
