@@ -202,8 +202,8 @@ def test_status_shows_control_shards_failures_and_what_is_published(call, spec, 
     other, tiny = json.loads(call("status", "--json"))
     assert (other["experiment"], other["state"], other["priority"], other["published"]) == ("other", "running", 2, None)
     wanted = {
-        "state": "running", "ending": "dead", "priority": 0, "trials": 8, "wanted": 12, "shards_committed": 2, "shards_wanted": 3, "failed_attempts": 4,
-        "dead_shards": ["8-11"], "published_trials": 4, "test_accuracy": 0.75,
+        "state": "running", "ending": "dead", "priority": 0, "trials": 8, "wanted": 12, "shards_committed": 2, "shards_wanted": 3,
+        "failed_attempts": 4, "dead_shards": ["8-11"], "published_trials": 4, "test_accuracy": 0.75,
     }  # fmt: skip
     assert {key: tiny[key] for key in wanted} == wanted
     assert 0 <= tiny["published_age"] < 60 and 0 < tiny["standard_error"] < 1
