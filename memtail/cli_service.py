@@ -85,7 +85,7 @@ def submit(
             "experiment": experiment.name,
             "fingerprint": made.record.fingerprint,
             "new": made.trials_before is None,
-            "trials": experiment.subsets.trials,
+            "trials": made.record.experiment.subsets.trials,
             "trials_before": made.trials_before or 0,
             "shards": made.shards,
             "trials_per_shard": made.record.trials_per_shard,

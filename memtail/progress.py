@@ -148,6 +148,6 @@ def _refused(archive: ExperimentArchive, failed: set[Shard]) -> list[Shard]:
     about = {
         failure.shard
         for failure in archive.failures()
-        if failure.error.startswith(keys.trial_batch(archive.name, failure.shard.first, failure.shard.last))
+        if keys.trial_batch(archive.name, failure.shard.first, failure.shard.last) in failure.error
     }
     return sorted(failed & about, key=lambda shard: shard.first)

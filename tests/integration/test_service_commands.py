@@ -103,7 +103,7 @@ def publish_all(archive):
     record = archive.record()
     statistics = Statistics(record.n_train, record.n_test)
     for shard in archive.committed():
-        statistics.fold(archive.batch(shard, record.fingerprint))
+        statistics.fold(archive.batch(shard, record))
     publish(archive.store, record, statistics, datasets.prepare(record.experiment.dataset))
 
 
@@ -147,6 +147,15 @@ def test_submitting_again_changes_nothing_and_more_trials_extend(call, spec, sto
     assert (made["new"], made["trials_before"], made["trials"], made["shards"], made["priority"]) == (False, 20, 20, 5, 5)
     with pytest.raises(StoreError, match="with 20 trials, this spec has 12"):
         call("submit", spec())
+
+
+def test_what_an_experiment_has_come_to_stays_when_it_is_submitted_again_with_the_trials_it_began_with(call, spec, store):
+    subsets = {"trials": 12, "design": "balanced", "fraction": 0.5, "until": {"standard_error": 0.1}}
+    call("submit", spec(subsets=subsets))
+    ExperimentArchive(store, "tiny").extend(20)
+    assert "20 in 5 shards of 4" in call("submit", spec(subsets=subsets))
+    made = json.loads(call("submit", spec(subsets=subsets), "--json"))
+    assert (made["trials_before"], made["trials"]) == (20, 20)
 
 
 def test_submitting_something_else_under_the_name_is_refused_before_its_dataset_goes_up(call, spec, store, tmp_path):
