@@ -88,10 +88,11 @@ class ExperimentProgress:
         return "to be tried again" if left else "committed"
 
     def to_json(self) -> dict[str, Any]:
-        """For scripts."""
+        """For scripts. Seconds, and shards as FIRST-LAST."""
         return {
             "experiment": self.experiment,
             "state": self.control.state,
+            "ending": self.ending,
             "priority": self.control.priority,
             "trials": self.trials,
             "wanted": self.wanted,

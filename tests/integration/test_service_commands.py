@@ -202,7 +202,7 @@ def test_status_shows_control_shards_failures_and_what_is_published(call, spec, 
     other, tiny = json.loads(call("status", "--json"))
     assert (other["experiment"], other["state"], other["priority"], other["published"]) == ("other", "running", 2, None)
     wanted = {
-        "state": "running", "priority": 0, "trials": 8, "wanted": 12, "shards_committed": 2, "shards_wanted": 3, "failed_attempts": 4,
+        "state": "running", "ending": "dead", "priority": 0, "trials": 8, "wanted": 12, "shards_committed": 2, "shards_wanted": 3, "failed_attempts": 4,
         "dead_shards": ["8-11"], "published_trials": 4, "test_accuracy": 0.75,
     }  # fmt: skip
     assert {key: tiny[key] for key in wanted} == wanted
@@ -302,7 +302,8 @@ def test_watch_ends_with_1_where_a_batch_was_refused(call, submitted, meanwhile)
     assert "refused" in call("failures")
 
 
-def test_watch_counts_diverged_trials_as_done(call, submitted):
+def test_watch_counts_diverged_trials_as_done(call, submitted, meanwhile):
+    meanwhile()
     commit(submitted, SHARDS[0], diverged=True)
     commit(submitted, *SHARDS[1:])
     publish_all(submitted)
@@ -438,6 +439,7 @@ def test_doctor_looks_at_the_broker_where_there_is_one_and_never_shows_its_passw
             (f"redis://:a-secret@127.0.0.1:{free_port()}/0", "does not answer (Error 111"),
             ("redis://:a-secret@no-such-host.invalid/0", "no-such-host.invalid:6379 does not answer"),
             ("redis://:a/secret@127.0.0.1:1/0", "is no Redis URL: give redis://:PASSWORD@HOST:PORT/0"),
+            ("redis://secret/password@127.0.0.1:1/0", "is no Redis URL"),
             ("redis://:a#secret@127.0.0.1:1/0", "is no Redis URL"),
             ("redis://:a-secret@127.0.0.1:port/0", "is no Redis URL"),
             ("http://:a-secret@127.0.0.1", "is no Redis URL"),
