@@ -190,7 +190,7 @@ def test_a_task_that_always_goes_wrong_is_given_up_and_tried_again_when_asked(ho
 
 def test_a_task_that_hangs_past_its_time_limit(tmp_path_factory, minio, declare, digits, expected, tmp_path):
     experiment = faulty(declare, "hang")
-    with Cluster(tmp_path_factory.mktemp("cluster"), minio, MEMTAIL_SHARD_SECONDS="15") as cluster:
+    with Cluster(tmp_path_factory.mktemp("cluster"), minio, MEMTAIL_SHARD_SECONDS="30") as cluster:
         archive = cluster.submit(experiment, digits)
         with recovery(cluster, archive, experiment, expected, "task that hangs"):
             cluster.start("dispatcher")
@@ -206,7 +206,8 @@ def test_a_committed_object_deleted(cluster, slow, digits, expected):
         cluster.until(trained(archive, 2))
         shard = archive.committed()[0]
         cluster.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
-        cluster.until(lambda: shard in archive.committed())
+        again = cluster.until(lambda: shard in archive.committed())
+        print(f"\ncommitted again after {again:.1f} s")
 
 
 def test_a_damaged_and_a_foreign_batch_are_refused_and_reported(cluster, experiment, declare, digits, expected):
