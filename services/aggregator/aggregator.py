@@ -95,13 +95,8 @@ class Aggregator:
         for shard in archive.committed():
             if shard not in folded.shards:
                 self._fold(archive, folded, shard)
-                if self._due(folded):
-                    self._publish(folded)
-        if self._due(folded):
-            self._publish(folded)
-        if folded.complete and (more := next_round(record.experiment.subsets, folded.statistics)):
-            folded.record = archive.extend(more)
-            log.info("extended", experiment=name, trials=more)
+                self._extend_or_publish(archive, folded)
+        self._extend_or_publish(archive, folded)
 
     def _fold(self, archive: ExperimentArchive, folded: Folded, shard: Shard) -> None:
         try:
@@ -119,6 +114,14 @@ class Aggregator:
         if not any(failure.shard == shard and failure.error == reason for failure in archive.failures()):
             archive.record_failure(shard, reason, "", datetime.now(UTC).isoformat(timespec="seconds"))
         folded.refused[shard] = reason
+
+    def _extend_or_publish(self, archive: ExperimentArchive, folded: Folded) -> None:
+        # in this order: nobody is to take a round's scores for the end
+        if folded.complete and (more := next_round(folded.record.experiment.subsets, folded.statistics)):
+            folded.record = archive.extend(more)
+            log.info("extended", experiment=archive.name, trials=more)
+        if self._due(folded):
+            self._publish(folded)
 
     def _due(self, folded: Folded) -> bool:
         """Whether to publish: at the end at once, before that after enough new trials or enough time."""

@@ -46,6 +46,7 @@ class Worker:
         self._stopping = Value("b", 0)
         self._store: ObjectStore = open_store(settings.store)
         self._trainer: Trainer | None = None
+        self._lost = ""
         self.celery = celery_app(settings)
         self.celery.task(name=TASK)(self._run)
         self.celery.steps["consumer"].add(Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6).step())
@@ -86,10 +87,11 @@ class Worker:
     def _stop(self, **_: Any) -> None:
         self._stopping.value = 1
 
-    def _record_loss(self, exception: BaseException, kwargs: Any, **_: Any) -> None:
+    def _record_loss(self, task_id: str, exception: BaseException, kwargs: Any, **_: Any) -> None:
         """In the parent: a process died, or was killed at its time limit, and can say nothing itself."""
-        if isinstance(exception, Reject):
+        if isinstance(exception, Reject) or task_id == self._lost:  # a time limit is reported twice
             return
+        self._lost = task_id
         try:
             assignment = Assignment.model_validate(kwargs)
             error = f"the training process died ({exception}): killed, out of memory, or a crash in native code"

@@ -1,6 +1,9 @@
 """The service from submission to scores, undisturbed."""
 
-from tests.services.conftest import TRIALS
+import json
+
+from memtail.archive import Control
+from tests.services.conftest import PER_SHARD, TRIALS
 
 
 def test_the_service_publishes_the_bits_of_an_embedded_run(cluster, experiment, digits, expected):
@@ -10,3 +13,36 @@ def test_the_service_publishes_the_bits_of_an_embedded_run(cluster, experiment, 
     cluster.until_published(archive, TRIALS)
     assert cluster.scores(experiment.name) == expected(experiment)
     assert not archive.attempts() and not list(archive.store.list("experiments/digits/checkpoints/"))
+
+
+def test_an_experiment_goes_on_until_its_scores_are_sharp_as_an_embedded_run_does(cluster, declare, digits, expected):
+    execution = {"trials_per_shard": 16, "device": "cpu"}
+    experiment = declare(64, name="sharp", subsets={"until": {"standard_error": 0.05, "quantile": 0.9}}, execution=execution)
+    scores = expected(experiment)
+    archive = cluster.submit(experiment, digits)
+    for name in ("dispatcher", "worker", "aggregator"):
+        cluster.start(name)
+    trials = int(json.loads(scores["summary.json"])["trials"])
+    assert trials > 64
+    cluster.until_published(archive, trials)
+    assert archive.record().experiment.subsets.trials == trials and cluster.scores("sharp") == scores
+
+
+def test_priorities_pauses_and_cancelling_decide_what_is_trained(cluster, declare, digits):
+    execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+    paused, cancelled, low, high = (
+        cluster.submit(declare(TRIALS, name=name, execution=execution), digits) for name in ("paused", "cancelled", "low", "high")
+    )
+    paused.set_control(Control("paused"))
+    cancelled.set_control(Control("cancelled"))
+    high.set_control(Control(priority=1))
+    for name in ("dispatcher", "aggregator", "worker"):
+        cluster.start(name)
+    cluster.until_published(high, TRIALS)
+    cluster.until_published(low, TRIALS)
+    began = [min(archive.batch(shard, archive.record()).provenance["started"] for shard in archive.committed()) for archive in (high, low)]
+    assert began[0] <= began[1]
+    assert not paused.committed() and not cancelled.committed()
+    paused.set_control(Control())
+    cluster.until_published(paused, TRIALS)
+    assert not cancelled.committed()
