@@ -15,7 +15,6 @@ RUN groupadd --gid 1000 memtail \
 # Datasets and compiled code go where a volume or a tmpfs belongs. Nothing else is written, so that the root may be read-only.
 ENV PATH=/opt/memtail/bin:$PATH \
     MEMTAIL_CACHE=/var/cache/memtail \
-    NUMBA_CACHE_DIR=/var/cache/memtail/compiled \
     PYTHONUNBUFFERED=1
 WORKDIR /opt/memtail
 
@@ -50,8 +49,8 @@ FROM base AS control
 COPY --from=control-packages /opt/memtail /opt/memtail
 RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
     pip --python bin/python install --quiet --no-cache-dir --no-deps /wheels/*.whl \
- && python -c 'import memtail.cli_service, memtail.scores.reader, services.aggregator.aggregator, services.dispatcher.dispatcher' \
- && rm -rf "$NUMBA_CACHE_DIR"
+ && python -c 'import memtail.cli_service, memtail.scores.reader, services.aggregator.aggregator, services.dispatcher.dispatcher'
+ENV NUMBA_CACHE_DIR=/var/cache/memtail/compiled-control
 USER 1000:1000
 WORKDIR /var/cache/memtail
 CMD ["memtail", "--help"]
@@ -67,7 +66,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python bin/python install --quiet --requirement /tmp/worker.txt
 RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
     pip --python bin/python install --quiet --no-cache-dir --no-deps /wheels/*.whl
-ENV TORCHINDUCTOR_CACHE_DIR=/var/cache/memtail/inductor \
+ENV NUMBA_CACHE_DIR=/var/cache/memtail/compiled-worker \
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/memtail/inductor \
     TRITON_CACHE_DIR=/var/cache/memtail/triton
 USER 1000:1000
 WORKDIR /var/cache/memtail

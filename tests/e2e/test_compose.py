@@ -99,7 +99,7 @@ def test_the_command_line_fetches_what_an_embedded_run_computes(deployment: Depl
 def test_all_are_healthy_but_the_one_that_was_killed(deployment: Deployment) -> None:
     deployment.until(lambda: "starting" not in _health(deployment), 120)
     health = _health(deployment)
-    assert set(health) == {"healthy"} and len(health) == 5
+    assert set(health) == {"healthy"} and len(health) >= 5
     ended = {service_of(each): each["State"]["ExitCode"] for each in deployment.containers() if each["State"]["Status"] == "exited"}
     assert ended == {"passwords": 0, "bucket": 0, "submit": 0, "worker": 137}
 
