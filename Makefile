@@ -1,14 +1,15 @@
 # make run     set up and run the digits experiment, end to end
 # make test    set up and run all tests
 # make bench   measure against honest baselines (ROW=name: one row, ROW=list: their names)
-# make lint    ruff and mypy
+# make e2e     docker compose up, from a build to scores, under a name of its own (needs Docker with its compose plugin)
+# make lint    ruff, mypy and hadolint
 # Everything lives in .venv; nothing is installed again until pyproject.toml changes.
 
 SPEC ?= examples/digits.yaml
 STORE ?= memtail-store
 BIN := .venv/bin
 
-.PHONY: run test bench lint clean
+.PHONY: run test bench e2e lint clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
@@ -19,10 +20,14 @@ test: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/python -m tests.benchmarks.bench $(ROW)
 
+e2e: .venv/installed-dev
+	$(BIN)/pytest tests/e2e --capture=no $(ARGS)
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 .venv/installed-train: pyproject.toml
 	./tools/make-venv.sh .venv

@@ -34,6 +34,7 @@ class ServiceSettings:
         publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed.
         devices: of a worker, one process for each, with commas between: "auto", "cpu", or "cuda:0,cuda:1".
         port: of the metrics and health checks of a service.
+        heartbeat_file: of a worker, which it touches while it lives; none if not set.
     """
 
     store: str = _variable(STORE_VARIABLE, "")
@@ -49,6 +50,7 @@ class ServiceSettings:
     publish_seconds: float = _variable("MEMTAIL_PUBLISH_SECONDS", 60.0)
     devices: str = _variable("MEMTAIL_DEVICES", "auto")
     port: int = _variable("MEMTAIL_PORT", 9100)
+    heartbeat_file: str = _variable("MEMTAIL_HEARTBEAT_FILE", "")
 
     @classmethod
     def from_environment(cls) -> "ServiceSettings":

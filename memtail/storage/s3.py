@@ -162,6 +162,25 @@ class S3Store:
         name = self._name(key)
         self._try(key, "removed", lambda connection: connection.s3.remove_object(bucket_name=self._bucket, object_name=name))
 
+    def make_bucket(self) -> bool:
+        """Make the bucket unless it is there.
+
+        Returns: whether it was made.
+        """
+
+        def make(connection: _Connection) -> bool:
+            if connection.s3.bucket_exists(bucket_name=self._bucket):
+                return False
+            try:
+                connection.s3.make_bucket(bucket_name=self._bucket, location=self._settings.region)
+            except S3Error as error:
+                if error.code != "BucketAlreadyOwnedByYou":  # by another, or by a try before this one whose answer was lost
+                    raise
+                return False
+            return True
+
+        return self._try(self._bucket, "made", make)
+
     def prove(self) -> None:
         """Try out what the contract rests on, with an object that is removed again.
 

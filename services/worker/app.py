@@ -10,6 +10,7 @@ import time
 import uuid
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -26,6 +27,7 @@ from memtail.storage import ObjectStore
 from memtail.storage.opening import open_store
 from services.broker import TASK, Assignment, Broker, celery_app
 from services.settings import ServiceSettings
+from services.worker.heartbeat import HeartbeatFile
 from services.worker.training import Outcome, Trainer
 from services.worker.watchdog import Watchdog
 
@@ -50,6 +52,8 @@ class Worker:
         self.celery = celery_app(settings)
         self.celery.task(name=TASK)(self._run)
         self.celery.steps["consumer"].add(Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6).step())
+        if settings.heartbeat_file:
+            self.celery.steps["consumer"].add(HeartbeatFile(Path(settings.heartbeat_file)).step())
         # kept by weak reference otherwise
         signals.worker_process_init.connect(self._start_process, weak=False)
         signals.worker_shutting_down.connect(self._stop, weak=False)

@@ -1,0 +1,18 @@
+"""`python -m services.bucket`: makes the bucket that MEMTAIL_STORE names, unless it is there."""
+
+import structlog
+
+from memtail.storage.opening import open_bucket
+from services.process import start
+from services.settings import ServiceSettings
+
+log = structlog.get_logger()
+
+
+def _make(settings: ServiceSettings) -> None:
+    store = open_bucket(settings.store)
+    log.info("bucket made" if store.make_bucket() else "bucket was there", store=store.address)
+
+
+if __name__ == "__main__":
+    start(_make)

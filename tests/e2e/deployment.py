@@ -1,0 +1,135 @@
+"""`docker compose up` as users do it, under a project name of its own, and what tests ask of it."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memtail.settings import S3Settings
+from memtail.storage.s3 import S3Store
+
+PROJECT = Path(__file__).parents[2]
+_TOOLS = PROJECT.parent / "shared" / "tools"
+# Grafana's image is used where it can be had.
+OPTIONAL = "grafana"
+
+
+class Deployment:
+    """A running system of its own: containers, volumes and network bear its project's name.
+
+    Args:
+        spec: the experiment that it is to train.
+        out: the folder in which the command line leaves what it fetches.
+        workers: how many.
+    """
+
+    def __init__(self, spec: Path, out: Path, workers: int) -> None:
+        self.project, self._workers = f"memtail-e2e-{os.getpid()}", workers
+        user = os.getuid() or 1000
+        os.chown(out, user, -1)
+        settings = {"MEMTAIL_SPEC": str(spec), "MEMTAIL_OUT": str(out), "MEMTAIL_USER": f"{user}:{os.getgid() or 1000}"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MEMTAIL_", "COMPOSE_"))}
+        self._environment = {**inherited, **settings}
+
+    def build(self) -> float:
+        """Build the images; returns the seconds it took."""
+        began = time.monotonic()
+        self.compose("build", "--quiet", "dispatcher", "worker", capture=False)
+        return time.monotonic() - began
+
+    def up(self) -> None:
+        names = [name for name, service in composed()["services"].items() if "profiles" not in service]
+        if not _available(OPTIONAL):
+            names.remove(OPTIONAL)
+        self.compose("up", "--detach", "--scale", f"worker={self._workers}", *names, capture=False)
+
+    def down(self) -> None:
+        """Remove everything that was started, but for the images."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "5", capture=False)
+
+    def compose(self, *arguments: str, capture: bool = True) -> str:
+        files = ["--file", str(PROJECT / "docker-compose.yml"), "--file", str(PROJECT / "tests/e2e/compose.yml")]
+        command = ["docker", "compose", "--project-name", self.project, *files, *arguments]
+        done = subprocess.run(
+            command, env=self._environment, cwd=PROJECT, check=True, text=True, stdout=subprocess.PIPE if capture else None
+        )
+        return done.stdout or ""
+
+    def containers(self, service: str | None = None) -> list[dict[str, Any]]:
+        """What Docker knows of the containers, those that have ended included."""
+        label = f"label=com.docker.compose.project={self.project}"
+        ids = docker("ps", "--all", "--quiet", "--filter", label).split()
+        found = json.loads(docker("inspect", *ids)) if ids else []
+        return [each for each in found if service in (None, service_of(each))]
+
+    def address(self, service: str, port: int) -> str:
+        return f"http://{self.compose('port', service, str(port)).strip()}"
+
+    def passwords(self) -> dict[str, str]:
+        """All of them, by what they are for."""
+        shown = self.compose("run", "--rm", "--no-deps", "passwords", "python", "-m", "services.passwords", "/run/memtail", "--show")
+        return {meaning.strip(): password for password, _, meaning in (line.partition(" ") for line in shown.splitlines())}
+
+    def store(self) -> S3Store:
+        """The bucket, as this machine sees it."""
+        keys = self.passwords()
+        access = next(password for meaning, password in keys.items() if meaning.startswith("access key"))
+        secret = next(password for meaning, password in keys.items() if meaning.startswith("secret key"))
+        return S3Store("memtail", settings=S3Settings(endpoint=self.address("minio", 9000), access_key=access, secret_key=secret))
+
+    def until(self, what: Callable[[], Any], seconds: float) -> None:
+        """Wait for something to become true."""
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, self.compose("logs", "--tail", "40")
+            time.sleep(0.1)
+
+
+def composed() -> Any:
+    """docker-compose.yml, as it is written."""
+    return yaml.safe_load((PROJECT / "docker-compose.yml").read_text())
+
+
+def prepare_images() -> None:
+    """Where there is a script that makes images for machines without a registry, and an engine, run it."""
+    script = _TOOLS / "local-images.sh"
+    if script.exists():
+        subprocess.run([_TOOLS / "install.sh", "prometheus", "minio", "mc"], check=True)
+        subprocess.run([script, "--engine", python_image(), *(_image(name) for name in _foreign() if name != OPTIONAL)], check=True)
+
+
+def python_image() -> str:
+    """What our images are built on."""
+    found = re.search(r"^ARG PYTHON_IMAGE=(\S+)", (PROJECT / "Dockerfile").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def docker(*arguments: str) -> str:
+    return subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def service_of(container: dict[str, Any]) -> str:
+    return container["Config"]["Labels"]["com.docker.compose.service"]
+
+
+def _foreign() -> list[str]:
+    """The services whose image is not ours."""
+    return [name for name, service in composed()["services"].items() if "build" not in service]
+
+
+def _image(service: str) -> str:
+    return re.sub(r"^\$\{\w+:-(.+)\}$", r"\1", composed()["services"][service]["image"])
+
+
+def _available(service: str) -> bool:
+    commands = (["image", "inspect", _image(service)], ["pull", "--quiet", _image(service)])
+    return any(subprocess.run(["docker", *command], capture_output=True, check=False).returncode == 0 for command in commands)

@@ -1,0 +1,150 @@
+"""`docker compose up`, from a build to scores: run by `make e2e`."""
+
+import json
+import time
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import yaml
+
+from memtail.archive import ExperimentArchive
+from memtail.experiment import Experiment
+from memtail.runner import run
+from memtail.scores.publish import latest_version
+from memtail.storage.local import LocalStore
+from tests.e2e.deployment import PROJECT, Deployment, docker, prepare_images, python_image, service_of
+
+TRIALS, PER_SHARD, WORKERS = 300, 10, 2
+# Bytes that our control image adds to Python's, which takes about 125 MB: below 500 MB in all.
+CONTROL_ADDS = 375e6
+# Where these agree, so do the bits.
+DECIDING = ["torch", "numba", "pyarrow", "scikit-learn"]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/digits.yaml, with fewer trials."""
+    declared = yaml.safe_load((PROJECT / "examples/digits.yaml").read_text())
+    declared["subsets"]["trials"] = TRIALS
+    declared["execution"] = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+    path = tmp_path_factory.mktemp("spec") / "digits.yaml"
+    path.write_text(yaml.safe_dump(declared))
+    path.parent.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def deployment(spec: Path, out: Path) -> Iterator[Deployment]:
+    """A system that has trained everything, although one of its workers was killed meanwhile."""
+    prepare_images()
+    deployment = Deployment(spec, out, WORKERS)
+    print(f"\nimages built in {deployment.build():.0f} s")
+    try:
+        began = time.monotonic()
+        deployment.up()
+        store = deployment.store()
+        archive = ExperimentArchive(store, "digits")
+
+        def published() -> int:
+            pointer = latest_version(store, "digits")
+            return pointer["summary"]["trials"] if pointer else 0
+
+        deployment.until(published, 600)
+        print(f"first scores {time.monotonic() - began:.0f} s after docker compose up")
+        killed = deployment.containers("worker")[0]
+        docker("kill", killed["Id"])
+        assert len(list(archive.committed())) < TRIALS / PER_SHARD, "it was to be killed before all was done: more trials are needed"
+        deployment.until(lambda: published() == TRIALS, 600)
+        print(f"all {TRIALS} trials published {time.monotonic() - began:.0f} s after docker compose up")
+        yield deployment
+    finally:
+        deployment.down()
+
+
+def test_every_trial_is_there_once_and_none_failed(deployment: Deployment) -> None:
+    archive = ExperimentArchive(deployment.store(), "digits")
+    trials = [trial for shard in archive.committed() for trial in shard.trials]
+    assert sorted(trials) == list(range(TRIALS))
+    assert not list(archive.failures())
+
+
+def test_the_command_line_fetches_what_an_embedded_run_computes(deployment: Deployment, spec: Path, out: Path, tmp_path: Path) -> None:
+    deployment.compose("run", "--rm", "cli", "scores", "digits", "--fetch", "/out")
+    run(Experiment.load(spec), tmp_path)
+    pointer = latest_version(LocalStore(tmp_path), "digits")
+    assert pointer
+    expected = tmp_path / "experiments/digits/scores" / pointer["version"] / "memorization.parquet"
+    fetched = out / "memorization.parquet"
+    code = f"from importlib.metadata import version; print(*map(version, {DECIDING}))"
+    same = docker("run", "--rm", "memtail-worker", "python", "-c", code).split() == [version(name) for name in DECIDING]
+    if same:
+        assert fetched.read_bytes() == expected.read_bytes()
+    else:  # another torch may round differently, and tip a trial here or there
+        here, there = (pyarrow.parquet.read_table(path).to_pydict() for path in (expected, fetched))
+        assert here["k_in"] == there["k_in"] and here["k_out"] == there["k_out"]
+        assert np.abs(np.subtract(here["mem"], there["mem"])).mean() < 0.01
+    print(f"\nmemorization.parquet compared {'to the bit' if same else 'within tolerance, since versions differ'}")
+
+
+def test_all_are_healthy_but_the_one_that_was_killed(deployment: Deployment) -> None:
+    deployment.until(lambda: "starting" not in _health(deployment), 120)
+    health = _health(deployment)
+    assert set(health) == {"healthy"} and len(health) >= 5
+    ended = {service_of(each): each["State"]["ExitCode"] for each in deployment.containers() if each["State"]["Status"] == "exited"}
+    assert ended == {"passwords": 0, "bucket": 0, "submit": 0, "worker": 137}
+
+
+def test_nobody_is_root_or_writes_to_its_image(deployment: Deployment) -> None:
+    for container in deployment.containers():
+        host, name = container["HostConfig"], container["Name"]
+        assert container["Config"]["User"].partition(":")[0] not in ("", "0", "root"), name
+        if container["State"]["Running"]:
+            status = Path(f"/proc/{container['State']['Pid']}/status").read_text()
+            assert "\nUid:\t0\t" not in status and "\nCapEff:\t0000000000000000\n" in status, name
+        assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and "no-new-privileges:true" in host["SecurityOpt"], name
+
+
+def test_ports_are_open_to_this_machine_only(deployment: Deployment) -> None:
+    bindings = [each for container in deployment.containers() for each in (container["HostConfig"]["PortBindings"] or {}).values()]
+    assert bindings and {binding["HostIp"] for each in bindings for binding in each} == {"127.0.0.1"}
+
+
+def test_no_password_is_in_logs_or_in_what_docker_shows(deployment: Deployment) -> None:
+    seen = deployment.compose("--profile", "*", "logs") + json.dumps(deployment.containers())
+    assert "published" in seen
+    for meaning, password in deployment.passwords().items():
+        assert password not in seen, meaning
+
+
+def test_prometheus_scrapes_the_dispatcher_and_the_aggregator(deployment: Deployment) -> None:
+    address = deployment.address("prometheus", 9090)
+
+    def up() -> set[str]:
+        with urllib.request.urlopen(f"{address}/api/v1/targets", timeout=10) as answer:
+            targets = json.load(answer)["data"]["activeTargets"]
+        return {target["labels"].get("service") for target in targets if target["health"] == "up"}
+
+    deployment.until(lambda: {"dispatcher", "aggregator"} <= up(), 60)
+
+
+def test_the_control_image_is_small(deployment: Deployment) -> None:
+    names = [python_image(), "memtail-control", "memtail-worker"]
+    python, control, worker = (int(docker("image", "inspect", "--format", "{{.Size}}", name)) for name in names)
+    print(f"\ncontrol {control / 1e6:.0f} MB, worker {worker / 1e6:.0f} MB, {python / 1e6:.0f} MB of each Python's image")
+    assert control - python < CONTROL_ADDS
+
+
+def _health(deployment: Deployment) -> list[str]:
+    """Of all that run and have a health check."""
+    running = (each["State"] for each in deployment.containers() if each["State"]["Running"])
+    return [state["Health"]["Status"] for state in running if "Health" in state]

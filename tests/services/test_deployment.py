@@ -1,0 +1,83 @@
+"""What a deployment on one machine needs beside the services: passwords, a bucket, and signs of life."""
+
+import os
+import runpy
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from memtail.storage.s3 import S3Store
+from services import healthy, passwords
+from tests.integration.servers import REGION, MinioServer
+from tests.services.cluster import Cluster
+
+
+def test_passwords_are_made_once_and_only_their_group_may_read_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    passwords.make(tmp_path)
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    passwords.make(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == made
+    assert len({made[name] for name in passwords.PASSWORDS}) == len(passwords.PASSWORDS)
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o440 for path in tmp_path.iterdir())
+    assert made["redis"] in made["redis.conf"] and made["redis"] in made["broker"]
+    passwords.show(tmp_path)
+    assert made["grafana"] in capsys.readouterr().out
+
+
+def test_a_password_whose_file_is_removed_is_made_anew(tmp_path: Path) -> None:
+    passwords.make(tmp_path)
+    before = (tmp_path / "redis").read_text()
+    (tmp_path / "redis").unlink()
+    passwords.make(tmp_path)
+    assert (tmp_path / "redis").read_text() != before
+    assert before not in (tmp_path / "broker").read_text() + (tmp_path / "redis.conf").read_text()
+
+
+def test_a_bucket_is_made_unless_it_is_there(minio: MinioServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in minio.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MEMTAIL_STORE", "s3://made-by-test/prefix")
+    monkeypatch.setenv("MEMTAIL_S3_REGION", REGION)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("services.bucket", run_name="__main__")
+        assert not ended.value.code
+    S3Store("made-by-test", settings=minio.settings()).prove()
+
+
+def test_a_heartbeat_file_is_healthy_while_it_is_young(tmp_path: Path) -> None:
+    file = tmp_path / "heartbeat"
+    assert "heartbeat" in (healthy.main(str(file)) or "")
+    file.touch()
+    assert healthy.main(str(file)) is None
+    long_ago = time.time() - 2 * healthy.PATIENCE
+    os.utime(file, (long_ago, long_ago))
+    assert "no beat" in (healthy.main(str(file)) or "")
+
+
+def test_a_service_is_healthy_while_it_says_so(cluster: Cluster) -> None:
+    dispatcher = cluster.start("dispatcher")
+    url = f"http://127.0.0.1:{dispatcher.port}/healthz"
+    cluster.until(lambda: healthy.main(url) is None)
+    dispatcher.kill()
+    assert url in (healthy.main(url) or "")
+
+
+def test_a_worker_beats_before_and_after_redis_goes_away(cluster: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "heartbeat"
+    worker = cluster.start("worker", MEMTAIL_HEARTBEAT_FILE=str(file))
+    for happens in (lambda: None, cluster.redis.kill, cluster.redis.start):
+        happens()
+        file.unlink(missing_ok=True)
+        cluster.until(file.exists)
+    assert worker.process.poll() is None
+
+
+def test_the_health_check_loads_little() -> None:
+    """It is run every few seconds in each container."""
+    code = "import sys, services.healthy; sys.exit(bool({'numpy', 'pydantic', 'celery'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
