@@ -54,6 +54,10 @@ class Record:
             indent=1,
         ).encode()
 
+    def has(self, shard: Shard) -> bool:
+        """Whether a shard is of this experiment: some of its trials, and no more than its shards have."""
+        return 0 < len(shard.trials) <= self.trials_per_shard and shard.last < self.experiment.subsets.trials
+
     def with_trials(self, trials: int) -> "Record":
         """The same with another number of trials."""
         subsets = self.experiment.subsets.model_copy(update={"trials": trials})

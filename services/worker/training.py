@@ -70,7 +70,7 @@ class Trainer:
     def _train_if_wanted(self, assignment: Assignment, bound: structlog.stdlib.BoundLogger) -> Outcome:
         archive = ExperimentArchive(self._store, assignment.experiment)
         record = archive.record()
-        if record.fingerprint != assignment.fingerprint or archive.control().state != "running":
+        if record.fingerprint != assignment.fingerprint or not record.has(assignment.shard) or archive.control().state != "running":
             return Outcome.NOT_WANTED
         if archive.is_committed(assignment.shard):
             return Outcome.DONE_BEFORE

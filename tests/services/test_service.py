@@ -3,6 +3,8 @@
 import json
 
 from memtail.archive import Control
+from services.broker import TASK, Assignment, Broker
+from services.settings import ServiceSettings
 from tests.services.conftest import PER_SHARD, TRIALS
 
 
@@ -46,3 +48,23 @@ def test_priorities_pauses_and_cancelling_decide_what_is_trained(cluster, declar
     paused.set_control(Control())
     cluster.until_published(paused, TRIALS)
     assert not cancelled.committed()
+
+
+def test_forged_messages_train_nothing_and_end_no_worker(cluster, declare, digits):
+    execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+    archive = cluster.submit(declare(TRIALS, execution=execution), digits)
+    broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
+    fields = {"experiment": "digits", "fingerprint": archive.record().fingerprint, "first": 0, "last": 3}
+    changes = ({"fingerprint": "0" * 64}, {"last": TRIALS - 1}, {"first": 3, "last": 0}, {"first": 10**9, "last": 10**9 + 1})
+    broker.send([Assignment(**fields | change) for change in changes])
+    for body in ({"experiment": "../digits"}, {}, {**fields, "more": 1}):
+        broker._celery.send_task(TASK, kwargs=body)
+    broker._celery.send_task("os.system", args=["true"])
+    worker = cluster.start("worker")
+    cluster.until(lambda: len(list(cluster.events(worker, "shard ended"))) == len(changes))
+    cluster.until(lambda: len(list(cluster.events(worker, "message dropped: it is no assignment"))) == 3)
+    assert worker.log.read_text().count('"outcome": "not wanted"') == len(changes)
+    cluster.start("dispatcher")
+    cluster.start("aggregator")
+    cluster.until_published(archive, TRIALS)
+    assert not archive.attempts()
