@@ -59,11 +59,14 @@ def deployment(spec: Path, out: Path) -> Iterator[Deployment]:
             pointer = latest_version(store, "digits")
             return pointer["summary"]["trials"] if pointer else 0
 
+        deployment.until(lambda: any(archive.committed()), 600)
+        docker("kill", deployment.containers("worker")[0]["Id"])
+        print(f"first shard {time.monotonic() - began:.0f} s after docker compose up")
+        assert len(list(archive.committed())) < TRIALS / PER_SHARD, (
+            "the worker was to be killed before all was done: more trials are needed"
+        )
         deployment.until(published, 600)
         print(f"first scores {time.monotonic() - began:.0f} s after docker compose up")
-        killed = deployment.containers("worker")[0]
-        docker("kill", killed["Id"])
-        assert len(list(archive.committed())) < TRIALS / PER_SHARD, "it was to be killed before all was done: more trials are needed"
         deployment.until(lambda: published() == TRIALS, 600)
         print(f"all {TRIALS} trials published {time.monotonic() - began:.0f} s after docker compose up")
         yield deployment
