@@ -1,11 +1,12 @@
 """Shared by all tests: a cache of their own, small experiments, and random statistics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
@@ -20,6 +21,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MEMTAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("MEMTAIL_DATA", None)
     os.environ.pop("MEMTAIL_STORE", None)
+
+
+@pytest.fixture(autouse=True)
+def own_logs() -> Iterator[None]:
+    """How a command or a service sets up its logs is not for the next test."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
         for tile in range(tiles):
             first = tile * _COLUMNS
             count = min(_COLUMNS, columns - first)
-            for begin in range(0, parts, _MOST_PARTS):
+            for begin in range(0, max(parts, 1), _MOST_PARTS):  # of no trials at all, 0 is counted
                 counts[:] = 0
                 for part in range(begin, min(begin + _MOST_PARTS, parts)):
                     count_now = min(_MOST_GROUPS, groups - part * _MOST_GROUPS)

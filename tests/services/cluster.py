@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+import urllib3
 
 from memtail.archive import ExperimentArchive
 from memtail.datasets import ImageDataset
@@ -167,6 +168,13 @@ class Cluster:
         pointer = latest_version(self.store, name)
         assert pointer is not None
         return {file: self.store.get(keys.scores(name, pointer["version"]) + file) for file in pointer["files"]}
+
+    def serves(self, service: Service) -> bool:
+        """Whether a service has come round once and says that it is ready."""
+        http = urllib3.PoolManager(retries=False)
+        with contextlib.suppress(urllib3.exceptions.HTTPError):
+            return http.request("GET", f"http://127.0.0.1:{service.port}/readyz", timeout=5).status == 200
+        return False
 
     def logs(self) -> str:
         return "\n".join(f"== {service.log.name}\n{service.log.read_text()[-4000:]}" for service in self.services)

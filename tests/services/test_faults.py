@@ -121,9 +121,10 @@ def test_the_dispatcher_killed(cluster, slow, digits, expected):
 
 def test_a_second_dispatcher_waits_and_takes_over(cluster, slow, digits, expected):
     archive, dispatcher, *_ = started(cluster, slow, digits)
-    second = cluster.start("dispatcher")
     with recovery(cluster, archive, slow, expected, "dispatcher stopped"):
         cluster.until(trained(archive))
+        second = cluster.start("dispatcher")
+        cluster.until(lambda: cluster.serves(second))
         assert not list(cluster.events(second, "sent"))
         dispatcher.stop()
         # so that there is something to do for the second, however far the workers are
