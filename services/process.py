@@ -24,7 +24,8 @@ def start(service: Callable[[ServiceSettings], int | None]) -> None:
     try:
         sys.exit(service(ServiceSettings.from_environment()))
     except MemtailError as error:
-        sys.exit(f"memtail: {error}")
+        print(f"memtail: {error}", file=sys.stderr)
+        sys.exit(2)
     except (KeyboardInterrupt, _TerminatedError):
         sys.exit(0)
 

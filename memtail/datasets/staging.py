@@ -14,7 +14,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memtail.datasets.image_dataset import ImageDataset
-from memtail.errors import DatasetError
+from memtail.errors import DatasetError, ForeignObjectError
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
 _MANIFEST = "manifest.json"
@@ -76,7 +76,7 @@ def _bring(store: ObjectStore, fingerprint: str, folder: Path, limit: int | None
         manifest = _Manifest.model_validate_json(data)
     except ObjectNotFound:
         raise DatasetError(f"dataset {fingerprint[:8]}... is not in {store.address}: memtail stage SPEC puts it there") from None
-    except ValidationError:
+    except (ValidationError, ForeignObjectError):
         raise _damaged(store, fingerprint, "its manifest is damaged") from None
     size = sum(file.size for file in manifest.files.values())
     if limit is not None:

@@ -9,7 +9,6 @@ import socket
 import time
 import uuid
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +98,7 @@ class Worker:
         try:
             assignment = Assignment.model_validate(kwargs)
             error = f"the training process died ({exception}): killed, out of memory, or a crash in native code"
-            when = datetime.now(UTC).isoformat(timespec="seconds")
-            ExperimentArchive(self._store, assignment.experiment).record_failure(assignment.shard, error, "", when)
+            ExperimentArchive(self._store, assignment.experiment).record_failure(assignment.shard, error)
             with suppress(redis.RedisError):
                 Broker(self._settings, self.celery).release(assignment, self._name)
             log.error("training process died", experiment=assignment.experiment, shard=str(assignment.shard), error=str(exception))

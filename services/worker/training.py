@@ -6,7 +6,6 @@ import traceback
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from enum import StrEnum
 
 import redis
@@ -17,7 +16,7 @@ from memtail.datasets import ImageDataset
 from memtail.datasets.staging import fetch
 from memtail.errors import MemtailError, StoreError
 from memtail.settings import Settings
-from memtail.storage import ObjectStore
+from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.workers import StoredCheckpoints
 from services.broker import Assignment, Broker
 
@@ -69,19 +68,22 @@ class Trainer:
 
     def _train_if_wanted(self, assignment: Assignment, bound: structlog.stdlib.BoundLogger) -> Outcome:
         archive = ExperimentArchive(self._store, assignment.experiment)
-        record = archive.record()
+        try:
+            record = archive.record()
+        except ObjectNotFound:
+            return Outcome.NOT_WANTED
         if record.fingerprint != assignment.fingerprint or not record.has(assignment.shard) or archive.control().state != "running":
             return Outcome.NOT_WANTED
         if archive.is_committed(assignment.shard):
             return Outcome.DONE_BEFORE
-        with _Lease(self._broker, assignment, self._holder, self._lease_seconds) as lease:
+        with _Lease(self._broker, assignment, self._holder, self._lease_seconds, archive) as lease:
             if not lease.held:
                 return Outcome.LEASED
-            return self._train(assignment, archive, record, bound)
+            return self._train(assignment, archive, record, lease, bound)
 
-    def _train(self, assignment: Assignment, archive: ExperimentArchive, record: Record, bound: structlog.stdlib.BoundLogger) -> Outcome:
-        import torch
-
+    def _train(
+        self, assignment: Assignment, archive: ExperimentArchive, record: Record, lease: "_Lease", bound: structlog.stdlib.BoundLogger
+    ) -> Outcome:
         from memtail.training import TrainingStopped, train_shard
         from memtail.training.devices import available_devices
 
@@ -91,17 +93,17 @@ class Trainer:
                 record.experiment,
                 self._dataset_of(record),
                 assignment.shard.trials,
-                available_devices(self._device)[0] if self._device == "auto" else torch.device(self._device),
+                available_devices(self._device)[0],
                 checkpoints=checkpoints,
-                stop=self._stopping,
+                stop=lambda: self._stopping() or lease.cancelled,
             )
         except TrainingStopped:
-            return Outcome.HANDED_BACK
+            return Outcome.NOT_WANTED if lease.cancelled else Outcome.HANDED_BACK
         except StoreError:
             raise
         except Exception as error:  # MemoryError too, which would end the whole worker
             message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
-            archive.record_failure(assignment.shard, message, traceback.format_exc(), datetime.now(UTC).isoformat(timespec="seconds"))
+            archive.record_failure(assignment.shard, message, traceback.format_exc())
             bound.warning("shard failed", error=message)
             return Outcome.FAILED
         committed = archive.commit(batch, record.fingerprint)
@@ -118,14 +120,17 @@ class Trainer:
 
 
 class _Lease:
-    """A shard's lease, renewed by a thread while training. Where Redis cannot be reached the shard is trained without."""
+    """A shard's lease, renewed by a thread while training. Where Redis cannot be reached the shard is trained without.
 
-    def __init__(self, broker: Broker, assignment: Assignment, holder: str, seconds: float) -> None:
-        self._broker, self._assignment, self._seconds = broker, assignment, seconds
+    With each renewal it is looked whether the experiment has been cancelled meanwhile.
+    """
+
+    def __init__(self, broker: Broker, assignment: Assignment, holder: str, seconds: float, archive: ExperimentArchive) -> None:
+        self._broker, self._assignment, self._seconds, self._archive = broker, assignment, seconds, archive
         self._holder = f"{holder}/{uuid.uuid4().hex}"
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
-        self.held = False
+        self.held = self.cancelled = False
 
     def __enter__(self) -> "_Lease":
         try:
@@ -148,3 +153,5 @@ class _Lease:
         while not self._over.wait(self._seconds / 3):
             with suppress(redis.RedisError):
                 self._broker.renew(self._assignment, self._holder)
+            with suppress(StoreError):
+                self.cancelled = self._archive.control().state == "cancelled"

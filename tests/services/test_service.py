@@ -3,6 +3,7 @@
 import json
 
 from memtail.archive import Control
+from memtail.storage import keys
 from services.broker import TASK, Assignment, Broker
 from services.settings import ServiceSettings
 from tests.services.conftest import PER_SHARD, TRIALS
@@ -68,3 +69,19 @@ def test_forged_messages_train_nothing_and_end_no_worker(cluster, declare, digit
     cluster.start("aggregator")
     cluster.until_published(archive, TRIALS)
     assert not archive.attempts()
+
+
+def test_cancelling_drops_what_is_being_trained_and_resuming_goes_on_from_there(cluster, declare, digits):
+    execution = {"trials_per_shard": 1, "device": "cpu"}
+    archive = cluster.submit(declare(40, training={"epochs": 20_000}, model={"name": "mlp", "hidden": [64]}, execution=execution), digits)
+    cluster.start("dispatcher")
+    worker = cluster.start("worker")
+    broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
+    cluster.until(broker.leased)
+    archive.set_control(Control("cancelled"))
+    cluster.until(lambda: list(cluster.events(worker, "shard ended")))
+    cluster.until(lambda: not broker.leased() and not broker.waiting())
+    assert '"outcome": "not wanted"' in worker.log.read_text() and not archive.committed() and not archive.attempts()
+    assert list(archive.store.list(keys.checkpoints("digits")))
+    archive.set_control(Control())
+    cluster.until(broker.leased)
