@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -213,8 +214,9 @@ class ExperimentArchive:
         """Ask something of it."""
         self.store.put(keys.control(self.name), json.dumps(asdict(control)).encode())
 
-    def record_failure(self, shard: Shard, error: str, traceback: str, when: str) -> Failure:
-        """Keep what went wrong in one attempt; attempts count up from 1."""
+    def record_failure(self, shard: Shard, error: str, traceback: str = "", when: str | None = None) -> Failure:
+        """Keep what went wrong in one attempt, just now unless `when` (UTC, ISO 8601) says otherwise; attempts count up from 1."""
+        when = when or datetime.now(UTC).isoformat(timespec="seconds")
         attempt = self.attempts().get(shard, 0) + 1
         while True:
             failure = Failure(shard, attempt, error, traceback, when)

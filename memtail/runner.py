@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +228,7 @@ def _commit(finished: Finished, store: ObjectStore, archive: ExperimentArchive, 
 
 def _may_retry(finished: Finished, archive: ExperimentArchive, attempts: dict[Shard, int]) -> bool:
     assert finished.error is not None
-    archive.record_failure(finished.shard, finished.error, finished.traceback, datetime.now(UTC).isoformat(timespec="seconds"))
+    archive.record_failure(finished.shard, finished.error, finished.traceback)
     attempts[finished.shard] = attempts.get(finished.shard, 0) + 1
     again = attempts[finished.shard] < MAX_ATTEMPTS
     log.warning("shard failed", shard=str(finished.shard), attempt=attempts[finished.shard], error=finished.error, again=again)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import structlog
 
@@ -112,7 +111,7 @@ class Aggregator:
             return
         log.error("trial batch refused", experiment=archive.name, shard=str(shard), reason=reason)
         if not any(failure.shard == shard and failure.error == reason for failure in archive.failures()):
-            archive.record_failure(shard, reason, "", datetime.now(UTC).isoformat(timespec="seconds"))
+            archive.record_failure(shard, reason)
         folded.refused[shard] = reason
 
     def _extend_or_publish(self, archive: ExperimentArchive, folded: Folded) -> None:

@@ -5,7 +5,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 
 import redis
 import structlog
@@ -110,8 +109,7 @@ class Dispatcher:
 
     def _record_lost(self, assignment: Assignment, starts: int) -> None:
         error = f"{starts} workers vanished while they trained it: killed with their whole container, or cut off"
-        when = datetime.now(UTC).isoformat(timespec="seconds")
-        failure = ExperimentArchive(self._store, assignment.experiment).record_failure(assignment.shard, error, "", when)
+        failure = ExperimentArchive(self._store, assignment.experiment).record_failure(assignment.shard, error)
         self._broker.forget_starts([assignment.id])
         log.error("shard failed", experiment=assignment.experiment, shard=str(assignment.shard), attempt=failure.attempt, error=error)
 
