@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from memtail.errors import MemtailError
     from memtail.experiment import Experiment
     from memtail.runner import run
-    from memtail.scores.reader import Scores, load_scores
+    from memtail.scores.fetch import load_scores
+    from memtail.scores.reader import Scores
     from memtail.training import train_shard
 
 _HOMES = {
     "Experiment": "memtail.experiment",
     "MemtailError": "memtail.errors",
     "Scores": "memtail.scores.reader",
-    "load_scores": "memtail.scores.reader",
+    "load_scores": "memtail.scores.fetch",
     "run": "memtail.runner",
     "train_shard": "memtail.training",
 }

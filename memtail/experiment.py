@@ -8,6 +8,7 @@ things are left out of the fingerprint because no trial depends on them: `execut
 import difflib
 import hashlib
 import json
+import math
 import re
 import typing
 from pathlib import Path
@@ -17,13 +18,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from memtail.errors import SpecError
-from memtail.stopping import first_round
 
 #: Part of every fingerprint: raised when a change in memtail changes what a trial computes.
 RECIPE_VERSION = 2
 
 #: Names of experiments: they are parts of object keys.
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
+
+# Trials of the first round of an experiment that ends when its scores are sharp enough.
+_SMALLEST_ROUND = 64
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -150,6 +153,15 @@ class UntilSpec(_Part):
     standard_error: Annotated[float, Field(gt=0, lt=0.5)]
     quantile: Annotated[float, Field(gt=0, le=1)] = 0.95
 
+    def most_trials(self, fraction: float) -> int:
+        """The trials that no example needs more than: the worst case, p_in = p_out = 1/2 (see `expected_standard_error`)."""
+        return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / self.standard_error**2)
+
+    def first_round(self, fraction: float) -> int:
+        """The trials to begin with: a twentieth of the worst case, and enough for standard errors to mean something."""
+        most = self.most_trials(fraction)
+        return max(2, min(most, max(_SMALLEST_ROUND, most // 20)))
+
 
 class SubsetsSpec(_Part):
     """Which examples each trial sees, and of how many trials: see `memtail.subsets` for the designs, `memtail.stopping` for `until`.
@@ -169,8 +181,9 @@ class SubsetsSpec(_Part):
     def _begin_with_a_first_round(cls, data: Any) -> Any:
         try:
             if "trials" not in data and data["until"]:
-                return {**data, "trials": first_round(float(data["until"]["standard_error"]), float(data.get("fraction", 0.7)))}
-        except (KeyError, TypeError, ValueError, ArithmeticError):
+                until = UntilSpec.model_validate(data["until"])
+                return {**data, "trials": until.first_round(float(data.get("fraction", 0.7)))}
+        except (KeyError, TypeError, ValueError, ArithmeticError):  # a ValidationError is a ValueError
             pass  # there is no `until`, or it is reported as what it is
         return data
 

@@ -6,43 +6,27 @@ the same trials.
 """
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from memtail.experiment import SubsetsSpec
-    from memtail.statistics import Statistics
+import numpy as np
 
-_SMALLEST_ROUND = 64
-
-
-def most_trials(standard_error: float, fraction: float) -> int:
-    """The trials that no example needs more than: the worst case, p_in = p_out = 1/2 (see `expected_standard_error`)."""
-    return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / standard_error**2)
+from memtail.estimators import memorization
+from memtail.experiment import SubsetsSpec
+from memtail.statistics import Statistics
 
 
-def first_round(standard_error: float, fraction: float) -> int:
-    """The trials to begin with: a twentieth of the worst case, and enough for standard errors to mean something."""
-    most = most_trials(standard_error, fraction)
-    return max(2, min(most, max(_SMALLEST_ROUND, most // 20)))
-
-
-def next_round(subsets: "SubsetsSpec", statistics: "Statistics") -> int | None:
+def next_round(subsets: SubsetsSpec, statistics: Statistics) -> int | None:
     """The number of trials to have next, once `subsets.trials` are there; None if that is enough.
 
     Args:
         subsets: with the present number of trials, and `until`: the quantile of the examples' standard errors that is to come down.
         statistics: of those trials; diverged ones do not count.
     """
-    import numpy as np
-
-    from memtail.estimators import memorization
-
     until = subsets.until
     if until is None:
         return None
     errors = memorization(statistics).error if statistics.trials else np.array([np.inf])
     error = float(np.quantile(np.nan_to_num(errors, nan=np.inf), until.quantile, method="higher"))
-    most = most_trials(until.standard_error, subsets.fraction)
+    most = until.most_trials(subsets.fraction)
     if error <= until.standard_error or subsets.trials >= most:
         return None
     needed = statistics.trials * (error / until.standard_error) ** 2

@@ -1,14 +1,43 @@
 """Published scores out of any store: read where they lie in a folder, else copied to the cache first."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from memtail.errors import ScoresError
-from memtail.scores.reader import Scores, load_scores
+from memtail.scores.names import LATEST, SUMMARY
+from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
+from memtail.storage.opening import is_url, open_store
+
+
+def load_scores(path: str | Path) -> Scores:
+    """Open published scores.
+
+    Args:
+        path: a folder of score files; or an experiment in a store, `STORE/experiments/NAME`, whose latest version is taken. Of a store in a
+            bucket it is copied to the cache.
+
+    Raises:
+        ScoresError: there are none.
+        StoreError: the bucket cannot be read.
+    """
+    if is_url(path):
+        address, _, name = str(path).rstrip("/").rpartition("/experiments/")
+        return open_scores(open_store(address, prove=False), name)
+    path = Path(path)
+    for scores in (path, path / "scores"):
+        if (scores / LATEST).is_file():
+            try:
+                return Scores(scores / json.loads((scores / LATEST).read_text())["version"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ScoresError(f"{scores / LATEST}: is damaged, or names scores that are ({error}): run the experiment again") from None
+    if not (path / SUMMARY).is_file():
+        raise ScoresError(f"{path}: holds no scores: give a folder with summary.json, or STORE/experiments/NAME after a run")
+    return Scores(path)
 
 
 def open_scores(store: ObjectStore, name: str) -> Scores:

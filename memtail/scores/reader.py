@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import ScoresError
-from memtail.scores.names import INFLUENCE_MATRIX, LATEST, MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
-from memtail.storage.opening import is_url, open_store
+from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,34 +22,6 @@ if TYPE_CHECKING:
 
 Column = npt.NDArray[Any]
 Choice = int | slice | list[int] | npt.NDArray[np.integer] | None
-
-
-def load_scores(path: str | Path) -> "Scores":
-    """Open published scores.
-
-    Args:
-        path: a folder of score files; or an experiment in a store, `STORE/experiments/NAME`, whose latest version is taken. Of a store in a
-            bucket it is copied to the cache.
-
-    Raises:
-        ScoresError: there are none.
-        StoreError: the bucket cannot be read.
-    """
-    if is_url(path):
-        from memtail.scores.fetch import open_scores
-
-        address, _, name = str(path).rstrip("/").rpartition("/experiments/")
-        return open_scores(open_store(address, prove=False), name)
-    path = Path(path)
-    for scores in (path, path / "scores"):
-        if (scores / LATEST).is_file():
-            try:
-                return Scores(scores / json.loads((scores / LATEST).read_text())["version"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ScoresError(f"{scores / LATEST}: is damaged, or names scores that are ({error}): run the experiment again") from None
-    if not (path / SUMMARY).is_file():
-        raise ScoresError(f"{path}: holds no scores: give a folder with summary.json, or STORE/experiments/NAME after a run")
-    return Scores(path)
 
 
 class Scores:

@@ -5,12 +5,20 @@ import pytest
 
 from memtail.errors import SpecError
 from memtail.estimators import expected_standard_error, memorization
-from memtail.experiment import Experiment
+from memtail.experiment import Experiment, UntilSpec
 from memtail.runner import run
 from memtail.scores.publish import latest_version
 from memtail.statistics import Statistics
-from memtail.stopping import first_round, most_trials, next_round
+from memtail.stopping import next_round
 from memtail.storage.local import LocalStore
+
+
+def most_trials(standard_error, fraction):
+    return UntilSpec(standard_error=standard_error).most_trials(fraction)
+
+
+def first_round(standard_error, fraction):
+    return UntilSpec(standard_error=standard_error).first_round(fraction)
 
 
 def spec(**subsets):
