@@ -22,10 +22,11 @@ DEFAULT_STORE = "memtail-store"
 
 def open_existing(store: str) -> "ObjectStore":
     """A store that is there, to read from."""
-    from memtail import logs
     from memtail.storage.opening import is_url, open_store
 
     if is_url(store):
+        from memtail import logs  # slow to import, and a folder has nothing to log
+
         logs.configure()
     elif not Path(store).is_dir():
         raise StoreError(f"there is no store at {store}: memtail run SPEC makes one, --store names another")

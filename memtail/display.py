@@ -10,7 +10,6 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +37,8 @@ _TEXTS = ("experiment", "filename", "state")
 def show_spec(experiment: "Experiment") -> None:
     """The resolved declaration."""
     if console.is_terminal:
+        from rich.syntax import Syntax  # slow to import
+
         console.print(Syntax(experiment.to_yaml(), "yaml", background_color="default"))
     else:
         console.print(experiment.to_yaml())
