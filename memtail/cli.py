@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -135,7 +136,7 @@ def top(
 ) -> None:
     """Show the most memorized training examples, or the pairs of greatest influence."""
     opened = open_existing(store)
-    scores = _scores_of(opened, only(opened, name))
+    scores = _scores_of(opened, name)
     if influencers_of is not None:
         table = scores.top_influencers(influencers_of, count)
     elif pairs:
@@ -194,10 +195,13 @@ def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
         sys.exit(1)
 
 
-def _scores_of(store: "ObjectStore", name: str) -> "Scores":
+def _scores_of(store: "ObjectStore", name: str | None) -> "Scores":
     from memtail.scores.fetch import open_scores
 
-    return open_scores(store, name)
+    if name is not None:
+        with suppress(ScoresError):  # quick: the experiment's declaration is not looked at
+            return open_scores(store, name)
+    return open_scores(store, only(store, name))
 
 
 cli_service.register(app)
