@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from memtail.archive import MAX_ATTEMPTS
 from memtail.errors import MemtailError
 from memtail.settings import BROKER_VARIABLE, STORE_VARIABLE, secret
 
@@ -26,7 +25,6 @@ class ServiceSettings:
         broker: `MEMTAIL_BROKER` (or the file named by `MEMTAIL_BROKER_FILE`), Redis's URL with its password; not shown when printed.
         lease_seconds: how long a worker that says nothing keeps its shard.
         shard_seconds: the longest that a shard may train before its process is killed.
-        max_attempts: failures after which a shard is given up.
         max_starts: a shard whose worker has vanished (killed with its whole container) this often is given up too.
         reconcile_seconds: between two looks of the dispatcher at what is to be done.
         resync_seconds: between two listings of all that is committed.
@@ -41,7 +39,6 @@ class ServiceSettings:
     broker: str = _variable(BROKER_VARIABLE, "redis://127.0.0.1:6379/0", repr=False)
     lease_seconds: float = _variable("MEMTAIL_LEASE_SECONDS", 60.0)
     shard_seconds: float = _variable("MEMTAIL_SHARD_SECONDS", 6 * 3600.0)
-    max_attempts: int = _variable("MEMTAIL_MAX_ATTEMPTS", MAX_ATTEMPTS)
     max_starts: int = _variable("MEMTAIL_MAX_STARTS", 10)
     reconcile_seconds: float = _variable("MEMTAIL_RECONCILE_SECONDS", 2.0)
     resync_seconds: float = _variable("MEMTAIL_RESYNC_SECONDS", 60.0)

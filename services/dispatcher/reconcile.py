@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from memtail.archive import Control, missing_shards
+from memtail.archive import MAX_ATTEMPTS, Control, missing_shards
 from memtail.trials import Shard
 from services.broker import Assignment
 
@@ -68,7 +68,6 @@ def reconcile(
     busy: set[str],
     starts: dict[str, int],
     *,
-    max_attempts: int,
     max_starts: int,
     max_queued: int,
 ) -> Plan:
@@ -79,7 +78,6 @@ def reconcile(
         queued: what waits in the queue, in its order.
         busy: ids of the assignments that are leased, or on their way from the queue to a lease.
         starts: how often each was begun and did not end in order, by id; of a busy one that is one more than its worker vanished.
-        max_attempts: failures after which a shard is dead.
         max_starts: vanished workers that count as one failure.
         max_queued: assignments in the queue at most.
     """
@@ -90,7 +88,7 @@ def reconcile(
     priority: dict[str, int] = {}  # of those that run
     waiting = {assignment.id for assignment in queued}
     for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):
-        failed = {shard for shard, attempts in view.attempts.items() if attempts >= max_attempts}
+        failed = {shard for shard, attempts in view.attempts.items() if attempts >= MAX_ATTEMPTS}
         dead[view.name] = sorted((shard for shard in failed if shard in view.missing), key=lambda shard: shard.first)
         outstanding[view.name] = len(view.missing) - len(dead[view.name])
         if view.control.state != "running":

@@ -9,7 +9,7 @@ from memtail.archive import Control, missing_shards
 from memtail.trials import Shard
 from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
 
-LIMITS = {"max_attempts": 3, "max_starts": 3, "max_queued": 100}
+LIMITS = {"max_starts": 3, "max_queued": 100}
 
 
 def view(name="a", trials=40, per_shard=4, committed=(), **parts):
