@@ -7,6 +7,7 @@ be killed at any moment.
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -101,6 +102,19 @@ class Control:
     priority: int = 0
 
 
+@dataclass(frozen=True)
+class Notice:
+    """What a service has to say about an experiment at present.
+
+    Attributes:
+        lines: for people.
+        final: whether there will never be scores as it is.
+    """
+
+    lines: tuple[str, ...]
+    final: bool = False
+
+
 class ExperimentArchive:
     """One experiment's objects in a store."""
 
@@ -148,7 +162,11 @@ class ExperimentArchive:
 
     def committed(self) -> list[Shard]:
         """The shards that have a trial batch, by first trial."""
-        return [Shard(*span) for key in self.store.list(keys.trials(self.name)) if (span := keys.parse_span(key))]
+        return list(self.iterate_committed())
+
+    def iterate_committed(self) -> Iterator[Shard]:
+        """The same, listed as they are asked for."""
+        return (Shard(*span) for key in self.store.list(keys.trials(self.name)) if (span := keys.parse_span(key)))
 
     def is_committed(self, shard: Shard) -> bool:
         """Whether the shard has a trial batch."""
@@ -213,6 +231,23 @@ class ExperimentArchive:
     def set_control(self, control: Control) -> None:
         """Ask something of it."""
         self.store.put(keys.control(self.name), json.dumps(asdict(control)).encode())
+
+    def notices(self) -> dict[str, Notice]:
+        """What the services have to say about it, by service; a damaged notice is passed over."""
+        found = {}
+        for key in self.store.list(keys.notices(self.name)):
+            with suppress(ObjectNotFound, ForeignObjectError, ValidationError):
+                notice = TypeAdapter(Notice).validate_json(self.store.get(key, limit=_SMALL))
+                found[key.removeprefix(keys.notices(self.name)).removesuffix(".json")] = notice
+        return found
+
+    def set_notice(self, source: str, notice: Notice | None) -> None:
+        """Say something about it instead of what `source` said before; None: nothing."""
+        key = keys.notice(self.name, source)
+        if notice is None:
+            self.store.delete(key)
+        else:
+            self.store.put(key, json.dumps(asdict(notice), indent=1).encode())
 
     def record_failure(self, shard: Shard, error: str, traceback: str = "", when: str | None = None) -> Failure:
         """Keep what went wrong in one attempt, just now unless `when` (UTC, ISO 8601) says otherwise; attempts count up from 1."""

@@ -3,8 +3,9 @@
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import islice
 
 import redis
 import structlog
@@ -23,8 +24,8 @@ log = structlog.get_logger()
 # Part of a lease's duration that a worker may take from receiving a message to holding the lease. What takes longer is sent once more, and
 # dropped by the worker that finds it leased.
 _ON_THE_WAY = 0.25
-# Between two listings of all batches passes at least this many times what one takes.
-_LISTING_SHARE = 20
+# Batches that a pass lists; a listing of more goes on in the next passes.
+_LISTED_AT_ONCE = 5000
 
 
 class Dispatcher:
@@ -76,7 +77,6 @@ class Dispatcher:
             queued,
             leased | taken,
             starts,
-            max_attempts=self._settings.max_attempts,
             max_starts=self._settings.max_starts,
             max_queued=self._settings.max_queued,
         )
@@ -123,23 +123,29 @@ class _Known:
         self._trials = 0
         self._missing: dict[Shard, None] = {}  # in order, and quick to find and to remove
         self._listed = float("-inf")
+        self._listing: Iterator[Shard] | None = None  # in progress, with what it has found
+        self._found: set[Shard] = set()
         self.view = View(name, "", ())
 
     def refresh(self, resync_seconds: float, ended: set[str]) -> None:
         """Read what may have changed: the declaration, what its owner asks, failures, and batches.
 
-        All batches are listed now and then only; in between, those of the shards that may have `ended` are looked for.
+        All batches are listed now and then only, and of many a part in each pass but the first; in between, those of the shards that may
+        have `ended` are looked for.
         """
         record, control, attempts = self._archive.record(), self._archive.control(), self._archive.attempts()
         trials = record.experiment.subsets.trials
-        if time.monotonic() - self._listed >= resync_seconds or trials != self._trials:
-            began = time.monotonic()
-            self._missing = dict.fromkeys(shards_missing(trials, record.trials_per_shard, set(self._archive.committed())))
-            # where that takes long it is done more rarely
-            self._listed, self._trials = time.monotonic() + _LISTING_SHARE * (time.monotonic() - began), trials
-        else:
-            for name, _, span in (assignment.rpartition("/") for assignment in ended):
-                shard = Shard(*map(int, span.split("-")))
-                if name == self.name and shard in self._missing and self._archive.is_committed(shard):
-                    del self._missing[shard]
+        for name, _, span in (assignment.rpartition("/") for assignment in ended):
+            shard = Shard(*map(int, span.split("-")))
+            if name == self.name and shard in self._missing and self._archive.is_committed(shard):
+                del self._missing[shard]
+                self._found.add(shard)
+        if self._listing is None and (time.monotonic() - self._listed >= resync_seconds or trials != self._trials):
+            self._listing, self._found = self._archive.iterate_committed(), set()
+        if self._listing is not None:
+            part = list(islice(self._listing, _LISTED_AT_ONCE if self._trials else None))
+            self._found.update(part)
+            if not self._trials or len(part) < _LISTED_AT_ONCE:
+                self._missing = dict.fromkeys(shards_missing(trials, record.trials_per_shard, self._found))
+                self._listing, self._listed, self._trials = None, time.monotonic(), trials
         self.view = View(self.name, record.fingerprint, self._missing, control, attempts)

@@ -24,13 +24,13 @@ SHARDS, WORKERS, COMMITTED = 100_000, 1_000, 50_000
 
 
 def dispatcher() -> list[Row]:
-    """Half of the shards committed, as many leased as there are workers, the queue full; passes with and without listing all batches."""
+    """Half of the shards committed, as many leased as there are workers, the queue full; the first pass, and those after it."""
     redis = RedisServer()
     with tempfile.TemporaryDirectory() as folder, MinioServer(Path(folder)) as minio:
         redis.start()
         try:
             store = S3Store(minio.new_bucket(), settings=minio.settings())
-            settings = ServiceSettings(store=store.address, broker=redis.url, lease_seconds=600)
+            settings = ServiceSettings(store=store.address, broker=redis.url, lease_seconds=600, resync_seconds=1e-3)
             return _passes(store, Broker(settings), settings)
         finally:
             redis.stop()
@@ -43,12 +43,12 @@ def _passes(store: S3Store, broker: Broker, settings: ServiceSettings) -> list[R
     record = archive.enroll(declare(experiment, datasets.prepare(experiment.dataset)))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda trial: store.put(keys.trial_batch("big", trial, trial), b""), range(COMMITTED)))
-    listing, passes = [], []
+    first, passes = [], []
     for _ in range(3):
         dispatcher = Dispatcher(store, broker, settings)
         for trial in range(COMMITTED, COMMITTED + WORKERS):
             broker.acquire(Assignment(experiment="big", fingerprint=record.fingerprint, first=trial, last=trial), f"worker-{trial}")
-        for times in (listing, passes, passes, passes):
+        for times in (first, passes, passes, passes):
             began = time.perf_counter()
             plan = dispatcher.reconcile()
             times.append(time.perf_counter() - began)
@@ -58,8 +58,8 @@ def _passes(store: S3Store, broker: Broker, settings: ServiceSettings) -> list[R
     memory = broker.redis.info("memory")["used_memory_peak"] / 2**20
     note = f"{SHARDS:,} shards, {COMMITTED:,} committed, {WORKERS:,} leased, {settings.max_queued:,} queued; peak is Redis's"
     return [
-        Row("dispatcher-listing", "pass", "2 s, 100 MiB", listing, [], "", memory, f"{note}; all batches listed"),
-        Row("dispatcher", "pass", "2 s, 100 MiB", passes, [], "", memory, note),
+        Row("dispatcher-start", "pass", "", first, [], "", memory, f"{note}; the first pass, which lists all batches"),
+        Row("dispatcher", "pass", "2 s, 100 MiB", passes, [], "", memory, f"{note}; each lists a part of the batches"),
     ]
 
 
