@@ -239,6 +239,9 @@ def show_status(found: "list[ExperimentProgress]") -> None:
     ]
     table = {column: np.array([row[column] for row in rows], dtype=object) for column in rows[0]}
     show_table({column: values for column, values in table.items() if any(value != 0 for value in values)})
+    for each in found:
+        for line in each.notice_lines:
+            console.print(f"{each.experiment}: {line}")
 
 
 def show_submission(made: "Submission", store: str) -> None:

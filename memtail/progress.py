@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from memtail.archive import MAX_ATTEMPTS, Control, ExperimentArchive, missing_shards
+from memtail.archive import MAX_ATTEMPTS, Control, ExperimentArchive, Notice, missing_shards
 from memtail.scores.publish import latest_version
 from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
 
-#: How an experiment ends: all is published; what is missing has failed too often, or was refused; its owner gave it up.
-Ending = Literal["published", "dead", "cancelled"]
+#: How an experiment ends: all is published; what is missing has failed too often, or was refused; its owner gave it up; all is committed
+#: and makes no scores, as a notice says.
+Ending = Literal["published", "dead", "cancelled", "without scores"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ExperimentProgress:
         attempts: the failed attempts on record, by shard.
         refused: the committed shards whose batches cannot be counted. They are looked for only where nothing else is left to wait for.
         pointer: to the published scores (see `latest_version`); None if there are none.
+        notices: what the services have to say, by service.
     """
 
     experiment: str
@@ -38,6 +40,7 @@ class ExperimentProgress:
     attempts: Counter[Shard]
     refused: list[Shard]
     pointer: dict[str, Any] | None
+    notices: dict[str, Notice]
 
     @property
     def dead(self) -> list[Shard]:
@@ -76,7 +79,14 @@ class ExperimentProgress:
             return "published"
         if self.control.state == "cancelled":
             return "cancelled"
+        if not self.missing and any(notice.final for notice in self.notices.values()):
+            return "without scores"
         return "dead" if not self.outstanding and (self.dead or self.refused) else None
+
+    @property
+    def notice_lines(self) -> list[str]:
+        """The lines of all notices."""
+        return [line for notice in self.notices.values() for line in notice.lines]
 
     def fate(self, shard: Shard) -> str:
         """What has become of a shard that failed once."""
@@ -104,6 +114,7 @@ class ExperimentProgress:
             "published": self.pointer["published"] if self.pointer else None,
             "published_age": self.published_age,
             "standard_error": self.standard_error,
+            "notices": self.notice_lines,
             "test_accuracy": self.pointer["summary"]["test_accuracy"] if self.pointer else None,
             "fingerprint": self.fingerprint,
         }
@@ -134,6 +145,7 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
         attempts=attempts,
         refused=[] if missing or all_counted else _refused(archive, set(committed) & attempts.keys()),
         pointer=pointer,
+        notices=archive.notices(),
     )
 
 

@@ -100,6 +100,7 @@ class Followed:
             yield f"{progress.failed_attempts} failed attempt{'s' * (progress.failed_attempts > 1)}"
         if progress.dead:
             yield f"{len(progress.dead)} shard{'s' * (len(progress.dead) > 1)} given up"
+        yield from progress.notice_lines
 
 
 def last_line(progress: ExperimentProgress) -> str | None:
@@ -108,6 +109,8 @@ def last_line(progress: ExperimentProgress) -> str | None:
     short = f"{progress.wanted - progress.trials} of {progress.wanted} trials are missing"
     if progress.ending == "cancelled":
         return f"{name}: {short}, it is cancelled: memtail resume {name} goes on"
+    if progress.ending == "without scores":
+        return f"{name}: {'; '.join(progress.notice_lines)}"
     if progress.ending != "dead":
         return None
     see = f"memtail failures {name} --traceback says why, memtail retry {name} tries again"

@@ -18,6 +18,11 @@ def dataset(fingerprint: str, file: str) -> str:
     return f"datasets/{fingerprint}/{file}"
 
 
+def masks(digest: str) -> str:
+    """The subsets of an explicit design, by the SHA-256 of the file."""
+    return f"masks/{digest}.npy"
+
+
 def experiments() -> str:
     """Prefix of all experiments."""
     return "experiments/"
@@ -31,6 +36,16 @@ def experiment(name: str) -> str:
 def control(name: str) -> str:
     """Whether the experiment is to run, and how urgently."""
     return f"experiments/{name}/control.json"
+
+
+def notices(name: str) -> str:
+    """Prefix of all notices."""
+    return f"experiments/{name}/notices/"
+
+
+def notice(name: str, source: str) -> str:
+    """What a service has to say about the experiment at present."""
+    return f"{notices(name)}{source}.json"
 
 
 def trials(name: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from memtail.archive import ExperimentArchive, Record, experiment_names
+from memtail.archive import ExperimentArchive, Notice, Record, experiment_names
 from memtail.datasets import ImageDataset
 from memtail.datasets.staging import fetch
 from memtail.errors import ForeignObjectError, MemtailError
@@ -20,6 +20,9 @@ from services.settings import ServiceSettings
 
 log = structlog.get_logger()
 
+# Between two listings of an experiment's batches passes so many times what one takes.
+_LISTING_SHARE = 5
+
 
 @dataclass
 class Folded:
@@ -28,6 +31,7 @@ class Folded:
     Attributes:
         refused: the batches that are none, with the reason.
         published: trials, diverged ones included, in the scores that are published; and when that was, by the monotonic clock.
+        list_at: when batches are to be listed again, by the same clock.
     """
 
     record: Record
@@ -37,6 +41,8 @@ class Folded:
     refused: dict[Shard, str] = field(default_factory=dict)
     published: int = 0
     published_at: float = float("-inf")
+    list_at: float = 0.0
+    notice: Notice | None = None
 
     @property
     def trials(self) -> int:
@@ -91,10 +97,15 @@ class Aggregator:
             dataset = fetch(self._store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit)
             folded = self.experiments[name] = Folded(record, dataset, Statistics(record.n_train, record.n_test))
         folded.record = record
-        for shard in archive.committed():
-            if shard not in folded.shards:
-                self._fold(archive, folded, shard)
-                self._extend_or_publish(archive, folded)
+        if time.monotonic() >= folded.list_at:
+            began = time.monotonic()
+            committed = archive.committed()
+            # many batches take long to list, and then are listed more rarely
+            folded.list_at = time.monotonic() + _LISTING_SHARE * (time.monotonic() - began)
+            for shard in committed:
+                if shard not in folded.shards:
+                    self._fold(archive, folded, shard)
+                    self._extend_or_publish(archive, folded)
         self._extend_or_publish(archive, folded)
 
     def _fold(self, archive: ExperimentArchive, folded: Folded, shard: Shard) -> None:
@@ -121,6 +132,15 @@ class Aggregator:
             log.info("extended", experiment=archive.name, trials=more)
         if self._due(folded):
             self._publish(folded)
+        self._give_notice(archive, folded)
+
+    def _give_notice(self, archive: ExperimentArchive, folded: Folded) -> None:
+        notice = None
+        if folded.complete and folded.statistics.trials == 0:
+            notice = Notice((f"all {folded.trials} trials diverged, so there are no scores: lower the learning rate",), final=True)
+        if notice != folded.notice:
+            archive.set_notice("aggregator", notice)
+            folded.notice = notice
 
     def _due(self, folded: Folded) -> bool:
         """Whether to publish: at the end at once, before that after enough new trials or enough time."""
