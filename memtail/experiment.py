@@ -271,6 +271,10 @@ class Experiment(_Part):
             }
         )
 
+    def with_masks(self, masks: Path) -> "Experiment":
+        """The same with the masks in another file of the same content."""
+        return self.model_copy(update={"subsets": self.subsets.model_copy(update={"masks": masks})})
+
     def canonical(self, dataset_fingerprint: str) -> dict[str, Any]:
         """What the fingerprint is taken of: the resolved spec without what no trial depends on, and the dataset's fingerprint."""
         spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})

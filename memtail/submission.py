@@ -6,7 +6,7 @@ import torch
 
 from memtail import datasets
 from memtail.archive import Control, ExperimentArchive, Record
-from memtail.datasets.staging import stage
+from memtail.datasets.staging import stage, stage_masks
 from memtail.experiment import Experiment
 from memtail.runner import declare
 from memtail.storage import ObjectStore, keys
@@ -57,6 +57,8 @@ def submit(experiment: Experiment, store: ObjectStore, *, priority: int | None =
         before = archive.record().experiment.subsets.trials
         archive.enroll(wanted)  # what is refused is refused before a large dataset goes up
     staged = stage(dataset, store)
+    if experiment.subsets.masks is not None:
+        stage_masks(experiment.subsets.masks, wanted.canonical["subsets"]["masks"], store)
     control = archive.control()
     if priority is not None and priority != control.priority:
         control = replace(control, priority=priority)

@@ -1,4 +1,4 @@
-"""Datasets in a store: put there once, and brought to a machine's cache by everyone who needs them.
+"""Datasets, and the masks of explicit designs, in a store: put there once, and brought to a machine's cache by everyone who needs them.
 
 A staged dataset is complete when its manifest is there, which is written last and names every file with its size and digest.
 """
@@ -68,6 +68,39 @@ def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None =
             _bring(store, fingerprint, folder, limit)
         os.utime(folder)
     return ImageDataset.open(folder)
+
+
+def stage_masks(masks: Path, digest: str, store: ObjectStore) -> None:
+    """Put the subsets of an explicit design into a store, unless they are there.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    if not store.exists(keys.masks(digest)):
+        store.upload(keys.masks(digest), masks)
+
+
+def fetch_masks(store: ObjectStore, digest: str, cache: Path) -> Path:
+    """The file of an explicit design's subsets, brought from the store into the folder `cache` if it is not there yet.
+
+    Raises:
+        DatasetError: it was not staged, or is damaged in the store.
+        StoreError: the store cannot be read.
+    """
+    key = keys.check(keys.masks(digest))
+    path = cache / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / ".lock"):
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            try:
+                store.download(key, unfinished)
+            except ObjectNotFound:
+                raise DatasetError(f"{key} is not in {store.address}: memtail submit SPEC puts it there") from None
+            if _digest(unfinished) != digest:
+                raise DatasetError(f"{key} in {store.address} is damaged: remove it, then memtail submit SPEC")
+            unfinished.rename(path)
+    return path
 
 
 def _bring(store: ObjectStore, fingerprint: str, folder: Path, limit: int | None) -> None:

@@ -13,8 +13,9 @@ import structlog
 
 from memtail.archive import ExperimentArchive, Record
 from memtail.datasets import ImageDataset
-from memtail.datasets.staging import fetch
+from memtail.datasets.staging import fetch, fetch_masks
 from memtail.errors import MemtailError, StoreError
+from memtail.experiment import Experiment
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.workers import StoredCheckpoints
@@ -90,7 +91,7 @@ class Trainer:
         checkpoints = StoredCheckpoints(self._store, assignment.experiment, assignment.shard)
         try:
             batch = train_shard(
-                record.experiment,
+                self._experiment_of(record),
                 self._dataset_of(record),
                 assignment.shard.trials,
                 available_devices(self._device)[0],
@@ -109,6 +110,12 @@ class Trainer:
         committed = archive.commit(batch, record.fingerprint)
         checkpoints.remove()
         return Outcome.COMMITTED if committed else Outcome.LOST_RACE
+
+    def _experiment_of(self, record: Record) -> Experiment:
+        """The experiment, with files that are on this machine."""
+        if record.experiment.subsets.masks is None:
+            return record.experiment
+        return record.experiment.with_masks(fetch_masks(self._store, record.canonical["subsets"]["masks"], Settings().cache))
 
     def _dataset_of(self, record: Record) -> ImageDataset:
         """The dataset; the last one stays open, so that its images stay on the device from shard to shard."""

@@ -2,8 +2,12 @@
 
 import json
 
-from memtail.archive import Control
+import numpy as np
+
+from memtail.archive import Control, ExperimentArchive
+from memtail.progress import progress_of
 from memtail.storage import keys
+from memtail.submission import submit
 from services.broker import TASK, Assignment, Broker
 from services.settings import ServiceSettings
 from tests.services.conftest import PER_SHARD, TRIALS
@@ -85,3 +89,28 @@ def test_cancelling_drops_what_is_being_trained_and_resuming_goes_on_from_there(
     assert list(archive.store.list(keys.checkpoints("digits")))
     archive.set_control(Control())
     cluster.until(broker.leased)
+
+
+def test_the_masks_of_an_explicit_design_travel_with_the_experiment(cluster, declare, digits, expected, tmp_path):
+    np.save(tmp_path / "masks.npy", np.random.default_rng(0).random((TRIALS, digits.n_train)) < 0.7)
+    subsets = {"design": "explicit", "masks": tmp_path / "masks.npy"}
+    experiment = declare(TRIALS, subsets=subsets, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
+    scores = expected(experiment)
+    submit(experiment, cluster.store)
+    (tmp_path / "masks.npy").unlink()
+    for name in ("dispatcher", "worker", "aggregator"):
+        cluster.start(name)
+    archive = ExperimentArchive(cluster.store, experiment.name)
+    cluster.until_published(archive, TRIALS)
+    assert cluster.scores(experiment.name) == scores and not archive.attempts()
+
+
+def test_an_experiment_of_which_all_trials_diverge_ends_with_a_notice(cluster, declare, digits):
+    training = {"epochs": 1, "optimizer": {"name": "sgd", "lr": 1e30}}
+    archive = cluster.submit(declare(TRIALS, training=training, execution={"trials_per_shard": PER_SHARD, "device": "cpu"}), digits)
+    for name in ("dispatcher", "worker", "aggregator"):
+        cluster.start(name)
+    cluster.until(lambda: progress_of(cluster.store, archive.name).ending == "without scores")
+    assert progress_of(cluster.store, archive.name).notice_lines == [
+        f"all {TRIALS} trials diverged, so there are no scores: lower the learning rate"
+    ]
