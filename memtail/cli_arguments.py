@@ -19,18 +19,22 @@ Store = Annotated[str, typer.Option(help="The folder, or s3://BUCKET/PREFIX, tha
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 DEFAULT_STORE = "memtail-store"
 
+# Seconds for which somebody who only wants to look waits for a server that does not answer.
+_PATIENCE = 20.0
+
 
 def open_existing(store: str) -> "ObjectStore":
     """A store that is there, to read from."""
-    from memtail.storage.opening import is_url, open_store
+    from memtail.storage.opening import is_url, open_bucket, open_store
 
     if is_url(store):
         from memtail import logs  # slow to import, and a folder has nothing to log
 
         logs.configure()
-    elif not Path(store).is_dir():
+        return open_bucket(store, patience=_PATIENCE)
+    if not Path(store).is_dir():
         raise StoreError(f"there is no store at {store}: memtail run SPEC makes one, --store names another")
-    return open_store(store, prove=False)
+    return open_store(store)
 
 
 def only(store: "ObjectStore", name: str | None) -> str:
