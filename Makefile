@@ -2,6 +2,7 @@
 # make test    set up and run all tests
 # make bench   measure against honest baselines (ROW=name: one row, ROW=list: their names)
 # make e2e     docker compose up, from a build to scores, under a name of its own (needs Docker with its compose plugin)
+# make soak    ten minutes of random faults on the service, with real servers
 # make lint    ruff, mypy and hadolint
 # Everything lives in .venv; nothing is installed again until pyproject.toml changes.
 
@@ -9,7 +10,7 @@ SPEC ?= examples/digits.yaml
 STORE ?= memtail-store
 BIN := .venv/bin
 
-.PHONY: run test bench e2e lint clean
+.PHONY: run test bench e2e soak lint clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
@@ -22,6 +23,9 @@ bench: .venv/installed-dev
 
 e2e: .venv/installed-dev
 	$(BIN)/pytest tests/e2e --capture=no $(ARGS)
+
+soak: .venv/installed-dev
+	$(BIN)/python -m tests.services.soak $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,61 @@
+"""The row about the service: the same trials by `memtail run`, and by a dispatcher, a worker and an aggregator with real servers."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import memtail
+from memtail import datasets
+from memtail.experiment import Experiment
+from memtail.runner import RunState
+from memtail.training.devices import cores
+from tests.benchmarks.bench import Row
+from tests.integration.servers import MinioServer
+from tests.services.cluster import QUICK, Cluster
+
+REPETITIONS, TRIALS, PER_SHARD = 3, 1600, 50
+
+
+def service() -> list[Row]:
+    """On both sides as many processes train as there are cores.
+
+    Ours is all of it, from submission to the published scores of all trials. The start of the processes is not counted on either side.
+    """
+    model, dataset = {"name": "mlp", "hidden": [512, 256]}, {"name": "digits"}
+    execution = {"device": "cpu", "trials_per_shard": PER_SHARD}
+    spec = {"dataset": dataset, "model": model, "training": {"epochs": 30}, "execution": execution}
+    ours, embedded = [], []
+    settings = dict.fromkeys(QUICK, "") | {"MEMTAIL_DEVICES": ",".join(["cpu"] * cores())}  # the defaults, as in real use
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        MinioServer(Path(folder)) as minio,
+        Cluster(Path(folder), minio, **settings) as cluster,
+    ):
+        for name in ("dispatcher", "worker", "aggregator"):
+            cluster.start(name)
+        for repetition in range(REPETITIONS + 1):
+            trials = TRIALS if repetition else 2 * PER_SHARD  # the first warms up
+            experiment = Experiment.parse({"name": f"run-{repetition}", "subsets": {"trials": trials, "seed": repetition}, **spec})
+            began = time.perf_counter()
+            archive = cluster.submit(experiment, datasets.prepare(experiment.dataset))
+            cluster.until_published(archive, trials, 600)
+            ours.append((time.perf_counter() - began) / trials)
+            embedded.append(_embedded(experiment, Path(folder, "embedded")) / trials)
+    note = f"digits, MLP 512-256, {TRIALS} trials in shards of {PER_SHARD} from submission to scores; baseline: memtail run"
+    return [Row("service", "trial", "0.95x", ours[1:], embedded[1:], "memtail run", note=note)]
+
+
+def _embedded(experiment: Experiment, store: Path) -> float:
+    """Seconds of `memtail run` from when the first process trains on to the scores."""
+    training: list[float] = []
+
+    def watch(state: RunState) -> None:
+        if not training and state.progress:
+            training.append(time.perf_counter())
+
+    memtail.run(experiment, store, on_progress=watch)
+    return time.perf_counter() - training[0]
+
+
+ROWS: dict[str, Callable[[], list[Row]]] = {"service": service}

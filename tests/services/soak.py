@@ -1,0 +1,173 @@
+"""Ten minutes of random faults: `make soak`, or `make soak ARGS="--minutes 2 --seed 7"`.
+
+Experiments follow one upon the other while Redis, the bucket, the dispatcher, the aggregator and the workers fail at random. At the end
+each has every trial once, and scores equal to the bit to those of an undisturbed run.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memtail import datasets
+from memtail.archive import ExperimentArchive
+from memtail.experiment import Experiment
+from memtail.runner import run
+from memtail.scores.publish import latest_version
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from services.broker import Assignment, Broker
+from services.settings import ServiceSettings
+from tests.integration.servers import MinioServer
+from tests.services.cluster import Cluster, Service
+
+TRIALS, PER_SHARD = 96, 4
+SPEC: dict[str, Any] = {
+    "dataset": {"name": "digits"},
+    "model": {"name": "mlp", "hidden": [64]},
+    "training": {"epochs": 400},
+    "subsets": {"trials": TRIALS},
+    "execution": {"trials_per_shard": PER_SHARD, "device": "cpu"},
+}
+
+
+class Faults:
+    """What may go wrong, one method each."""
+
+    def __init__(self, cluster: Cluster, chance: random.Random) -> None:
+        self._cluster, self._chance = cluster, chance
+        self.archive: ExperimentArchive | None = None
+
+    def all(self) -> list[Callable[[], None]]:
+        """Every fault."""
+        return [getattr(self, name) for name in sorted(vars(type(self))) if not name.startswith("_") and name != "all"]
+
+    def redis_killed(self) -> None:
+        self._cluster.redis.kill()
+        time.sleep(self._chance.uniform(0, 3))
+        self._cluster.redis.start()
+
+    def redis_flushed(self) -> None:
+        self._cluster.redis.client().flushall()
+
+    def store_down(self) -> None:
+        self._cluster.minio.stop()
+        time.sleep(self._chance.uniform(0, 6))
+        self._cluster.minio.start()
+
+    def child_killed(self) -> None:
+        for child in self._one("worker").children():
+            os.kill(child, signal.SIGKILL)
+
+    def worker_killed(self) -> None:
+        self._restarted("worker")
+
+    def dispatcher_killed(self) -> None:
+        self._restarted("dispatcher")
+
+    def aggregator_killed(self) -> None:
+        self._restarted("aggregator")
+
+    def worker_told_to_stop(self) -> None:
+        worker = self._one("worker")
+        worker.stop(60)
+        worker.start()
+
+    def worker_frozen(self) -> None:
+        """Longer than its lease lasts, so that its shard is trained twice."""
+        group = self._one("worker").process.pid
+        os.killpg(group, signal.SIGSTOP)
+        time.sleep(self._chance.uniform(4, 6))
+        os.killpg(group, signal.SIGCONT)
+
+    def batch_deleted(self) -> None:
+        assert self.archive is not None
+        if committed := self.archive.committed():
+            shard = self._chance.choice(committed)
+            self._cluster.store.delete(keys.trial_batch(self.archive.name, shard.first, shard.last))
+
+    def messages_repeated(self) -> None:
+        assert self.archive is not None
+        first = self._chance.randrange(0, TRIALS, PER_SHARD)
+        fingerprint = self.archive.record().fingerprint
+        assignment = Assignment(experiment=self.archive.name, fingerprint=fingerprint, first=first, last=first + PER_SHARD - 1)
+        Broker(ServiceSettings(store="-", broker=self._cluster.redis.url)).send([assignment] * 5)
+
+    def _one(self, name: str) -> Service:
+        return self._chance.choice([service for service in self._cluster.services if service.name == name])
+
+    def _restarted(self, name: str) -> None:
+        service = self._one(name)
+        service.kill()
+        service.start()
+
+
+def soak(minutes: float, seed: int) -> None:
+    """Run, and check all that must hold. Raises: AssertionError: something was lost or counted twice."""
+    chance = random.Random(seed)
+    happened: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder, MinioServer(Path(folder)) as minio, Cluster(Path(folder), minio) as cluster:
+        dataset = datasets.prepare(Experiment.parse({"name": "soak", **SPEC}).dataset)
+        for name in ("dispatcher", "worker", "worker", "aggregator"):
+            cluster.start(name)
+        faults, archives = Faults(cluster, chance), list[ExperimentArchive]()
+        end = time.monotonic() + 60 * minutes
+        while time.monotonic() < end:
+            archives.append(cluster.submit(Experiment.parse({"name": f"soak-{len(archives)}", **SPEC}), dataset))
+            faults.archive = archives[-1]
+            while time.monotonic() < end and not _published(cluster, archives[-1]):
+                fault = chance.choice(faults.all())
+                fault()
+                happened[fault.__name__] += 1
+                print(f"{end - time.monotonic():4.0f} s left, {fault.__name__}: {_state(archives[-1])}", flush=True)
+                time.sleep(chance.uniform(1, 10))
+                archives[-1].forgive()  # a shard may be hit three times
+        for archive in archives:
+            cluster.until(lambda archive=archive: _published(cluster, archive), 300)
+        _check(cluster, archives, Path(folder, "expected"))
+    faults_made = ", ".join(f"{count} x {name.replace('_', ' ')}" for name, count in happened.most_common())
+    print(f"{happened.total()} faults ({faults_made}); {len(archives) * TRIALS} trials of {len(archives)} experiments, each counted once")
+
+
+def _published(cluster: Cluster, archive: ExperimentArchive) -> bool:
+    pointer = latest_version(cluster.store, archive.name)
+    return pointer is not None and pointer["summary"]["trials"] >= TRIALS and len(archive.committed()) >= TRIALS // PER_SHARD
+
+
+def _state(archive: ExperimentArchive) -> str:
+    return f"{archive.name} has {len(archive.committed())} of {TRIALS // PER_SHARD} shards"
+
+
+def _check(cluster: Cluster, archives: list[ExperimentArchive], folder: Path) -> None:
+    undisturbed = LocalStore(folder)
+    run(Experiment.parse({"name": "soak", **SPEC}), folder)
+    expected = _scores(undisturbed, "soak")
+    for archive in archives:
+        assert sorted(trial for shard in archive.committed() for trial in shard.trials) == list(range(TRIALS)), archive.name
+        found = _scores(cluster.store, archive.name)
+        differing = [name for name in expected if found.get(name) != expected[name]]
+        assert found.keys() == expected.keys() and not differing, f"{archive.name}: {differing}"
+
+
+def _scores(store: Any, name: str) -> dict[str, Any]:
+    """The published files; all but the summary are the same whatever the experiment is called."""
+    pointer = latest_version(store, name)
+    assert pointer is not None
+    files: dict[str, Any] = {file: store.get(keys.scores(name, pointer["version"]) + file) for file in pointer["files"]}
+    files["summary.json"] = {key: value for key, value in json.loads(files["summary.json"]).items() if key != "experiment"}
+    return files
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    soak(given.minutes, given.seed)
