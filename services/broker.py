@@ -17,12 +17,12 @@ from memtail.experiment import NAME
 from memtail.trials import Shard
 from services.settings import ServiceError, ServiceSettings
 
-#: The task that workers run, and the queue it waits in.
+#: The task that workers run.
 TASK = "memtail.train_shard"
-QUEUE = "shards"
 
 _PREFIX = "memtail:"
 _LEASE = f"{_PREFIX}lease:"
+_QUEUE = "shards"
 _STARTS = f"{_PREFIX}starts"
 _LEADER = f"{_PREFIX}leader"
 
@@ -68,6 +68,15 @@ class Assignment(BaseModel):
         return f"{self.experiment}/{self.first}-{self.last}"
 
 
+def queue_of(settings: ServiceSettings, experiment: str = "") -> str:
+    """Where the assignments of an experiment wait: in a queue of its own where it has workers of its own, else in one with all others.
+
+    By default that of the settings' experiment.
+    """
+    own = experiment or settings.experiment
+    return f"{_QUEUE}.{own}" if settings.fleet or settings.experiment else _QUEUE
+
+
 def celery_app(settings: ServiceSettings) -> Celery:
     """The Celery application: messages are JSON, are acknowledged when the work is done, and leave no result behind."""
     app = Celery("memtail", broker=settings.broker, set_as_current=False)
@@ -88,7 +97,7 @@ def celery_app(settings: ServiceSettings) -> Celery:
         result_backend=None,
         task_acks_late=True,
         task_acks_on_failure_or_timeout=True,
-        task_default_queue=QUEUE,
+        task_default_queue=queue_of(settings),
         task_ignore_result=True,
         task_reject_on_worker_lost=False,
         task_serializer="json",
@@ -113,7 +122,7 @@ class Broker:
 
     def __init__(self, settings: ServiceSettings, celery: Celery | None = None) -> None:
         self._celery = celery or celery_app(settings)
-        self._lease = int(settings.lease_seconds * 1000)
+        self._settings, self._lease = settings, int(settings.lease_seconds * 1000)
         try:
             self.redis = redis.Redis.from_url(settings.broker, socket_timeout=10, socket_connect_timeout=5, decode_responses=True)
         except ValueError:  # what it says may hold a part of the password
@@ -121,30 +130,35 @@ class Broker:
         self._acquire, self._renew, self._release = map(self.redis.register_script, (_ACQUIRE, _RENEW, _RELEASE))
 
     def send(self, assignments: list[Assignment]) -> None:
-        """Put assignments into the queue."""
+        """Put assignments into their queues."""
         if not assignments:
             return
         with self._celery.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=5)
             with self._celery.amqp.Producer(connection) as producer:
                 for assignment in assignments:
-                    self._celery.send_task(TASK, kwargs=assignment.model_dump(), producer=producer, retry=False)
+                    queue = queue_of(self._settings, assignment.experiment)
+                    self._celery.send_task(TASK, kwargs=assignment.model_dump(), queue=queue, producer=producer, retry=False)
 
-    def queued(self) -> Iterator[Assignment]:
-        """The assignments that no worker has taken yet; what is not an assignment is passed over."""
-        for message in self.redis.lrange(_PREFIX + QUEUE, 0, -1):
+    def queued(self, queue: str) -> Iterator[Assignment]:
+        """The assignments in a queue, which no worker has taken yet; what is not an assignment is passed over."""
+        for message in self.redis.lrange(_PREFIX + queue, 0, -1):
             try:
                 yield _assignment(message)
             except (ValueError, KeyError, TypeError, IndexError):
                 continue
 
     def waiting(self) -> int:
-        """How many messages wait in the queue."""
-        return int(self.redis.llen(_PREFIX + QUEUE))
+        """How many messages wait in the queue of the settings' experiment, or of all."""
+        return int(self.redis.llen(_PREFIX + queue_of(self._settings)))
 
-    def clear_queue(self) -> None:
-        """Take all waiting assignments away."""
-        self.redis.delete(_PREFIX + QUEUE)
+    def clear(self, queue: str) -> None:
+        """Take all waiting assignments out of a queue."""
+        self.redis.delete(_PREFIX + queue)
+
+    def queues(self) -> set[str]:
+        """The queues in which something waits."""
+        return {str(name).removeprefix(_PREFIX) for name in self.redis.scan_iter(match=f"{_PREFIX}{_QUEUE}*", count=1000)}
 
     def acquire(self, assignment: Assignment, holder: str) -> bool:
         """Lease a shard to `holder` and count that it is begun, unless another has it."""

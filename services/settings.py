@@ -32,6 +32,9 @@ class ServiceSettings:
         publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed.
         devices: of a worker, one process for each, with commas between: "auto", "cpu", or "cuda:0,cuda:1".
         port: of the metrics and health checks of a service.
+        fleet: of the dispatcher, the file that says how it makes workers in a Kubernetes cluster (see `services.dispatcher.fleet`). It
+            makes none if not set.
+        experiment: of a worker, the only experiment that it trains; it ends when there is nothing left to do. All if not set.
         heartbeat_file: of a worker, which it touches while it lives; none if not set.
     """
 
@@ -47,6 +50,8 @@ class ServiceSettings:
     publish_seconds: float = _variable("MEMTAIL_PUBLISH_SECONDS", 60.0)
     devices: str = _variable("MEMTAIL_DEVICES", "auto")
     port: int = _variable("MEMTAIL_PORT", 9100)
+    fleet: str = _variable("MEMTAIL_FLEET", "")
+    experiment: str = _variable("MEMTAIL_EXPERIMENT", "")
     heartbeat_file: str = _variable("MEMTAIL_HEARTBEAT_FILE", "")
 
     @classmethod

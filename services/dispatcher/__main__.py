@@ -1,8 +1,10 @@
 """`python -m services.dispatcher`."""
 
+from memtail.storage import ObjectStore
 from memtail.storage.opening import open_store
 from services.broker import Broker
 from services.dispatcher.dispatcher import Dispatcher
+from services.dispatcher.fleet import EXPERIMENT_LABEL, Fleet, FleetSettings
 from services.process import Heartbeat, serve, start
 from services.settings import ServiceSettings
 
@@ -10,11 +12,20 @@ from services.settings import ServiceSettings
 def _dispatch(settings: ServiceSettings) -> None:
     heartbeat = Heartbeat(patience=300)
     serve(settings.port, heartbeat)
-    dispatcher = Dispatcher(open_store(settings.store), Broker(settings), settings)
+    store = open_store(settings.store)
+    dispatcher = Dispatcher(store, Broker(settings), settings, _fleet(settings, store) if settings.fleet else None)
     try:
         dispatcher.run(heartbeat.beat)
     finally:
         dispatcher.stop()
+
+
+def _fleet(settings: ServiceSettings, store: ObjectStore) -> Fleet:
+    from services.dispatcher.cluster import Cluster
+
+    fleet = FleetSettings.load(settings.fleet)
+    selector = f"app.kubernetes.io/instance={fleet.instance},{EXPERIMENT_LABEL}"
+    return Fleet(fleet, Cluster(fleet.namespace, selector), store)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from kombu.exceptions import OperationalError
 
 from memtail.archive import ExperimentArchive, experiment_names
 from memtail.errors import MemtailError
+from memtail.experiment import WorkersSpec
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
-from services.broker import Assignment, Broker
+from services.broker import Assignment, Broker, queue_of
+from services.dispatcher import metrics
+from services.dispatcher.fleet import Demand, Fleet
 from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
 from services.settings import ServiceSettings
 
@@ -37,10 +40,11 @@ class Dispatcher:
         store: the bucket.
         broker: the queue and the leases.
         settings: of the services.
+        fleet: the workers of a Kubernetes cluster, if it is to keep the right number of them.
     """
 
-    def __init__(self, store: ObjectStore, broker: Broker, settings: ServiceSettings) -> None:
-        self._store, self._broker, self._settings = store, broker, settings
+    def __init__(self, store: ObjectStore, broker: Broker, settings: ServiceSettings, fleet: Fleet | None = None) -> None:
+        self._store, self._broker, self._settings, self._fleet = store, broker, settings, fleet
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _Known] = {}
         self._waited: dict[str, float] = {}  # when each assignment was last seen in the queue
@@ -66,29 +70,35 @@ class Dispatcher:
 
     def reconcile(self) -> Plan:
         """One pass."""
-        queued = list(self._broker.queued())
+        waiting = {queue: list(self._broker.queued(queue)) for queue in self._broker.queues()}
+        queued = [assignment for queue in waiting.values() for assignment in queue]
         leased, starts = self._broker.leased(), self._broker.starts()
         ended = self._leased - leased
         taken = self._taken({assignment.id for assignment in queued}, leased, ended)
         self._read_bucket(taken | ended)
         self._leased = leased
-        plan = reconcile(
-            (known.view for known in self._experiments.values()),
-            queued,
-            leased | taken,
-            starts,
-            max_starts=self._settings.max_starts,
-            max_queued=self._settings.max_queued,
-        )
-        for assignment in plan.lost:
-            self._record_lost(assignment, starts[assignment.id])
-        if plan.clear:
-            self._broker.clear_queue()
-        self._broker.send(plan.send)
-        self.plan = plan
-        if plan.send or plan.lost:
-            log.info("sent", shards=len(plan.send), lost=len(plan.lost), queued=len(queued), leased=len(leased), cleared=plan.clear)
-        return plan
+        views: dict[str, list[View]] = {queue: [] for queue in waiting}
+        for known in self._experiments.values():
+            views.setdefault(queue_of(self._settings, known.name), []).append(known.view)
+        limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, len(views)))}
+        plans = {queue: reconcile(views[queue], waiting.get(queue, []), leased | taken, starts, **limits) for queue in views}
+        for queue, plan in plans.items():
+            for assignment in plan.lost:
+                self._record_lost(assignment, starts[assignment.id])
+            if plan.clear:
+                self._broker.clear(queue)
+            self._broker.send(plan.send)
+        self.plan = Plan.of_all(plans.values())
+        if self.plan.send or self.plan.lost:
+            counts = {"shards": len(self.plan.send), "lost": len(self.plan.lost), "queued": len(queued), "leased": len(leased)}
+            log.info("sent", **counts, cleared=self.plan.clear)
+        metrics.OUTSTANDING.clear()
+        for name, outstanding in self.plan.outstanding.items():
+            if outstanding:
+                metrics.OUTSTANDING.labels(name).set(outstanding)
+        if self._fleet:
+            self._fleet.reconcile([known.demand(self.plan) for known in self._experiments.values()])
+        return self.plan
 
     def _taken(self, waiting: set[str], leased: set[str], ended: set[str]) -> set[str]:
         """What waited in the queue a moment ago and now neither waits nor is leased: a worker has just taken it, or it is done."""
@@ -126,6 +136,7 @@ class _Known:
         self._listing: Iterator[Shard] | None = None  # in progress, with what it has found
         self._found: set[Shard] = set()
         self.view = View(name, "", ())
+        self._workers: WorkersSpec | None = None
 
     def refresh(self, resync_seconds: float, ended: set[str]) -> None:
         """Read what may have changed: the declaration, what its owner asks, failures, and batches.
@@ -149,3 +160,9 @@ class _Known:
                 self._missing = dict.fromkeys(shards_missing(trials, record.trials_per_shard, self._found))
                 self._listing, self._listed, self._trials = None, time.monotonic(), trials
         self.view = View(self.name, record.fingerprint, self._missing, control, attempts)
+        self._workers = record.experiment.execution.workers
+
+    def demand(self, plan: Plan) -> Demand:
+        """The workers that it could use."""
+        control = self.view.control
+        return Demand(self.name, control.state, control.priority, plan.outstanding[self.name], self._workers)

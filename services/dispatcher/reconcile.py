@@ -61,6 +61,20 @@ class Plan:
     outstanding: dict[str, int]
     dead: dict[str, list[Shard]]
 
+    @classmethod
+    def of_all(cls, plans: Iterable["Plan"]) -> "Plan":
+        """The plans for several queues as one."""
+        joined = cls([], False, [], {}, {})
+        for plan in plans:
+            joined = cls(
+                joined.send + plan.send,
+                joined.clear or plan.clear,
+                joined.lost + plan.lost,
+                joined.outstanding | plan.outstanding,
+                joined.dead | plan.dead,
+            )
+        return joined
+
 
 def reconcile(
     views: Iterable[View],
@@ -74,8 +88,8 @@ def reconcile(
     """Decide what a pass does.
 
     Args:
-        views: the experiments.
-        queued: what waits in the queue, in its order.
+        views: the experiments that share a queue.
+        queued: what waits in their queue, in its order.
         busy: ids of the assignments that are leased, or on their way from the queue to a lease.
         starts: how often each was begun and did not end in order, by id; of a busy one that is one more than its worker vanished.
         max_starts: vanished workers that count as one failure.

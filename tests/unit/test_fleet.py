@@ -1,0 +1,164 @@
+"""How many workers there are to be, and what a Job of them looks like; the cluster itself is in tests/kubernetes."""
+
+import pytest
+
+from memtail.experiment import WorkersSpec
+from services.dispatcher.fleet import Changes, Demand, FleetSettings, WorkerSet, job_of, scale, shards_per_worker, wanted
+
+OWNER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "memtail-dispatcher", "uid": "u"}
+SETTINGS = {
+    "namespace": "research",
+    "owner": "memtail-dispatcher",
+    "instance": "memtail",
+    "maxWorkers": 100,
+    "queueName": "",
+    "limits": {
+        "maxWorkers": 50,
+        "gpus": 4,
+        "memory": "64Gi",
+        "cpu": "16",
+        "images": ["other:1"],
+        "nodeSelectors": {"gpu": ["h100"]},
+        "gpuResources": ["nvidia.com/gpu", "nvidia.com/mig-1g.10gb"],
+        "priorityClasses": ["low"],
+        "tolerationKeys": ["spot"],
+    },
+    "job": {
+        "metadata": {"labels": {"app.kubernetes.io/instance": "memtail"}},
+        "spec": {
+            "template": {
+                "metadata": {"labels": {"app.kubernetes.io/component": "worker"}},
+                "spec": {
+                    "nodeSelector": {"zone": "a"},
+                    "containers": [
+                        {
+                            "name": "worker",
+                            "image": "memtail-worker:1",
+                            "env": [{"name": "MEMTAIL_DEVICES", "value": "cuda:0"}],
+                            "resources": {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "8Gi", "nvidia.com/gpu": 1}},
+                        }
+                    ],
+                },
+            }
+        },
+    },
+}
+
+
+def fleet(**changes):
+    return FleetSettings.model_validate({**SETTINGS, **changes})
+
+
+def demand(name="a", outstanding=10, priority=0, state="running", **workers):
+    return Demand(name, state, priority, outstanding, WorkersSpec(**workers) if workers else None)
+
+
+def sets(*workers_and_running, name="a", winding_down=False):
+    return [WorkerSet(f"{name}-{number}", name, number, *pair, winding_down) for number, pair in enumerate(workers_and_running, 1)]
+
+
+def test_as_many_workers_as_outstanding_shards_up_to_the_maxima():
+    assert wanted([demand(outstanding=7)], {}, 100, {}) == {"a": 7}
+    assert wanted([demand(outstanding=700)], {}, 100, {}) == {"a": 100}
+    assert wanted([demand(outstanding=700, max=30)], {}, 100, {}) == {"a": 30}
+    assert wanted([demand(outstanding=7)], {}, 100, {"a": 4}) == {"a": 2}
+    assert wanted([demand(state="paused"), demand("b", state="cancelled")], {}, 100, {}) == {"a": 0, "b": 0}
+
+
+def test_higher_priorities_are_served_first_but_take_no_running_workers():
+    demands = [demand("low", 80), demand("high", 80, priority=1)]
+    assert wanted(demands, {}, 100, {}) == {"high": 80, "low": 20}
+    assert wanted(demands, {"low": 60}, 100, {}) == {"high": 40, "low": 60}
+    assert wanted([demand("low", 80, state="paused"), demand("high", 80, priority=1)], {"low": 60}, 100, {}) == {"high": 40, "low": 0}
+
+
+def test_what_is_missing_is_made_as_one_job():
+    assert scale({"a": 5}, [], [], True) == Changes(create={"a": 5})
+    assert scale({"a": 5}, sets((3, 2)), [], True) == Changes(create={"a": 2})
+    assert scale({"a": 5}, sets((3, 2), (2, 0)), [], True) == Changes()
+
+
+def test_running_workers_are_never_taken_away():
+    assert scale({"a": 0}, sets((3, 3), (2, 2)), [], True) == Changes()
+    assert scale({"a": 1}, sets((3, 2), (4, 0)), [], True) == Changes(delete=["a-2"], shrink={"a-1": 2})
+    assert scale({"a": 6}, sets((3, 2), (4, 0)), [], True) == Changes(shrink={"a-2": 3})
+    assert scale({"a": 6}, sets((3, 2), (4, 0)), [], elastic=False) == Changes()
+    assert scale({"a": 0}, sets((3, 1), winding_down=True), [], True) == Changes()
+
+
+def test_the_workers_of_cancelled_and_removed_experiments_go():
+    assert scale({"a": 0}, sets((3, 3)), ["a"], True) == Changes(delete=["a-1"])
+    assert scale({"b": 1}, sets((3, 3)), [], True) == Changes(create={"b": 1}, delete=["a-1"])
+
+
+def test_a_job_is_named_by_its_experiment_and_number_and_owned():
+    name = "an_experiment.with-a-very-long-name-that-goes-on-and-on"
+    job = job_of(fleet(), demand(name), 3, 7, OWNER)
+    assert job["metadata"]["name"].startswith("memtail-an-experiment-with-a-ver-") and job["metadata"]["name"].endswith("-3")
+    assert len(job["metadata"]["name"]) <= 60 and job["metadata"]["ownerReferences"] == [OWNER]
+    assert job["metadata"]["labels"] == {"app.kubernetes.io/instance": "memtail", "memtail/experiment": name, "memtail/number": "3"}
+    assert job["spec"]["parallelism"] == 7 and "completions" not in job["spec"] and "suspend" not in job["spec"]
+    pod = job["spec"]["template"]
+    assert pod["metadata"]["labels"]["memtail/experiment"] == name
+    assert {"name": "MEMTAIL_EXPERIMENT", "value": name} in pod["spec"]["containers"][0]["env"]
+    assert job["metadata"]["name"] != job_of(fleet(), demand(name.replace("_", "-")), 3, 7, OWNER)["metadata"]["name"]
+    assert "memtail/experiment" not in SETTINGS["job"]["spec"]["template"]["metadata"]["labels"]
+
+
+def test_kueue_admits_suspended_jobs_in_part():
+    job = job_of(fleet(queueName="team"), demand(), 1, 7, OWNER)
+    assert job["spec"]["suspend"] and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert job["metadata"]["annotations"] == {"kueue.x-k8s.io/job-min-parallelism": "1"}
+
+
+def test_an_experiment_gets_the_resources_it_asks_for():
+    asked = {"gpus": 2, "memory": "32Gi", "image": "other:1", "node_selector": {"gpu": "h100"}, "priority_class": "low"}
+    job = job_of(fleet(), demand(**asked, tolerations=[{"key": "spot"}]), 1, 1, OWNER)
+    pod = job["spec"]["template"]["spec"]
+    worker = pod["containers"][0]
+    assert worker["resources"] == {
+        "requests": {"cpu": "1", "memory": "32Gi"},
+        "limits": {"memory": "32Gi", "nvidia.com/gpu": 2},
+    }
+    assert {"name": "MEMTAIL_DEVICES", "value": "cuda:0,cuda:1"} in worker["env"] and worker["image"] == "other:1"
+    assert pod["nodeSelector"] == {"zone": "a", "gpu": "h100"} and pod["priorityClassName"] == "low"
+    assert pod["tolerations"] == [{"key": "spot", "operator": "Exists"}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "limits", "devices"),
+    [
+        ({"gpus": 0}, {"memory": "8Gi"}, "cpu"),
+        ({"gpu_resource": "nvidia.com/mig-1g.10gb"}, {"memory": "8Gi", "nvidia.com/mig-1g.10gb": 1}, "cuda:0"),
+        ({"cpu": 4}, {"memory": "8Gi", "nvidia.com/gpu": 1}, "cuda:0"),
+    ],
+)
+def test_gpus_are_replaced_by_those_that_are_asked_for(asked, limits, devices):
+    worker = job_of(fleet(), demand(**asked), 1, 1, OWNER)["spec"]["template"]["spec"]["containers"][0]
+    assert worker["resources"]["limits"] == limits and {"name": "MEMTAIL_DEVICES", "value": devices} in worker["env"]
+
+
+def test_a_worker_trains_a_shard_on_each_of_its_devices():
+    assert shards_per_worker(fleet(), None) == 1
+    assert shards_per_worker(fleet(), WorkersSpec(gpus=4)) == 4
+    assert shards_per_worker(fleet(), WorkersSpec(gpus=0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"max": 51}, "max is 51, at most 50 is allowed"),
+        ({"gpus": 5}, "gpus is 5, at most 4 is allowed"),
+        ({"memory": "65Gi"}, "memory is 65Gi, at most 64Gi is allowed"),
+        ({"cpu": "16500m"}, "cpu is 16500m, at most 16 is allowed"),
+        ({"image": "evil"}, "image is evil, allowed: other:1"),
+        ({"gpu_resource": "amd.com/gpu"}, "gpu_resource is amd.com/gpu, allowed: nvidia.com/gpu, nvidia.com/mig-1g.10gb"),
+        ({"priority_class": "high"}, "priority_class is high, allowed: low"),
+        ({"node_selector": {"gpu": "a100"}}, "node_selector gpu is a100, allowed: h100"),
+        ({"node_selector": {"disk": "ssd"}}, "node_selector disk is ssd, allowed: none"),
+        ({"tolerations": [{"key": "x"}]}, "tolerations name x, allowed: spot"),
+    ],
+)
+def test_more_than_the_operator_allows_is_refused_in_words(asked, message):
+    assert fleet().limits.violation(WorkersSpec(**asked)) == message
+    assert fleet().limits.violation(WorkersSpec(max=50, gpus=4, memory="64Gi", cpu="16", image="other:1")) is None
