@@ -1,5 +1,6 @@
 """The environment variables that the services read; those of the store are in `memtail.settings`."""
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -34,7 +35,8 @@ class ServiceSettings:
         port: of the metrics and health checks of a service.
         fleet: of the dispatcher, the file that says how it makes workers in a Kubernetes cluster (see `services.dispatcher.fleet`). It
             makes none if not set.
-        experiment: of a worker, the only experiment that it trains; it ends when there is nothing left to do. All if not set.
+        experiment: of a worker, the only experiment that it trains; all if not set.
+        rest_seconds: of a worker, for how long there is nothing to do before it ends; it never does if not set.
         heartbeat_file: of a worker, which it touches while it lives; none if not set.
     """
 
@@ -52,6 +54,7 @@ class ServiceSettings:
     port: int = _variable("MEMTAIL_PORT", 9100)
     fleet: str = _variable("MEMTAIL_FLEET", "")
     experiment: str = _variable("MEMTAIL_EXPERIMENT", "")
+    rest_seconds: float = _variable("MEMTAIL_REST_SECONDS", math.inf)
     heartbeat_file: str = _variable("MEMTAIL_HEARTBEAT_FILE", "")
 
     @classmethod

@@ -298,7 +298,7 @@ def _asked(what: str, fine: int | None = None) -> Iterator[None]:
     except ApiException as error:
         if error.status != fine:
             raise ClusterError(f"cannot {what}: {_short(error)}") from None
-    except (urllib3.exceptions.HTTPError, OSError) as error:
+    except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         raise ClusterError(f"cannot {what}: {_short(error)}") from None
 
 

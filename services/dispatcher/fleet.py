@@ -35,7 +35,7 @@ _MIN_PARALLELISM = "kueue.x-k8s.io/job-min-parallelism"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel)
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel, coerce_numbers_to_str=True)
 
 
 class Limits(_Part):
@@ -255,6 +255,9 @@ def _apply(asked: WorkersSpec, limits: Limits, pod: dict[str, Any]) -> None:
             resources[kind] = {**resources.get(kind, {}), **{key: value for key, value in amounts.items() if _sets(resources, kind, key)}}
     if asked.gpus is not None or asked.gpu_resource is not None:
         _give_gpus(asked, limits, container, resources)
+    for kind in ("requests", "limits"):
+        if kind in resources:
+            resources[kind] = {key: str(value) for key, value in resources[kind].items()}
     pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **asked.node_selector}
     pod["tolerations"] = pod.get("tolerations", []) + [each.model_dump(exclude_none=True) for each in asked.tolerations]
     if asked.priority_class:

@@ -50,9 +50,8 @@ class Worker:
         self._lost = ""
         self.celery = celery_app(settings)
         self.celery.task(name=TASK)(self._run)
-        # the dispatcher has sent whatever there is to do in much less than the time that a lease lasts
-        rest = settings.lease_seconds if settings.experiment else None
-        self.celery.steps["consumer"].add(Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6, rest).step())
+        watchdog = Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6, settings.rest_seconds)
+        self.celery.steps["consumer"].add(watchdog.step())
         if settings.heartbeat_file:
             self.celery.steps["consumer"].add(HeartbeatFile(Path(settings.heartbeat_file)).step())
         # kept by weak reference otherwise

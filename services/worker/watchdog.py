@@ -24,10 +24,10 @@ class Watchdog:
     Args:
         broker: the queue.
         seconds: between two looks; being idle at two in a row is one too many.
-        rest: seconds of nothing to do after which the worker ends; never if None.
+        rest: seconds of nothing to do after which the worker ends.
     """
 
-    def __init__(self, broker: Broker, seconds: float, rest: float | None) -> None:
+    def __init__(self, broker: Broker, seconds: float, rest: float) -> None:
         self._broker, self._seconds, self._rest = broker, seconds, rest
         self._idle = 0
         self._busy_at = time.monotonic()
@@ -57,7 +57,7 @@ class Watchdog:
         idle = not state.reserved_requests and not state.should_stop
         if waiting or not idle:
             self._busy_at = time.monotonic()
-        elif self._rest is not None and time.monotonic() - self._busy_at > self._rest:
+        elif time.monotonic() - self._busy_at > self._rest:
             log.info("nothing left to do")
             state.should_stop = 0  # the exit code
         self._idle = self._idle + 1 if waiting and idle else 0

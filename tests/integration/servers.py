@@ -19,7 +19,9 @@ from memtail.settings import S3Settings
 from memtail.storage.s3 import S3Store
 
 _PROJECT = Path(__file__).parents[2]
-_INSTALL = _PROJECT.parent / "shared" / "tools" / "install.sh"
+#: Scripts that put real servers on this machine.
+TOOLS = _PROJECT.parent / "shared" / "tools"
+_INSTALL = TOOLS / "install.sh"
 REGION = "north-1"
 
 

@@ -118,7 +118,7 @@ def test_an_experiment_gets_the_resources_it_asks_for():
     worker = pod["containers"][0]
     assert worker["resources"] == {
         "requests": {"cpu": "1", "memory": "32Gi"},
-        "limits": {"memory": "32Gi", "nvidia.com/gpu": 2},
+        "limits": {"memory": "32Gi", "nvidia.com/gpu": "2"},
     }
     assert {"name": "MEMTAIL_DEVICES", "value": "cuda:0,cuda:1"} in worker["env"] and worker["image"] == "other:1"
     assert pod["nodeSelector"] == {"zone": "a", "gpu": "h100"} and pod["priorityClassName"] == "low"
@@ -129,8 +129,8 @@ def test_an_experiment_gets_the_resources_it_asks_for():
     ("asked", "limits", "devices"),
     [
         ({"gpus": 0}, {"memory": "8Gi"}, "cpu"),
-        ({"gpu_resource": "nvidia.com/mig-1g.10gb"}, {"memory": "8Gi", "nvidia.com/mig-1g.10gb": 1}, "cuda:0"),
-        ({"cpu": 4}, {"memory": "8Gi", "nvidia.com/gpu": 1}, "cuda:0"),
+        ({"gpu_resource": "nvidia.com/mig-1g.10gb"}, {"memory": "8Gi", "nvidia.com/mig-1g.10gb": "1"}, "cuda:0"),
+        ({"cpu": 4}, {"memory": "8Gi", "nvidia.com/gpu": "1"}, "cuda:0"),
     ],
 )
 def test_gpus_are_replaced_by_those_that_are_asked_for(asked, limits, devices):
