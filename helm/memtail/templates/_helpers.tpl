@@ -1,0 +1,303 @@
+{{/* What names begin with: the release's, and the chart's if that is not in it. */}}
+{{- define "memtail.fullname" -}}
+{{- $name := contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) -}}
+{{- $name | trunc 40 | trimSuffix "-" -}}
+{{- end }}
+
+{{/* Labels that select pods. Takes (root, component); all of the release if component is empty. */}}
+{{- define "memtail.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ $root.Chart.Name }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+{{- with index . 1 }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* All labels of an object. Takes (root, component). */}}
+{{- define "memtail.labels" -}}
+{{- $root := index . 0 -}}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+{{ include "memtail.selector" . }}
+{{- end }}
+
+{{/* Labels of pods, with those of the user. Takes (root, component, its values). */}}
+{{- define "memtail.podLabels" -}}
+{{- include "memtail.selector" . }}
+{{- with (index . 2).labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* An image's reference. Takes (its values, the default tag). */}}
+{{- define "memtail.image" -}}
+{{- $image := index . 0 -}}
+{{- with $image.registry }}{{ . }}/{{ end }}{{ $image.repository }}
+{{- if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $image.tag | default (index . 1) }}{{ end }}
+{{- end }}
+
+{{/* Who makes workers. */}}
+{{- define "memtail.mode" -}}
+{{- .Values.workers.mode | default (.Values.rbac.create | ternary "jobs" "deployment") -}}
+{{- end }}
+
+{{/* The passwords, as (redis, s3-access-key, s3-secret-key): those that the cluster holds, else new ones, once in a rendering. */}}
+{{- define "memtail.password" -}}
+{{- $root := index . 0 -}}
+{{- if not (hasKey $root.Values "passwords") -}}
+{{- $kept := (lookup "v1" "Secret" $root.Release.Namespace (include "memtail.fullname" $root)).data | default dict -}}
+{{- $passwords := dict -}}
+{{- range list "redis-password" "s3-access-key" "s3-secret-key" -}}
+{{- $_ := set $passwords . (hasKey $kept . | ternary (get $kept . | b64dec) (randAlphaNum 32)) -}}
+{{- end -}}
+{{- $_ := set $root.Values "passwords" $passwords -}}
+{{- end -}}
+{{- get $root.Values.passwords (index . 1) -}}
+{{- end }}
+
+{{/* The Secret that holds the URL of Redis, and the key in it, as YAML. */}}
+{{- define "memtail.brokerSecret" -}}
+{{- if and .Values.externalRedis.existingSecret (not .Values.redis.enabled) -}}
+{name: {{ .Values.externalRedis.existingSecret }}, items: [{key: {{ .Values.externalRedis.existingSecretKey }}, path: broker}]}
+{{- else -}}
+{name: {{ include "memtail.fullname" . }}, items: [{key: broker, path: broker}]}
+{{- end -}}
+{{- end }}
+
+{{/* The Secret that holds the keys of the bucket, as YAML; nothing where pods have an identity of their own. */}}
+{{- define "memtail.s3Secret" -}}
+{{- if .Values.minio.enabled -}}
+{name: {{ include "memtail.fullname" . }}, items: [{key: s3-access-key, path: s3-access-key}, {key: s3-secret-key, path: s3-secret-key}]}
+{{- else if .Values.externalS3.existingSecret -}}
+{name: {{ .Values.externalS3.existingSecret }}, items: [{key: access-key, path: s3-access-key}, {key: secret-key, path: s3-secret-key}]}
+{{- end -}}
+{{- end }}
+
+{{/* How Redis and the bucket are reached, as variables. Takes (root, whether Redis is). */}}
+{{- define "memtail.connections" -}}
+{{- $root := index . 0 -}}
+{{- if index . 1 }}
+- {name: MEMTAIL_BROKER_FILE, value: /run/memtail/broker}
+{{- end }}
+{{- if include "memtail.s3Secret" $root }}
+- {name: MEMTAIL_S3_ACCESS_KEY_FILE, value: /run/memtail/s3-access-key}
+- {name: MEMTAIL_S3_SECRET_KEY_FILE, value: /run/memtail/s3-secret-key}
+{{- end }}
+{{- if $root.Values.minio.enabled }}
+- {name: MEMTAIL_STORE, value: "s3://{{ $root.Values.minio.bucket }}"}
+- {name: MEMTAIL_S3_ENDPOINT, value: "http://{{ include "memtail.fullname" $root }}-minio:9000"}
+{{- else }}
+{{- with $root.Values.externalS3 }}
+- {name: MEMTAIL_STORE, value: "s3://{{ .bucket }}{{ with trimAll "/" .prefix }}/{{ . }}{{ end }}"}
+{{- with .endpoint }}
+- {name: MEMTAIL_S3_ENDPOINT, value: {{ . | quote }}}
+{{- end }}
+{{- with .region }}
+- {name: MEMTAIL_S3_REGION, value: {{ . | quote }}}
+{{- end }}
+{{- with .addressing }}
+- {name: MEMTAIL_S3_ADDRESSING, value: {{ . }}}
+{{- end }}
+{{- if or .ca.secret .ca.configMap }}
+- {name: MEMTAIL_S3_CA_FILE, value: /run/memtail/ca.crt}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The files that those variables name, as a volume; none if there are none. Takes (root, whether Redis is reached). */}}
+{{- define "memtail.connectionFiles" -}}
+{{- $root := index . 0 -}}
+{{- $ca := $root.Values.externalS3.ca -}}
+{{- $sources := list -}}
+{{- if index . 1 -}}
+{{- $sources = append $sources (dict "secret" (include "memtail.brokerSecret" $root | fromYaml)) -}}
+{{- end -}}
+{{- with include "memtail.s3Secret" $root -}}
+{{- $sources = append $sources (dict "secret" (fromYaml .)) -}}
+{{- end -}}
+{{- if not $root.Values.minio.enabled -}}
+{{- $items := list (dict "key" $ca.key "path" "ca.crt") -}}
+{{- if $ca.secret -}}
+{{- $sources = append $sources (dict "secret" (dict "name" $ca.secret "items" $items)) -}}
+{{- else if $ca.configMap -}}
+{{- $sources = append $sources (dict "configMap" (dict "name" $ca.configMap "items" $items)) -}}
+{{- end -}}
+{{- end -}}
+{{- with $sources -}}
+- name: connections
+  projected:
+    defaultMode: 0440
+    sources:
+      {{- toYaml . | nindent 6 }}
+{{- end }}
+{{- end }}
+
+{{/* Restarts pods when the passwords change. */}}
+{{- define "memtail.secretChecksum" -}}
+checksum/secret: {{ include (print .Template.BasePath "/secret.yaml") . | sha256sum }}
+{{- end }}
+
+{{/* Of every pod: no root, and no volume that uid 1000 cannot use. */}}
+{{- define "memtail.podSecurity" -}}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 1000
+  runAsGroup: 1000
+  fsGroup: 1000
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+enableServiceLinks: false
+{{- end }}
+
+{{/* Of every container. */}}
+{{- define "memtail.containerSecurity" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* Of pods: what pulls their images, and where they run. Takes (root, their values). */}}
+{{- define "memtail.placement" -}}
+{{- $values := index . 1 -}}
+{{- with (index . 0).Values.image.pullSecrets }}
+imagePullSecrets: {{ toYaml . | nindent 2 }}
+{{- end }}
+{{- range list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
+{{- if get $values . }}
+{{ pick $values . | toYaml }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Drains are never blocked: one pod may always go. Takes (root, component). */}}
+{{- define "memtail.disruptionBudget" -}}
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ include "memtail.fullname" (index . 0) }}-{{ index . 1 }}
+  labels: {{ include "memtail.labels" . | nindent 4 }}
+spec:
+  maxUnavailable: 1
+  selector:
+    matchLabels: {{ include "memtail.selector" . | nindent 6 }}
+{{- end }}
+
+{{/* A worker's pod: metadata and spec. Takes (root, restartPolicy). */}}
+{{- define "memtail.worker" -}}
+{{- $root := index . 0 -}}
+{{- $values := $root.Values.workers -}}
+{{- $gpus := int $values.gpus -}}
+{{- $resources := deepCopy $values.resources -}}
+{{- if $gpus -}}
+{{- $_ := set $resources "limits" (set (get $resources "limits" | default dict) $values.gpuResource $gpus) -}}
+{{- end -}}
+{{- $files := include "memtail.connectionFiles" (list $root true) -}}
+metadata:
+  labels: {{ include "memtail.podLabels" (list $root "worker" $values) | nindent 4 }}
+  annotations:
+    {{- include "memtail.secretChecksum" $root | nindent 4 }}
+    {{- with $values.annotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  restartPolicy: {{ index . 1 }}
+  terminationGracePeriodSeconds: {{ int $values.terminationGracePeriodSeconds }}
+  serviceAccountName: {{ include "memtail.fullname" $root }}
+  automountServiceAccountToken: false
+  {{- include "memtail.podSecurity" $root | nindent 2 }}
+  {{- include "memtail.placement" (list $root $values) | indent 2 }}
+  containers:
+    - name: worker
+      image: {{ include "memtail.image" (list $root.Values.image.worker $root.Chart.AppVersion) }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      command: [python, -m, services.worker]
+      {{- include "memtail.containerSecurity" $root | nindent 6 }}
+      env:
+        {{- include "memtail.connections" (list $root true) | indent 8 }}
+        - name: MEMTAIL_DEVICES
+          value: {{ range $index := until $gpus }}{{ if $index }},{{ end }}cuda:{{ $index }}{{ else }}auto{{ end }}
+        - {name: MEMTAIL_HEARTBEAT_FILE, value: /tmp/heartbeat}
+        {{- with $values.cache.limit }}
+        - {name: MEMTAIL_CACHE_LIMIT, value: {{ . | quote }}}
+        {{- end }}
+        {{- if eq (include "memtail.mode" $root) "keda" }}
+        - {name: MEMTAIL_REST_SECONDS, value: "60"}
+        {{- end }}
+        {{- with $values.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      {{- with $values.extraEnvFrom }}
+      envFrom: {{ toYaml . | nindent 8 }}
+      {{- end }}
+      ports:
+        - {name: metrics, containerPort: 9100}
+      startupProbe:
+        exec: {command: [python, -m, services.healthy, /tmp/heartbeat]}
+        periodSeconds: 10
+        timeoutSeconds: 10
+        failureThreshold: 60
+      livenessProbe:
+        exec: {command: [python, -m, services.healthy, /tmp/heartbeat]}
+        periodSeconds: 30
+        timeoutSeconds: 10
+      resources: {{ toYaml $resources | nindent 8 }}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: cache, mountPath: /var/cache/memtail}
+        - {name: shm, mountPath: /dev/shm}
+        - {name: connections, mountPath: /run/memtail, readOnly: true}
+        {{- with $values.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    - {name: tmp, emptyDir: {}}
+    - name: cache
+      {{- with $values.cache }}
+      {{- if eq .type "hostPath" }}
+      hostPath: {path: {{ .path }}, type: Directory}
+      {{- else if eq .type "claim" }}
+      persistentVolumeClaim: {claimName: {{ required "workers.cache.type is claim: set workers.cache.claim" .claim }}}
+      {{- else }}
+      emptyDir: {sizeLimit: {{ .sizeLimit }}}
+      {{- end }}
+      {{- end }}
+    - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ $values.sharedMemory }}}}
+    {{- $files | nindent 4 }}
+    {{- with $values.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end }}
+
+{{/* The spec of a Job of workers, but for how many: lost nodes are nobody's fault, and pods that are gone are replaced when they are. */}}
+{{- define "memtail.workerJob" -}}
+backoffLimit: 2147483647
+ttlSecondsAfterFinished: 600
+podReplacementPolicy: Failed
+podFailurePolicy:
+  rules:
+    - action: Ignore
+      onPodConditions: [{type: DisruptionTarget}]
+template: {{ include "memtail.worker" (list . "Never") | nindent 2 }}
+{{- end }}
+
+{{/* Selects the pods of some components. Takes (root, components). */}}
+{{- define "memtail.components" -}}
+matchLabels: {{ include "memtail.selector" (list (index . 0) "") | nindent 2 }}
+matchExpressions:
+  - {key: app.kubernetes.io/component, operator: In, values: {{ index . 1 | toJson }}}
+{{- end }}
+
+{{/* The port of a URL. Takes (URL, the port if there is no URL). */}}
+{{- define "memtail.port" -}}
+{{- $parts := index . 0 | urlParse -}}
+{{- $port := regexFind ":[0-9]+$" $parts.host | trimPrefix ":" -}}
+{{- if $port -}}
+{{- $port -}}
+{{- else -}}
+{{- get (dict "http" 80 "https" 443 "redis" 6379 "rediss" 6379) $parts.scheme | default (index . 1) -}}
+{{- end -}}
+{{- end }}
