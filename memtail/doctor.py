@@ -17,6 +17,7 @@ from memtail.storage.opening import is_url, open_bucket
 _PATIENCE = 10.0
 _BROKER_SECONDS = 5.0
 _CLOCK_SECONDS = 300.0
+_INSTALL = "pip install 'memtail[train]'"
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,8 @@ def examine(store: str | Path) -> list[Check]:
     settings = Settings()
     return [
         Check("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}"),
-        *(_package(name, needed_for) for name, needed_for in (("memtail", ""), ("numpy", ""), ("numba", ""), ("pyarrow", ""))),
-        *(_package(name, "training: pip install 'memtail[train]'") for name in ("torch", "torchvision", "scikit-learn")),
-        *_devices(),
+        *(_package(name) for name in ("memtail", "numpy", "numba", "pyarrow")),
+        *_training(),
         Check("datasets looked for in", True, ", ".join(str(place) for place in settings.places(None))),
         _folder("cache", settings.cache),
         *(_bucket(str(store)) if is_url(store) else [_folder("store", Path(store)), *_store(Path(store))]),
@@ -43,11 +43,19 @@ def examine(store: str | Path) -> list[Check]:
     ]
 
 
-def _package(name: str, needed_for: str) -> Check:
+def _package(name: str) -> Check:
     try:
         return Check(name, True, version(name))
     except PackageNotFoundError:
-        return Check(name, False, f"not installed; needed for {needed_for}")
+        return Check(name, False, f"not installed: {_INSTALL}")
+
+
+def _training() -> list[Check]:
+    """What trains, and on what; a machine that has none of it is one that only reads scores, or runs other services."""
+    packages = [_package(name) for name in ("torch", "torchvision", "scikit-learn")]
+    if not any(package.fine for package in packages):
+        return [Check("training", True, f"not on this machine, which has no torch: {_INSTALL}")]
+    return [*packages, *_devices()]
 
 
 def _devices() -> list[Check]:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import numpy as np
@@ -423,6 +424,21 @@ def test_watch_waits_out_an_outage_of_the_store(own_minio, spec, meanwhile, monk
     lines = result.stdout.splitlines()
     assert lines[1].startswith("store unreachable, trying again (") and "refused" in lines[1]
     assert sum("unreachable" in line for line in lines) == 1 and "12/12 trials; waiting for the scores" in lines[2] and "done" in lines[-1]
+
+
+def test_doctor_finds_nothing_wrong_with_a_machine_that_does_not_train_but_with_one_that_does_by_half(monkeypatch, tmp_path):
+    def examined(*missing):
+        def version(name):
+            if name in missing:
+                raise PackageNotFoundError(name)
+            return "1.0"
+
+        monkeypatch.setattr(doctor, "version", version)
+        return {check.name: check for check in examine(tmp_path)}
+
+    without = examined("torch", "torchvision", "scikit-learn")
+    assert all(check.fine for check in without.values()) and "pip install 'memtail[train]'" in without["training"].finding
+    assert [check.name for check in examined("torchvision").values() if not check.fine] == ["torchvision"]
 
 
 def _broker(monkeypatch, tmp_path, url):
