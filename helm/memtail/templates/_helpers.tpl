@@ -224,7 +224,7 @@ spec:
         {{- with $values.cache.limit }}
         - {name: MEMTAIL_CACHE_LIMIT, value: {{ . | quote }}}
         {{- end }}
-        {{- if eq (include "memtail.mode" $root) "keda" }}
+        {{- if ne (include "memtail.mode" $root) "deployment" }}
         - {name: MEMTAIL_REST_SECONDS, value: "60"}
         {{- end }}
         {{- with $values.extraEnv }}
