@@ -2,6 +2,7 @@
 # make test    set up and run all tests
 # make bench   measure against honest baselines (ROW=name: one row, ROW=list: their names)
 # make e2e     docker compose up, from a build to scores, under a name of its own (needs Docker with its compose plugin)
+# make test-kubernetes  the chart, and the workers that come and go, on a real API server with simulated nodes
 # make soak    ten minutes of random faults on the service, with real servers
 # make lint    ruff, mypy and hadolint
 # Everything lives in .venv; nothing is installed again until pyproject.toml changes.
@@ -10,13 +11,16 @@ SPEC ?= examples/digits.yaml
 STORE ?= memtail-store
 BIN := .venv/bin
 
-.PHONY: run test bench e2e soak lint clean
+.PHONY: run test test-kubernetes bench e2e soak lint clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
 
 test: .venv/installed-dev
 	$(BIN)/pytest $(ARGS)
+
+test-kubernetes: .venv/installed-dev
+	$(BIN)/pytest tests/kubernetes $(ARGS)
 
 bench: .venv/installed-dev
 	$(BIN)/python -m tests.benchmarks.bench $(ROW)
