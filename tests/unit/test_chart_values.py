@@ -24,7 +24,9 @@ def test_the_table_has_each_value_with_its_default_and_its_meaning(tool):
     assert tool["rows"](text) == [("a.b", 1, "how many"), ("a.c", {"d": {"e": "2"}}, "as in a pod"), ("f.g", [], "none")]
 
 
-@pytest.mark.parametrize("text", ["a: 1\n", "# -- one\na: 1\nb: 2\n", "# not a meaning\na: {}\n", "a:\n  # -- one\n  b:\n    c: 1\n  d: 2\n"])
+@pytest.mark.parametrize(
+    "text", ["a: 1\n", "# -- one\na: 1\nb: 2\n", "# not a meaning\na: {}\n", "a:\n  # -- one\n  b:\n    c: 1\n  d: 2\n"]
+)
 def test_a_value_without_a_meaning_is_refused(tool, text):
     with pytest.raises(ValueError, match="has no meaning"):
         tool["rows"](text)

@@ -280,7 +280,7 @@ podReplacementPolicy: Failed
 podFailurePolicy:
   rules:
     - action: Ignore
-      onPodConditions: [{type: DisruptionTarget}]
+      onPodConditions: [{type: DisruptionTarget, status: "True"}]
 template: {{ include "memtail.worker" (list . "Never") | nindent 2 }}
 {{- end }}
 

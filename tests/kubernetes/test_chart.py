@@ -1,0 +1,427 @@
+"""What the chart makes of its values, without a cluster. Manifests are checked against Kubernetes' own schemas, those of the oldest and of
+the newest version that is supported; ScaledJob, ServiceMonitor, PodMonitor and PrometheusRule have none there, and tests of their own here.
+"""
+
+import json
+import shutil
+import subprocess
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from memtail.experiment import WorkersSpec
+from services.dispatcher.fleet import Demand, FleetSettings, job_of
+from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
+from tests.kubernetes.conftest import install_tools
+
+VERSIONS = ("1.33.0", "1.37.0")
+WITHOUT_SCHEMA = {"ScaledJob", "ServiceMonitor", "PodMonitor", "PrometheusRule"}
+EXTERNAL = {
+    "redis.enabled": False,
+    "externalRedis.existingSecret": "their-redis",
+    "externalRedis.port": 6380,
+    "minio.enabled": False,
+    "externalS3.bucket": "theirs",
+    "externalS3.prefix": "a/b",
+    "externalS3.endpoint": "https://s3.example.com:8443",
+    "externalS3.region": "north-1",
+    "externalS3.addressing": "path",
+    "externalS3.ca.configMap": "authority",
+    "externalS3.existingSecret": "their-keys",
+}
+IDENTITY = {
+    "redis.enabled": False,
+    "externalRedis.url": "rediss://redis.example.com:6390/0",
+    "minio.enabled": False,
+    "externalS3.bucket": "theirs",
+    "serviceAccount.annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/memtail"},
+}
+MONITORING = {
+    "monitoring.serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "monitoring.podMonitor.enabled": True,
+    "monitoring.prometheusRule.enabled": True,
+    "monitoring.dashboards.enabled": True,
+}
+OF_A_POD = {
+    "labels": {"team": "a"},
+    "annotations": {"note": "b"},
+    "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    "extraEnvFrom": [{"configMapRef": {"name": "more"}}],
+    "extraVolumes": [{"name": "more", "emptyDir": {}}],
+    "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+    "nodeSelector": {"disk": "ssd"},
+    "tolerations": [{"key": "spot", "operator": "Exists"}],
+    "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": []}},
+    "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}],
+    "priorityClassName": "high",
+    "runtimeClassName": "nvidia",
+}
+COMPONENTS = {"dispatcher": "dispatcher", "aggregator": "aggregator", "worker": "workers", "redis": "redis", "minio": "minio"}
+MATRIX: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "external": EXTERNAL,
+    "identity": IDENTITY,
+    "deployment": {"workers.mode": "deployment", "workers.replicas": 3},
+    "no-rights": {"rbac.create": False},
+    "keda": {"workers.mode": "keda"},
+    "kueue": {"workers.queueName": "team-a"},
+    "gpus": {"workers.gpus": 2, "workers.gpuResource": "nvidia.com/mig-1g.10gb", "workers.limits.gpuResources": ["nvidia.com/gpu"]},
+    "monitoring": MONITORING,
+    "host-cache": {"workers.cache": {"type": "hostPath", "path": "/data/memtail", "limit": 100}},
+    "claimed-cache": {"workers.cache": {"type": "claim", "claim": "datasets", "limit": 0.5}},
+    "no-policies": {"networkPolicy.enabled": False, "minio.storageClass": "fast"},
+    "everything-of-a-pod": {f"{name}.{key}": value for name in COMPONENTS.values() for key, value in OF_A_POD.items()},
+    "images": {
+        "image.control": {"registry": "r.example.com", "tag": "2"},
+        "image.worker": {"registry": "r.example.com", "digest": f"sha256:{'0' * 64}"},
+        "image.pullSecrets": [{"name": "pull"}],
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    install_tools("helm", "kubeconform")
+
+
+@pytest.fixture(scope="module", params=MATRIX)
+def rendered(request: pytest.FixtureRequest) -> Rendered:
+    return Rendered(MATRIX[request.param])
+
+
+@pytest.fixture(scope="module")
+def schemas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kubernetes' schemas where kubeconform finds them: their references lead from file to file, not to a web site."""
+    folder = tmp_path_factory.mktemp("schemas")
+    for packed in files("kubernetes-validate") or []:
+        version = packed.parent.name
+        if version in [f"v{each}-local-strict" for each in VERSIONS]:
+            schema = json.loads(Path(str(packed.locate())).read_text().replace('"/api/_definitions.json', '"_definitions.json'))
+            schema.pop("$id", None)
+            (folder / version).mkdir(exist_ok=True)
+            (folder / version / packed.name).write_text(json.dumps(schema))
+    return folder
+
+
+def conforms(text: str, schemas: Path, version: str) -> str:
+    """What kubeconform finds wrong in manifests; each kind but those without a schema must have one."""
+    location = f"{schemas}/{{{{.NormalizedKubernetesVersion}}}}-local{{{{.StrictSuffix}}}}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json"
+    options = ["-strict", "-kubernetes-version", version, "-schema-location", location, "-skip", ",".join(WITHOUT_SCHEMA)]
+    done = subprocess.run(["kubeconform", *options], input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (done.stdout + done.stderr == "")
+    return done.stdout + done.stderr
+
+
+def test_helm_finds_nothing_to_complain_about():
+    done = helm("lint", "--strict", str(CHART))
+    assert done.returncode == 0 and "[WARNING]" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_all_manifests_are_valid(rendered, schemas, version):
+    assert conforms(rendered.text, schemas, version) == ""
+
+
+def test_a_misspelt_key_is_not_valid(schemas):
+    text = Rendered({}).text.replace("imagePullPolicy:", "imagePullPolicies:")
+    assert "imagePullPolicies" in conforms(text, schemas, VERSIONS[-1])
+
+
+def test_every_container_obeys_the_level_restricted(rendered):
+    pods = list(rendered.pods())
+    assert {"dispatcher", "aggregator", "worker", "test"} <= {component for component, _ in pods}
+    for component, pod in pods:
+        security = pod["securityContext"]
+        assert (security["runAsNonRoot"], security["runAsUser"]) == (True, 1000) and security["seccompProfile"] == {
+            "type": "RuntimeDefault"
+        }
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+        for container in pod["containers"] + pod.get("initContainers", []):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys() and "memory" in container["resources"]["limits"]
+            assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
+            assert not any("valueFrom" in variable for variable in container.get("env", []))
+        kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
+        assert kinds <= {"emptyDir", "projected", "secret", "configMap", "persistentVolumeClaim"} | (
+            {"hostPath"} if component == "worker" else set()
+        )
+        assert pod["automountServiceAccountToken"] is (component == "dispatcher" and "MEMTAIL_FLEET" in variables(pod))
+
+
+def test_names_and_labels_agree(rendered):
+    for each in rendered.objects:
+        labels = each["metadata"]["labels"]
+        assert (labels["app.kubernetes.io/name"], labels["app.kubernetes.io/instance"]) == ("memtail", RELEASE)
+        if each["kind"] in ("Deployment", "StatefulSet"):
+            assert each["spec"]["selector"]["matchLabels"].items() <= each["spec"]["template"]["metadata"]["labels"].items()
+    components = [
+        pod["metadata"]["labels"] for kind in ("Deployment", "StatefulSet") for pod in (e["spec"]["template"] for e in rendered.of(kind))
+    ]
+    for each in rendered.of("Service") + rendered.of("PodDisruptionBudget"):
+        selector = each["spec"]["selector"].get("matchLabels", each["spec"]["selector"])
+        assert sum(selector.items() <= labels.items() for labels in components) == 1
+        assert each["kind"] == "Service" or each["spec"]["maxUnavailable"] == 1
+
+
+def test_a_long_name_is_shortened_so_that_all_that_follows_from_it_is_valid():
+    done = helm("template", "a" * 53, str(CHART))
+    names = [each["metadata"]["name"] for each in yaml.safe_load_all(done.stdout) if each]
+    assert max(map(len, names)) <= 63 and len(set(names)) > 10
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"workers.gpu": 1}, "'gpu' not allowed"),
+        ({"worker": {}}, "'worker' not allowed"),
+        ({"redis.image.tagg": "8"}, "'tagg' not allowed"),
+        ({"monitoring.serviceMonitor.enable": True}, "'enable' not allowed"),
+        ({"workers.limits.maxWorker": 1}, "'maxWorker' not allowed"),
+        ({"workers.mode": "job"}, "/workers/mode"),
+        ({"workers.cache.type": "pvc"}, "/workers/cache/type"),
+        ({"workers.gpus": "1"}, "/workers/gpus"),
+        ({"workers.limits.memory": "lots"}, "/workers/limits/memory"),
+        ({"externalS3.endpoint": "s3.example.com"}, "/externalS3/endpoint"),
+        ({"image.control.digest": "latest"}, "/image/control/digest"),
+        ({"workers.cache.type": "claim"}, "set workers.cache.claim"),
+        ({"redis.enabled": False}, "set externalRedis.url or externalRedis.existingSecret"),
+        ({"externalRedis.url": "redis://r:6379/0"}, "set redis.enabled to false"),
+        ({"minio.enabled": False}, "set externalS3.bucket"),
+        ({"externalS3.bucket": "theirs"}, "set minio.enabled to false"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(values, message):
+    done = helm("template", RELEASE, str(CHART), *as_options(values))
+    assert done.returncode != 0 and message in done.stderr
+
+
+def test_every_value_of_a_pod_has_its_effect_on_every_component():
+    for component, pod in Rendered(MATRIX["everything-of-a-pod"]).pods():
+        if component == "test":
+            continue
+        container = pod["containers"][0]
+        for key in ("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName", "runtimeClassName"):
+            assert pod[key] == OF_A_POD[key], (component, key)
+        assert OF_A_POD["extraVolumes"][0] in pod["volumes"] and OF_A_POD["extraVolumeMounts"][0] in container["volumeMounts"]
+        assert OF_A_POD["extraEnv"][0] in container["env"] and container["envFrom"] == OF_A_POD["extraEnvFrom"]
+    everything = Rendered(MATRIX["everything-of-a-pod"])
+    metadata = [each["spec"]["template"]["metadata"] for kind in ("Deployment", "StatefulSet") for each in everything.of(kind)]
+    for each in [*metadata, everything.worker()["metadata"]]:
+        assert each["labels"]["team"] == "a" and each["annotations"]["note"] == "b"
+
+
+def test_the_fleets_file_is_read_and_makes_valid_jobs(rendered, schemas, tmp_path):
+    if not any(each["metadata"]["name"].endswith("-fleet") for each in rendered.of("ConfigMap")):
+        assert "MEMTAIL_FLEET" not in rendered.env("Deployment", "-dispatcher") and not rendered.of("Role")
+        return
+    assert rendered.env("Deployment", "-dispatcher")["MEMTAIL_FLEET"] == "/etc/memtail/fleet/fleet.yaml"
+    (tmp_path / "fleet.yaml").write_text(rendered.get("ConfigMap", "-fleet")["data"]["fleet.yaml"])
+    settings = FleetSettings.load(str(tmp_path / "fleet.yaml"))
+    assert (settings.namespace, settings.instance, settings.owner) == (NAMESPACE, RELEASE, f"{RELEASE}-memtail-dispatcher")
+    owner = {"apiVersion": "apps/v1", "kind": "Deployment", "name": settings.owner, "uid": "1", "controller": True}
+    asked = WorkersSpec.model_validate({"gpus": 4, "memory": "64Gi", "cpu": 8})
+    for workers in (None, asked):
+        job = job_of(settings, Demand("cifar.10", "running", 0, 100, workers), 1, 7, owner)
+        assert job["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
+        assert job["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
+        assert "completions" not in job["spec"] and job["spec"]["backoffLimit"] == 2147483647
+        container = job["spec"]["template"]["spec"]["containers"][0]
+        assert {"name": "MEMTAIL_EXPERIMENT", "value": "cifar.10"} in container["env"] and container["name"] == "worker"
+        for version in VERSIONS:
+            assert conforms(json.dumps(job), schemas, version) == ""
+    limits = {name: str(amount) for name, amount in container["resources"]["limits"].items()}
+    assert limits == {"memory": "64Gi", settings.limits.gpu_resources[0]: "4"}
+
+
+def test_kueue_admits_jobs_that_are_made_suspended(tmp_path):
+    (tmp_path / "fleet.yaml").write_text(Rendered(MATRIX["kueue"]).get("ConfigMap", "-fleet")["data"]["fleet.yaml"])
+    job = job_of(FleetSettings.load(str(tmp_path / "fleet.yaml")), Demand("a", "running", 0, 1), 1, 1, {})
+    assert job["spec"]["suspend"] is True and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+
+
+def test_workers_have_gpus_and_know_them_or_train_on_what_there_is():
+    without, pod = Rendered({}), Rendered(MATRIX["gpus"])
+    assert variables(without.worker()["spec"])["MEMTAIL_DEVICES"] == "auto"
+    assert variables(pod.worker()["spec"])["MEMTAIL_DEVICES"] == "cuda:0,cuda:1"
+    assert pod.worker()["spec"]["containers"][0]["resources"]["limits"] == {"memory": "4Gi", "nvidia.com/mig-1g.10gb": 2}
+    assert pod.fleet()["limits"]["gpuResources"] == ["nvidia.com/mig-1g.10gb", "nvidia.com/gpu"]
+
+
+def test_who_makes_workers():
+    assert [each["metadata"]["name"] for each in Rendered({}).of("Role")] == [f"{RELEASE}-memtail-dispatcher"]
+    for values in (MATRIX["deployment"], MATRIX["no-rights"]):
+        fixed = Rendered(values)
+        assert not fixed.of("Role") and not fixed.of("RoleBinding") and "-fleet" not in fixed.text
+        assert fixed.get("Deployment", "-worker")["spec"]["replicas"] == values.get("workers.replicas", 1)
+        assert not {"MEMTAIL_EXPERIMENT", "MEMTAIL_REST_SECONDS"} & fixed.env("Deployment", "-worker").keys()
+        assert fixed.worker()["spec"]["restartPolicy"] == "Always"
+    by_hand = Rendered({"rbac.create": False, "workers.mode": "jobs"})
+    assert by_hand.fleet() and not by_hand.of("Role")
+
+
+def test_keda_counts_what_is_being_trained_and_never_takes_a_worker_away():
+    scaled = Rendered({"workers.mode": "keda", "workers.gpus": 2, "workers.max": 7}).get("ScaledJob", "-worker")["spec"]
+    assert scaled["scalingStrategy"] == {"strategy": "default"} and scaled["rollout"] == {"strategy": "gradual"}
+    assert scaled["maxReplicaCount"] == 7
+    [trigger] = scaled["triggers"]
+    query = f'sum(memtail_shards_outstanding{{namespace="{NAMESPACE}",service="{RELEASE}-memtail-dispatcher"}})'
+    assert trigger["type"] == "prometheus" and trigger["metadata"]["query"] == query and trigger["metadata"]["threshold"] == "2"
+    job = scaled["jobTargetRef"]
+    assert job["parallelism"] == 1 and "completions" not in job and job["template"]["spec"]["restartPolicy"] == "Never"
+    assert float(variables(job["template"]["spec"])["MEMTAIL_REST_SECONDS"]) > 0
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_jobs_of_keda_are_valid(schemas, version):
+    target = Rendered(MATRIX["keda"]).get("ScaledJob", "-worker")["spec"]["jobTargetRef"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}, "spec": target}
+    assert conforms(json.dumps(job), schemas, version) == ""
+
+
+def test_caches_are_where_the_values_say():
+    def cache(values):
+        pod = Rendered(values).worker()["spec"]
+        return next(volume for volume in pod["volumes"] if volume["name"] == "cache"), variables(pod).get("MEMTAIL_CACHE_LIMIT")
+
+    assert cache({}) == ({"name": "cache", "emptyDir": {"sizeLimit": "50Gi"}}, None)
+    assert cache(MATRIX["host-cache"]) == ({"name": "cache", "hostPath": {"path": "/data/memtail", "type": "Directory"}}, "100")
+    assert cache(MATRIX["claimed-cache"]) == ({"name": "cache", "persistentVolumeClaim": {"claimName": "datasets"}}, "0.5")
+
+
+def test_other_stores_are_reached_as_the_values_say():
+    other = Rendered(EXTERNAL)
+    assert not other.of("StatefulSet") and not other.of("Secret")
+    env = other.env("Deployment", "-dispatcher")
+    assert env["MEMTAIL_STORE"] == "s3://theirs/a/b" and env["MEMTAIL_S3_ENDPOINT"] == "https://s3.example.com:8443"
+    assert (env["MEMTAIL_S3_REGION"], env["MEMTAIL_S3_ADDRESSING"]) == ("north-1", "path")
+    given = {name: path for name, path in env.items() if name.endswith("_FILE")}
+    assert given == {
+        "MEMTAIL_BROKER_FILE": "/run/memtail/broker",
+        "MEMTAIL_S3_ACCESS_KEY_FILE": "/run/memtail/s3-access-key",
+        "MEMTAIL_S3_SECRET_KEY_FILE": "/run/memtail/s3-secret-key",
+        "MEMTAIL_S3_CA_FILE": "/run/memtail/ca.crt",
+    }
+    pod = other.get("Deployment", "-dispatcher")["spec"]["template"]["spec"]
+    sources = next(volume for volume in pod["volumes"] if volume["name"] == "connections")["projected"]["sources"]
+    paths = {f"/run/memtail/{item['path']}" for source in sources for part in source.values() for item in part["items"]}
+    assert paths == set(given.values()) and "initContainers" not in pod
+    assert [next(iter(source.values()))["name"] for source in sources] == ["their-redis", "their-keys", "authority"]
+
+
+def test_the_aggregator_has_nothing_of_redis():
+    for values in ({}, EXTERNAL, IDENTITY):
+        found = Rendered(values)
+        assert "MEMTAIL_BROKER_FILE" not in found.env("Deployment", "-aggregator")
+        assert '"broker"' not in json.dumps(found.get("Deployment", "-aggregator"))
+
+
+def test_pods_with_an_identity_have_no_key():
+    other = Rendered(IDENTITY)
+    assert not [name for name in other.env("Deployment", "-dispatcher") if "KEY" in name]
+    accounts = [each["metadata"] for each in other.of("ServiceAccount")]
+    assert len(accounts) == 2 and all(each["annotations"] == IDENTITY["serviceAccount.annotations"] for each in accounts)
+    [secret] = other.of("Secret")
+    assert secret["stringData"] == {"broker": "rediss://redis.example.com:6390/0"}
+
+
+def ports(policy: dict[str, Any], direction: str) -> list[int]:
+    return [port["port"] for rule in policy["spec"].get(direction, []) for port in rule["ports"]]
+
+
+def test_network_policies_let_through_what_is_needed_and_nothing_else():
+    trial, other, identity = Rendered({"networkPolicy.metricsFrom": [{"namespaceSelector": {}}]}), Rendered(EXTERNAL), Rendered(IDENTITY)
+    for rendered in (trial, other, identity):
+        deny = rendered.get("NetworkPolicy", "")["spec"]
+        assert deny["policyTypes"] == ["Ingress", "Egress"] and not {"ingress", "egress"} & deny.keys()
+        assert "app.kubernetes.io/component" not in deny["podSelector"]["matchLabels"]
+    assert trial.get("NetworkPolicy", "-metrics")["spec"]["ingress"] == [{"ports": [{"port": 9100}], "from": [{"namespaceSelector": {}}]}]
+    assert ports(other.get("NetworkPolicy", "-to-redis"), "egress") == [6380]
+    assert ports(other.get("NetworkPolicy", "-to-s3"), "egress") == [8443]
+    assert ports(identity.get("NetworkPolicy", "-to-redis"), "egress") == [6390]
+    assert ports(identity.get("NetworkPolicy", "-to-s3"), "egress") == [443, 443, 80, 988]
+    assert not Rendered(MATRIX["no-policies"]).of("NetworkPolicy")
+    for mode, there in (("jobs", 1), ("deployment", 0), ("keda", 0)):
+        found = Rendered({"workers.mode": mode}).of("NetworkPolicy")
+        assert sum(each["metadata"]["name"].endswith("-to-api-server") for each in found) == there
+
+
+def reachable(rendered: Rendered, component: str, server: str) -> bool:
+    """Whether policies let a component's pods go out to a server's, and the server's be reached by them."""
+
+    def selects(selector: dict[str, Any], name: str) -> bool:
+        values = [each["values"] for each in selector.get("matchExpressions", [])] or [
+            [selector["matchLabels"].get("app.kubernetes.io/component", name)]
+        ]
+        return name in values[0]
+
+    policies = [each["spec"] for each in rendered.of("NetworkPolicy")]
+    out = any(
+        selects(policy["podSelector"], component)
+        and any(selects(peer["podSelector"], server) for peer in rule.get("to", []) if "podSelector" in peer)
+        for policy in policies
+        for rule in policy.get("egress", [])
+    )
+    into = any(
+        selects(policy["podSelector"], server)
+        and any(selects(peer["podSelector"], component) for peer in rule.get("from", []) if "podSelector" in peer)
+        for policy in policies
+        for rule in policy.get("ingress", [])
+    )
+    assert out == into
+    return out
+
+
+def test_network_policies_of_both_ends_agree():
+    trial = Rendered({})
+    reached = {(client, server) for client in (*COMPONENTS, "test") for server in COMPONENTS if reachable(trial, client, server)}
+    to_redis = {(client, "redis") for client in ("dispatcher", "worker", "test")}
+    assert reached == to_redis | {(client, "minio") for client in ("dispatcher", "aggregator", "worker", "test")}
+
+
+def test_pods_are_started_anew_when_what_they_read_has_changed():
+    def annotations(values):
+        return Rendered(values).get("Deployment", "-dispatcher")["spec"]["template"]["metadata"]["annotations"]
+
+    first, same, other = (annotations({**IDENTITY, "workers.max": most}) for most in (1, 1, 2))
+    assert first == same and first["checksum/fleet"] != other["checksum/fleet"] and first["checksum/secret"] == other["checksum/secret"]
+    assert annotations({**IDENTITY, "externalRedis.url": "redis://b:6379/0"})["checksum/secret"] != first["checksum/secret"]
+
+
+def test_monitoring_finds_the_ports_and_takes_the_rules_and_dashboards_that_there_are(tmp_path):
+    found = Rendered(MONITORING)
+    service, pods = found.get("ServiceMonitor", ""), found.get("PodMonitor", "-worker")
+    assert service["metadata"]["labels"]["release"] == "prometheus" and service["spec"]["endpoints"] == [
+        {"port": "metrics", "interval": "15s"}
+    ]
+    assert service["spec"]["selector"]["matchExpressions"][0]["values"] == ["dispatcher", "aggregator"]
+    assert pods["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] == "worker"
+    [group] = found.get("PrometheusRule", "")["spec"]["groups"]
+    assert [rule["alert"] for rule in group["rules"]][:2] == ["MemtailDispatcherAbsent", "MemtailAggregatorAbsent"]
+    assert not {"ServiceMonitor", "PodMonitor", "PrometheusRule"} & {each["kind"] for each in Rendered({}).objects}
+    chart = Path(shutil.copytree(CHART, tmp_path / "memtail"))
+    shutil.rmtree(chart / "files")
+    without = Rendered(MONITORING, chart)
+    assert not without.of("PrometheusRule") and not [each for each in without.of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
+    (chart / "files/dashboards").mkdir(parents=True)
+    for name in ("one.json", "Two_2.json"):
+        (chart / "files/dashboards" / name).write_text('{"title": "{{ instance }}"}\n')
+    boards = [each for each in Rendered(MONITORING, chart).of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
+    assert [each["metadata"]["name"] for each in boards] == [f"{RELEASE}-memtail-dashboard-{name}" for name in ("two-2", "one")]
+    assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in boards)
+    assert json.loads(boards[1]["data"]["one.json"]) == {"title": "{{ instance }}"}
+
+
+def test_images_are_pulled_from_where_the_values_say():
+    found = Rendered(MATRIX["images"])
+    dispatcher, worker = found.get("Deployment", "-dispatcher")["spec"]["template"]["spec"], found.worker()["spec"]
+    assert dispatcher["containers"][0]["image"] == "r.example.com/memtail-control:2"
+    assert worker["containers"][0]["image"] == f"r.example.com/memtail-worker@sha256:{'0' * 64}"
+    assert all(pod["imagePullSecrets"] == [{"name": "pull"}] for _, pod in found.pods())
+    assert Rendered({}).worker()["spec"]["containers"][0]["image"] == "memtail-worker:0.1.0"
