@@ -1,0 +1,184 @@
+"""The chart on a real API server with Pod Security, whose nodes are simulated: pods become Running, but nothing in them does."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.dispatcher.fleet import Demand, FleetSettings, job_of
+from tests.kubernetes.chart import CHART, as_options, helm
+from tests.kubernetes.conftest import Kubernetes, install_tools
+
+RELEASE = "trial"
+# There is nobody to make volumes: one is there, in a class of its own.
+VOLUME = """
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata: {{name: {name}}}
+provisioner: kubernetes.io/no-provisioner
+---
+apiVersion: v1
+kind: PersistentVolume
+metadata: {{name: {name}}}
+spec:
+  storageClassName: {name}
+  capacity: {{storage: 50Gi}}
+  accessModes: [ReadWriteOnce]
+  hostPath: {{path: /nowhere}}
+"""
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A namespace of the level "restricted", and what is in it."""
+
+    kubernetes: Kubernetes
+    name: str
+
+    def helm(self, *arguments: str, **values: Any) -> str:
+        """What helm says, which is no warning."""
+        options = as_options({"minio.storageClass": self.name, **values}) if arguments[0] in ("install", "upgrade") else []
+        done = helm(*arguments, *options, "--namespace", self.name, kubeconfig=self.kubernetes.kubeconfig)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in (done.stdout + done.stderr).lower(), done.stderr
+        return done.stdout
+
+    def get(self, kind: str) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = json.loads(self.kubernetes.kubectl("get", kind, "--namespace", self.name, "--output", "json"))[
+            "items"
+        ]
+        return items
+
+    def components(self) -> list[str]:
+        """Of the pods that run."""
+        pods = self.get("pods")
+        return sorted(pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods if pod["status"].get("phase") == "Running")
+
+    def contents(self) -> set[str]:
+        """All that is in it, but for what Kubernetes tells about it."""
+        resources = self.kubernetes.kubectl("api-resources", "--namespaced", "--verbs=list", "--output=name").split()
+        kinds = ",".join(kind for kind in resources if not kind.startswith(("events", "podmetrics", "pods.metrics")))
+        return set(self.kubernetes.kubectl("get", kinds, "--namespace", self.name, "--output", "name", "--ignore-not-found").split())
+
+    def may(self, account: str, what: str) -> bool:
+        """Whether a service account may, as the API server says to its own token."""
+        kubeconfig = Path(self.kubernetes.kubeconfig).parent / f"{self.name}-{account}"
+        if not kubeconfig.exists():
+            self.kubernetes.kubeconfig_of(self.name, account, kubeconfig)
+        command = ["kubectl", "--kubeconfig", str(kubeconfig), "auth", "can-i", *what.split()]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+        assert answer and answer[0] in ("yes", "no")
+        return answer[0] == "yes"
+
+
+@pytest.fixture
+def namespace(kubernetes: Kubernetes) -> Iterator[Namespace]:
+    install_tools("helm")
+    if not json.loads(kubernetes.kubectl("get", "nodes", "--output", "json"))["items"]:
+        kubernetes.nodes(2)
+    name = kubernetes.namespace("chart")
+    kubernetes.kubectl("apply", "--filename", "-", stdin=VOLUME.format(name=name))
+    yield Namespace(kubernetes, name)
+    kubernetes.kubectl("delete", "namespace", name, "--wait=false")
+    kubernetes.kubectl("delete", "persistentvolume,storageclass", name, "--wait=false")
+
+
+def test_a_release_comes_is_upgraded_and_goes_without_a_trace_but_for_the_bucket(namespace):
+    before = namespace.contents()
+    namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
+    assert namespace.components() == ["aggregator", "dispatcher", "minio", "redis"]
+    [secret] = [each for each in namespace.get("secrets") if each["metadata"]["name"] == f"{RELEASE}-memtail"]
+    pods = {pod["metadata"]["uid"] for pod in namespace.get("pods")}
+    namespace.helm("upgrade", RELEASE, str(CHART), "--wait", "--timeout", "2m")
+    assert {pod["metadata"]["uid"] for pod in namespace.get("pods")} == pods
+    namespace.helm("upgrade", RELEASE, str(CHART), "--wait", "--timeout", "2m", **{"workers.max": 7})
+    [kept] = [each for each in namespace.get("secrets") if each["metadata"]["name"] == f"{RELEASE}-memtail"]
+    assert kept["data"] == secret["data"] and len(set(secret["data"].values())) == 5
+    namespace.kubernetes.wait(lambda: namespace.components() == ["aggregator", "dispatcher", "minio", "redis"])
+    renewed = [pod for pod in namespace.get("pods") if pod["metadata"]["uid"] not in pods]
+    assert [pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in renewed] == ["dispatcher"]
+    namespace.helm("uninstall", RELEASE, "--wait")
+    namespace.kubernetes.wait(lambda: namespace.contents() - before == {f"persistentvolumeclaim/data-{RELEASE}-memtail-minio-0"})
+    namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
+
+
+def test_the_dispatchers_jobs_are_admitted_run_and_go_with_the_release(namespace, tmp_path):
+    namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
+    [fleet] = [each for each in namespace.get("configmaps") if each["metadata"]["name"] == f"{RELEASE}-memtail-fleet"]
+    (tmp_path / "fleet.yaml").write_text(fleet["data"]["fleet.yaml"])
+    settings = FleetSettings.load(str(tmp_path / "fleet.yaml"))
+    [deployment] = [each for each in namespace.get("deployments") if each["metadata"]["name"] == settings.owner]
+    owner = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "name": settings.owner,
+        "uid": deployment["metadata"]["uid"],
+        "controller": True,
+    }
+    account = tmp_path / "dispatcher"
+    namespace.kubernetes.kubeconfig_of(namespace.name, settings.owner, account)
+    job = job_of(settings, Demand("digits", "running", 0, 9), 1, 2, owner)
+    command = ["kubectl", "--kubeconfig", str(account), "create", "--filename", "-"]
+    done = subprocess.run(command, input=yaml.safe_dump(job), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    namespace.kubernetes.wait(lambda: namespace.components().count("worker") == 2)
+    namespace.helm("uninstall", RELEASE, "--wait")
+    namespace.kubernetes.wait(lambda: not namespace.get("jobs") and not namespace.get("pods"))
+
+
+def test_fixed_workers_and_other_stores_are_admitted_too(namespace):
+    values = {
+        "redis.enabled": False,
+        "externalRedis.existingSecret": "their-redis",
+        "minio.enabled": False,
+        "externalS3": {"bucket": "theirs", "existingSecret": "their-keys"},
+        "workers.mode": "deployment",
+        "workers.replicas": 3,
+    }
+    namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m", **values)
+    assert namespace.components() == ["aggregator", "dispatcher", "worker", "worker", "worker"]
+
+
+def test_the_dispatcher_may_do_what_it_does_and_no_more(namespace):
+    namespace.helm("install", RELEASE, str(CHART))
+    dispatcher = f"{RELEASE}-memtail-dispatcher"
+    allowed = {
+        *(f"{verb} jobs.batch" for verb in ("get", "list", "watch", "create", "patch", "delete")),
+        *(f"{verb} pods" for verb in ("get", "list", "watch")),
+        *(f"{verb} events" for verb in ("create", "patch")),
+        f"get deployments.apps/{dispatcher}",
+    }
+    verbs = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection")
+    things = (
+        "jobs.batch",
+        "pods",
+        "pods --subresource=exec",
+        "events",
+        "deployments.apps",
+        f"deployments.apps/{dispatcher}",
+        "secrets",
+        "configmaps",
+    )
+    things += ("serviceaccounts --subresource=token", "roles.rbac.authorization.k8s.io", "cronjobs.batch", "nodes")
+    asked = {f"{verb} {thing}" for verb in verbs for thing in things}
+    assert allowed < asked and {question for question in asked if namespace.may(dispatcher, question)} == allowed
+    assert not namespace.may(dispatcher, "list jobs.batch --namespace default")
+    others = {question for question in allowed if namespace.may(f"{RELEASE}-memtail", question)}
+    assert not others
+
+
+@pytest.mark.parametrize(("exit_code", "word"), [("0", "Succeeded"), ("1", "Failed")])
+def test_helm_test_tells_what_the_doctor_says(namespace, exit_code, word):
+    namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
+    command = ["helm", "test", RELEASE, "--namespace", namespace.name, "--kubeconfig", namespace.kubernetes.kubeconfig, "--timeout", "1m"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as testing:
+        namespace.kubernetes.wait(lambda: "test" in namespace.components())
+        annotation = f"memtail-test/exit-code={exit_code}"
+        namespace.kubernetes.kubectl("annotate", "pod", f"{RELEASE}-memtail-test", annotation, "--namespace", namespace.name)
+        said = testing.communicate(timeout=60)[0]
+    assert f"Phase:          {word}" in said and testing.returncode == int(exit_code), said
