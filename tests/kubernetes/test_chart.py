@@ -3,8 +3,10 @@ the newest version that is supported; ScaledJob, ServiceMonitor, PodMonitor and 
 """
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from importlib.metadata import files
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import yaml
 
 from memtail.experiment import WorkersSpec
 from services.dispatcher.fleet import Demand, FleetSettings, job_of
+from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
 from tests.kubernetes.conftest import install_tools
+from tests.services.cluster import RedisServer
 
 VERSIONS = ("1.33.0", "1.37.0")
 WITHOUT_SCHEMA = {"ScaledJob", "ServiceMonitor", "PodMonitor", "PrometheusRule"}
@@ -313,6 +317,26 @@ def test_other_stores_are_reached_as_the_values_say():
     paths = {f"/run/memtail/{item['path']}" for source in sources for part in source.values() for item in part["items"]}
     assert paths == set(given.values()) and "initContainers" not in pod
     assert [next(iter(source.values()))["name"] for source in sources] == ["their-redis", "their-keys", "authority"]
+
+
+def test_the_doctor_of_helm_test_reaches_what_the_values_name(minio, tmp_path):  # noqa: F811
+    redis, bucket = RedisServer(), minio.new_bucket()
+    redis.start()
+    keys = {"broker": redis.url, "access-key": minio.access_key, "secret-key": minio.secret_key}
+    try:
+        s3 = {"bucket": bucket, "endpoint": minio.endpoint, "existingSecret": "their-keys"}
+        values = {name: value for name, value in EXTERNAL.items() if not name.startswith("externalS3")} | {"externalS3": s3}
+        [pod] = [pod for component, pod in Rendered(values).pods() if component == "test"]
+        for source in next(volume for volume in pod["volumes"] if volume["name"] == "connections")["projected"]["sources"]:
+            for item in source["secret"]["items"]:
+                (tmp_path / item["path"]).write_text(keys[item["key"]])
+        env = {name: value.replace("/run/memtail", str(tmp_path)) for name, value in variables(pod).items()}
+        command = [sys.executable, "-m", "memtail", "doctor", "--json"]
+        done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    finally:
+        redis.stop()
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 0 and {"store", "conditional write", "broker"} <= checks.keys(), checks
 
 
 def test_the_aggregator_has_nothing_of_redis():
