@@ -1,0 +1,199 @@
+"""The fleet on a real API server: simulated nodes and pods, a real dispatcher with the rights of its own account, real Redis and bucket."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from memtail.archive import Control, ExperimentArchive
+from memtail.progress import progress_of
+from tests.integration.conftest import minio  # noqa: F401 - a fixture
+from tests.kubernetes.chart import CHART, as_options, helm
+from tests.kubernetes.conftest import Kubernetes, install_tools
+from tests.kubernetes.simulation import FaultyApiServer, Pods
+from tests.services.cluster import Cluster, Service
+
+ACCOUNT = "memtail-dispatcher"
+WORKERS = "app.kubernetes.io/instance=memtail,app.kubernetes.io/component=worker"
+VALUES = {
+    "workers.max": 300,
+    "workers.gpus": 1,
+    "workers.terminationGracePeriodSeconds": 1,
+    "workers.resources": {"requests": {"cpu": "1m", "memory": "1Mi"}, "limits": {"cpu": "1", "memory": "1Mi"}},
+    "workers.sharedMemory": "1Mi",
+    "workers.limits.gpus": 4,
+    "workers.limits.gpuResources": ["nvidia.com/gpu", "nvidia.com/mig-1g.10gb"],
+}
+
+
+class Fleet:
+    """A namespace with what the dispatcher needs, and the broker and bucket it works with."""
+
+    def __init__(self, kubernetes: Kubernetes, cluster: Cluster, declare, digits) -> None:
+        self.kubernetes, self.cluster, self._declare, self._digits = kubernetes, cluster, declare, digits
+        self.namespace = kubernetes.namespace("fleet")
+        done = helm("install", "memtail", str(CHART), "--namespace", self.namespace, *as_options(VALUES), kubeconfig=kubernetes.kubeconfig)
+        assert done.returncode == 0, done.stderr
+        self.kubeconfig = kubernetes.kubeconfig_of(self.namespace, ACCOUNT, cluster.folder / "kubeconfig")
+
+    def dispatcher(self, kubeconfig: Path | None = None) -> Service:
+        """A dispatcher with the settings of the chart, and the rights of its account; the Deployment's own pod executes nothing."""
+        path = self.cluster.folder / "fleet.yaml"
+        config = ("get", "configmap/memtail-fleet", "--namespace", self.namespace, "--output", r"jsonpath={.data.fleet\.yaml}")
+        path.write_text(self.kubernetes.kubectl(*config))
+        return self.cluster.start("dispatcher", MEMTAIL_FLEET=str(path), KUBECONFIG=str(kubeconfig or self.kubeconfig))
+
+    def submit(self, shards: int, name: str = "a", **workers) -> ExperimentArchive:
+        execution = {"trials_per_shard": 20, "device": "cpu", "workers": workers or None}
+        return self.cluster.submit(self._declare(20 * shards, name=name, execution=execution, subsets={"design": "balanced"}), self._digits)
+
+    def pods(self, seconds: float = 1.0) -> Pods:
+        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster, seconds)
+
+    def found(self, kind: str, *more: str) -> list[str]:
+        return self.kubernetes.kubectl("get", kind, "--namespace", self.namespace, "--output", "name", *more).split()
+
+    def running(self) -> list[str]:
+        return self.found("pods", "--selector", WORKERS, "--field-selector", "status.phase=Running")
+
+    def notice(self, name: str = "a") -> str:
+        return "\n".join(progress_of(self.cluster.store, name).notice_lines)
+
+    def done(self, archive: ExperimentArchive, shards: int) -> bool:
+        return len(archive.committed()) == shards and not self.running()
+
+
+@pytest.fixture
+def fleet(kubernetes, tmp_path_factory, minio, declare, digits) -> Iterator[Fleet]:  # noqa: F811
+    with Cluster(tmp_path_factory.mktemp("cluster"), minio, MEMTAIL_LEASE_SECONDS="30") as cluster:
+        made = Fleet(kubernetes, cluster, declare, digits)
+        yield made
+        kubernetes.kubectl("delete", "namespace", made.namespace, "--wait=false")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nodes(kubernetes: Kubernetes) -> None:
+    install_tools("helm")
+    kubernetes.nodes(25, 8)
+
+
+def test_workers_come_with_the_work_and_go_with_it(fleet):
+    fleet.dispatcher()
+    with fleet.pods(seconds=5) as pods:
+        began = time.monotonic()
+        archive = fleet.submit(400)
+        fleet.cluster.until(lambda: pods.most == 200, 120)
+        print(f"\n200 workers after {time.monotonic() - began:.1f} s")
+        fleet.cluster.until(lambda: fleet.done(archive, 400), 300)
+        print(f"all shards committed and no worker left after {time.monotonic() - began:.1f} s")
+    assert set(pods.committed.values()) == {1} and pods.most == 200
+    # the 300 that were wanted and the 200 there was room for
+    fleet.cluster.until(lambda: not fleet.notice())
+    assert "WorkerUnschedulable" in fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace)
+
+
+def test_workers_that_cannot_be_scheduled_are_told_of_and_taken_back_when_the_work_is_done(fleet):
+    fleet.dispatcher()
+    with fleet.pods():
+        archive = fleet.submit(20, max=10, gpus=4)
+        fleet.submit(1, name="never", gpu_resource="nvidia.com/mig-1g.10gb")
+        fleet.cluster.until(lambda: "cannot be scheduled" in fleet.notice("never"), 60)
+        fleet.cluster.until(lambda: fleet.done(archive, 20), 120)
+        ExperimentArchive(fleet.cluster.store, "never").set_control(Control("cancelled"))
+        fleet.cluster.until(lambda: not fleet.found("pods", "--selector", "memtail/experiment=never"), 60)
+
+
+def test_more_than_is_allowed_is_refused_with_a_notice(fleet):
+    fleet.dispatcher()
+    fleet.submit(2, gpus=5)
+    fleet.cluster.until(lambda: fleet.notice() == "execution.workers: gpus is 5, at most 4 is allowed")
+    assert not fleet.found("jobs")
+
+
+def test_an_evicted_worker_and_one_that_fails_are_replaced_and_told_of(fleet):
+    fleet.dispatcher()
+    with fleet.pods(seconds=3) as pods:
+        archive = fleet.submit(12, max=3)
+        fleet.cluster.until(lambda: len(fleet.running()) == 3, 60)
+        evicted, failed, _ = fleet.running()
+        eviction = f"{{apiVersion: policy/v1, kind: Eviction, metadata: {{name: {evicted.removeprefix('pod/')}}}}}"
+        path = f"/api/v1/namespaces/{fleet.namespace}/pods/{evicted.removeprefix('pod/')}/eviction"
+        fleet.kubernetes.kubectl("create", "--raw", path, "--filename", "-", stdin=as_json(eviction))
+        fleet.kubernetes.kubectl("annotate", failed, "--namespace", fleet.namespace, "memtail-test/exit-code=137")
+        fleet.cluster.until(lambda: "exit code 137" in fleet.notice(), 60)
+        fleet.cluster.until(lambda: fleet.done(archive, 12), 120)
+    assert set(pods.committed.values()) == {1}
+    events = fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace)
+    assert "WorkerDisrupted" in events and "WorkerFailed" in events
+
+
+def test_a_killed_node_takes_its_workers_and_nothing_else(fleet):
+    fleet.dispatcher()
+    with fleet.pods(seconds=4) as pods:
+        archive = fleet.submit(60, max=16)
+        fleet.cluster.until(lambda: len(fleet.running()) == 16, 60)
+        name = fleet.kubernetes.kubectl("get", fleet.running()[0], "--namespace", fleet.namespace, "--output", "jsonpath={.spec.nodeName}")
+        fleet.kubernetes.kubectl("delete", "node", name)
+        fleet.cluster.until(lambda: len(archive.committed()) == 60, 180)
+    assert set(pods.committed.values()) == {1}
+    fleet.kubernetes.nodes(1, 8)
+
+
+def test_an_api_server_that_refuses_and_one_that_is_gone(fleet):
+    with FaultyApiServer(fleet.kubernetes.kubeconfig) as proxy, fleet.pods() as pods:
+        path = fleet.cluster.folder / "through-proxy"
+        fleet.kubernetes.kubeconfig_of(fleet.namespace, ACCOUNT, path, proxy.address)
+        proxy.answers += [
+            ("GET", "/pods", 500),
+            ("GET", "/jobs", 429),
+            ("POST", "/jobs", 429),
+            ("POST", "/jobs", 500),
+            ("POST", "/jobs", 409),
+        ]
+        dispatcher = fleet.dispatcher(path)
+        archive = fleet.submit(30, max=5)
+        fleet.cluster.until(lambda: len(archive.committed()) >= 5, 120)
+        assert not proxy.answers
+        fleet.kubernetes.stop_apiserver()
+        time.sleep(10)
+        fleet.kubernetes.start_apiserver()
+        fleet.cluster.until(lambda: fleet.done(archive, 30), 180)
+        assert set(pods.committed.values()) == {1}
+        assert dispatcher.process.poll() is None and "Traceback" not in dispatcher.log.read_text()
+    assert pods.most == 5
+
+
+def test_a_dispatcher_killed_between_making_a_job_and_knowing_it_leaves_one_that_the_next_adopts(fleet):
+    with FaultyApiServer(fleet.kubernetes.kubeconfig) as proxy, fleet.pods() as pods:
+        path = fleet.cluster.folder / "through-proxy"
+        fleet.kubernetes.kubeconfig_of(fleet.namespace, ACCOUNT, path, proxy.address)
+        proxy.answers.append(("POST", "/jobs", 0))
+        first = fleet.dispatcher(path)
+        archive = fleet.submit(8, max=4)
+        fleet.cluster.until(proxy.lost.is_set, 60)
+        first.kill()
+        fleet.kubernetes.kubectl("create", "--namespace", fleet.namespace, "--filename", "-", stdin=STRANGER)
+        fleet.dispatcher()
+        fleet.dispatcher()
+        fleet.cluster.until(lambda: fleet.done(archive, 8), 120)
+    assert len(fleet.found("jobs", "--selector", WORKERS)) == 1 and pods.most == 4
+    archive.set_control(Control("cancelled"))
+    fleet.cluster.until(lambda: not fleet.found("jobs", "--selector", WORKERS), 60)
+    assert fleet.found("jobs") == ["job.batch/stranger"]
+
+
+def as_json(text: str) -> str:
+    import json
+
+    return json.dumps(yaml.safe_load(text))
+
+
+SECURITY = "{allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, runAsNonRoot: true, seccompProfile: {type: RuntimeDefault}}"
+STRANGER = f"""
+apiVersion: batch/v1
+kind: Job
+metadata: {{name: stranger, labels: {{memtail/experiment: a}}}}
+spec: {{template: {{spec: {{restartPolicy: Never, containers: [{{name: worker, image: other, securityContext: {SECURITY}}}]}}}}}}
+"""
