@@ -21,10 +21,10 @@ WORKDIR /opt/memtail
 FROM base AS requirements
 COPY pyproject.toml tools/requirements.py /src/
 WORKDIR /src
-# Without pandas in the one, which notebooks use and nothing else.
+# Without what the one never loads: pandas, which notebooks use, and pillow, which makes datasets of image files.
 RUN python requirements.py train >train.txt \
  && python requirements.py base services >worker.txt \
- && sed '/^pandas/d' worker.txt >control.txt
+ && sed '/^pandas/d; /^pillow/d' worker.txt >control.txt
 
 FROM base AS package
 COPY . /src
@@ -35,21 +35,25 @@ FROM base AS control-packages
 RUN apt-get update -qq \
  && apt-get install -qq --yes --no-install-recommends binutils >/dev/null \
  && rm -rf /var/lib/apt/lists/*
-# What is large and never loaded here goes: Flight and pyarrow's own S3 client, tests, symbols, the byte code of modules that are not loaded.
+# What is large and never loaded here goes: parts of pyarrow, the asynchronous half of the Kubernetes client, tests, symbols, the byte code of
+# modules that are not loaded.
 # Libraries beside a package, in NAME.libs, have been rewritten to run on any Linux and do not survive `strip`.
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=bind,from=requirements,source=/src/control.txt,target=/tmp/control.txt \
     pip --python bin/python install --quiet --no-compile --requirement /tmp/control.txt \
  && site=$(bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
  && rm -rf "$site"/pyarrow/include "$site"/pyarrow/src "$site"/pyarrow/*flight* "$site"/pyarrow/*arrow_s3* "$site"/pyarrow/_s3fs* \
+      "$site"/pyarrow/libarrow_python*.so "$site"/pyarrow/libarrow_python*.so.*.*.* \
+      "$site"/kubernetes/aio "$site"/aiohttp "$site"/multidict "$site"/yarl "$site"/Crypto/SelfTest \
  && find "$site" -name tests -type d -prune -exec rm -rf {} + \
+ && find "$site" -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.h' \) -delete \
  && find "$site" -name '*.so*' -type f -not -path '*.libs/*' -exec strip --strip-unneeded {} +
 
 FROM base AS control
 COPY --from=control-packages /opt/memtail /opt/memtail
 RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
     pip --python bin/python install --quiet --no-cache-dir --no-deps /wheels/*.whl \
- && python -c 'import memtail.cli_service, memtail.scores.reader, services.aggregator.aggregator, services.dispatcher.dispatcher'
+ && python -c 'import memtail.cli_service, memtail.scores.reader, services.aggregator.aggregator, services.dispatcher.cluster'
 ENV NUMBA_CACHE_DIR=/var/cache/memtail/compiled-control
 USER 1000:1000
 WORKDIR /var/cache/memtail

@@ -15,7 +15,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from memtail.datasets.folder import find_images, prepare_folder
 from memtail.datasets.image_dataset import ImageDataset
 from memtail.datasets.prepared import OnProgress, write_dataset
 from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays, load_torchvision, torchvision_files
@@ -76,6 +75,8 @@ def _find(spec: DatasetSpec, cache: Path, on_progress: OnProgress | None) -> tup
         return ["digits", limits], lambda: write(digits())
     if spec.name == "folder":
         assert spec.root is not None
+        from memtail.datasets.folder import find_images, prepare_folder  # needs pillow, which a machine that prepares nothing may lack
+
         images = find_images(spec.root, spec.max_train, spec.max_test)
         return ["folder", images.identity(), spec.resolution], lambda: prepare_folder(images, spec.resolution, target, on_progress)
     if spec.name == "arrays":

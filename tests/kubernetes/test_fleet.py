@@ -179,9 +179,11 @@ def test_a_dispatcher_killed_between_making_a_job_and_knowing_it_leaves_one_that
         fleet.dispatcher()
         fleet.cluster.until(lambda: fleet.done(archive, 8), 120)
     assert len(fleet.found("jobs", "--selector", WORKERS)) == 1 and pods.most == 4
-    archive.set_control(Control("cancelled"))
-    fleet.cluster.until(lambda: not fleet.found("jobs", "--selector", WORKERS), 60)
-    assert fleet.found("jobs") == ["job.batch/stranger"]
+    cancelled = fleet.submit(8, name="b")
+    fleet.cluster.until(lambda: fleet.found("jobs", "--selector", "memtail/experiment=b"), 60)
+    cancelled.set_control(Control("cancelled"))
+    fleet.cluster.until(lambda: not fleet.found("jobs", "--selector", "memtail/experiment=b"), 60)
+    assert "job.batch/stranger" in fleet.found("jobs")
 
 
 def as_json(text: str) -> str:
