@@ -114,3 +114,14 @@ def test_an_experiment_of_which_all_trials_diverge_ends_with_a_notice(cluster, d
     assert progress_of(cluster.store, archive.name).notice_lines == [
         f"all {TRIALS} trials diverged, so there are no scores: lower the learning rate"
     ]
+
+
+def test_a_worker_of_one_experiment_takes_its_shards_only_and_ends_when_nothing_is_left(cluster, declare, digits):
+    execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+    mine, other = (cluster.submit(declare(TRIALS, name=name, execution=execution), digits) for name in ("mine", "other"))
+    for archive in (mine, other):
+        fields = {"experiment": archive.name, "fingerprint": archive.record().fingerprint, "first": 0, "last": PER_SHARD - 1}
+        Broker(ServiceSettings(store="-", broker=cluster.redis.url, experiment=archive.name)).send([Assignment(**fields)])
+    worker = cluster.start("worker", MEMTAIL_EXPERIMENT="mine", MEMTAIL_REST_SECONDS="2")
+    assert worker.process.wait(90) == 0, worker.log.read_text()
+    assert len(mine.committed()) == 1 and not other.committed()
