@@ -149,7 +149,8 @@ class Cluster:
             log.warning("event not recorded", error=_short(error))
 
     def _uid(self, job: str) -> str:
-        return next((each.uid for each in self._jobs.objects() if each.name == job), "")
+        known = self._jobs.get(job)
+        return known.uid if known else ""
 
 
 class _Cache(threading.Thread, Generic[Seen]):
@@ -177,6 +178,12 @@ class _Cache(threading.Thread, Generic[Seen]):
             raise ClusterError(f"the API server cannot be followed: {self._error}")
         with self._lock:
             return [seen for _, seen in self._objects.values()]
+
+    def get(self, name: str) -> Seen | None:
+        """The object of a name, as it was last known."""
+        with self._lock:
+            held = self._objects.get(name)
+        return held[1] if held else None
 
     def remember(self, answer: Any) -> None:
         """What the server has answered, which the watch has perhaps not told yet."""

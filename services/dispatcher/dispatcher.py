@@ -47,6 +47,7 @@ class Dispatcher:
         self._store, self._broker, self._settings, self._fleet = store, broker, settings, fleet
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _Known] = {}
+        self._unreadable: set[str] = set()
         self._waited: dict[str, float] = {}  # when each assignment was last seen in the queue
         self._leased: set[str] = set()
         self.plan: Plan | None = None
@@ -97,7 +98,7 @@ class Dispatcher:
             if outstanding:
                 metrics.OUTSTANDING.labels(name).set(outstanding)
         if self._fleet:
-            self._fleet.reconcile([known.demand(self.plan) for known in self._experiments.values()])
+            self._fleet.reconcile([known.demand(self.plan) for known in self._experiments.values()], self._unreadable)
         return self.plan
 
     def _taken(self, waiting: set[str], leased: set[str], ended: set[str]) -> set[str]:
@@ -110,12 +111,14 @@ class Dispatcher:
     def _read_bucket(self, ended: set[str]) -> None:
         names = experiment_names(self._store)
         self._experiments = {name: self._experiments.get(name) or _Known(self._store, name) for name in names}
+        self._unreadable = set()
         for known in list(self._experiments.values()):
             try:
                 known.refresh(self._settings.resync_seconds, ended)
             except MemtailError as error:
                 log.error("experiment passed over", experiment=known.name, error=str(error))
                 del self._experiments[known.name]
+                self._unreadable.add(known.name)
 
     def _record_lost(self, assignment: Assignment, starts: int) -> None:
         error = f"{starts} workers vanished while they trained it: killed with their whole container, or cut off"

@@ -305,8 +305,13 @@ class Fleet:
         self._settings, self._cluster, self._store = settings, cluster, store
         self._notices: dict[str, Notice | None] = {}
 
-    def reconcile(self, demands: list[Demand]) -> None:
-        """One pass. What the API server refuses now is tried again by the next."""
+    def reconcile(self, demands: list[Demand], unknown: set[str]) -> None:
+        """One pass. What the API server refuses now is tried again by the next.
+
+        Args:
+            demands: of the experiments in the bucket.
+            unknown: experiments that cannot be read at present; their workers are left alone.
+        """
         try:
             sets, pods = self._observe()
             refused = {
@@ -320,9 +325,9 @@ class Fleet:
                 running[each.experiment] += each.running
             allowed = [demand for demand in demands if demand.experiment not in refused]
             goal = dict.fromkeys(refused, 0) | wanted(allowed, running, self._settings.max_workers, per_worker)
-            self._change(
-                scale(goal, sets, self._cancelled(demands), not self._settings.queue_name), {each.experiment: each for each in demands}
-            )
+            known = [each for each in sets if each.experiment not in unknown]
+            changes = scale(goal, known, self._cancelled(demands), not self._settings.queue_name)
+            self._change(changes, {each.experiment: each for each in demands})
             self._tell(demands, goal, sets, pods, refused)
         except ClusterError as error:
             log.warning("workers left as they are", error=str(error))

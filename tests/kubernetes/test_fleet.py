@@ -9,6 +9,7 @@ import yaml
 
 from memtail.archive import Control, ExperimentArchive
 from memtail.progress import progress_of
+from memtail.storage import keys
 from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes, install_tools
@@ -139,6 +140,21 @@ def test_a_killed_node_takes_its_workers_and_nothing_else(fleet):
         fleet.cluster.until(lambda: len(archive.committed()) == 60, 180)
     assert set(pods.committed.values()) == {1}
     fleet.kubernetes.nodes(1, 8)
+
+
+def test_an_experiment_that_cannot_be_read_for_a_while_keeps_its_workers(fleet):
+    dispatcher = fleet.dispatcher()
+    with fleet.pods(seconds=2) as pods:
+        archive = fleet.submit(40, max=4)
+        fleet.cluster.until(lambda: len(fleet.running()) == 4, 60)
+        record, before = fleet.cluster.store.get(keys.experiment("a")), fleet.running()
+        fleet.cluster.store.put(keys.experiment("a"), b"{")
+        fleet.cluster.until(lambda: list(fleet.cluster.events(dispatcher, "experiment passed over")))
+        time.sleep(2)
+        assert fleet.running() == before
+        fleet.cluster.store.put(keys.experiment("a"), record)
+        fleet.cluster.until(lambda: fleet.done(archive, 40), 180)
+    assert set(pods.committed.values()) == {1}
 
 
 def test_an_api_server_that_refuses_and_one_that_is_gone(fleet):
