@@ -33,8 +33,8 @@ class ServiceSettings:
         publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed.
         devices: of a worker, one process for each, with commas between: "auto", "cpu", or "cuda:0,cuda:1".
         port: of the metrics and health checks of a service.
-        fleet: of the dispatcher, the file that says how it makes workers in a Kubernetes cluster (see `services.dispatcher.fleet`). It
-            makes none if not set.
+        fleet: of the dispatcher, the file that says how it makes workers in a Kubernetes cluster (see `services.dispatcher.worker_jobs`).
+            It makes none if not set.
         experiment: of a worker, the only experiment that it trains; all if not set.
         rest_seconds: of a worker, for how long there is nothing to do before it ends; it never does if not set.
         heartbeat_file: of a worker, which it touches while it lives; none if not set.

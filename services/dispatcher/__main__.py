@@ -4,7 +4,8 @@ from memtail.storage import ObjectStore
 from memtail.storage.opening import open_store
 from services.broker import Broker
 from services.dispatcher.dispatcher import Dispatcher
-from services.dispatcher.fleet import EXPERIMENT_LABEL, Fleet, FleetSettings
+from services.dispatcher.fleet import Fleet
+from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
 from services.process import Heartbeat, serve, start
 from services.settings import ServiceSettings
 

@@ -18,8 +18,9 @@ from memtail.storage import ObjectStore
 from memtail.trials import Shard
 from services.broker import Assignment, Broker, queue_of
 from services.dispatcher import metrics
-from services.dispatcher.fleet import Demand, Fleet
+from services.dispatcher.fleet import Fleet
 from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
+from services.dispatcher.worker_jobs import Demand
 from services.settings import ServiceSettings
 
 log = structlog.get_logger()

@@ -16,7 +16,7 @@ from kubernetes import client, config
 from memtail.errors import StoreError
 from memtail.storage import keys
 from services.broker import Assignment, Broker, _assignment
-from services.dispatcher.fleet import EXPERIMENT_LABEL
+from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 from services.settings import ServiceSettings
 from tests.services.cluster import Cluster
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from memtail.experiment import WorkersSpec
-from services.dispatcher.fleet import Demand, FleetSettings, job_of
+from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
 from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
 from tests.kubernetes.conftest import install_tools

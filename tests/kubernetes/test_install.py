@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.dispatcher.fleet import Demand, FleetSettings, job_of
+from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
 from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes, install_tools
 

@@ -3,7 +3,8 @@
 import pytest
 
 from memtail.experiment import WorkersSpec
-from services.dispatcher.fleet import Changes, Demand, FleetSettings, WorkerSet, job_of, scale, shards_per_worker, wanted
+from services.dispatcher.fleet import Changes, WorkerSet, scale, wanted
+from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of, shards_per_worker
 
 OWNER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "memtail-dispatcher", "uid": "u"}
 SETTINGS = {
