@@ -169,13 +169,13 @@ def test_an_api_server_that_refuses_and_one_that_is_gone(fleet):
             ("POST", "/jobs", 409),
         ]
         dispatcher = fleet.dispatcher(path)
-        archive = fleet.submit(30, max=5)
+        archive = fleet.submit(100, max=5)
         fleet.cluster.until(lambda: len(archive.committed()) >= 5, 120)
         assert not proxy.answers
         fleet.kubernetes.stop_apiserver()
-        time.sleep(10)
+        time.sleep(60)
         fleet.kubernetes.start_apiserver()
-        fleet.cluster.until(lambda: fleet.done(archive, 30), 180)
+        fleet.cluster.until(lambda: fleet.done(archive, 100), 240)
         assert set(pods.committed.values()) == {1}
         assert dispatcher.process.poll() is None and "Traceback" not in dispatcher.log.read_text()
     assert pods.most == 5
