@@ -34,13 +34,12 @@ class ClusterError(MemtailError):
 
 @dataclass(frozen=True)
 class Job:
-    """A Job: its pods at present, those that ended well, and whether all of it has ended."""
+    """A Job: the pods that it is to have, those that ended well, and whether all of it has ended."""
 
     name: str
     uid: str
     labels: dict[str, str]
     parallelism: int
-    active: int
     succeeded: int
     ended: bool
 
@@ -252,7 +251,6 @@ def _job(item: dict[str, Any]) -> Job:
         uid=item["metadata"]["uid"],
         labels=item["metadata"].get("labels", {}),
         parallelism=item["spec"].get("parallelism", 1),
-        active=status.get("active", 0),
         succeeded=status.get("succeeded", 0),
         ended=any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in status.get("conditions", []))
         or "deletionTimestamp" in item["metadata"],

@@ -4,6 +4,7 @@ Like the queue they are reconciled: each pass compares the workers that experime
 them. A busy worker is never taken away; there are fewer when workers end by themselves, or when an experiment is cancelled.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -146,18 +147,20 @@ class Fleet:
 
     def _observe(self) -> tuple[list[WorkerSet], dict[str, list[Pod]]]:
         jobs, pods = self._cluster.jobs(), self._cluster.pods()
-        running: dict[str, int] = {}
+        running: Counter[str] = Counter()
+        pending: Counter[str] = Counter()
         by_experiment: dict[str, list[Pod]] = {}
         for pod in pods:
             by_experiment.setdefault(pod.labels.get(EXPERIMENT_LABEL, ""), []).append(pod)
-            if pod.phase == "Running":
-                running[pod.job] = running.get(pod.job, 0) + 1
+            running[pod.job] += pod.phase == "Running"
+            pending[pod.job] += pod.phase == "Pending"
         sets = []
         for job in jobs:
             if not job.ended and EXPERIMENT_LABEL in job.labels:
-                workers = job.active if job.succeeded else job.parallelism
+                # one that winds down has no more than it has; its own count may be behind that of its pods
+                workers = running[job.name] + pending[job.name] if job.succeeded else job.parallelism
                 name, number = job.labels[EXPERIMENT_LABEL], int(job.labels.get(NUMBER_LABEL, 0))
-                sets.append(WorkerSet(job.name, name, number, workers, min(workers, running.get(job.name, 0)), job.succeeded > 0))
+                sets.append(WorkerSet(job.name, name, number, workers, min(workers, running[job.name]), job.succeeded > 0))
         return sets, by_experiment
 
     def _cancelled(self, demands: list[Demand]) -> list[str]:
