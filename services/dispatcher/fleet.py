@@ -75,7 +75,7 @@ def scale(goal: dict[str, int], sets: Iterable[WorkerSet], cancelled: Iterable[s
     Args:
         goal: the workers each experiment is to have.
         sets: the Jobs that have not ended.
-        cancelled: the experiments whose workers are to go at once, and do not include those that ended well.
+        cancelled: the experiments whose workers are to go at once.
         elastic: whether a Job may be given fewer workers; else only whole Jobs are removed.
     """
     changes = Changes()
@@ -139,7 +139,8 @@ class Fleet:
             allowed = [demand for demand in demands if demand.experiment not in refused]
             goal = dict.fromkeys(refused, 0) | wanted(allowed, running, self._settings.max_workers, per_worker)
             known = [each for each in sets if each.experiment not in unknown]
-            changes = scale(goal, known, self._cancelled(demands), not self._settings.queue_name)
+            cancelled = [demand.experiment for demand in demands if demand.state == "cancelled"]
+            changes = scale(goal, known, cancelled, elastic=not self._settings.queue_name)
             self._change(changes, {each.experiment: each for each in demands})
             self._tell(demands, goal, sets, pods, refused)
         except ClusterError as error:
@@ -162,9 +163,6 @@ class Fleet:
                 name, number = job.labels[EXPERIMENT_LABEL], int(job.labels.get(NUMBER_LABEL, 0))
                 sets.append(WorkerSet(job.name, name, number, workers, min(workers, running[job.name]), job.succeeded > 0))
         return sets, by_experiment
-
-    def _cancelled(self, demands: list[Demand]) -> list[str]:
-        return [demand.experiment for demand in demands if demand.state == "cancelled"]
 
     def _change(self, changes: Changes, demands: dict[str, Demand]) -> None:
         for name in changes.delete:

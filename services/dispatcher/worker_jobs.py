@@ -151,36 +151,30 @@ def _apply(asked: WorkersSpec, limits: Limits, pod: dict[str, Any]) -> None:
     if asked.image:
         container["image"] = asked.image
     resources = container.setdefault("resources", {})
-    amounts: dict[str, str] = {key: value for key, value in (("cpu", asked.cpu), ("memory", asked.memory)) if value}
-    for kind in ("requests", "limits"):
-        if amounts and (kind == "requests" or resources.get("limits")):
-            resources[kind] = {**resources.get(kind, {}), **{key: value for key, value in amounts.items() if _sets(resources, kind, key)}}
+    for key, value in (("cpu", asked.cpu), ("memory", asked.memory)):
+        if value:
+            resources.setdefault("requests", {})[key] = value
+            if key in resources.get("limits", {}):
+                resources["limits"][key] = value
     if asked.gpus is not None or asked.gpu_resource is not None:
         _give_gpus(asked, limits, container, resources)
-    for kind in ("requests", "limits"):
-        if kind in resources:
-            resources[kind] = {key: str(value) for key, value in resources[kind].items()}
+    for kind, amounts in resources.items():
+        resources[kind] = {key: str(amount) for key, amount in amounts.items()}
     pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **asked.node_selector}
     pod["tolerations"] = pod.get("tolerations", []) + [each.model_dump(exclude_none=True) for each in asked.tolerations]
     if asked.priority_class:
         pod["priorityClassName"] = asked.priority_class
 
 
-def _sets(resources: dict[str, Any], kind: str, key: str) -> bool:
-    """Whether an amount that is asked for is set there: always as a request, as a limit only in place of another."""
-    return kind == "requests" or key in resources.get("limits", {})
-
-
 def _give_gpus(asked: WorkersSpec, limits: Limits, container: dict[str, Any], resources: dict[str, Any]) -> None:
-    given = resources.get("limits", {})
+    given = resources.setdefault("limits", {})
     there = next((key for key in given if key in limits.gpu_resources), None)
     resource = asked.gpu_resource or there or next(iter(limits.gpu_resources), "nvidia.com/gpu")
-    gpus = asked.gpus if asked.gpus is not None else int(given.get(there, 1)) if there else 1
-    for kind in ("requests", "limits"):
-        if kind in resources:
-            resources[kind] = {key: value for key, value in resources[kind].items() if key != there}
+    gpus = asked.gpus if asked.gpus is not None else int(given.get(there, 1))
+    for amounts in resources.values():
+        amounts.pop(there, None)
     if gpus:
-        resources["limits"] = {**resources.get("limits", {}), resource: gpus}
+        given[resource] = gpus
     _set_variable(container, "MEMTAIL_DEVICES", ",".join(f"cuda:{index}" for index in range(gpus)) or "cpu")
 
 

@@ -1,11 +1,11 @@
 """The fleet on a real API server: simulated nodes and pods, a real dispatcher with the rights of its own account, real Redis and bucket."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from memtail.archive import Control, ExperimentArchive
 from memtail.progress import progress_of
@@ -119,9 +119,9 @@ def test_an_evicted_worker_and_one_that_fails_are_replaced_and_told_of(fleet):
         archive = fleet.submit(12, max=3)
         fleet.cluster.until(lambda: len(fleet.running()) == 3, 60)
         evicted, failed, _ = fleet.running()
-        eviction = f"{{apiVersion: policy/v1, kind: Eviction, metadata: {{name: {evicted.removeprefix('pod/')}}}}}"
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": evicted.removeprefix("pod/")}}
         path = f"/api/v1/namespaces/{fleet.namespace}/pods/{evicted.removeprefix('pod/')}/eviction"
-        fleet.kubernetes.kubectl("create", "--raw", path, "--filename", "-", stdin=as_json(eviction))
+        fleet.kubernetes.kubectl("create", "--raw", path, "--filename", "-", stdin=json.dumps(eviction))
         fleet.kubernetes.kubectl("annotate", failed, "--namespace", fleet.namespace, "memtail-test/exit-code=137")
         fleet.cluster.until(lambda: "exit code 137" in fleet.notice(), 60)
         fleet.cluster.until(lambda: fleet.done(archive, 12), 120)
@@ -200,12 +200,6 @@ def test_a_dispatcher_killed_between_making_a_job_and_knowing_it_leaves_one_that
     cancelled.set_control(Control("cancelled"))
     fleet.cluster.until(lambda: not fleet.found("jobs", "--selector", "memtail/experiment=b"), 60)
     assert "job.batch/stranger" in fleet.found("jobs")
-
-
-def as_json(text: str) -> str:
-    import json
-
-    return json.dumps(yaml.safe_load(text))
 
 
 SECURITY = "{allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, runAsNonRoot: true, seccompProfile: {type: RuntimeDefault}}"
