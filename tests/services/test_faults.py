@@ -127,10 +127,14 @@ def test_a_second_dispatcher_waits_and_takes_over(cluster, slow, digits, expecte
         cluster.until(lambda: cluster.serves(second))
         assert not list(cluster.events(second, "sent"))
         dispatcher.stop()
-        # so that there is something to do for the second, however far the workers are
         shard = archive.committed()[0]
-        cluster.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
-        cluster.until(lambda: list(cluster.events(second, "sent")))
+
+        def sends():
+            # so that there is something to do for the second, however far the workers are, and whatever the first had still sent
+            cluster.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
+            return list(cluster.events(second, "sent"))
+
+        cluster.until(sends)
         cluster.until(lambda: shard in archive.committed())
 
 
