@@ -447,7 +447,9 @@ def test_the_s3_server_is_scraped_by_those_that_may_reach_it(policy):
     assert "s3" in [port["name"] for port in found.get("Service", "-minio")["spec"]["ports"]]
     assert found.env("StatefulSet", "-minio")["MINIO_PROMETHEUS_AUTH_TYPE"] == "public"
     for rendered in (found, Rendered(policy)):
-        rules = [rule for each in rendered.of("NetworkPolicy") if each["metadata"]["name"].endswith("-minio") for rule in each["spec"]["ingress"]]
+        rules = [
+            rule for each in rendered.of("NetworkPolicy") if each["metadata"]["name"].endswith("-minio") for rule in each["spec"]["ingress"]
+        ]
         opened = [{"ports": [{"port": 9000}], "from": [{"namespaceSelector": {}}]}] if rendered is found and rules else []
         assert rules[1:] == opened
 
