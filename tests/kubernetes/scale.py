@@ -18,6 +18,7 @@ from typing import Any
 
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
+from tenacity import retry, stop_after_attempt, wait_fixed
 
 from memtail import datasets
 from memtail.experiment import Experiment
@@ -94,7 +95,7 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
     end = _moment(fleet, pipes)
     print(f"all {shards:,} shards committed after {time.monotonic() - began:.0f} s; in all, per second:")
     _told(start, end, dispatcher)
-    fleet.cluster.until(lambda: fleet.done(archive, shards), 300)
+    fleet.cluster.until(lambda: fleet.done(archive, shards), 600)
     print(f"no worker is left after {time.monotonic() - began:.0f} s")
     counted = sum(_ask(pipes, "committed"), Counter())
     assert len(counted) == shards and set(counted.values()) == {1}
@@ -139,7 +140,8 @@ def _moment(fleet: Fleet, pipes: list[Connection]) -> Moment:
     page = urllib3.request("GET", f"{fleet.cluster.minio.endpoint}/minio/v2/metrics/cluster").data.decode()
     for family in text_string_to_metric_families(page):
         moment.store.update({s.labels["api"]: s.value for s in family.samples if s.name == "minio_s3_requests_total"})
-    for family in text_string_to_metric_families(fleet.kubernetes.kubectl("get", "--raw", "/metrics")):
+    patient = retry(stop=stop_after_attempt(20), wait=wait_fixed(5))  # the API server of a busy machine
+    for family in text_string_to_metric_families(patient(fleet.kubernetes.kubectl)("get", "--raw", "/metrics")):
         for sample in family.samples:
             if sample.name == "apiserver_request_total":
                 moment.api[f"{sample.labels['verb'].lower()} {sample.labels['resource'] or 'other'}"] += sample.value
