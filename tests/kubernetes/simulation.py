@@ -143,10 +143,15 @@ class _Worker:
         key = keys.trial_batch(assignment.experiment, assignment.first, assignment.last)
         if self._pods.store.exists(key) or not broker.acquire(assignment, self._name):
             return
-        if not self._stopped.wait(self._pods.seconds):
-            if self._pods.store.put_if_absent(key, self._pods.body):
-                self._pods.committed[assignment.id] += 1
-            broker.release(assignment, self._name)
+        end = time.monotonic() + self._pods.seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._stopped.wait(min(left, self._settings.lease_seconds / 3)):
+                return
+            with contextlib.suppress(redis.RedisError):
+                broker.renew(assignment, self._name)
+        if self._pods.store.put_if_absent(key, self._pods.body):
+            self._pods.committed[assignment.id] += 1
+        broker.release(assignment, self._name)
 
 
 class FaultyApiServer:
