@@ -122,7 +122,7 @@ def _start_pods(fleet: Fleet, seconds: float) -> tuple[list[Any], list[Connectio
 def _pods(kubeconfig: str, namespace: str, broker: str, bucket: str, settings: S3Settings, seconds: float, part: int, pipe: Any) -> None:
     urllib3.disable_warnings()
     store = S3Store(bucket, settings=settings)
-    with Pods(kubeconfig, namespace, broker, store, seconds, rest=10, part=(part, PROCESSES), body=BODY) as pods:
+    with Pods(kubeconfig, namespace, broker, store, seconds, rest=60, lease=60, part=(part, PROCESSES), body=BODY) as pods:
         while (question := pipe.recv()) != "stop":
             pipe.send({"count": len(pods.committed), "committed": pods.committed}[question])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import subprocess
 import threading
 import time
@@ -32,6 +33,7 @@ class Pods:
         store: the bucket.
         seconds: that a shard takes.
         rest: seconds of nothing to do after which a worker ends.
+        lease: seconds that a lease lasts.
         part: (i, k): only those pods that are in part i of k; several processes may share the work.
         body: of a batch.
     """
@@ -44,11 +46,13 @@ class Pods:
         store: ObjectStore,
         seconds: float = 1.0,
         rest: float = 2.0,
+        lease: float = 30.0,
         part: tuple[int, int] = (0, 1),
         body: bytes = b"",
     ) -> None:
         self._core = client.CoreV1Api(config.new_client_from_config(kubeconfig))
         self.namespace, self.broker, self.store, self.seconds, self.rest, self.body = namespace, broker, store, seconds, rest, body
+        self.lease = lease
         self._part = part
         self._workers: dict[str, _Worker] = {}
         self._over = threading.Event()
@@ -114,7 +118,7 @@ class Pods:
 class _Worker:
     def __init__(self, name: str, experiment: str, pods: Pods) -> None:
         self._name, self._pods = name, pods
-        self._settings = ServiceSettings(store="-", broker=pods.broker, experiment=experiment, lease_seconds=30)
+        self._settings = ServiceSettings(store="-", broker=pods.broker, experiment=experiment, lease_seconds=pods.lease)
         self._stopped = threading.Event()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -137,7 +141,7 @@ class _Worker:
         while not self._stopped.is_set():
             with contextlib.suppress(client.ApiException, urllib3.exceptions.HTTPError):
                 self._pods.end(self._name)
-            self._stopped.wait(1)
+            self._stopped.wait(random.uniform(1, 5))
 
     def _train(self, broker: Broker, assignment: Assignment) -> None:
         key = keys.trial_batch(assignment.experiment, assignment.first, assignment.last)
