@@ -429,6 +429,9 @@ def test_monitoring_finds_the_ports_and_takes_the_rules_and_dashboards_that_ther
     [group] = found.get("PrometheusRule", "")["spec"]["groups"]
     assert [rule["alert"] for rule in group["rules"]][:2] == ["MemtailDispatcherAbsent", "MemtailAggregatorAbsent"]
     assert not {"ServiceMonitor", "PodMonitor", "PrometheusRule"} & {each["kind"] for each in Rendered({}).objects}
+    boards = {name: text for each in found.of("ConfigMap") for name, text in each["data"].items() if name.endswith(".json")}
+    assert boards == {path.name: path.read_text() for path in (CHART / "files/dashboards").iterdir()}
+    assert all(len(text) < 1 << 20 for text in boards.values())  # what a ConfigMap holds
     chart = Path(shutil.copytree(CHART, tmp_path / "memtail"))
     shutil.rmtree(chart / "files")
     without = Rendered(MONITORING, chart)
@@ -436,10 +439,10 @@ def test_monitoring_finds_the_ports_and_takes_the_rules_and_dashboards_that_ther
     (chart / "files/dashboards").mkdir(parents=True)
     for name in ("one.json", "Two_2.json"):
         (chart / "files/dashboards" / name).write_text('{"title": "{{ instance }}"}\n')
-    boards = [each for each in Rendered(MONITORING, chart).of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
-    assert [each["metadata"]["name"] for each in boards] == [f"{RELEASE}-memtail-dashboard-{name}" for name in ("two-2", "one")]
-    assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in boards)
-    assert json.loads(boards[1]["data"]["one.json"]) == {"title": "{{ instance }}"}
+    maps = [each for each in Rendered(MONITORING, chart).of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
+    assert [each["metadata"]["name"] for each in maps] == [f"{RELEASE}-memtail-dashboard-{name}" for name in ("two-2", "one")]
+    assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in maps)
+    assert json.loads(maps[1]["data"]["one.json"]) == {"title": "{{ instance }}"}
 
 
 def test_images_are_pulled_from_where_the_values_say():

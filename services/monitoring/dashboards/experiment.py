@@ -2,7 +2,7 @@
 
 from grafana_foundation_sdk.builders import dashboard
 
-from services.monitoring.dashboards.parts import BLUE, GREEN, ORANGE, RED, Rows, bars, course, density, number, page, share, words
+from services.monitoring.dashboards.parts import BLUE, GRAY, GREEN, ORANGE, RED, Rows, bars, course, density, number, page, share, words
 
 _OUTSTANDING = 'sum(memtail_trials{EXPERIMENT, state=~"waiting|queued|training"})'
 _TRAINING = 'sum(memtail_trials{EXPERIMENT, state="training"})'
@@ -125,6 +125,7 @@ def experiment() -> dashboard.Dashboard:
                 "short",
                 ("max by (state) (memtail_trials{EXPERIMENT})", "{{state}}"),
                 stacked=True,
+                colors={"committed": GREEN, "training": BLUE, "queued": ORANGE, "waiting": GRAY, "dead": RED},
             ),
             course(
                 "Trials per second",

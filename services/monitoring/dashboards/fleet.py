@@ -137,6 +137,7 @@ def fleet() -> dashboard.Dashboard:
                 "cps",
                 ("sum by (outcome) (rate(memtail_shard_attempts_total{EXPERIMENT}[$__rate_interval]))", "{{outcome}}"),
                 stacked=True,
+                colors={"committed": GREEN, "failed": RED, "died": RED},
             ),
             course(
                 "Phases of a trial",

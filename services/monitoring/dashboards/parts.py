@@ -17,7 +17,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _MATCHERS = {"EXPERIMENT": 'namespace=~"$namespace", experiment=~"$experiment"', "NAMESPACE": 'namespace=~"$namespace"'}
-GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
+GREEN, ORANGE, RED, BLUE, GRAY = "green", "orange", "red", "blue", "#6e7078"
 
 #: An expression and the legend of its series.
 Query = tuple[str, str]
@@ -99,12 +99,14 @@ def course(
     most: float | None = None,
     least: float | None = 0,
     dashed: str = "",
+    colors: dict[str, str] | None = None,
 ) -> timeseries.Panel:
     """Values over time.
 
     Args:
         limit: above it, or below it where `least` is not 0, something deserves a look; a dashed line.
         dashed: a regular expression of the series to draw with dashes: what is predicted or wanted.
+        colors: of series whose names say whether they are good or bad.
     """
     panel = _about(timeseries.Panel(), title, description, unit, width, 8).targets(_targets(queries)).span_nulls(False)
     panel.legend(common.VizLegendOptions().show_legend(True).placement(options.LegendPlacement.BOTTOM))
@@ -126,6 +128,9 @@ def course(
     if dashed:
         style = {"fill": "dash", "dash": [8, 6]}
         panel.override_by_regexp(dashed, [models.DynamicConfigValue(id_val="custom.lineStyle", value=style)])
+    for name, color in (colors or {}).items():
+        fixed = {"mode": "fixed", "fixedColor": color}
+        panel.override_by_name(name, [models.DynamicConfigValue(id_val="color", value=fixed)])
     return panel
 
 

@@ -24,7 +24,7 @@ def service() -> dashboard.Dashboard:
                 "Dispatchers, aggregators and workers that answered within a day and do not now. A worker that has ended counts only while "
                 "Prometheus still looks for it.",
                 "none",
-                (f"count(up{{NAMESPACE}} == 0 {_OURS}) or vector(0)", ""),
+                (f"sum((1 - up{{NAMESPACE}}) {_OURS})", ""),
                 thresholds=((None, GREEN), (1, RED)),
             ),
             number(
@@ -39,7 +39,7 @@ def service() -> dashboard.Dashboard:
                 "Passes given up",
                 "In the last hour, by the dispatcher and the aggregator; the next pass makes up for it.",
                 "short",
-                ('sum(increase(memtail_passes_total{NAMESPACE, outcome!="done"}[1h])) or vector(0)', ""),
+                ('sum(increase(memtail_passes_total{NAMESPACE, outcome="given up"}[1h]))', ""),
                 thresholds=((None, GREEN), (1, RED)),
             ),
             number(
@@ -47,8 +47,8 @@ def service() -> dashboard.Dashboard:
                 "Share of the requests of the last five minutes that did not do what was asked, retries included.",
                 "percentunit",
                 (
-                    'sum(rate(memtail_store_requests_total{NAMESPACE, outcome="error"}[5m])) / '
-                    "sum(rate(memtail_store_requests_total{NAMESPACE}[5m])) or vector(0)",
+                    '(sum(rate(memtail_store_requests_total{NAMESPACE, outcome=~"refused|failed"}[5m])) or vector(0)) '
+                    "/ sum(rate(memtail_store_requests_total{NAMESPACE}[5m]))",
                     "",
                 ),
                 thresholds=((None, GREEN), (0.01, RED)),
@@ -97,6 +97,7 @@ def service() -> dashboard.Dashboard:
                 "s",
                 (_quantile(0.95, "memtail_fold_seconds"), "95% at most"),
                 (_quantile(0.5, "memtail_fold_seconds"), "median"),
+                width=12,
             ),
             course(
                 "Seconds to publish scores",
@@ -104,16 +105,10 @@ def service() -> dashboard.Dashboard:
                 "s",
                 (_quantile(0.95, "memtail_publish_seconds"), "95% at most"),
                 (_quantile(0.5, "memtail_publish_seconds"), "median"),
-            ),
-            course(
-                "Broker",
-                "Connections to Redis, and messages that wait there.",
-                "short",
-                ("max(memtail_broker_clients{NAMESPACE})", "connections"),
-                ("max(memtail_broker_queued_messages{NAMESPACE})", "messages"),
+                width=12,
             ),
         ],
-        "Object store": [
+        "Object store and broker": [
             course(
                 "Requests",
                 "By operation, of all services and workers.",
@@ -123,7 +118,7 @@ def service() -> dashboard.Dashboard:
             ),
             course(
                 "Requests by outcome",
-                "A refused overwrite or an object that is not there is an answer, not a fault.",
+                "That an object is there already (exists), or is not there (absent), is an answer; what was refused or failed is a fault.",
                 "reqps",
                 ("sum by (outcome) (rate(memtail_store_requests_total{NAMESPACE}[$__rate_interval]))", "{{outcome}}"),
                 stacked=True,
@@ -144,10 +139,11 @@ def service() -> dashboard.Dashboard:
                 width=12,
             ),
             course(
-                "Memory of the broker",
-                "What Redis uses.",
-                "bytes",
-                ("max(memtail_broker_memory_bytes{NAMESPACE})", "Redis"),
+                "Broker",
+                "Connections to Redis, and messages that wait there.",
+                "short",
+                ("max(memtail_broker_clients{NAMESPACE})", "connections"),
+                ("max(memtail_broker_queued_messages{NAMESPACE})", "messages"),
                 width=12,
             ),
         ],
