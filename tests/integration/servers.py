@@ -76,6 +76,7 @@ class MinioServer:
             "MINIO_SITE_REGION": REGION,
             "MINIO_BROWSER": "off",
             "MINIO_UPDATE": "off",
+            "MINIO_PROMETHEUS_AUTH_TYPE": "public",
         }
         command = [server_binary("minio"), "server", str(self._folder / "data"), "--address", f"127.0.0.1:{self.port}"]
         if self._certificates:

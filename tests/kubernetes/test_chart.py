@@ -275,7 +275,7 @@ def test_keda_counts_what_is_being_trained_and_never_takes_a_worker_away():
     assert scaled["scalingStrategy"] == {"strategy": "default"} and scaled["rollout"] == {"strategy": "gradual"}
     assert scaled["maxReplicaCount"] == 7
     [trigger] = scaled["triggers"]
-    query = f'sum(memtail_shards_outstanding{{namespace="{NAMESPACE}",service="{RELEASE}-memtail-dispatcher"}})'
+    query = f'sum(memtail_shards_outstanding{{namespace="{NAMESPACE}",release="{RELEASE}"}})'
     assert trigger["type"] == "prometheus" and trigger["metadata"]["query"] == query and trigger["metadata"]["threshold"] == "2"
     job = scaled["jobTargetRef"]
     assert job["parallelism"] == 1 and "completions" not in job and job["template"]["spec"]["restartPolicy"] == "Never"
@@ -418,24 +418,60 @@ def test_pods_are_started_anew_when_what_they_read_has_changed():
     assert annotations({**IDENTITY, "externalRedis.url": "redis://b:6379/0"})["checksum/secret"] != first["checksum/secret"]
 
 
-def test_monitoring_finds_the_ports_and_takes_the_rules_and_dashboards_that_there_are(tmp_path):
+def relabelings(found_by: str) -> list[dict[str, Any]]:
+    labels = {"service": "component", "release": "instance"}
+    return [
+        {"sourceLabels": [f"__meta_kubernetes_{found_by}_label_app_kubernetes_io_{source}"], "targetLabel": label}
+        for label, source in labels.items()
+    ]
+
+
+def test_what_is_scraped_says_its_service_and_its_release():
     found = Rendered(MONITORING)
     service, pods = found.get("ServiceMonitor", ""), found.get("PodMonitor", "-worker")
-    assert service["metadata"]["labels"]["release"] == "prometheus" and service["spec"]["endpoints"] == [
-        {"port": "metrics", "interval": "15s"}
-    ]
+    assert service["metadata"]["labels"]["release"] == "prometheus"
+    [endpoint], [pod_endpoint] = service["spec"]["endpoints"], pods["spec"]["podMetricsEndpoints"]
+    assert endpoint == {"port": "metrics", "interval": "15s", "relabelings": relabelings("service")}
+    assert pod_endpoint == {"port": "metrics", "interval": "15s", "relabelings": relabelings("pod")}
     assert service["spec"]["selector"]["matchExpressions"][0]["values"] == ["dispatcher", "aggregator"]
     assert pods["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] == "worker"
-    [group] = found.get("PrometheusRule", "")["spec"]["groups"]
-    assert [rule["alert"] for rule in group["rules"]][:2] == ["MemtailDispatcherAbsent", "MemtailAggregatorAbsent"]
     assert not {"ServiceMonitor", "PodMonitor", "PrometheusRule"} & {each["kind"] for each in Rendered({}).objects}
+
+
+@pytest.mark.parametrize("policy", [{"networkPolicy.metricsFrom": [{"namespaceSelector": {}}]}, {"networkPolicy.enabled": False}])
+def test_the_s3_server_is_scraped_by_those_that_may_reach_it(policy):
+    found = Rendered({**MONITORING, **policy})
+    monitor = found.get("ServiceMonitor", "")["spec"]
+    endpoint = {"port": "s3", "path": "/minio/v2/metrics/cluster", "interval": "15s", "relabelings": relabelings("service")}
+    assert monitor["endpoints"][1:] == [endpoint] and "minio" in monitor["selector"]["matchExpressions"][0]["values"]
+    assert "s3" in [port["name"] for port in found.get("Service", "-minio")["spec"]["ports"]]
+    assert found.env("StatefulSet", "-minio")["MINIO_PROMETHEUS_AUTH_TYPE"] == "public"
+    for rendered in (found, Rendered(policy)):
+        rules = [
+            rule for each in rendered.of("NetworkPolicy") if each["metadata"]["name"].endswith("-minio") for rule in each["spec"]["ingress"]
+        ]
+        opened = [{"ports": [{"port": 9000}], "from": [{"namespaceSelector": {}}]}] if rendered is found and rules else []
+        assert rules[1:] == opened
+
+
+def test_the_prometheus_rule_holds_the_rules_file_and_leads_to_the_runbook():
+    text = (CHART / "files/rules.yaml").read_text()
+    assert Rendered(MONITORING).get("PrometheusRule", "")["spec"] == yaml.safe_load(text)
+    elsewhere = "https://git.example.com/runbook.md"
+    found = Rendered({**MONITORING, "monitoring.prometheusRule.runbook": elsewhere}).get("PrometheusRule", "")["spec"]
+    urls = [rule["annotations"]["runbook_url"] for group in found["groups"] for rule in group["rules"] if "alert" in rule]
+    assert urls and all(url.startswith(f"{elsewhere}#memtail") for url in urls)
+
+
+def test_dashboards_are_taken_as_they_are(tmp_path):
+    found = Rendered(MONITORING)
     boards = {name: text for each in found.of("ConfigMap") for name, text in each["data"].items() if name.endswith(".json")}
     assert boards == {path.name: path.read_text() for path in (CHART / "files/dashboards").iterdir()}
     assert all(len(text) < 1 << 20 for text in boards.values())  # what a ConfigMap holds
     chart = Path(shutil.copytree(CHART, tmp_path / "memtail"))
-    shutil.rmtree(chart / "files")
+    shutil.rmtree(chart / "files/dashboards", ignore_errors=True)
     without = Rendered(MONITORING, chart)
-    assert not without.of("PrometheusRule") and not [each for each in without.of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
+    assert not [each for each in without.of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
     (chart / "files/dashboards").mkdir(parents=True)
     for name in ("one.json", "Two_2.json"):
         (chart / "files/dashboards" / name).write_text('{"title": "{{ instance }}"}\n')

@@ -10,23 +10,21 @@ from typing import Any
 import urllib3
 import yaml
 
-from tests.integration.servers import free_port, server_binary
-from tests.services.cluster import Service
+from tests.integration.servers import MinioServer, free_port, server_binary
+from tests.services.cluster import PROJECT, Service
 
 
 class PrometheusServer:
-    """Scrapes services as services/monitoring/prometheus.yml does, each with its name as the label `service`."""
+    """Does what services/monitoring/prometheus.yml says every second, with services and an S3 server that are on this machine."""
 
-    def __init__(self, folder: Path, services: Iterable[Service]) -> None:
-        self._folder, self._services = folder, services
+    def __init__(self, folder: Path, services: Iterable[Service], minio: MinioServer) -> None:
+        self._folder, self._services, self._minio = folder, services, minio
         self._url = f"http://127.0.0.1:{free_port()}"
         self._http = urllib3.PoolManager(retries=False)
 
     def __enter__(self) -> "PrometheusServer":
-        targets = [{"targets": [f"127.0.0.1:{service.port}"], "labels": {"service": service.name}} for service in self._services]
-        scrape = {"job_name": "memtail", "static_configs": targets}
         config = self._folder / "prometheus.yml"
-        config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}))
+        config.write_text(yaml.safe_dump(self._config()))
         command = [server_binary("prometheus"), f"--config.file={config}", f"--storage.tsdb.path={self._folder / 'data'}"]
         log = self._folder / "prometheus.log"
         with log.open("wb") as output:
@@ -42,6 +40,18 @@ class PrometheusServer:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.wait()
+
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = yaml.safe_load((PROJECT / "services/monitoring/prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["rule_files"] = [str(PROJECT / "helm/memtail/files/rules.yaml")]
+        memtail, minio, _ = config["scrape_configs"]
+        del memtail["dns_sd_configs"]
+        memtail["static_configs"] = [
+            {"targets": [f"127.0.0.1:{service.port}"], "labels": {"service": service.name}} for service in self._services
+        ]
+        minio["static_configs"][0]["targets"] = [f"127.0.0.1:{self._minio.port}"]
+        return config
 
     def _ready(self) -> bool:
         with contextlib.suppress(urllib3.exceptions.HTTPError):

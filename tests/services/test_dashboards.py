@@ -27,8 +27,13 @@ TRIALS, PER_SHARD = 64, 4
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.iterdir())}
 RULES = yaml.safe_load((FOLDER.parent / "rules.yaml").read_text())
 # What a machine without a GPU and without a Kubernetes cluster has no values of.
-EMPTY = {"memtail_device_": "there is no GPU", "memtail_fleet_": "there is no cluster", "namespace)": "only a cluster has namespaces"}
-SELECTED = {"$namespace": ".*", "${namespace}": ".*", "$experiment": "digits", "$__rate_interval": "5s"}
+EMPTY = {
+    "memtail_device_": "there is no GPU",
+    "memtail_fleet_": "there is no cluster",
+    "kubelet_": "there is no cluster",
+    "label_values(memtail_build_info, namespace)": "only a cluster has namespaces",
+}
+SELECTED = {"$namespace": ".*", "${namespace}": ".*", "$experiment": "digits", "$__rate_interval": "10s"}
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
     spec = {
         "name": "digits",
         "dataset": {"name": "digits"},
-        "model": {"name": "tests.services.models:faulty", "how": "raise"},
+        "model": {"name": "tests.services.models:faulty", "options": {"how": "raise"}},
         "training": {"epochs": 40},
         "subsets": {"trials": TRIALS},
         "execution": {"trials_per_shard": PER_SHARD, "device": "cpu"},
     }
     with Cluster(folder, minio, FAULT_FOLDER=str(faults)) as cluster:
         services = [cluster.start(name) for name in ("dispatcher", "aggregator", "worker", "worker")]
-        with PrometheusServer(folder, services) as prometheus:
+        with PrometheusServer(folder, services, minio) as prometheus:
             began = time.time()
             archive = cluster.submit(Experiment.parse(spec), digits)
             broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
@@ -94,11 +99,12 @@ def test_every_query_of_a_dashboard_has_data_or_a_reason_to_have_none(run: Run, 
     assert with_data == expected
 
 
-def test_every_series_that_a_rule_looks_at_is_there_or_has_a_reason_not_to_be(run: Run) -> None:
+def test_every_series_that_a_rule_looks_at_or_records_is_there_or_has_a_reason_not_to_be(run: Run) -> None:
     rules = [rule for group in RULES["groups"] for rule in group["rules"]]
-    for rule in rules:
-        for selector in selectors(run.prometheus.ask("parse_query", query=rule["expr"])):
-            assert bool(run.series(selector)) != any(part in selector for part in EMPTY), f"{rule}: {selector}"
+    looked_at = {selector for rule in rules for selector in selectors(run.prometheus.ask("parse_query", query=rule["expr"]))}
+    looked_at |= {rule["record"] for rule in rules if "record" in rule}
+    with_data = {selector: bool(run.series(selector)) for selector in looked_at}
+    assert with_data == {selector: not any(part in selector for part in EMPTY) for selector in looked_at}
 
 
 def selectors(node: Any) -> Iterator[str]:
@@ -107,7 +113,7 @@ def selectors(node: Any) -> Iterator[str]:
         for part in node:
             yield from selectors(part)
     elif isinstance(node, dict):
-        if node.get("type") == "vectorSelector":
+        if node.get("type") in ("vectorSelector", "matrixSelector"):
             yield "{" + ", ".join(f"{each['name']}{each['type']}{json.dumps(each['value'])}" for each in node["matchers"]) + "}"
         for part in node.values():
             yield from selectors(part)

@@ -302,3 +302,17 @@ matchExpressions:
 {{- get (dict "http" 80 "https" 443 "redis" 6379 "rediss" 6379) $parts.scheme | default (index . 1) -}}
 {{- end -}}
 {{- end }}
+
+{{/* What all series of a target say: its service and its release. Takes what Prometheus finds targets by, service or pod. */}}
+{{- define "memtail.relabelings" -}}
+- {sourceLabels: [__meta_kubernetes_{{ . }}_label_app_kubernetes_io_component], targetLabel: service}
+- {sourceLabels: [__meta_kubernetes_{{ . }}_label_app_kubernetes_io_instance], targetLabel: release}
+{{- end }}
+
+{{/* Whether the S3 server is scraped. Its metrics are on the port of the objects, which is not opened to everybody for that. */}}
+{{- define "memtail.minioScraped" -}}
+{{- $policy := .Values.networkPolicy -}}
+{{- if and .Values.minio.enabled .Values.monitoring.serviceMonitor.enabled (or $policy.metricsFrom (not $policy.enabled)) -}}
+true
+{{- end -}}
+{{- end }}

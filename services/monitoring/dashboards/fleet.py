@@ -141,7 +141,8 @@ def fleet() -> dashboard.Dashboard:
             ),
             course(
                 "Phases of a trial",
-                "Mean seconds of each phase, of the shards in which they are measured. Together they are the seconds of a trial.",
+                "Mean seconds of each phase, of the shards in which they are measured. What is missing to the seconds of a trial goes "
+                "into building networks and starting up.",
                 "s",
                 (f"{_BY_PHASE.format('sum')} / {_BY_PHASE.format('count')}", "{{phase}}"),
                 stacked=True,

@@ -104,7 +104,7 @@ def course(
     """Values over time.
 
     Args:
-        limit: above it, or below it where `least` is not 0, something deserves a look; a dashed line.
+        limit: beyond it something deserves a look; a dashed line.
         dashed: a regular expression of the series to draw with dashes: what is predicted or wanted.
         colors: of series whose names say whether they are good or bad.
     """

@@ -4,8 +4,7 @@ from grafana_foundation_sdk.builders import dashboard
 
 from services.monitoring.dashboards.parts import GREEN, RED, Rows, course, listing, number, page
 
-# A target that has shown memtail's metrics within a day is one of its services, whatever Prometheus calls it.
-_OURS = "and on (job, instance) last_over_time(memtail_build_info{NAMESPACE}[1d])"
+_OURS = '{NAMESPACE, service=~"dispatcher|aggregator|worker"}'
 _NAME = "{{service}} {{instance}}"
 _LEADERS = "sum(memtail_dispatcher_leader{NAMESPACE})"
 
@@ -21,10 +20,9 @@ def service() -> dashboard.Dashboard:
         "Does all run?": [
             number(
                 "Services down",
-                "Dispatchers, aggregators and workers that answered within a day and do not now. A worker that has ended counts only while "
-                "Prometheus still looks for it.",
+                "Dispatchers, aggregators and workers that Prometheus looks for, and that do not answer.",
                 "none",
-                (f"sum((1 - up{{NAMESPACE}}) {_OURS})", ""),
+                (f"sum(1 - up{_OURS})", ""),
                 thresholds=((None, GREEN), (1, RED)),
             ),
             number(
@@ -136,7 +134,17 @@ def service() -> dashboard.Dashboard:
                 "Objects read and written.",
                 "Bps",
                 ("sum by (direction) (rate(memtail_store_bytes_total{NAMESPACE}[$__rate_interval]))", "{{direction}}"),
-                width=12,
+            ),
+            course(
+                "Free disk of the S3 server",
+                "When none is left no trial can be committed. Only of a server that says so in MinIO's way.",
+                "percentunit",
+                (
+                    "min(minio_cluster_capacity_usable_free_bytes{NAMESPACE} / minio_cluster_capacity_usable_total_bytes{NAMESPACE})",
+                    "free",
+                ),
+                most=1,
+                limit=0.1,
             ),
             course(
                 "Broker",
@@ -144,7 +152,6 @@ def service() -> dashboard.Dashboard:
                 "short",
                 ("max(memtail_broker_clients{NAMESPACE})", "connections"),
                 ("max(memtail_broker_queued_messages{NAMESPACE})", "messages"),
-                width=12,
             ),
         ],
         "Processes": [
@@ -152,20 +159,20 @@ def service() -> dashboard.Dashboard:
                 "Up",
                 "1 while a service answers Prometheus, 0 while it does not.",
                 "none",
-                (f"up{{NAMESPACE}} {_OURS}", _NAME),
+                (f"up{_OURS}", _NAME),
                 most=1,
             ),
             course(
                 "Memory",
                 "Of each process that Prometheus asks; a worker's training processes are not in it.",
                 "bytes",
-                (f"process_resident_memory_bytes{{NAMESPACE}} {_OURS}", _NAME),
+                (f"process_resident_memory_bytes{_OURS}", _NAME),
             ),
             course(
                 "CPU",
                 "Cores that each process keeps busy; a worker's training processes are not in it.",
                 "none",
-                (f"rate(process_cpu_seconds_total{{NAMESPACE}}[$__rate_interval]) {_OURS}", _NAME),
+                (f"rate(process_cpu_seconds_total{_OURS}[$__rate_interval])", _NAME),
             ),
             listing(
                 "Builds",
