@@ -77,7 +77,6 @@ class MinioServer:
             "MINIO_BROWSER": "off",
             "MINIO_PROMETHEUS_AUTH_TYPE": "public",
             "MINIO_UPDATE": "off",
-            "MINIO_PROMETHEUS_AUTH_TYPE": "public",
         }
         command = [server_binary("minio"), "server", str(self._folder / "data"), "--address", f"127.0.0.1:{self.port}"]
         if self._certificates:

@@ -469,6 +469,10 @@ def test_the_prometheus_rule_holds_the_rules_file_and_leads_to_the_runbook():
 
 
 def test_dashboards_are_taken_as_they_are(tmp_path):
+    found = Rendered(MONITORING)
+    boards = {name: text for each in found.of("ConfigMap") for name, text in each["data"].items() if name.endswith(".json")}
+    assert boards == {path.name: path.read_text() for path in (CHART / "files/dashboards").iterdir()}
+    assert all(len(text) < 1 << 20 for text in boards.values())  # what a ConfigMap holds
     chart = Path(shutil.copytree(CHART, tmp_path / "memtail"))
     shutil.rmtree(chart / "files/dashboards", ignore_errors=True)
     without = Rendered(MONITORING, chart)
@@ -476,10 +480,10 @@ def test_dashboards_are_taken_as_they_are(tmp_path):
     (chart / "files/dashboards").mkdir(parents=True)
     for name in ("one.json", "Two_2.json"):
         (chart / "files/dashboards" / name).write_text('{"title": "{{ instance }}"}\n')
-    boards = [each for each in Rendered(MONITORING, chart).of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
-    assert [each["metadata"]["name"] for each in boards] == [f"{RELEASE}-memtail-dashboard-{name}" for name in ("two-2", "one")]
-    assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in boards)
-    assert json.loads(boards[1]["data"]["one.json"]) == {"title": "{{ instance }}"}
+    maps = [each for each in Rendered(MONITORING, chart).of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
+    assert [each["metadata"]["name"] for each in maps] == [f"{RELEASE}-memtail-dashboard-{name}" for name in ("two-2", "one")]
+    assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in maps)
+    assert json.loads(maps[1]["data"]["one.json"]) == {"title": "{{ instance }}"}
 
 
 def test_images_are_pulled_from_where_the_values_say():

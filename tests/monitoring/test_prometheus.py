@@ -61,9 +61,9 @@ def prometheus(config: Path, addresses: dict[str, str]) -> Iterator[Callable[...
 
 
 def test_real_services_are_found_under_their_names_and_all_rules_can_be_evaluated(
-    cluster: Cluster,
-    minio: MinioServer,
-    config: Path,  # noqa: F811
+    cluster: Cluster,  # noqa: F811
+    minio: MinioServer,  # noqa: F811
+    config: Path,
 ) -> None:
     services = {name: cluster.start(name) for name in ("dispatcher", "aggregator")}
     addresses = {f"{name}:9100": f"127.0.0.1:{service.port}" for name, service in services.items()}
