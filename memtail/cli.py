@@ -160,7 +160,7 @@ def scores(
 ) -> None:
     """List the published score files, or copy them out."""
     from memtail.scores.fetch import fetch_scores
-    from memtail.scores.publish import latest_version
+    from memtail.scores.pointer import latest_version
     from memtail.storage import keys
 
     opened = open_existing(store)

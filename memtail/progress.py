@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from memtail.archive import MAX_ATTEMPTS, Control, ExperimentArchive, Notice, missing_shards
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import folded, latest_version
 from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
 
@@ -75,7 +75,7 @@ class ExperimentProgress:
     @property
     def ending(self) -> Ending | None:
         """How it ended; None while there is something to wait for."""
-        if not self.missing and self.pointer and _folded(self.pointer) >= self.wanted:
+        if not self.missing and self.pointer and folded(self.pointer["summary"]) >= self.wanted:
             return "published"
         if self.control.state == "cancelled":
             return "cancelled"
@@ -133,7 +133,7 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
     wanted = record.experiment.subsets.trials
     missing = missing_shards(wanted, record.trials_per_shard, committed)
     pointer = latest_version(store, name)
-    all_counted = pointer is not None and _folded(pointer) >= wanted
+    all_counted = pointer is not None and folded(pointer["summary"]) >= wanted
     return ExperimentProgress(
         experiment=name,
         fingerprint=record.fingerprint,
@@ -147,10 +147,6 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
         pointer=pointer,
         notices=archive.notices(),
     )
-
-
-def _folded(pointer: dict[str, Any]) -> int:
-    return int(pointer["summary"]["trials"]) + int(pointer["summary"]["diverged"])
 
 
 def _refused(archive: ExperimentArchive, failed: set[Shard]) -> list[Shard]:

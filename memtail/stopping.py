@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from memtail.estimators import memorization
-from memtail.experiment import SubsetsSpec
+from memtail.experiment import SubsetsSpec, UntilSpec
 from memtail.statistics import Statistics
 
 
@@ -24,11 +24,15 @@ def next_round(subsets: SubsetsSpec, statistics: Statistics) -> int | None:
     until = subsets.until
     if until is None:
         return None
-    errors = memorization(statistics).error if statistics.trials else np.array([np.inf])
-    error = float(np.quantile(np.nan_to_num(errors, nan=np.inf), until.quantile, method="higher"))
-    most = until.most_trials(subsets.fraction)
-    if error <= until.standard_error or subsets.trials >= most:
+    needed, most = trials_needed(until, statistics), until.most_trials(subsets.fraction)
+    if needed <= statistics.trials or subsets.trials >= most:
         return None
-    needed = statistics.trials * (error / until.standard_error) ** 2
     # at least a tenth more, so that few rounds are needed, of which each waits for its slowest shard
     return min(most, max(math.ceil(needed) if math.isfinite(needed) else 0, subsets.trials + subsets.trials // 10 + 1))
+
+
+def trials_needed(until: UntilSpec, statistics: Statistics) -> float:
+    """The trials that the present standard errors say are needed for `until`; infinite while too many examples have no estimate."""
+    errors = memorization(statistics).error if statistics.trials else np.array([np.inf])
+    error = float(np.quantile(np.nan_to_num(errors, nan=np.inf), until.quantile, method="higher"))
+    return statistics.trials * (error / until.standard_error) ** 2 if math.isfinite(error) else math.inf

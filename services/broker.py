@@ -7,6 +7,7 @@ clock of a worker matters.
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import redis
@@ -19,6 +20,9 @@ from services.settings import ServiceError, ServiceSettings
 
 #: The task that workers run.
 TASK = "memtail.train_shard"
+
+#: The header of a message that says when it was sent, by Redis's clock.
+SENT_HEADER = "memtail_sent"
 
 _PREFIX = "memtail:"
 _LEASE = f"{_PREFIX}lease:"
@@ -66,6 +70,22 @@ class Assignment(BaseModel):
     def id(self) -> str:
         """`NAME/FIRST-LAST`: what it is called in the broker and in logs."""
         return f"{self.experiment}/{self.first}-{self.last}"
+
+
+def parse_id(text: str) -> tuple[str, Shard] | None:
+    """The experiment and the shard of an assignment's id; None if it is none."""
+    experiment, _, span = text.rpartition("/")
+    first, _, last = span.partition("-")
+    return (experiment, Shard(int(first), int(last))) if first.isdecimal() and last.isdecimal() else None
+
+
+@dataclass(frozen=True)
+class BrokerLoad:
+    """What Redis has to carry: messages that wait, bytes of memory, connections."""
+
+    waiting: int
+    memory: int
+    clients: int
 
 
 def queue_of(settings: ServiceSettings, experiment: str = "") -> str:
@@ -133,12 +153,19 @@ class Broker:
         """Put assignments into their queues."""
         if not assignments:
             return
+        headers = {SENT_HEADER: self.time()}
         with self._celery.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=5)
             with self._celery.amqp.Producer(connection) as producer:
                 for assignment in assignments:
                     queue = queue_of(self._settings, assignment.experiment)
-                    self._celery.send_task(TASK, kwargs=assignment.model_dump(), queue=queue, producer=producer, retry=False)
+                    options = {"queue": queue, "headers": headers, "producer": producer, "retry": False}
+                    self._celery.send_task(TASK, kwargs=assignment.model_dump(), **options)
+
+    def time(self) -> float:
+        """Seconds since 1970, by Redis's clock."""
+        seconds, microseconds = self.redis.time()
+        return float(seconds) + float(microseconds) / 1e6
 
     def queued(self, queue: str) -> Iterator[Assignment]:
         """The assignments in a queue, which no worker has taken yet; what is not an assignment is passed over."""
@@ -151,6 +178,16 @@ class Broker:
     def waiting(self) -> int:
         """How many messages wait in the queue of the settings' experiment, or of all."""
         return int(self.redis.llen(_PREFIX + queue_of(self._settings)))
+
+    def load(self) -> BrokerLoad:
+        """What Redis has to carry."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for section in ("memory", "clients"):
+            pipeline.info(section)
+        for queue in self.queues():
+            pipeline.llen(_PREFIX + queue)
+        memory, clients, *waiting = pipeline.execute()
+        return BrokerLoad(sum(waiting), memory["used_memory"], clients["connected_clients"])
 
     def clear(self, queue: str) -> None:
         """Take all waiting assignments out of a queue."""

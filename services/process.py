@@ -1,18 +1,21 @@
 """What the service processes have in common: how they start, say that they live, and end."""
 
+import logging
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import structlog
 from prometheus_client import make_wsgi_app
 
 from memtail.errors import MemtailError
-from services.settings import ServiceSettings
+from services.metrics import PASS_SECONDS, PASSES
+from services.settings import ServiceError, ServiceSettings
 
 log = structlog.get_logger()
 
@@ -31,18 +34,21 @@ def start(service: Callable[[ServiceSettings], int | None]) -> None:
 
 
 def configure_logs() -> None:
-    """One line an event on standard error: JSON, or readable on a terminal."""
+    """One line an event on standard error: JSON, or readable on a terminal. Warnings of libraries, too."""
     terminal = sys.stderr.isatty()
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer(pad_event_to=0) if terminal else structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    processors: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
+        structlog.processors.format_exc_info,
+    ]
+    renderer: Any = structlog.dev.ConsoleRenderer(pad_event_to=0) if terminal else structlog.processors.JSONRenderer()
+    structlog.configure(processors=[*processors, renderer], logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = structlog.stdlib.ProcessorFormatter
+    handler.setFormatter(formatter(foreign_pre_chain=processors, processors=[formatter.remove_processors_meta, renderer]))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
 
 
 class _TerminatedError(BaseException):
@@ -51,6 +57,31 @@ class _TerminatedError(BaseException):
 
 def _terminated(*_: Any) -> None:
     raise _TerminatedError
+
+
+def repeat(one_pass: Callable[[], object], seconds: float, beat: Callable[[], None], *outages: type[Exception]) -> NoReturn:
+    """Run a pass of a service's loop for ever, and call `beat` after each.
+
+    Args:
+        one_pass: may raise `MemtailError`, `OSError` or one of `outages`: then it is given up, and made up for by the next.
+        seconds: from the beginning of one to that of the next, at least.
+        beat: the loop has come round.
+        outages: what else is waited out.
+    """
+    for outcome in ("completed", "given up"):
+        PASSES.labels(outcome)
+    waited_out: tuple[type[Exception], ...] = (MemtailError, OSError, *outages)
+    while True:
+        began, outcome = time.monotonic(), "completed"
+        try:
+            one_pass()
+        except waited_out as error:
+            log.warning("pass given up", error=str(error) or type(error).__name__)
+            outcome = "given up"
+        PASSES.labels(outcome).inc()
+        PASS_SECONDS.observe(time.monotonic() - began)
+        beat()
+        time.sleep(max(0.0, began + seconds - time.monotonic()))
 
 
 class Heartbeat:
@@ -75,7 +106,7 @@ class Heartbeat:
 
 
 def serve(port: int, heartbeat: Heartbeat) -> None:
-    """Answer /metrics, /healthz and /readyz from a thread of its own."""
+    """Answer /metrics, /healthz and /readyz from a thread of its own. Raises: ServiceError: the port cannot be had."""
     metrics = make_wsgi_app()
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -91,7 +122,12 @@ def serve(port: int, heartbeat: Heartbeat) -> None:
         start_response("200 OK" if fine else "503 Service Unavailable", [("Content-Type", "text/plain")])
         return [b"ok\n" if fine else b"no pass for too long\n"]
 
-    server = make_server("", port, answer, handler_class=_Quiet)
+    try:
+        server = make_server("", port, answer, handler_class=_Quiet)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ServiceError(f"MEMTAIL_PORT is {port}, which cannot be had ({reason}): give each service here a port of its own") from None
+    os.register_at_fork(after_in_child=server.server_close)  # a child that outlives its parent must not keep the port
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
 

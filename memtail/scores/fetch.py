@@ -49,7 +49,7 @@ def open_scores(store: ObjectStore, name: str) -> Scores:
     """
     if isinstance(store, LocalStore):
         return load_scores(store.path(keys.all_scores(name).rstrip("/")))
-    from memtail.scores.publish import latest_version
+    from memtail.scores.pointer import latest_version
 
     pointer = latest_version(store, name)
     if pointer is None:

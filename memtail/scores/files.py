@@ -30,7 +30,9 @@ from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZA
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
 
-_MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
+#: Thresholds of memorization, and quantiles of its standard errors, that summaries are made of.
+MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
+SE_QUANTILES = (0.5, 0.95, 1.0)
 
 
 def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statistics, dataset: ImageDataset) -> dict[str, Any]:
@@ -67,13 +69,8 @@ def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statisti
 
 def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs) -> dict[str, Any]:
     """The figures that one looks at first; accuracies are means over the trials that count."""
-    counted = [statistics.metrics[trial] for trial in sorted(statistics.metrics) if not statistics.metrics[trial].diverged]
     defined = mem.value[~np.isnan(mem.value)]
     errors = mem.error[~np.isnan(mem.error)]
-
-    def mean(attribute: str) -> float | None:
-        values = [value for entry in counted if (value := getattr(entry, attribute)) is not None]
-        return float(np.mean(values)) if values else None
 
     return {
         "schema": 1,
@@ -84,12 +81,10 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
         "n_train": statistics.n_train,
         "n_test": statistics.n_test,
         "without_estimate": mem.undefined,
-        "in_subset_accuracy": mean("in_subset_accuracy"),
-        "held_out_accuracy": mean("held_out_accuracy"),
-        "test_accuracy": mean("test_accuracy"),
+        **{attribute: mean_accuracy(statistics, attribute) for attribute in ("in_subset_accuracy", "held_out_accuracy", "test_accuracy")},
         "mem_mean": float(defined.mean()) if len(defined) else None,
-        "mem_share_at_least": {f"{step:g}": float((defined >= step).mean()) if len(defined) else None for step in _MEM_STEPS},
-        "mem_se_quantiles": {f"{q:g}": float(np.quantile(errors, q)) if len(errors) else None for q in (0.5, 0.95, 1.0)},
+        "mem_share_at_least": {f"{step:g}": float((defined >= step).mean()) if len(defined) else None for step in MEM_STEPS},
+        "mem_se_quantiles": {f"{q:g}": float(np.quantile(errors, q)) if len(errors) else None for q in SE_QUANTILES},
         "pairs": {
             "mem_threshold": MEM_THRESHOLD,
             "infl_threshold": INFL_THRESHOLD,
@@ -98,6 +93,13 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
             "test_examples": len(np.unique(pairs.test)),
         },
     }
+
+
+def mean_accuracy(statistics: Statistics, attribute: str) -> float | None:
+    """The mean over the trials that count of one of the accuracies in their `TrialMetrics`; None if none has it."""
+    counted = [statistics.metrics[trial] for trial in sorted(statistics.metrics) if not statistics.metrics[trial].diverged]
+    values = [value for entry in counted if (value := getattr(entry, attribute)) is not None]
+    return float(np.mean(values)) if values else None
 
 
 def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: ImageDataset) -> None:

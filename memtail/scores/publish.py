@@ -11,8 +11,9 @@ from memtail.archive import Record
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.scores.files import write_scores
+from memtail.scores.pointer import folded, latest_version
 from memtail.statistics import Statistics
-from memtail.storage import ObjectNotFound, ObjectStore, keys
+from memtail.storage import ObjectStore, keys
 
 #: Versions kept: the one that the pointer names, and the one of fewer trials before it, which a reader may have begun to read.
 KEPT_VERSIONS = 2
@@ -44,20 +45,11 @@ def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset:
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)
     pointer = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "files": files, "summary": summary}
-    if current is not None and _folded(current["summary"]) > _folded(summary) and current["summary"]["fingerprint"] == record.fingerprint:
+    if current is not None and folded(current["summary"]) > folded(summary) and current["summary"]["fingerprint"] == record.fingerprint:
         return summary  # another run, further on, has published
     store.put(keys.latest_scores(name), json.dumps(pointer, indent=1).encode())
     _remove_old(store, name, version)
     return summary
-
-
-def latest_version(store: ObjectStore, name: str) -> dict[str, Any] | None:
-    """The pointer: `version`, `published` (UTC), `files`, `summary`; None if nothing was published."""
-    try:
-        pointer: dict[str, Any] = json.loads(store.get(keys.latest_scores(name)))
-        return pointer if {"version", "published", "files", "summary"} <= pointer.keys() else None
-    except (ObjectNotFound, ValueError, AttributeError):
-        return None  # not there, or damaged: the next publish writes it
 
 
 def versions(store: ObjectStore, name: str) -> list[str]:
@@ -68,10 +60,6 @@ def versions(store: ObjectStore, name: str) -> list[str]:
 def _version(fingerprint: str, statistics: Statistics) -> str:
     outcomes = [[trial, statistics.metrics[trial].diverged] for trial in sorted(statistics.metrics)]
     return f"{statistics.trials:08d}-{hashlib.sha256(f'{fingerprint} {outcomes}'.encode()).hexdigest()[:8]}"
-
-
-def _folded(summary: dict[str, Any]) -> int:
-    return int(summary["trials"]) + int(summary["diverged"])
 
 
 def _remove_old(store: ObjectStore, name: str, current: str) -> None:

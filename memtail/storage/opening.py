@@ -9,34 +9,36 @@ from memtail.storage import ObjectStore
 from memtail.storage.local import LocalStore
 
 if TYPE_CHECKING:
-    from memtail.storage.s3 import S3Store
+    from memtail.storage.s3 import Observer, S3Store
 
 
-def open_store(address: str | Path, *, prove: bool = True) -> ObjectStore:
+def open_store(address: str | Path, *, prove: bool = True, observe: "Observer | None" = None) -> ObjectStore:
     """Open a store.
 
     Args:
         address: a folder, which need not be there yet, or `s3://BUCKET` or `s3://BUCKET/PREFIX` on the server that `S3Settings` names.
         prove: whether to try out first that a bucket keeps the contract, by writing to it. Whoever only reads, perhaps with a key that
             may do no more, need not.
+        observe: is told of each request to a server.
 
     Raises:
         StoreError: it is no address of a store, or its server cannot be used.
     """
     if not is_url(address):
         return LocalStore(address)
-    store = open_bucket(str(address))
+    store = open_bucket(str(address), observe=observe)
     if prove:
         store.prove()
     return store
 
 
-def open_bucket(address: str, patience: float = 120.0, timeout: float = 60.0) -> "S3Store":
+def open_bucket(address: str, patience: float = 120.0, timeout: float = 60.0, observe: "Observer | None" = None) -> "S3Store":
     """Open `s3://BUCKET/PREFIX` without asking its server.
 
     Args:
         address: of the bucket.
         patience, timeout: seconds for which a request is tried, and for which each answer is waited.
+        observe: is told of each request.
 
     Raises:
         StoreError: it cannot be the address of a bucket.
@@ -49,7 +51,7 @@ def open_bucket(address: str, patience: float = 120.0, timeout: float = 60.0) ->
     except ModuleNotFoundError as error:
         raise StoreError(f"{address}: this needs {error.name}, which is not installed: pip install 'memtail[services]'") from None
     bucket, _, prefix = rest.partition("/")
-    return S3Store(bucket, prefix.strip("/"), patience=patience, timeout=timeout)
+    return S3Store(bucket, prefix.strip("/"), patience=patience, timeout=timeout, observe=observe)
 
 
 def is_url(address: str | Path) -> bool:

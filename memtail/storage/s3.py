@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,11 +29,15 @@ from urllib3.exceptions import HTTPError
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.settings import S3Settings
 from memtail.storage import ObjectNotFound, keys
-from memtail.storage.s3_errors import KEY_MEND, PASSING_STATUS, cause_of, error_in, may_pass, mend_of
+from memtail.storage.s3_errors import KEY_MEND, PASSING_STATUS, cause_of, error_in, may_pass, mend_of, outcome_of
 from memtail.storage.whole_file import whole_file
 
 log = structlog.get_logger()
 T = TypeVar("T")
+
+#: Is told of each request, repeated ones too: the operation (get, put, list, head, delete), its outcome (ok, absent, exists, refused,
+#: failed), the seconds it took, and the bytes of an object that it read or wrote.
+Observer = Callable[[str, str, float, int], None]
 
 #: Who wrote an object: a token of one call of `put_if_absent`, by which it knows its own object again.
 _WRITER = "x-amz-meta-writer"
@@ -42,6 +47,18 @@ _PAGE = 1000
 _PRESIGNED_FOR = timedelta(minutes=20)
 _LONGEST_PAUSE = 10.0
 _MOST_PARTS = 10_000
+# What requests are called by what they do.
+_OPERATIONS = {
+    "read": "get",
+    "written": "put",
+    "listed": "list",
+    "looked for": "head",
+    "removed": "delete",
+    "made": "put",
+    "asked for the time": "head",
+}
+# Of what servers, connections and what came over them raise.
+_ERRORS = (MinioException, HTTPError, ParseError, ValueError, KeyError)
 
 
 class _Connection(NamedTuple):
@@ -62,6 +79,7 @@ class S3Store:
         attempts, patience: how often, and for how many seconds, a request is tried before it is given up.
         timeout: seconds to wait for a connection, and for each answer.
         part_size: bytes; larger objects go up in parts of this size, three at a time. At least 5 MiB.
+        observe: is told of each request; it must not raise.
 
     Raises:
         StoreError: the names or settings cannot be those of a store. The server is not asked.
@@ -77,6 +95,7 @@ class S3Store:
         patience: float = 120.0,
         timeout: float = 60.0,
         part_size: int = 16 << 20,
+        observe: Observer | None = None,
     ) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
             raise StoreError(f"'{bucket}' is not the name of a bucket: give s3://BUCKET or s3://BUCKET/PREFIX")
@@ -84,6 +103,7 @@ class S3Store:
         self._prefix = f"{keys.check(prefix)}/" if prefix else ""
         self._settings = settings or S3Settings.from_environment()
         self._attempts, self._patience, self._timeout, self._part_size = attempts, patience, timeout, part_size
+        self._observe = observe
         self._connections: dict[int, _Connection] = {}
         self._connection()
 
@@ -105,7 +125,7 @@ class S3Store:
                     )
                 return response.read(decode_content=False)
 
-        return self._try(key, "read", read)
+        return self._try(key, "read", read, lambda data: ("ok", len(data)))
 
     def put(self, key: str, data: bytes) -> None:
         self._put(key, lambda: io.BytesIO(data), len(data))
@@ -120,12 +140,11 @@ class S3Store:
             raise StoreError(f"store {self.address}: '{key}' cannot be written ({path}: {error.strerror or error})") from error
 
     def download(self, key: str, path: Path) -> None:
-        def copy(connection: _Connection) -> None:
+        def copy(connection: _Connection) -> int:
             with self._opened(connection, key) as response, whole_file(path) as file:
-                for block in response.stream(1 << 20, decode_content=False):
-                    file.write(block)
+                return sum(file.write(block) for block in response.stream(1 << 20, decode_content=False))
 
-        self._try(key, "read", copy)
+        self._try(key, "read", copy, lambda size: ("ok", size))
 
     def list(self, prefix: str) -> Iterator[str]:
         last: str | None = None
@@ -156,7 +175,10 @@ class S3Store:
         yield from sorted(self._try(prefix, "listed", names))
 
     def exists(self, key: str) -> bool:
-        return self._try(key, "looked for", lambda connection: self._writer(connection, key) is not None)
+        def there(connection: _Connection) -> bool:
+            return self._writer(connection, key) is not None
+
+        return self._try(key, "looked for", there, lambda found: ("ok" if found else "absent", 0))
 
     def delete(self, key: str) -> None:
         name = self._name(key)
@@ -191,7 +213,7 @@ class S3Store:
         key, writer = keys.probe(), uuid.uuid4().hex
         next(self.list(key), None)  # says best what is wrong with the bucket, the key or the clock
         first = self._put_new(key, b"first", writer)
-        kept = self._try(key, "read", lambda connection: self._writer(connection, key))
+        kept = self._try(key, "looked for", lambda connection: self._writer(connection, key))
         second = self.put_if_absent(key, b"second")
         self.delete(key)
         for wrong, what in (
@@ -226,7 +248,7 @@ class S3Store:
             if not written.etag:  # the end of an upload in parts may be an error under status 200, which minio passes over
                 raise ServerError("the server did not put the parts together", 500)
 
-        self._try(key, "written", write)
+        self._try(key, "written", write, lambda _: ("ok", size))
 
     def _put_new(self, key: str, data: bytes, writer: str) -> bool:
         """`put_if_absent`. An object that is there after a lost answer, or refuses this one, may be this call's own: `writer` tells.
@@ -256,7 +278,7 @@ class S3Store:
                 raise error_in(response)
             return True
 
-        return self._try(key, "written", write)
+        return self._try(key, "written", write, lambda written: ("ok", len(data)) if written else ("exists", 0))
 
     def _writer(self, connection: _Connection, key: str) -> str | None:
         """Who wrote an object, "" if it does not say; None if there is no object."""
@@ -288,8 +310,30 @@ class S3Store:
         own = self._connections.get(os.getpid())
         return own or self._connections.setdefault(os.getpid(), _connect(self._settings, self._timeout))
 
-    def _try(self, key: str, done: str, action: Callable[[_Connection], T]) -> T:
-        """Run an action, again and again while its failure may pass; `done` is what could not be done, for the error."""
+    def _try(
+        self, key: str, done: str, action: Callable[[_Connection], T], result: Callable[[T], tuple[str, int]] = lambda _: ("ok", 0)
+    ) -> T:
+        """Run an action, again and again while its failure may pass.
+
+        Args:
+            key: of the object, for the error.
+            done: what could not be done, for the error.
+            action: a request or a few, one object's.
+            result: the outcome and the bytes, for who observes, of what the action returns.
+        """
+
+        def observed(connection: _Connection) -> T:
+            began, outcome, size = time.perf_counter(), "ok", 0
+            try:
+                returned = action(connection)
+                outcome, size = result(returned)
+                return returned
+            except _ERRORS as error:
+                outcome = outcome_of(error)
+                raise
+            finally:
+                if self._observe:
+                    self._observe(_OPERATIONS[done], outcome, time.perf_counter() - began, size)
 
         def warn(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
@@ -310,8 +354,8 @@ class S3Store:
             reraise=True,
         )
         try:
-            return retrying(action, self._connection())
-        except (MinioException, HTTPError, ParseError, ValueError, KeyError) as error:
+            return retrying(observed, self._connection())
+        except _ERRORS as error:
             if isinstance(error, S3Error) and error.code == "NoSuchKey":
                 raise ObjectNotFound(f"store {self.address}: there is no '{key}'") from None
             cause, mend = cause_of(error, self._timeout), mend_of(error)

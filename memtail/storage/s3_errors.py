@@ -60,6 +60,14 @@ def may_pass(error: BaseException) -> bool:
     return _status(error) in PASSING_STATUS or (isinstance(error, S3Error) and error.code in _PASSING_CODES)
 
 
+def outcome_of(error: BaseException) -> str:
+    """How a request ended that raised this: "absent" (there is no such object), "refused", or "failed", which may pass."""
+    if isinstance(error, S3Error) and error.code == "NoSuchKey":
+        return "absent"
+    status = _status(error)
+    return "failed" if may_pass(error) or status is None or status >= 500 else "refused"
+
+
 def cause_of(error: BaseException, timeout: float) -> str:
     """What went wrong, in a few words of one line, which hold no URL: a signature may be in it."""
     if isinstance(error, S3Error):

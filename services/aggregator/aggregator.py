@@ -3,25 +3,36 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from memtail.archive import ExperimentArchive, Notice, Record, experiment_names
 from memtail.datasets import ImageDataset
 from memtail.datasets.staging import fetch
 from memtail.errors import ForeignObjectError, MemtailError
+from memtail.progress import progress_of
+from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.settings import Settings
 from memtail.statistics import Statistics
 from memtail.stopping import next_round
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
+from services.aggregator.measures import experiment_series, show_scores, show_statistics
+from services.aggregator.metrics import FOLD_SECONDS, PUBLISH_SECONDS, REFUSED
+from services.process import repeat
 from services.settings import ServiceSettings
 
 log = structlog.get_logger()
 
 # Between two listings of an experiment's batches passes so many times what one takes.
 _LISTING_SHARE = 5
+# Between two looks at what the statistics say, which takes long for many examples, the same.
+_SHOWING_SHARE = 20
+# Seconds without a new trial after which it is looked whether an experiment has ended, and after which it is looked again.
+_QUIET = 60.0
 
 
 @dataclass
@@ -32,6 +43,10 @@ class Folded:
         refused: the batches that are none, with the reason.
         published: trials, diverged ones included, in the scores that are published; and when that was, by the monotonic clock.
         list_at: when batches are to be listed again, by the same clock.
+        pointer: to the published scores.
+        shown: the trials folded and asked for that the metrics show; from `show_at` on they may show others.
+        came: how many trials were folded when something last came, or its end was last looked for, and when that was.
+        ended: what was found then.
     """
 
     record: Record
@@ -43,6 +58,11 @@ class Folded:
     published_at: float = float("-inf")
     list_at: float = 0.0
     notice: Notice | None = None
+    pointer: dict[str, Any] | None = None
+    shown: tuple[int, int] = (-1, 0)
+    show_at: float = 0.0
+    came: tuple[int, float] = (-1, 0.0)
+    ended: bool = False
 
     @property
     def trials(self) -> int:
@@ -65,28 +85,25 @@ class Aggregator:
 
     def __init__(self, store: ObjectStore, settings: ServiceSettings) -> None:
         self._store, self._settings = store, settings
+        self._series = experiment_series()
         self.experiments: dict[str, Folded] = {}
 
     def run(self, beat: Callable[[], None]) -> None:
         """Fold and publish for ever, and call `beat` after each pass; an outage of the bucket is waited out."""
-        while True:
-            began = time.monotonic()
-            try:
-                self.catch_up()
-            except (MemtailError, OSError) as error:
-                log.warning("pass given up", error=str(error))
-            beat()
-            time.sleep(max(0.0, began + self._settings.reconcile_seconds - time.monotonic()))
+        repeat(self.catch_up, self._settings.reconcile_seconds, beat)
 
     def catch_up(self) -> None:
         """Fold what has arrived since the last call, and publish where it is time."""
         names = experiment_names(self._store)
         self.experiments = {name: folded for name, folded in self.experiments.items() if name in names}
+        self._series.keep_only(names)
         for name in names:
-            try:
-                self._catch_up(name)
-            except MemtailError as error:
-                log.error("experiment passed over", experiment=name, error=str(error))
+            with bound_contextvars(experiment=name):
+                try:
+                    self._catch_up(name)
+                except MemtailError as error:
+                    log.error("experiment passed over", error=str(error))
+        self._series.expire()
 
     def _catch_up(self, name: str) -> None:
         archive = ExperimentArchive(self._store, name)
@@ -96,6 +113,7 @@ class Aggregator:
             settings = Settings()
             dataset = fetch(self._store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit)
             folded = self.experiments[name] = Folded(record, dataset, Statistics(record.n_train, record.n_test))
+            folded.pointer = latest_version(self._store, name)
         folded.record = record
         if time.monotonic() >= folded.list_at:
             began = time.monotonic()
@@ -104,9 +122,12 @@ class Aggregator:
             folded.list_at = time.monotonic() + _LISTING_SHARE * (time.monotonic() - began)
             for shard in committed:
                 if shard not in folded.shards:
-                    self._fold(archive, folded, shard)
+                    with FOLD_SECONDS.time():
+                        self._fold(archive, folded, shard)
                     self._extend_or_publish(archive, folded)
+                    self._show(folded)
         self._extend_or_publish(archive, folded)
+        self._show(folded)
 
     def _fold(self, archive: ExperimentArchive, folded: Folded, shard: Shard) -> None:
         try:
@@ -120,7 +141,7 @@ class Aggregator:
     def _refuse(self, archive: ExperimentArchive, folded: Folded, shard: Shard, reason: str) -> None:
         if folded.refused.get(shard) == reason:
             return
-        log.error("trial batch refused", experiment=archive.name, shard=str(shard), reason=reason)
+        log.error("trial batch refused", shard=str(shard), reason=reason)
         if not any(failure.shard == shard and failure.error == reason for failure in archive.failures()):
             archive.record_failure(shard, reason)
         folded.refused[shard] = reason
@@ -129,7 +150,7 @@ class Aggregator:
         # in this order: nobody is to take a round's scores for the end
         if folded.complete and (more := next_round(folded.record.experiment.subsets, folded.statistics)):
             folded.record = archive.extend(more)
-            log.info("extended", experiment=archive.name, trials=more)
+            log.info("extended", trials=more)
         if self._due(folded):
             self._publish(folded)
         self._give_notice(archive, folded)
@@ -151,6 +172,32 @@ class Aggregator:
         return folded.complete or new >= self._settings.publish_trials or waited >= self._settings.publish_seconds
 
     def _publish(self, folded: Folded) -> None:
-        summary = publish(self._store, folded.record, folded.statistics, folded.dataset)
+        with PUBLISH_SECONDS.time():
+            summary = publish(self._store, folded.record, folded.statistics, folded.dataset)
         folded.published, folded.published_at = folded.trials, time.monotonic()
-        log.info("published", experiment=folded.record.experiment.name, trials=summary["trials"], complete=folded.complete)
+        folded.pointer = latest_version(self._store, folded.record.experiment.name)
+        log.info("published", trials=summary["trials"], complete=folded.complete)
+
+    def _show(self, folded: Folded) -> None:
+        name = folded.record.experiment.name
+        self._series.note(name, self._has_ended(folded))
+        if name not in self._series.shown:
+            return
+        show_scores(name, folded.pointer)
+        REFUSED.labels(name).set(len(folded.refused))
+        state = folded.trials, folded.record.experiment.subsets.trials
+        if state != folded.shown and (began := time.monotonic()) >= folded.show_at:
+            show_statistics(name, folded.record.experiment.subsets, folded.statistics)
+            folded.shown, folded.show_at = state, time.monotonic() + _SHOWING_SHARE * (time.monotonic() - began)
+
+    def _has_ended(self, folded: Folded) -> bool:
+        """Whether nothing is to come: looked for in the bucket only where nothing has come for a while."""
+        if folded.complete:
+            return folded.published == folded.trials or folded.statistics.trials == 0
+        now = time.monotonic()
+        if folded.trials != folded.came[0]:
+            folded.came, folded.ended = (folded.trials, now), False
+        elif now - folded.came[1] >= _QUIET:
+            folded.came = folded.trials, now
+            folded.ended = progress_of(self._store, folded.record.experiment.name).ending is not None
+        return folded.ended

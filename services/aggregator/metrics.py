@@ -22,7 +22,9 @@ MEMORIZED = Gauge(
 HISTOGRAM = Gauge("memtail_memorization_examples", "Training examples by memorization, from `bin` on, 0.05 wide", ["experiment", "bin"])
 PAIRS = Gauge("memtail_high_influence_pairs", "High-influence pairs in the published scores", ["experiment"])
 PUBLISHED = Gauge("memtail_scores_published_timestamp_seconds", "When scores were published last; a Unix time", ["experiment"])
-PUBLISHED_TRIALS = Gauge("memtail_scores_published_trials", "Trials that the published scores count", ["experiment"])
+PUBLISHED_TRIALS = Gauge(
+    "memtail_scores_published_trials", "Trials that the published scores are of, diverged ones included", ["experiment"]
+)
 REFUSED = Gauge("memtail_batches_refused", "Trial batches that cannot be counted", ["experiment"])
 FOLD_SECONDS = Histogram("memtail_fold_seconds", "Seconds to read a trial batch and fold it", buckets=LONG_BUCKETS)
 PUBLISH_SECONDS = Histogram("memtail_publish_seconds", "Seconds to write and publish a version of the scores", buckets=LONG_BUCKETS)

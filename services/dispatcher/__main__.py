@@ -6,6 +6,7 @@ from services.broker import Broker
 from services.dispatcher.dispatcher import Dispatcher
 from services.dispatcher.fleet import Fleet
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
+from services.metrics import count_request
 from services.process import Heartbeat, serve, start
 from services.settings import ServiceSettings
 
@@ -13,7 +14,7 @@ from services.settings import ServiceSettings
 def _dispatch(settings: ServiceSettings) -> None:
     heartbeat = Heartbeat(patience=300)
     serve(settings.port, heartbeat)
-    store = open_store(settings.store)
+    store = open_store(settings.store, observe=count_request)
     dispatcher = Dispatcher(store, Broker(settings), settings, _fleet(settings, store) if settings.fleet else None)
     try:
         dispatcher.run(heartbeat.beat)

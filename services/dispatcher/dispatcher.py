@@ -10,17 +10,21 @@ from itertools import islice
 import redis
 import structlog
 from kombu.exceptions import OperationalError
+from structlog.contextvars import bound_contextvars
 
 from memtail.archive import ExperimentArchive, experiment_names
 from memtail.errors import MemtailError
 from memtail.experiment import WorkersSpec
+from memtail.scores.pointer import folded, latest_version
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
-from services.broker import Assignment, Broker, queue_of
+from services.broker import Assignment, Broker, parse_id, queue_of
 from services.dispatcher import metrics
 from services.dispatcher.fleet import Fleet
+from services.dispatcher.measures import Measures, Standing
 from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
 from services.dispatcher.worker_jobs import Demand
+from services.process import repeat
 from services.settings import ServiceSettings
 
 log = structlog.get_logger()
@@ -30,6 +34,8 @@ log = structlog.get_logger()
 _ON_THE_WAY = 0.25
 # Batches that a pass lists; a listing of more goes on in the next passes.
 _LISTED_AT_ONCE = 5000
+# Single batches that a pass looks for; when more shards end at once, as when Redis comes back empty, batches are listed.
+_LOOKED_FOR_AT_ONCE = 500
 
 
 class Dispatcher:
@@ -51,24 +57,35 @@ class Dispatcher:
         self._unreadable: set[str] = set()
         self._waited: dict[str, float] = {}  # when each assignment was last seen in the queue
         self._leased: set[str] = set()
+        self._starts: dict[str, int] = {}
+        self._measures = Measures()
         self.plan: Plan | None = None
 
     def run(self, beat: Callable[[], None]) -> None:
         """Reconcile for ever, and call `beat` after each pass; an outage of the bucket or the broker is waited out."""
-        while True:
-            began = time.monotonic()
-            try:
-                if self._broker.lead(self._holder):
-                    self.reconcile()
-            except (redis.RedisError, OperationalError, MemtailError, OSError) as error:
-                log.warning("pass given up", error=str(error) or type(error).__name__)
-            beat()
-            time.sleep(max(0.0, began + self._settings.reconcile_seconds - time.monotonic()))
+        repeat(self._act_if_leader, self._settings.reconcile_seconds, beat, redis.RedisError, OperationalError)
 
     def stop(self) -> None:
         """Let another dispatcher lead at once."""
         with suppress(redis.RedisError):
             self._broker.step_down(self._holder)
+
+    def _act_if_leader(self) -> None:
+        leads = False
+        try:
+            leads = self._broker.lead(self._holder)
+        finally:
+            metrics.LEADER.set(leads)
+        load = self._broker.load()
+        metrics.QUEUED.set(load.waiting)
+        metrics.BROKER_MEMORY.set(load.memory)
+        metrics.BROKER_CLIENTS.set(load.clients)
+        if leads:
+            self.reconcile()
+        else:
+            self._measures.hide()
+            if self._fleet:
+                self._fleet.hide()
 
     def reconcile(self) -> Plan:
         """One pass."""
@@ -77,8 +94,9 @@ class Dispatcher:
         leased, starts = self._broker.leased(), self._broker.starts()
         ended = self._leased - leased
         taken = self._taken({assignment.id for assignment in queued}, leased, ended)
+        self._measures.expired(id_ for id_ in ended if starts.get(id_, 0) >= self._starts.get(id_, 1))
         self._read_bucket(taken | ended)
-        self._leased = leased
+        self._leased, self._starts = leased, starts
         views: dict[str, list[View]] = {queue: [] for queue in waiting}
         for known in self._experiments.values():
             views.setdefault(queue_of(self._settings, known.name), []).append(known.view)
@@ -89,15 +107,16 @@ class Dispatcher:
                 self._record_lost(assignment, starts[assignment.id])
             if plan.clear:
                 self._broker.clear(queue)
+                self._measures.taken_back(waiting.pop(queue, []))
             self._broker.send(plan.send)
+            self._measures.sent(plan.send)
         self.plan = Plan.of_all(plans.values())
         if self.plan.send or self.plan.lost:
             counts = {"shards": len(self.plan.send), "lost": len(self.plan.lost), "queued": len(queued), "leased": len(leased)}
             log.info("sent", **counts, cleared=self.plan.clear)
-        metrics.OUTSTANDING.clear()
-        for name, outstanding in self.plan.outstanding.items():
-            if outstanding:
-                metrics.OUTSTANDING.labels(name).set(outstanding)
+        still_queued = {assignment.id for queue in (*waiting.values(), self.plan.send) for assignment in queue}
+        standings = [known.standing(self.plan) for known in self._experiments.values()]
+        self._measures.show(standings, self._unreadable, leased, still_queued | taken)
         if self._fleet:
             self._fleet.reconcile([known.demand(self.plan) for known in self._experiments.values()], self._unreadable)
         return self.plan
@@ -114,12 +133,13 @@ class Dispatcher:
         self._experiments = {name: self._experiments.get(name) or _Known(self._store, name) for name in names}
         self._unreadable = set()
         for known in list(self._experiments.values()):
-            try:
-                known.refresh(self._settings.resync_seconds, ended)
-            except MemtailError as error:
-                log.error("experiment passed over", experiment=known.name, error=str(error))
-                del self._experiments[known.name]
-                self._unreadable.add(known.name)
+            with bound_contextvars(experiment=known.name):
+                try:
+                    known.refresh(self._settings.resync_seconds, ended)
+                except MemtailError as error:
+                    log.error("experiment passed over", error=str(error))
+                    del self._experiments[known.name]
+                    self._unreadable.add(known.name)
 
     def _record_lost(self, assignment: Assignment, starts: int) -> None:
         error = f"{starts} workers vanished while they trained it: killed with their whole container, or cut off"
@@ -136,6 +156,8 @@ class _Known:
         self._archive = ExperimentArchive(store, name)
         self._trials = 0
         self._missing: dict[Shard, None] = {}  # in order, and quick to find and to remove
+        self._missing_trials = 0
+        self._settled = 0  # of so many trials it is known that the scores are published, or will never be
         self._listed = float("-inf")
         self._listing: Iterator[Shard] | None = None  # in progress, with what it has found
         self._found: set[Shard] = set()
@@ -150,10 +172,14 @@ class _Known:
         """
         record, control, attempts = self._archive.record(), self._archive.control(), self._archive.attempts()
         trials = record.experiment.subsets.trials
-        for name, _, span in (assignment.rpartition("/") for assignment in ended):
-            shard = Shard(*map(int, span.split("-")))
-            if name == self.name and shard in self._missing and self._archive.is_committed(shard):
+        theirs = [shard for name, shard in filter(None, map(parse_id, ended)) if name == self.name]
+        if len(theirs) > _LOOKED_FOR_AT_ONCE:
+            self._listed = float("-inf")
+            theirs = []
+        for shard in theirs:
+            if shard in self._missing and self._archive.is_committed(shard):
                 del self._missing[shard]
+                self._missing_trials -= len(shard.trials)
                 self._found.add(shard)
         if self._listing is None and (time.monotonic() - self._listed >= resync_seconds or trials != self._trials):
             self._listing, self._found = self._archive.iterate_committed(), set()
@@ -162,9 +188,25 @@ class _Known:
             self._found.update(part)
             if not self._trials or len(part) < _LISTED_AT_ONCE:
                 self._missing = dict.fromkeys(shards_missing(trials, record.trials_per_shard, self._found))
+                self._missing_trials = sum(len(shard.trials) for shard in self._missing)
                 self._listing, self._listed, self._trials = None, time.monotonic(), trials
+        if not self._missing and self._settled != self._trials and self._is_settled():
+            self._settled = self._trials
         self.view = View(self.name, record.fingerprint, self._missing, control, attempts)
         self._workers = record.experiment.execution.workers
+
+    def _is_settled(self) -> bool:
+        """Whether all trials are in the published scores, or a notice says that there will be none."""
+        pointer = latest_version(self._archive.store, self.name)
+        if pointer and folded(pointer["summary"]) >= self._trials:
+            return True
+        return any(notice.final for notice in self._archive.notices().values())
+
+    def standing(self, plan: Plan) -> Standing:
+        """How it stands after a pass."""
+        outstanding, dead = plan.outstanding[self.name], plan.dead[self.name]
+        finished = not outstanding and (bool(dead) or self._settled == self._trials)
+        return Standing(self.view, self._trials, self._missing_trials, outstanding, dead, finished)
 
     def demand(self, plan: Plan) -> Demand:
         """The workers that it could use."""

@@ -117,6 +117,7 @@ class Fleet:
     def __init__(self, settings: FleetSettings, cluster: Cluster, store: ObjectStore) -> None:
         self._settings, self._cluster, self._store = settings, cluster, store
         self._notices: dict[str, Notice | None] = {}
+        self._shown: set[str] = set()  # the experiments whose workers the metrics show
 
     def reconcile(self, demands: list[Demand], unknown: set[str]) -> None:
         """One pass. What the API server refuses now is tried again by the next.
@@ -143,8 +144,18 @@ class Fleet:
             changes = scale(goal, known, cancelled, elastic=not self._settings.queue_name)
             self._change(changes, {each.experiment: each for each in demands})
             self._tell(demands, goal, sets, pods, refused)
+            self._keep_only({demand.experiment for demand in demands} | unknown)
         except ClusterError as error:
             log.warning("workers left as they are", error=str(error))
+
+    def hide(self) -> None:
+        """Another dispatcher acts, and shows the workers."""
+        self._keep_only(set())
+
+    def _keep_only(self, experiments: set[str]) -> None:
+        for name in self._shown - experiments:
+            metrics.WORKERS.remove_by_labels({"experiment": name})
+        self._shown &= experiments
 
     def _observe(self) -> tuple[list[WorkerSet], dict[str, list[Pod]]]:
         jobs, pods = self._cluster.jobs(), self._cluster.pods()
@@ -185,15 +196,17 @@ class Fleet:
         pods: dict[str, list[Pod]],
         refused: dict[str, str],
     ) -> None:
-        metrics.WORKERS.clear()
         for name in [demand.experiment for demand in demands]:
             theirs = [each for each in sets if each.experiment == name]
             troubles = dict.fromkeys(pod.trouble for pod in pods.get(name, []) if pod.trouble)
             running, workers = sum(each.running for each in theirs), sum(each.workers for each in theirs)
             failed = sum(pod.phase == "Failed" for pod in pods.get(name, []))
             if goal[name] or workers or failed:
+                self._shown.add(name)
                 for state, count in (("wanted", goal[name]), ("running", running), ("pending", workers - running), ("failed", failed)):
                     metrics.WORKERS.labels(name, state).set(count)
+            else:
+                self._keep_only(self._shown - {name})
             lines = [refused[name]] if name in refused else []
             if goal[name] or workers:
                 lines.append(f"{running} workers run, {workers - running} are to start, {goal[name]} are wanted")

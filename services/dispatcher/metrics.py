@@ -4,7 +4,11 @@ from prometheus_client import Counter, Gauge
 
 EXPERIMENTS = Gauge("memtail_experiments", "Experiments: running, paused, cancelled, finished, or unreadable", ["state"])
 TRIALS = Gauge("memtail_trials", "Trials of an experiment: waiting, queued, training, committed, or dead", ["experiment", "state"])
-OUTSTANDING = Gauge("memtail_shards_outstanding", "Shards neither committed nor given up: they wait, or are being trained", ["experiment"])
+OUTSTANDING = Gauge(
+    "memtail_shards_outstanding",
+    "Shards to be trained, or being trained: neither committed nor given up; 0 while an experiment is paused or cancelled",
+    ["experiment"],
+)
 COMPLETION = Gauge(
     "memtail_completion_timestamp_seconds", "When all trials will be committed, as the last minutes went; a Unix time", ["experiment"]
 )

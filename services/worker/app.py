@@ -1,7 +1,8 @@
 """The Celery worker: messages to `Trainer`, one process per device, and what happens when a process dies.
 
 The parent process never imports torch, since a CUDA context does not survive a fork. Children cannot tell that the worker is told to stop
-(SIGTERM comes to the parent), so the parent raises a flag in shared memory, which they look at between steps.
+(SIGTERM comes to the parent), so the parent raises a flag in shared memory, which they look at between steps. Metrics and health checks are
+the parent's; its threads log nothing, since a lock of theirs might be held while a process is forked.
 """
 
 import os
@@ -9,6 +10,7 @@ import socket
 import time
 import uuid
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,13 @@ from memtail.errors import MemtailError
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore
 from memtail.storage.opening import open_store
-from services.broker import TASK, Assignment, Broker, celery_app
+from services.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
+from services.healthy import PATIENCE
+from services.process import Heartbeat, serve
 from services.settings import ServiceSettings
-from services.worker.heartbeat import HeartbeatFile
+from services.worker.heartbeat import ConsumerHeartbeat
+from services.worker.measures import DIED, Measures
+from services.worker.reports import Reports
 from services.worker.training import Outcome, Trainer
 from services.worker.watchdog import Watchdog
 
@@ -45,23 +51,28 @@ class Worker:
         self._settings, self._devices = settings, devices
         self._name = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._stopping = Value("b", 0)
-        self._store: ObjectStore = open_store(settings.store)
+        self._reports = Reports()
+        self._health = Heartbeat(PATIENCE)
+        self._store: ObjectStore = open_store(settings.store, observe=partial(self._reports.send, "store"))
+        self._measures = Measures(len(devices))
         self._trainer: Trainer | None = None
         self._lost = ""
         self.celery = celery_app(settings)
         self.celery.task(name=TASK)(self._run)
         watchdog = Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6, settings.rest_seconds)
         self.celery.steps["consumer"].add(watchdog.step())
-        if settings.heartbeat_file:
-            self.celery.steps["consumer"].add(HeartbeatFile(Path(settings.heartbeat_file)).step())
+        self.celery.steps["consumer"].add(ConsumerHeartbeat(self._beat).step())
         # kept by weak reference otherwise
+        signals.setup_logging.connect(_keep_logs, weak=False)
         signals.worker_process_init.connect(self._start_process, weak=False)
         signals.worker_shutting_down.connect(self._stop, weak=False)
         signals.task_failure.connect(self._record_loss, weak=False)
 
     def run(self) -> None:
-        """Work until told to stop."""
-        arguments = ["worker", "--pool=prefork", f"--concurrency={len(self._devices)}", "--loglevel=WARNING"]
+        """Work until told to stop. Raises: ServiceError: the port of the metrics cannot be had."""
+        serve(self._settings.port, self._health)
+        self._measures.follow(self._reports)
+        arguments = ["--quiet", "worker", "--pool=prefork", f"--concurrency={len(self._devices)}", "--loglevel=WARNING"]
         self.celery.worker_main([*arguments, "--without-gossip", "--without-mingle", "--without-heartbeat"])
 
     def _start_process(self, **_: Any) -> None:
@@ -72,7 +83,7 @@ class Worker:
             device = "cuda"
         broker = Broker(self._settings, self.celery)
         lease, stopping = self._settings.lease_seconds, lambda: bool(self._stopping.value)
-        self._trainer = Trainer(self._store, broker, self._name, device, lease, stopping)
+        self._trainer = Trainer(self._store, broker, self._name, device, lease, stopping, self._reports.send)
 
     def _run(self, **fields: Any) -> None:
         assert self._trainer is not None
@@ -81,12 +92,18 @@ class Worker:
         except ValidationError as error:
             log.warning("message dropped: it is no assignment", errors=error.error_count())
             return
-        if self._stopping.value or self._trainer.train(assignment) is Outcome.HANDED_BACK:
+        sent = (self.celery.current_task.request.headers or {}).get(SENT_HEADER)
+        if self._stopping.value or self._trainer.train(assignment, sent) is Outcome.HANDED_BACK:
             # where the worker itself is at fault (its disk, its clock, its way to the store), another is to have a chance first
             until = time.monotonic() + self._settings.lease_seconds / 4
             while not self._stopping.value and time.monotonic() < until:
                 time.sleep(0.1)
             raise Reject("handed back", requeue=True)
+
+    def _beat(self) -> None:
+        self._health.beat()
+        if self._settings.heartbeat_file:
+            Path(self._settings.heartbeat_file).touch()
 
     def _stop(self, **_: Any) -> None:
         self._stopping.value = 1
@@ -98,6 +115,7 @@ class Worker:
         self._lost = task_id
         try:
             assignment = Assignment.model_validate(kwargs)
+            self._reports.send("ended", assignment.experiment, DIED)
             error = f"the training process died ({exception}): killed, out of memory, or a crash in native code"
             ExperimentArchive(self._store, assignment.experiment).record_failure(assignment.shard, error)
             with suppress(redis.RedisError):
@@ -105,3 +123,7 @@ class Worker:
             log.error("training process died", experiment=assignment.experiment, shard=str(assignment.shard), error=str(exception))
         except (ValidationError, MemtailError) as problem:
             log.error("training process died, and that could not be recorded", error=str(problem))
+
+
+def _keep_logs(**_: Any) -> None:
+    """Celery sets up no logs of its own where somebody takes this signal."""

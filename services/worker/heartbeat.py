@@ -1,26 +1,26 @@
-"""A file that is touched as long as a worker's parent process comes round, for a health check to look at its age.
+"""Signs of life of a worker: beats as long as its parent process comes round.
 
-While Redis is away the consumer has no loop that could come round; then a thread touches the file, so that an outage of Redis does not have
-workers killed that train on.
+While Redis is away the consumer has no loop that could come round; then a thread beats, so that an outage of Redis does not have workers
+killed that train on.
 """
 
 import threading
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps
 
 
-class HeartbeatFile:
-    """Touches a file.
+class ConsumerHeartbeat:
+    """Beats.
 
     Args:
-        path: of the file.
+        beat: called now and then, from either thread.
         seconds: between two beats.
     """
 
-    def __init__(self, path: Path, seconds: float = 5.0) -> None:
-        self._path, self._seconds = path, seconds
+    def __init__(self, beat: Callable[[], None], seconds: float = 5.0) -> None:
+        self._beat, self._seconds = beat, seconds
         self._connected = False
 
     def step(self) -> type[bootsteps.StartStopStep]:
@@ -41,9 +41,6 @@ class HeartbeatFile:
                 heartbeat._connected = False
 
         return Step
-
-    def _beat(self) -> None:
-        self._path.touch()
 
     def _stand_in(self) -> None:
         never = threading.Event()

@@ -7,7 +7,12 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.metrics import LONG_BUCKETS
 
-ATTEMPTS = Counter("memtail_shard_attempts_total", "Assignments that a worker took, by what became of them", ["experiment", "outcome"])
+ATTEMPTS = Counter(
+    "memtail_shard_attempts_total",
+    "Assignments that a worker took, by what became of them: committed, lost race, done before, leased by another, not wanted, failed, "
+    "handed back, or died",
+    ["experiment", "outcome"],
+)
 TRIALS = Counter("memtail_trials_trained_total", "Trials trained and committed", ["experiment"])
 EXAMPLES = Counter("memtail_examples_trained_total", "Training examples that went through networks, once an epoch", ["experiment"])
 TRIAL_SECONDS = Histogram(

@@ -1,5 +1,6 @@
 """What a worker does with an assignment. It holds no science: training is `memtail.training.train_shard`."""
 
+import contextvars
 import os
 import threading
 import traceback
@@ -7,9 +8,12 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
+from typing import Any
 
+import numpy as np
 import redis
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from memtail.archive import ExperimentArchive, Record
 from memtail.datasets import ImageDataset
@@ -22,6 +26,9 @@ from memtail.workers import StoredCheckpoints
 from services.broker import Assignment, Broker
 
 log = structlog.get_logger()
+
+# One shard of so many has its phases measured, which makes an accelerator wait; the first of a process is one of them.
+_PROFILED = 16
 
 
 class Outcome(StrEnum):
@@ -46,28 +53,52 @@ class Trainer:
         device: as torch names it, or "auto" for the best there is.
         lease_seconds: how long a lease lasts; it is renewed three times as often.
         stopping: whether the worker is about to stop, so that the shard is to be handed back.
+        report: tells the parent process what is to be counted, as `services.worker.measures.Measures.follow` takes it.
     """
 
     def __init__(
-        self, store: ObjectStore, broker: Broker, worker: str, device: str, lease_seconds: float, stopping: Callable[[], bool]
+        self,
+        store: ObjectStore,
+        broker: Broker,
+        worker: str,
+        device: str,
+        lease_seconds: float,
+        stopping: Callable[[], bool],
+        report: Callable[..., None],
     ) -> None:
         self._store, self._broker, self._device = store, broker, device
-        self._lease_seconds, self._stopping = lease_seconds, stopping
+        self._lease_seconds, self._stopping, self._report = lease_seconds, stopping, report
+        self._shards = 0
         self._holder = f"{worker}/{os.getpid()}"
         self._dataset: ImageDataset | None = None
 
-    def train(self, assignment: Assignment) -> Outcome:
-        """Train a shard unless that is done, being done, or no longer wanted; never raises for what a shard or a model does."""
-        bound = log.bind(experiment=assignment.experiment, shard=str(assignment.shard))
-        try:
-            outcome = self._train_if_wanted(assignment, bound)
-        except StoreError as error:  # the fault is not the shard's: it is tried again when the store is back
-            bound.error("shard handed back", error=str(error))
-            return Outcome.HANDED_BACK
-        bound.info("shard ended", outcome=outcome.value)
-        return outcome
+    def train(self, assignment: Assignment, sent: Any = None) -> Outcome:
+        """Train a shard unless that is done, being done, or no longer wanted; never raises for what a shard or a model does.
 
-    def _train_if_wanted(self, assignment: Assignment, bound: structlog.stdlib.BoundLogger) -> Outcome:
+        Args:
+            assignment: names the shard.
+            sent: when it was, by the broker's clock, if its message says so.
+        """
+        with bound_contextvars(experiment=assignment.experiment, shard=str(assignment.shard)):
+            self._report("taken", assignment.experiment, self._seconds_since(sent))
+            try:
+                outcome = self._train_if_wanted(assignment)
+                log.info("shard ended", outcome=outcome.value)
+            except StoreError as error:  # the fault is not the shard's: it is tried again when the store is back
+                outcome = Outcome.HANDED_BACK
+                log.error("shard handed back", error=str(error))
+            self._report("ended", assignment.experiment, outcome)
+            return outcome
+
+    def _seconds_since(self, sent: Any) -> float | None:
+        if not isinstance(sent, float):
+            return None
+        try:
+            return max(0.0, self._broker.time() - sent)
+        except redis.RedisError:
+            return None
+
+    def _train_if_wanted(self, assignment: Assignment) -> Outcome:
         archive = ExperimentArchive(self._store, assignment.experiment)
         try:
             record = archive.record()
@@ -80,11 +111,9 @@ class Trainer:
         with _Lease(self._broker, assignment, self._holder, self._lease_seconds, archive) as lease:
             if not lease.held:
                 return Outcome.LEASED
-            return self._train(assignment, archive, record, lease, bound)
+            return self._train(assignment, archive, record, lease)
 
-    def _train(
-        self, assignment: Assignment, archive: ExperimentArchive, record: Record, lease: "_Lease", bound: structlog.stdlib.BoundLogger
-    ) -> Outcome:
+    def _train(self, assignment: Assignment, archive: ExperimentArchive, record: Record, lease: "_Lease") -> Outcome:
         from memtail.training import TrainingStopped, train_shard
         from memtail.training.devices import available_devices
 
@@ -97,6 +126,7 @@ class Trainer:
                 available_devices(self._device)[0],
                 checkpoints=checkpoints,
                 stop=lambda: self._stopping() or lease.cancelled,
+                profile=self._shards % _PROFILED == 0,
             )
         except TrainingStopped:
             return Outcome.NOT_WANTED if lease.cancelled else Outcome.HANDED_BACK
@@ -105,10 +135,14 @@ class Trainer:
         except Exception as error:  # MemoryError too, which would end the whole worker
             message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
             archive.record_failure(assignment.shard, message, traceback.format_exc())
-            bound.warning("shard failed", error=message)
+            log.warning("shard failed", error=message)
             return Outcome.FAILED
+        self._shards += 1
         committed = archive.commit(batch, record.fingerprint)
         checkpoints.remove()
+        examples = int(np.bitwise_count(batch.membership).sum()) * record.experiment.training.epochs
+        spent = batch.provenance
+        self._report("trained", assignment.experiment, len(batch.trial), committed, examples, spent["seconds"], spent.get("phases", {}))
         return Outcome.COMMITTED if committed else Outcome.LOST_RACE
 
     def _experiment_of(self, record: Record) -> Experiment:
@@ -136,14 +170,15 @@ class _Lease:
         self._broker, self._assignment, self._seconds, self._archive = broker, assignment, seconds, archive
         self._holder = f"{holder}/{uuid.uuid4().hex}"
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
+        # so that what it logs names the shard
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._renew,), daemon=True)
         self.held = self.cancelled = False
 
     def __enter__(self) -> "_Lease":
         try:
             self.held = self._broker.acquire(self._assignment, self._holder)
         except redis.RedisError as error:
-            log.warning("training without a lease", experiment=self._assignment.experiment, error=str(error))
+            log.warning("training without a lease", error=str(error))
             self.held = True
         if self.held:
             self._thread.start()

@@ -60,6 +60,36 @@ def test_a_write_whose_answer_is_lost_is_known_again_as_ones_own(minio, bucket, 
     assert S3Store(bucket, "lost", minio.settings()).get("k") == b"mine"
 
 
+def test_each_request_is_told_of_with_its_outcome_and_its_bytes(minio, bucket, proxy, tmp_path, logs):
+    told = []
+    store = S3Store(bucket, "told", minio.settings(endpoint=proxy.endpoint), observe=lambda *request: told.append(request))
+
+    def requests():
+        seen = [(operation, outcome, size) for operation, outcome, seconds, size in told if seconds > 0]
+        told.clear()
+        return seen
+
+    proxy.cuts.append((b"PUT", 0))
+    assert store.put_if_absent("k", b"four") and requests() == [("put", "failed", 0), ("put", "ok", 4)]
+    assert not store.put_if_absent("k", b"other") and requests() == [("put", "exists", 0)]
+    store.put("k", b"other")
+    assert store.get("k") == b"other" and requests() == [("put", "ok", 5), ("get", "ok", 5)]
+    proxy.cuts.append((b"GET", 0))
+    store.download("k", tmp_path / "k")
+    store.upload("l", tmp_path / "k")
+    assert requests() == [("get", "failed", 0), ("get", "ok", 5), ("put", "ok", 5)]
+    with pytest.raises(ObjectNotFound):
+        store.get("none")
+    assert store.exists("k") and not store.exists("none") and list(store.list("")) == ["k", "l"]
+    store.delete("k")
+    expected = [("get", "absent"), ("head", "ok"), ("head", "absent"), ("list", "ok"), ("delete", "ok")]
+    assert requests() == [(*request, 0) for request in expected]
+    stranger = S3Store(bucket, settings=minio.settings(secret_key="wrong"), observe=lambda *request: told.append(request))
+    with pytest.raises(StoreError):
+        stranger.get("k")
+    assert requests() == [("get", "refused", 0)]
+
+
 def test_a_refusal_whose_answer_is_lost_is_not_taken_for_success_though_the_bytes_are_the_same(minio, bucket, proxy):
     store = S3Store(bucket, "refused", minio.settings(endpoint=proxy.endpoint))
     assert S3Store(bucket, "refused", minio.settings()).put_if_absent("k", b"same")

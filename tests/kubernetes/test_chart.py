@@ -156,7 +156,14 @@ def test_every_container_obeys_the_level_restricted(rendered):
         assert kinds <= {"emptyDir", "projected", "secret", "configMap", "persistentVolumeClaim"} | (
             {"hostPath"} if component == "worker" else set()
         )
-        assert pod["automountServiceAccountToken"] is (component == "dispatcher" and "MEMTAIL_FLEET" in variables(pod))
+        assert pod["automountServiceAccountToken"] is False
+        with_token = [
+            container["name"]
+            for container in pod["containers"] + pod.get("initContainers", [])
+            for mount in container["volumeMounts"]
+            if mount["name"] == "account"
+        ]
+        assert with_token == (["dispatcher"] if component == "dispatcher" and "MEMTAIL_FLEET" in variables(pod) else [])
 
 
 def test_names_and_labels_agree(rendered):
@@ -208,8 +215,6 @@ def test_values_that_make_no_sense_are_refused(values, message):
 
 def test_every_value_of_a_pod_has_its_effect_on_every_component():
     for component, pod in Rendered(MATRIX["everything-of-a-pod"]).pods():
-        if component == "test":
-            continue
         container = pod["containers"][0]
         for key in ("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName", "runtimeClassName"):
             assert pod[key] == OF_A_POD[key], (component, key)
@@ -464,6 +469,10 @@ def test_the_prometheus_rule_holds_the_rules_file_and_leads_to_the_runbook():
 
 
 def test_dashboards_are_taken_as_they_are(tmp_path):
+    found = Rendered(MONITORING)
+    boards = {name: text for each in found.of("ConfigMap") for name, text in each["data"].items() if name.endswith(".json")}
+    assert boards == {path.name: path.read_text() for path in (CHART / "files/dashboards").iterdir()}
+    assert all(len(text) < 1 << 20 for text in boards.values())  # what a ConfigMap holds
     chart = Path(shutil.copytree(CHART, tmp_path / "memtail"))
     shutil.rmtree(chart / "files/dashboards", ignore_errors=True)
     without = Rendered(MONITORING, chart)
@@ -471,10 +480,10 @@ def test_dashboards_are_taken_as_they_are(tmp_path):
     (chart / "files/dashboards").mkdir(parents=True)
     for name in ("one.json", "Two_2.json"):
         (chart / "files/dashboards" / name).write_text('{"title": "{{ instance }}"}\n')
-    boards = [each for each in Rendered(MONITORING, chart).of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
-    assert [each["metadata"]["name"] for each in boards] == [f"{RELEASE}-memtail-dashboard-{name}" for name in ("two-2", "one")]
-    assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in boards)
-    assert json.loads(boards[1]["data"]["one.json"]) == {"title": "{{ instance }}"}
+    maps = [each for each in Rendered(MONITORING, chart).of("ConfigMap") if "dashboard" in each["metadata"]["name"]]
+    assert [each["metadata"]["name"] for each in maps] == [f"{RELEASE}-memtail-dashboard-{name}" for name in ("two-2", "one")]
+    assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in maps)
+    assert json.loads(maps[1]["data"]["one.json"]) == {"title": "{{ instance }}"}
 
 
 def test_images_are_pulled_from_where_the_values_say():

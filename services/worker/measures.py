@@ -1,0 +1,69 @@
+"""What a worker shows: it counts what its training processes report, and looks at its devices when it is asked for metrics.
+
+Nothing here is called in a training process.
+"""
+
+from collections.abc import Callable
+
+from celery.worker import state
+
+from services.metrics import count_request
+from services.series import ExperimentSeries
+from services.worker import gpus, metrics
+from services.worker.reports import Reports
+from services.worker.training import Outcome
+
+#: Seconds for which the series of an experiment stay that is not trained here any more.
+LINGER = 3600.0
+#: The outcome of an assignment whose process died.
+DIED = "died"
+
+
+class Measures:
+    """The metrics of a worker.
+
+    Args:
+        devices: how many it trains on.
+    """
+
+    def __init__(self, devices: int) -> None:
+        of_experiments = (
+            metrics.ATTEMPTS,
+            metrics.TRIALS,
+            metrics.EXAMPLES,
+            metrics.TRIAL_SECONDS,
+            metrics.PHASE_SECONDS,
+            metrics.QUEUE_SECONDS,
+        )
+        self._series = ExperimentSeries(of_experiments, LINGER)
+        metrics.DEVICES.set(devices)
+        metrics.DEVICES_BUSY.set_function(lambda: len(state.active_requests))
+        gpus.show()
+
+    def follow(self, reports: Reports) -> None:
+        """Count what processes report from now on."""
+        take: dict[str, Callable[..., None]] = {"store": count_request, "taken": self.taken, "trained": self.trained, "ended": self.ended}
+        reports.follow(take, self._series.expire, seconds=60)
+
+    def taken(self, experiment: str, queue_seconds: float | None) -> None:
+        """A process took an assignment, which was so long on its way."""
+        self._series.note(experiment)
+        for outcome in (*Outcome, DIED):
+            metrics.ATTEMPTS.labels(experiment, outcome)
+        if queue_seconds is not None:
+            metrics.QUEUE_SECONDS.labels(experiment).observe(queue_seconds)
+
+    def trained(self, experiment: str, trials: int, committed: bool, examples: int, seconds: float, phases: dict[str, float]) -> None:
+        """A shard was trained: so many trials, examples (once an epoch), and seconds, also by phase where that was measured."""
+        self._series.note(experiment)
+        metrics.TRIALS.labels(experiment).inc(trials if committed else 0)
+        metrics.EXAMPLES.labels(experiment).inc(examples)
+        for _ in range(trials):
+            metrics.TRIAL_SECONDS.labels(experiment).observe(seconds / trials)
+            for phase, spent in phases.items():
+                metrics.PHASE_SECONDS.labels(experiment, phase).observe(spent / trials)
+
+    def ended(self, experiment: str, outcome: str) -> None:
+        """What became of an assignment."""
+        self._series.note(experiment)
+        metrics.ATTEMPTS.labels(experiment, outcome).inc()

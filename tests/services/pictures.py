@@ -1,0 +1,236 @@
+"""A dashboard with the results of its queries as a picture, laid out and coloured about as Grafana does it."""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+
+PAGE, PANEL, TEXT, MUTED = "#111217", "#181b1f", "#ccccdc", "#7b8087"
+COLORS = {"green": "#73bf69", "orange": "#ff9830", "red": "#f2495c", "blue": "#5794f2", "yellow": "#fade2a"}
+PALETTE = ["#73bf69", "#fade2a", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#ff7383", "#37872d", "#fa6400"]
+UNIT = 0.78  # inches of a column; a row is 0.45
+
+Series = dict[str, Any]
+#: The series of each query of each panel, by the panel's id and the query's letter.
+Results = dict[tuple[int, str], list[Series]]
+
+
+def draw(dashboard: dict[str, Any], results: Results, path: Path) -> None:
+    """Write the picture of a dashboard."""
+    rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])
+    figure = Figure(figsize=(24 * UNIT, rows * 0.45 + 0.6), facecolor=PAGE)
+    figure.text(0.01, 1 - 0.25 / figure.get_figheight(), dashboard["title"], color=TEXT, fontsize=16, va="center")
+    kinds: dict[str, Callable[[Axes, dict[str, Any], list[tuple[str, Series]]], None]] = {
+        "stat": _number,
+        "gauge": _dial,
+        "timeseries": _course,
+        "heatmap": _density,
+        "barchart": _bars,
+        "table": _table,
+    }
+    with mpl.rc_context({"text.color": TEXT, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "font.size": 9}):
+        for panel in dashboard["panels"]:
+            axes = _place(figure, panel)
+            if axes is not None and panel["type"] == "text":
+                axes.text(0, 0.5, panel["options"]["content"].replace("$", r"\$"), va="center", fontsize=9, transform=axes.transAxes)
+            elif axes is not None:
+                found = [
+                    (_legend(target["legendFormat"], series["metric"]), series)
+                    for target in panel["targets"]
+                    for series in results[panel["id"], target["refId"]]
+                ]
+                if found:
+                    kinds[panel["type"]](axes, panel, found)
+                else:
+                    empty = panel["fieldConfig"]["defaults"].get("noValue", "No data")
+                    axes.text(0.5, 0.5, empty, ha="center", va="center", color=MUTED, fontsize=14, transform=axes.transAxes)
+                    axes.set_axis_off()
+        figure.savefig(path, dpi=70, facecolor=PAGE)
+
+
+def _place(figure: Figure, panel: dict[str, Any]) -> Axes | None:
+    """The area of a panel, with its title drawn; None for the heading of a row."""
+    width, height = figure.get_size_inches()
+    grid = panel["gridPos"]
+    left, top = grid["x"] * UNIT / width, 1 - (0.5 + grid["y"] * 0.45) / height
+    if panel["type"] == "row":
+        figure.text(left + 0.01, top - 0.22 / height, f"⌄ {panel['title']}", fontsize=12, va="center", color=TEXT)
+        return None
+    wide, high = grid["w"] * UNIT / width, grid["h"] * 0.45 / height
+    gap = 0.04
+    corner = (left + gap / width, top - high + gap / height)
+    figure.add_artist(Rectangle(corner, wide - 2 * gap / width, high - 2 * gap / height, facecolor=PANEL, edgecolor="#2c3235", zorder=-1))
+    figure.text(left + 0.12 / width, top - 0.2 / height, panel["title"], fontsize=9.5, weight="bold", color=TEXT, va="center")
+    plain = panel["type"] in ("stat", "gauge", "table", "text")
+    sides, below = (0.15, 0.12) if plain else (0.75, 0.62)
+    axes = figure.add_axes(
+        (left + sides / width, top - high + below / height, wide - (sides + 0.15) / width, high - (below + 0.45) / height),
+        facecolor=PANEL,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    if plain:
+        axes.set_axis_off()
+    return axes
+
+
+def _number(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) -> None:
+    for place, (name, series) in enumerate(found):
+        value, middle = _last(series), (place + 0.5) / len(found)
+        mapped = [mapping["options"].get(f"{value:g}") for mapping in panel["fieldConfig"]["defaults"].get("mappings", [])]
+        text, color = _shown(panel, value), _color(panel, value)
+        if mapped and mapped[0]:
+            text, color = mapped[0]["text"], COLORS[mapped[0]["color"]]
+        if panel["options"]["graphMode"] == "area":
+            times, values = _points(series)
+            low, high = np.nanmin(values), np.nanmax(values)
+            share = (values - low) / (high - low or 1) * 0.35
+            across = place / len(found) + (times - times[0]) / (times[-1] - times[0] or 1) / len(found)
+            axes.fill_between(across, share, color=color, alpha=0.25, linewidth=0)
+        axes.text(middle, 0.62, text, ha="center", va="center", fontsize=min(22, 240 / max(1, len(text)) / len(found)), color=color)
+        axes.text(middle, 0.95, name, ha="center", va="center", fontsize=8.5, color=TEXT)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+
+
+def _dial(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) -> None:
+    value = _last(found[0][1])
+    angles = np.linspace(np.pi, 0, 100)
+    for share, color in ((1.0, "#2c3235"), (value, _color(panel, value))):
+        arc = angles[: max(2, round(100 * share))]
+        axes.plot(np.cos(arc), np.sin(arc), color=color, linewidth=9, solid_capstyle="butt")
+    axes.text(0, 0.25, _shown(panel, value), ha="center", va="center", fontsize=18, color=_color(panel, value))
+    axes.set(xlim=(-2.4, 2.4), ylim=(-0.1, 1.2))
+
+
+def _course(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) -> None:
+    defaults = panel["fieldConfig"]["defaults"]
+    custom = defaults["custom"]
+    dashed, colors = _overrides(panel)
+    below: dict[float, float] = {}
+    for (name, series), usual in zip(found, cycle(PALETTE), strict=False):
+        color = colors.get(name, usual)
+        times, values = _points(series)
+        moments = [datetime.fromtimestamp(moment, UTC) for moment in times]
+        if custom.get("stacking", {}).get("mode") == "normal":
+            base = np.array([below.get(moment, 0.0) for moment in times])
+            axes.fill_between(moments, base, base + values, color=color, alpha=0.6, label=name, linewidth=0.5)  # type: ignore[arg-type]
+            below |= dict(zip(times, base + np.nan_to_num(values), strict=True))
+        else:
+            dashes = "--" if any(re.search(pattern, name) for pattern in dashed) else "-"
+            axes.plot(moments, values, dashes, color=color, label=name, linewidth=1.6)  # type: ignore[arg-type]
+    if custom.get("scaleDistribution", {}).get("type") == "log":
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(defaults.get("min"), defaults.get("max"))
+    if custom.get("thresholdsStyle", {}).get("mode") == "dashed":
+        for step in defaults["thresholds"]["steps"][1:]:
+            axes.axhline(step["value"], color=COLORS[step["color"]], linestyle=":", linewidth=1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _shown(panel, value)))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    axes.grid(color="#2c3235", linewidth=0.6)
+    _clock(axes)
+    if len(found) > 1 or found[0][0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.08, -0.12), ncols=5, fontsize=8, frameon=False, handlelength=1, columnspacing=1)
+
+
+def _overrides(panel: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Patterns of the names of dashed series, and colours by name."""
+    dashed, colors = [], {}
+    for override in panel["fieldConfig"]["overrides"]:
+        for each in override["properties"]:
+            if each["id"] == "color":
+                colors[override["matcher"]["options"]] = COLORS.get(each["value"]["fixedColor"], each["value"]["fixedColor"])
+            else:
+                dashed.append(override["matcher"]["options"])
+    return dashed, colors
+
+
+def _density(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) -> None:
+    ordered = sorted(found, key=lambda each: float(each[0]))
+    times = sorted({moment for _, series in ordered for moment, _ in series["values"]})
+    cells = np.full((len(ordered), len(times)), np.nan)
+    for row, (_, series) in enumerate(ordered):
+        for moment, value in series["values"]:
+            cells[row, times.index(moment)] = float(value) or np.nan
+    moments = [datetime.fromtimestamp(float(moment), UTC) for moment in times]
+    edges = np.arange(len(ordered))
+    axes.pcolormesh(moments, edges, np.sqrt(cells), cmap="Blues_r", shading="nearest")  # type: ignore[arg-type]
+    axes.set_yticks(edges[::2], [name for name, _ in ordered][::2])
+    _clock(axes)
+
+
+def _bars(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) -> None:
+    ordered = sorted(found, key=lambda each: float(each[0]))
+    names = [name for name, _ in ordered]
+    axes.bar(names, [_last(series) for _, series in ordered], color=COLORS["green"], alpha=0.8, width=0.9)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.tick_params(axis="x", rotation=90)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _shown(panel, value)))
+
+
+def _table(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) -> None:
+    order = panel["transformations"][0]["options"]["indexByName"]
+    cells = [[*(series["metric"].get(column, "") for column in order if column != "Value"), f"{_last(series):g}"] for _, series in found]
+    drawn = axes.table(cells, colLabels=list(order), loc="upper left", cellLoc="left", edges="horizontal")
+    for cell in drawn.get_celld().values():
+        cell.set_edgecolor("#2c3235")
+
+
+def _clock(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter(mpl.dates.DateFormatter("%H:%M:%S"))
+    axes.xaxis.set_major_locator(mpl.dates.AutoDateLocator(maxticks=6))
+
+
+def _points(series: Series) -> tuple[np.ndarray, np.ndarray]:
+    points = np.array([(float(moment), float(value)) for moment, value in series["values"]])
+    return points[:, 0], points[:, 1]
+
+
+def _last(series: Series) -> float:
+    numbers = [float(value) for _, value in series["values"] if value != "NaN"]
+    return numbers[-1] if numbers else float("nan")
+
+
+def _legend(pattern: str, labels: dict[str, str]) -> str:
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: labels.get(match[1], ""), pattern)
+
+
+def _color(panel: dict[str, Any], value: float) -> str:
+    reached = [
+        step["color"] for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"] if step["value"] is None or value >= step["value"]
+    ]
+    return COLORS[reached[-1]]
+
+
+def _shown(panel: dict[str, Any], value: float) -> str:
+    """A value as Grafana shows it in its panel's unit, roughly."""
+    unit, decimals = panel["fieldConfig"]["defaults"]["unit"], panel["fieldConfig"]["defaults"].get("decimals")
+    if unit.startswith("dateTime"):
+        return datetime.fromtimestamp(value / 1000, UTC).strftime("%H:%M:%S")
+    if unit == "percentunit":
+        return f"{100 * value:.{decimals or 0}f}%"
+    if unit == "s":
+        scale, name = next(
+            (pair for pair in ((86400, " d"), (3600, " h"), (60, " min"), (1, " s")) if abs(value) >= pair[0]), (0.001, " ms")
+        )
+        return f"{value / scale:.3g}{name}" if value else "0 s"
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
+    base, suffix = (
+        (1024, {"bytes": "iB", "Bps": "B/s"}[unit])
+        if unit in ("bytes", "Bps")
+        else (1000, {"cps": " c/s", "reqps": " req/s"}.get(unit, ""))
+    )
+    for prefix in ("", "K", "M", "G", "T"):
+        if abs(value) < base or prefix == "T":
+            break
+        value /= base
+    return f"{value:.3g} {prefix}{suffix}" if base == 1024 else f"{value:.4g}{prefix}{suffix}"
