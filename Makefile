@@ -4,6 +4,7 @@
 # make e2e     docker compose up, from a build to scores, under a name of its own (needs Docker with its compose plugin)
 # make test-kubernetes  the chart, and the workers that come and go, on a real API server with simulated nodes
 # make soak    ten minutes of random faults on the service, with real servers
+# make scale   1,000 workers and 100,000 shards that are slept through, on real servers and a real API server (an hour)
 # make dashboards  writes Grafana's dashboards, and draws them with what a small run shows in them, into out/dashboards
 # make lint    ruff, mypy and hadolint
 # Everything lives in .venv; nothing is installed again until pyproject.toml changes.
@@ -12,7 +13,7 @@ SPEC ?= examples/digits.yaml
 STORE ?= memtail-store
 BIN := .venv/bin
 
-.PHONY: run test test-kubernetes bench e2e soak dashboards lint clean
+.PHONY: run test test-kubernetes bench e2e soak scale dashboards lint clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
@@ -31,6 +32,9 @@ e2e: .venv/installed-dev
 
 soak: .venv/installed-dev
 	$(BIN)/python -m tests.services.soak $(ARGS)
+
+scale: .venv/installed-dev
+	$(BIN)/python -m tests.kubernetes.scale $(ARGS)
 
 dashboards: .venv/installed-dev
 	$(BIN)/python -m services.monitoring.dashboards

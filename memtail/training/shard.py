@@ -27,8 +27,10 @@ from memtail.trials import TrialBatch, TrialMetrics, pack
 
 log = structlog.get_logger()
 
-#: Seconds of training after which a checkpoint is written.
+#: Seconds of training after which a checkpoint is written, at the earliest.
 CHECKPOINT_SECONDS = 120.0
+# The share of the time that checkpoints may take: where a thousand large networks are kept in one store, each is kept less often.
+_CHECKPOINT_SHARE = 0.01
 
 # Fully connected stacks of this width stay in a processor's cache. A processor runs convolutions fastest one network at a time;
 # on an accelerator it takes many small networks to fill the chip.
@@ -82,7 +84,8 @@ def train_shard(
         trials: consecutive indices.
         device: where to train.
         on_progress: called after every epoch of a stack.
-        checkpoints: if given, the state is saved there every two minutes of training, and taken up from there.
+        checkpoints: if given, the state is saved there every two minutes of training, or so rarely that it takes a hundredth of the
+            time, and taken up from there.
         stop: asked every few steps whether to stop.
         profile: also say in the provenance, as `phases`, how many seconds went where (of this call, not of an interrupted one).
 
@@ -119,6 +122,7 @@ class _ShardTraining:
     phases: Phases
     done: list[tuple[list[int], StackResult]] = field(default_factory=list)
     saved_at: float = field(default_factory=time.monotonic)
+    saving: float = 0.0  # seconds that the last checkpoint took
 
     def run(self) -> StackResult:
         interrupted = self._load()
@@ -177,11 +181,14 @@ class _ShardTraining:
             finished = sum(len(trials) for trials, _ in self.done) * epochs
             self.on_progress(Progress(finished + run.epoch * len(run.trials), len(self.trials) * epochs))
         stopped = self.stop is not None and self.stop()
-        if self.checkpoints and (stopped or time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS):
+        pause = max(CHECKPOINT_SECONDS, self.saving / _CHECKPOINT_SHARE)
+        if self.checkpoints and (stopped or time.monotonic() - self.saved_at >= pause):
+            began = time.monotonic()
             self.checkpoints.save(
                 to_bytes({"fingerprint": self.fingerprint, "done": [_to_state(*entry) for entry in self.done], "stack": run.state()})
             )
             self.saved_at = time.monotonic()
+            self.saving = self.saved_at - began
         if stopped:
             raise TrainingStopped
 

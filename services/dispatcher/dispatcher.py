@@ -34,6 +34,8 @@ log = structlog.get_logger()
 _ON_THE_WAY = 0.25
 # Batches that a pass lists; a listing of more goes on in the next passes.
 _LISTED_AT_ONCE = 5000
+# Single batches that a pass looks for; when more shards end at once, as when Redis comes back empty, batches are listed.
+_LOOKED_FOR_AT_ONCE = 500
 
 
 class Dispatcher:
@@ -170,8 +172,12 @@ class _Known:
         """
         record, control, attempts = self._archive.record(), self._archive.control(), self._archive.attempts()
         trials = record.experiment.subsets.trials
-        for name, shard in filter(None, map(parse_id, ended)):
-            if name == self.name and shard in self._missing and self._archive.is_committed(shard):
+        theirs = [shard for name, shard in filter(None, map(parse_id, ended)) if name == self.name]
+        if len(theirs) > _LOOKED_FOR_AT_ONCE:
+            self._listed = float("-inf")
+            theirs = []
+        for shard in theirs:
+            if shard in self._missing and self._archive.is_committed(shard):
                 del self._missing[shard]
                 self._missing_trials -= len(shard.trials)
                 self._found.add(shard)

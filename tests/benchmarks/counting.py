@@ -1,12 +1,15 @@
 """Rows about the statistics: all influences, one row and one column, folding one more shard."""
 
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from memtail.datasets import ImageDataset
 from memtail.estimators import Memorization, high_influence_pairs, influence, top_influencers
+from memtail.scores.files import write_scores
 from memtail.scores.reader import largest
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics.accumulator import PackedTrials
@@ -132,9 +135,45 @@ def fold() -> list[Row]:
     ]
 
 
+def imagenet() -> list[Row]:
+    """What the aggregator does for ImageNet: folding trials one by one, and writing a version of the scores."""
+    trials, n, q, classes = 2000, 1_281_167, 50_000, 1000
+    rng = np.random.default_rng(0)
+    memorized = rng.random(n) < 1 / 3
+
+    def batch(trial: int) -> TrialBatch:
+        members, right = rng.random(n, np.float32) < 0.7, rng.random(n, np.float32) < 0.8
+        bits = [pack(each[None]) for each in (members, np.where(memorized, members, right), rng.random(q, np.float32) < 0.75)]
+        return TrialBatch(np.array([trial], np.int32), *bits, n, q, [TrialMetrics(trial, False, 0.0, 1.0, 1.0, 1.0)])
+
+    def images(count: int) -> np.ndarray:
+        return np.broadcast_to(np.uint8(0), (count, 1, 1, 3))
+
+    labels, names = (np.arange(n) % classes, np.arange(q) % classes), tuple(map(str, range(classes)))
+    dataset = ImageDataset(Path(), "", names, (0.0,), (1.0,), images(n), labels[0], images(q), labels[1], None, None)
+    statistics = Statistics(n, q)
+    folds = []
+    for trial in range(trials):
+        made = batch(trial)
+        began = time.perf_counter()
+        statistics.fold(made)
+        folds.append(time.perf_counter() - began)
+    held = _status_mib("VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        times = [_timed(lambda: write_scores(Path(folder), "imagenet", "", statistics, dataset)) for _ in range(2)]
+        size = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20
+    note = f"t = {trials}, n = {n:,}, q = {q:,}, {classes} classes"
+    return [
+        Row("imagenet-fold", "trial", "", folds, peak_mib=held, note=f"{note}; the memory is what is held after all of them"),
+        Row("imagenet-publish", "version", "", times, peak_mib=_status_mib("VmHWM"), note=f"{note}; {size:.0f} MiB of files"),
+    ]
+
+
 ROWS: dict[str, Callable[[], list[Row]]] = {
     "influence-small": influence_small,
     "influence-large": influence_large,
     "row-and-column": row_and_column,
     "fold": fold,
+    "imagenet": imagenet,
 }

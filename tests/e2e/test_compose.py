@@ -129,7 +129,7 @@ def test_no_password_is_in_logs_or_in_what_docker_shows(deployment: Deployment) 
         assert password not in seen, meaning
 
 
-def test_prometheus_scrapes_the_dispatcher_and_the_aggregator(deployment: Deployment) -> None:
+def test_prometheus_scrapes_all_services_and_has_the_rules(deployment: Deployment) -> None:
     address = deployment.address("prometheus", 9090)
 
     def up() -> set[str]:
@@ -137,7 +137,9 @@ def test_prometheus_scrapes_the_dispatcher_and_the_aggregator(deployment: Deploy
             targets = json.load(answer)["data"]["activeTargets"]
         return {target["labels"].get("service") for target in targets if target["health"] == "up"}
 
-    deployment.until(lambda: {"dispatcher", "aggregator"} <= up(), 60)
+    deployment.until(lambda: {"dispatcher", "aggregator", "worker", "minio"} <= up(), 60)
+    with urllib.request.urlopen(f"{address}/api/v1/rules", timeout=10) as answer:
+        assert json.load(answer)["data"]["groups"]
 
 
 def test_the_control_image_is_small(deployment: Deployment) -> None:

@@ -75,8 +75,8 @@ class MinioServer:
             "MINIO_DOMAIN": "localhost",
             "MINIO_SITE_REGION": REGION,
             "MINIO_BROWSER": "off",
-            "MINIO_UPDATE": "off",
             "MINIO_PROMETHEUS_AUTH_TYPE": "public",
+            "MINIO_UPDATE": "off",
         }
         command = [server_binary("minio"), "server", str(self._folder / "data"), "--address", f"127.0.0.1:{self.port}"]
         if self._certificates:

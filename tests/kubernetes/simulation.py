@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import random
 import subprocess
 import threading
 import time
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -14,11 +17,10 @@ import urllib3
 from kubernetes import client, config
 
 from memtail.errors import StoreError
-from memtail.storage import keys
+from memtail.storage import ObjectStore, keys
 from services.broker import Assignment, Broker, _assignment
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 from services.settings import ServiceSettings
-from tests.services.cluster import Cluster
 
 
 class Pods:
@@ -27,14 +29,31 @@ class Pods:
     Args:
         kubeconfig: of an administrator.
         namespace: of the pods.
-        cluster: the broker and the bucket.
+        broker: Redis's URL.
+        store: the bucket.
         seconds: that a shard takes.
         rest: seconds of nothing to do after which a worker ends.
+        lease: seconds that a lease lasts.
+        part: (i, k): only those pods that are in part i of k; several processes may share the work.
+        body: of a batch.
     """
 
-    def __init__(self, kubeconfig: str, namespace: str, cluster: Cluster, seconds: float = 1.0, rest: float = 2.0) -> None:
+    def __init__(
+        self,
+        kubeconfig: str,
+        namespace: str,
+        broker: str,
+        store: ObjectStore,
+        seconds: float = 1.0,
+        rest: float = 2.0,
+        lease: float = 30.0,
+        part: tuple[int, int] = (0, 1),
+        body: bytes = b"",
+    ) -> None:
         self._core = client.CoreV1Api(config.new_client_from_config(kubeconfig))
-        self._namespace, self._cluster, self._seconds, self._rest = namespace, cluster, seconds, rest
+        self.namespace, self.broker, self.store, self.seconds, self.rest, self.body = namespace, broker, store, seconds, rest, body
+        self.lease = lease
+        self._part = part
         self._workers: dict[str, _Worker] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -51,58 +70,90 @@ class Pods:
         for worker in self._workers.values():
             worker.stop()
 
+    def end(self, name: str) -> None:
+        """Have a pod succeed."""
+        patch = {"metadata": {"annotations": {"memtail-test/exit-code": "0"}}}
+        self._core.patch_namespaced_pod(name, self.namespace, patch, _request_timeout=10)
+
     def _follow(self) -> None:
-        while not self._over.wait(0.3):
+        while not self._over.is_set():
             try:
-                pods = self._core.list_namespaced_pod(self._namespace, label_selector=EXPERIMENT_LABEL, _request_timeout=10).items
-            except (client.ApiException, urllib3.exceptions.HTTPError):
-                continue
-            running = {pod.metadata.name: pod for pod in pods if pod.status.phase == "Running" and not pod.metadata.deletion_timestamp}
-            self.most = max(self.most, len(running))
-            for name in self._workers.keys() - running.keys():
-                self._workers.pop(name).stop()
-            for name in running.keys() - self._workers.keys():
-                self._workers[name] = _Worker(name, running[name].metadata.labels[EXPERIMENT_LABEL], self)
-            for name, worker in self._workers.items():
-                if worker.done:
-                    with contextlib.suppress(client.ApiException, urllib3.exceptions.HTTPError):
-                        patch = {"metadata": {"annotations": {"memtail-test/exit-code": "0"}}}
-                        self._core.patch_namespaced_pod(name, self._namespace, patch, _request_timeout=10)
+                listed = self._asked()
+                for name in self._workers.keys() - {item["metadata"]["name"] for item in listed["items"]}:
+                    self._workers.pop(name).stop()
+                for item in listed["items"]:
+                    self._see(item)
+                for event in self._watched(listed["metadata"]["resourceVersion"]):
+                    self._see(event["object"], gone=event["type"] == "DELETED")
+            except (client.ApiException, urllib3.exceptions.HTTPError, KeyError, ValueError):
+                self._over.wait(0.5)
+
+    def _asked(self, **options: Any) -> Any:
+        """A list, or with `watch` a response to read lines from; without the client's models, which take long."""
+        selector = {"label_selector": EXPERIMENT_LABEL, "_preload_content": False, "_request_timeout": 10}
+        response = self._core.list_namespaced_pod(self.namespace, **selector, **options)
+        return response if options else json.loads(response.data)
+
+    def _watched(self, version: str) -> Iterator[dict[str, Any]]:
+        rest = b""
+        with self._asked(watch=True, resource_version=version, timeout_seconds=5) as response:
+            for data in response.stream(1 << 16):
+                *lines, rest = (rest + data).split(b"\n")
+                yield from map(json.loads, lines)
+                if self._over.is_set():
+                    return
+
+    def _see(self, pod: dict[str, Any], gone: bool = False) -> None:
+        name = pod["metadata"]["name"]
+        if zlib.crc32(name.encode()) % self._part[1] != self._part[0]:
+            return
+        runs = pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"] and not gone
+        if runs and name not in self._workers:
+            self._workers[name] = _Worker(name, pod["metadata"]["labels"][EXPERIMENT_LABEL], self)
+            self.most = max(self.most, len(self._workers))
+        elif not runs and name in self._workers:
+            self._workers.pop(name).stop()
 
 
 class _Worker:
     def __init__(self, name: str, experiment: str, pods: Pods) -> None:
         self._name, self._pods = name, pods
-        self._settings = ServiceSettings(store="-", broker=pods._cluster.redis.url, experiment=experiment, lease_seconds=30)
+        self._settings = ServiceSettings(store="-", broker=pods.broker, experiment=experiment, lease_seconds=pods.lease)
         self._stopped = threading.Event()
-        self.done = False
         threading.Thread(target=self._work, daemon=True).start()
 
     def stop(self) -> None:
         self._stopped.set()
 
     def _work(self) -> None:
-        broker, store = Broker(self._settings), self._pods._cluster.store
+        broker = Broker(self._settings)
         idle_since = time.monotonic()
-        while not self._stopped.is_set():
+        while not self._stopped.is_set() and time.monotonic() - idle_since < self._pods.rest:
             try:
                 message = broker.redis.rpop(f"memtail:shards.{self._settings.experiment}")
                 if message is None:
-                    if time.monotonic() - idle_since > self._pods._rest:
-                        self.done = True
-                        return
                     self._stopped.wait(0.2)
                     continue
-                self._train(broker, _assignment(message), store)
+                self._train(broker, _assignment(message))
                 idle_since = time.monotonic()
             except (redis.RedisError, StoreError):
                 self._stopped.wait(1)
+        while not self._stopped.is_set():
+            with contextlib.suppress(client.ApiException, urllib3.exceptions.HTTPError):
+                self._pods.end(self._name)
+            self._stopped.wait(random.uniform(1, 5))
 
-    def _train(self, broker: Broker, assignment: Assignment, store: Any) -> None:
+    def _train(self, broker: Broker, assignment: Assignment) -> None:
         key = keys.trial_batch(assignment.experiment, assignment.first, assignment.last)
-        if store.exists(key) or not broker.acquire(assignment, self._name):
+        if self._pods.store.exists(key) or not broker.acquire(assignment, self._name):
             return
-        if not self._stopped.wait(self._pods._seconds) and store.put_if_absent(key, b""):
+        end = time.monotonic() + self._pods.seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._stopped.wait(min(left, self._settings.lease_seconds / 3)):
+                return
+            with contextlib.suppress(redis.RedisError):
+                broker.renew(assignment, self._name)
+        if self._pods.store.put_if_absent(key, self._pods.body):
             self._pods.committed[assignment.id] += 1
         broker.release(assignment, self._name)
 

@@ -156,7 +156,14 @@ def test_every_container_obeys_the_level_restricted(rendered):
         assert kinds <= {"emptyDir", "projected", "secret", "configMap", "persistentVolumeClaim"} | (
             {"hostPath"} if component == "worker" else set()
         )
-        assert pod["automountServiceAccountToken"] is (component == "dispatcher" and "MEMTAIL_FLEET" in variables(pod))
+        assert pod["automountServiceAccountToken"] is False
+        with_token = [
+            container["name"]
+            for container in pod["containers"] + pod.get("initContainers", [])
+            for mount in container["volumeMounts"]
+            if mount["name"] == "account"
+        ]
+        assert with_token == (["dispatcher"] if component == "dispatcher" and "MEMTAIL_FLEET" in variables(pod) else [])
 
 
 def test_names_and_labels_agree(rendered):
@@ -208,8 +215,6 @@ def test_values_that_make_no_sense_are_refused(values, message):
 
 def test_every_value_of_a_pod_has_its_effect_on_every_component():
     for component, pod in Rendered(MATRIX["everything-of-a-pod"]).pods():
-        if component == "test":
-            continue
         container = pod["containers"][0]
         for key in ("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName", "runtimeClassName"):
             assert pod[key] == OF_A_POD[key], (component, key)

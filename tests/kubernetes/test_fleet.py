@@ -3,67 +3,16 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from memtail.archive import Control, ExperimentArchive
-from memtail.progress import progress_of
 from memtail.storage import keys
 from tests.integration.conftest import minio  # noqa: F401 - a fixture
-from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes, install_tools
-from tests.kubernetes.simulation import FaultyApiServer, Pods
-from tests.services.cluster import Cluster, Service
-
-ACCOUNT = "memtail-dispatcher"
-WORKERS = "app.kubernetes.io/instance=memtail,app.kubernetes.io/component=worker"
-VALUES = {
-    "workers.max": 300,
-    "workers.gpus": 1,
-    "workers.terminationGracePeriodSeconds": 1,
-    "workers.resources": {"requests": {"cpu": "1m", "memory": "1Mi"}, "limits": {"cpu": "1", "memory": "1Mi"}},
-    "workers.sharedMemory": "1Mi",
-    "workers.limits.gpus": 4,
-    "workers.limits.gpuResources": ["nvidia.com/gpu", "nvidia.com/mig-1g.10gb"],
-}
-
-
-class Fleet:
-    """A namespace with what the dispatcher needs, and the broker and bucket it works with."""
-
-    def __init__(self, kubernetes: Kubernetes, cluster: Cluster, declare, digits) -> None:
-        self.kubernetes, self.cluster, self._declare, self._digits = kubernetes, cluster, declare, digits
-        self.namespace = kubernetes.namespace("fleet")
-        done = helm("install", "memtail", str(CHART), "--namespace", self.namespace, *as_options(VALUES), kubeconfig=kubernetes.kubeconfig)
-        assert done.returncode == 0, done.stderr
-        self.kubeconfig = kubernetes.kubeconfig_of(self.namespace, ACCOUNT, cluster.folder / "kubeconfig")
-
-    def dispatcher(self, kubeconfig: Path | None = None) -> Service:
-        """A dispatcher with the settings of the chart, and the rights of its account; the Deployment's own pod executes nothing."""
-        path = self.cluster.folder / "fleet.yaml"
-        config = ("get", "configmap/memtail-fleet", "--namespace", self.namespace, "--output", r"jsonpath={.data.fleet\.yaml}")
-        path.write_text(self.kubernetes.kubectl(*config))
-        return self.cluster.start("dispatcher", MEMTAIL_FLEET=str(path), KUBECONFIG=str(kubeconfig or self.kubeconfig))
-
-    def submit(self, shards: int, name: str = "a", **workers) -> ExperimentArchive:
-        execution = {"trials_per_shard": 20, "device": "cpu", "workers": workers or None}
-        return self.cluster.submit(self._declare(20 * shards, name=name, execution=execution, subsets={"design": "balanced"}), self._digits)
-
-    def pods(self, seconds: float = 1.0) -> Pods:
-        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster, seconds)
-
-    def found(self, kind: str, *more: str) -> list[str]:
-        return self.kubernetes.kubectl("get", kind, "--namespace", self.namespace, "--output", "name", *more).split()
-
-    def running(self) -> list[str]:
-        return self.found("pods", "--selector", WORKERS, "--field-selector", "status.phase=Running")
-
-    def notice(self, name: str = "a") -> str:
-        return "\n".join(progress_of(self.cluster.store, name).notice_lines)
-
-    def done(self, archive: ExperimentArchive, shards: int) -> bool:
-        return len(archive.committed()) == shards and not self.running()
+from tests.kubernetes.fleet import ACCOUNT, WORKERS, Fleet
+from tests.kubernetes.simulation import FaultyApiServer
+from tests.services.cluster import Cluster
 
 
 @pytest.fixture

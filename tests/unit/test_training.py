@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import math
+import time
 
 import numpy as np
 import pytest
@@ -281,6 +283,7 @@ class Memory:
 )
 def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 3})
     monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
     model = {"name": model} if isinstance(model, str) else model
@@ -306,6 +309,7 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
 
 def test_a_checkpoint_is_taken_up_by_stacks_of_another_width(declare, digits, monkeypatch):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
     experiment = declare(9, training={"epochs": 1, "batch_size": 256})
     expected = train_shard(experiment, digits, range(9), CPU)
@@ -318,8 +322,26 @@ def test_a_checkpoint_is_taken_up_by_stacks_of_another_width(declare, digits, mo
         assert same_bits([expected], [train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)])
 
 
+def test_checkpoints_that_take_long_are_written_rarely(declare, digits, monkeypatch):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", 0.1)
+
+    class Slow(Memory):
+        def save(self, state):
+            super().save(state)
+            time.sleep(0.1)
+
+    checkpoints = Slow()
+    began = time.monotonic()
+    train_shard(declare(16, training={"epochs": 40}), digits, range(16), CPU, checkpoints=checkpoints)
+    took = time.monotonic() - began
+    assert 2 <= checkpoints.saves <= took / 0.1 * 0.1 + 1
+
+
 def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digits, monkeypatch, capfd):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
     experiment = declare(2, training={"epochs": 1})
     expected = train_shard(experiment, digits, range(2), CPU)

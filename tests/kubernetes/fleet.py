@@ -1,0 +1,77 @@
+"""A namespace with what a dispatcher needs to keep workers, and the broker and bucket it works with."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memtail.archive import ExperimentArchive
+from memtail.datasets import ImageDataset
+from memtail.experiment import Experiment
+from memtail.progress import progress_of
+from tests.kubernetes.chart import CHART, as_options, helm
+from tests.kubernetes.conftest import Kubernetes
+from tests.kubernetes.simulation import Pods
+from tests.services.cluster import Cluster, Service
+
+ACCOUNT = "memtail-dispatcher"
+WORKERS = "app.kubernetes.io/instance=memtail,app.kubernetes.io/component=worker"
+_VALUES = {
+    "workers.gpus": 1,
+    "workers.terminationGracePeriodSeconds": 1,
+    "workers.resources": {"requests": {"cpu": "1m", "memory": "1Mi"}, "limits": {"cpu": "1", "memory": "1Mi"}},
+    "workers.sharedMemory": "1Mi",
+    "workers.limits.gpus": 4,
+    "workers.limits.gpuResources": ["nvidia.com/gpu", "nvidia.com/mig-1g.10gb"],
+}
+
+
+class Fleet:
+    """A release of the chart, whose own pods execute nothing, and a real dispatcher beside it.
+
+    Args:
+        declare: makes experiments (see the fixture).
+        most: workers.
+    """
+
+    def __init__(
+        self, kubernetes: Kubernetes, cluster: Cluster, declare: Callable[..., Experiment], digits: ImageDataset, most: int = 300
+    ) -> None:
+        self.kubernetes, self.cluster, self._declare, self._digits = kubernetes, cluster, declare, digits
+        self.namespace = kubernetes.namespace("fleet")
+        options = as_options({**_VALUES, "workers.max": most})
+        done = helm("install", "memtail", str(CHART), "--namespace", self.namespace, *options, kubeconfig=kubernetes.kubeconfig)
+        assert done.returncode == 0, done.stderr
+        self.kubeconfig = kubernetes.kubeconfig_of(self.namespace, ACCOUNT, cluster.folder / "kubeconfig")
+
+    def dispatcher(self, kubeconfig: Path | None = None) -> Service:
+        """A dispatcher with the settings of the chart, and the rights of its account."""
+        path = self.cluster.folder / "fleet.yaml"
+        config = ("get", "configmap/memtail-fleet", "--namespace", self.namespace, "--output", r"jsonpath={.data.fleet\.yaml}")
+        path.write_text(self.kubernetes.kubectl(*config))
+        return self.cluster.start("dispatcher", MEMTAIL_FLEET=str(path), KUBECONFIG=str(kubeconfig or self.kubeconfig))
+
+    def submit(self, shards: int, name: str = "a", per_shard: int = 20, **workers: Any) -> ExperimentArchive:
+        """An experiment of so many shards."""
+        execution = {"trials_per_shard": per_shard, "device": "cpu", "workers": workers or None}
+        design = {"design": "balanced"} if per_shard % 20 == 0 else {}
+        return self.cluster.submit(self._declare(per_shard * shards, name=name, execution=execution, subsets=design), self._digits)
+
+    def pods(self, seconds: float = 1.0) -> Pods:
+        """What stands for the workers' containers."""
+        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster.redis.url, self.cluster.store, seconds)
+
+    def found(self, kind: str, *more: str) -> list[str]:
+        """The names of objects."""
+        return self.kubernetes.kubectl("get", kind, "--namespace", self.namespace, "--output", "name", *more).split()
+
+    def running(self) -> list[str]:
+        """The workers' pods that run."""
+        return self.found("pods", "--selector", WORKERS, "--field-selector", "status.phase=Running")
+
+    def notice(self, name: str = "a") -> str:
+        """What `memtail status` shows of the workers."""
+        return "\n".join(progress_of(self.cluster.store, name).notice_lines)
+
+    def done(self, archive: ExperimentArchive, shards: int) -> bool:
+        """Whether all is committed and no worker is left."""
+        return len(archive.committed()) == shards and not self.running()
