@@ -48,6 +48,6 @@ def test_real_services_are_found_under_their_names_and_all_rules_can_be_evaluate
         names = {("memtail", name) for name in ("dispatcher", "aggregator", "worker", "minio")}
         cluster.until(lambda: found('up{release!=""} == 1') == names)
         # classic, and as one series
-        for series in ('memtail_pass_seconds_bucket{le="+Inf"}', "memtail_pass_seconds"):
+        for series in ('memtail_pass_seconds_bucket{le="+Inf"}', "histogram_count(memtail_pass_seconds)"):
             cluster.until(lambda series=series: found(series) >= {("memtail", "dispatcher"), ("memtail", "aggregator")})
         cluster.until(lambda: {rule["health"] for group in prometheus.ask("rules")["groups"] for rule in group["rules"]} == {"ok"})
