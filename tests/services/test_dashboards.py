@@ -72,11 +72,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
             began = time.time()
             archive = cluster.submit(Experiment.parse(spec), digits)
             broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
-            cluster.until(lambda: len(archive.committed()) > 2 and len(broker.leased()) == 2, 180)
+            cluster.until(lambda: len(archive.committed()) > 2 and len(broker.leased()) == 2, 300)
             services[-1].kill()
-            cluster.until_published(archive, TRIALS, 180)
+            cluster.until_published(archive, TRIALS, 300)
             published = f"memtail_scores_published_trials == {TRIALS} and on() sum(memtail_trials{{state='committed'}}) == {TRIALS}"
-            cluster.until(lambda: prometheus.at(time.time(), published), 180)
+            cluster.until(lambda: prometheus.at(time.time(), published), 300)
             yield Run(prometheus, (began, time.time()))
 
 
