@@ -28,6 +28,11 @@ STORE_REQUESTS = Counter(
 STORE_SECONDS = Histogram("memtail_store_request_seconds", "Seconds of a request to the object store", ["operation"], buckets=SHORT_BUCKETS)
 STORE_BYTES = Counter("memtail_store_bytes_total", "Bytes of objects read from the store and written to it", ["direction"])
 
+# There from the start, so that the first of them is an increase.
+for _operation in ("get", "put", "list", "head", "delete"):
+    for _outcome in ("ok", "refused", "failed"):
+        STORE_REQUESTS.labels(_operation, _outcome)
+
 BUILD.info({"version": version("memtail"), "python": platform.python_version()})
 
 

@@ -22,24 +22,28 @@ class ExperimentSeries:
 
     def __init__(self, metrics: Iterable[MetricWrapperBase], linger: float) -> None:
         self._metrics, self._linger = tuple(metrics), linger
-        self._last: dict[str, float] = {}  # when each was last known to go on, or was first found to have ended
+        self._ended: dict[str, float] = {}  # when it was found of each
         self.shown: set[str] = set()
 
     def note(self, experiment: str, ended: bool = False) -> None:
         """An experiment goes on, or has ended."""
-        if not ended or experiment not in self._last:
-            self._last[experiment] = time.monotonic()
-            self.shown.add(experiment)
+        if not ended:
+            self._ended.pop(experiment, None)
+        elif experiment in self._ended:
+            return
+        else:
+            self._ended[experiment] = time.monotonic()
+        self.shown.add(experiment)
 
     def expire(self) -> None:
         """Remove the series of experiments that ended long enough ago."""
         now = time.monotonic()
-        self._remove({name for name in self.shown if now - self._last[name] >= self._linger})
+        self._remove({name for name in self.shown if now - self._ended.get(name, now) >= self._linger})
 
     def keep_only(self, experiments: Collection[str]) -> None:
         """Remove those of all other experiments, and forget that there were any."""
         self._remove(self.shown.difference(experiments))
-        self._last = {name: last for name, last in self._last.items() if name in experiments}
+        self._ended = {name: when for name, when in self._ended.items() if name in experiments}
 
     def _remove(self, experiments: set[str]) -> None:
         for name in experiments:

@@ -182,6 +182,7 @@ class Aggregator:
         name = folded.record.experiment.name
         self._series.note(name, self._has_ended(folded))
         if name not in self._series.shown:
+            folded.shown = (-1, 0)
             return
         show_scores(name, folded.pointer)
         REFUSED.labels(name).set(len(folded.refused))

@@ -58,7 +58,7 @@ class Worker:
         self._trainer: Trainer | None = None
         self._lost = ""
         self.celery = celery_app(settings)
-        self.celery.task(name=TASK, bind=True)(self._run)
+        self.celery.task(name=TASK)(self._run)
         watchdog = Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6, settings.rest_seconds)
         self.celery.steps["consumer"].add(watchdog.step())
         self.celery.steps["consumer"].add(ConsumerHeartbeat(self._beat).step())
@@ -85,14 +85,14 @@ class Worker:
         lease, stopping = self._settings.lease_seconds, lambda: bool(self._stopping.value)
         self._trainer = Trainer(self._store, broker, self._name, device, lease, stopping, self._reports.send)
 
-    def _run(self, task: Any, **fields: Any) -> None:
+    def _run(self, **fields: Any) -> None:
         assert self._trainer is not None
         try:
             assignment = Assignment.model_validate(fields)
         except ValidationError as error:
             log.warning("message dropped: it is no assignment", errors=error.error_count())
             return
-        sent = (task.request.headers or {}).get(SENT_HEADER)
+        sent = (self.celery.current_task.request.headers or {}).get(SENT_HEADER)
         if self._stopping.value or self._trainer.train(assignment, sent) is Outcome.HANDED_BACK:
             # where the worker itself is at fault (its disk, its clock, its way to the store), another is to have a chance first
             until = time.monotonic() + self._settings.lease_seconds / 4

@@ -45,9 +45,14 @@ class Measures:
         take: dict[str, Callable[..., None]] = {"store": count_request, "taken": self.taken, "trained": self.trained, "ended": self.ended}
         reports.follow(take, self._series.expire, seconds=60)
 
+    def _note(self, experiment: str) -> None:
+        """It goes on, and this may be the last that is heard of it."""
+        self._series.note(experiment)
+        self._series.note(experiment, ended=True)
+
     def taken(self, experiment: str, queue_seconds: float | None) -> None:
         """A process took an assignment, which was so long on its way."""
-        self._series.note(experiment)
+        self._note(experiment)
         for outcome in (*Outcome, DIED):
             metrics.ATTEMPTS.labels(experiment, outcome)
         if queue_seconds is not None:
@@ -55,7 +60,7 @@ class Measures:
 
     def trained(self, experiment: str, trials: int, committed: bool, examples: int, seconds: float, phases: dict[str, float]) -> None:
         """A shard was trained: so many trials, examples (once an epoch), and seconds, also by phase where that was measured."""
-        self._series.note(experiment)
+        self._note(experiment)
         metrics.TRIALS.labels(experiment).inc(trials if committed else 0)
         metrics.EXAMPLES.labels(experiment).inc(examples)
         for _ in range(trials):
@@ -65,5 +70,5 @@ class Measures:
 
     def ended(self, experiment: str, outcome: str) -> None:
         """What became of an assignment."""
-        self._series.note(experiment)
+        self._note(experiment)
         metrics.ATTEMPTS.labels(experiment, outcome).inc()

@@ -74,7 +74,7 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Service":
-        environment = {**self._environment, "MEMTAIL_PORT": str(free_port())}
+        environment = {"MEMTAIL_PORT": str(free_port()), **self._environment}
         self.port = environment["MEMTAIL_PORT"]
         with self.log.open("ab") as output:
             command = [*self._prefix, sys.executable, "-m", f"services.{self.name}"]

@@ -65,10 +65,10 @@ class PrometheusServer:
         return answer["data"]
 
     def at(self, moment: float, expression: str) -> list[dict[str, Any]]:
-        """The value of each series at a moment, as of a query that takes the time from then."""
+        """The value, or histogram, of each series at a moment, as of a query that takes the time from then."""
         found = self.ask("query", query=expression, time=moment)
         assert found["resultType"] == "vector", expression
-        return [{"metric": series["metric"], "values": [series["value"]]} for series in found["result"]]
+        return [{"metric": series["metric"], "values": [series.get("value") or series["histogram"]]} for series in found["result"]]
 
     def during(self, times: tuple[float, float], expression: str) -> list[dict[str, Any]]:
         """The values of each series at each second."""

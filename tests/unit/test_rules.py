@@ -26,7 +26,7 @@ FOREIGN = {
 
 
 def names(expr: str) -> set[str]:
-    """The metrics and recorded series that an expression asks for: what has an underscore, but for labels, functions and a keyword."""
+    """The series that an expression asks for: what has an underscore in it, but for labels, functions and a keyword."""
     bare = re.sub(r'"[^"]*"|\b(by|on|ignoring) \([^)]*\)', "", expr)
     return set(re.findall(r"\b[a-z][\w:]*_[\w:]*\b(?! *\()", bare)) - {"group_left"}
 

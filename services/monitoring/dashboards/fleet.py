@@ -5,7 +5,7 @@ from grafana_foundation_sdk.builders import dashboard
 from services.monitoring.dashboards.parts import GREEN, ORANGE, RED, Rows, course, number, page, share
 
 _BUSY = "sum(memtail_worker_devices_busy{NAMESPACE}) / sum(memtail_worker_devices{NAMESPACE})"
-_BY_PHASE = "sum by (phase) (rate(memtail_trial_phase_seconds_{}{{EXPERIMENT}}[$__rate_interval]))"
+_BY_PHASE = "sum by (phase) (memtail_trial_phase_seconds_{}{{EXPERIMENT}})"
 
 
 def fleet() -> dashboard.Dashboard:
@@ -141,8 +141,8 @@ def fleet() -> dashboard.Dashboard:
             ),
             course(
                 "Phases of a trial",
-                "Mean seconds of each phase, of the shards in which they are measured. What is missing to the seconds of a trial goes "
-                "into building networks and starting up.",
+                "Mean seconds of each phase since the workers started, of the shards in which they are measured. What is missing to the "
+                "seconds of a trial goes into building networks and starting up.",
                 "s",
                 (f"{_BY_PHASE.format('sum')} / {_BY_PHASE.format('count')}", "{{phase}}"),
                 stacked=True,
