@@ -23,7 +23,7 @@ from tests.services import pictures
 from tests.services.cluster import PROJECT, Cluster
 from tests.services.prometheus import PrometheusServer
 
-TRIALS, PER_SHARD = 64, 4
+TRIALS, PER_SHARD = 96, 4
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.iterdir())}
 RULES = yaml.safe_load((FOLDER.parent / "rules.yaml").read_text())
 # What a machine without a GPU and without a Kubernetes cluster has no values of.
@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
         "name": "digits",
         "dataset": {"name": "digits"},
         "model": {"name": "tests.services.models:faulty", "options": {"how": "raise"}},
-        "training": {"epochs": 40},
+        "training": {"epochs": 100},
         "subsets": {"trials": TRIALS},
         "execution": {"trials_per_shard": PER_SHARD, "device": "cpu"},
     }
@@ -75,9 +75,17 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
             cluster.until(lambda: len(archive.committed()) > 2 and len(broker.leased()) == 2, 300)
             services[-1].kill()
             cluster.until_published(archive, TRIALS, 300)
-            published = f"memtail_scores_published_trials == {TRIALS} and on() sum(memtail_trials{{state='committed'}}) == {TRIALS}"
-            cluster.until(lambda: prometheus.at(time.time(), published), 300)
-            yield Run(prometheus, (began, time.time()))
+            counted = f"memtail_scores_published_trials == {TRIALS} and on() sum(memtail_trials{{state='committed'}}) == {TRIALS}"
+            recorded = "and on() experiment:memtail_standard_error_per_bound:ratio"
+            ended = began
+
+            def seen() -> bool:
+                nonlocal ended
+                ended = time.time()
+                return bool(prometheus.at(ended, f"{counted} {recorded}"))
+
+            cluster.until(seen, 300)
+            yield Run(prometheus, (began, ended))
 
 
 def queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
@@ -94,7 +102,7 @@ def queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
 
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_every_query_of_a_dashboard_has_data_or_a_reason_to_have_none(run: Run, name: str) -> None:
-    with_data = {what: bool(run.series(query, instant)) for what, query, instant in queries(DASHBOARDS[name])}
+    with_data = {what: bool(run.series(query)) for what, query, _ in queries(DASHBOARDS[name])}
     expected = {what: not any(part in query for part in EMPTY) for what, query, _ in queries(DASHBOARDS[name])}
     assert with_data == expected
 
@@ -131,7 +139,7 @@ if "DASHBOARD_PICTURES" in os.environ:  # as `make dashboards` sets it
             for panel in dashboard["panels"]
             for target in panel.get("targets", [])
         }
-        pictures.draw(dashboard, results, folder / f"{name}.png")
+        pictures.draw(dashboard, results, run.times, folder / f"{name}.png")
         with (folder / f"{name}.txt").open("w") as file:
             for what, query, instant in queries(dashboard):
                 print(f"\n{what}\n  {query}", file=file)

@@ -70,7 +70,7 @@ def fleet() -> dashboard.Dashboard:
                 ("count(memtail_worker_devices{NAMESPACE})", "workers"),
                 ("sum(memtail_worker_devices{NAMESPACE})", "devices"),
                 ("sum(memtail_worker_devices_busy{NAMESPACE})", "devices that train"),
-                dashed="devices",
+                dashed="^devices$",
             ),
             course(
                 "Pods in trouble",
@@ -108,7 +108,7 @@ def fleet() -> dashboard.Dashboard:
                 "short",
                 ("max by (experiment) (memtail_shards_outstanding{EXPERIMENT})", "{{experiment}}"),
                 ("max(memtail_broker_queued_messages{NAMESPACE})", "messages in the broker"),
-                dashed="messages in the broker",
+                dashed="^messages",
             ),
             course(
                 "Time in the queue",
