@@ -73,7 +73,7 @@ def _place(figure: Figure, panel: dict[str, Any]) -> Axes | None:
     figure.add_artist(Rectangle(corner, wide - 2 * gap / width, high - 2 * gap / height, facecolor=PANEL, edgecolor="#2c3235", zorder=-1))
     figure.text(left + 0.12 / width, top - 0.2 / height, panel["title"], fontsize=9.5, weight="bold", color=TEXT, va="center")
     plain = panel["type"] in ("stat", "gauge", "table", "text")
-    sides, below = (0.15, 0.12) if plain else (0.75, 0.62)
+    sides, below = (0.15, 0.12) if plain else (0.85, 0.72)
     axes = figure.add_axes(
         (left + sides / width, top - high + below / height, wide - (sides + 0.15) / width, high - (below + 0.45) / height),
         facecolor=PANEL,
@@ -139,8 +139,9 @@ def _course(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) 
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     axes.grid(color="#2c3235", linewidth=0.6)
     if len(found) > 1 or found[0][0]:
-        columns = max(1, int(panel["gridPos"]["w"] * 9 / (6 + max(len(name) for name, _ in found))))
-        axes.legend(loc="upper left", bbox_to_anchor=(-0.08, -0.12), ncols=columns, fontsize=8, frameon=False, handlelength=1)
+        style = {"fontsize": 7.5, "labelspacing": 0.2, "frameon": False, "handlelength": 1}
+        columns = max(1, int(panel["gridPos"]["w"] * 10 / (6 + max(len(name) for name, _ in found))))
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.12), ncols=columns, **style)
 
 
 def _overrides(panel: dict[str, Any]) -> tuple[list[str], dict[str, str]]:

@@ -1,6 +1,7 @@
 """Every query of Grafana's dashboards, and every rule, asked of a real Prometheus that watched a real experiment.
 
-With DASHBOARD_PICTURES=FOLDER in the environment the dashboards of that run are drawn into a folder, the results beside them as text.
+With DASHBOARD_PICTURES=FOLDER in the environment the dashboards of that run are drawn into a folder; the results of all queries are
+beside them as text, and what each service answers to Prometheus.
 """
 
 import json
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import urllib3
 import yaml
 
 from memtail.experiment import Experiment
@@ -20,7 +22,7 @@ from services.broker import Broker
 from services.monitoring.dashboards import FOLDER
 from services.settings import ServiceSettings
 from tests.services import pictures
-from tests.services.cluster import PROJECT, Cluster
+from tests.services.cluster import PROJECT, Cluster, Service
 from tests.services.prometheus import PrometheusServer
 
 TRIALS, PER_SHARD = 96, 4
@@ -41,6 +43,7 @@ class Run:
     """What Prometheus has seen of an experiment, and from when to when it went."""
 
     prometheus: PrometheusServer
+    services: list[Service]
     times: tuple[float, float]
 
     def series(self, query: str, instant: bool = False) -> list[dict[str, Any]]:
@@ -62,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
         "name": "digits",
         "dataset": {"name": "digits"},
         "model": {"name": "tests.services.models:faulty", "options": {"how": "raise"}},
-        "training": {"epochs": 100},
+        "training": {"epochs": 500},
         "subsets": {"trials": TRIALS},
         "execution": {"trials_per_shard": PER_SHARD, "device": "cpu"},
     }
@@ -85,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
                 return bool(prometheus.at(ended, f"{counted} {recorded}"))
 
             cluster.until(seen, 300)
-            yield Run(prometheus, (began, ended))
+            yield Run(prometheus, services[:-1], (ended - math.ceil(ended - began), ended))
 
 
 def queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
@@ -145,3 +148,8 @@ if "DASHBOARD_PICTURES" in os.environ:  # as `make dashboards` sets it
                 print(f"\n{what}\n  {query}", file=file)
                 for series in run.series(query, instant):
                     print(f"    {series['metric']} {len(series['values'])} values, the last {series['values'][-1][1]}", file=file)
+
+    def test_what_services_answer(run: Run) -> None:
+        for service in run.services:
+            page = urllib3.request("GET", f"http://127.0.0.1:{service.port}/metrics").data
+            (PROJECT / os.environ["DASHBOARD_PICTURES"] / f"{service.name}.metrics").write_bytes(page)

@@ -50,6 +50,7 @@ def fleet() -> dashboard.Dashboard:
                 "Attempts at a shard in the last hour that failed, or whose process died. Each is tried three times.",
                 "short",
                 ('sum(increase(memtail_shard_attempts_total{EXPERIMENT, outcome=~"failed|died"}[1h]))', ""),
+                decimals=0,
                 thresholds=((None, GREEN), (1, RED)),
                 none="0",
             ),

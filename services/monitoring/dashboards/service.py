@@ -40,6 +40,7 @@ def service() -> dashboard.Dashboard:
                 "In the last hour, by the dispatcher and the aggregator; the next pass makes up for it.",
                 "short",
                 ('sum(increase(memtail_passes_total{NAMESPACE, outcome="given up"}[1h]))', ""),
+                decimals=0,
                 thresholds=((None, GREEN), (1, RED)),
             ),
             number(
