@@ -95,7 +95,7 @@ def queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """(what it is of, the query, whether it asks for one moment) of each query of a dashboard."""
     for panel in dashboard["panels"]:
         for target in panel.get("targets", []):
-            yield f"{panel['title']} {target['refId']}", target["expr"], target["instant"]
+            yield f"{panel['id']} {panel['title']} {target['refId']}", target["expr"], target["instant"]
     for annotation in dashboard["annotations"]["list"]:
         yield f"annotation: {annotation['name']}", annotation["target"]["expr"], False
     for variable in dashboard["templating"]["list"]:
