@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 PAGE, PANEL, TEXT, MUTED = "#111217", "#181b1f", "#ccccdc", "#7b8087"
 COLORS = {"green": "#73bf69", "orange": "#ff9830", "red": "#f2495c", "blue": "#5794f2", "yellow": "#fade2a"}
-PALETTE = ["#73bf69", "#fade2a", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#ff7383", "#37872d", "#fa6400"]
+PALETTE = ["#73bf69", "#fade2a", "#5794f2", "#ff9830", "#b877d9", "#8ab8ff", "#5ad3d1", "#37872d", "#e0b400", "#a352cc"]
 UNIT = 0.78  # inches of a column; a row is 0.45
 
 Series = dict[str, Any]
@@ -24,8 +24,8 @@ Series = dict[str, Any]
 Results = dict[tuple[int, str], list[Series]]
 
 
-def draw(dashboard: dict[str, Any], results: Results, path: Path) -> None:
-    """Write the picture of a dashboard."""
+def draw(dashboard: dict[str, Any], results: Results, times: tuple[float, float], path: Path) -> None:
+    """Write the picture of a dashboard, of what it shows from one time to another."""
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])
     figure = Figure(figsize=(24 * UNIT, rows * 0.45 + 0.6), facecolor=PAGE)
     figure.text(0.01, 1 - 0.25 / figure.get_figheight(), dashboard["title"], color=TEXT, fontsize=16, va="center")
@@ -50,6 +50,8 @@ def draw(dashboard: dict[str, Any], results: Results, path: Path) -> None:
                 ]
                 if found:
                     kinds[panel["type"]](axes, panel, found)
+                    if panel["type"] in ("timeseries", "heatmap"):
+                        _clock(axes, times)
                 else:
                     empty = panel["fieldConfig"]["defaults"].get("noValue", "No data")
                     axes.text(0.5, 0.5, empty, ha="center", va="center", color=MUTED, fontsize=14, transform=axes.transAxes)
@@ -71,7 +73,7 @@ def _place(figure: Figure, panel: dict[str, Any]) -> Axes | None:
     figure.add_artist(Rectangle(corner, wide - 2 * gap / width, high - 2 * gap / height, facecolor=PANEL, edgecolor="#2c3235", zorder=-1))
     figure.text(left + 0.12 / width, top - 0.2 / height, panel["title"], fontsize=9.5, weight="bold", color=TEXT, va="center")
     plain = panel["type"] in ("stat", "gauge", "table", "text")
-    sides, below = (0.15, 0.12) if plain else (0.75, 0.62)
+    sides, below = (0.15, 0.12) if plain else (0.85, 0.72)
     axes = figure.add_axes(
         (left + sides / width, top - high + below / height, wide - (sides + 0.15) / width, high - (below + 0.45) / height),
         facecolor=PANEL,
@@ -125,7 +127,7 @@ def _course(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) 
             below |= dict(zip(times, base + np.nan_to_num(values), strict=True))
         else:
             dashes = "--" if any(re.search(pattern, name) for pattern in dashed) else "-"
-            axes.plot(moments, values, dashes, color=color, label=name, linewidth=1.6)  # type: ignore[arg-type]
+            axes.plot(moments, values, dashes, color=color, label=name, linewidth=1.6, marker="." if len(times) == 1 else "")  # type: ignore[arg-type]
     if custom.get("scaleDistribution", {}).get("type") == "log":
         axes.set_yscale("log")
     else:
@@ -136,9 +138,10 @@ def _course(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) 
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _shown(panel, value)))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     axes.grid(color="#2c3235", linewidth=0.6)
-    _clock(axes)
     if len(found) > 1 or found[0][0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(-0.08, -0.12), ncols=5, fontsize=8, frameon=False, handlelength=1, columnspacing=1)
+        style = {"fontsize": 7.5, "labelspacing": 0.2, "frameon": False, "handlelength": 1}
+        columns = max(1, int(panel["gridPos"]["w"] * 10 / (6 + max(len(name) for name, _ in found))))
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.12), ncols=columns, **style)
 
 
 def _overrides(panel: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
@@ -164,7 +167,6 @@ def _density(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]])
     edges = np.arange(len(ordered))
     axes.pcolormesh(moments, edges, np.sqrt(cells), cmap="Blues_r", shading="nearest")  # type: ignore[arg-type]
     axes.set_yticks(edges[::2], [name for name, _ in ordered][::2])
-    _clock(axes)
 
 
 def _bars(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) -> None:
@@ -177,14 +179,18 @@ def _bars(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) ->
 
 
 def _table(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) -> None:
-    order = panel["transformations"][0]["options"]["indexByName"]
-    cells = [[*(series["metric"].get(column, "") for column in order if column != "Value"), f"{_last(series):g}"] for _, series in found]
-    drawn = axes.table(cells, colLabels=list(order), loc="upper left", cellLoc="left", edges="horizontal")
+    options = panel["transformations"][0]["options"]
+    order = sorted(options["indexByName"], key=options["indexByName"].get)
+    cells = [[series["metric"].get(column, f"{_last(series):g}") for column in order] for _, series in found]
+    drawn = axes.table(
+        cells, colLabels=[options["renameByName"][column] for column in order], loc="upper left", cellLoc="left", edges="horizontal"
+    )
     for cell in drawn.get_celld().values():
         cell.set_edgecolor("#2c3235")
 
 
-def _clock(axes: Axes) -> None:
+def _clock(axes: Axes, times: tuple[float, float]) -> None:
+    axes.set_xlim(*(datetime.fromtimestamp(moment, UTC) for moment in times))  # type: ignore[arg-type]
     axes.xaxis.set_major_formatter(mpl.dates.DateFormatter("%H:%M:%S"))
     axes.xaxis.set_major_locator(mpl.dates.AutoDateLocator(maxticks=6))
 

@@ -1,6 +1,7 @@
 """Every query of Grafana's dashboards, and every rule, asked of a real Prometheus that watched a real experiment.
 
-With DASHBOARD_PICTURES=FOLDER in the environment the dashboards of that run are drawn into a folder, the results beside them as text.
+With DASHBOARD_PICTURES=FOLDER in the environment the dashboards of that run are drawn into a folder; the results of all queries are
+beside them as text, and what each service answers to Prometheus.
 """
 
 import json
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import urllib3
 import yaml
 
 from memtail.experiment import Experiment
@@ -20,10 +22,10 @@ from services.broker import Broker
 from services.monitoring.dashboards import FOLDER
 from services.settings import ServiceSettings
 from tests.services import pictures
-from tests.services.cluster import PROJECT, Cluster
+from tests.services.cluster import PROJECT, Cluster, Service
 from tests.services.prometheus import PrometheusServer
 
-TRIALS, PER_SHARD = 64, 4
+TRIALS, PER_SHARD = 96, 4
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.iterdir())}
 RULES = yaml.safe_load((FOLDER.parent / "rules.yaml").read_text())
 # What a machine without a GPU and without a Kubernetes cluster has no values of.
@@ -41,6 +43,7 @@ class Run:
     """What Prometheus has seen of an experiment, and from when to when it went."""
 
     prometheus: PrometheusServer
+    services: list[Service]
     times: tuple[float, float]
 
     def series(self, query: str, instant: bool = False) -> list[dict[str, Any]]:
@@ -62,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
         "name": "digits",
         "dataset": {"name": "digits"},
         "model": {"name": "tests.services.models:faulty", "options": {"how": "raise"}},
-        "training": {"epochs": 40},
+        "training": {"epochs": 500},
         "subsets": {"trials": TRIALS},
         "execution": {"trials_per_shard": PER_SHARD, "device": "cpu"},
     }
@@ -72,19 +75,27 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
             began = time.time()
             archive = cluster.submit(Experiment.parse(spec), digits)
             broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
-            cluster.until(lambda: len(archive.committed()) > 2 and len(broker.leased()) == 2, 180)
+            cluster.until(lambda: len(archive.committed()) > 2 and len(broker.leased()) == 2, 300)
             services[-1].kill()
-            cluster.until_published(archive, TRIALS, 180)
-            published = f"memtail_scores_published_trials == {TRIALS} and on() sum(memtail_trials{{state='committed'}}) == {TRIALS}"
-            cluster.until(lambda: prometheus.at(time.time(), published), 180)
-            yield Run(prometheus, (began, time.time()))
+            cluster.until_published(archive, TRIALS, 300)
+            counted = f"memtail_scores_published_trials == {TRIALS} and on() sum(memtail_trials{{state='committed'}}) == {TRIALS}"
+            recorded = "and on() experiment:memtail_standard_error_per_bound:ratio"
+            ended = began
+
+            def seen() -> bool:
+                nonlocal ended
+                ended = time.time()
+                return bool(prometheus.at(ended, f"{counted} {recorded}"))
+
+            cluster.until(seen, 300)
+            yield Run(prometheus, services[:-1], (ended - math.ceil(ended - began), ended))
 
 
 def queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """(what it is of, the query, whether it asks for one moment) of each query of a dashboard."""
     for panel in dashboard["panels"]:
         for target in panel.get("targets", []):
-            yield f"{panel['title']} {target['refId']}", target["expr"], target["instant"]
+            yield f"{panel['id']} {panel['title']} {target['refId']}", target["expr"], target["instant"]
     for annotation in dashboard["annotations"]["list"]:
         yield f"annotation: {annotation['name']}", annotation["target"]["expr"], False
     for variable in dashboard["templating"]["list"]:
@@ -94,7 +105,7 @@ def queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
 
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_every_query_of_a_dashboard_has_data_or_a_reason_to_have_none(run: Run, name: str) -> None:
-    with_data = {what: bool(run.series(query, instant)) for what, query, instant in queries(DASHBOARDS[name])}
+    with_data = {what: bool(run.series(query)) for what, query, _ in queries(DASHBOARDS[name])}
     expected = {what: not any(part in query for part in EMPTY) for what, query, _ in queries(DASHBOARDS[name])}
     assert with_data == expected
 
@@ -131,9 +142,14 @@ if "DASHBOARD_PICTURES" in os.environ:  # as `make dashboards` sets it
             for panel in dashboard["panels"]
             for target in panel.get("targets", [])
         }
-        pictures.draw(dashboard, results, folder / f"{name}.png")
+        pictures.draw(dashboard, results, run.times, folder / f"{name}.png")
         with (folder / f"{name}.txt").open("w") as file:
             for what, query, instant in queries(dashboard):
                 print(f"\n{what}\n  {query}", file=file)
                 for series in run.series(query, instant):
                     print(f"    {series['metric']} {len(series['values'])} values, the last {series['values'][-1][1]}", file=file)
+
+    def test_what_services_answer(run: Run) -> None:
+        for service in run.services:
+            page = urllib3.request("GET", f"http://127.0.0.1:{service.port}/metrics").data
+            (PROJECT / os.environ["DASHBOARD_PICTURES"] / f"{service.name}.metrics").write_bytes(page)

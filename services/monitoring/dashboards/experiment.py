@@ -19,17 +19,18 @@ def experiment() -> dashboard.Dashboard:
         "Is it going, and when is it done?": [
             number(
                 "State",
-                "Whether trials are being trained, wait for a worker, or are all done. Trials that failed too often are given up: "
-                "`memtail failures` says why.",
+                "Whether trials are being trained, wait for a worker (or the experiment is paused or cancelled), or are all done. Why "
+                "some are given up says `memtail failures`.",
                 "none",
                 (f"({_OUTSTANDING} == bool 0) * (2 + ({_DEAD} > bool 0)) + ({_OUTSTANDING} > bool 0) * ({_TRAINING} > bool 0)", ""),
                 names={
-                    "0": ("waiting for workers", ORANGE),
+                    "0": ("waiting", ORANGE),
                     "1": ("training", GREEN),
                     "2": ("all trained", BLUE),
                     "3": ("ended, some given up", RED),
                 },
                 none="not known",
+                now=True,
             ),
             share(
                 "Progress",
@@ -39,9 +40,12 @@ def experiment() -> dashboard.Dashboard:
             ),
             number(
                 "Time left",
-                "Until all trials are committed, as the last minutes went. Nothing while none were committed lately, or when all are.",
+                "Until all trials are committed, as the last minutes went. Not known while none were committed lately.",
                 "s",
-                ("clamp_min(max(memtail_completion_timestamp_seconds{EXPERIMENT}) - time(), 0)", ""),
+                (f"clamp_min(max(memtail_completion_timestamp_seconds{{EXPERIMENT}}) - time(), 0) or {_OUTSTANDING} == 0", ""),
+                names={"0": ("done", BLUE)},
+                none="not known",
+                now=True,
                 thresholds=((None, GREEN), (86400, BLUE), (604800, ORANGE)),
             ),
             number(
@@ -49,6 +53,7 @@ def experiment() -> dashboard.Dashboard:
                 "When all trials will be committed, as the last minutes went.",
                 "dateTimeAsLocalNoDateIfToday",
                 ("1000 * max(memtail_completion_timestamp_seconds{EXPERIMENT})", ""),
+                now=True,
             ),
             number(
                 "Trials per second",

@@ -50,6 +50,7 @@ def fleet() -> dashboard.Dashboard:
                 "Attempts at a shard in the last hour that failed, or whose process died. Each is tried three times.",
                 "short",
                 ('sum(increase(memtail_shard_attempts_total{EXPERIMENT, outcome=~"failed|died"}[1h]))', ""),
+                decimals=0,
                 thresholds=((None, GREEN), (1, RED)),
                 none="0",
             ),
@@ -70,7 +71,7 @@ def fleet() -> dashboard.Dashboard:
                 ("count(memtail_worker_devices{NAMESPACE})", "workers"),
                 ("sum(memtail_worker_devices{NAMESPACE})", "devices"),
                 ("sum(memtail_worker_devices_busy{NAMESPACE})", "devices that train"),
-                dashed="devices",
+                dashed="^devices$",
             ),
             course(
                 "Pods in trouble",
@@ -108,7 +109,7 @@ def fleet() -> dashboard.Dashboard:
                 "short",
                 ("max by (experiment) (memtail_shards_outstanding{EXPERIMENT})", "{{experiment}}"),
                 ("max(memtail_broker_queued_messages{NAMESPACE})", "messages in the broker"),
-                dashed="messages in the broker",
+                dashed="^messages",
             ),
             course(
                 "Time in the queue",

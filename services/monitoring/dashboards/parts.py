@@ -61,6 +61,7 @@ def number(
     names: dict[str, tuple[str, str]] | None = None,
     decimals: int | None = None,
     none: str = "-",
+    now: bool = False,
     width: int = 4,
 ) -> stat.Panel:
     """The last value of each query, large and in the colour of its threshold, over its course.
@@ -68,10 +69,11 @@ def number(
     Args:
         names: texts and their colours to show instead of values.
         none: what to show where there is no value.
+        now: show the value at the end of the time shown or none, without its course, since an older one would mislead.
     """
-    panel = _about(stat.Panel(), title, description, unit, width, 4).targets(_targets(queries)).thresholds(_steps(thresholds))
+    panel = _about(stat.Panel(), title, description, unit, width, 4).targets(_targets(queries, instant=now)).thresholds(_steps(thresholds))
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).no_value(none).color_mode(options.BigValueColorMode.VALUE)
-    panel.graph_mode(options.BigValueGraphMode.NONE if names else options.BigValueGraphMode.AREA)
+    panel.graph_mode(options.BigValueGraphMode.NONE if names or now else options.BigValueGraphMode.AREA)
     if decimals is not None:
         panel.decimals(decimals)
     if names:
@@ -168,12 +170,13 @@ def bars(title: str, description: str, unit: str, query: Query, label: str, widt
     return panel.bar_width(0.9).group_width(0.9)
 
 
-def listing(title: str, description: str, unit: str, query: Query, columns: list[str], width: int = 12) -> table.Panel:
-    """The last value of each series, with some of its labels."""
-    panel = _about(table.Panel(), title, description, unit, width, 8).thresholds(_steps(((None, BLUE),)))
+def listing(title: str, description: str, unit: str, query: Query, columns: dict[str, str]) -> table.Panel:
+    """The last value of each series with its labels; `columns` are their names and the headings to show instead, in order."""
+    panel = _about(table.Panel(), title, description, unit, 24, 4).thresholds(_steps(((None, BLUE),)))
     panel.targets(_targets((query,), instant=True, format_=PromQueryFormat.TABLE))
-    order = {"indexByName": {column: place for place, column in enumerate(columns)}, "excludeByName": {"Time": True}}
-    return panel.with_transformation(models.DataTransformerConfig(id_val="organize", options=order))
+    order = {column: place for place, column in enumerate(columns)}
+    organize = {"indexByName": order, "renameByName": columns, "excludeByName": {"Time": True}}
+    return panel.with_transformation(models.DataTransformerConfig(id_val="organize", options=organize))
 
 
 def words(title: str, content: str, width: int = 24) -> text.Panel:

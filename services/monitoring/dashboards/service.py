@@ -23,6 +23,7 @@ def service() -> dashboard.Dashboard:
                 "Dispatchers, aggregators and workers that Prometheus looks for, and that do not answer.",
                 "none",
                 (f"sum(1 - up{_OURS})", ""),
+                now=True,
                 thresholds=((None, GREEN), (1, RED)),
             ),
             number(
@@ -30,6 +31,7 @@ def service() -> dashboard.Dashboard:
                 "One acts; others wait to take over.",
                 "none",
                 (_LEADERS, ""),
+                now=True,
                 names={"0": ("none", RED), "1": ("one", GREEN)},
                 none="none",
             ),
@@ -38,6 +40,7 @@ def service() -> dashboard.Dashboard:
                 "In the last hour, by the dispatcher and the aggregator; the next pass makes up for it.",
                 "short",
                 ('sum(increase(memtail_passes_total{NAMESPACE, outcome="given up"}[1h]))', ""),
+                decimals=0,
                 thresholds=((None, GREEN), (1, RED)),
             ),
             number(
@@ -179,8 +182,7 @@ def service() -> dashboard.Dashboard:
                 "What runs. Services of several versions work together only while an upgrade lasts.",
                 "none",
                 ("count by (version, python) (memtail_build_info{NAMESPACE})", ""),
-                ["version", "python", "Value"],
-                width=24,
+                {"version": "memtail", "python": "Python", "Value": "processes"},
             ),
         ],
     }
