@@ -14,7 +14,7 @@ from memtail.archive import ExperimentArchive, Notice
 from memtail.errors import StoreError
 from memtail.storage import ObjectStore
 from services.dispatcher import metrics
-from services.dispatcher.cluster import Cluster, ClusterError, Pod
+from services.dispatcher.cluster import Cluster, ClusterError, Job, Pod
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, NUMBER_LABEL, Demand, FleetSettings, job_of, shards_per_worker
 
 log = structlog.get_logger()
@@ -67,6 +67,21 @@ def wanted(demands: Iterable[Demand], running: dict[str, int], max_workers: int,
         result[name] = min(most, could_use, runs + max(0, left))
         left -= max(0, result[name] - runs)
     return result
+
+
+def worker_sets(jobs: Iterable[Job], pods: Iterable[Pod]) -> list[WorkerSet]:
+    """The Jobs that have not ended, with what their pods say of them: what a Job counts itself is often behind its pods."""
+    phases = Counter((pod.job, pod.phase) for pod in pods)
+    sets = []
+    for job in jobs:
+        if job.ended or EXPERIMENT_LABEL not in job.labels:
+            continue
+        running, winding_down = phases[job.name, "Running"], bool(job.succeeded or phases[job.name, "Succeeded"])
+        # one that winds down has no more than it has
+        workers = running + phases[job.name, "Pending"] if winding_down else job.parallelism
+        number = int(job.labels.get(NUMBER_LABEL, 0))
+        sets.append(WorkerSet(job.name, job.labels[EXPERIMENT_LABEL], number, workers, min(workers, running), winding_down))
+    return sets
 
 
 def scale(goal: dict[str, int], sets: Iterable[WorkerSet], cancelled: Iterable[str], elastic: bool) -> Changes:
@@ -127,7 +142,8 @@ class Fleet:
             unknown: experiments that cannot be read at present; their workers are left alone.
         """
         try:
-            sets, pods = self._observe()
+            jobs, pods = self._cluster.jobs(), self._cluster.pods()
+            sets = worker_sets(jobs, pods)
             refused = {
                 demand.experiment: f"execution.workers: {violation}"
                 for demand in demands
@@ -157,24 +173,6 @@ class Fleet:
             metrics.WORKERS.remove_by_labels({"experiment": name})
         self._shown &= experiments
 
-    def _observe(self) -> tuple[list[WorkerSet], dict[str, list[Pod]]]:
-        jobs, pods = self._cluster.jobs(), self._cluster.pods()
-        running: Counter[str] = Counter()
-        pending: Counter[str] = Counter()
-        by_experiment: dict[str, list[Pod]] = {}
-        for pod in pods:
-            by_experiment.setdefault(pod.labels.get(EXPERIMENT_LABEL, ""), []).append(pod)
-            running[pod.job] += pod.phase == "Running"
-            pending[pod.job] += pod.phase == "Pending"
-        sets = []
-        for job in jobs:
-            if not job.ended and EXPERIMENT_LABEL in job.labels:
-                # one that winds down has no more than it has; its own count may be behind that of its pods
-                workers = running[job.name] + pending[job.name] if job.succeeded else job.parallelism
-                name, number = job.labels[EXPERIMENT_LABEL], int(job.labels.get(NUMBER_LABEL, 0))
-                sets.append(WorkerSet(job.name, name, number, workers, min(workers, running[job.name]), job.succeeded > 0))
-        return sets, by_experiment
-
     def _change(self, changes: Changes, demands: dict[str, Demand]) -> None:
         for name in changes.delete:
             self._cluster.delete_job(name)
@@ -193,14 +191,17 @@ class Fleet:
         demands: list[Demand],
         goal: dict[str, int],
         sets: list[WorkerSet],
-        pods: dict[str, list[Pod]],
+        pods: list[Pod],
         refused: dict[str, str],
     ) -> None:
+        pods_of: dict[str, list[Pod]] = {}
+        for pod in pods:
+            pods_of.setdefault(pod.labels.get(EXPERIMENT_LABEL, ""), []).append(pod)
         for name in [demand.experiment for demand in demands]:
             theirs = [each for each in sets if each.experiment == name]
-            troubles = dict.fromkeys(pod.trouble for pod in pods.get(name, []) if pod.trouble)
+            troubles = Counter(pod.trouble for pod in pods_of.get(name, []) if pod.trouble)
             running, workers = sum(each.running for each in theirs), sum(each.workers for each in theirs)
-            failed = sum(pod.phase == "Failed" for pod in pods.get(name, []))
+            failed = sum(pod.phase == "Failed" for pod in pods_of.get(name, []))
             if goal[name] or workers or failed:
                 self._shown.add(name)
                 for state, count in (("wanted", goal[name]), ("running", running), ("pending", workers - running), ("failed", failed)):
@@ -210,7 +211,7 @@ class Fleet:
             lines = [refused[name]] if name in refused else []
             if goal[name] or workers:
                 lines.append(f"{running} workers run, {workers - running} are to start, {goal[name]} are wanted")
-            lines += [f"{trouble} ({sum(pod.trouble == trouble for pod in pods[name])} workers)" for trouble in troubles]
+            lines += [f"{trouble} ({count} workers)" for trouble, count in troubles.items()]
             self._give_notice(name, Notice(tuple(lines)) if lines else None)
 
     def _give_notice(self, name: str, notice: Notice | None) -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from memtail.experiment import WorkersSpec
-from services.dispatcher.fleet import Changes, WorkerSet, scale, wanted
+from services.dispatcher.cluster import Job, Pod
+from services.dispatcher.fleet import Changes, WorkerSet, scale, wanted, worker_sets
 from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of, shards_per_worker
 
 OWNER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "memtail-dispatcher", "uid": "u"}
@@ -85,6 +86,20 @@ def test_running_workers_are_never_taken_away():
     assert scale({"a": 6}, sets((3, 2), (4, 0)), [], True) == Changes(shrink={"a-2": 3})
     assert scale({"a": 6}, sets((3, 2), (4, 0)), [], elastic=False) == Changes()
     assert scale({"a": 0}, sets((3, 1), winding_down=True), [], True) == Changes()
+
+
+def test_a_job_whose_own_count_is_behind_its_pods_is_left_to_end_by_itself():
+    labels = {"memtail/experiment": "a", "memtail/number": "1"}
+    job = Job("a-1", "uid", labels, parallelism=4, succeeded=0, ended=False)
+
+    def pods(*phases):
+        return [Pod(f"a-1-{number}", "uid", "a-1", labels, phase, "", "") for number, phase in enumerate(phases)]
+
+    assert worker_sets([job], pods("Running", "Pending")) == [WorkerSet("a-1", "a", 1, 4, 1)]
+    ending = worker_sets([job], pods("Running", "Succeeded", "Succeeded", "Succeeded"))
+    assert ending == [WorkerSet("a-1", "a", 1, 1, 1, winding_down=True)]
+    for phases in (["Succeeded"] * 4, ["Running"] + ["Succeeded"] * 3):
+        assert scale({"a": 0}, worker_sets([job], pods(*phases)), [], True) == Changes()
 
 
 def test_the_workers_of_cancelled_and_removed_experiments_go():
