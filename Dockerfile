@@ -21,10 +21,10 @@ WORKDIR /opt/memtail
 FROM base AS requirements
 COPY pyproject.toml tools/requirements.py /src/
 WORKDIR /src
-# Without what the one never loads: pandas, which notebooks use, and pillow, which makes datasets of image files.
+# Without what the one never loads: pandas, which notebooks use.
 RUN python requirements.py train >train.txt \
  && python requirements.py base services >worker.txt \
- && sed '/^pandas/d; /^pillow/d' worker.txt >control.txt
+ && sed '/^pandas/d' worker.txt >control.txt
 
 FROM base AS package
 COPY . /src
