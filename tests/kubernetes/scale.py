@@ -183,6 +183,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=15, help="that a shard takes")
+    parser.add_argument("--seconds", type=float, default=20, help="that a shard takes")
     arguments = parser.parse_args()
     scale(arguments.workers, arguments.shards, arguments.seconds)
