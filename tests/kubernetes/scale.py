@@ -35,6 +35,9 @@ GPUS_PER_NODE, NODES_LOST = 8, 5
 PROCESSES = 3
 BODY = bytes(1024)
 
+# The API server of a busy machine breaks off an answer now and then.
+patient = retry(stop=stop_after_attempt(20), wait=wait_fixed(5), reraise=True)
+
 
 @dataclass
 class Moment:
@@ -75,7 +78,7 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
     fleet.cluster.until(lambda: fleet.cluster.serves(dispatcher))
     began = time.monotonic()
     archive = fleet.submit(shards, per_shard=1)
-    fleet.cluster.until(lambda: len(fleet.running()) >= workers, 600)
+    fleet.cluster.until(lambda: len(patient(fleet.running)()) >= workers, 600)
     print(f"{workers} workers run after {time.monotonic() - began:.1f} s", flush=True)
     start = _moment(fleet, pipes)
     faults = {
@@ -93,9 +96,9 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
             last = _told(last, _moment(fleet, pipes), dispatcher)
         time.sleep(1)
     end = _moment(fleet, pipes)
-    print(f"all {shards:,} shards committed after {time.monotonic() - began:.0f} s; in all, per second:")
+    print(f"all {shards:,} shards committed after {time.monotonic() - began:.0f} s; in all, per second:", flush=True)
     _told(start, end, dispatcher)
-    fleet.cluster.until(lambda: fleet.done(archive, shards), 600)
+    fleet.cluster.until(lambda: patient(fleet.done)(archive, shards), 600)
     print(f"no worker is left after {time.monotonic() - began:.0f} s")
     counted = sum(_ask(pipes, "committed"), Counter())
     assert len(counted) == shards and set(counted.values()) == {1}
@@ -140,7 +143,6 @@ def _moment(fleet: Fleet, pipes: list[Connection]) -> Moment:
     page = urllib3.request("GET", f"{fleet.cluster.minio.endpoint}/minio/v2/metrics/cluster").data.decode()
     for family in text_string_to_metric_families(page):
         moment.store.update({s.labels["api"]: s.value for s in family.samples if s.name == "minio_s3_requests_total"})
-    patient = retry(stop=stop_after_attempt(20), wait=wait_fixed(5))  # the API server of a busy machine
     for family in text_string_to_metric_families(patient(fleet.kubernetes.kubectl)("get", "--raw", "/metrics")):
         for sample in family.samples:
             if sample.name == "apiserver_request_total":
