@@ -230,11 +230,11 @@ def _shown(panel: dict[str, Any], value: float) -> str:
         return f"{value / scale:.3g}{name}" if value else "0 s"
     if decimals is not None:
         return f"{value:.{decimals}f}"
-    base, suffix = (
-        (1024, {"bytes": "iB", "Bps": "B/s"}[unit])
-        if unit in ("bytes", "Bps")
-        else (1000, {"cps": " c/s", "reqps": " req/s"}.get(unit, ""))
-    )
+    base, suffix = 1000, " req/s" if unit == "reqps" else ""
+    if unit.startswith("count:"):
+        suffix = f" {unit.removeprefix('count:')}"
+    elif unit in ("bytes", "Bps"):
+        base, suffix = 1024, {"bytes": "iB", "Bps": "B/s"}[unit]
     for prefix in ("", "K", "M", "G", "T"):
         if abs(value) < base or prefix == "T":
             break
