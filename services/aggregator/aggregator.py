@@ -85,7 +85,7 @@ class Aggregator:
 
     def __init__(self, store: ObjectStore, settings: ServiceSettings) -> None:
         self._store, self._settings = store, settings
-        self._series = experiment_series()
+        self._series = experiment_series(settings.linger_seconds)
         self.experiments: dict[str, Folded] = {}
 
     def run(self, beat: Callable[[], None]) -> None:

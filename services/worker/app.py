@@ -54,7 +54,7 @@ class Worker:
         self._reports = Reports()
         self._health = Heartbeat(PATIENCE)
         self._store: ObjectStore = open_store(settings.store, observe=partial(self._reports.send, "store"))
-        self._measures = Measures(len(devices))
+        self._measures = Measures(len(devices), settings.linger_seconds)
         self._trainer: Trainer | None = None
         self._lost = ""
         self.celery = celery_app(settings)
