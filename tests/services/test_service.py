@@ -11,6 +11,7 @@ from memtail.submission import submit
 from services.broker import TASK, Assignment, Broker
 from services.settings import ServiceSettings
 from tests.services.conftest import PER_SHARD, TRIALS
+from tests.services.test_metrics import scrape
 
 
 def test_the_service_publishes_the_bits_of_an_embedded_run(cluster, experiment, digits, expected):
@@ -68,6 +69,7 @@ def test_forged_messages_train_nothing_and_end_no_worker(cluster, declare, digit
     worker = cluster.start("worker")
     cluster.until(lambda: len(list(cluster.events(worker, "shard ended"))) == len(changes))
     cluster.until(lambda: len(list(cluster.events(worker, "message dropped: it is no assignment"))) == 3)
+    cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == 4)
     assert worker.log.read_text().count('"outcome": "not wanted"') == len(changes)
     cluster.start("dispatcher")
     cluster.start("aggregator")
