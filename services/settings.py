@@ -30,7 +30,8 @@ class ServiceSettings:
         reconcile_seconds: between two looks of the dispatcher at what is to be done.
         resync_seconds: between two listings of all that is committed.
         max_queued: messages that wait in the broker at most.
-        publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed.
+        publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed; more
+            rarely where publishing would take more than a tenth of the time.
         devices: of a worker, one process for each, with commas between: "auto", "cpu", or "cuda:0,cuda:1".
         port: of the metrics and health checks of a service.
         linger_seconds: for how long the metrics of an experiment that has ended stay: several intervals between scrapes.

@@ -222,7 +222,7 @@ def _shown(panel: dict[str, Any], value: float) -> str:
     if unit.startswith("dateTime"):
         return datetime.fromtimestamp(value / 1000, UTC).strftime("%H:%M:%S")
     if unit == "percentunit":
-        return f"{100 * value:.{decimals or 0}f}%"
+        return f"{100 * value:.3g}%" if decimals is None else f"{100 * value:.{decimals}f}%"
     if unit == "s":
         scale, name = next(
             (pair for pair in ((86400, " d"), (3600, " h"), (60, " min"), (1, " s")) if abs(value) >= pair[0]), (0.001, " ms")

@@ -51,7 +51,7 @@ class Scrape:
 
 
 def scrape(service: Service) -> Scrape:
-    until_up = urllib3.Retry(connect=200, backoff_factor=0.1, backoff_max=0.3)
+    until_up = urllib3.Retry(total=None, connect=200, backoff_factor=0.1, backoff_max=0.3)
     answer = urllib3.PoolManager(retries=until_up).request("GET", f"http://127.0.0.1:{service.port}/metrics", timeout=10)
     assert answer.status == 200
     return Scrape(answer.data.decode())
