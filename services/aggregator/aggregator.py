@@ -134,18 +134,19 @@ class Aggregator:
         self._show(folded)
 
     def _fold(self, archive: ExperimentArchive, folded: Folded, shard: Shard) -> None:
-        try:
-            folded.statistics.fold(archive.batch(shard, folded.record))
-        except ForeignObjectError as error:
-            self._refuse(archive, folded, shard, str(error))
-        else:
-            folded.refused.pop(shard, None)
-            folded.shards.add(shard)
+        with bound_contextvars(shard=str(shard)):
+            try:
+                folded.statistics.fold(archive.batch(shard, folded.record))
+            except ForeignObjectError as error:
+                self._refuse(archive, folded, shard, str(error))
+            else:
+                folded.refused.pop(shard, None)
+                folded.shards.add(shard)
 
     def _refuse(self, archive: ExperimentArchive, folded: Folded, shard: Shard, reason: str) -> None:
         if folded.refused.get(shard) == reason:
             return
-        log.error("trial batch refused", shard=str(shard), reason=reason)
+        log.error("trial batch refused", reason=reason)
         if not any(failure.shard == shard and failure.error == reason for failure in archive.failures()):
             archive.record_failure(shard, reason)
         folded.refused[shard] = reason

@@ -43,7 +43,13 @@ class Measures:
 
     def follow(self, reports: Reports) -> None:
         """Count what processes report from now on."""
-        take: dict[str, Callable[..., None]] = {"store": count_request, "taken": self.taken, "trained": self.trained, "ended": self.ended, "dropped": metrics.DROPPED.inc}
+        take: dict[str, Callable[..., None]] = {
+            "store": count_request,
+            "taken": self.taken,
+            "trained": self.trained,
+            "ended": self.ended,
+            "dropped": metrics.DROPPED.inc,
+        }
         reports.follow(take, self._series.expire, seconds=5)
 
     def _note(self, experiment: str, begun: int) -> None:
