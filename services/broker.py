@@ -24,6 +24,9 @@ TASK = "memtail.train_shard"
 #: The header of a message that says when it was sent, by Redis's clock.
 SENT_HEADER = "memtail_sent"
 
+#: What reading an entry of a queue may raise that is no assignment.
+UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
+
 _PREFIX = "memtail:"
 _LEASE = f"{_PREFIX}lease:"
 _QUEUE = "shards"
@@ -143,8 +146,9 @@ class Broker:
     def __init__(self, settings: ServiceSettings, celery: Celery | None = None) -> None:
         self._celery = celery or celery_app(settings)
         self._settings, self._lease = settings, int(settings.lease_seconds * 1000)
+        options = {"socket_timeout": 10, "socket_connect_timeout": 5, "decode_responses": True, "encoding_errors": "replace"}
         try:
-            self.redis = redis.Redis.from_url(settings.broker, socket_timeout=10, socket_connect_timeout=5, decode_responses=True)
+            self.redis = redis.Redis.from_url(settings.broker, **options)
         except ValueError:  # what it says may hold a part of the password
             raise ServiceError("MEMTAIL_BROKER is no Redis URL: give redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS") from None
         self._acquire, self._renew, self._release = map(self.redis.register_script, (_ACQUIRE, _RENEW, _RELEASE))
@@ -172,7 +176,7 @@ class Broker:
         for message in self.redis.lrange(_PREFIX + queue, 0, -1):
             try:
                 yield _assignment(message)
-            except (ValueError, KeyError, TypeError, IndexError):
+            except UNREADABLE:
                 continue
 
     def waiting(self) -> int:

@@ -51,7 +51,7 @@ def configure_logs() -> None:
     logging.captureWarnings(True)
     sys.excepthook = lambda *caught: log.critical("not caught", exc_info=caught)
     threading.excepthook = lambda caught: log.critical("not caught", exc_info=caught[:3])
-    sys.unraisablehook = lambda caught: log.error("not caught", exc_info=caught[:3])
+    sys.unraisablehook = lambda caught: log.error("not caught", exc_info=(caught.exc_type, caught.exc_value, caught.exc_traceback))
 
 
 class _TerminatedError(BaseException):

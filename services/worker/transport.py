@@ -6,35 +6,36 @@ Kombu and Celery pass on what is a message with an unfit body or an unknown task
 from typing import Any
 
 import structlog
-from kombu.transport import TRANSPORT_ALIASES, redis
+from kombu.transport import TRANSPORT_ALIASES, redis, virtual
 
+from services.broker import UNREADABLE
 from services.worker import metrics
 
 log = structlog.get_logger()
 
 
-class _Message(redis.Channel.Message):  # type: ignore[misc]
+class _Message(virtual.Message):  # type: ignore[misc]
     def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
         try:
             super().__init__(payload, channel=channel, **options)
             self.headers["task"], self.headers["id"]
-        except (KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-class _Channel(redis.Channel):  # type: ignore[misc]
+class _Channel(redis.Channel):
     Message = _Message
 
     def _brpop_read(self, **options: Any) -> bool:
         try:
-            return bool(super()._brpop_read(**options))
-        except ValueError as error:  # it is out of the queue already
+            return bool(super()._brpop_read(**options))  # type: ignore[no-untyped-call]
+        except (ValueError, RecursionError) as error:  # it is out of the queue already
             metrics.DROPPED.inc()
             log.warning("message dropped: it cannot be read", error=str(error))
             return True
 
 
-class Transport(redis.Transport):  # type: ignore[misc]
+class Transport(redis.Transport):
     """The transport."""
 
     Channel = _Channel

@@ -327,13 +327,16 @@ def test_what_is_no_message_is_dropped_logged_and_counted(cluster, experiment, d
         "3",
         "[1]",
         "{}",
+        '{"properties": [], "body": ""}',
+        "[" * 100_000,
         f'{{"properties": {properties}, "headers": {{}}, "body": ""}}',
         f'{{"properties": {properties}, "headers": {{"task": "{TASK}", "id": "1"}}, "body": "x"}}',
     ]
     cluster.redis.client().lpush("memtail:shards", *entries)
+    dispatcher = cluster.start("dispatcher")
+    cluster.until(lambda: list(cluster.events(dispatcher, "sent")))
     worker = cluster.start("worker")
     cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == len(entries))
     dropped = [line for line in logged(worker.log.read_text()) if line["event"] == "message dropped: it cannot be read"]
     assert len(dropped) == len(entries)
-    cluster.start("dispatcher")
     cluster.until(lambda: len(archive.committed()) == SHARDS)
