@@ -14,10 +14,10 @@ from services.worker import metrics
 log = structlog.get_logger()
 
 
-class _Message(virtual.Message):  # type: ignore[misc]
+class _Message(virtual.Message):
     def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
         try:
-            super().__init__(payload, channel=channel, **options)
+            super().__init__(payload, channel=channel, **options)  # type: ignore[no-untyped-call]
             self.headers["task"], self.headers["id"]
         except UNREADABLE as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
