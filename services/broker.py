@@ -6,6 +6,7 @@ clock of a worker matters.
 """
 
 import json
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -107,6 +108,8 @@ def celery_app(settings: ServiceSettings) -> Celery:
         accept_content=["json"],
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # where the URL says nothing of TLS but rediss, kombu would trust any server
+        broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED} if settings.broker.startswith("rediss:") else None,
         broker_transport_options={
             "global_keyprefix": _PREFIX,
             # a message is delivered again after this time: longer than any shard, since the dispatcher sends what is lost much sooner
