@@ -53,7 +53,7 @@ class Measures:
         reports.follow(take, self._series.expire, seconds=5)
 
     def _note(self, experiment: str, begun: int) -> None:
-        """So many of its assignments are trained here now, more than before; where it is none, this may be the last that is heard of it."""
+        """So many more of its assignments are in training here; when none is left, this may be the last that is heard of it."""
         self._training[experiment] = max(0, self._training[experiment] + begun)
         self._series.note(experiment)
         self._series.note(experiment, ended=not self._training[experiment])
