@@ -74,7 +74,7 @@ def _place(figure: Figure, panel: dict[str, Any]) -> Axes | None:
     figure.text(left + 0.12 / width, top - 0.2 / height, panel["title"], fontsize=9.5, weight="bold", color=TEXT, va="center")
     plain = panel["type"] in ("stat", "gauge", "table", "text")
     long = panel["type"] == "timeseries" and panel["fieldConfig"]["defaults"]["unit"].startswith("count:")
-    sides, below = (0.15, 0.12) if plain else (1.25 if long else 0.85, 0.72)
+    sides, below = (0.15, 0.12) if plain else (1.4 if long else 0.85, 0.72)
     axes = figure.add_axes(
         (left + sides / width, top - high + below / height, wide - (sides + 0.15) / width, high - (below + 0.45) / height),
         facecolor=PANEL,
