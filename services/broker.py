@@ -6,6 +6,7 @@ clock of a worker matters.
 """
 
 import json
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -23,6 +24,9 @@ TASK = "memtail.train_shard"
 
 #: The header of a message that says when it was sent, by Redis's clock.
 SENT_HEADER = "memtail_sent"
+
+#: What reading an entry of a queue may raise that is no assignment.
+UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
 _PREFIX = "memtail:"
 _LEASE = f"{_PREFIX}lease:"
@@ -104,6 +108,8 @@ def celery_app(settings: ServiceSettings) -> Celery:
         accept_content=["json"],
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # where the URL says nothing of TLS but rediss, kombu would trust any server
+        broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED} if settings.broker.startswith("rediss:") else None,
         broker_transport_options={
             "global_keyprefix": _PREFIX,
             # a message is delivered again after this time: longer than any shard, since the dispatcher sends what is lost much sooner
@@ -143,8 +149,9 @@ class Broker:
     def __init__(self, settings: ServiceSettings, celery: Celery | None = None) -> None:
         self._celery = celery or celery_app(settings)
         self._settings, self._lease = settings, int(settings.lease_seconds * 1000)
+        options = {"socket_timeout": 10, "socket_connect_timeout": 5, "decode_responses": True, "encoding_errors": "replace"}
         try:
-            self.redis = redis.Redis.from_url(settings.broker, socket_timeout=10, socket_connect_timeout=5, decode_responses=True)
+            self.redis = redis.Redis.from_url(settings.broker, **options)
         except ValueError:  # what it says may hold a part of the password
             raise ServiceError("MEMTAIL_BROKER is no Redis URL: give redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS") from None
         self._acquire, self._renew, self._release = map(self.redis.register_script, (_ACQUIRE, _RENEW, _RELEASE))
@@ -172,7 +179,7 @@ class Broker:
         for message in self.redis.lrange(_PREFIX + queue, 0, -1):
             try:
                 yield _assignment(message)
-            except (ValueError, KeyError, TypeError, IndexError):
+            except UNREADABLE:
                 continue
 
     def waiting(self) -> int:

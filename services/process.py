@@ -21,20 +21,20 @@ log = structlog.get_logger()
 
 
 def start(service: Callable[[ServiceSettings], int | None]) -> None:
-    """Run a service to its end, with structured logs; what a user can mend ends it with one line and 2."""
+    """Run a service to its end, with structured logs; what a user can mend ends it with one line and 2, all else with a traceback and 1."""
     configure_logs()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(service(ServiceSettings.from_environment()))
     except MemtailError as error:
-        print(f"memtail: {error}", file=sys.stderr)
+        log.critical(str(error))
         sys.exit(2)
     except (KeyboardInterrupt, _TerminatedError):
         sys.exit(0)
 
 
 def configure_logs() -> None:
-    """One line an event on standard error: JSON, or readable on a terminal. Warnings of libraries, too."""
+    """One line an event on standard error: JSON, or readable on a terminal. Libraries' warnings and what nobody catches, too."""
     terminal = sys.stderr.isatty()
     processors: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -49,6 +49,9 @@ def configure_logs() -> None:
     handler.setFormatter(formatter(foreign_pre_chain=processors, processors=[formatter.remove_processors_meta, renderer]))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
+    sys.excepthook = lambda *caught: log.critical("not caught", exc_info=caught)
+    threading.excepthook = lambda caught: log.critical("not caught", exc_info=caught[:3])
+    sys.unraisablehook = lambda caught: log.error("not caught", exc_info=(caught.exc_type, caught.exc_value, caught.exc_traceback))
 
 
 class _TerminatedError(BaseException):

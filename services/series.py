@@ -5,9 +5,6 @@ from collections.abc import Collection, Iterable
 
 from prometheus_client.metrics import MetricWrapperBase
 
-#: Seconds for which the series of an experiment that has ended stay: several intervals between scrapes.
-LINGER = 600.0
-
 
 class ExperimentSeries:
     """The series of experiments in some metrics.

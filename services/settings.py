@@ -30,9 +30,11 @@ class ServiceSettings:
         reconcile_seconds: between two looks of the dispatcher at what is to be done.
         resync_seconds: between two listings of all that is committed.
         max_queued: messages that wait in the broker at most.
-        publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed.
+        publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed; more
+            rarely where publishing would take more than a tenth of the time.
         devices: of a worker, one process for each, with commas between: "auto", "cpu", or "cuda:0,cuda:1".
         port: of the metrics and health checks of a service.
+        linger_seconds: for how long the metrics of an experiment that has ended stay: several intervals between scrapes.
         fleet: of the dispatcher, the file that says how it makes workers in a Kubernetes cluster (see `services.dispatcher.worker_jobs`).
             It makes none if not set.
         experiment: of a worker, the only experiment that it trains; all if not set.
@@ -52,6 +54,7 @@ class ServiceSettings:
     publish_seconds: float = _variable("MEMTAIL_PUBLISH_SECONDS", 60.0)
     devices: str = _variable("MEMTAIL_DEVICES", "auto")
     port: int = _variable("MEMTAIL_PORT", 9100)
+    linger_seconds: float = _variable("MEMTAIL_LINGER_SECONDS", 600.0)
     fleet: str = _variable("MEMTAIL_FLEET", "")
     experiment: str = _variable("MEMTAIL_EXPERIMENT", "")
     rest_seconds: float = _variable("MEMTAIL_REST_SECONDS", math.inf)

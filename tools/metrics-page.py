@@ -19,8 +19,9 @@ _INTRODUCTION = """# Metrics
 Every service answers `/metrics` on the port `MEMTAIL_PORT` (9100), in the format of Prometheus; `/healthz` and `/readyz` beside it.
 `python tools/metrics-page.py` writes this page from the declarations.
 
-The series of an experiment go away ten minutes after it has ended, or when it is removed from the bucket; at a worker, an hour after the
-worker last trained it. A dispatcher that waits to take over has none. Histograms have the series `_bucket`, `_sum` and `_count`.
+The series of an experiment go away ten minutes (`MEMTAIL_LINGER_SECONDS`) after it has ended, or when it is removed from the bucket; at a
+worker, as long after the worker last trained it. A dispatcher that waits to take over has none. Histograms have the series `_bucket`,
+`_sum` and `_count`.
 """
 # What the ends of names mean.
 _UNITS = {"timestamp_seconds": "Unix time", "seconds": "seconds", "bytes": "bytes", "ratio": "0 to 1"}

@@ -29,6 +29,8 @@ log = structlog.get_logger()
 
 # Between two listings of an experiment's batches passes so many times what one takes.
 _LISTING_SHARE = 5
+# Between two versions of an experiment's scores, but before the last, passes so many times what it takes to publish one.
+_PUBLISHING_SHARE = 9
 # Between two looks at what the statistics say, which takes long for many examples, the same.
 _SHOWING_SHARE = 20
 # Seconds without a new trial after which it is looked whether an experiment has ended, and after which it is looked again.
@@ -42,7 +44,8 @@ class Folded:
     Attributes:
         refused: the batches that are none, with the reason.
         published: trials, diverged ones included, in the scores that are published; and when that was, by the monotonic clock.
-        list_at: when batches are to be listed again, by the same clock.
+        publish_at: from when on scores may be published again, by the same clock.
+        list_at: when batches are to be listed again.
         pointer: to the published scores.
         shown: the trials folded and asked for that the metrics show; from `show_at` on they may show others.
         came: how many trials were folded when something last came, or its end was last looked for, and when that was.
@@ -56,6 +59,7 @@ class Folded:
     refused: dict[Shard, str] = field(default_factory=dict)
     published: int = 0
     published_at: float = float("-inf")
+    publish_at: float = float("-inf")
     list_at: float = 0.0
     notice: Notice | None = None
     pointer: dict[str, Any] | None = None
@@ -85,7 +89,7 @@ class Aggregator:
 
     def __init__(self, store: ObjectStore, settings: ServiceSettings) -> None:
         self._store, self._settings = store, settings
-        self._series = experiment_series()
+        self._series = experiment_series(settings.linger_seconds)
         self.experiments: dict[str, Folded] = {}
 
     def run(self, beat: Callable[[], None]) -> None:
@@ -130,18 +134,19 @@ class Aggregator:
         self._show(folded)
 
     def _fold(self, archive: ExperimentArchive, folded: Folded, shard: Shard) -> None:
-        try:
-            folded.statistics.fold(archive.batch(shard, folded.record))
-        except ForeignObjectError as error:
-            self._refuse(archive, folded, shard, str(error))
-        else:
-            folded.refused.pop(shard, None)
-            folded.shards.add(shard)
+        with bound_contextvars(shard=str(shard)):
+            try:
+                folded.statistics.fold(archive.batch(shard, folded.record))
+            except ForeignObjectError as error:
+                self._refuse(archive, folded, shard, str(error))
+            else:
+                folded.refused.pop(shard, None)
+                folded.shards.add(shard)
 
     def _refuse(self, archive: ExperimentArchive, folded: Folded, shard: Shard, reason: str) -> None:
         if folded.refused.get(shard) == reason:
             return
-        log.error("trial batch refused", shard=str(shard), reason=reason)
+        log.error("trial batch refused", reason=reason)
         if not any(failure.shard == shard and failure.error == reason for failure in archive.failures()):
             archive.record_failure(shard, reason)
         folded.refused[shard] = reason
@@ -164,17 +169,22 @@ class Aggregator:
             folded.notice = notice
 
     def _due(self, folded: Folded) -> bool:
-        """Whether to publish: at the end at once, before that after enough new trials or enough time."""
+        """Whether to publish: at the end at once, before that after enough new trials or enough time, and not all the time."""
         new = folded.trials - folded.published
         if new == 0 or folded.statistics.trials == 0:
             return False
-        waited = time.monotonic() - folded.published_at
-        return folded.complete or new >= self._settings.publish_trials or waited >= self._settings.publish_seconds
+        if folded.complete:
+            return True
+        now = time.monotonic()
+        enough = new >= self._settings.publish_trials or now - folded.published_at >= self._settings.publish_seconds
+        return enough and now >= folded.publish_at
 
     def _publish(self, folded: Folded) -> None:
+        began = time.monotonic()
         with PUBLISH_SECONDS.time():
             summary = publish(self._store, folded.record, folded.statistics, folded.dataset)
         folded.published, folded.published_at = folded.trials, time.monotonic()
+        folded.publish_at = folded.published_at + _PUBLISHING_SHARE * (folded.published_at - began)
         folded.pointer = latest_version(self._store, folded.record.experiment.name)
         log.info("published", trials=summary["trials"], complete=folded.complete)
 

@@ -13,14 +13,14 @@ from memtail.scores.pointer import folded
 from memtail.statistics import Statistics
 from memtail.stopping import trials_needed
 from services.aggregator import metrics
-from services.series import LINGER, ExperimentSeries
+from services.series import ExperimentSeries
 
 _BIN = 0.05
 _ACCURACIES = {"in_subset": "in_subset_accuracy", "held_out": "held_out_accuracy", "test": "test_accuracy"}
 
 
-def experiment_series() -> ExperimentSeries:
-    """All that is shown of experiments."""
+def experiment_series(linger: float) -> ExperimentSeries:
+    """All that is shown of experiments, until `linger` seconds after their ends."""
     of_experiments = (
         metrics.FOLDED,
         metrics.DIVERGED,
@@ -35,7 +35,7 @@ def experiment_series() -> ExperimentSeries:
         metrics.PUBLISHED_TRIALS,
         metrics.REFUSED,
     )
-    return ExperimentSeries(of_experiments, LINGER)
+    return ExperimentSeries(of_experiments, linger)
 
 
 def show_statistics(name: str, subsets: SubsetsSpec, statistics: Statistics) -> None:

@@ -58,7 +58,7 @@ class Dispatcher:
         self._waited: dict[str, float] = {}  # when each assignment was last seen in the queue
         self._leased: set[str] = set()
         self._starts: dict[str, int] = {}
-        self._measures = Measures()
+        self._measures = Measures(settings.linger_seconds)
         self.plan: Plan | None = None
 
     def run(self, beat: Callable[[], None]) -> None:

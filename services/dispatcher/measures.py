@@ -10,7 +10,7 @@ from services.broker import Assignment, parse_id
 from services.dispatcher import metrics
 from services.dispatcher.completion import Completion
 from services.dispatcher.reconcile import View
-from services.series import LINGER, ExperimentSeries
+from services.series import ExperimentSeries
 
 _COUNTERS = (metrics.SENT, metrics.REDELIVERIES, metrics.LEASES_EXPIRED)
 _STATES = ("running", "paused", "cancelled", "finished", "unreadable")
@@ -40,10 +40,13 @@ class Measures:
     """Sets the metrics of experiments.
 
     What it remembers of the passes before is only counted by; a new one begins from what there is.
+
+    Args:
+        linger: seconds for which the series of an experiment that has ended stay.
     """
 
-    def __init__(self) -> None:
-        self._series = ExperimentSeries((metrics.TRIALS, metrics.OUTSTANDING, metrics.COMPLETION, *_COUNTERS), LINGER)
+    def __init__(self, linger: float) -> None:
+        self._series = ExperimentSeries((metrics.TRIALS, metrics.OUTSTANDING, metrics.COMPLETION, *_COUNTERS), linger)
         self._sent: dict[str, set[Shard]] = {}  # of what is still missing
         self._completion: dict[str, Completion] = {}
 

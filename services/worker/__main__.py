@@ -7,8 +7,8 @@ from services.settings import ServiceSettings
 from services.worker.app import Worker
 
 
-def _work(settings: ServiceSettings) -> None:
-    Worker(settings, settings.devices.split(",")).run()
+def _work(settings: ServiceSettings) -> int:
+    return Worker(settings, settings.devices.split(",")).run()
 
 
 if __name__ == "__main__":

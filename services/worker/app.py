@@ -18,7 +18,10 @@ import redis
 import structlog
 from billiard import Value, current_process
 from celery import signals
+from celery.apps.worker import Worker as CeleryWorker
+from celery.apps.worker import install_worker_term_handler
 from celery.exceptions import Reject
+from celery.utils.log import get_multiprocessing_logger
 from pydantic import ValidationError
 
 from memtail.archive import ExperimentArchive
@@ -34,6 +37,7 @@ from services.worker.heartbeat import ConsumerHeartbeat
 from services.worker.measures import DIED, Measures
 from services.worker.reports import Reports
 from services.worker.training import Outcome, Trainer
+from services.worker.transport import register
 from services.worker.watchdog import Watchdog
 
 log = structlog.get_logger()
@@ -54,9 +58,10 @@ class Worker:
         self._reports = Reports()
         self._health = Heartbeat(PATIENCE)
         self._store: ObjectStore = open_store(settings.store, observe=partial(self._reports.send, "store"))
-        self._measures = Measures(len(devices))
+        self._measures = Measures(len(devices), settings.linger_seconds)
         self._trainer: Trainer | None = None
         self._lost = ""
+        register()
         self.celery = celery_app(settings)
         self.celery.task(name=TASK)(self._run)
         watchdog = Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6, settings.rest_seconds)
@@ -67,13 +72,22 @@ class Worker:
         signals.worker_process_init.connect(self._start_process, weak=False)
         signals.worker_shutting_down.connect(self._stop, weak=False)
         signals.task_failure.connect(self._record_loss, weak=False)
+        signals.task_unknown.connect(self._count_unknown, weak=False)
 
-    def run(self) -> None:
-        """Work until told to stop. Raises: ServiceError: the port of the metrics cannot be had."""
+    def run(self) -> int:
+        """Work until told to stop.
+
+        Returns: the exit code.
+
+        Raises:
+            ServiceError: the port of the metrics cannot be had.
+        """
         serve(self._settings.port, self._health)
         self._measures.follow(self._reports)
-        arguments = ["--quiet", "worker", "--pool=prefork", f"--concurrency={len(self._devices)}", "--loglevel=WARNING"]
-        self.celery.worker_main([*arguments, "--without-gossip", "--without-mingle", "--without-heartbeat"])
+        left_out = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
+        program = _Program(app=self.celery, pool_cls="prefork", concurrency=len(self._devices), quiet=True, **left_out)
+        program.start()
+        return int(program.exitcode or 0)
 
     def _start_process(self, **_: Any) -> None:
         keep_memory()
@@ -90,6 +104,7 @@ class Worker:
         try:
             assignment = Assignment.model_validate(fields)
         except ValidationError as error:
+            self._reports.send("dropped")
             log.warning("message dropped: it is no assignment", errors=error.error_count())
             return
         sent = (self.celery.current_task.request.headers or {}).get(SENT_HEADER)
@@ -108,6 +123,9 @@ class Worker:
     def _stop(self, **_: Any) -> None:
         self._stopping.value = 1
 
+    def _count_unknown(self, **_: Any) -> None:
+        self._reports.send("dropped")
+
     def _record_loss(self, task_id: str, exception: BaseException, kwargs: Any, **_: Any) -> None:
         """In the parent: a process died, or was killed at its time limit, and can say nothing itself."""
         if isinstance(exception, Reject) or task_id == self._lost:  # a time limit is reported twice
@@ -125,5 +143,14 @@ class Worker:
             log.error("training process died, and that could not be recorded", error=str(problem))
 
 
+class _Program(CeleryWorker):  # type: ignore[misc]
+    """Celery's worker, without what it says on standard output when it is told to stop."""
+
+    def install_platform_tweaks(self, worker: Any) -> None:
+        super().install_platform_tweaks(worker)
+        install_worker_term_handler(worker, verbose=False)
+
+
 def _keep_logs(**_: Any) -> None:
-    """Celery sets up no logs of its own where somebody takes this signal."""
+    """Celery sets up no logs of its own where somebody takes this signal; what its pool logs goes where all else goes."""
+    get_multiprocessing_logger().propagate = True

@@ -3,6 +3,7 @@
 Nothing here is called in a training process.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 from celery.worker import state
@@ -13,8 +14,6 @@ from services.worker import gpus, metrics
 from services.worker.reports import Reports
 from services.worker.training import Outcome
 
-#: Seconds for which the series of an experiment stay that is not trained here any more.
-LINGER = 3600.0
 #: The outcome of an assignment whose process died.
 DIED = "died"
 
@@ -24,9 +23,10 @@ class Measures:
 
     Args:
         devices: how many it trains on.
+        linger: seconds for which the series of an experiment stay that is not trained here any more.
     """
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, linger: float) -> None:
         of_experiments = (
             metrics.ATTEMPTS,
             metrics.TRIALS,
@@ -35,32 +35,42 @@ class Measures:
             metrics.PHASE_SECONDS,
             metrics.QUEUE_SECONDS,
         )
-        self._series = ExperimentSeries(of_experiments, LINGER)
+        self._series = ExperimentSeries(of_experiments, linger)
+        self._training: Counter[str] = Counter()  # assignments in training, by experiment
         metrics.DEVICES.set(devices)
         metrics.DEVICES_BUSY.set_function(lambda: len(state.active_requests))
         gpus.show()
 
     def follow(self, reports: Reports) -> None:
         """Count what processes report from now on."""
-        take: dict[str, Callable[..., None]] = {"store": count_request, "taken": self.taken, "trained": self.trained, "ended": self.ended}
-        reports.follow(take, self._series.expire, seconds=60)
+        take: dict[str, Callable[..., None]] = {
+            "store": count_request,
+            "taken": self.taken,
+            "trained": self.trained,
+            "ended": self.ended,
+            "dropped": metrics.DROPPED.inc,
+        }
+        reports.follow(take, self._series.expire, seconds=5)
 
-    def _note(self, experiment: str) -> None:
-        """It goes on, and this may be the last that is heard of it."""
+    def _note(self, experiment: str, begun: int) -> None:
+        """So many more of its assignments are in training here; when none is left, this may be the last that is heard of it."""
+        self._training[experiment] = max(0, self._training[experiment] + begun)
         self._series.note(experiment)
-        self._series.note(experiment, ended=True)
+        self._series.note(experiment, ended=not self._training[experiment])
 
     def taken(self, experiment: str, queue_seconds: float | None) -> None:
         """A process took an assignment, which was so long on its way."""
-        self._note(experiment)
+        self._note(experiment, 1)
         for outcome in (*Outcome, DIED):
             metrics.ATTEMPTS.labels(experiment, outcome)
+        for counter in (metrics.TRIALS, metrics.EXAMPLES):
+            counter.labels(experiment)
         if queue_seconds is not None:
             metrics.QUEUE_SECONDS.labels(experiment).observe(queue_seconds)
 
     def trained(self, experiment: str, trials: int, committed: bool, examples: int, seconds: float, phases: dict[str, float]) -> None:
         """A shard was trained: so many trials, examples (once an epoch), and seconds, also by phase where that was measured."""
-        self._note(experiment)
+        self._note(experiment, 0)
         metrics.TRIALS.labels(experiment).inc(trials if committed else 0)
         metrics.EXAMPLES.labels(experiment).inc(examples)
         for _ in range(trials):
@@ -70,5 +80,5 @@ class Measures:
 
     def ended(self, experiment: str, outcome: str) -> None:
         """What became of an assignment."""
-        self._note(experiment)
+        self._note(experiment, -1)
         metrics.ATTEMPTS.labels(experiment, outcome).inc()

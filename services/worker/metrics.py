@@ -27,6 +27,7 @@ PHASE_SECONDS = Histogram(
 QUEUE_SECONDS = Histogram(
     "memtail_shard_queue_seconds", "Seconds from the dispatcher to a worker, by the broker's clock", ["experiment"], buckets=LONG_BUCKETS
 )
+DROPPED = Counter("memtail_messages_dropped_total", "Messages in the queue that are no assignments")
 
 DEVICES = Gauge("memtail_worker_devices", "Devices that a worker trains on, one process each")
 DEVICES_BUSY = Gauge("memtail_worker_devices_busy", "Of those, the devices that train at present")

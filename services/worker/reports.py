@@ -27,15 +27,21 @@ class Reports:
             with suppress(BlockingIOError):
                 os.write(self._sink, line)
 
-    def follow(self, take: Mapping[str, Callable[..., None]], idle: Callable[[], None], seconds: float) -> None:
-        """From a thread of its own, give each report to the function for its kind, and call `idle` when none came for so many seconds."""
-        threading.Thread(target=self._follow, args=(take, idle, seconds), daemon=True).start()
+    def follow(self, take: Mapping[str, Callable[..., None]], tidy: Callable[[], None], seconds: float) -> None:
+        """From a thread of its own, give each report to the function for its kind, and call `tidy` now and then.
 
-    def _follow(self, take: Mapping[str, Callable[..., None]], idle: Callable[[], None], seconds: float) -> None:
+        Args:
+            take: the functions.
+            tidy: called after reports came, and when none came for so many seconds.
+            seconds: those.
+        """
+        threading.Thread(target=self._follow, args=(take, tidy, seconds), daemon=True).start()
+
+    def _follow(self, take: Mapping[str, Callable[..., None]], tidy: Callable[[], None], seconds: float) -> None:
         rest = b""
         while True:
+            tidy()
             if not select.select([self._source], [], [], seconds)[0]:
-                idle()
                 continue
             *lines, rest = (rest + os.read(self._source, 1 << 16)).split(b"\n")
             for line in lines:

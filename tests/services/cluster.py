@@ -35,15 +35,20 @@ QUICK = {
 
 
 class RedisServer:
-    """A Redis server with a random password that keeps nothing on the disk."""
+    """A Redis server with a random password that keeps nothing on disk; with `certificates` (public.crt, private.key, ca.pem) on TLS."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificates: Path | None = None) -> None:
         self.port, self.password = free_port(), secrets.token_hex(16)
         self.url = f"redis://:{self.password}@127.0.0.1:{self.port}/0"
+        self._listen = ["--port", str(self.port)]
+        if certificates:
+            self.url = f"{self.url.replace('redis', 'rediss', 1)}?ssl_ca_certs={certificates / 'ca.pem'}"
+            self._listen = ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
+            self._listen += ["--tls-cert-file", str(certificates / "public.crt"), "--tls-key-file", str(certificates / "private.key")]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [server_binary("redis-server"), "--port", str(self.port), "--bind", "127.0.0.1", "--requirepass", self.password]
+        command = [server_binary("redis-server"), *self._listen, "--bind", "127.0.0.1", "--requirepass", self.password]
         self._process = subprocess.Popen([*command, "--save", "", "--appendonly", "no"], stdout=subprocess.DEVNULL)
         while True:
             with contextlib.suppress(redis.RedisError):

@@ -73,7 +73,8 @@ def _place(figure: Figure, panel: dict[str, Any]) -> Axes | None:
     figure.add_artist(Rectangle(corner, wide - 2 * gap / width, high - 2 * gap / height, facecolor=PANEL, edgecolor="#2c3235", zorder=-1))
     figure.text(left + 0.12 / width, top - 0.2 / height, panel["title"], fontsize=9.5, weight="bold", color=TEXT, va="center")
     plain = panel["type"] in ("stat", "gauge", "table", "text")
-    sides, below = (0.15, 0.12) if plain else (0.85, 0.72)
+    long = panel["type"] == "timeseries" and panel["fieldConfig"]["defaults"]["unit"].startswith("count:")
+    sides, below = (0.15, 0.12) if plain else (1.4 if long else 0.85, 0.72)
     axes = figure.add_axes(
         (left + sides / width, top - high + below / height, wide - (sides + 0.15) / width, high - (below + 0.45) / height),
         facecolor=PANEL,
@@ -222,7 +223,7 @@ def _shown(panel: dict[str, Any], value: float) -> str:
     if unit.startswith("dateTime"):
         return datetime.fromtimestamp(value / 1000, UTC).strftime("%H:%M:%S")
     if unit == "percentunit":
-        return f"{100 * value:.{decimals or 0}f}%"
+        return f"{100 * value:.3g}%" if decimals is None else f"{100 * value:.{decimals}f}%"
     if unit == "s":
         scale, name = next(
             (pair for pair in ((86400, " d"), (3600, " h"), (60, " min"), (1, " s")) if abs(value) >= pair[0]), (0.001, " ms")
@@ -230,11 +231,11 @@ def _shown(panel: dict[str, Any], value: float) -> str:
         return f"{value / scale:.3g}{name}" if value else "0 s"
     if decimals is not None:
         return f"{value:.{decimals}f}"
-    base, suffix = (
-        (1024, {"bytes": "iB", "Bps": "B/s"}[unit])
-        if unit in ("bytes", "Bps")
-        else (1000, {"cps": " c/s", "reqps": " req/s"}.get(unit, ""))
-    )
+    base, suffix = 1000, " req/s" if unit == "reqps" else ""
+    if unit.startswith("count:"):
+        suffix = f" {unit.removeprefix('count:')}"
+    elif unit in ("bytes", "Bps"):
+        base, suffix = 1024, {"bytes": "iB", "Bps": "B/s"}[unit]
     for prefix in ("", "K", "M", "G", "T"):
         if abs(value) < base or prefix == "T":
             break

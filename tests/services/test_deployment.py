@@ -1,19 +1,50 @@
 """What a deployment on one machine needs beside the services: passwords, a bucket, and signs of life."""
 
+import json
 import os
 import runpy
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from memtail.storage.s3 import S3Store
 from services import healthy, passwords
 from tests.integration.servers import REGION, MinioServer
-from tests.services.cluster import Cluster
+from tests.services.cluster import PROJECT, Cluster
+
+
+def mounted(service: dict[str, Any]) -> dict[str, Path]:
+    """The files and folders of this project that a service of docker-compose.yml sees, by their paths in its container."""
+    entries = [entry.split(":") for entry in service["volumes"] if entry.startswith("./")]
+    assert all(mode == "ro" for *_, mode in entries)
+    return {target: PROJECT / source for source, target, _ in entries}
+
+
+def test_prometheus_and_grafana_find_in_their_containers_what_they_are_told_to_read() -> None:
+    services = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
+    prometheus, grafana = mounted(services["prometheus"]), mounted(services["grafana"])
+    config = yaml.safe_load(prometheus["/etc/prometheus/prometheus.yml"].read_text())
+    for file in config["rule_files"]:
+        assert yaml.safe_load(prometheus[f"/etc/prometheus/{file}"].read_text())["groups"]
+
+    provisioning = "/etc/grafana/provisioning"
+    (source,) = yaml.safe_load(grafana[f"{provisioning}/datasources/memtail.yml"].read_text())["datasources"]
+    assert source["type"] == "prometheus" and source["url"] == "http://prometheus:9090" and source["isDefault"]
+    (provider,) = yaml.safe_load(grafana[f"{provisioning}/dashboards/memtail.yml"].read_text())["providers"]
+    dashboards = grafana[provider["options"]["path"]]
+    titles = {f"{provider['options']['path']}/{path.name}": json.loads(path.read_text())["title"] for path in dashboards.iterdir()}
+    assert titles[services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]] == "memtail: Experiment"
+    assert len(titles) == 3
+    for path in (*prometheus.values(), *grafana.values(), *dashboards.iterdir()):
+        wanted = 0o005 if path.is_dir() else 0o004  # their users are none of this machine's
+        assert path.stat().st_mode & wanted == wanted, path
 
 
 def test_passwords_are_made_once_and_only_their_group_may_read_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +71,8 @@ def test_a_password_whose_file_is_removed_is_made_anew(tmp_path: Path) -> None:
 def test_a_bucket_is_made_unless_it_is_there(minio: MinioServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in minio.environment().items():
         monkeypatch.setenv(name, value)
+    for module, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, hook, getattr(module, hook))  # which a service takes for itself
     monkeypatch.setenv("MEMTAIL_STORE", "s3://made-by-test/prefix")
     monkeypatch.setenv("MEMTAIL_S3_REGION", REGION)
     for _ in range(2):

@@ -1,9 +1,13 @@
 """What the services show and log, compared with what happened: real services, scraped as Prometheus does it."""
 
 import io
+import json
+import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,8 +18,12 @@ from memtail.archive import Control
 from memtail.scores.publish import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership
+from memtail.trials import Shard
+from services.broker import TASK, Assignment, Broker
+from services.settings import ServiceSettings
 from services.worker.training import Outcome
-from tests.services.cluster import Service
+from tests.integration.servers import LossyProxy
+from tests.services.cluster import PROJECT, Service
 from tests.services.conftest import PER_SHARD, TRIALS
 from tests.services.test_faults import faulty
 
@@ -43,10 +51,15 @@ class Scrape:
 
 
 def scrape(service: Service) -> Scrape:
-    until_up = urllib3.Retry(connect=200, backoff_factor=0.1, backoff_max=0.3)
+    until_up = urllib3.Retry(total=None, connect=200, backoff_factor=0.1, backoff_max=0.3)
     answer = urllib3.PoolManager(retries=until_up).request("GET", f"http://127.0.0.1:{service.port}/metrics", timeout=10)
     assert answer.status == 200
     return Scrape(answer.data.decode())
+
+
+def logged(log: str) -> list[dict[str, Any]]:
+    """The lines of a log, each of which is JSON; but for Celery's warning to those who are root, as no container is."""
+    return [line for line in map(json.loads, log.splitlines()) if "SecurityWarning" not in line["event"]]
 
 
 def states(scraped: Scrape, experiment: str) -> dict[str, float]:
@@ -203,7 +216,127 @@ def test_two_services_with_one_port_say_so(cluster):
     for name in ("aggregator", "dispatcher", "worker"):
         second = cluster.start(name, MEMTAIL_PORT=first.port)
         assert second.process.wait(90) == 2
-        line = (
-            f"memtail: MEMTAIL_PORT is {first.port}, which cannot be had (Address already in use): give each service here a port of its own"
-        )
-        assert second.log.read_text().splitlines() == [line]
+        text = f"MEMTAIL_PORT is {first.port}, which cannot be had (Address already in use): give each service here a port of its own"
+        assert [(line["level"], line["event"]) for line in logged(second.log.read_text())] == [("critical", text)]
+
+
+def test_the_series_of_an_experiment_go_away_when_it_has_ended_and_come_back_when_it_is_extended(cluster, declare, digits):
+    def submit(name, trials):
+        execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+        return cluster.submit(declare(trials, name=name, training={"epochs": 4}, execution=execution), digits)
+
+    submit("goes-on", 10_000)
+    archive = submit("ends", TRIALS)
+    archive.set_control(Control(priority=1))
+    services = [cluster.start(name, MEMTAIL_LINGER_SECONDS="2") for name in ("dispatcher", "worker", "aggregator")]
+    cluster.until_published(archive, TRIALS)
+    for service in services:
+        cluster.until(lambda service=service: scrape(service).experiments() == {"goes-on"})
+    submit("ends", 10_000)
+    for service in services:
+        cluster.until(lambda service=service: "ends" in scrape(service).experiments())
+    cluster.until(lambda: (scrape(services[2]).value("memtail_trials_folded", experiment="ends") or 0) > TRIALS)
+
+
+def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_shard_a_fault_is(cluster, experiment, digits):
+    archive = cluster.submit(experiment, digits)
+    broker, fingerprint = Broker(ServiceSettings(store="-", broker=cluster.redis.url)), archive.record().fingerprint
+
+    def train(numbers):
+        shards = [Shard(first, first + PER_SHARD - 1) for first in range(numbers.start * PER_SHARD, numbers.stop * PER_SHARD, PER_SHARD)]
+        broker.send([Assignment(experiment="digits", fingerprint=fingerprint, first=each.first, last=each.last) for each in shards])
+        cluster.until(lambda: len(list(cluster.events(worker, "shard ended"))) == numbers.stop)
+        return [str(shard) for shard in shards]
+
+    with LossyProxy(cluster.minio) as proxy:
+        worker = cluster.start("worker", MEMTAIL_S3_ENDPOINT=proxy.endpoint, MEMTAIL_LEASE_SECONDS="60")
+        shards = train(range(SHARDS - 1))
+        lines = logged(worker.log.read_text())
+        assert [(line["level"], line["event"], line["experiment"], line["shard"]) for line in lines] == [
+            ("info", "shard ended", "digits", shard) for shard in shards
+        ]
+        proxy.cuts += [(f"PUT /{cluster.bucket}/{keys.trials('digits')}".encode(), 0)] * 2
+        (last,) = train(range(SHARDS - 1, SHARDS))
+        faults = logged(worker.log.read_text())[len(shards) : -1]
+    assert faults
+    for line in faults:
+        assert (line["level"], line["event"], line["experiment"]) == ("warning", "store fails, trying again", "digits")
+        assert line["shard"] == last and line["key"].startswith(keys.trials("digits"))
+
+
+def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, digits, tmp_path):
+    archive = cluster.submit(faulty(declare, "segfault"), digits)
+    services = [cluster.start(name, FAULT_FOLDER=str(tmp_path)) for name in ("dispatcher", "worker", "aggregator")]
+    cluster.until(archive.attempts)  # a training process has died
+    cluster.redis.kill()
+    cluster.until(lambda: scrape(services[0]).value("memtail_dispatcher_leader") == 0)
+    cluster.redis.start()
+    cluster.until(lambda: scrape(services[0]).value("memtail_dispatcher_leader") == 1)
+    cluster.until_published(archive, TRIALS)
+
+    wrong = cluster.redis.url.replace(cluster.redis.password, "wrong-password")
+    refused = [cluster.start(name, MEMTAIL_BROKER=wrong) for name in ("dispatcher", "worker")]
+    for service in refused:
+        cluster.until(lambda service=service: "password" in service.log.read_text())
+    for service in (*services, *refused):
+        service.process.terminate()
+        assert service.process.wait(60) == 0
+    for name in ("dispatcher", "worker"):
+        malformed = cluster.start(name, MEMTAIL_BROKER=f"redis://:{cluster.redis.password}/more@127.0.0.1:{cluster.redis.port}/0")
+        assert malformed.process.wait(90) == 2
+        assert ["MEMTAIL_BROKER is no Redis URL" in line["event"] for line in logged(malformed.log.read_text())] == [True]
+
+    for service in cluster.services:
+        log = service.log.read_text()
+        assert all({"timestamp", "level", "event"} <= line.keys() for line in logged(log))
+        for secret in (cluster.redis.password, "wrong-password", cluster.minio.settings().secret_key):
+            assert secret not in log
+    events = {line["event"] for line in logged(services[1].log.read_text())}
+    assert {"shard ended", "training process died"} < events
+
+
+def test_warnings_and_what_nobody_catches_are_json():
+    code = """
+import threading, warnings
+from services.process import configure_logs
+class Unraisable:
+    def __del__(self):
+        raise ValueError("in __del__")
+configure_logs()
+warnings.warn("a warning")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+Unraisable()
+raise RuntimeError("at the end")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and not ended.stdout
+    warning, *rest = logged(ended.stderr)
+    assert "a warning" in warning["event"] and warning["level"] == "warning"
+    for line, error in zip(rest, ("ZeroDivisionError", "in __del__", "at the end"), strict=True):
+        assert error in line["exception"]
+
+
+def test_what_is_no_message_is_dropped_logged_and_counted(cluster, experiment, digits):
+    archive = cluster.submit(experiment, digits)
+    properties = '{"delivery_tag": "1", "delivery_info": {}, "body_encoding": "base64"}'
+    entries = [
+        "no JSON",
+        b"\xff\xfe",
+        "3",
+        "[1]",
+        "{}",
+        '{"properties": [], "body": ""}',
+        "[" * 100_000,
+        f'{{"properties": {properties}, "headers": {{}}, "body": ""}}',
+        f'{{"properties": {properties}, "headers": {{"task": "{TASK}", "id": "1"}}, "body": "x"}}',
+    ]
+    cluster.redis.client().lpush("memtail:shards", *entries)
+    dispatcher = cluster.start("dispatcher")
+    cluster.until(lambda: list(cluster.events(dispatcher, "sent")))
+    worker = cluster.start("worker")
+    cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == len(entries))
+    dropped = [line for line in logged(worker.log.read_text()) if line["event"] == "message dropped: it cannot be read"]
+    assert len(dropped) == len(entries)
+    cluster.until(lambda: len(archive.committed()) == SHARDS)

@@ -3,14 +3,19 @@
 import json
 
 import numpy as np
+import pytest
+import trustme
+from kombu.exceptions import OperationalError
 
 from memtail.archive import Control, ExperimentArchive
 from memtail.progress import progress_of
 from memtail.storage import keys
 from memtail.submission import submit
-from services.broker import TASK, Assignment, Broker
+from services.broker import TASK, Assignment, Broker, celery_app
 from services.settings import ServiceSettings
+from tests.services.cluster import RedisServer
 from tests.services.conftest import PER_SHARD, TRIALS
+from tests.services.test_metrics import scrape
 
 
 def test_the_service_publishes_the_bits_of_an_embedded_run(cluster, experiment, digits, expected):
@@ -68,11 +73,32 @@ def test_forged_messages_train_nothing_and_end_no_worker(cluster, declare, digit
     worker = cluster.start("worker")
     cluster.until(lambda: len(list(cluster.events(worker, "shard ended"))) == len(changes))
     cluster.until(lambda: len(list(cluster.events(worker, "message dropped: it is no assignment"))) == 3)
+    cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == 4)
     assert worker.log.read_text().count('"outcome": "not wanted"') == len(changes)
     cluster.start("dispatcher")
     cluster.start("aggregator")
     cluster.until_published(archive, TRIALS)
     assert not archive.attempts()
+
+
+def test_a_broker_on_tls_is_trusted_only_by_its_certificate(tmp_path):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(tmp_path / "private.key")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "public.crt")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        assignment = Assignment(experiment="digits", fingerprint="0" * 64, first=0, last=3)
+        broker = Broker(ServiceSettings(store="-", broker=server.url))
+        broker.send([assignment])
+        assert list(broker.queued("shards")) == [assignment]
+        stranger = celery_app(ServiceSettings(store="-", broker=server.url.partition("?")[0]))
+        with stranger.connection_for_write() as connection, pytest.raises(OperationalError, match="certificate"):
+            connection.ensure_connection(max_retries=1, timeout=5)
+    finally:
+        server.stop()
 
 
 def test_cancelling_drops_what_is_being_trained_and_resuming_goes_on_from_there(cluster, declare, digits):

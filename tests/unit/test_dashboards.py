@@ -45,6 +45,13 @@ def test_each_panel_says_what_it_shows_and_in_which_unit(name):
         assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"] and panel["datasource"]["uid"] == "${datasource}", panel["title"]
 
 
+def test_rates_say_of_what():
+    counted = {panel["title"]: panel["fieldConfig"]["defaults"]["unit"] for each in DASHBOARDS.values() for panel in panels(each)}
+    rates = {"Trials per second": "trials/s", "Examples per second": "examples/s", "Attempts by outcome": "shards/s", "Passes": "passes/s"}
+    assert {title: counted[title] for title in rates} == {title: f"count:{unit}" for title, unit in rates.items()}
+    assert "cps" not in counted.values()
+
+
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_panels_fill_the_grid_without_a_gap_or_an_overlap(name):
     cells = [

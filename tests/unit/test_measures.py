@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 import time
 
 import pytest
@@ -15,7 +14,9 @@ from services.dispatcher.completion import WINDOW, Completion
 from services.dispatcher.measures import Measures, Standing
 from services.dispatcher.reconcile import View
 from services.series import ExperimentSeries
+from services.worker import measures as worker
 from services.worker.reports import Reports
+from services.worker.training import Outcome
 
 
 def test_completion_follows_from_the_rate_of_the_last_minutes():
@@ -110,7 +111,7 @@ def trials(name):
 
 @pytest.fixture
 def measures():
-    made = Measures()
+    made = Measures(linger=600)
     yield made
     made.hide()
 
@@ -149,6 +150,24 @@ def test_a_shard_is_redelivered_when_it_is_sent_again_though_nobody_took_it_back
     assert value("memtail_redeliveries_total", experiment="a") == 2
 
 
+def test_a_worker_shows_an_experiment_while_it_trains_it_and_some_time_after():
+    reports = Reports()
+    worker.Measures(devices=2, linger=0.2).follow(reports)
+    for experiment in ("goes on", "ends"):
+        reports.send("taken", experiment, None)
+        reports.send("taken", experiment, None)
+        reports.send("ended", experiment, Outcome.COMMITTED)
+    reports.send("ended", "ends", worker.DIED)
+    end = time.monotonic() + 60
+    while value("memtail_shard_attempts_total", experiment="ends", outcome=worker.DIED) != 1:
+        assert time.monotonic() < end
+    while value("memtail_shard_attempts_total", experiment="ends", outcome=worker.DIED) is not None:
+        reports.send("store", "get", "ok", 0.1, 1)  # it is looked for though there is always something to count
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert value("memtail_shard_attempts_total", experiment="goes on", outcome=Outcome.COMMITTED) == 1
+
+
 def test_reports_of_forked_processes_arrive_though_one_is_killed_while_it_reports():
     reports, children = Reports(), []
     for number in range(3):
@@ -181,12 +200,17 @@ def test_a_full_pipe_and_a_report_that_is_too_long_are_dropped():
     reports = Reports()
     for _ in range(5000):
         reports.send("a", "x" * 100)
-    received, idle = [], threading.Event()
-    reports.follow({"a": received.append}, idle.set, 0.1)
-    assert idle.wait(60)
-    assert 100 < len(received) < 5000
-    reports.send("a", "y" * 10_000)
-    reports.send("a", "z")
-    idle.clear()
-    assert idle.wait(60)
-    assert received[-1] == "z" and received[-2] == "x" * 100
+    received, end = [], time.monotonic() + 60
+    reports.follow({"a": received.append}, lambda: None, 60)
+
+    def until(text: str) -> None:
+        while not received or received[-1] != text:
+            reports.send("a", text)
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    until("y")
+    assert 100 < received.count("x" * 100) < 5000
+    reports.send("a", "x" * 10_000)
+    until("z")
+    assert "x" * 10_000 not in received

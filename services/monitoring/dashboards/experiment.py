@@ -58,7 +58,7 @@ def experiment() -> dashboard.Dashboard:
             number(
                 "Trials per second",
                 "Trials committed by all workers, over the last five minutes.",
-                "cps",
+                "count:trials/s",
                 ("sum(rate(memtail_trials_trained_total{EXPERIMENT}[5m]))", ""),
             ),
             number(
@@ -135,7 +135,7 @@ def experiment() -> dashboard.Dashboard:
             course(
                 "Trials per second",
                 "Trials committed by all workers.",
-                "cps",
+                "count:trials/s",
                 ("sum(rate(memtail_trials_trained_total{EXPERIMENT}[$__rate_interval]))", "trials"),
             ),
             course(

@@ -124,7 +124,7 @@ def fleet() -> dashboard.Dashboard:
             course(
                 "Sent, sent again, leases expired",
                 "Shards put into the queue; those put there once more, since they failed or went astray; leases whose worker vanished.",
-                "cps",
+                "count:shards/s",
                 ("sum(rate(memtail_shards_sent_total{EXPERIMENT}[$__rate_interval]))", "sent"),
                 ("sum(rate(memtail_redeliveries_total{EXPERIMENT}[$__rate_interval]))", "sent again"),
                 ("sum(rate(memtail_leases_expired_total{EXPERIMENT}[$__rate_interval]))", "leases expired"),
@@ -135,7 +135,7 @@ def fleet() -> dashboard.Dashboard:
                 "Attempts by outcome",
                 "What became of the assignments that workers took. A lost race is one that another had committed meanwhile: harmless, but "
                 "work done twice.",
-                "cps",
+                "count:shards/s",
                 ("sum by (outcome) (rate(memtail_shard_attempts_total{EXPERIMENT}[$__rate_interval]))", "{{outcome}}"),
                 stacked=True,
                 colors={"committed": GREEN, "failed": RED, "died": RED},
@@ -151,7 +151,7 @@ def fleet() -> dashboard.Dashboard:
             course(
                 "Examples per second",
                 "Training examples that went through networks, by experiment.",
-                "cps",
+                "count:examples/s",
                 ("sum by (experiment) (rate(memtail_examples_trained_total{EXPERIMENT}[$__rate_interval]))", "{{experiment}}"),
                 stacked=True,
             ),

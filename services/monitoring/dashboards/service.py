@@ -80,7 +80,7 @@ def service() -> dashboard.Dashboard:
             course(
                 "Passes",
                 "Rounds of the services' loops: what is missing is looked for and sent, what has arrived is counted.",
-                "cps",
+                "count:passes/s",
                 ("sum by (service, outcome) (rate(memtail_passes_total{NAMESPACE}[$__rate_interval]))", "{{service}} {{outcome}}"),
             ),
             course(
