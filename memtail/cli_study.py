@@ -1,0 +1,91 @@
+"""`memtail study`: the follow-up experiments of the paper."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memtail.cli_arguments import DEFAULT_STORE, Json, Store, interruptible, only, open_existing
+from memtail.errors import SpecError
+
+if TYPE_CHECKING:
+    from memtail.experiment import Experiment
+    from memtail.storage import ObjectStore
+    from memtail.studies.result import StudyResult
+
+app = typer.Typer(
+    help="What the scores of an experiment are worth, and what follows from them. Results stay in the store, with a figure each.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+OneName = Annotated[str, typer.Argument(help="The experiment.")]
+Submit = Annotated[
+    bool, typer.Option("--submit", help="Have the services train what is missing; the same command evaluates it when they are done.")
+]
+
+
+@app.command()
+def removal(
+    name: OneName,
+    theta: Annotated[
+        list[float] | None,
+        typer.Option(help="Remove the examples of at least this memorization; may be given several times.", show_default=False),
+    ] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Remove the training examples of the high-influence pairs instead.")] = False,
+    repeats: Annotated[int, typer.Option(min=2, help="Models per condition.", metavar="R")] = 20,
+    submit: Submit = False,
+    store: Store = DEFAULT_STORE,
+    json_: Json = False,
+) -> None:
+    """Retrain without the memorized examples, and without as many random ones."""
+    from memtail.studies.removal import THETAS, evaluate_removal, plan_removal
+
+    if pairs and theta:
+        raise SpecError(
+            f"--theta {theta[0]:g} goes with --pairs not at all: pairs are of the thresholds that the scores have: leave one out"
+        )
+    opened = open_existing(store)
+    planned = plan_removal(opened, only(opened, name), thetas=theta or THETAS, repeats=repeats, pairs=pairs)
+    if _trained(opened, store, planned.experiment, name, submit, json_):
+        _show(evaluate_removal(opened, planned), json_)
+
+
+def _trained(opened: "ObjectStore", store: str, experiment: "Experiment", name: str, submit: bool, json_: bool) -> bool:
+    """See that the models of a study are trained, here or by the services; False if they are yet to be."""
+    from memtail.archive import ExperimentArchive
+    from memtail.datasets.staging import fetch
+    from memtail.settings import Settings
+    from memtail.studies.retraining import is_trained
+
+    if is_trained(opened, experiment):
+        return True
+    from memtail import display, logs
+    from memtail.runner import run
+    from memtail.submission import submit as submit_experiment
+
+    logs.configure()
+    settings = Settings()
+    fingerprint = ExperimentArchive(opened, name).record().canonical["dataset"]["fingerprint"]
+    dataset = fetch(opened, fingerprint, settings.cache, settings.cache_limit)
+    if submit:
+        made = submit_experiment(experiment, opened, dataset=dataset)
+        if json_:
+            print(json.dumps({"experiment": experiment.name, "trials": experiment.subsets.trials, "trained": False}, indent=1))
+        else:
+            display.show_submission(made, opened.address)
+            print("when it is done, the same command again evaluates it")
+        return False
+    with interruptible(), display.RunProgress(quiet=json_) as progress:
+        run(experiment, store, dataset=dataset, on_progress=progress.update)
+    return True
+
+
+def _show(result: "StudyResult", json_: bool) -> None:
+    if json_:
+        print(json.dumps(result.to_json(), indent=1))
+        return
+    print(f"\n{result.name}: {result.title}\n")
+    for finding in result.findings:
+        print(f"* {finding}")
+    print(f"\nfigure.svg, figure.png, result.json and result.parquet in {result.store.address}/{result.prefix.rstrip('/')}")
