@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtail.cli_arguments import DEFAULT_STORE, Json, Store, interruptible, only, open_existing
+from memtail.cli_arguments import DEFAULT_STORE, Json, Store, interruptible, open_existing
 from memtail.errors import SpecError
 
 if TYPE_CHECKING:
@@ -46,9 +46,37 @@ def removal(
             f"--theta {theta[0]:g} goes with --pairs not at all: pairs are of the thresholds that the scores have: leave one out"
         )
     opened = open_existing(store)
-    planned = plan_removal(opened, only(opened, name), thetas=theta or THETAS, repeats=repeats, pairs=pairs)
+    planned = plan_removal(opened, name, thetas=theta or THETAS, repeats=repeats, pairs=pairs)
     if _trained(opened, store, planned.experiment, name, submit, json_):
         _show(evaluate_removal(opened, planned), json_)
+
+
+@app.command()
+def stability(
+    name: OneName,
+    wanted: Annotated[
+        float, typer.Option(min=0.01, max=0.999, help="Tell the trials that an overlap of this (0 to 1) takes.", metavar="J")
+    ] = 0.9,
+    store: Store = DEFAULT_STORE,
+    json_: Json = False,
+) -> None:
+    """Compare the scores of disjoint halves of the trials, and tell how many trials it takes for them to agree."""
+    from memtail.studies.stability import study_stability
+
+    opened = open_existing(store)
+    _show(study_stability(opened, name, wanted=wanted), json_)
+
+
+@app.command()
+def architectures(
+    names: Annotated[list[str], typer.Argument(help="Experiments on one dataset, two or more.", metavar="NAME...")],
+    store: Store = DEFAULT_STORE,
+    json_: Json = False,
+) -> None:
+    """Compare the scores of experiments with different models. The result is kept under the first."""
+    from memtail.studies.architectures import study_architectures
+
+    _show(study_architectures(open_existing(store), names), json_)
 
 
 def _trained(opened: "ObjectStore", store: str, experiment: "Experiment", name: str, submit: bool, json_: bool) -> bool:

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 5
     NOISE = 6
     REMOVAL = 7
+    HALVES = 8
 
 
 def stream(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
