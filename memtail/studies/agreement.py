@@ -114,4 +114,4 @@ def draw_by_threshold(axes: "Axes", found: list[Agreement], score: Score, what: 
     values = [getattr(each, what) for each in own]
     axes.plot([each.threshold for each in own], [np.nan if value is None else value for value in values], marker="o", **style)
     axes.set(xlabel=f"threshold of {score}")
-    axes.set_ylim(bottom=0, top=1.02 if what == "jaccard" else None)
+    axes.set_ylim(bottom=0, top=1.02 if what == "jaccard" else None, auto=what == "difference")

@@ -75,9 +75,9 @@ def _at_papers(agreed: list[Agreement]) -> dict[str, float | None]:
 def _of_one(record: Record, summary: dict[str, Any]) -> str:
     memorized, pairs = summary["mem_share_at_least"][f"{PAPERS['memorization']:g}"], summary["pairs"]["count"]
     return (
-        f"{record.experiment.name} ({record.experiment.model.name}, {summary['trials']} trials): {summary['test_accuracy']:.2%} of the test "
-        f"examples are classified correctly, {memorized:.2%} of the training examples are memorized (mem >= {PAPERS['memorization']}), "
-        f"and there are {pairs} pairs."
+        f"{record.experiment.name} ({record.experiment.model.name}, {summary['trials']} trials): {summary['test_accuracy']:.2%} of the "
+        f"test examples are classified correctly, {memorized:.2%} of the training examples are memorized "
+        f"(mem >= {PAPERS['memorization']}), and there are {pairs} pairs."
     )
 
 
