@@ -9,6 +9,9 @@ from memtail.cli_arguments import DEFAULT_STORE, Json, Store, interruptible, ope
 from memtail.errors import SpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from memtail.datasets import ImageDataset
     from memtail.experiment import Experiment
     from memtail.storage import ObjectStore
     from memtail.studies.result import StudyResult
@@ -24,6 +27,9 @@ Submit = Annotated[
     bool, typer.Option("--submit", help="Have the services train what is missing; the same command evaluates it when they are done.")
 ]
 
+Repeats = Annotated[int, typer.Option(min=2, help="Models per condition.", metavar="R")]
+REPEATS = 20
+
 
 @app.command()
 def removal(
@@ -33,7 +39,7 @@ def removal(
         typer.Option(help="Remove the examples of at least this memorization; may be given several times.", show_default=False),
     ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Remove the training examples of the high-influence pairs instead.")] = False,
-    repeats: Annotated[int, typer.Option(min=2, help="Models per condition.", metavar="R")] = 20,
+    repeats: Repeats = REPEATS,
     submit: Submit = False,
     store: Store = DEFAULT_STORE,
     json_: Json = False,
@@ -47,7 +53,7 @@ def removal(
         )
     opened = open_existing(store)
     planned = plan_removal(opened, name, thetas=theta or THETAS, repeats=repeats, pairs=pairs)
-    if _trained(opened, store, planned.experiment, name, submit, json_):
+    if _trained(opened, store, planned.experiment, lambda: _dataset(opened, name), submit, json_):
         _show(evaluate_removal(opened, planned), json_)
 
 
@@ -79,11 +85,44 @@ def architectures(
     _show(study_architectures(open_existing(store), names), json_)
 
 
-def _trained(opened: "ObjectStore", store: str, experiment: "Experiment", name: str, submit: bool, json_: bool) -> bool:
-    """See that the models of a study are trained, here or by the services; False if they are yet to be."""
+@app.command()
+def duplicates(
+    name: OneName,
+    nearness: Annotated[
+        float,
+        typer.Option(min=0, help="Near-duplicates are at most this share of the median distance to the nearest apart.", metavar="S"),
+    ] = 0.33,
+    repeats: Repeats = REPEATS,
+    submit: Submit = False,
+    store: Store = DEFAULT_STORE,
+    json_: Json = False,
+) -> None:
+    """Find near-duplicates by pixels and features, and what pairs and removal owe them."""
+    from memtail import display
     from memtail.archive import ExperimentArchive
-    from memtail.datasets.staging import fetch
-    from memtail.settings import Settings
+    from memtail.scores.fetch import open_scores
+    from memtail.studies.removal import plan_removal
+
+    opened = open_existing(store)
+    record = ExperimentArchive(opened, name).record()
+    planned = plan_removal(opened, name, repeats=repeats, pairs=True) if len(open_scores(opened, name).pairs["tr_idx"]) else None
+    if planned and not _trained(opened, store, planned.experiment, lambda: _dataset(opened, name), submit, json_):
+        return
+    from memtail.studies.duplicates import study_duplicates
+    from memtail.studies.features import features_of
+
+    dataset = _dataset(opened, name)
+    with display.working("training the model whose features are compared", quiet=json_):
+        features = features_of(opened, record, dataset)
+    with display.working("comparing images", quiet=json_):
+        result = study_duplicates(opened, name, dataset, features, planned, nearness=nearness)
+    _show(result, json_)
+
+
+def _trained(
+    opened: "ObjectStore", store: str, experiment: "Experiment", dataset: "Callable[[], ImageDataset]", submit: bool, json_: bool
+) -> bool:
+    """See that the models of a study are trained, here or by the services; False if they are yet to be."""
     from memtail.studies.retraining import is_trained
 
     if is_trained(opened, experiment):
@@ -93,11 +132,8 @@ def _trained(opened: "ObjectStore", store: str, experiment: "Experiment", name: 
     from memtail.submission import submit as submit_experiment
 
     logs.configure()
-    settings = Settings()
-    fingerprint = ExperimentArchive(opened, name).record().canonical["dataset"]["fingerprint"]
-    dataset = fetch(opened, fingerprint, settings.cache, settings.cache_limit)
     if submit:
-        made = submit_experiment(experiment, opened, dataset=dataset)
+        made = submit_experiment(experiment, opened, dataset=dataset())
         if json_:
             print(json.dumps({"experiment": experiment.name, "trials": experiment.subsets.trials, "trained": False}, indent=1))
         else:
@@ -105,8 +141,19 @@ def _trained(opened: "ObjectStore", store: str, experiment: "Experiment", name: 
             print("when it is done, the same command again evaluates it")
         return False
     with interruptible(), display.RunProgress(quiet=json_) as progress:
-        run(experiment, store, dataset=dataset, on_progress=progress.update)
+        run(experiment, store, dataset=dataset(), on_progress=progress.update)
     return True
+
+
+def _dataset(opened: "ObjectStore", name: str) -> "ImageDataset":
+    """The images of an experiment, from the cache or else from the store."""
+    from memtail.archive import ExperimentArchive
+    from memtail.datasets.staging import fetch
+    from memtail.settings import Settings
+
+    settings = Settings()
+    fingerprint = ExperimentArchive(opened, name).record().canonical["dataset"]["fingerprint"]
+    return fetch(opened, fingerprint, settings.cache, settings.cache_limit)
 
 
 def _show(result: "StudyResult", json_: bool) -> None:

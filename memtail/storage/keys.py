@@ -98,6 +98,11 @@ def latest_scores(name: str) -> str:
     return f"{all_scores(name)}latest.json"
 
 
+def features(name: str) -> str:
+    """Which dataset holds what one model of the experiment makes of its images."""
+    return f"experiments/{name}/features.json"
+
+
 def studies(name: str) -> str:
     """Prefix of the results of all studies of the experiment."""
     return f"experiments/{name}/studies/"
