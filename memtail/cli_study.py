@@ -86,6 +86,19 @@ def architectures(
 
 
 @app.command()
+def last_layer(name: OneName, submit: Submit = False, store: Store = DEFAULT_STORE, json_: Json = False) -> None:
+    """Train the last layer alone, on what one frozen model makes of the images, and compare the scores."""
+    from memtail.archive import ExperimentArchive
+    from memtail.studies.last_layer import evaluate_last_layer, plan_last_layer
+
+    opened = open_existing(store)
+    features = _features(opened, name, json_)
+    planned = plan_last_layer(ExperimentArchive(opened, name).record(), features)
+    if _trained(opened, store, planned, lambda: features, submit, json_):
+        _show(evaluate_last_layer(opened, name, planned), json_)
+
+
+@app.command()
 def duplicates(
     name: OneName,
     nearness: Annotated[
@@ -99,23 +112,18 @@ def duplicates(
 ) -> None:
     """Find near-duplicates by pixels and features, and what pairs and removal owe them."""
     from memtail import display
-    from memtail.archive import ExperimentArchive
     from memtail.scores.fetch import open_scores
     from memtail.studies.removal import plan_removal
 
     opened = open_existing(store)
-    record = ExperimentArchive(opened, name).record()
     planned = plan_removal(opened, name, repeats=repeats, pairs=True) if len(open_scores(opened, name).pairs["tr_idx"]) else None
     if planned and not _trained(opened, store, planned.experiment, lambda: _dataset(opened, name), submit, json_):
         return
     from memtail.studies.duplicates import study_duplicates
-    from memtail.studies.features import features_of
 
-    dataset = _dataset(opened, name)
-    with display.working("training the model whose features are compared", quiet=json_):
-        features = features_of(opened, record, dataset)
+    features = _features(opened, name, json_)
     with display.working("comparing images", quiet=json_):
-        result = study_duplicates(opened, name, dataset, features, planned, nearness=nearness)
+        result = study_duplicates(opened, name, _dataset(opened, name), features, planned, nearness=nearness)
     _show(result, json_)
 
 
@@ -154,6 +162,16 @@ def _dataset(opened: "ObjectStore", name: str) -> "ImageDataset":
     settings = Settings()
     fingerprint = ExperimentArchive(opened, name).record().canonical["dataset"]["fingerprint"]
     return fetch(opened, fingerprint, settings.cache, settings.cache_limit)
+
+
+def _features(opened: "ObjectStore", name: str, json_: bool) -> "ImageDataset":
+    """What one model makes of the images of an experiment, which is trained here unless it was."""
+    from memtail import display
+    from memtail.archive import ExperimentArchive
+    from memtail.studies.features import features_of
+
+    with interruptible(), display.working("training one model on everything", quiet=json_):
+        return features_of(opened, ExperimentArchive(opened, name).record(), lambda: _dataset(opened, name))
 
 
 def _show(result: "StudyResult", json_: bool) -> None:

@@ -166,10 +166,14 @@ def _without_duplicates(
     parts = {"duplicates": duplicated, "others": np.setdiff1d(influenced, duplicated)}
     q = correct.shape[1]
     losses = {part: difference(everything[:, chosen].sum(1) / q, without[:, chosen].sum(1) / q) for part, chosen in parts.items()}
+    lost = (
+        f"Without the training examples of all pairs models lose {losses['others']} points of test accuracy on the {len(parts['others'])}"
+    )
     text = (
-        f"Without the training examples of all pairs models lose {losses['duplicates']} points of test accuracy on the "
-        f"{len(parts['duplicates'])} influenced test images that are of a near-duplicate pair, and {losses['others']} on the "
-        f"{len(parts['others'])} that are of none (± is half of a {CONFIDENCE:.0%} confidence interval, Welch's)."
+        f"{lost} influenced test images that are of no near-duplicate pair, and {losses['duplicates']} on the "
+        f"{len(parts['duplicates'])} that are of one (± is half of a {CONFIDENCE:.0%} confidence interval, Welch's)."
+        if len(duplicated)
+        else f"{lost} influenced test images (± is half of a {CONFIDENCE:.0%} confidence interval, Welch's): none is of a near-duplicate pair."
     )
     return {part: {"images": len(parts[part]), **vars(loss)} for part, loss in losses.items()}, text
 

@@ -9,6 +9,7 @@ The dataset is put into the store, and the object `features.json` of the experim
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,12 @@ _REACH = 4.0
 _BATCH = 256
 
 
-def features_of(store: ObjectStore, record: Record, dataset: ImageDataset) -> ImageDataset:
+def features_of(store: ObjectStore, record: Record, images: Callable[[], ImageDataset]) -> ImageDataset:
     """The features of an experiment's images, from the store, or by training the one model here.
 
     Args:
         store, record: the experiment.
-        dataset: its images.
+        images: opens its images, if they are needed.
 
     Returns:
         A dataset of the same labels and classes; its images are uint8 [n, H, W, 1], the features row by row, padded with a constant.
@@ -57,9 +58,10 @@ def features_of(store: ObjectStore, record: Record, dataset: ImageDataset) -> Im
         pass
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{key}: is damaged ({error}): remove it, then run the study again") from None
+    dataset = images()
     train, test, accuracy = _frozen_features(record, dataset)
-    images = _as_images(train, test)
-    made = InMemoryDataset(images[0], dataset.train_labels, images[1], dataset.test_labels, dataset.classes)
+    pixels = _as_images(train, test)
+    made = InMemoryDataset(pixels[0], dataset.train_labels, pixels[1], dataset.test_labels, dataset.classes)
     features = ImageDataset.open(write_dataset(made, settings.cache / "datasets"))
     stage(features, store)
     facts: dict[str, Any] = {"dataset": features.fingerprint, "features": train.shape[1], "test_accuracy": accuracy}
