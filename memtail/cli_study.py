@@ -131,9 +131,9 @@ def _trained(
     opened: "ObjectStore", store: str, experiment: "Experiment", dataset: "Callable[[], ImageDataset]", submit: bool, json_: bool
 ) -> bool:
     """See that the models of a study are trained, here or by the services; False if they are yet to be."""
-    from memtail.studies.retraining import is_trained
+    from memtail.studies.retraining import is_finished
 
-    if is_trained(opened, experiment):
+    if is_finished(opened, experiment):
         return True
     from memtail import display, logs
     from memtail.runner import run

@@ -169,12 +169,12 @@ def _without_duplicates(
     lost = (
         f"Without the training examples of all pairs models lose {losses['others']} points of test accuracy on the {len(parts['others'])}"
     )
-    text = (
-        f"{lost} influenced test images that are of no near-duplicate pair, and {losses['duplicates']} on the "
-        f"{len(parts['duplicates'])} that are of one (± is half of a {CONFIDENCE:.0%} confidence interval, Welch's)."
-        if len(duplicated)
-        else f"{lost} influenced test images (± is half of a {CONFIDENCE:.0%} confidence interval, Welch's): none is of a near-duplicate pair."
-    )
+    how = f"(± is half of a {CONFIDENCE:.0%} confidence interval, Welch's)."
+    if len(duplicated):
+        of_one = f"{losses['duplicates']} on the {len(duplicated)} that are of one"
+        text = f"{lost} influenced test images that are of no near-duplicate pair, and {of_one} {how}"
+    else:
+        text = f"{lost} influenced test images, none of which is of a near-duplicate pair {how}"
     return {part: {"images": len(parts[part]), **vars(loss)} for part, loss in losses.items()}, text
 
 

@@ -49,9 +49,9 @@ def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment) -> S
     """
     ExperimentArchive(store, name).record()
     whole, alone = open_scores(store, name), open_scores(store, planned.name)
-    counts = {label: _counts(scores) for label, scores in (("whole", whole), ("last layer", alone))}
+    counts = {label: _counts(scores) for label, scores in (("whole model", whole), ("last layer", alone))}
     place = int(np.flatnonzero(_THRESHOLDS == MEM_THRESHOLD)[0])
-    facts = {label: _facts(scores, counts[label][place]) for label, scores in (("whole", whole), ("last layer", alone))}
+    facts = {label: _facts(scores, counts[label][place]) for label, scores in (("whole model", whole), ("last layer", alone))}
     findings = [
         f"Training the last layer alone memorizes {facts['last layer']['memorized']} of {whole.summary['n_train']} training examples "
         f"(mem >= {MEM_THRESHOLD}), training the whole model {facts['whole']['memorized']}.",
@@ -60,9 +60,9 @@ def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment) -> S
         *(
             f"{what}: {each['test_accuracy']:.2%} of the test examples are classified correctly, {each['in_subset_accuracy']:.2%} of the "
             f"training examples seen, {each['held_out_accuracy']:.2%} of those not seen, by {each['trials']} models."
-            for what, each in (("The last layer alone", facts["last layer"]), ("The whole model", facts["whole"]))
+            for what, each in (("The last layer alone", facts["last layer"]), ("The whole model", facts["whole model"]))
         ),
-        "The frozen features come of one model trained on all training examples, so that examples not seen by a last layer were by its features.",
+        "The features are of one model trained on all training examples: those not seen by a last layer were seen by its features.",
     ]
     result = StudyResult(
         store,
@@ -70,12 +70,12 @@ def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment) -> S
         "last-layer",
         "Memorization with only the last layer trained",
         findings,
-        facts["whole"]["trials"] + facts["last layer"]["trials"],
+        facts["whole model"]["trials"] + facts["last layer"]["trials"],
         [name, planned.name],
         {"scores": {name: whole.folder.name, planned.name: alone.folder.name}},
         facts,
     )
-    table = {"threshold": _THRESHOLDS, "whole": counts["whole"], "last_layer": counts["last layer"]}
+    table = {"threshold": _THRESHOLDS, "whole": counts["whole model"], "last_layer": counts["last layer"]}
     write_result(result, table, _draw(name, counts, facts))
     return result
 
@@ -99,6 +99,6 @@ def _draw(name: str, counts: dict[str, list[int]], facts: dict[str, dict[str, An
             axes.plot(_THRESHOLDS, values, marker=marker, markersize=4, label=f"{label}: test accuracy {facts[label]['test_accuracy']:.2%}")
         axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(bottom=0)
-        axes.set(xlabel="threshold θ of memorization", ylabel="training examples of mem ≥ θ", title=f"{name}: what is trained")
+        axes.set(xlabel="threshold θ of memorization", ylabel="training examples of mem ≥ θ", title=f"{name}: which layers are trained")
         axes.legend()
     return figure

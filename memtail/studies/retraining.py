@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from memtail.archive import ExperimentArchive, Record
 from memtail.experiment import Experiment
+from memtail.progress import progress_of
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
 from memtail.storage.whole_file import whole_file
@@ -40,11 +41,9 @@ def like(record: Record, purpose: str, masks: Mask) -> Experiment:
     return Experiment.parse({**declaration, "name": name, "subsets": subsets}, source=f"experiment '{name}' of the study")
 
 
-def is_trained(store: ObjectStore, experiment: Experiment) -> bool:
-    """Whether every trial of an experiment is committed."""
-    archive = ExperimentArchive(store, experiment.name)
-    trained = {trial for shard in archive.iterate_committed() for trial in shard.trials}
-    return trained >= set(range(experiment.subsets.trials))
+def is_finished(store: ObjectStore, experiment: Experiment) -> bool:
+    """Whether all trials of an experiment are committed, and its scores published."""
+    return store.exists(keys.experiment(experiment.name)) and progress_of(store, experiment.name).ending == "published"
 
 
 def correctness(store: ObjectStore, experiment: Experiment) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from memtail.experiment import Experiment
 from memtail.runner import run
 from memtail.settings import Settings
 from memtail.storage.local import LocalStore
+from memtail.studies.duplicates import measure
 from memtail.studies.result import load_results
 from memtail.trials import unpack
 from tests.conftest import write_arrays
@@ -151,6 +153,46 @@ def test_an_experiment_agrees_with_itself_in_full_and_its_halves_do_not(store):
     itself, halves = result.measured["digits and again"], result.measured["two halves of digits"]
     assert itself == {"rank_correlation": pytest.approx(1), "memorization": 1.0, "influence": 1.0}
     assert halves["memorization"] < 1 and halves["rank_correlation"] < 1
+
+
+def test_near_duplicates_are_found_where_they_were_planted_whatever_their_brightness():
+    rng = np.random.default_rng(0)
+    train, test = (rng.integers(0, 200, (count, 8, 8, 1)).astype(np.uint8) for count in (300, 300))
+    test[3] = train[7] // 2 + 40  # darker, and with less contrast
+    train[20] = np.clip(train[11] + rng.integers(-4, 5, train[11].shape), 0, 255)
+    train[30] = 17  # of one value
+    found = measure(SimpleNamespace(train_images=train, test_images=test), np.array([7, 8]), np.array([3, 3]), nearness=0.33)
+    assert np.flatnonzero(found.test <= found.threshold).tolist() == [3] and found.test_nearest[3] == 7
+    assert np.flatnonzero(found.train <= found.threshold).tolist() == [11, 20]
+    assert (found.train_nearest[11], found.train_nearest[20]) == (20, 11)
+    assert found.pairs[0] == pytest.approx(found.test[3]) and found.pairs[1] > found.threshold
+
+
+def test_duplicates_are_looked_for_by_pixels_and_features_and_the_loss_is_split_by_them(store):
+    study(store, "duplicates", "digits", "--repeats", 4, "--nearness", 2)
+    result = result_of(store, "duplicates")
+    table = rows(store, result)
+    assert set(table["space"]) == {"pixels", "features"} and len(table) == 2 * 1797
+    by_pixels = table[(table["space"] == "pixels") & (table["split"] == "test")]
+    assert result.measured["pixels"]["test"] == by_pixels["near_duplicate"].sum() > 0
+    assert 0 < result.measured["pairs_without"] < result.measured["pairs"]
+    split = result.measured["removal"]
+    study(store, "removal", "digits", "--pairs", "--repeats", 4)
+    whole = result_of(store, "removal-pairs").measured["losses"]["pairs"]["influenced"]["value"]
+    assert split["duplicates"]["value"] + split["others"]["value"] == pytest.approx(whole)
+
+
+def test_the_last_layer_alone_is_trained_on_the_subsets_of_the_experiment_and_memorizes_less(store):
+    study(store, "last-layer", "digits")
+    result = result_of(store, "last-layer")
+    alone = ExperimentArchive(store, result.experiments[1]).record()
+    assert alone.canonical["dataset"]["fingerprint"] == json.loads(store.get("experiments/digits/features.json"))["dataset"]
+    assert (bits(store, "digits")[0] == bits(store, result.experiments[1])[0]).all()
+    for label, name in (("whole model", "digits"), ("last layer", result.experiments[1])):
+        mem = memtail.load_scores(f"{store.address}/experiments/{name}").memorization["mem"]
+        assert result.measured[label]["memorized"] == (mem >= 0.25).sum()
+    assert 0 < result.measured["last layer"]["memorized"] < result.measured["whole model"]["memorized"]
+    assert result.measured["last layer"]["test_accuracy"] > 0.9
 
 
 @pytest.mark.parametrize(
