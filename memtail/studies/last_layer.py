@@ -54,9 +54,9 @@ def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment) -> S
     facts = {label: _facts(scores, counts[label][place]) for label, scores in (("whole model", whole), ("last layer", alone))}
     findings = [
         f"Training the last layer alone memorizes {facts['last layer']['memorized']} of {whole.summary['n_train']} training examples "
-        f"(mem >= {MEM_THRESHOLD}), training the whole model {facts['whole']['memorized']}.",
+        f"(mem >= {MEM_THRESHOLD}), training the whole model {facts['whole model']['memorized']}.",
         f"High-influence pairs (infl >= {INFL_THRESHOLD}): {facts['last layer']['pairs']} of the last layer alone, "
-        f"{facts['whole']['pairs']} of the whole model.",
+        f"{facts['whole model']['pairs']} of the whole model.",
         *(
             f"{what}: {each['test_accuracy']:.2%} of the test examples are classified correctly, {each['in_subset_accuracy']:.2%} of the "
             f"training examples seen, {each['held_out_accuracy']:.2%} of those not seen, by {each['trials']} models."
