@@ -7,6 +7,7 @@ import typer
 
 from memtail.cli_arguments import DEFAULT_STORE, Json, Store, interruptible, open_existing
 from memtail.errors import SpecError
+from memtail.studies import REPEATS, THETAS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,6 @@ Submit = Annotated[
 ]
 
 Repeats = Annotated[int, typer.Option(min=2, help="Models per condition.", metavar="R")]
-REPEATS = 20
 
 
 @app.command()
@@ -36,7 +36,11 @@ def removal(
     name: OneName,
     theta: Annotated[
         list[float] | None,
-        typer.Option(help="Remove the examples of at least this memorization; may be given several times.", show_default=False),
+        typer.Option(
+            help=f"Remove the examples of at least this memorization; may be given again. By default {', '.join(map(str, THETAS))}.",
+            metavar="T",
+            show_default=False,
+        ),
     ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Remove the training examples of the high-influence pairs instead.")] = False,
     repeats: Repeats = REPEATS,
@@ -44,15 +48,16 @@ def removal(
     store: Store = DEFAULT_STORE,
     json_: Json = False,
 ) -> None:
-    """Retrain without the memorized examples, and without as many random ones."""
-    from memtail.studies.removal import THETAS, evaluate_removal, plan_removal
+    """Retrain without the memorized examples.
+
+    And without as many random ones, to compare with.
+    """
+    from memtail.studies.removal import evaluate_removal, plan_removal
 
     if pairs and theta:
-        raise SpecError(
-            f"--theta {theta[0]:g} goes with --pairs not at all: pairs are of the thresholds that the scores have: leave one out"
-        )
+        raise SpecError(f"--theta {theta[0]:g} and --pairs exclude each other: leave one out")
     opened = open_existing(store)
-    planned = plan_removal(opened, name, thetas=theta or THETAS, repeats=repeats, pairs=pairs)
+    planned = plan_removal(opened, name, thetas=None if pairs else theta or THETAS, repeats=repeats)
     if _trained(opened, store, planned.experiment, lambda: _dataset(opened, name), submit, json_):
         _show(evaluate_removal(opened, planned), json_)
 
@@ -66,7 +71,10 @@ def stability(
     store: Store = DEFAULT_STORE,
     json_: Json = False,
 ) -> None:
-    """Compare the scores of disjoint halves of the trials, and tell how many trials it takes for them to agree."""
+    """Compare the scores of halves of the trials.
+
+    And tell from that how many trials it takes for two runs to agree.
+    """
     from memtail.studies.stability import study_stability
 
     opened = open_existing(store)
@@ -79,7 +87,10 @@ def architectures(
     store: Store = DEFAULT_STORE,
     json_: Json = False,
 ) -> None:
-    """Compare the scores of experiments with different models. The result is kept under the first."""
+    """Compare the scores of different models.
+
+    The result is kept under the first experiment.
+    """
     from memtail.studies.architectures import study_architectures
 
     _show(study_architectures(open_existing(store), names), json_)
@@ -87,7 +98,10 @@ def architectures(
 
 @app.command()
 def last_layer(name: OneName, submit: Submit = False, store: Store = DEFAULT_STORE, json_: Json = False) -> None:
-    """Train the last layer alone, on what one frozen model makes of the images, and compare the scores."""
+    """Compare with training the last layer alone.
+
+    The other layers are those of one model, trained on everything and frozen.
+    """
     from memtail.archive import ExperimentArchive
     from memtail.studies.last_layer import evaluate_last_layer, plan_last_layer
 
@@ -110,13 +124,16 @@ def duplicates(
     store: Store = DEFAULT_STORE,
     json_: Json = False,
 ) -> None:
-    """Find near-duplicates by pixels and features, and what pairs and removal owe them."""
+    """Find near-duplicates, and what pairs owe them.
+
+    Images are compared by their pixels, and by the features of one model, trained on everything.
+    """
     from memtail import display
     from memtail.scores.fetch import open_scores
     from memtail.studies.removal import plan_removal
 
     opened = open_existing(store)
-    planned = plan_removal(opened, name, repeats=repeats, pairs=True) if len(open_scores(opened, name).pairs["tr_idx"]) else None
+    planned = plan_removal(opened, name, thetas=None, repeats=repeats) if len(open_scores(opened, name).pairs["tr_idx"]) else None
     if planned and not _trained(opened, store, planned.experiment, lambda: _dataset(opened, name), submit, json_):
         return
     from memtail.studies.duplicates import study_duplicates

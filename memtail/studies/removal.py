@@ -1,9 +1,9 @@
 """What memorized examples do for the accuracy: retraining without them, and without as many random ones (the paper's figure 2).
 
 For each threshold theta the models of one arm are trained without every example of mem >= theta, those of the other without a random
-set of the same size, a new one for each repeat. With `pairs` the first arm leaves out the training side of the high-influence pairs
-instead, and the loss of accuracy is split into that on the test examples of the pairs and that on the rest. Some models are trained on
-everything, to compare with. No two models have the same seed.
+set of the same size, a new one for each repeat. In the study of the pairs the first arm leaves out the training side of the
+high-influence pairs instead, and the loss of accuracy is split into that on the test examples of the pairs and that on the rest. Some
+models are trained on everything, to compare with. No two models have the same seed.
 
 All of them are the trials of one experiment (see `memtail.studies.retraining`): condition c, repeat r is trial c * repeats + r.
 """
@@ -29,9 +29,6 @@ from memtail.subsets import Mask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-#: Thresholds of memorization, unless others are asked for.
-THETAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 Arm = Literal["none", "chosen", "random"]
 
@@ -73,14 +70,14 @@ class Removal:
     influenced: npt.NDArray[np.int64] | None
 
 
-def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] = THETAS, repeats: int, pairs: bool = False) -> Removal:
+def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | None, repeats: int) -> Removal:
     """Plan the study from the scores of an experiment. The same scores give the same plan.
 
     Args:
         store, name: the experiment.
-        thetas: thresholds of memorization; those that no example reaches are left out. Not for `pairs`.
+        thetas: thresholds of memorization; those that no example reaches are left out. None: remove the training side of the
+            high-influence pairs instead.
         repeats: models per condition, at least 2.
-        pairs: remove the training side of the high-influence pairs instead.
 
     Raises:
         ScoresError: there are no scores, or nothing would be removed, or everything.
@@ -88,7 +85,7 @@ def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] = THE
     record = ExperimentArchive(store, name).record()
     scores = open_scores(store, name)
     n, seed = record.n_train, record.experiment.subsets.seed
-    if pairs:
+    if thetas is None:
         chosen: dict[float | None, Mask] = {None: np.isin(np.arange(n), scores.pairs["tr_idx"])}
         lacking = f"no high-influence pairs (infl >= {INFL_THRESHOLD}, mem >= {MEM_THRESHOLD}): more trials may find some"
     else:
@@ -112,7 +109,7 @@ def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] = THE
         conditions += [Condition("chosen", theta, removed), Condition("random", theta, removed)]
         masks += [np.tile(~out, (repeats, 1)), random]
     experiment = retraining.like(record, "removal", np.concatenate(masks))
-    influenced = np.unique(scores.pairs["tt_idx"]) if pairs else None
+    influenced = np.unique(scores.pairs["tt_idx"]) if thetas is None else None
     return Removal(name, scores.folder.name, experiment, conditions, repeats, n, influenced)
 
 
