@@ -36,6 +36,7 @@ def plan_last_layer(record: Record, features: ImageDataset) -> Experiment:
         "dataset": {"name": "arrays", "root": str(features.folder)},
         "model": {"name": "mlp", "hidden": []},
         "training": experiment.training.model_dump(mode="json") | {"augmentation": "none"},
+        "subsets": experiment.subsets.model_dump(mode="json") | {"until": None},
     }
     return Experiment.parse(declaration, source=f"experiment '{name}' of the study")
 

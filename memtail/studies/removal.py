@@ -236,10 +236,10 @@ def _draw_thresholds(planned: Removal, baseline: Interval, rest: list[_Lost]) ->
     from memtail.studies.drawing import GREY, drawing
 
     thetas = [lost.condition.theta for lost in rest[::2]]
-    with drawing(5.5, 4.8) as figure:
+    with drawing(6, 4.8) as figure:
         accuracy, remaining = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         accuracy.axhline(100 * baseline.value, color=GREY, linestyle="--", label="nothing removed")
-        for first, label, marker in ((0, "mem ≥ θ removed", "o"), (1, "as many random ones removed", "s")):
+        for first, label, marker in ((0, "mem ≥ θ removed", "o"), (1, "as many at random", "s")):
             bands = [mean(lost.accuracies) for lost in rest[first::2]]
             centre, half = (100 * np.array([getattr(band, part) for band in bands]) for part in ("value", "half"))
             (line,) = accuracy.plot(thetas, centre, marker=marker, label=label)
