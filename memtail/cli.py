@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtail import cli_service
-from memtail.cli_arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, only, open_existing, preparation
+from memtail import cli_service, cli_study
+from memtail.cli_arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, only, open_existing, preparation
 from memtail.errors import MemtailError, ScoresError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def main() -> None:
         print(f"memtail: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "torchvision", "sklearn"):
+        if error.name not in ("torch", "torchvision", "sklearn", "scipy"):
             raise
         print(f"memtail: this needs {error.name}, which is not installed: pip install 'memtail[train]'", file=sys.stderr)
         sys.exit(2)
@@ -64,15 +64,12 @@ def run(
         display.show_spec(experiment)
     failure = None
     try:
-        with display.RunProgress(quiet=json_) as progress, preparation(quiet=json_) as on_preparation:
+        with interruptible(), display.RunProgress(quiet=json_) as progress, preparation(quiet=json_) as on_preparation:
             summary = run_experiment(experiment, store, on_progress=progress.update, on_preparation=on_preparation, profile=profile)
     except ShardsFailedError as error:
         if error.summary is None:
             raise
         summary, failure = error.summary, error
-    except KeyboardInterrupt:
-        print("memtail: stopped; run the same command again to go on, nothing committed is lost", file=sys.stderr)
-        sys.exit(130)
     if json_:
         print(json.dumps(summary, indent=1))
     else:
@@ -205,3 +202,4 @@ def _scores_of(store: "ObjectStore", name: str | None) -> "Scores":
 
 
 cli_service.register(app)
+app.add_typer(cli_study.app, name="study")

@@ -1,5 +1,6 @@
 """What the commands share: their arguments, and how a store is opened for them."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,16 @@ def only(store: "ObjectStore", name: str | None) -> str:
     if len(names) != 1:
         raise StoreError(f"the store {store.address} holds {len(names)} experiments ({', '.join(names) or 'none'}): name one")
     return names[0]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Training that Ctrl-C stops without loss; the exit code is then 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("memtail: stopped; run the same command again to go on, nothing committed is lost", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextmanager

@@ -57,10 +57,10 @@ class DatasetSpec(_Part):
 
 
 class Mlp(_Part):
-    """Fully connected layers of the given widths with ReLU between them."""
+    """Fully connected layers of the given widths with ReLU between them; of none, a linear model."""
 
     name: Literal["mlp"] = "mlp"
-    hidden: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [256]
+    hidden: list[Annotated[int, Field(ge=1)]] = [256]
 
 
 class Cnn(_Part):

@@ -20,6 +20,8 @@ class Purpose(IntEnum):
     ORDER = 4
     AUGMENTATION = 5
     NOISE = 6
+    REMOVAL = 7
+    HALVES = 8
 
 
 def stream(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:

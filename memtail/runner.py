@@ -74,6 +74,7 @@ def run(
     experiment: Experiment,
     store: str | Path = "memtail-store",
     *,
+    dataset: ImageDataset | None = None,
     on_progress: Callable[[RunState], None] | None = None,
     on_preparation: Callable[[int, int], None] | None = None,
     profile: bool = False,
@@ -83,6 +84,7 @@ def run(
     Args:
         experiment: the declaration.
         store: the folder, or `s3://BUCKET/PREFIX`, in which results are kept; scores lie in `STORE/experiments/NAME`.
+        dataset: the experiment's, if it is open already; by default it is prepared.
         on_progress: called several times a second with how far it is.
         on_preparation: called with (images done, images in all) while a folder of images is prepared.
         profile: also measure where the time of the trials goes, and add it to the summary that is returned, as `profile`: the wall-clock
@@ -95,7 +97,7 @@ def run(
     opened = open_store(store)
     if isinstance(opened, LocalStore):
         opened.remove_abandoned()
-    dataset = datasets.prepare(experiment.dataset, on_preparation)
+    dataset = dataset or datasets.prepare(experiment.dataset, on_preparation)
     archive = ExperimentArchive(opened, experiment.name)
     record = archive.enroll(declare(experiment, dataset))
     devices = [str(device) for device in available_devices(experiment.execution.device)]

@@ -6,6 +6,7 @@ import torch
 
 from memtail import datasets
 from memtail.archive import Control, ExperimentArchive, Record
+from memtail.datasets import ImageDataset
 from memtail.datasets.staging import stage, stage_masks
 from memtail.experiment import Experiment
 from memtail.runner import declare
@@ -36,12 +37,13 @@ class Submission:
         return -(-self.record.experiment.subsets.trials // self.record.trials_per_shard)
 
 
-def submit(experiment: Experiment, store: ObjectStore, *, priority: int | None = None) -> Submission:
+def submit(experiment: Experiment, store: ObjectStore, *, dataset: ImageDataset | None = None, priority: int | None = None) -> Submission:
     """Enter an experiment, or find it entered; more trials extend it.
 
     Args:
         experiment: the declaration. Its device is the workers' and need not be on this machine.
         store: where the services look for work.
+        dataset: the experiment's, if it is open already; by default it is prepared.
         priority: experiments with the highest are trained first; by default 0, or what it was.
 
     Raises:
@@ -49,7 +51,7 @@ def submit(experiment: Experiment, store: ObjectStore, *, priority: int | None =
         StoreError: another experiment has the name, or fewer trials are asked for; or the store cannot be written.
     """
     archive = ExperimentArchive(store, experiment.name)
-    dataset = datasets.prepare(experiment.dataset)
+    dataset = dataset or datasets.prepare(experiment.dataset)
     device = experiment.execution.device
     wanted = declare(experiment, dataset, None if device == "auto" else [torch.device(device)])
     before = None

@@ -9,7 +9,7 @@ With M membership, C and T correctness on training and test examples, k_in(i) = 
 An example that was never in, or never out, has no estimate: NaN, never 0.
 """
 
-from memtail.estimators.influence import Influence, influence, influence_blocks
+from memtail.estimators.influence import Influence, influence, influence_at, influence_blocks
 from memtail.estimators.memorization import Memorization, expected_standard_error, memorization
 from memtail.estimators.pairs import Pairs, high_influence_pairs
 from memtail.estimators.top import top_influencers
@@ -21,6 +21,7 @@ __all__ = [
     "expected_standard_error",
     "high_influence_pairs",
     "influence",
+    "influence_at",
     "influence_blocks",
     "memorization",
     "top_influencers",

@@ -77,6 +77,15 @@ def influence(packed: PackedTrials, train: Index, other: Index, on: Target = "te
     return Influence(both, packed.k_in[train], right[other], packed.trials)
 
 
+def influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> Floats:
+    """float64 [p], the influence of p training examples on a test example each; NaN where there is no estimate."""
+    both = np.zeros(len(train), np.int64)
+    for seen, right in zip(packed.membership, packed.test_correct, strict=True):
+        both += np.bitwise_count(seen[train] & right[test])
+    k_in = packed.k_in[train]
+    return rate(both, k_in) - rate(packed.test_right[test] - both, packed.trials - k_in)
+
+
 def influence_blocks(
     packed: PackedTrials, train: npt.NDArray[np.int64], other: Index, on: Target = "test"
 ) -> Iterator[tuple[slice, Influence]]:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.statistics import Statistics
+from memtail.statistics.accumulator import PackedTrials
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -35,7 +36,7 @@ class Memorization:
         return int(np.isnan(self.value).sum())
 
 
-def memorization(statistics: Statistics) -> Memorization:
+def memorization(statistics: Statistics | PackedTrials) -> Memorization:
     """Memorization by the equation of `memtail.estimators`; needs nothing but column sums, so it costs O(n)."""
     k_in, k_out = statistics.k_in.copy(), statistics.k_out
     p_in = rate(statistics.correct_in, k_in)

@@ -60,6 +60,13 @@ class Scores:
         with self._reading(STATISTICS), np.load(self.folder / STATISTICS, allow_pickle=False) as archive:
             return PackedTrials(**archive)
 
+    @cached_property
+    def test_labels(self) -> npt.NDArray[np.int64]:
+        """int64 [q], the labels of the test examples."""
+        with self._reading(INFLUENCE_MATRIX), np.load(self.folder / INFLUENCE_MATRIX, allow_pickle=False) as archive:
+            labels: npt.NDArray[np.int64] = archive["tt_labels"]
+            return labels
+
     def influence(self, train: Choice = None, test: Choice = None, *, on: Literal["test", "train"] = "test") -> "Influence":
         """Influences of the chosen training examples (rows) on the chosen test examples (columns), with standard errors.
 
@@ -101,9 +108,12 @@ class Scores:
         """The k test examples whose accuracy one training example raises most: `tt_idx`, `label`, `infl`, `infl_se`."""
         block = self.influence(train=train)
         top = largest(block.value[0], k)
-        with self._reading(INFLUENCE_MATRIX), np.load(self.folder / INFLUENCE_MATRIX, allow_pickle=False) as archive:
-            labels = archive["tt_labels"]
-        return {"tt_idx": top, "label": labels[top], "infl": block.value[0, top], "infl_se": block.error_at(np.zeros_like(top), top)}
+        return {
+            "tt_idx": top,
+            "label": self.test_labels[top],
+            "infl": block.value[0, top],
+            "infl_se": block.error_at(np.zeros_like(top), top),
+        }
 
     def _table(self, file: str) -> dict[str, Column]:
         import pyarrow.parquet

@@ -45,6 +45,21 @@ class PackedTrials:
         """int64 [n], trials that saw each training example."""
         return _column_sums(self.membership)
 
+    @property
+    def k_out(self) -> Counts:
+        """int64 [n], trials that did not see each training example."""
+        return self.trials - self.k_in
+
+    @cached_property
+    def correct_in(self) -> Counts:
+        """int64 [n], of the trials that saw each training example, those that got it right."""
+        return _column_sums(self.membership & self.train_correct)
+
+    @property
+    def correct(self) -> Counts:
+        """int64 [n], the same as `train_right`, as `Statistics` calls it."""
+        return self.train_right
+
     @cached_property
     def train_right(self) -> Counts:
         """int64 [n], trials that got each training example right."""
@@ -54,6 +69,19 @@ class PackedTrials:
     def test_right(self) -> Counts:
         """int64 [q], trials that got each test example right."""
         return _column_sums(self.test_correct)
+
+    @property
+    def counted_trials(self) -> npt.NDArray[np.int64]:
+        """int64 [t], the indices of the trials that count, ascending."""
+        return np.flatnonzero(np.unpackbits(self.counted.astype("<u8").view(np.uint8), bitorder="little"))
+
+    def only(self, trials: npt.NDArray[np.int64]) -> "PackedTrials":
+        """The statistics of some of the trials, given by their indices."""
+        bits = np.zeros(_BITS * len(self.counted), np.bool_)
+        bits[trials] = True
+        kept = self.counted & np.packbits(bits, bitorder="little").view("<u8").astype(np.uint64)
+        every = kept[:, None]
+        return PackedTrials(self.membership & every, self.train_correct & every, self.test_correct & every, kept)
 
     @property
     def n_train(self) -> int:

@@ -98,6 +98,21 @@ def latest_scores(name: str) -> str:
     return f"{all_scores(name)}latest.json"
 
 
+def features(name: str) -> str:
+    """Which dataset holds what one model of the experiment makes of its images."""
+    return f"experiments/{name}/features.json"
+
+
+def studies(name: str) -> str:
+    """Prefix of the results of all studies of the experiment."""
+    return f"experiments/{name}/studies/"
+
+
+def study(name: str, study: str) -> str:
+    """Prefix of the result of one study."""
+    return f"{studies(name)}{study}/"
+
+
 def parse_span(key: str) -> tuple[int, int] | None:
     """(first, last) in the key of a trial batch, checkpoint or failure record; None if it is another key."""
     match = re.search(r"/(\d+)-(\d+)(?:\.npz|\.pt|/\d+\.json)$", key)

@@ -137,7 +137,9 @@ def reference_trial(experiment, dataset, trial):
     return model
 
 
-@pytest.mark.parametrize("model", [{"name": "mlp", "hidden": [32, 16]}, {"name": "cnn", "channels": [4], "hidden": 8}])
+@pytest.mark.parametrize(
+    "model", [{"name": "mlp", "hidden": [32, 16]}, {"name": "mlp", "hidden": []}, {"name": "cnn", "channels": [4], "hidden": 8}]
+)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_a_stacked_trial_ends_with_the_weights_of_a_plain_pytorch_loop(declare, digits, model, smoothing):
     experiment = declare(3, model=model, training={"epochs": 2, "label_smoothing": smoothing})

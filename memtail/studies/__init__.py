@@ -1,0 +1,16 @@
+"""The follow-up experiments of the paper: what its scores are worth, and what follows from them.
+
+* `removal`: what the memorized examples, or those of the high-influence pairs, do for the accuracy.
+* `stability`: how much of the scores another run would find again.
+* `architectures`: how much of them other models find.
+* `last_layer`: how much is memorized if only the last layer is trained.
+* `duplicates`: how much of the pairs is copies of one image.
+
+Each takes experiments in a store, and leaves there a result (see `memtail.studies.result`) under the first of them. What a study trains is
+an ordinary experiment of its own: with the subsets that it needs as the masks of an `explicit` design (see `retraining`), or on a dataset
+of features (see `features`).
+"""
+
+#: Thresholds of memorization, and models per condition, of removal, unless others are asked for.
+THETAS = (0.1, 0.25, 0.5, 0.75, 0.9)
+REPEATS = 20

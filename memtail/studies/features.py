@@ -1,0 +1,141 @@
+"""What one model makes of the images before its last layer, as a dataset of its own.
+
+One model is trained on the whole training set by an experiment's recipe, then frozen. The inputs of its last linear layer, each feature
+standardised over the training set and rounded to 255 steps from -4 to 4 standard deviations, are the pixels of grey images. So whatever
+takes a dataset takes features: a model of no hidden layer on them is the last layer, trained alone.
+
+The dataset is put into the store, and the object `features.json` of the experiment names it: the model is trained once.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from memtail.archive import Record
+from memtail.datasets import ImageDataset
+from memtail.datasets.prepared import write_dataset
+from memtail.datasets.sources import InMemoryDataset
+from memtail.datasets.staging import fetch, stage
+from memtail.errors import SpecError, StoreError
+from memtail.experiment import NamedModel
+from memtail.models import build_model
+from memtail.settings import Settings
+from memtail.storage import ObjectNotFound, ObjectStore, keys
+from memtail.training.devices import available_devices, reproducible
+from memtail.training.images import device_images
+from memtail.training.stacked_run import StackedRun
+
+# Standard deviations to either side that pixels can tell apart, and images per pass.
+_REACH = 4.0
+_BATCH = 256
+
+
+def features_of(store: ObjectStore, record: Record, images: Callable[[], ImageDataset]) -> ImageDataset:
+    """The features of an experiment's images, from the store, or by training the one model here.
+
+    Args:
+        store, record: the experiment.
+        images: opens its images, if they are needed.
+
+    Returns:
+        A dataset of the same labels and classes; its images are uint8 [n, H, W, 1], the features row by row, padded with a constant.
+
+    Raises:
+        SpecError: the model has no linear layer at its end, or the device is not here.
+        StoreError: the store cannot be read or written.
+    """
+    settings, key = Settings(), keys.features(record.experiment.name)
+    try:
+        known = json.loads(store.get(key, limit=1 << 16))
+        return fetch(store, str(known["dataset"]), settings.cache, settings.cache_limit)
+    except ObjectNotFound:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{key}: is damaged ({error}): remove it, then run the study again") from None
+    dataset = images()
+    train, test, accuracy = _frozen_features(record, dataset)
+    pixels = _as_images(train, test)
+    made = InMemoryDataset(pixels[0], dataset.train_labels, pixels[1], dataset.test_labels, dataset.classes)
+    features = ImageDataset.open(write_dataset(made, settings.cache / "datasets"))
+    stage(features, store)
+    facts: dict[str, Any] = {"dataset": features.fingerprint, "features": train.shape[1], "test_accuracy": accuracy}
+    store.put(key, json.dumps(facts, indent=1).encode())
+    return features
+
+
+class _Whole(nn.Module):
+    """A network as one module, which is trained by itself, and whose last linear layer keeps its input."""
+
+    def __init__(self, network: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.network = network
+        linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+        if not linear or linear[-1].out_features != classes:
+            raise SpecError(f"model '{type(network).__name__}': has no linear layer at its end, so that there are no features before it")
+        self.features: Tensor | None = None
+        linear[-1].register_forward_pre_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not self.training:
+            self.features = inputs[0].detach().flatten(1).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def whole(image_shape: tuple[int, int, int], classes: int, *, model: dict[str, Any]) -> nn.Module:
+    """A model, by its declaration, that can be asked for its features: `model` of an experiment as `memtail.models` takes it."""
+    from pydantic import TypeAdapter
+
+    from memtail.experiment import ModelSpec
+
+    return _Whole(build_model(TypeAdapter(ModelSpec).validate_python(model), image_shape, classes), classes)
+
+
+_Floats = npt.NDArray[np.float32]
+
+
+def _frozen_features(record: Record, dataset: ImageDataset) -> tuple[_Floats, _Floats, float]:
+    """Train the model; features [n, D] and [q, D], and its accuracy on the test set."""
+    experiment = record.experiment
+    model = NamedModel(name=f"{__name__}:{whole.__name__}", options={"model": experiment.model.model_dump(mode="json")})
+    device = available_devices(experiment.execution.device)[0]
+    with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        images, classes = device_images(dataset, device), len(dataset.classes)
+        everything = np.arange(dataset.n_train)[None]
+        run = StackedRun(experiment.model_copy(update={"model": model}), images, dataset.image_shape, classes, [0], everything)
+        accuracy = float(run.train(lambda _: None).test.correct.mean())
+        run.stack.eval()
+        (network,) = (module for module in run.stack.modules() if isinstance(module, _Whole))
+        found = {}
+        for split, count in (("train", dataset.n_train), ("test", dataset.n_test)):
+            parts = []
+            for start in range(0, count, _BATCH):
+                with torch.no_grad(), run.autocast:
+                    run.stack(images.split(split, start, min(start + _BATCH, count)))
+                assert network.features is not None
+                parts.append(network.features.cpu().numpy())
+            found[split] = np.concatenate(parts)
+    return found["train"], found["test"], accuracy
+
+
+def _as_images(train: _Floats, test: _Floats) -> list[npt.NDArray[np.uint8]]:
+    """Features as grey images, as square as they can be; those that never vary are left out."""
+    mean, spread = train.mean(0), train.std(0)
+    varies = np.flatnonzero(spread > 0)
+    width = math.ceil(math.sqrt(max(1, len(varies))))
+    height = max(1, -(-len(varies) // width))
+    images = []
+    for features in (train, test):
+        standard = (features[:, varies] - mean[varies]) / spread[varies]
+        steps = np.rint((np.clip(standard, -_REACH, _REACH) + _REACH) * (254 / (2 * _REACH))).astype(np.uint8)
+        padded = np.pad(steps, ((0, 0), (0, height * width - len(varies))), constant_values=127)
+        images.append(padded.reshape(len(features), height, width, 1))
+    return images

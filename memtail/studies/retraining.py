@@ -1,0 +1,67 @@
+"""Retraining on chosen subsets: an ordinary experiment of the design `explicit`, like another but for its subsets.
+
+It is named after what it is like, its purpose and its masks, so that the same question is the same experiment, which goes on where it was,
+and another question another one.
+"""
+
+import hashlib
+import io
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.archive import ExperimentArchive, Record
+from memtail.experiment import Experiment
+from memtail.progress import progress_of
+from memtail.settings import Settings
+from memtail.storage import ObjectStore, keys
+from memtail.storage.whole_file import whole_file
+from memtail.subsets import Mask
+from memtail.trials import unpack
+
+
+def like(record: Record, purpose: str, masks: Mask) -> Experiment:
+    """The experiment that trains trial k on the examples of masks[k], bool [trials, n], by the recipe of another.
+
+    The masks are kept in the cache folder. Its seed follows from the masks, so that no trial is one of the other's again.
+
+    Raises:
+        SpecError: its name would be too long.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, masks)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    path = Settings().cache / keys.masks(digest)
+    if not path.exists():
+        with whole_file(path) as file:
+            file.write(buffer.getvalue())
+    name = f"{record.experiment.name}.{purpose}-{digest[:8]}"
+    subsets = {"design": "explicit", "masks": str(path), "trials": len(masks), "seed": int(digest[:8], 16)}
+    declaration = record.experiment.model_dump(mode="json", exclude={"record"})
+    return Experiment.parse({**declaration, "name": name, "subsets": subsets}, source=f"experiment '{name}' of the study")
+
+
+def is_finished(store: ObjectStore, experiment: Experiment) -> bool:
+    """Whether all trials of an experiment are committed, and its scores published."""
+    return store.exists(keys.experiment(experiment.name)) and progress_of(store, experiment.name).ending == "published"
+
+
+def correctness(store: ObjectStore, experiment: Experiment) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """What the models of an experiment get right, all of whose trials are committed.
+
+    Returns:
+        bool [trials, q], whether trial k's model classifies test example j correctly; and bool [trials], which trials count: those that
+        did not diverge.
+
+    Raises:
+        StoreError: the store cannot be read, or holds a damaged object.
+    """
+    archive = ExperimentArchive(store, experiment.name)
+    record = archive.record()
+    correct = np.zeros((experiment.subsets.trials, record.n_test), np.bool_)
+    counted = np.zeros(len(correct), np.bool_)
+    for shard in archive.iterate_committed():
+        batch = archive.batch(shard, record)
+        correct[batch.trial] = unpack(batch.test_correct, record.n_test)
+        counted[batch.trial] = [not each.diverged for each in batch.metrics]
+    return correct, counted

@@ -1,0 +1,229 @@
+"""The studies as their users run them, on digits."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import memtail
+from memtail.archive import ExperimentArchive
+from memtail.cli import app
+from memtail.datasets.staging import fetch, fetch_masks
+from memtail.errors import MemtailError
+from memtail.experiment import Experiment
+from memtail.runner import run
+from memtail.settings import Settings
+from memtail.storage.local import LocalStore
+from memtail.studies.duplicates import measure
+from memtail.studies.result import load_results
+from memtail.trials import unpack
+from tests.conftest import write_arrays
+
+SPEC = {
+    "name": "digits",
+    "dataset": {"name": "digits"},
+    "model": {"name": "mlp", "hidden": [32]},
+    "training": {"epochs": 5},
+    "subsets": {"trials": 128},
+    "execution": {"device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def store(own_cache, tmp_path_factory):
+    """A store with a finished experiment, and with the same under another name."""
+    folder = tmp_path_factory.mktemp("studies") / "store"
+    run(Experiment.parse(SPEC), folder)
+    shutil.copytree(folder / "experiments" / "digits", folder / "experiments" / "again")
+    record = folder / "experiments" / "again" / "experiment.json"
+    record.write_text(record.read_text().replace('"name": "digits",\n  "dataset"', '"name": "again",\n  "dataset"'))
+    return LocalStore(folder)
+
+
+def study(store, *arguments):
+    """Runs `memtail study` in this process; what users are told of an error is its text."""
+    result = CliRunner().invoke(app, ["study", *map(str, arguments), "--store", store.address])
+    if isinstance(result.exception, MemtailError):
+        raise result.exception
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def rows(store, result):
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(store.path(result.prefix + "result.parquet")).to_pandas()
+
+
+def result_of(store, study_name, name="digits"):
+    (found,) = [each for each in load_results(store, name) if each.study == study_name]
+    assert store.get(found.prefix + "figure.png").startswith(b"\x89PNG") and "</svg>" in found.figure_svg()
+    return found
+
+
+def bits(store, name):
+    """Membership and test correctness of all trials of an experiment, and their metrics."""
+    archive = ExperimentArchive(store, name)
+    record = archive.record()
+    batches = [archive.batch(shard, record) for shard in archive.committed()]
+    members = np.concatenate([unpack(batch.membership, record.n_train) for batch in batches])
+    right = np.concatenate([unpack(batch.test_correct, record.n_test) for batch in batches])
+    return members, right, [entry for batch in batches for entry in batch.metrics]
+
+
+def test_removal_trains_without_the_memorized_and_without_as_many_random_ones(store):
+    text = study(store, "removal", "digits", "--theta", 0.25, "--theta", 0.5, "--repeats", 4)
+    result = result_of(store, "removal")
+    assert result.findings[0] in text and result.trials == 20
+    members, right, metrics = bits(store, result.experiments[0])
+    mem = memtail.load_scores(f"{store.address}/experiments/digits").memorization["mem"]
+    assert members[:4].all()
+    for place, theta in ((4, 0.25), (12, 0.5)):
+        assert (members[place : place + 4] == (mem < theta)).all() and 0 < (mem >= theta).sum() < len(mem)
+        random = members[place + 4 : place + 8]
+        assert (random.sum(1) == (mem < theta).sum()).all() and len(np.unique(random, axis=0)) == 4
+    accuracy = np.array([entry.test_accuracy for entry in metrics])
+    table = rows(store, result)
+    np.testing.assert_allclose(table["test_accuracy"], accuracy)
+    loss = result.measured["losses"][0]
+    assert loss["theta"] == 0.25 and loss["memorized"]["value"] == pytest.approx(accuracy[:4].mean() - accuracy[4:8].mean())
+    assert loss["difference"]["value"] == pytest.approx(accuracy[8:12].mean() - accuracy[4:8].mean())
+    assert len(np.unique(right[4:8], axis=0)) == 4  # the models differ, though their subset is one
+
+    # it goes on where it was, and trains nothing twice
+    folder = store.path(f"experiments/{result.experiments[0]}/trials")
+    held = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    min(held).unlink()
+    study(store, "removal", "digits", "--theta", 0.25, "--theta", 0.5, "--repeats", 4)
+    assert [path for path in folder.iterdir() if held[path] != path.stat().st_mtime_ns] == [min(held)]
+    assert result_of(store, "removal").measured == result.measured
+
+
+def test_the_loss_without_the_pairs_is_split_into_the_influenced_and_the_rest(store):
+    study(store, "removal", "digits", "--pairs", "--repeats", 4)
+    result = result_of(store, "removal-pairs")
+    pairs = memtail.load_scores(f"{store.address}/experiments/digits").pairs
+    members, right, _ = bits(store, result.experiments[0])
+    assert (np.flatnonzero(~members[4]) == np.unique(pairs["tr_idx"])).all()
+    influenced = np.unique(pairs["tt_idx"])
+    assert result.measured["removed"] == len(np.unique(pairs["tr_idx"])) and result.measured["influenced"] == len(influenced)
+    losses = {part: interval["value"] for part, interval in result.measured["losses"]["pairs"].items()}
+    assert losses["all"] == pytest.approx(losses["influenced"] + losses["rest"])
+    lost = (right[:4].mean(0) - right[4:8].mean(0))[influenced].sum() / right.shape[1]
+    assert losses["influenced"] == pytest.approx(lost) and lost > 0
+
+
+def test_a_submitted_study_needs_nothing_but_the_store_and_is_evaluated_when_it_is_trained(store, tmp_path, monkeypatch):
+    arguments = ("removal", "digits", "--theta", 0.75, "--repeats", 2)
+    entered = json.loads(study(store, *arguments, "--submit", "--json"))
+    assert entered["trained"] is False and entered["trials"] == 6
+    archive = ExperimentArchive(store, entered["experiment"])
+    assert not archive.committed()
+    monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "cache of a worker"))
+    record = archive.record()
+    masks = fetch_masks(store, record.canonical["subsets"]["masks"], Settings().cache)
+    dataset = fetch(store, record.canonical["dataset"]["fingerprint"], Settings().cache)
+    run(record.experiment.with_masks(masks), store.address, dataset=dataset)
+    result = json.loads(study(store, *arguments, "--submit", "--json"))
+    assert result["study"] == "removal" and result["trials"] == 6 and result["experiments"] == [entered["experiment"]]
+
+
+def test_halves_agree_the_less_the_fewer_they_are_and_more_overlap_takes_more_trials(store):
+    study(store, "stability", "digits", "--wanted", 0.5)
+    few = result_of(store, "stability")
+    study(store, "stability", "digits", "--wanted", 0.9)
+    many = result_of(store, "stability")
+    assert many.trials == 128 and many.measured["trials"] == 64 and 0 < many.measured["jaccard"]["memorization"] < 1
+    assert few.measured["jaccard"] == many.measured["jaccard"]
+    table = rows(store, many)
+    assert set(table["trials"]) == {64} and set(table["split"]) == set(range(5)) and set(table["score"]) == {"memorization", "influence"}
+    assert many.measured["trials_needed"]["memorization"] == {"trials": None, "more_than": None}  # one number of trials has no slope
+
+
+def test_an_experiment_agrees_with_itself_in_full_and_its_halves_do_not(store):
+    study(store, "architectures", "digits", "again")
+    result = result_of(store, "architectures")
+    assert result.experiments == ["digits", "again"] and result.trials == 256
+    itself, halves = result.measured["digits and again"], result.measured["two halves of digits"]
+    assert itself == {"rank_correlation": pytest.approx(1), "memorization": 1.0, "influence": 1.0}
+    assert halves["memorization"] < 1 and halves["rank_correlation"] < 1
+
+
+def test_near_duplicates_are_found_where_they_were_planted_whatever_their_brightness():
+    rng = np.random.default_rng(0)
+    train, test = (rng.integers(0, 200, (count, 8, 8, 1)).astype(np.uint8) for count in (300, 300))
+    test[3] = train[7] // 2 + 40  # darker, and with less contrast
+    train[20] = np.clip(train[11] + rng.integers(-4, 5, train[11].shape), 0, 255)
+    train[30] = 17  # of one value
+    found = measure(SimpleNamespace(train_images=train, test_images=test), np.array([7, 8]), np.array([3, 3]), nearness=0.33)
+    assert np.flatnonzero(found.test <= found.threshold).tolist() == [3] and found.test_nearest[3] == 7
+    assert np.flatnonzero(found.train <= found.threshold).tolist() == [11, 20]
+    assert (found.train_nearest[11], found.train_nearest[20]) == (20, 11)
+    assert found.pairs[0] == pytest.approx(found.test[3]) and found.pairs[1] > found.threshold
+
+
+def test_duplicates_are_looked_for_by_pixels_and_features_and_the_loss_is_split_by_them(store):
+    study(store, "duplicates", "digits", "--repeats", 4, "--nearness", 2)
+    result = result_of(store, "duplicates")
+    table = rows(store, result)
+    assert set(table["space"]) == {"pixels", "features"} and len(table) == 2 * 1797
+    by_pixels = table[(table["space"] == "pixels") & (table["split"] == "test")]
+    assert result.measured["pixels"]["test"] == by_pixels["near_duplicate"].sum() > 0
+    assert 0 < result.measured["pairs_without"] < result.measured["pairs"]
+    split = result.measured["removal"]
+    study(store, "removal", "digits", "--pairs", "--repeats", 4)
+    whole = result_of(store, "removal-pairs").measured["losses"]["pairs"]["influenced"]["value"]
+    assert split["duplicates"]["value"] + split["others"]["value"] == pytest.approx(whole)
+
+
+def test_the_last_layer_alone_is_trained_on_the_subsets_of_the_experiment_and_memorizes_less(store):
+    study(store, "last-layer", "digits")
+    result = result_of(store, "last-layer")
+    alone = ExperimentArchive(store, result.experiments[1]).record()
+    assert alone.canonical["dataset"]["fingerprint"] == json.loads(store.get("experiments/digits/features.json"))["dataset"]
+    assert (bits(store, "digits")[0] == bits(store, result.experiments[1])[0]).all()
+    for label, name in (("whole model", "digits"), ("last layer", result.experiments[1])):
+        mem = memtail.load_scores(f"{store.address}/experiments/{name}").memorization["mem"]
+        assert result.measured[label]["memorized"] == (mem >= 0.25).sum()
+    assert 0 < result.measured["last layer"]["memorized"] < result.measured["whole model"]["memorized"]
+    assert result.measured["last layer"]["test_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["removal", "nothing"], "no experiment 'nothing'"),
+        (["removal", "digits", "--theta", "2"], "no example of mem >= 2.0: give lower --theta"),
+        (["removal", "digits", "--theta", "-2"], "none is left to train on"),
+        (["removal", "digits", "--pairs", "--theta", "0.5"], "--theta 0.5"),
+        (["architectures", "digits"], "name two experiments or more"),
+        (["stability", "short"], "has 20 trials, 100 are needed"),
+        (["removal", "short", "--pairs"], "has no high-influence pairs"),
+        (["architectures", "digits", "short"], "compare experiments on the same images"),
+    ],
+)
+def test_what_cannot_be_studied_is_one_clear_line(store, short, arguments, line):
+    with pytest.raises(MemtailError, match=line):
+        study(store, *arguments)
+
+
+@pytest.fixture(scope="module")
+def short(store):
+    """An experiment of few trials, on a few images that are told apart at once."""
+    parts = {"dataset": {"name": "arrays", "root": str(write_arrays(store.root / "few.npz"))}, "subsets": {"trials": 20}}
+    run(Experiment.parse({**SPEC, "name": "short", **parts}), store.address)
+
+
+def test_help_is_there_at_once():
+    code = (
+        "import sys; from typer.testing import CliRunner; from memtail.cli import app\n"
+        "assert 'removal' in CliRunner().invoke(app, ['study', '--help']).stdout\n"
+        "assert not {'torch', 'matplotlib', 'numpy', 'scipy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
