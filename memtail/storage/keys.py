@@ -98,6 +98,21 @@ def latest_scores(name: str) -> str:
     return f"{all_scores(name)}latest.json"
 
 
+def report(name: str, version: str) -> str:
+    """Prefix of one version of the report."""
+    return f"{all_reports(name)}{version}/"
+
+
+def all_reports(name: str) -> str:
+    """Prefix of all versions of the report."""
+    return f"experiments/{name}/report/"
+
+
+def latest_report(name: str) -> str:
+    """The pointer to the version of the report that readers are to use."""
+    return f"{all_reports(name)}latest.json"
+
+
 def studies(name: str) -> str:
     """Prefix of the results of all studies of the experiment."""
     return f"experiments/{name}/studies/"
