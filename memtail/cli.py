@@ -76,6 +76,7 @@ def run(
         display.show_summary(summary, _scores_of(open_existing(store), experiment.name), progress.seconds, store)
         if "profile" in summary:
             display.show_profile(summary["profile"])
+    _draw_report(open_existing(store), experiment.name, quiet=json_)
     if failure is not None:
         raise failure
 
@@ -177,6 +178,28 @@ def scores(
 
 
 @app.command()
+def report(
+    name: Name = None,
+    store: Store = DEFAULT_STORE,
+    fetch: Annotated[Path | None, typer.Option(help="Copy the page and its figures into this folder.", metavar="DIR")] = None,
+    json_: Json = False,
+) -> None:
+    """Make the page that shows what an experiment found, and its figures."""
+    from memtail import display
+    from memtail.report.publish import PAGE, fetch_report, publish_report
+    from memtail.storage import keys
+
+    opened = open_existing(store)
+    name = only(opened, name)
+    with display.working("drawing the report", quiet=json_):
+        pointer = publish_report(opened, name)
+    if fetch is not None:
+        fetch_report(opened, name, pointer, fetch)
+    place = str(fetch or f"{opened.address}/{keys.report(name, pointer['version']).rstrip('/')}")
+    print(json.dumps({**pointer, "folder": place}, indent=1) if json_ else f"{place}/{PAGE}")
+
+
+@app.command()
 def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
     """Show what is installed, which devices there are, and what is missing."""
     from memtail import display, logs
@@ -190,6 +213,22 @@ def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
         display.show_checks(checks)
     if not all(check.fine for check in checks):
         sys.exit(1)
+
+
+def _draw_report(store: "ObjectStore", name: str, quiet: bool) -> None:
+    """The last step of a run, whose scores are there whatever becomes of it."""
+    from memtail import display
+    from memtail.report.publish import PAGE, is_current, latest_report, publish_report
+    from memtail.storage import keys
+
+    try:
+        with display.working("drawing the report", quiet=quiet):
+            pointer = latest_report(store, name) if is_current(store, name) else publish_report(store, name)
+    except Exception as error:
+        print(f"memtail: the report could not be made ({error}): memtail report {name} tries again", file=sys.stderr)
+        return
+    if pointer is not None and not quiet:
+        print(f"report: {store.address}/{keys.report(name, pointer['version'])}{PAGE}")
 
 
 def _scores_of(store: "ObjectStore", name: str | None) -> "Scores":

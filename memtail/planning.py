@@ -171,7 +171,7 @@ def plan(
         best_trials_per_shard=max(1, min(int(SHARD_SECONDS / per_trial), -(-trials // len(devices)))),
         here=forecast(len(devices), [len(each.trials) for each in todo]),
         elsewhere=tuple(forecast(count, cut(count)) for count in DEVICES),
-        trial_bytes=round(trials * (row + shard.other_bytes / shard.trials)),
+        trial_bytes=round(trials * (row + shard.mistake_bytes * dataset.n_train + shard.other_bytes / shard.trials)),
         score_bytes=writing.file_bytes,
         standard_error=expected_standard_error(trials, fraction),
         wanted_standard_error=standard_error,
@@ -209,12 +209,15 @@ def _makespan(shards: list[float], devices: int) -> float:
 
 @dataclass(frozen=True)
 class _ShardFigures:
-    """Of one shard: its trials and warm seconds; and `other_bytes`, those of its batch that are not rows of arrays."""
+    """Of one shard: its trials and warm seconds, and the bytes of its batch that are not rows of arrays: of mistakes by training image and
+    trial, and all others.
+    """
 
     trials: int
     seconds: float
     startup_seconds: float
     peak_memory: int
+    mistake_bytes: float
     other_bytes: int
     extrapolated: bool
 
@@ -245,6 +248,7 @@ def _measure_shard(record: Record, dataset: ImageDataset, fraction: float, devic
         seconds=fixed + training + evaluation,
         startup_seconds=max(0.0, cold - warm),
         peak_memory=max(memory for _, memory in finished) + images - measured_images,
+        mistake_bytes=_mistake_bytes(finished[0][0]) / (size * sample.n_train),
         other_bytes=_other_bytes(finished[0][0]),
         extrapolated=measured < epochs or sample is not dataset,
     )
@@ -289,7 +293,11 @@ def _sample(dataset: ImageDataset, share: float, folder: Path) -> ImageDataset:
 
 def _other_bytes(batch: TrialBatch) -> int:
     arrays = (batch.membership, batch.train_correct, batch.test_correct, batch.train_margin, batch.test_margin)
-    return len(batch.to_bytes()) - sum(array.nbytes for array in arrays if array is not None)
+    return len(batch.to_bytes()) - sum(array.nbytes for array in arrays if array is not None) - _mistake_bytes(batch)
+
+
+def _mistake_bytes(batch: TrialBatch) -> int:
+    return 0 if batch.train_mistakes is None else batch.train_mistakes.nbytes
 
 
 @dataclass(frozen=True)
@@ -328,6 +336,7 @@ def _measure_writing(record: Record, dataset: ImageDataset, fraction: float, fol
             provenance={"fingerprint": record.fingerprint},
             train_margin=margins(len(trials), dataset.n_train),
             test_margin=margins(len(trials), dataset.n_test),
+            train_mistakes=np.zeros(np.count_nonzero(~members & memorized), np.uint16),
         )
         began = time.perf_counter()
         archive.commit(batch, record.fingerprint)

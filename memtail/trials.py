@@ -1,8 +1,10 @@
 """Trial batches: what one shard of trials leaves behind, and its wire format (an uncompressed .npz that plain numpy reads).
 
 Schema 1: `trial` int32 [k]; `membership`, `train_correct` uint8 [k, ceil(n/8)] and `test_correct` uint8 [k, ceil(q/8)], packed in
-numpy's little bit order; with margins recorded `train_margin` float16 [k, n] and `test_margin` float16 [k, q]; `shape` int64 [2]
-(n, q); `metrics` (a list with one entry per trial) and `provenance` as JSON text.
+numpy's little bit order; `train_mistakes` uint16 [w], the classes given to the training examples that were got wrong, trial by trial in
+the order of the examples, diverged trials left out (missing in batches of memtail's first versions); with margins recorded `train_margin`
+float16 [k, n] and `test_margin` float16 [k, q]; `shape` int64 [2] (n, q); `metrics` (a list with one entry per trial) and `provenance` as
+JSON text.
 """
 
 import io
@@ -69,6 +71,7 @@ class TrialBatch:
     provenance: dict[str, Any] = field(default_factory=dict)
     train_margin: npt.NDArray[np.float16] | None = None
     test_margin: npt.NDArray[np.float16] | None = None
+    train_mistakes: npt.NDArray[np.uint16] | None = None
 
     def __post_init__(self) -> None:
         k = len(self.trial)
@@ -88,6 +91,19 @@ class TrialBatch:
                 )
         if [entry.trial for entry in self.metrics] != self.trial.tolist():
             raise ForeignObjectError(f"trial batch: its metrics are not those of its {k} trials")
+        self._check_mistakes()
+
+    def _check_mistakes(self) -> None:
+        if self.train_mistakes is None:
+            return
+        array, wrong = self.train_mistakes, int(self.mistaken().sum())
+        if array.shape != (wrong,) or array.dtype != np.uint16:
+            raise ForeignObjectError(f"trial batch: train_mistakes is {array.dtype} {list(array.shape)}, expected is uint16 [{wrong}]")
+
+    def mistaken(self) -> npt.NDArray[np.bool_]:
+        """bool [k, n]: the training examples whose classes are in `train_mistakes`."""
+        diverged = np.array([entry.diverged for entry in self.metrics], np.bool_)
+        return ~unpack(self.train_correct, self.n_train) & ~diverged[:, None]
 
     @property
     def shard(self) -> Shard:
@@ -111,6 +127,8 @@ class TrialBatch:
             "metrics": json.dumps([asdict(entry) for entry in self.metrics]),
             "provenance": json.dumps(self.provenance, sort_keys=True),
         }
+        if self.train_mistakes is not None:
+            arrays["train_mistakes"] = self.train_mistakes
         if self.train_margin is not None and self.test_margin is not None:
             arrays |= {"train_margin": self.train_margin, "test_margin": self.test_margin}
         buffer = io.BytesIO()
@@ -145,7 +163,7 @@ class TrialBatch:
 
 def largest_batch(trials: int, n_train: int, n_test: int) -> int:
     """Bytes that a batch may have at most: everything recorded, and a page of text for each trial."""
-    return trials * (3 * (n_train + n_test) + 4096) + (1 << 20)
+    return trials * (5 * (n_train + n_test) + 4096) + (1 << 20)
 
 
 def pack(bits: npt.NDArray[np.bool_]) -> Bits:

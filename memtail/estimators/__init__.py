@@ -9,16 +9,22 @@ With M membership, C and T correctness on training and test examples, k_in(i) = 
 An example that was never in, or never out, has no estimate: NaN, never 0.
 """
 
+from memtail.estimators.convergence import Stage, convergence
+from memtail.estimators.false_discovery import FalseDiscovery, false_discovery
 from memtail.estimators.influence import Influence, influence, influence_at, influence_blocks
 from memtail.estimators.memorization import Memorization, expected_standard_error, memorization
 from memtail.estimators.pairs import Pairs, high_influence_pairs
 from memtail.estimators.top import top_influencers
 
 __all__ = [
+    "FalseDiscovery",
     "Influence",
     "Memorization",
     "Pairs",
+    "Stage",
+    "convergence",
     "expected_standard_error",
+    "false_discovery",
     "high_influence_pairs",
     "influence",
     "influence_at",

@@ -38,9 +38,12 @@ class Memorization:
 
 def memorization(statistics: Statistics | PackedTrials) -> Memorization:
     """Memorization by the equation of `memtail.estimators`; needs nothing but column sums, so it costs O(n)."""
-    k_in, k_out = statistics.k_in.copy(), statistics.k_out
-    p_in = rate(statistics.correct_in, k_in)
-    p_out = rate(statistics.correct - statistics.correct_in, k_out)
+    return from_counts(statistics.k_in.copy(), statistics.k_out, statistics.correct_in, statistics.correct - statistics.correct_in)
+
+
+def from_counts(k_in: Counts, k_out: Counts, correct_in: Counts, correct_out: Counts) -> Memorization:
+    """The same from counts of one shape: the models that saw each example and those that did not, and of either those that got it right."""
+    p_in, p_out = rate(correct_in, k_in), rate(correct_out, k_out)
     return Memorization(p_in - p_out, standard_error(p_in, k_in, p_out, k_out), p_in, p_out, k_in, k_out)
 
 

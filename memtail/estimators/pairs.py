@@ -49,11 +49,7 @@ def high_influence_pairs(
 
     `device` is where to compute, as in `memtail.estimators.top_influencers`; the answer is the same.
     """
-    memorized = memorization.value >= mem_threshold
-    classes = [
-        (np.flatnonzero(memorized & (train_labels == label)), np.flatnonzero(test_labels == label))
-        for label in np.unique(train_labels[memorized])
-    ]
+    classes = candidates(memorization.value, train_labels, test_labels, mem_threshold)
     found = list(_found(packed, classes, infl_threshold) if device is None else _found_on(device, packed, classes, infl_threshold))
     train = np.concatenate([part[0] for part in found] or [np.empty(0, np.int64)])
     test = np.concatenate([part[1] for part in found] or [np.empty(0, np.int64)])
@@ -62,6 +58,17 @@ def high_influence_pairs(
     order = np.lexsort((test, train, -value))
     train, test = train[order], test[order]
     return Pairs(train, test, value[order], error[order], memorization.value[train], memorization.error[train])
+
+
+def candidates(
+    mem: Floats, train_labels: npt.NDArray[np.int64], test_labels: npt.NDArray[np.int64], mem_threshold: float
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Class by class, the training examples with mem_i >= `mem_threshold`, and the test examples that they may influence."""
+    memorized = mem >= mem_threshold
+    return [
+        (np.flatnonzero(memorized & (train_labels == label)), np.flatnonzero(test_labels == label))
+        for label in np.unique(train_labels[memorized])
+    ]
 
 
 _Found = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Floats, Floats]

@@ -1,7 +1,9 @@
 """Writing one version of the scores into a folder.
 
-* `memorization.parquet`, `.csv`: index, label, mem, mem_se, p_in, p_out, k_in, k_out; `filename` where the dataset has one, and
-  `margin_in`, `margin_out` (mean logit margins) where margins were recorded.
+* `memorization.parquet`, `.csv`: index, label, mem, mem_se, p_in, p_out, k_in, k_out; `other` and `p_other`, the class that models that did
+  not see the example most often took it for instead of its own, and the share of them that did (-1 and 0 if none was mistaken; left out if
+  not every trial recorded it); `filename` where the dataset has one, and `margin_in`, `margin_out` (mean logit margins) where margins were
+  recorded.
 * `infl_matrix.npz`, the schema that the paper's authors published: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K
   `infl_matrix_class{K}` [train, test], `tr_classidx_{K}`, `tt_classidx_{K}`, all in original order.
 * `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; and as parquet with standard errors.
@@ -25,6 +27,7 @@ import pyarrow.parquet
 
 from memtail.datasets import ImageDataset
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
+from memtail.estimators.memorization import rate
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, STATISTICS, SUMMARY
 from memtail.statistics import Statistics
@@ -33,6 +36,8 @@ from memtail.statistics.accumulator import PackedTrials
 #: Thresholds of memorization, and quantiles of its standard errors, that summaries are made of.
 MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
 SE_QUANTILES = (0.5, 0.95, 1.0)
+#: The accuracies of a trial's `TrialMetrics`.
+ACCURACIES = ("in_subset_accuracy", "held_out_accuracy", "test_accuracy")
 
 
 def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statistics, dataset: ImageDataset) -> dict[str, Any]:
@@ -81,7 +86,8 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
         "n_train": statistics.n_train,
         "n_test": statistics.n_test,
         "without_estimate": mem.undefined,
-        **{attribute: mean_accuracy(statistics, attribute) for attribute in ("in_subset_accuracy", "held_out_accuracy", "test_accuracy")},
+        **{attribute: mean_accuracy(statistics, attribute) for attribute in ACCURACIES},
+        "accuracy_se": {attribute: _accuracy_error(statistics, attribute) for attribute in ACCURACIES},
         "mem_mean": float(defined.mean()) if len(defined) else None,
         "mem_share_at_least": {f"{step:g}": float((defined >= step).mean()) if len(defined) else None for step in MEM_STEPS},
         "mem_se_quantiles": {f"{q:g}": float(np.quantile(errors, q)) if len(errors) else None for q in SE_QUANTILES},
@@ -96,10 +102,20 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
 
 
 def mean_accuracy(statistics: Statistics, attribute: str) -> float | None:
-    """The mean over the trials that count of one of the accuracies in their `TrialMetrics`; None if none has it."""
-    counted = [statistics.metrics[trial] for trial in sorted(statistics.metrics) if not statistics.metrics[trial].diverged]
-    values = [value for entry in counted if (value := getattr(entry, attribute)) is not None]
+    """The mean over the trials that count of one of their `ACCURACIES`; None if none has it."""
+    values = _accuracies(statistics, attribute)
     return float(np.mean(values)) if values else None
+
+
+def _accuracy_error(statistics: Statistics, attribute: str) -> float | None:
+    """The standard error of that mean; None of fewer than two trials."""
+    values = _accuracies(statistics, attribute)
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def _accuracies(statistics: Statistics, attribute: str) -> list[float]:
+    counted = [statistics.metrics[trial] for trial in sorted(statistics.metrics) if not statistics.metrics[trial].diverged]
+    return [value for entry in counted if (value := getattr(entry, attribute)) is not None]
 
 
 def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: ImageDataset) -> None:
@@ -113,6 +129,9 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
         "k_in": mem.k_in,
         "k_out": mem.k_out,
     }
+    if statistics.held_out_mistakes is not None:
+        other, times = statistics.held_out_mistakes.most_frequent(dataset.n_train)
+        columns |= {"other": np.where(other < len(dataset.classes), other, -1), "p_other": rate(times, mem.k_out)}
     if statistics.margin_in is not None and statistics.margin_out is not None:
         with np.errstate(invalid="ignore", divide="ignore"):
             columns["margin_in"] = statistics.margin_in / 2**24 / mem.k_in

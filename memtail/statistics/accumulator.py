@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import StoreError
+from memtail.statistics.mistakes import Mistakes
 from memtail.trials import TrialBatch, TrialMetrics, unpack
 
 Words = npt.NDArray[np.uint64]
@@ -115,6 +116,7 @@ class Statistics:
         diverged: how many of them diverged.
         margin_in, margin_out: int64 [n], sums of the logit margins in units of 2^-24 (exact for float16), over the trials that saw the
             example and those that did not; None unless margins were recorded.
+        held_out_mistakes: what the trials that did not see an example took it for; None unless all that count have recorded it.
     """
 
     def __init__(self, n_train: int, n_test: int) -> None:
@@ -126,6 +128,7 @@ class Statistics:
         self.diverged = 0
         self.margin_in: Counts | None = None
         self.margin_out: Counts | None = None
+        self.held_out_mistakes: Mistakes | None = Mistakes()
         self._membership: list[Words] = []
         self._train_correct: list[Words] = []
         self._test_correct: list[Words] = []
@@ -155,6 +158,8 @@ class Statistics:
         members = unpack(batch.membership, self.n_train)
         train = unpack(batch.train_correct, self.n_train)
         test = unpack(batch.test_correct, self.n_test)
+        mistaken, mistakes = batch.mistaken(), batch.train_mistakes
+        ends = np.cumsum(mistaken.sum(1))
         added = 0
         for row, trial in enumerate(batch.trial.tolist()):
             if trial in self.metrics:
@@ -168,6 +173,12 @@ class Statistics:
             self.k_in += members[row]
             self.correct_in += members[row] & train[row]
             self.correct += train[row]
+            if mistakes is None:
+                self.held_out_mistakes = None
+            elif self.held_out_mistakes is not None:
+                wrong = np.flatnonzero(mistaken[row])
+                unseen = ~members[row][wrong]
+                self.held_out_mistakes.add(wrong[unseen], mistakes[ends[row] - len(wrong) : ends[row]][unseen])
             if batch.train_margin is not None:
                 self._add_margin(members[row], batch.train_margin[row])
         return added

@@ -103,6 +103,21 @@ def features(name: str) -> str:
     return f"experiments/{name}/features.json"
 
 
+def report(name: str, version: str) -> str:
+    """Prefix of one version of the report."""
+    return f"{all_reports(name)}{version}/"
+
+
+def all_reports(name: str) -> str:
+    """Prefix of all versions of the report."""
+    return f"experiments/{name}/report/"
+
+
+def latest_report(name: str) -> str:
+    """The pointer to the version of the report that readers are to use."""
+    return f"{all_reports(name)}latest.json"
+
+
 def studies(name: str) -> str:
     """Prefix of the results of all studies of the experiment."""
     return f"experiments/{name}/studies/"

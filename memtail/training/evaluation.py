@@ -15,11 +15,15 @@ _BATCH = {"cpu": 256, "cuda": 2048, "mps": 1024}
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of S networks on one split: correctness bool [S, N], margins float16 [S, N] or None, and which gave only finite logits, [S]."""
+    """Of S networks on one split: correctness bool [S, N], margins float16 [S, N] or None, and which gave only finite logits, [S].
+
+    `given` is the class that each training image was given, int32 [S, N]; None of test images.
+    """
 
     correct: npt.NDArray[np.bool_]
     margin: npt.NDArray[np.float16] | None
     finite: npt.NDArray[np.bool_]
+    given: npt.NDArray[np.int32] | None
 
 
 @torch.no_grad()
@@ -31,13 +35,16 @@ def evaluate(stack: nn.Module, images: DeviceImages, split: str, margins: bool, 
     """
     labels = images.train_labels if split == "train" else images.test_labels
     stack.eval()
-    correct, margin, finite = [], [], None
+    correct, margin, given, finite = [], [], [], None
     size = min(_BATCH[images.device.type], 4 * trained_batch)
     for start in range(0, len(labels), size):
         wanted = labels[start : start + size]
         with autocast:
             logits = stack(images.split(split, start, start + len(wanted))).float()
-        correct.append(logits.argmax(-1) == wanted)
+        found = logits.argmax(-1)
+        correct.append(found == wanted)
+        if split == "train":
+            given.append(found.to(torch.int32))
         fine = logits.isfinite().flatten(1).all(1)
         finite = fine if finite is None else finite & fine
         if margins:
@@ -48,6 +55,7 @@ def evaluate(stack: nn.Module, images: DeviceImages, split: str, margins: bool, 
         torch.cat(correct, 1).cpu().numpy(),
         torch.cat(margin, 1).cpu().numpy() if margins else None,
         finite.cpu().numpy(),
+        torch.cat(given, 1).cpu().numpy() if given else None,
     )
 
 

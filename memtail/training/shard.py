@@ -210,7 +210,7 @@ class _ShardTraining:
         return stack
 
 
-_RESULT_ARRAYS = ("correct", "margin", "finite")
+_RESULT_ARRAYS = ("correct", "margin", "finite", "given")
 
 
 def _to_state(trials: list[int], result: StackResult) -> dict[str, Any]:
@@ -231,10 +231,12 @@ def _from_state(state: dict[str, Any]) -> tuple[list[int], StackResult]:
 def _concatenated(results: list[StackResult]) -> StackResult:
     def joined(outcomes: list[Outcome]) -> Outcome:
         margins = [outcome.margin for outcome in outcomes if outcome.margin is not None]
+        given = [outcome.given for outcome in outcomes if outcome.given is not None]
         return Outcome(
             np.concatenate([outcome.correct for outcome in outcomes]),
             np.concatenate(margins) if margins else None,
             np.concatenate([outcome.finite for outcome in outcomes]),
+            np.concatenate(given) if given else None,
         )
 
     return StackResult(
@@ -259,6 +261,7 @@ def _batch(
     diverged = ~(np.isfinite(result.loss) & result.train.finite & result.test.finite)
     train_correct = result.train.correct & ~diverged[:, None]
     test_correct = result.test.correct & ~diverged[:, None]
+    assert result.train.given is not None
     metrics = []
     for row, trial in enumerate(trials):
         inside, right = members[row], train_correct[row]
@@ -295,4 +298,5 @@ def _batch(
         provenance=provenance,
         train_margin=result.train.margin,
         test_margin=result.test.margin,
+        train_mistakes=result.train.given[~train_correct & ~diverged[:, None]].astype(np.uint16),
     )

@@ -13,6 +13,7 @@ from memtail.datasets import ImageDataset
 from memtail.datasets.staging import fetch
 from memtail.errors import ForeignObjectError, MemtailError
 from memtail.progress import progress_of
+from memtail.report.publish import is_current, publish_report
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.settings import Settings
@@ -33,6 +34,8 @@ _LISTING_SHARE = 5
 _PUBLISHING_SHARE = 9
 # Between two looks at what the statistics say, which takes long for many examples, the same.
 _SHOWING_SHARE = 20
+# Between two drawings of a report, the same.
+_DRAWING_SHARE = 50
 # Seconds without a new trial after which it is looked whether an experiment has ended, and after which it is looked again.
 _QUIET = 60.0
 
@@ -50,6 +53,8 @@ class Folded:
         shown: the trials folded and asked for that the metrics show; from `show_at` on they may show others.
         came: how many trials were folded when something last came, or its end was last looked for, and when that was.
         ended: what was found then.
+        reported: the version of the scores that a report was last drawn of, or found to be.
+        report_at: when it is to be looked again whether there is something to draw.
     """
 
     record: Record
@@ -67,6 +72,8 @@ class Folded:
     show_at: float = 0.0
     came: tuple[int, float] = (-1, 0.0)
     ended: bool = False
+    reported: str | None = None
+    report_at: float = field(default_factory=lambda: time.monotonic() + _QUIET)
 
     @property
     def trials(self) -> int:
@@ -132,6 +139,7 @@ class Aggregator:
                     self._show(folded)
         self._extend_or_publish(archive, folded)
         self._show(folded)
+        self._report(name, folded)
 
     def _fold(self, archive: ExperimentArchive, folded: Folded, shard: Shard) -> None:
         with bound_contextvars(shard=str(shard)):
@@ -187,6 +195,24 @@ class Aggregator:
         folded.publish_at = folded.published_at + _PUBLISHING_SHARE * (folded.published_at - began)
         folded.pointer = latest_version(self._store, folded.record.experiment.name)
         log.info("published", trials=summary["trials"], complete=folded.complete)
+
+    def _report(self, name: str, folded: Folded) -> None:
+        """Draw what is published: at the end at once, before that rarely, and after that when a study has come."""
+        if folded.pointer is None:
+            return
+        version = folded.pointer["version"]
+        last = folded.complete and folded.published == folded.trials and version != folded.reported
+        if not last and time.monotonic() < folded.report_at:
+            return
+        began = time.monotonic()
+        try:
+            if not is_current(self._store, name):
+                publish_report(self._store, name)
+                log.info("report drawn", scores=version)
+        except Exception as error:  # whatever drawing raises, folding goes on
+            log.exception("report could not be drawn", error=str(error))
+        folded.reported = version
+        folded.report_at = time.monotonic() + max(_QUIET, _DRAWING_SHARE * (time.monotonic() - began))
 
     def _show(self, folded: Folded) -> None:
         name = folded.record.experiment.name

@@ -9,6 +9,7 @@ from kombu.exceptions import OperationalError
 
 from memtail.archive import Control, ExperimentArchive
 from memtail.progress import progress_of
+from memtail.report.publish import latest_report, publish_report
 from memtail.storage import keys
 from memtail.submission import submit
 from services.broker import TASK, Assignment, Broker, celery_app
@@ -24,6 +25,9 @@ def test_the_service_publishes_the_bits_of_an_embedded_run(cluster, experiment, 
         cluster.start(name)
     cluster.until_published(archive, TRIALS)
     assert cluster.scores(experiment.name) == expected(experiment)
+    cluster.until(lambda: latest_report(cluster.store, "digits"))
+    # the bits of the report that anyone makes of these scores
+    assert latest_report(cluster.store, "digits") == publish_report(cluster.store, "digits")
     assert not archive.attempts() and not list(archive.store.list("experiments/digits/checkpoints/"))
 
 

@@ -10,11 +10,22 @@ from memtail.statistics import Statistics, cooccurrence, lookup
 from memtail.trials import TrialBatch, TrialMetrics, pack
 
 
-def batch(first, M, C, T, diverged=(), margins=None):
+def batch(first, M, C, T, diverged=(), margins=None, given=None):
     trials = np.arange(first, first + len(M), dtype=np.int32)
     metrics = [TrialMetrics(int(k), int(k) in diverged, 0.0, 1.0, 1.0, 1.0) for k in trials]
+    mistakes = None if given is None else given[~C & ~np.isin(trials, list(diverged))[:, None]].astype(np.uint16)
     return TrialBatch(
-        trials, pack(M), pack(C), pack(T), M.shape[1], T.shape[1], metrics, {}, margins, None if margins is None else T.astype(np.float16)
+        trials,
+        pack(M),
+        pack(C),
+        pack(T),
+        M.shape[1],
+        T.shape[1],
+        metrics,
+        {},
+        margins,
+        None if margins is None else T.astype(np.float16),
+        mistakes,
     )
 
 
@@ -125,6 +136,27 @@ def test_margins_are_summed_exactly_in_any_order():
         backwards.fold(batch(first, M[[first]], C[[first]], T[[first]], margins=margins[[first]]))
     assert (forwards.margin_in == backwards.margin_in).all() and (forwards.margin_out == backwards.margin_out).all()
     np.testing.assert_allclose(forwards.margin_in / 2**24, (margins.astype(float) * M).sum(0), rtol=1e-12)
+
+
+@given(t=st.integers(1, 60), n=st.integers(1, 20), classes=st.integers(1, 400), shard=st.integers(1, 30), seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_held_out_mistakes_are_counted_once_per_trial_in_any_order(t, n, classes, shard, seed):
+    M, C, T = random_bits(seed, t, n, 3)
+    rng = np.random.default_rng(seed)
+    given = rng.integers(0, classes, (t, n)) // rng.integers(1, 9)
+    diverged = tuple(np.flatnonzero(rng.random(t) < 0.1).tolist())
+    C[list(diverged)] = False
+    statistics = Statistics(n, 3)
+    for first in [*rng.permutation(range(0, t, shard)).tolist(), 0]:
+        some = slice(first, first + shard)
+        statistics.fold(batch(first, M[some], C[some], T[some], diverged, given=given[some]))
+    counted = ~np.isin(np.arange(t), diverged)
+    most, times = statistics.held_out_mistakes.most_frequent(n)
+    for i in range(n):
+        votes = np.bincount(given[counted & ~M[:, i] & ~C[:, i], i], minlength=classes)
+        assert (most[i], times[i]) == ((votes.argmax(), votes.max()) if votes.any() else (-1, 0))
+    statistics.fold(batch(t, M[:1], C[:1], T[:1]))
+    assert statistics.held_out_mistakes is None  # not known of all trials
 
 
 def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influence():

@@ -26,7 +26,7 @@ from memtail.trials import unpack
 from tests.conftest import write_arrays
 
 CPU = torch.device("cpu")
-SAME = ("trial", "membership", "train_correct", "test_correct")
+SAME = ("trial", "membership", "train_correct", "test_correct", "train_mistakes")
 
 
 def same_bits(batches, others, margins=False):
@@ -365,20 +365,21 @@ def with_dropout(image_shape, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(image_shape)), 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, classes))
 
 
-def test_margins_are_those_of_the_final_model(declare, digits):
+def test_margins_and_mistakes_are_those_of_the_final_model(declare, digits):
     experiment = declare(2, record={"margins": True})
     batch = train_shard(experiment, digits, range(2), CPU)
     correct = unpack(batch.train_correct, digits.n_train)
     assert ((batch.train_margin > 0) <= correct).all() and (batch.train_margin[~correct] <= 0).all()
     model = reference_trial(experiment, digits, 0).eval()
-    images = (
-        torch.from_numpy(np.array(digits.test_images))
-        .float()
-        .sub(torch.tensor(digits.mean))
-        .div(torch.tensor(digits.std))
-        .permute(0, 3, 1, 2)
-    )
-    p = model(images).double().softmax(1).gather(1, torch.from_numpy(np.array(digits.test_labels))[:, None])[:, 0].detach()
+
+    def logits(images):
+        pixels = torch.from_numpy(np.array(images)).float()
+        return model(pixels.sub(torch.tensor(digits.mean)).div(torch.tensor(digits.std)).permute(0, 3, 1, 2)).double()
+
+    given = logits(digits.train_images).argmax(1).numpy()
+    wrong = ~correct[0]
+    assert wrong.sum() > 10 and np.mean(batch.train_mistakes[: wrong.sum()] == given[wrong]) > 0.95  # but for rounding
+    p = logits(digits.test_images).softmax(1).gather(1, torch.from_numpy(np.array(digits.test_labels))[:, None])[:, 0].detach()
     np.testing.assert_allclose(batch.test_margin[0].astype(float), torch.logit(p).numpy(), atol=0.05, rtol=0.02)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,24 +13,36 @@ from memtail.errors import ForeignObjectError, StoreError
 from memtail.trials import TrialBatch, TrialMetrics, pack, unpack
 
 
-def make(k=3, n=13, q=5, seed=0, margins=False):
+def make(k=3, n=13, q=5, seed=0, margins=False, mistakes=True):
     rng = np.random.default_rng(seed)
     bits = [rng.random((k, size)) < 0.5 for size in (n, n, q)]
     metrics = [TrialMetrics(trial, False, 0.5, 1.0, None, 0.75) for trial in range(10, 10 + k)]
     floats = [rng.normal(size=(k, size)).astype(np.float16) if margins else None for size in (n, q)]
-    return TrialBatch(np.arange(10, 10 + k, dtype=np.int32), *map(pack, bits), n, q, metrics, {"fingerprint": "f"}, *floats), bits
+    wrong = rng.integers(0, 300, (~bits[1]).sum(), np.uint16) if mistakes else None
+    return TrialBatch(np.arange(10, 10 + k, dtype=np.int32), *map(pack, bits), n, q, metrics, {"fingerprint": "f"}, *floats, wrong), bits
 
 
-@given(k=st.integers(1, 9), n=st.integers(1, 40), q=st.integers(1, 40), seed=st.integers(0, 99), margins=st.booleans())
+@given(
+    k=st.integers(1, 9), n=st.integers(1, 40), q=st.integers(1, 40), seed=st.integers(0, 99), margins=st.booleans(), mistakes=st.booleans()
+)
 @settings(max_examples=40, deadline=None)
-def test_a_batch_survives_the_wire(k, n, q, seed, margins):
-    batch, (members, train, test) = make(k, n, q, seed, margins)
+def test_a_batch_survives_the_wire(k, n, q, seed, margins, mistakes):
+    batch, (members, train, test) = make(k, n, q, seed, margins, mistakes)
     read = TrialBatch.from_bytes(batch.to_bytes())
     assert (unpack(read.membership, n) == members).all() and (unpack(read.train_correct, n) == train).all()
     assert (unpack(read.test_correct, q) == test).all() and list(read.metrics) == list(batch.metrics)
     assert read.provenance == batch.provenance and read.shard == batch.shard
     assert (read.train_margin is None) != margins and (not margins or (read.test_margin == batch.test_margin).all())
+    assert (read.train_mistakes is None) != mistakes and (not mistakes or (read.train_mistakes == batch.train_mistakes).all())
     assert read.to_bytes() == batch.to_bytes()
+
+
+def test_mistakes_are_as_many_as_were_made():
+    batch, _ = make()
+    with pytest.raises(ForeignObjectError, match=r"train_mistakes is uint16 \[\d+\], expected is uint16 \[\d+\]"):
+        replace(batch, train_mistakes=batch.train_mistakes[1:])
+    with pytest.raises(ForeignObjectError, match="train_mistakes is int64"):
+        replace(batch, train_mistakes=batch.train_mistakes.astype(np.int64))
 
 
 def test_plain_numpy_reads_the_documented_arrays():

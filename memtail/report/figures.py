@@ -1,0 +1,132 @@
+"""The report's figures: equal data give equal bytes, as SVG and as PNG."""
+
+import functools
+import io
+import re
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.resources import files
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+
+from memtail.estimators import Stage, expected_standard_error
+from memtail.estimators.pairs import MEM_THRESHOLD
+from memtail.scores.files import MEM_STEPS, SE_QUANTILES
+
+_DOTS_PER_INCH = 150
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One figure, as the text of an SVG file and as a PNG file."""
+
+    svg: str
+    png: bytes
+
+
+@functools.cache
+def colour(name: str) -> str:
+    """A colour of `base.css`, by its name there without the dashes, as #rrggbb."""
+    css = files("memtail.report").joinpath("base.css").read_text()
+    found = re.search(rf"--{name}: (#[0-9a-f]{{6}});", css)
+    assert found, name
+    return found[1]
+
+
+def memorization_figure(stage: Stage, edges: np.ndarray) -> Drawn:
+    """How many examples have which memorization, from the lowest that there is to 1, with the standard error of each bar."""
+    with _style():
+        figure = _figure(6.4, 3.3)
+        axes = figure.subplots()
+        first = min(int(np.flatnonzero(stage.counts)[0]) if stage.counts.any() else len(edges), int(np.searchsorted(edges, -0.1)))
+        left, counts, errors = edges[:-1][first:], stage.counts[first:], stage.count_errors[first:]
+        width = edges[1] - edges[0]
+        memorized = left > MEM_THRESHOLD - width / 2
+        axes.bar(left, counts, width, align="edge", color=np.where(memorized, colour("accent"), colour("accent-soft")), edgecolor="white")
+        lower = np.minimum(errors, np.maximum(counts - 0.5, 0))
+        some = counts > 0
+        axes.errorbar((left + width / 2)[some], counts[some], [lower[some], errors[some]], fmt="none", ecolor=colour("ink"), elinewidth=0.8)
+        axes.axvline(MEM_THRESHOLD, color=colour("warm"), linewidth=1)
+        axes.annotate(
+            f"memorized ≥ {MEM_THRESHOLD}",
+            xy=(MEM_THRESHOLD, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -2),
+            textcoords="offset points",
+            color=colour("warm"),
+            va="top",
+        )
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else ""))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("memorization")
+        axes.set_ylabel("training examples")
+        return _drawn(figure, axes)
+
+
+def convergence_figure(stages: list[Stage], fraction: float) -> Drawn:
+    """Quantiles of the standard error beside the largest to be expected, and the share memorized, by number of trials."""
+    with _style():
+        figure = _figure(9.6, 3.3)
+        errors, shares = figure.subplots(1, 2)
+        trials = np.array([stage.trials for stage in stages])
+        expected = [expected_standard_error(number, fraction) for number in trials]
+        errors.plot(trials, expected, color=colour("warm"), linestyle="--", linewidth=1.2, label="largest to be expected")
+        names = {0.5: "half of the examples", 0.95: "95% of the examples", 1.0: "all examples"}
+        shades = (colour("accent-soft"), colour("accent"), colour("ink"))
+        for place, (quantile, shade) in reversed(list(enumerate(zip(SE_QUANTILES, shades, strict=True)))):
+            values = np.array([stage.standard_errors[place] for stage in stages])
+            if not (values > 0).any():  # half of all examples are often right whoever saw them
+                continue
+            errors.plot(trials, np.where(values > 0, values, np.nan), marker="o", markersize=3.5, color=shade, label=names[quantile])
+        errors.set_xscale("log")
+        errors.set_yscale("log")
+        errors.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        errors.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        errors.yaxis.set_minor_formatter(NullFormatter())
+        errors.set_ylabel("standard error of mem at most")
+        errors.legend(frameon=False, fontsize=8.5)
+        step = MEM_STEPS.index(MEM_THRESHOLD)
+        shares.errorbar(
+            trials, [stage.shares[step] for stage in stages], [stage.share_errors[step] for stage in stages],
+            color=colour("accent"), marker="o", markersize=3.5, capsize=2, elinewidth=0.9,
+        )  # fmt: skip
+        shares.set_xscale("log")
+        shares.set_ylim(bottom=0)
+        shares.yaxis.set_major_formatter(PercentFormatter(1))
+        shares.set_ylabel(f"examples with mem ≥ {MEM_THRESHOLD}")
+        for axes in (errors, shares):
+            axes.set_xticks(trials, [f"{number:,}" for number in trials])
+            axes.minorticks_off()
+            axes.set_xlabel("trials")
+        return _drawn(figure, errors, shares)
+
+
+def _style() -> AbstractContextManager[None]:
+    # names within an SVG follow from a salt, which is random if it is not given
+    return mpl.rc_context({"svg.hashsalt": "memtail", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _drawn(figure: Figure, *axes: Axes) -> Drawn:
+    for each in axes:
+        each.tick_params(colors=colour("muted"), which="both")
+        each.xaxis.label.set_color(colour("muted"))
+        each.yaxis.label.set_color(colour("muted"))
+        for spine in each.spines.values():
+            spine.set_color(colour("line"))
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(png, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+    return Drawn(svg.getvalue(), png.getvalue())

@@ -1,0 +1,93 @@
+"""The page itself: one HTML file that needs nothing else, neither a network nor a script."""
+
+import base64
+import math
+from dataclasses import fields
+from importlib.metadata import version
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+
+from memtail.datasets import ImageDataset
+from memtail.datasets.pictures import thumbnail
+from memtail.estimators.convergence import HALVES
+from memtail.estimators.false_discovery import LARGEST_RATE
+from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM, Content, Number, image_of
+from memtail.report.figures import Drawn, convergence_figure, memorization_figure
+from memtail.scores.files import MEM_STEPS
+
+_ACCURACIES = (("in_subset_accuracy", "in-subset accuracy"), ("held_out_accuracy", "held-out accuracy"), ("test_accuracy", "test accuracy"))
+# Images of no more pixels a side are shown pixel by pixel.
+_SMALL = 64
+
+
+def draw(content: Content) -> dict[str, Drawn]:
+    """The figures, by name."""
+    return {
+        "memorization": memorization_figure(content.stages[-1], EDGES),
+        "convergence": convergence_figure(content.stages, content.fraction),
+    }
+
+
+def render(content: Content, figures: dict[str, Drawn], dataset: ImageDataset) -> str:
+    """The page as HTML; equal content gives equal text.
+
+    Args:
+        content: what it shows.
+        figures: as `draw` gives them.
+        dataset: whose images it shows.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        {
+            "fixed": _fixed,
+            "percent": lambda value, digits: f"{_fixed(100 * value, digits)}%",
+            "thousands": lambda value: f"{value:,}",
+            "count_of": lambda share, count: "–" if math.isnan(share) else f"{round(share * count):,}",
+            "rate": _rate,
+            "svg_uri": lambda svg: _data_uri("image/svg+xml", svg.encode()),
+            "data_uri": lambda example: _data_uri(*thumbnail(image_of(example, dataset))),
+        }
+    )
+    small = max(dataset.image_shape[1:]) <= _SMALL
+    environment.tests.update({"undefined_number": math.isnan, "small": lambda example: small})
+    source = files("memtail.report")
+    last = content.stages[-1]
+    shares = {
+        step: Number(float(share), float(error)) for step, share, error in zip(MEM_STEPS, last.shares, last.share_errors, strict=True)
+    }
+    return environment.from_string(source.joinpath("report.html.j2").read_text()).render(
+        {field.name: getattr(content, field.name) for field in fields(content)},
+        css=source.joinpath("base.css").read_text() + source.joinpath("report.css").read_text(),
+        figures={name: drawn.svg for name, drawn in figures.items()},
+        name=content.record.experiment.name,
+        spec=content.record.experiment.to_yaml().strip(),
+        version=version("memtail"),
+        last=last,
+        memorized=shares[MEM_THRESHOLD],
+        thresholds=shares.items(),
+        mean=Number(last.mean, last.mean_error),
+        mem_threshold=MEM_THRESHOLD,
+        infl_threshold=INFL_THRESHOLD,
+        label_mem=LABEL_MEM,
+        gallery_steps=[f"{step:g}" for step in GALLERY_STEPS],
+        discovery_rate=DISCOVERY_RATE,
+        accuracy_titles=_ACCURACIES,
+        halves=HALVES,
+    )
+
+
+def _fixed(value: float, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def _rate(rate: float) -> str:
+    if rate > LARGEST_RATE:
+        return f"above {LARGEST_RATE:.0%}"
+    return f"{rate:.1%}" if rate >= 0.001 else "below 0.1%"
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,169 @@
+"""The report of real runs: it needs nothing but itself, says what the scores say, and shows names as they are."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import memtail
+from memtail.experiment import Experiment
+from memtail.report.publish import is_current, latest_report, publish_report
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from memtail.studies.drawing import drawing
+from memtail.studies.result import StudyResult, write_result
+from tests.unit.test_datasets import write_tree
+
+_MARKUP = '"><img src=x onerror=alert(1)> & <b>cat'
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def images(self):
+        return [attributes for tag, attributes in self.elements if tag == "img"]
+
+
+def page_of(store, name):
+    pointer = latest_report(store, name)
+    return store.get(keys.report(name, pointer["version"]) + pointer["page"]).decode()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with a run of digits and its report."""
+    folder = tmp_path_factory.mktemp("report")
+    model = {"name": "mlp", "hidden": [32]}
+    experiment = Experiment.parse(
+        {"name": "digits", "dataset": {"name": "digits"}, "model": model, "training": {"epochs": 6}, "subsets": {"trials": 40}}
+    )
+    memtail.run(experiment, folder)
+    publish_report(LocalStore(folder), "digits")
+    return LocalStore(folder)
+
+
+def test_the_page_needs_nothing_but_itself(store):
+    html = page_of(store, "digits")
+    page = Page(html)
+    assert not re.search(r"https?:|url\(|@import|//", re.sub(r'"data:[^"]*"', "", html))
+    assert not any(tag in ("script", "iframe", "object", "embed") for tag, _ in page.elements)
+    links = [value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href", "srcset")]
+    assert len(links) > 50 and all(link.startswith("data:") for link in links)
+    assert all(image["alt"] for image in page.images()) and len(html) < 5_000_000
+
+
+def test_the_page_says_what_the_scores_say(store):
+    page, scores = Page(page_of(store, "digits")), memtail.load_scores(store.root / "experiments/digits")
+    text = " ".join(page.text.split())
+    mem, error = scores.memorization["mem"], scores.memorization["mem_se"]
+    for index in scores.most_memorized(1)["index"].tolist():
+        assert f"training {index}" in text and f"mem {mem[index]:.2f} ± {error[index]:.2f}" in text
+    accuracy, its_error = scores.summary["test_accuracy"], scores.summary["accuracy_se"]["test_accuracy"]
+    assert f"test accuracy{accuracy:.2%} ± {its_error:.2%}" in text
+    assert re.search(rf"0\.25\s*{(mem >= 0.25).sum()}\s*{(mem >= 0.25).mean():.2%} ± \d", text)
+    # 40 trials are few: it says so
+    assert "These scores come from 40 trials only" in text and "false discovery rate" in text
+    assert "trials: 40" in text
+
+
+def test_equal_scores_give_equal_bytes(store):
+    before = {path: path.read_bytes() for path in (store.root / "experiments/digits/report").rglob("*") if path.is_file()}
+    publish_report(store, "digits")
+    after = {path: path.read_bytes() for path in (store.root / "experiments/digits/report").rglob("*") if path.is_file()}
+    assert after == before and len(before) == 6
+    assert {path.suffix for path in before} == {".html", ".svg", ".png", ".json"}
+
+
+def test_a_study_is_shown_once_it_is_there(store):
+    assert is_current(store, "digits")
+    earlier = latest_report(store, "digits")
+    result = StudyResult(store, "digits", "removal", "What <removal> costs", ["2.5 ± 0.2 points & no less"], 8, ["digits"], {}, {})
+    with drawing(3, 2) as figure:
+        figure.subplots().plot([1, 2], [3, 4])
+    write_result(result, {"t": [1, 2]}, figure)
+    assert not is_current(store, "digits")
+    publish_report(store, "digits")
+    assert is_current(store, "digits") and latest_report(store, "digits")["studies"] == {"removal": result.finished}
+    page = Page(page_of(store, "digits"))
+    assert "What <removal> costs" in page.text and "2.5 ± 0.2 points & no less" in page.text
+    drawn = base64.b64encode(result.figure_svg().encode()).decode()
+    assert any(image["src"] == f"data:image/svg+xml;base64,{drawn}" for image in page.images())
+    # a reader may be reading the one before
+    assert {*store.folders(keys.all_reports("digits"))} == {earlier["version"], latest_report(store, "digits")["version"]}
+
+
+def test_names_of_classes_and_files_are_shown_as_they_are(tmp_path):
+    write_tree(tmp_path / "images", count=12)
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "cat").rename(tmp_path / "images" / split / _MARKUP)
+    experiment = Experiment.parse(
+        {
+            "name": "folder",
+            "dataset": {"name": "folder", "root": str(tmp_path / "images")},
+            "model": {"name": "mlp", "hidden": [64]},
+            "training": {"epochs": 30, "batch_size": 4},
+            "subsets": {"trials": 40, "design": "balanced", "fraction": 0.5},
+        }
+    )
+    memtail.run(experiment, tmp_path / "store")
+    publish_report(LocalStore(tmp_path / "store"), "folder")
+    page = Page(page_of(LocalStore(tmp_path / "store"), "folder"))
+    assert not any("onerror" in attributes or attributes.get("src") == "x" for _, attributes in page.elements)
+    assert any(_MARKUP in image["alt"] for image in page.images()) and f"{_MARKUP}/00" in page.text
+    assert all(image["src"].startswith("data:image/") for image in page.images())
+
+
+def test_the_command_line_makes_it_copies_it_and_has_one_line_for_what_is_missing(store, tmp_path):
+    def report(*arguments):
+        command = [sys.executable, "-m", "memtail", "report", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    result = report("digits", "--store", store.root, "--fetch", tmp_path, "--json")
+    assert result.returncode == 0, result.stderr
+    pointer = json.loads(result.stdout)
+    assert pointer["folder"] == str(tmp_path) and sorted(pointer["files"]) == sorted(path.name for path in tmp_path.iterdir())
+    (store.root / "experiments/digits/scores/latest.json").rename(tmp_path / "latest.json")
+    result = report("digits", "--store", store.root)
+    (tmp_path / "latest.json").rename(store.root / "experiments/digits/scores/latest.json")
+    assert result.returncode == 2 and "has no published scores yet" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_what_makes_reports_loads_neither_torch_nor_pandas():
+    code = "import sys, memtail.report.page, memtail.report.publish; sys.exit(bool({'torch', 'pandas', 'scipy'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_ends_with_a_report_and_without_one_where_it_cannot_be_drawn(tmp_path):
+    def run():
+        command = [sys.executable, "-m", "memtail", "run", str(path), "--store", str(tmp_path / "store")]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    path = tmp_path / "digits.yaml"
+    path.write_text("{name: digits, dataset: {name: digits}, training: {epochs: 1}, subsets: {trials: 40}}")
+    result = run()
+    page = Path(re.search(r"^report: (.+)$", result.stdout, re.MULTILINE)[1])
+    assert result.returncode == 0 and page.read_text().startswith("<!doctype html>")
+    before = page.stat().st_mtime_ns
+    assert f"report: {page}" in run().stdout and page.stat().st_mtime_ns == before
+    (tmp_path / "store/experiments/digits/report/latest.json").unlink()
+    (tmp_path / "store/experiments/digits/studies/removal").mkdir(parents=True)
+    (tmp_path / "store/experiments/digits/studies/removal/result.json").write_text("{")
+    result = run()
+    assert result.returncode == 0 and "report:" not in result.stdout
+    assert "the report could not be made" in result.stderr and len(result.stderr.splitlines()) == 1
