@@ -98,6 +98,16 @@ def latest_scores(name: str) -> str:
     return f"{all_scores(name)}latest.json"
 
 
+def report(name: str, version: str) -> str:
+    """Prefix of one version of the report."""
+    return f"experiments/{name}/report/{version}/"
+
+
+def latest_report(name: str) -> str:
+    """The pointer to the version of the report that readers are to use."""
+    return f"experiments/{name}/report/latest.json"
+
+
 def parse_span(key: str) -> tuple[int, int] | None:
     """(first, last) in the key of a trial batch, checkpoint or failure record; None if it is another key."""
     match = re.search(r"/(\d+)-(\d+)(?:\.npz|\.pt|/\d+\.json)$", key)
