@@ -1,11 +1,15 @@
 """Serving the explorer over HTTP."""
 
+import ipaddress
+import secrets
 import socket
+from urllib.parse import quote
 
 import uvicorn
 
 from memtail.errors import MemtailError
 from memtail.explorer.app import create
+from memtail.settings import ExplorerSettings
 from memtail.storage import ObjectStore
 
 
@@ -23,6 +27,21 @@ def listen(host: str, port: int) -> socket.socket:
         raise AddressError(f"the explorer cannot listen on {place} ({reason}): choose another address or port") from None
 
 
+def token_for(host: str) -> str | None:
+    """The token that is set; where none is and other machines can reach the address, one made for the occasion. Raises: StoreError."""
+    token = ExplorerSettings.from_environment().token
+    return token or (None if _is_loopback(host) else secrets.token_urlsafe(24))
+
+
+def address(listening: socket.socket, token: str | None) -> str:
+    """What to give a browser, with the token if there is one."""
+    host, port = listening.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = socket.gethostname()
+    query = f"?token={quote(token)}" if token else ""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}"
+
+
 def serve(store: ObjectStore, token: str | None, listening: socket.socket) -> None:
     """Answer on a socket until the process is interrupted or terminated.
 
@@ -32,3 +51,10 @@ def serve(store: ObjectStore, token: str | None, listening: socket.socket) -> No
     """
     config = uvicorn.Config(create(store, token), log_level="warning", access_log=False, server_header=False, date_header=True)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
