@@ -100,12 +100,27 @@ def latest_scores(name: str) -> str:
 
 def report(name: str, version: str) -> str:
     """Prefix of one version of the report."""
-    return f"experiments/{name}/report/{version}/"
+    return f"{all_reports(name)}{version}/"
+
+
+def all_reports(name: str) -> str:
+    """Prefix of all versions of the report."""
+    return f"experiments/{name}/report/"
 
 
 def latest_report(name: str) -> str:
     """The pointer to the version of the report that readers are to use."""
-    return f"experiments/{name}/report/latest.json"
+    return f"{all_reports(name)}latest.json"
+
+
+def studies(name: str) -> str:
+    """Prefix of the results of all studies of the experiment."""
+    return f"experiments/{name}/studies/"
+
+
+def study(name: str, study: str) -> str:
+    """Prefix of the result of one study."""
+    return f"{studies(name)}{study}/"
 
 
 def parse_span(key: str) -> tuple[int, int] | None:

@@ -1,0 +1,69 @@
+"""Results of studies in a store: written whole, read back, and named where they are damaged."""
+
+import subprocess
+import sys
+
+import pyarrow.parquet
+import pytest
+
+from memtail.errors import StoreError
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from memtail.studies.result import StudyResult, load_results, write_result
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path)
+
+
+def write(store, study="stability", finding="0.9 ± 0.1"):
+    from memtail.studies.drawing import drawing
+
+    result = StudyResult(store, "e", study, "What holds", [finding], 8, ["e"], {"theta": 0.25}, {"jaccard": None})
+    with drawing(3, 2) as figure:
+        figure.subplots().plot([1, 2], [3, 4])
+    write_result(result, {"t": [1, 2], "jaccard": [0.5, 0.75]}, figure)
+    return result
+
+
+def test_results_are_read_back_as_they_were_written_by_name(store):
+    written = [write(store, study) for study in ("removal", "stability")]
+    assert load_results(store, "e") == written
+    assert load_results(store, "other") == []
+    assert written[0].figure_svg().lstrip().startswith("<?xml") and "</svg>" in written[0].figure_svg()
+    assert store.get(written[0].prefix + "figure.png").startswith(b"\x89PNG")
+    assert pyarrow.parquet.read_table(store.path(written[0].prefix + "result.parquet")).to_pydict() == {"t": [1, 2], "jaccard": [0.5, 0.75]}
+
+
+def test_a_study_run_again_takes_the_place_of_the_first(store):
+    write(store)
+    write(store, finding="0.8 ± 0.1")
+    assert [result.findings for result in load_results(store, "e")] == [["0.8 ± 0.1"]]
+
+
+def test_a_result_without_its_last_object_is_not_there_yet_and_a_damaged_one_is_named(store):
+    key = write(store).prefix + "result.json"
+    store.delete(key)
+    assert load_results(store, "e") == []
+    for data in (b"{", b'{"schema": 1}', b"[]"):
+        store.put(key, data)
+        with pytest.raises(StoreError, match=r"studies/stability/result\.json: is damaged"):
+            load_results(store, "e")
+    store.put(key, b'{"schema": 7}')
+    with pytest.raises(StoreError, match="is of schema 7"):
+        load_results(store, "e")
+
+
+def test_reading_results_and_asking_what_studies_there_are_loads_neither_torch_nor_matplotlib(store):
+    write(store)
+    code = (
+        "import sys; from memtail.storage.local import LocalStore; from memtail.studies.result import load_results\n"
+        f"assert load_results(LocalStore({store.address!r}), 'e')[0].figure_svg()\n"
+        "assert not {'torch', 'matplotlib', 'pandas', 'scipy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_keys_of_studies_lie_below_the_experiment():
+    assert keys.study("e", "removal").startswith(keys.studies("e")) and keys.studies("e").startswith("experiments/e/")
