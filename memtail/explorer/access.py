@@ -59,7 +59,7 @@ def _refused(request: Request, token: str | None, refuse: Refusal) -> Response |
             return None
         return refuse(request, 403, "without a token it answers on localhost or an address only: set MEMTAIL_EXPLORER_TOKEN")
     if (given := request.query_params.get("token")) is not None:
-        if not _equal(given, token):
+        if not _equal(given.encode(errors="replace"), token):
             return refuse(request, 401, "that is not the token")
         url = request.url.remove_query_params("token")
         there = f"/{url.path.lstrip('/')}"  # two slashes would lead to another server
@@ -67,10 +67,11 @@ def _refused(request: Request, token: str | None, refuse: Refusal) -> Response |
         secure = request.url.scheme == "https"
         response.set_cookie(COOKIE, _digest(token), httponly=True, samesite="strict", secure=secure)
         return response
+    # headers come as bytes, which are given as if each were a letter
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and _equal(bearer.strip(), token):
+    if scheme.lower() == "bearer" and _equal(bearer.strip().encode("latin-1"), token):
         return None
-    if _equal(request.cookies.get(COOKIE, ""), _digest(token)):
+    if _equal(request.cookies.get(COOKIE, "").encode("latin-1"), _digest(token)):
         return None
     return refuse(request, 401, "a token is needed to look at this")
 
@@ -79,8 +80,8 @@ def _digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _equal(given: str, wanted: str) -> bool:
-    return hmac.compare_digest(given.encode(errors="replace"), wanted.encode())
+def _equal(given: bytes, wanted: str) -> bool:
+    return hmac.compare_digest(given, wanted.encode())
 
 
 def _is_an_address(host: str) -> bool:

@@ -26,8 +26,16 @@ _TYPES = {"html": "text/html; charset=utf-8", "svg": "image/svg+xml", "png": "im
 
 # Of `ExperimentProgress.to_json`.
 _OVERVIEW = (
-    *("experiment", "state", "ending", "trials", "wanted", "failed_attempts"),
-    *("published_trials", "published", "standard_error", "test_accuracy"),
+    "experiment",
+    "state",
+    "ending",
+    "trials",
+    "wanted",
+    "failed_attempts",
+    "published_trials",
+    "published",
+    "standard_error",
+    "test_accuracy",
 )
 
 Split = Literal["train", "test"]
@@ -47,7 +55,7 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
 
     @app.get("/")
     def experiments() -> Response:
-        found = [(library.progress(name), library.report(name)) for name in library.names()]
+        found = [(library.progress(name), library.report(name), library.studies(name)) for name in library.names()]
         return pages.page("experiments.html", experiments=found, address=library.address)
 
     @app.get("/experiments.csv")
@@ -67,6 +75,7 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
             opened=opened,
             progress=progress,
             report=library.report(name),
+            studies=library.studies(name),
             selection=selection,
             gallery=views.gallery(opened, selection),
             bars=histogram(opened.memorization, opened.lower_files, selection),
@@ -107,6 +116,17 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
             raise HTTPException(404, opened.missing)
         images = opened.dataset.train_images if split == "train" else opened.dataset.test_images
         return Response(png(images[index]), media_type="image/png", headers={"Cache-Control": _IMAGE_AGE})
+
+    @app.get("/experiments/{name}/studies")
+    def studies(name: str) -> Response:
+        return pages.page("studies.html", name=name, studies=library.studies(name))
+
+    @app.get("/experiments/{name}/studies/{study}.svg")
+    def figure(name: str, study: str) -> Response:
+        for result in library.studies(name):
+            if result.study == study:
+                return Response(result.figure_svg(), media_type=_TYPES["svg"], headers={"Content-Security-Policy": REPORT_POLICY})
+        raise HTTPException(404, f"experiment '{name}' has no study '{study}'")
 
     @app.get("/experiments/{name}/report/{file}")
     def report(name: str, file: str) -> Response:

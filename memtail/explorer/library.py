@@ -22,6 +22,7 @@ from memtail.scores.pointer import latest_version
 from memtail.scores.reader import Column, Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore, keys
+from memtail.studies.result import StudyResult, load_results
 
 log = structlog.get_logger()
 
@@ -128,6 +129,12 @@ class Library:
         if version is None:
             raise ObjectNotFound(f"experiment '{name}' has no report: memtail report {name} makes one")
         return self._store.get(keys.check(keys.report(name, version) + file))
+
+    def studies(self, name: str) -> list[StudyResult]:
+        """The results of an experiment's studies. Raises: ObjectNotFound: there is no such experiment; StoreError."""
+        self._record(name)
+        results: list[StudyResult] = self._fresh(("studies", name), lambda: load_results(self._store, name))
+        return results
 
     def open(self, name: str) -> Opened:
         """An experiment with the version of its scores that is published.

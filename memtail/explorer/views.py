@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from memtail.scores.reader import Column
 PER_PAGE = 60
 #: Examples helped most, hurt most, and influencers.
 TOP = 12
+# What spreadsheets take for the beginning of a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ def influencers_csv(opened: Opened, test: int) -> bytes:
 
 def csv(columns: dict[str, Any]) -> bytes:
     """Columns of equal length as CSV. A text that a spreadsheet would take for a formula begins with an apostrophe."""
-    safe = {name: _inert(values) if len(values) and isinstance(values[0], str) else values for name, values in columns.items()}
+    safe = {
+        name: values if isinstance(values, np.ndarray) and values.dtype != object else _inert(values) for name, values in columns.items()
+    }
     buffer = io.BytesIO()
     pyarrow.csv.write_csv(pa.table(safe), buffer)
     return buffer.getvalue()
@@ -197,5 +201,5 @@ def _joined(tables: tuple[dict[str, Column], dict[str, Column]]) -> dict[str, Co
     return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
 
 
-def _inert(texts: Sequence[str]) -> list[str]:
-    return [f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text for text in texts]
+def _inert(values: Iterable[Any]) -> list[Any]:
+    return [f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value for value in values]
