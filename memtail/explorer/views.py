@@ -173,9 +173,8 @@ def influencers_csv(opened: Opened, test: int) -> bytes:
 
 def csv(columns: dict[str, Any]) -> bytes:
     """Columns of equal length as CSV. A text that a spreadsheet would take for a formula begins with an apostrophe."""
-    safe = {
-        name: values if isinstance(values, np.ndarray) and values.dtype != object else _inert(values) for name, values in columns.items()
-    }
+    numbers = {name for name, values in columns.items() if isinstance(values, np.ndarray) and values.dtype != object}
+    safe = {name: values if name in numbers else _inert(values) for name, values in columns.items()}
     buffer = io.BytesIO()
     pyarrow.csv.write_csv(pa.table(safe), buffer)
     return buffer.getvalue()

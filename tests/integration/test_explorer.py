@@ -11,7 +11,6 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from memtail import datasets
 from memtail.experiment import Experiment
 from memtail.explorer.app import create
 from memtail.scores.fetch import open_scores
