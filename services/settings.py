@@ -33,6 +33,7 @@ class ServiceSettings:
         publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed.
         devices: of a worker, one process for each, with commas between: "auto", "cpu", or "cuda:0,cuda:1".
         port: of the metrics and health checks of a service.
+        explorer_port: of the aggregator, where it serves the explorer; not at all if not set.
         fleet: of the dispatcher, the file that says how it makes workers in a Kubernetes cluster (see `services.dispatcher.worker_jobs`).
             It makes none if not set.
         experiment: of a worker, the only experiment that it trains; all if not set.
@@ -52,6 +53,7 @@ class ServiceSettings:
     publish_seconds: float = _variable("MEMTAIL_PUBLISH_SECONDS", 60.0)
     devices: str = _variable("MEMTAIL_DEVICES", "auto")
     port: int = _variable("MEMTAIL_PORT", 9100)
+    explorer_port: int = _variable("MEMTAIL_EXPLORER_PORT", 0)
     fleet: str = _variable("MEMTAIL_FLEET", "")
     experiment: str = _variable("MEMTAIL_EXPERIMENT", "")
     rest_seconds: float = _variable("MEMTAIL_REST_SECONDS", math.inf)

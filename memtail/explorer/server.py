@@ -12,6 +12,9 @@ from memtail.explorer.app import create
 from memtail.settings import ExplorerSettings
 from memtail.storage import ObjectStore
 
+# Seconds for which answers that are being made are waited for at the end.
+_LAST_ANSWERS = 5
+
 
 class AddressError(MemtailError):
     """The explorer cannot be served there."""
@@ -49,7 +52,9 @@ def serve(store: ObjectStore, token: str | None, listening: socket.socket) -> No
         store, token: as for `memtail.explorer.app.create`.
         listening: as `listen` gives it.
     """
-    config = uvicorn.Config(create(store, token), log_level="warning", access_log=False, server_header=False, date_header=True)
+    config = uvicorn.Config(
+        create(store, token), log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_LAST_ANSWERS
+    )
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -139,9 +140,9 @@ def influencer_tiles(opened: Opened, table: dict[str, Column]) -> list[Tile]:
     return train_tiles(opened, table["tr_idx"], table["infl"], table["infl_se"])
 
 
-def by_chance(count: int) -> int:
-    """How many standard errors the greatest of `count` influences that are all 0 reaches, about: sqrt(2 ln count)."""
-    return round(math.sqrt(2 * math.log(max(count, 2))))
+def by_chance(count: int) -> float:
+    """How many standard errors the greatest of `count` influences reaches if all are 0 in truth: the median of the greatest normal."""
+    return NormalDist().inv_cdf(0.5 ** (1 / count))
 
 
 def gallery_csv(opened: Opened, selection: Selection) -> bytes:

@@ -12,6 +12,7 @@ from memtail.experiment import Experiment
 from memtail.runner import declare, run
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
+from memtail.storage import ObjectStore
 from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, TrialMetrics, pack
 
@@ -43,7 +44,7 @@ def explored(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Itera
     yield store
 
 
-def publish_random(store: LocalStore, experiment: Experiment, trials: int) -> None:
+def publish_random(store: ObjectStore, experiment: Experiment, trials: int) -> None:
     """Enter an experiment in a store and publish scores of random outcomes."""
     dataset = datasets.prepare(experiment.dataset)
     record = ExperimentArchive(store, experiment.name).enroll(declare(experiment, dataset))
