@@ -53,7 +53,7 @@ FROM base AS control
 COPY --from=control-packages /opt/memtail /opt/memtail
 RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
     pip --python bin/python install --quiet --no-cache-dir --no-deps /wheels/*.whl \
- && python -c 'import memtail.cli_service, memtail.scores.reader, services.aggregator.aggregator, services.dispatcher.cluster'
+ && python -c 'import memtail.cli_service, memtail.scores.reader, services.aggregator.aggregator, services.aggregator.explorer, services.dispatcher.cluster'
 ENV NUMBA_CACHE_DIR=/var/cache/memtail/compiled-control
 USER 1000:1000
 WORKDIR /var/cache/memtail
