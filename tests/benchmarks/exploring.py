@@ -38,7 +38,7 @@ VIEWS = {
 
 
 def explorer() -> list[Row]:
-    """Each view of `memtail explore` over HTTP, each time with another example or page. The first answer, which opens the scores, does not count."""
+    """Each view over HTTP, each time with another example or page. The first answer, which opens the scores, does not count."""
     with tempfile.TemporaryDirectory() as folder:
         store, cache, port = Path(folder, "store"), Path(folder, "cache"), free_port()
         _publish(LocalStore(store), cache)
