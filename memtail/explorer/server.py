@@ -25,7 +25,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting")[0]
         place = f"{host or 'all addresses'}, port {port}"
         raise AddressError(f"the explorer cannot listen on {place} ({reason}): choose another address or port") from None
 
