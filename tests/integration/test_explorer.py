@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -257,9 +258,9 @@ def test_a_newer_version_is_shown_once_it_is_read(tmp_path, monkeypatch):
     assert "Scores of 20 trials" in client.get("/experiments/digits").text
     publish_random(store, Experiment.parse(spec), 40)
     assert "scores of 40 trials are published" in client.get("/experiments/digits").text
-    for _ in range(10_000):
-        if "Scores of 40 trials" in (text := client.get("/experiments/digits/train/0").text):
-            break
+    deadline = time.monotonic() + 60
+    while "Scores of 40 trials" not in (text := client.get("/experiments/digits/train/0").text) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert "Scores of 40 trials" in text
 
 
