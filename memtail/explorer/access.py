@@ -73,7 +73,7 @@ def _refused(request: Request, token: str | None, refuse: Refusal) -> Response |
         return None
     if _equal(request.cookies.get(COOKIE, "").encode("latin-1"), _digest(token)):
         return None
-    return refuse(request, 401, "a token is needed to look at this")
+    return refuse(request, 401, "whoever serves this page can say which")
 
 
 def _digest(token: str) -> str:
