@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 
 from memtail.datasets.pictures import png
-from memtail.errors import MemtailError, ScoresError
+from memtail.errors import MemtailError, ScoresError, StoreError
 from memtail.explorer import views
 from memtail.explorer.access import REPORT_POLICY, guard
 from memtail.explorer.library import Library, Opened
@@ -55,8 +55,13 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
 
     @app.get("/")
     def experiments() -> Response:
-        found = [(library.progress(name), library.report(name), library.studies(name)) for name in library.names()]
-        return pages.page("experiments.html", experiments=found, address=library.address)
+        found, damaged = [], []
+        for name in library.names():
+            try:
+                found.append((library.progress(name), library.report(name), library.studies(name)))
+            except StoreError as error:  # the others can be shown all the same
+                damaged.append(f"{name}: {error}")
+        return pages.page("experiments.html", experiments=found, damaged=damaged, address=library.address)
 
     @app.get("/experiments.csv")
     def experiments_csv() -> Response:

@@ -198,7 +198,7 @@ def test_what_is_not_there_is_a_page_that_says_so(client, path):
 
 @pytest.mark.parametrize("query", ["from=x", "to=nan", "from=3", "class=-1", "sort=best", "page=0", "page=1e99", "q=" + "x" * 300])
 def test_a_query_that_makes_no_sense_is_named(client, query):
-    assert query.partition("=")[0] + " is" in page(client, f"/experiments/digits?{query}", 400).text
+    assert query.partition("=")[0].capitalize() + " is" in page(client, f"/experiments/digits?{query}", 400).text
 
 
 def test_headers_keep_browsers_from_running_or_loading_anything_else(client):
@@ -281,6 +281,17 @@ def test_reports_and_studies_are_led_to_where_there_are_any(explored, tmp_path):
     text = page(client, "/experiments/digits/studies").text
     assert "What <they> do" in text and "It costs 2.5 ± 0.2 points." in text
     assert client.get("/experiments/digits/studies/removal.svg").headers["content-type"] == "image/svg+xml"
+
+
+def test_a_damaged_experiment_hides_no_other(explored, tmp_path):
+    store = LocalStore(tmp_path)
+    store.put(keys.experiment("broken"), b"{")
+    for key in list(explored.list("experiments/young/")):
+        store.put(key, explored.get(key))
+    client = TestClient(create(store), base_url=HERE)
+    found = page(client, "/")
+    assert found.links("/experiments/([a-z]+)") == ["young"] and "broken/experiment.json: is corrupt" in found.text
+    assert "is corrupt" in page(client, "/experiments/broken", 503).text
 
 
 def test_scores_are_shown_where_the_images_are_lost(explored, tmp_path, monkeypatch):
