@@ -23,11 +23,14 @@ class AddressError(MemtailError):
 def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections from now on. Port 0 is any that is free. Raises: AddressError: it cannot be had."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting")[0]
         place = f"{host or 'all addresses'}, port {port}"
         raise AddressError(f"the explorer cannot listen on {place} ({reason}): choose another address or port") from None
+    # else the end of an answer waits 40 ms for the browser to say that it has the beginning; connections have this of their listener
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def token_for(host: str) -> str | None:
