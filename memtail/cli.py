@@ -200,6 +200,30 @@ def report(
 
 
 @app.command()
+def explore(
+    store: Store = DEFAULT_STORE,
+    host: Annotated[str, typer.Option(help="The address to listen on. Others than this machine's own need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: any that is free.")] = 8080,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Look at the experiments in a store in a browser: images, scores, who helps and hurts whom."""
+    import webbrowser
+
+    from memtail import logs
+    from memtail.explorer.server import address, listen, serve, token_for
+
+    logs.configure()
+    opened, token = open_existing(store), token_for(host)
+    with listen(host, port) as listening:
+        url = address(listening, token)
+        print(f"{opened.address} at {url} until Ctrl-C", flush=True)
+        if open_:
+            webbrowser.open(url)
+        with suppress(KeyboardInterrupt):
+            serve(opened, token, listening)
+
+
+@app.command()
 def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
     """Show what is installed, which devices there are, and what is missing."""
     from memtail import display, logs

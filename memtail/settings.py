@@ -12,6 +12,8 @@ from memtail.errors import StoreError
 STORE_VARIABLE = "MEMTAIL_STORE"
 #: Redis's URL with its password, or with `_FILE` at its end the file that holds it: of the services, and looked at by the doctor.
 BROKER_VARIABLE = "MEMTAIL_BROKER"
+#: What whoever looks at the explorer must give.
+EXPLORER_TOKEN_VARIABLE = "MEMTAIL_EXPLORER_TOKEN"
 
 
 def _from_environment(variable: str, default: Path | None) -> Path | None:
@@ -85,6 +87,21 @@ class S3Settings:
             ca_file=_from_environment("MEMTAIL_S3_CA_FILE", None),
             addressing=os.environ.get("MEMTAIL_S3_ADDRESSING") or None,
         )
+
+
+@dataclass(frozen=True)
+class ExplorerSettings:
+    """How the explorer is reached. The token is not shown when it is printed.
+
+    `MEMTAIL_EXPLORER_TOKEN`, or the file that `MEMTAIL_EXPLORER_TOKEN_FILE` names: what whoever looks must give; nothing if not set.
+    """
+
+    token: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_environment(cls) -> "ExplorerSettings":
+        """Those that the environment holds. Raises: StoreError: the file cannot be read."""
+        return cls(token=secret(EXPLORER_TOKEN_VARIABLE))
 
 
 def secret(variable: str) -> str | None:

@@ -35,6 +35,7 @@ class ServiceSettings:
         devices: of a worker, one process for each, with commas between: "auto", "cpu", or "cuda:0,cuda:1".
         port: of the metrics and health checks of a service.
         linger_seconds: for how long the metrics of an experiment that has ended stay: several intervals between scrapes.
+        explorer_port: of the aggregator, where it serves the explorer; not at all if not set.
         fleet: of the dispatcher, the file that says how it makes workers in a Kubernetes cluster (see `services.dispatcher.worker_jobs`).
             It makes none if not set.
         experiment: of a worker, the only experiment that it trains; all if not set.
@@ -55,6 +56,7 @@ class ServiceSettings:
     devices: str = _variable("MEMTAIL_DEVICES", "auto")
     port: int = _variable("MEMTAIL_PORT", 9100)
     linger_seconds: float = _variable("MEMTAIL_LINGER_SECONDS", 600.0)
+    explorer_port: int = _variable("MEMTAIL_EXPLORER_PORT", 0)
     fleet: str = _variable("MEMTAIL_FLEET", "")
     experiment: str = _variable("MEMTAIL_EXPERIMENT", "")
     rest_seconds: float = _variable("MEMTAIL_REST_SECONDS", math.inf)

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from memtail.errors import ScoresError
 from memtail.scores.names import LATEST, SUMMARY
+from memtail.scores.pointer import KEPT_VERSIONS, latest_version
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
@@ -49,14 +51,13 @@ def open_scores(store: ObjectStore, name: str) -> Scores:
     """
     if isinstance(store, LocalStore):
         return load_scores(store.path(keys.all_scores(name).rstrip("/")))
-    from memtail.scores.pointer import latest_version
-
     pointer = latest_version(store, name)
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
     place = hashlib.sha256(store.address.encode()).hexdigest()[:16]
     folder = Settings().cache / "scores" / place / keys.check(f"{name}/{pointer['version']}")
     fetch_scores(store, name, pointer, folder, again=False)
+    _remove_old(folder)
     return Scores(folder)
 
 
@@ -76,3 +77,10 @@ def fetch_scores(store: ObjectStore, name: str, pointer: dict[str, Any], folder:
         key = keys.check(keys.scores(name, pointer["version"]) + file)
         if again or not (folder / file).is_file():
             store.download(key, folder / file)
+
+
+def _remove_old(current: Path) -> None:
+    """Leave in the cache as many versions of an experiment as the store keeps: a reader may have begun to read the one before."""
+    others = sorted(folder for folder in current.parent.iterdir() if folder.is_dir() and folder.name < current.name)
+    for folder in others[: max(0, len(others) - KEPT_VERSIONS + 1)]:
+        shutil.rmtree(folder, ignore_errors=True)

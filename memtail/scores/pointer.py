@@ -5,6 +5,9 @@ from typing import Any
 
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
+#: Versions kept: the one that the pointer names, and the one of fewer trials before it, which a reader may have begun to read.
+KEPT_VERSIONS = 2
+
 
 def latest_version(store: ObjectStore, name: str) -> dict[str, Any] | None:
     """The pointer: `version`, `published` (UTC), `files`, `summary`; None if nothing was published."""

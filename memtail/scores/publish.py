@@ -11,12 +11,9 @@ from memtail.archive import Record
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.scores.files import write_scores
-from memtail.scores.pointer import folded, latest_version
+from memtail.scores.pointer import KEPT_VERSIONS, folded, latest_version
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
-
-#: Versions kept: the one that the pointer names, and the one of fewer trials before it, which a reader may have begun to read.
-KEPT_VERSIONS = 2
 
 
 def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset: ImageDataset) -> dict[str, Any]:

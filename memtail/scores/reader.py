@@ -92,10 +92,13 @@ class Scores:
         rows = largest(self.memorization["mem"], k)
         return {name: values[rows] for name, values in self.memorization.items()}
 
-    def top_influencers(self, test: int, k: int = 10) -> dict[str, Column]:
-        """The k training examples that raise the accuracy on one test example most: `tr_idx`, `label`, `infl`, `infl_se`, `mem`."""
+    def top_influencers(self, test: int, k: int = 10, *, harmful: bool = False) -> dict[str, Column]:
+        """The k training examples that raise the accuracy on one test example most: `tr_idx`, `label`, `infl`, `infl_se`, `mem`.
+
+        With `harmful` those that lower it most, the worst first.
+        """
         block = self.influence(test=test)
-        top = largest(block.value[:, 0], k)
+        top = largest(-block.value[:, 0] if harmful else block.value[:, 0], k)
         return {
             "tr_idx": top,
             "label": self.memorization["label"][top],
@@ -104,10 +107,13 @@ class Scores:
             "mem": self.memorization["mem"][top],
         }
 
-    def top_influenced(self, train: int, k: int = 10) -> dict[str, Column]:
-        """The k test examples whose accuracy one training example raises most: `tt_idx`, `label`, `infl`, `infl_se`."""
+    def top_influenced(self, train: int, k: int = 10, *, harmed: bool = False) -> dict[str, Column]:
+        """The k test examples whose accuracy one training example raises most: `tt_idx`, `label`, `infl`, `infl_se`.
+
+        With `harmed` those whose accuracy it lowers most, the worst first.
+        """
         block = self.influence(train=train)
-        top = largest(block.value[0], k)
+        top = largest(-block.value[0] if harmed else block.value[0], k)
         return {
             "tt_idx": top,
             "label": self.test_labels[top],

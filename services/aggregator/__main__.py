@@ -2,6 +2,7 @@
 
 from memtail.storage.opening import open_store
 from services.aggregator.aggregator import Aggregator
+from services.aggregator.explorer import Explorer
 from services.metrics import count_request
 from services.process import Heartbeat, serve, start
 from services.settings import ServiceSettings
@@ -10,7 +11,17 @@ from services.settings import ServiceSettings
 def _aggregate(settings: ServiceSettings) -> None:
     heartbeat = Heartbeat(patience=900)
     serve(settings.port, heartbeat)
-    Aggregator(open_store(settings.store, observe=count_request), settings).run(heartbeat.beat)
+    beats = [heartbeat.beat]
+    if settings.explorer_port:
+        explorer = Explorer(settings.store, settings.explorer_port)
+        explorer.keep()
+        beats.append(explorer.keep)
+
+    def beat() -> None:
+        for each in beats:
+            each()
+
+    Aggregator(open_store(settings.store, observe=count_request), settings).run(beat)
 
 
 if __name__ == "__main__":

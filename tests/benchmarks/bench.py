@@ -76,9 +76,16 @@ def _spread(times: list[float], unit: str) -> str:
 
 def main(wanted: str) -> None:
     """Measure the rows whose names start with `wanted` (all where empty)."""
-    from tests.benchmarks import counting, dispatching, serving, starting, training
+    from tests.benchmarks import counting, dispatching, exploring, serving, starting, training
 
-    benches: dict[str, Callable[[], list[Row]]] = {**training.ROWS, **counting.ROWS, **starting.ROWS, **dispatching.ROWS, **serving.ROWS}
+    benches: dict[str, Callable[[], list[Row]]] = {
+        **training.ROWS,
+        **counting.ROWS,
+        **starting.ROWS,
+        **dispatching.ROWS,
+        **serving.ROWS,
+        **exploring.ROWS,
+    }
     if wanted == "list":
         print("\n".join(benches))
         return

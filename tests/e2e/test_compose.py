@@ -99,6 +99,14 @@ def test_the_command_line_fetches_what_an_embedded_run_computes(deployment: Depl
     print(f"\nmemorization.parquet compared {'to the bit' if same else 'within tolerance, since versions differ'}")
 
 
+def test_the_explorer_shows_scores_and_images(deployment: Deployment) -> None:
+    here = f"{deployment.address('aggregator', 8080)}/experiments/digits"
+    with urllib.request.urlopen(here) as page:
+        assert "1,438 training examples" in page.read().decode()
+    with urllib.request.urlopen(f"{here}/images/test/0.png") as image:
+        assert image.read().startswith(b"\x89PNG")
+
+
 def test_all_are_healthy_but_the_one_that_was_killed(deployment: Deployment) -> None:
     deployment.until(lambda: "starting" not in _health(deployment), 120)
     health = _health(deployment)

@@ -1,9 +1,10 @@
-"""Servers that are started once for all integration tests that ask for them."""
+"""Servers that are started once for all integration tests that ask for them, and a store that is made once."""
 
 from collections.abc import Iterator
 
 import pytest
 
+from tests.integration.explored import explored  # noqa: F401 - a fixture
 from tests.integration.servers import MinioServer
 
 

@@ -7,7 +7,9 @@ import pytest
 
 import memtail
 from memtail.errors import ScoresError, StoreError
+from memtail.scores.fetch import open_scores
 from memtail.storage.s3 import S3Store
+from tests.integration.explored import publish_random
 from tests.integration.fake_s3 import FakeS3
 from tests.integration.test_run import batches, command, spec, version
 
@@ -103,3 +105,12 @@ def test_without_the_package_a_bucket_is_refused_in_one_line(tmp_path):
     assert result.returncode == 2 and result.stderr.endswith(
         "s3://bucket: this needs minio, which is not installed: pip install 'memtail[services]'\n"
     )
+
+
+def test_the_cache_keeps_the_scores_that_were_read_last_and_those_before(minio, declare, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
+    store = S3Store(minio.new_bucket(), settings=minio.settings())
+    for trials in (20, 30, 40):
+        publish_random(store, declare(40), trials)
+        assert open_scores(store, "digits").summary["trials"] == trials
+    assert sorted(int(folder.name.partition("-")[0]) for folder in tmp_path.glob("scores/*/digits/*")) == [30, 40]

@@ -76,6 +76,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     "monitoring": MONITORING,
     "host-cache": {"workers.cache": {"type": "hostPath", "path": "/data/memtail", "limit": 100}},
     "claimed-cache": {"workers.cache": {"type": "claim", "claim": "datasets", "limit": 0.5}},
+    "explorer": {"explorer.existingSecret": "look", "networkPolicy.explorerFrom": [{"namespaceSelector": {}}]},
     "no-policies": {"networkPolicy.enabled": False, "minio.storageClass": "fast"},
     "everything-of-a-pod": {f"{name}.{key}": value for name in COMPONENTS.values() for key, value in OF_A_POD.items()},
     "images": {
@@ -349,6 +350,26 @@ def test_the_aggregator_has_nothing_of_redis():
         found = Rendered(values)
         assert "MEMTAIL_BROKER_FILE" not in found.env("Deployment", "-aggregator")
         assert '"broker"' not in json.dumps(found.get("Deployment", "-aggregator"))
+
+
+def test_the_explorer_is_reached_by_nobody_or_by_whom_the_values_name_with_the_token_that_they_name():
+    trial, other = Rendered({}), Rendered(MATRIX["explorer"])
+    assert "MEMTAIL_EXPLORER_TOKEN_FILE" not in trial.env("Deployment", "-aggregator")
+    assert not [each for each in trial.of("NetworkPolicy") if 8080 in ports(each, "ingress")]
+    assert ports(other.get("NetworkPolicy", "-explorer"), "ingress") == [8080]
+    for rendered in (trial, other):
+        assert rendered.env("Deployment", "-aggregator")["MEMTAIL_EXPLORER_PORT"] == "8080"
+        assert "MEMTAIL_EXPLORER_PORT" not in rendered.env("Deployment", "-dispatcher")
+        assert {"name": "explorer", "port": 8080, "targetPort": "explorer"} in rendered.get("Service", "-aggregator")["spec"]["ports"]
+    [container] = other.get("Deployment", "-aggregator")["spec"]["template"]["spec"]["containers"]
+    [mount] = [each["mountPath"] for each in container["volumeMounts"] if each["name"] == "explorer"]
+    assert other.env("Deployment", "-aggregator")["MEMTAIL_EXPLORER_TOKEN_FILE"] == f"{mount}/token"
+    [volume] = [
+        each["secret"]
+        for each in other.get("Deployment", "-aggregator")["spec"]["template"]["spec"]["volumes"]
+        if each["name"] == "explorer"
+    ]
+    assert volume == {"secretName": "look", "defaultMode": 0o440, "items": [{"key": "token", "path": "token"}]}
 
 
 def test_pods_with_an_identity_have_no_key():

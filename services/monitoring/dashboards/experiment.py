@@ -9,7 +9,7 @@ _TRAINING = 'sum(memtail_trials{EXPERIMENT, state="training"})'
 _DEAD = 'sum(memtail_trials{EXPERIMENT, state="dead"})'
 _RESULTS = """\
 `memtail scores ${experiment} --fetch DIR` copies the score files, `memtail top ${experiment}` shows the most memorized examples. \
-Score files in a browser: ${files}  Explorer and report: ${pages}
+Score files in a browser: ${files}  Explorer and report: ${pages}/experiments/${experiment}
 """
 
 
@@ -209,4 +209,4 @@ def experiment() -> dashboard.Dashboard:
     }
     made = page("Experiment", "How one experiment goes, and how sharp its scores are.", rows, experiments="one")
     made.with_variable(dashboard.TextBoxVariable("files").label("Score files at").default_value("http://localhost:9001"))
-    return made.with_variable(dashboard.TextBoxVariable("pages").label("Pages at").default_value(""))
+    return made.with_variable(dashboard.TextBoxVariable("pages").label("Pages at").default_value("http://localhost:8080"))

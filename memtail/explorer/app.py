@@ -1,0 +1,207 @@
+"""The application: addresses, and the page or CSV at each. Every answer is to GET and changes nothing."""
+
+import math
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.exceptions import HTTPException
+
+from memtail.datasets.pictures import png
+from memtail.errors import MemtailError, ScoresError, StoreError
+from memtail.explorer import views
+from memtail.explorer.access import REPORT_POLICY, guard
+from memtail.explorer.library import Library, Opened
+from memtail.explorer.selection import ORDERS, QueryError, Selection, histogram
+from memtail.storage import ObjectNotFound, ObjectStore
+
+# Browsers ask for an image once a day: its address names the dataset's content.
+_IMAGE_AGE = "private, max-age=86400"
+_TYPES = {"html": "text/html; charset=utf-8", "svg": "image/svg+xml", "png": "image/png"}
+
+# Of `ExperimentProgress.to_json`.
+_OVERVIEW = (
+    "experiment",
+    "state",
+    "ending",
+    "trials",
+    "wanted",
+    "failed_attempts",
+    "published_trials",
+    "published",
+    "standard_error",
+    "test_accuracy",
+)
+
+Split = Literal["train", "test"]
+
+
+def create(store: ObjectStore, token: str | None = None) -> FastAPI:
+    """Make the application.
+
+    Args:
+        store: whose experiments it shows.
+        token: what whoever looks must give (see `memtail.explorer.access`).
+    """
+    app = FastAPI(title="memtail", openapi_url=None)
+    library, pages = Library(store), _Pages()
+    app.mount("/static", StaticFiles(packages=[("memtail.explorer", "static")]))
+    guard(app, token, pages.error)
+
+    @app.get("/")
+    def experiments() -> Response:
+        found, damaged = [], []
+        for name in library.names():
+            try:
+                found.append((library.progress(name), library.report(name), library.studies(name)))
+            except StoreError as error:  # the others can be shown all the same
+                damaged.append(f"{name}: {error}")
+        return pages.page("experiments.html", experiments=found, damaged=damaged, address=library.address)
+
+    @app.get("/experiments.csv")
+    def experiments_csv() -> Response:
+        rows = [library.progress(name).to_json() for name in library.names()]
+        return _csv("experiments", views.csv({column: [row[column] for row in rows] for column in _OVERVIEW}))
+
+    @app.get("/experiments/{name}")
+    def gallery(name: str, request: Request) -> Response:
+        progress, selection = library.progress(name), Selection.of(request.query_params)
+        try:
+            opened = library.open(name)
+        except ScoresError:
+            return pages.page("waiting.html", progress=progress)
+        return pages.page(
+            "gallery.html",
+            opened=opened,
+            progress=progress,
+            report=library.report(name),
+            studies=library.studies(name),
+            selection=selection,
+            gallery=views.gallery(opened, selection),
+            bars=histogram(opened.memorization, opened.lower_files, selection),
+            orders=ORDERS,
+        )
+
+    @app.get("/experiments/{name}/train.csv")
+    def gallery_csv(name: str, request: Request) -> Response:
+        return _csv(f"{name}-train", views.gallery_csv(library.open(name), Selection.of(request.query_params)))
+
+    @app.get("/experiments/{name}/train/{index}.csv")
+    def train_csv(name: str, index: int) -> Response:
+        opened = library.open(name)
+        return _csv(f"{name}-train-{index}", views.influenced_csv(opened, _known(opened, "train", index)))
+
+    @app.get("/experiments/{name}/test/{index}.csv")
+    def test_csv(name: str, index: int) -> Response:
+        opened = library.open(name)
+        return _csv(f"{name}-test-{index}", views.influencers_csv(opened, _known(opened, "test", index)))
+
+    @app.get("/experiments/{name}/train/{index}")
+    def train(name: str, index: int, request: Request) -> Response:
+        opened, selection = library.open(name), Selection.of(request.query_params)
+        _known(opened, "train", index)
+        return pages.page("train.html", opened=opened, selection=selection, **views.train_example(opened, index, selection))
+
+    @app.get("/experiments/{name}/test/{index}")
+    def test(name: str, index: int) -> Response:
+        opened = library.open(name)
+        _known(opened, "test", index)
+        return pages.page("test.html", opened=opened, **views.test_example(opened, index))
+
+    @app.get("/experiments/{name}/images/{split}/{index}.png")
+    def image(name: str, split: Split, index: int) -> Response:
+        opened = library.open(name)
+        _known(opened, split, index)
+        if opened.dataset is None:
+            raise HTTPException(404, opened.missing)
+        images = opened.dataset.train_images if split == "train" else opened.dataset.test_images
+        return Response(png(images[index]), media_type="image/png", headers={"Cache-Control": _IMAGE_AGE})
+
+    @app.get("/experiments/{name}/studies")
+    def studies(name: str) -> Response:
+        return pages.page("studies.html", name=name, studies=library.studies(name))
+
+    @app.get("/experiments/{name}/studies/{study}.svg")
+    def figure(name: str, study: str) -> Response:
+        for result in library.studies(name):
+            if result.study == study:
+                return Response(result.figure_svg(), media_type=_TYPES["svg"], headers={"Content-Security-Policy": REPORT_POLICY})
+        raise HTTPException(404, f"experiment '{name}' has no study '{study}'")
+
+    @app.get("/experiments/{name}/report/{file}")
+    def report(name: str, file: str) -> Response:
+        kind = _TYPES.get(file.rpartition(".")[2])
+        if kind is None:
+            raise HTTPException(404, f"the report has no file {file}")
+        return Response(library.report_file(name, file), media_type=kind, headers={"Content-Security-Policy": REPORT_POLICY})
+
+    @app.exception_handler(HTTPException)
+    def refused(request: Request, error: HTTPException) -> Response:
+        return pages.error(request, error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    def unknown(request: Request, error: RequestValidationError) -> Response:
+        del error
+        return pages.error(request, 404, f"there is nothing at {request.url.path[:100]}")
+
+    @app.exception_handler(MemtailError)
+    def failed(request: Request, error: MemtailError) -> Response:
+        status = 400 if isinstance(error, QueryError) else 404 if isinstance(error, ObjectNotFound | ScoresError) else 503
+        return pages.error(request, status, str(error))
+
+    return app
+
+
+class _Pages:
+    """The templates, and what all of them use."""
+
+    def __init__(self) -> None:
+        self._templates = Environment(
+            loader=PackageLoader("memtail.explorer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        self._templates.filters |= {"decimal": _decimal, "percent": _percent, "moment": _moment}
+        self._templates.globals |= {"ORDERS": ORDERS, "release": version("memtail")}
+
+    def page(self, template: str, code: int = 200, **values: Any) -> Response:
+        """A page."""
+        return Response(self._templates.get_template(template).render(values), code, media_type="text/html; charset=utf-8")
+
+    def error(self, request: Request, status: int, line: str) -> Response:
+        """The page that says what is wrong; where a token is needed, with a place to give it."""
+        query = [(key, value) for key, value in request.query_params.multi_items() if key != "token"]
+        response = self.page("error.html", status, status=status, line=line, query=query)
+        if status == 401:
+            response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+
+def _known(opened: Opened, split: Split, index: int) -> int:
+    count = opened.scores.summary["n_train" if split == "train" else "n_test"]
+    if not 0 <= index < count:
+        raise HTTPException(404, f"there is no {split} example {index}: there are {count:,}, from 0")
+    return index
+
+
+def _csv(name: str, data: bytes) -> Response:
+    return Response(data, media_type="text/csv; charset=utf-8", headers={"Content-Disposition": f'attachment; filename="{name}.csv"'})
+
+
+def _decimal(value: float, digits: int = 2) -> str:
+    """A score with so many decimals and a true minus sign."""
+    if math.isnan(value):
+        return "none"
+    text = f"{value:.{digits}f}"
+    return text[1:] if float(text) == 0 and text[0] == "-" else text.replace("-", "−")
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return "none" if math.isnan(value) else f"{100 * value:.{digits}f}%"
+
+
+def _moment(published: str) -> str:
+    return f"{datetime.fromisoformat(published).astimezone(UTC):%d %b %Y, %H:%M} UTC"

@@ -1,0 +1,41 @@
+// Improves pages that work without it: progress is read anew, and arrow keys move in galleries and from one example to the next.
+"use strict";
+
+const EVERY = 5000;
+
+async function renew() {
+  const parts = document.querySelectorAll("[data-live]");
+  if (!parts.length || document.hidden) return;
+  const answer = await fetch(location.href, {credentials: "same-origin"});
+  if (!answer.ok) return;
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  for (const part of parts) {
+    const now = page.getElementById(part.id);
+    if (!now || now.innerHTML === part.innerHTML) continue;
+    const focused = part.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+    part.replaceChildren(...now.childNodes);
+    if (focused) part.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
+  }
+}
+
+setInterval(() => renew().catch(() => {}), EVERY);
+
+document.addEventListener("keydown", (event) => {
+  if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1}[event.key];
+  const focused = document.activeElement;
+  if (!step || focused.matches("input, select, textarea")) return;
+  const across = event.key === "ArrowLeft" || event.key === "ArrowRight";
+  const grid = focused.closest(".grid");
+  if (grid) {
+    const links = [...grid.querySelectorAll("a")];
+    const columns = links.filter((link) => link.offsetTop === links[0].offsetTop).length;
+    const next = links[links.indexOf(focused) + step * (across ? 1 : columns)];
+    if (next) {
+      next.focus();
+      event.preventDefault();
+    }
+  } else if (across) {
+    document.querySelector(`a[rel="${step < 0 ? "prev" : "next"}"]`)?.click();
+  }
+});

@@ -1,0 +1,303 @@
+"""The explorer's answers: every view and its CSV, what it refuses, and that nothing in a store becomes markup."""
+
+import csv
+import io
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from memtail.experiment import Experiment
+from memtail.explorer.app import create
+from memtail.scores.fetch import open_scores
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from memtail.studies.result import StudyResult
+from tests.integration.explored import CLASSES, FORMULA, MARKUP, TRIALS, publish_random
+
+HERE = "http://localhost"
+
+
+class Page(HTMLParser):
+    """A page's elements as (tag, attributes), and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def links(self, pattern: str) -> list[str]:
+        """The addresses that links lead to, as far as they match."""
+        return [found[1] for tag, each in self.elements if tag == "a" and (found := re.fullmatch(pattern, each["href"] or ""))]
+
+
+@pytest.fixture(scope="module")
+def client(explored):
+    return TestClient(create(explored), base_url=HERE)
+
+
+@pytest.fixture(scope="module")
+def scores(explored):
+    return open_scores(explored, "digits")
+
+
+def page(client: TestClient, path: str, status: int = 200) -> Page:
+    answer = client.get(path)
+    assert answer.status_code == status, answer.text
+    return Page(answer.text)
+
+
+def table(client: TestClient, path: str) -> list[dict[str, str]]:
+    answer = client.get(path)
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/csv")
+    return list(csv.DictReader(io.StringIO(answer.text)))
+
+
+def shown(client: TestClient, path: str) -> list[int]:
+    """The training examples in a gallery, page by page as its links lead."""
+    found = page(client, path)
+    rows = [int(index) for index in found.links(r"/experiments/digits/train/(\d+)(?:\?.*)?")]
+    after = [each["href"] for tag, each in found.elements if tag == "a" and each.get("rel") == "next"]
+    return rows + (shown(client, after[0]) if after else [])
+
+
+def test_the_first_page_has_every_experiment_and_how_far_it_is(client):
+    found = page(client, "/")
+    assert found.links("/experiments/([a-z]+)") == ["digits", "odd", "young"]
+    progress = [(each["value"], each["max"]) for tag, each in found.elements if tag == "progress"]
+    assert progress == [(str(TRIALS),) * 2, ("0", str(TRIALS)), ("0", str(TRIALS))]
+    assert f"Scores of {TRIALS} trials" in found.text and "No scores yet" in found.text
+    assert [row["experiment"] for row in table(client, "/experiments.csv")] == ["digits", "odd", "young"]
+    assert "There are no scores yet" in page(client, "/experiments/young").text
+
+
+@pytest.mark.parametrize(
+    ("query", "chosen", "order"),
+    [
+        ("", lambda m: m["mem"] > -2, lambda m: -m["mem"]),
+        ("?from=0.25&sort=least", lambda m: m["mem"] >= 0.25, lambda m: m["mem"]),
+        ("?class=3&to=0.1&sort=hardest", lambda m: (m["label"] == 3) & (m["mem"] < 0.1), lambda m: m["p_out"]),
+        ("?from=-0.05&to=0.05&sort=easiest", lambda m: (m["mem"] >= -0.05) & (m["mem"] < 0.05), lambda m: -m["p_out"]),
+        ("?sort=class&from=0.5", lambda m: m["mem"] >= 0.5, lambda m: m["label"]),
+        ("?sort=index&class=7", lambda m: m["label"] == 7, lambda m: m["index"]),
+        ("?q=17", lambda m: m["index"] == 17, lambda m: m["index"]),
+    ],
+)
+def test_a_gallery_and_its_csv_have_the_examples_asked_for_in_the_order_asked_for(client, scores, query, chosen, order):
+    rows = shown(client, f"/experiments/digits{query}")
+    mem = scores.memorization
+    assert sorted(rows) == np.flatnonzero(chosen(mem)).tolist() and len(rows)
+    keys_ = order(mem)[rows]
+    assert (np.diff(keys_) >= 0).all()
+    ties = np.diff(keys_) == 0
+    assert query.startswith("?sort=least") or (np.diff(-mem["mem"][rows])[ties] >= 0).all() or "index" in query
+    listed = table(client, f"/experiments/digits/train.csv{query}")
+    assert [int(row["index"]) for row in listed] == rows
+    assert [float(row["mem"]) for row in listed] == mem["mem"][rows].tolist()
+    assert {row["class"] for row in listed} == {str(label) for label in mem["label"][rows]}
+
+
+def test_each_bar_of_the_histogram_leads_to_as_many_examples_as_it_has(client):
+    found = page(client, "/experiments/digits?class=1")
+    bars = [each for tag, each in found.elements if tag == "a" and "with memorization" in (each.get("aria-label") or "")]
+    counts = [int(each["aria-label"].split()[0].replace(",", "")) for each in bars]
+    assert sum(counts) == len(table(client, "/experiments/digits/train.csv?class=1"))
+    for bar, count in zip(bars, counts, strict=True):
+        assert count == len(shown(client, bar["href"]))
+
+
+def test_an_example_shows_whom_it_helps_and_hurts_and_these_who_helps_and_hurts_them(client, scores):
+    train = int(scores.most_memorized(1)["index"][0])
+    block = scores.influence(train=train)
+    rows = table(client, f"/experiments/digits/train/{train}.csv")
+    found = page(client, f"/experiments/digits/train/{train}")
+    assert found.links(r"/experiments/digits/test/(\d+)") == [row["tt_idx"] for row in rows]
+    values = [float(row["infl"]) for row in rows]
+    assert values == block.value[0, [int(row["tt_idx"]) for row in rows]].tolist()
+    assert [float(row["infl_se"]) for row in rows] == block.error[0, [int(row["tt_idx"]) for row in rows]].tolist()
+    assert values[0] == block.value.max() and min(values) == block.value.min()
+    test = int(rows[0]["tt_idx"])
+    rows = table(client, f"/experiments/digits/test/{test}.csv")
+    found = page(client, f"/experiments/digits/test/{test}")
+    assert found.links(r"/experiments/digits/train/(\d+)") == [row["tr_idx"] for row in rows]
+    column = scores.influence(test=test).value[:, 0]
+    values = [float(row["infl"]) for row in rows]
+    assert values == column[[int(row["tr_idx"]) for row in rows]].tolist()
+    assert values[0] == np.nanmax(column) and min(values) == np.nanmin(column)
+    assert all(float(row["mem"]) == scores.memorization["mem"][int(row["tr_idx"])] for row in rows)
+
+
+def test_images_are_those_of_the_dataset(client, digits):
+    for split, images in (("train", digits.train_images), ("test", digits.test_images)):
+        answer = client.get(f"/experiments/digits/images/{split}/5.png")
+        assert answer.headers["content-type"] == "image/png"
+        assert (np.asarray(Image.open(io.BytesIO(answer.content))) == images[5, :, :, 0]).all()
+
+
+def test_an_example_without_an_estimate_says_so_and_comes_last(client):
+    found = page(client, "/experiments/odd")
+    assert found.links(r"/experiments/odd/train/(\d+)")[-1] == "7"
+    text = page(client, "/experiments/odd/train/7").text
+    assert "none" in text and "nan" not in text.lower() and "It helps none" in text
+
+
+def test_names_of_files_and_classes_are_text_and_no_formulas(client):
+    paths = ["", "?q=onerror", "/train/0", "/train/4", "/test/1"]
+    for path in paths:
+        found = page(client, f"/experiments/odd{path}")
+        assert not [each for tag, each in found.elements if tag == "b" or each.get("src") == "x" or "onerror" in each]
+        assert CLASSES[0] in found.text
+    assert MARKUP in page(client, "/experiments/odd/train/" + table(client, "/experiments/odd/train.csv?q=onerror")[0]["index"]).text
+    rows = table(client, "/experiments/odd/train.csv?class=1")
+    assert {row["class"] for row in rows} == {f"'{CLASSES[1]}"}
+    names = {row["filename"] for row in rows}
+    assert f"'{CLASSES[1]}/{FORMULA}" in names and len(names) == 4
+    assert [row["class"] for row in table(client, "/experiments/odd/test/0.csv")]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/experiments/none",
+        "/experiments/..%2f..%2fetc",
+        "/experiments/digits/train/1438",
+        "/experiments/digits/train/-1",
+        "/experiments/digits/train/x",
+        f"/experiments/digits/train/{'9' * 5000}",
+        "/experiments/digits/test/360.csv",
+        "/experiments/digits/images/train/1438.png",
+        "/experiments/digits/images/..%2f..%2fexperiment/0.png",
+        "/experiments/digits/images/other/0.png",
+        "/experiments/digits/report/report.html",
+        "/experiments/digits/report/..%2f..%2fexperiment.json",
+        "/experiments/digits/studies/none.svg",
+        "/experiments/young/train.csv",
+        "/static/..%2fapp.py",
+        "/static/../app.py",
+        "/docs",
+        "/none",
+    ],
+)
+def test_what_is_not_there_is_a_page_that_says_so(client, path):
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert "<h1>Not found</h1>" in answer.text and "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize("query", ["from=x", "to=nan", "from=3", "class=-1", "sort=best", "page=0", "page=1e99", "q=" + "x" * 300])
+def test_a_query_that_makes_no_sense_is_named(client, query):
+    assert query.partition("=")[0].capitalize() + " is" in page(client, f"/experiments/digits?{query}", 400).text
+
+
+def test_headers_keep_browsers_from_running_or_loading_anything_else(client):
+    for path in ("/", "/experiments/digits", "/experiments/digits/images/train/0.png", "/static/explorer.js", "/none"):
+        headers = client.get(path).headers
+        policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+        assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == policy["img-src"] == "'self'"
+        assert policy["frame-ancestors"] == policy["base-uri"] == "'none'" and policy["form-action"] == "'self'"
+        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+    html = client.get("/experiments/digits").text
+    assert not re.search(r"<script(?! src=)|\sstyle=|\son\w+=|<style|https?://", html.replace("http://www.w3.org", ""))
+
+
+def test_without_a_token_it_answers_under_no_name_that_somebody_else_may_give_it(explored):
+    app = create(explored)
+    hosts = {
+        "localhost": 200,
+        "localhost:8080": 200,
+        "127.0.0.1:8080": 200,
+        "[::1]:8080": 200,
+        "10.0.0.7": 200,
+        "evil.example": 403,
+        "": 403,
+    }
+    for host, status in hosts.items():
+        assert TestClient(app, base_url=HERE).get("/", headers={"Host": host}).status_code == status, host
+
+
+def test_with_a_token_nothing_is_shown_without_it(explored):
+    token = "s e;c\u00fcret"
+    app = create(explored, token)
+    client = TestClient(app, base_url="http://memtail.example", follow_redirects=False)
+    for path in ("/", "/experiments/digits", "/experiments/digits/images/train/0.png", "/experiments.csv", "/none"):
+        answer = client.get(path)
+        assert answer.status_code == 401 and "digits" not in answer.text
+        assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert client.get(path, headers={"Cookie": "memtail-explorer=wrong"}).status_code == 401
+        assert client.get(path, params={"token": "wrong"}).status_code == 401
+    bearer = f"Bearer {token}".encode()
+    assert client.get("/experiments.csv", headers={"Authorization": bearer}).status_code == 200
+    given = client.get("/experiments/digits", params={"token": token, "class": "3"})
+    assert given.status_code == 303 and given.headers["location"] == "/experiments/digits?class=3"
+    cookie = given.headers["set-cookie"].lower()
+    assert "httponly" in cookie and "samesite=strict" in cookie and token not in given.headers["set-cookie"]
+    assert client.get("/experiments/digits").status_code == 200
+    assert client.get("http://memtail.example//evil.example/x", params={"token": token}).headers["location"] == "/evil.example/x"
+
+
+def test_a_newer_version_is_shown_once_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("memtail.explorer.library._FRESH", 0.0)
+    store = LocalStore(tmp_path)
+    spec = {"name": "digits", "dataset": {"name": "digits"}, "model": {"name": "mlp", "hidden": [16]}, "subsets": {"trials": 40}}
+    publish_random(store, Experiment.parse(spec), 20)
+    app = create(store)
+    client = TestClient(app, base_url=HERE)
+    assert "Scores of 20 trials" in client.get("/experiments/digits").text
+    publish_random(store, Experiment.parse(spec), 40)
+    assert "scores of 40 trials are published" in client.get("/experiments/digits").text
+    deadline = time.monotonic() + 60
+    while "Scores of 40 trials" not in (text := client.get("/experiments/digits/train/0").text) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "Scores of 40 trials" in text
+
+
+def test_reports_and_studies_are_led_to_where_there_are_any(explored, tmp_path):
+    store = LocalStore(tmp_path)
+    for key in list(explored.list("experiments/digits/")):
+        store.put(key, explored.get(key))
+    store.put(keys.report("digits", "v1") + "report.html", b"<p style='color:red'>report")
+    store.put(keys.latest_report("digits"), json.dumps({"version": "v1"}).encode())
+    result = StudyResult(store, "digits", "removal", "What <they> do", ["It costs 2.5 ± 0.2 points."], 30, ["digits"], {}, {})
+    store.put(keys.study("digits", "removal") + "result.json", json.dumps(result.to_json()).encode())
+    store.put(keys.study("digits", "removal") + "figure.svg", b"<svg/>")
+    client = TestClient(create(store), base_url=HERE)
+    for path in ("/", "/experiments/digits"):
+        assert page(client, path).links("/experiments/digits/(report/report.html|studies)") == ["report/report.html", "studies"]
+    answer = client.get("/experiments/digits/report/report.html")
+    assert answer.text.endswith("report") and "script-src" not in answer.headers["content-security-policy"]
+    text = page(client, "/experiments/digits/studies").text
+    assert "What <they> do" in text and "It costs 2.5 ± 0.2 points." in text
+    assert client.get("/experiments/digits/studies/removal.svg").headers["content-type"] == "image/svg+xml"
+
+
+def test_a_damaged_experiment_hides_no_other(explored, tmp_path):
+    store = LocalStore(tmp_path)
+    store.put(keys.experiment("broken"), b"{")
+    for key in list(explored.list("experiments/young/")):
+        store.put(key, explored.get(key))
+    client = TestClient(create(store), base_url=HERE)
+    found = page(client, "/")
+    assert found.links("/experiments/([a-z]+)") == ["young"] and "broken/experiment.json: is corrupt" in found.text
+    assert "is corrupt" in page(client, "/experiments/broken", 503).text
+
+
+def test_scores_are_shown_where_the_images_are_lost(explored, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
+    client = TestClient(create(explored), base_url=HERE)
+    found = page(client, "/experiments/digits")
+    assert "No images: dataset" in found.text and "no image" in found.text and "class 3" in found.text
+    assert client.get("/experiments/digits/images/train/0.png").status_code == 404
+    assert len(table(client, "/experiments/digits/train.csv")) == 1438

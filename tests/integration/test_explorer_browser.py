@@ -1,0 +1,137 @@
+"""The explorer in a real Chromium: by keyboard, at phone width, and judged by axe."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from memtail.storage.local import LocalStore
+from tests.integration.servers import free_port, server_binary
+
+# Of every kind of page one.
+PAGES = ["/", "/experiments/digits", "/experiments/young", "/experiments/odd/train/0?from=0", "/experiments/digits/test/1", "/none"]
+
+
+@pytest.fixture(scope="module")
+def address(explored: LocalStore) -> Iterator[str]:
+    """Of `memtail explore` as a process."""
+    address = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "memtail", "explore", "--store", str(explored.root), "--port", address.rpartition(":")[2]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None and address in process.stdout.readline()
+    yield address
+    process.terminate()
+    assert process.wait(30) in (0, -15, 143)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=server_binary("chromium"), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, address: str) -> Iterator[Page]:
+    """A page of whose scripts, styles and images nothing was refused, at the end."""
+    context = chromium.new_context(base_url=address)
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert [error for error in errors if "status of 404" not in error] == []
+
+
+def tab_to(page: Page, selector: str) -> None:
+    """Press Tab until something has the focus."""
+    for _ in range(200):
+        page.keyboard.press("Tab")
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+    pytest.fail(f"Tab does not reach {selector}")
+
+
+def test_from_the_gallery_to_who_helps_whom_and_back_by_keyboard_alone(page: Page) -> None:
+    page.goto("/")
+    tab_to(page, "a[href='/experiments/digits']")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/experiments/digits")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # skips what comes before the content
+    tab_to(page, ".grid a")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowRight")
+    second = page.locator(".grid a").nth(1).get_attribute("href")
+    assert page.evaluate("document.activeElement.getAttribute('href')") == second
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"**{second}")
+    tab_to(page, ".grid a[href*='/test/']")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/test/*")
+    tab_to(page, ".grid a[href*='/train/']")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/train/*")
+    third = page.url
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url(lambda url: "/train/" in url and url != third)
+    tab_to(page, ".crumbs a[href^='/experiments/']")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/experiments/digits?page=*")
+
+
+def test_a_bar_and_the_form_choose_what_the_gallery_shows(page: Page) -> None:
+    page.goto("/experiments/digits")
+    bar = page.locator(".histogram a[href*='from=0.5&']")
+    count = bar.get_attribute("aria-label").split()[0]
+    bar.locator(".hit").click()
+    page.wait_for_url("**from=0.5&to=0.55")
+    assert page.locator("#shown").inner_text().startswith(f"{count} training example")
+    assert page.locator(".histogram a:not(.out)").count() == 1
+    page.get_by_role("spinbutton", name="Memorization from").fill("0.25")
+    page.get_by_role("spinbutton", name="to below").fill("")
+    page.locator("select[name=class]").select_option("8")
+    page.locator("select[name=sort]").select_option("index")
+    page.get_by_role("button", name="Show").click()
+    page.wait_for_url("**class=8**")
+    assert {tile.strip() for tile in page.locator(".grid .class").all_inner_texts()} == {"8"}
+    values = [float(score.split()[0]) for score in page.locator(".grid .score").all_inner_texts()]
+    assert values and min(values) >= 0.245
+
+
+def test_progress_is_read_anew_without_losing_the_focus(page: Page) -> None:
+    page.goto("/")
+    page.locator("a[href='/experiments/young']").focus()
+    page.evaluate("document.getElementById('experiments').querySelector('p').textContent = 'what was read long ago'")
+    expect(page.get_by_text("what was read long ago")).to_have_count(0, timeout=60_000)
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "/experiments/young"
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_fit_a_phone_and_axe_finds_nothing(page: Page, path: str) -> None:
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": 360, "height": 740})
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        found = Axe().run(page).response["violations"]
+        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
+
+
+def test_markup_in_names_runs_nothing(page: Page) -> None:
+    page.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
+    for path in ("/experiments/odd?q=onerror", "/experiments/odd/train/0", "/experiments/odd/test/0"):
+        page.goto(path)
+        assert page.locator("b, [onerror]").count() == 0
+        loaded = "[...document.images].every(image => image.loading == 'lazy' || image.naturalWidth == 8)"
+        assert page.evaluate(loaded)
