@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import random
+import queue
 import subprocess
 import threading
 import time
@@ -56,24 +56,41 @@ class Pods:
         self._part = part
         self._workers: dict[str, _Worker] = {}
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._follow, self._end)]
         self.committed: Counter[str] = Counter()
         self.most = 0
 
     def __enter__(self) -> "Pods":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         for worker in self._workers.values():
             worker.stop()
 
     def end(self, name: str) -> None:
-        """Have a pod succeed."""
+        """Have a pod succeed, before long."""
+        self._ended.put(name)
+
+    def _end(self) -> None:
+        """One after another: a thousand at once would be all that the API server does."""
         patch = {"metadata": {"annotations": {"memtail-test/exit-code": "0"}}}
-        self._core.patch_namespaced_pod(name, self.namespace, patch, _request_timeout=10)
+        while not self._over.is_set():
+            try:
+                name = self._ended.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            try:
+                self._core.patch_namespaced_pod(name, self.namespace, patch, _request_timeout=10)
+            except (client.ApiException, urllib3.exceptions.HTTPError):
+                if name in self._workers:
+                    self._ended.put(name)
+                    self._over.wait(0.5)
 
     def _follow(self) -> None:
         while not self._over.is_set():
@@ -132,16 +149,14 @@ class _Worker:
             try:
                 message = broker.redis.rpop(f"memtail:shards.{self._settings.experiment}")
                 if message is None:
-                    self._stopped.wait(0.2)
+                    self._stopped.wait(min(1.0, self._pods.rest / 10))
                     continue
                 self._train(broker, _assignment(message))
                 idle_since = time.monotonic()
             except (redis.RedisError, StoreError):
                 self._stopped.wait(1)
-        while not self._stopped.is_set():
-            with contextlib.suppress(client.ApiException, urllib3.exceptions.HTTPError):
-                self._pods.end(self._name)
-            self._stopped.wait(random.uniform(1, 5))
+        if not self._stopped.is_set():
+            self._pods.end(self._name)
 
     def _train(self, broker: Broker, assignment: Assignment) -> None:
         key = keys.trial_batch(assignment.experiment, assignment.first, assignment.last)
