@@ -2,9 +2,10 @@
 
 from grafana_foundation_sdk.builders import dashboard
 
-from services.monitoring.dashboards.parts import GREEN, ORANGE, RED, Rows, course, number, page, share
+from services.monitoring.dashboards.parts import GREEN, ORANGE, RED, Rows, course, grown, number, page, share
 
 _BUSY = "sum(memtail_worker_devices_busy{NAMESPACE}) / sum(memtail_worker_devices{NAMESPACE})"
+_FAILED = 'memtail_shard_attempts_total{EXPERIMENT, outcome=~"failed|died"}'
 _BY_PHASE = "sum by (phase) (memtail_trial_phase_seconds_{}{{EXPERIMENT}})"
 
 
@@ -49,7 +50,7 @@ def fleet() -> dashboard.Dashboard:
                 "Failed attempts",
                 "Attempts at a shard in the last hour that failed, or whose process died. Each is tried three times.",
                 "short",
-                ('sum(increase(memtail_shard_attempts_total{EXPERIMENT, outcome=~"failed|died"}[1h]))', ""),
+                (f"sum{grown(_FAILED, '1h')}", ""),
                 decimals=0,
                 thresholds=((None, GREEN), (1, RED)),
                 none="0",
@@ -77,7 +78,7 @@ def fleet() -> dashboard.Dashboard:
                 "Pods in trouble",
                 "Pods of workers that failed, were taken away, or do not start, by the reason that the cluster gives.",
                 "short",
-                ("sum by (reason) (increase(memtail_fleet_pod_troubles_total{NAMESPACE}[$__rate_interval]))", "{{reason}}"),
+                (f"sum by (reason) {grown('memtail_fleet_pod_troubles_total{NAMESPACE}', '$__rate_interval')}", "{{reason}}"),
                 stacked=True,
             ),
             course(

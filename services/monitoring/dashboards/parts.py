@@ -35,6 +35,11 @@ def expression(text: str) -> str:
     return text
 
 
+def grown(counter: str, window: str) -> str:
+    """By how much a counter has grown. `increase` alone misses what one had counted before it was first looked at, often all there is."""
+    return f"(({counter} unless {counter} offset {window}) or increase({counter}[{window}]))"
+
+
 def _targets(queries: tuple[Query, ...], instant: bool = False, format_: PromQueryFormat = PromQueryFormat.TIME_SERIES) -> list[Any]:
     targets = []
     for ref_id, (expr, legend) in zip("ABCDEF", queries, strict=False):
@@ -206,10 +211,9 @@ class _PrometheusAnnotation(models.AnnotationQuery):
 def _marks(selected: str) -> list[Builder[models.AnnotationQuery]]:
     """What is marked in all panels: when scores were published, and what failed."""
     published = f"1000 * max by (experiment) (memtail_scores_published_timestamp_seconds{{{selected}}})"
-    failed = (
-        f"sum by (experiment, outcome) (increase(memtail_shard_attempts_total{{{selected}, outcome=~'failed|died'}}[$__rate_interval])) > 0"
-    )
-    troubles = "sum by (reason) (increase(memtail_fleet_pod_troubles_total{NAMESPACE}[$__rate_interval])) > 0"
+    attempts = f"memtail_shard_attempts_total{{{selected}, outcome=~'failed|died'}}"
+    failed = f"sum by (experiment, outcome) {grown(attempts, '$__rate_interval')} > 0"
+    troubles = f"sum by (reason) {grown('memtail_fleet_pod_troubles_total{NAMESPACE}', '$__rate_interval')} > 0"
     return [
         _events("Scores published", published, "{{experiment}}: scores published", "experiment", BLUE, value_is_time=True),
         _events("Shards failed", failed, "{{experiment}}: a shard {{outcome}}", "experiment,outcome", RED),
