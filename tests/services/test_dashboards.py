@@ -75,6 +75,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
             began = time.time()
             archive = cluster.submit(Experiment.parse(spec), digits)
             broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
+            # whichever worker had the failure, Prometheus is to have seen it before one is killed
+            cluster.until(lambda: prometheus.at(time.time(), "memtail_shard_attempts_total{outcome='failed'} > 0"), 300)
             cluster.until(lambda: len(archive.committed()) > 2 and len(broker.leased()) == 2, 300)
             services[-1].kill()
             cluster.until_published(archive, TRIALS, 300)
