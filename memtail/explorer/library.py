@@ -1,6 +1,5 @@
 """The experiments of a store as pages need them: read anew after some seconds, and the scores kept open from one page to the next."""
 
-import json
 import threading
 import time
 from collections import OrderedDict, defaultdict
@@ -17,6 +16,7 @@ from memtail.datasets.image_dataset import ImageDataset
 from memtail.datasets.staging import fetch
 from memtail.errors import DatasetError, MemtailError, ScoresError
 from memtail.progress import ExperimentProgress, progress_of
+from memtail.report.publish import latest_report
 from memtail.scores.fetch import open_scores
 from memtail.scores.pointer import latest_version
 from memtail.scores.reader import Column, Scores
@@ -119,7 +119,7 @@ class Library:
 
     def report(self, name: str) -> str | None:
         """The version of the published report; None if there is none. Raises: StoreError."""
-        version: str | None = self._fresh(("report", name), lambda: _report_version(self._store, name))
+        version: str | None = self._fresh(("report", name), lambda: (latest_report(self._store, name) or {}).get("version"))
         return version
 
     def report_file(self, name: str, file: str) -> bytes:
@@ -205,10 +205,3 @@ class Library:
                 value = read()
                 self._seen[what] = time.monotonic(), value
             return value
-
-
-def _report_version(store: ObjectStore, name: str) -> str | None:
-    try:
-        return str(json.loads(store.get(keys.latest_report(name)))["version"])
-    except (ObjectNotFound, ValueError, KeyError, TypeError):
-        return None

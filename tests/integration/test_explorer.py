@@ -269,7 +269,8 @@ def test_reports_and_studies_are_led_to_where_there_are_any(explored, tmp_path):
     for key in list(explored.list("experiments/digits/")):
         store.put(key, explored.get(key))
     store.put(keys.report("digits", "v1") + "report.html", b"<p style='color:red'>report")
-    store.put(keys.latest_report("digits"), json.dumps({"version": "v1"}).encode())
+    pointer = {"version": "v1", "files": ["report.html"], "page": "report.html", "scores": "00000001-0", "studies": {}}
+    store.put(keys.latest_report("digits"), json.dumps(pointer).encode())
     result = StudyResult(store, "digits", "removal", "What <they> do", ["It costs 2.5 ± 0.2 points."], 30, ["digits"], {}, {})
     store.put(keys.study("digits", "removal") + "result.json", json.dumps(result.to_json()).encode())
     store.put(keys.study("digits", "removal") + "figure.svg", b"<svg/>")
