@@ -20,7 +20,7 @@ class Interval:
 
     def __str__(self) -> str:
         """In percent, or percentage points: `1.91 ± 0.26`."""
-        return f"{100 * self.value:.2f} ± {100 * self.half:.2f}"
+        return f"{100 * self.value:z.2f} ± {100 * self.half:.2f}"
 
 
 def mean(values: Floats) -> Interval:
