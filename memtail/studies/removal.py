@@ -242,7 +242,7 @@ def _draw_thresholds(planned: Removal, baseline: Interval, rest: list[_Lost]) ->
         for first, label, marker in ((0, "mem ≥ θ removed", "o"), (1, "as many at random", "s")):
             bands = [mean(lost.accuracies) for lost in rest[first::2]]
             centre, half = (100 * np.array([getattr(band, part) for band in bands]) for part in ("value", "half"))
-            (line,) = accuracy.plot(thetas, centre, marker=marker, label=label)
+            line, *_ = accuracy.errorbar(thetas, centre, half, marker=marker, capsize=3, label=label)  # a single theta has no band
             accuracy.fill_between(thetas, centre - half, centre + half, color=line.get_color(), alpha=0.2, linewidth=0)
         accuracy.set(
             ylabel="test accuracy (%)", title=f"{planned.name}: {planned.repeats} models each, bands are {CONFIDENCE:.0%} intervals"
