@@ -19,6 +19,7 @@ from memtail.explorer.access import REPORT_POLICY, guard
 from memtail.explorer.library import Library, Opened
 from memtail.explorer.selection import ORDERS, QueryError, Selection, histogram
 from memtail.storage import ObjectNotFound, ObjectStore
+from memtail.studies.result import StudyResult
 
 # Browsers ask for an image once a day: its address names the dataset's content.
 _IMAGE_AGE = "private, max-age=86400"
@@ -56,9 +57,10 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
     @app.get("/")
     def experiments() -> Response:
         found, damaged = [], []
-        for name in library.names():
+        for name, trained in library.own_names().items():
             try:
-                found.append((library.progress(name), library.report(name), library.studies(name)))
+                training = [library.progress(each) for each in trained]
+                found.append((library.progress(name), library.report(name), library.studies(name), training))
             except StoreError as error:  # the others can be shown all the same
                 damaged.append(f"{name}: {error}")
         return pages.page("experiments.html", experiments=found, damaged=damaged, address=library.address)
@@ -128,10 +130,11 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
 
     @app.get("/experiments/{name}/studies/{study}.svg")
     def figure(name: str, study: str) -> Response:
-        for result in library.studies(name):
-            if result.study == study:
-                return Response(result.figure_svg(), media_type=_TYPES["svg"], headers={"Content-Security-Policy": REPORT_POLICY})
-        raise HTTPException(404, f"experiment '{name}' has no study '{study}'")
+        return Response(_study(name, study).figure_svg(), media_type=_TYPES["svg"], headers={"Content-Security-Policy": REPORT_POLICY})
+
+    @app.get("/experiments/{name}/studies/{study}.csv")
+    def study_csv(name: str, study: str) -> Response:
+        return _csv(f"{name}-{study}", views.csv(_study(name, study).table()))
 
     @app.get("/experiments/{name}/report/{file}")
     def report(name: str, file: str) -> Response:
@@ -139,6 +142,12 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
         if kind is None:
             raise HTTPException(404, f"the report has no file {file}")
         return Response(library.report_file(name, file), media_type=kind, headers={"Content-Security-Policy": REPORT_POLICY})
+
+    def _study(name: str, study: str) -> StudyResult:
+        for result in library.studies(name):
+            if result.study == study:
+                return result
+        raise HTTPException(404, f"experiment '{name}' has no study '{study}'")
 
     @app.exception_handler(HTTPException)
     def refused(request: Request, error: HTTPException) -> Response:

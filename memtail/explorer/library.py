@@ -22,6 +22,7 @@ from memtail.scores.pointer import latest_version
 from memtail.scores.reader import Column, Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore, keys
+from memtail.studies.names import studied
 from memtail.studies.result import StudyResult, load_results
 
 log = structlog.get_logger()
@@ -110,6 +111,15 @@ class Library:
         """The experiments. Raises: StoreError."""
         names: list[str] = self._fresh("names", lambda: experiment_names(self._store))
         return names
+
+    def own_names(self) -> dict[str, list[str]]:
+        """The experiments but for those that studies of others train, each with those that its studies train. Raises: StoreError."""
+        names = self.names()
+        own: dict[str, list[str]] = {name: [] for name in names if studied(name) not in names}
+        for name in names:
+            if name not in own:
+                own.setdefault(str(studied(name)), []).append(name)
+        return own
 
     def progress(self, name: str) -> ExperimentProgress:
         """How far an experiment is, as of some seconds ago. Raises: ObjectNotFound: there is none of this name; StoreError."""

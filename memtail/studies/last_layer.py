@@ -15,6 +15,7 @@ from memtail.experiment import Experiment
 from memtail.scores.fetch import open_scores
 from memtail.scores.reader import Scores
 from memtail.storage import ObjectStore
+from memtail.studies.names import trained_by
 from memtail.studies.result import StudyResult, write_result
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def plan_last_layer(record: Record, features: ImageDataset) -> Experiment:
         SpecError: its name would be too long.
     """
     experiment = record.experiment
-    name = f"{experiment.name}.last-layer-{features.fingerprint[:8]}"
+    name = trained_by(experiment.name, "last-layer", features.fingerprint)
     declaration = experiment.model_dump(mode="json", exclude={"record"}) | {
         "name": name,
         "dataset": {"name": "arrays", "root": str(features.folder)},

@@ -72,6 +72,18 @@ class StudyResult:
         """The figure, as the text of an SVG file. Raises: ObjectNotFound, StoreError."""
         return self.store.get(self.prefix + FIGURE_SVG).decode()
 
+    def table(self) -> dict[str, Any]:
+        """The columns of `result.parquet`. Raises: ObjectNotFound, StoreError."""
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        key = self.prefix + TABLE
+        try:
+            columns = pyarrow.parquet.read_table(io.BytesIO(self.store.get(key))).to_pydict()
+        except pa.ArrowException as error:
+            raise StoreError(f"{key}: is damaged ({error}): run the study again") from None
+        return dict(columns)
+
     def to_json(self) -> dict[str, Any]:
         """The content of `result.json`."""
         return {"schema": SCHEMA, **{each: getattr(self, each) for each in _FIELDS}}

@@ -16,6 +16,7 @@ from memtail.progress import progress_of
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
 from memtail.storage.whole_file import whole_file
+from memtail.studies.names import trained_by
 from memtail.subsets import Mask
 from memtail.trials import unpack
 
@@ -35,7 +36,7 @@ def like(record: Record, purpose: str, masks: Mask) -> Experiment:
     if not path.exists():
         with whole_file(path) as file:
             file.write(buffer.getvalue())
-    name = f"{record.experiment.name}.{purpose}-{digest[:8]}"
+    name = trained_by(record.experiment.name, purpose, digest)
     subsets = {"design": "explicit", "masks": str(path), "trials": len(masks), "seed": int(digest[:8], 16)}
     declaration = record.experiment.model_dump(mode="json", exclude={"record"})
     return Experiment.parse({**declaration, "name": name, "subsets": subsets}, source=f"experiment '{name}' of the study")

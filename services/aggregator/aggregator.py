@@ -22,7 +22,7 @@ from memtail.stopping import next_round
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
 from services.aggregator.measures import experiment_series, show_scores, show_statistics
-from services.aggregator.metrics import FOLD_SECONDS, PUBLISH_SECONDS, REFUSED
+from services.aggregator.metrics import FOLD_SECONDS, PUBLISH_SECONDS, REFUSED, REPORT_FAILURES, REPORT_SECONDS
 from services.process import repeat
 from services.settings import ServiceSettings
 
@@ -207,9 +207,11 @@ class Aggregator:
         began = time.monotonic()
         try:
             if not is_current(self._store, name):
-                publish_report(self._store, name)
+                with REPORT_SECONDS.time():
+                    publish_report(self._store, name)
                 log.info("report drawn", scores=version)
         except Exception as error:  # whatever drawing raises, folding goes on
+            REPORT_FAILURES.inc()
             log.exception("report could not be drawn", error=str(error))
         folded.reported = version
         folded.report_at = time.monotonic() + max(_QUIET, _DRAWING_SHARE * (time.monotonic() - began))

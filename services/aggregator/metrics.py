@@ -1,6 +1,6 @@
 """The metrics of the aggregator. Those of an experiment go away some time after it has ended."""
 
-from prometheus_client import Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from services.metrics import LONG_BUCKETS
 
@@ -28,3 +28,5 @@ PUBLISHED_TRIALS = Gauge(
 REFUSED = Gauge("memtail_batches_refused", "Trial batches that cannot be counted", ["experiment"])
 FOLD_SECONDS = Histogram("memtail_fold_seconds", "Seconds to read a trial batch and fold it", buckets=LONG_BUCKETS)
 PUBLISH_SECONDS = Histogram("memtail_publish_seconds", "Seconds to write and publish a version of the scores", buckets=LONG_BUCKETS)
+REPORT_SECONDS = Histogram("memtail_report_seconds", "Seconds to draw and publish a report", buckets=LONG_BUCKETS)
+REPORT_FAILURES = Counter("memtail_report_failures_total", "Reports that could not be drawn or published")

@@ -8,6 +8,8 @@ import time
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -183,6 +185,7 @@ def test_names_of_files_and_classes_are_text_and_no_formulas(client):
         "/experiments/digits/report/report.html",
         "/experiments/digits/report/..%2f..%2fexperiment.json",
         "/experiments/digits/studies/none.svg",
+        "/experiments/digits/studies/none.csv",
         "/experiments/young/train.csv",
         "/static/..%2fapp.py",
         "/static/../app.py",
@@ -274,6 +277,9 @@ def test_reports_and_studies_are_led_to_where_there_are_any(explored, tmp_path):
     result = StudyResult(store, "digits", "removal", "What <they> do", ["It costs 2.5 ± 0.2 points."], 30, ["digits"], {}, {})
     store.put(keys.study("digits", "removal") + "result.json", json.dumps(result.to_json()).encode())
     store.put(keys.study("digits", "removal") + "figure.svg", b"<svg/>")
+    columns = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table({"theta": [0.25, 0.5], "arm": ["chosen", FORMULA]}), columns)
+    store.put(keys.study("digits", "removal") + "result.parquet", columns.getvalue())
     client = TestClient(create(store), base_url=HERE)
     for path in ("/", "/experiments/digits"):
         assert page(client, path).links("/experiments/digits/(report/report.html|studies)") == ["report/report.html", "studies"]
@@ -282,6 +288,24 @@ def test_reports_and_studies_are_led_to_where_there_are_any(explored, tmp_path):
     text = page(client, "/experiments/digits/studies").text
     assert "What <they> do" in text and "It costs 2.5 ± 0.2 points." in text
     assert client.get("/experiments/digits/studies/removal.svg").headers["content-type"] == "image/svg+xml"
+    rows = table(client, "/experiments/digits/studies/removal.csv")
+    assert rows == [{"theta": "0.25", "arm": "chosen"}, {"theta": "0.5", "arm": f"'{FORMULA}"}]
+
+
+def test_what_studies_train_is_shown_with_what_they_are_of(explored, tmp_path):
+    store = LocalStore(tmp_path)
+    spec = json.loads(explored.get(keys.experiment("young")))
+    alone = "digits.last-layer-0123abcd"
+    for name in ("young", "young.v2", "young.removal-0123abcd", alone):
+        store.put(keys.experiment(name), json.dumps({**spec, "experiment": {**spec["experiment"], "name": name}}).encode())
+    found = page(TestClient(create(store), base_url=HERE), "/")
+    headings = [place for place, (tag, _) in enumerate(found.elements) if tag == "h2"]
+    assert [found.elements[place + 1][1]["href"] for place in headings] == [
+        f"/experiments/{name}" for name in (alone, "young", "young.v2")  # that of nothing in this store stands for itself
+    ]
+    (training,) = [place for place, (_, each) in enumerate(found.elements) if each.get("class") == "training"]
+    assert found.elements[training + 2][1]["href"] == "/experiments/young.removal-0123abcd"
+    assert headings[1] < training < headings[2]
 
 
 def test_a_damaged_experiment_hides_no_other(explored, tmp_path):
