@@ -301,7 +301,8 @@ def test_what_studies_train_is_shown_with_what_they_are_of(explored, tmp_path):
     found = page(TestClient(create(store), base_url=HERE), "/")
     headings = [place for place, (tag, _) in enumerate(found.elements) if tag == "h2"]
     assert [found.elements[place + 1][1]["href"] for place in headings] == [
-        f"/experiments/{name}" for name in (alone, "young", "young.v2")  # that of nothing in this store stands for itself
+        f"/experiments/{name}"
+        for name in (alone, "young", "young.v2")  # that of nothing in this store stands for itself
     ]
     (training,) = [place for place, (_, each) in enumerate(found.elements) if each.get("class") == "training"]
     assert found.elements[training + 2][1]["href"] == "/experiments/young.removal-0123abcd"
