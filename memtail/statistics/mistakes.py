@@ -28,11 +28,14 @@ class Mistakes:
     def most_frequent(self, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """For each of n examples the class that it was most often taken for (the first such), and how often; -1 and 0 if it never was."""
         self._count()
-        examples, classes = self._keys >> _CLASS_BITS, self._keys & ((1 << _CLASS_BITS) - 1)
-        order = np.lexsort((classes, -self._counts, examples))
-        found, first = np.unique(examples[order], return_index=True)
         most, times = np.full(n, -1, np.int64), np.zeros(n, np.int64)
-        most[found], times[found] = classes[order][first], self._counts[order][first]
+        if len(self._keys):
+            examples = self._keys >> _CLASS_BITS  # ascending
+            first = np.flatnonzero(np.append(True, examples[1:] != examples[:-1]))
+            greatest = np.maximum.reduceat(self._counts, first)
+            top = np.flatnonzero(self._counts == np.repeat(greatest, np.diff(np.append(first, len(examples)))))
+            found, place = np.unique(examples[top], return_index=True)
+            most[found], times[found] = self._keys[top[place]] & ((1 << _CLASS_BITS) - 1), greatest
         return most, times
 
     def _count(self) -> None:
