@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from memtail.archive import Record
 from memtail.datasets import ImageDataset
+from memtail.errors import ScoresError
 from memtail.estimators import Stage, convergence, expected_standard_error, false_discovery, influence
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.scores.files import ACCURACIES, MEM_STEPS, SE_QUANTILES
@@ -39,7 +40,7 @@ _FITTED = 0.95
 
 
 class Study(Protocol):
-    """A follow-up study, as far as it is shown."""
+    """A follow-up study, as far as it is shown; `of_scores` is the version of the scores that it rests on."""
 
     @property
     def study(self) -> str: ...
@@ -47,6 +48,10 @@ class Study(Protocol):
     def title(self) -> str: ...
     @property
     def findings(self) -> list[str]: ...
+    @property
+    def trials(self) -> int: ...
+    @property
+    def of_scores(self) -> str | None: ...
     def figure_svg(self) -> str: ...
 
 
@@ -155,9 +160,13 @@ def content(record: Record, scores: Scores, dataset: ImageDataset, studies: Sequ
         studies: of it.
 
     Raises:
-        ScoresError: the scores are damaged.
+        ScoresError: the scores are damaged, or no example has an estimate.
     """
     packed, summary = scores.statistics, scores.summary
+    if summary["without_estimate"] == summary["n_train"]:
+        raise ScoresError(
+            f"experiment '{record.experiment.name}' has no training example that some models saw and others did not, so nothing to report"
+        )
     fraction = float(packed.k_in.mean() / packed.trials)
     expected = expected_standard_error(packed.trials, fraction)
     errors: dict[str, Any] = summary.get("accuracy_se") or dict.fromkeys(ACCURACIES)  # not in scores of memtail's first versions
@@ -193,8 +202,9 @@ def _warnings(summary: dict[str, Any], expected: float, counts: PairCounts) -> l
         said.append(
             f"These scores come from {trials} trials only: a score near one half may be off by a standard error of {expected:.3f}. "
             f"A fixed threshold of influence then picks chance too, so believe the {counts.found:,} of {counts.high:,} pairs that keep a "
-            f"false discovery rate of {DISCOVERY_RATE:.0%}, and no others. More trials sharpen everything: four times as many halve the "
-            f"errors."
+            f"false discovery rate of {DISCOVERY_RATE:.0%}, and no others. Noise also lifts examples above a threshold of memorization, "
+            f"the more of them the lower it is, which no standard error shows. More trials sharpen everything: four times as many halve "
+            f"the errors."
         )
     if fitted < _FITTED:
         said.append(

@@ -30,13 +30,14 @@ def draw(content: Content) -> dict[str, Drawn]:
     }
 
 
-def render(content: Content, figures: dict[str, Drawn], dataset: ImageDataset) -> str:
+def render(content: Content, figures: dict[str, Drawn], dataset: ImageDataset, scores: str) -> str:
     """The page as HTML; equal content gives equal text.
 
     Args:
         content: what it shows.
         figures: as `draw` gives them.
         dataset: whose images it shows.
+        scores: the version of the scores that it is of.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
@@ -64,6 +65,7 @@ def render(content: Content, figures: dict[str, Drawn], dataset: ImageDataset) -
         name=content.record.experiment.name,
         spec=content.record.experiment.to_yaml().strip(),
         version=version("memtail"),
+        scores=scores,
         last=last,
         memorized=shares[MEM_THRESHOLD],
         thresholds=shares.items(),
@@ -79,6 +81,8 @@ def render(content: Content, figures: dict[str, Drawn], dataset: ImageDataset) -
 
 
 def _fixed(value: float, digits: int) -> str:
+    if math.isnan(value):
+        return "–"
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 

@@ -71,7 +71,7 @@ def publish_report(store: ObjectStore, name: str) -> dict[str, Any]:
     with _scores(store, name, published) as scores:
         shown = content(record, scores, dataset, studies)
     figures = draw(shown)
-    made = {PAGE: render(shown, figures, dataset).encode()}
+    made = {PAGE: render(shown, figures, dataset, published["version"]).encode()}
     for figure, drawn in figures.items():
         made |= {f"{figure}.svg": drawn.svg.encode(), f"{figure}.png": drawn.png}
     digest = hashlib.sha256(b"".join(made[file] for file in sorted(made))).hexdigest()[:8]

@@ -68,6 +68,12 @@ class StudyResult:
         """The prefix of its objects' keys."""
         return keys.study(self.name, self.study)
 
+    @property
+    def of_scores(self) -> str | None:
+        """The version of its experiment's scores that it rests on; None if that is not said."""
+        scores = self.settings.get("scores")
+        return scores.get(self.name) if isinstance(scores, dict) else scores
+
     def figure_svg(self) -> str:
         """The figure, as the text of an SVG file. Raises: ObjectNotFound, StoreError."""
         return self.store.get(self.prefix + FIGURE_SVG).decode()

@@ -20,6 +20,7 @@ from memtail.settings import Settings
 from memtail.statistics import Statistics
 from memtail.stopping import next_round
 from memtail.storage import ObjectStore
+from memtail.studies.names import studied
 from memtail.trials import Shard
 from services.aggregator.measures import experiment_series, show_scores, show_statistics
 from services.aggregator.metrics import FOLD_SECONDS, PUBLISH_SECONDS, REFUSED, REPORT_FAILURES, REPORT_SECONDS
@@ -198,7 +199,7 @@ class Aggregator:
 
     def _report(self, name: str, folded: Folded) -> None:
         """Draw what is published: at the end at once, before that rarely, and after that when a study has come."""
-        if folded.pointer is None:
+        if folded.pointer is None or studied(name) in self.experiments:  # its models answer a study, which has a figure of its own
             return
         version = folded.pointer["version"]
         last = folded.complete and folded.published == folded.trials and version != folded.reported

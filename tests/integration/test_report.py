@@ -8,9 +8,11 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import memtail
+from memtail.errors import ScoresError
 from memtail.experiment import Experiment
 from memtail.report.publish import is_current, latest_report, publish_report
 from memtail.storage import keys
@@ -106,6 +108,25 @@ def test_a_study_is_shown_once_it_is_there(store):
     assert any(image["src"] == f"data:image/svg+xml;base64,{drawn}" for image in page.images())
     # a reader may be reading the one before
     assert {*store.folders(keys.all_reports("digits"))} == {earlier["version"], latest_report(store, "digits")["version"]}
+
+
+def test_a_study_of_earlier_scores_is_marked(store):
+    for scores, marked in ((latest_report(store, "digits")["scores"], False), ("00000020-0123abcd", True)):
+        result = StudyResult(store, "digits", "stability", "Who agrees", ["9.5 ± 0.2"], 8, ["digits"], {"scores": scores}, {})
+        with drawing(3, 2) as figure:
+            write_result(result, {"t": [1, 2]}, figure)
+        publish_report(store, "digits")
+        text = Page(page_of(store, "digits")).text
+        assert "Rests on 8 trained models" in text and ("earlier scores, version 00000020-0123abcd" in text) == marked
+
+
+def test_where_no_example_has_an_estimate_there_is_nothing_to_report(tmp_path):
+    np.save(tmp_path / "masks.npy", np.ones((4, 1438), np.bool_))
+    subsets = {"design": "explicit", "masks": str(tmp_path / "masks.npy"), "trials": 4}
+    experiment = Experiment.parse({"name": "all", "dataset": {"name": "digits"}, "training": {"epochs": 1}, "subsets": subsets})
+    memtail.run(experiment, tmp_path / "store")
+    with pytest.raises(ScoresError, match="'all' has no training example that some models saw and others did not"):
+        publish_report(LocalStore(tmp_path / "store"), "all")
 
 
 def test_names_of_classes_and_files_are_shown_as_they_are(tmp_path):
