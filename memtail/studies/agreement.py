@@ -27,6 +27,10 @@ THRESHOLDS: dict[Score, tuple[float, ...]] = {
 }
 PAPERS: dict[Score, float] = {"memorization": MEM_THRESHOLD, "influence": INFL_THRESHOLD}
 
+#: How often trials are split in two to be compared, and the fewest in a half.
+SPLITS = 5
+SMALLEST_HALF = 50
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -78,11 +82,11 @@ def agreements(first: Estimates, second: Estimates) -> Iterator[Agreement]:
 
 def rank_correlation(first: Estimates, second: Estimates) -> float | None:
     """Spearman's, of the memorization scores where both have one; None where it is not defined."""
-    import pandas as pd
+    from scipy.stats import spearmanr
 
-    both = pd.DataFrame({"first": first.mem.value, "second": second.mem.value})
-    value = float(both.corr(method="spearman").to_numpy()[0, 1])
-    return None if np.isnan(value) else value
+    both = ~(np.isnan(first.mem.value) | np.isnan(second.mem.value))
+    varies = [np.ptp(each.mem.value[both]) > 0 if both.any() else False for each in (first, second)]
+    return float(spearmanr(first.mem.value[both], second.mem.value[both]).statistic) if all(varies) else None
 
 
 def _agreement(

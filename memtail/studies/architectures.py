@@ -1,20 +1,36 @@
 """How much of the scores other models find on the same dataset (the paper's figure 7).
 
-The scores of two experiments are compared as those of two sets of trials are (see `memtail.studies.agreement`). Beside them stand the two
-halves of the first experiment's own trials, which differ by chance alone. Nothing is trained.
+Half of the trials of one experiment are compared with as many of another (see `memtail.studies.agreement`), and beside that with as many
+others of its own, which differ by chance alone. The trials are split in several ways. Nothing is trained.
 """
 
-from itertools import combinations
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from memtail.archive import ExperimentArchive, Record
 from memtail.errors import ScoresError
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
+from memtail.statistics.accumulator import PackedTrials
 from memtail.storage import ObjectStore
-from memtail.studies.agreement import PAPERS, THRESHOLDS, Agreement, Estimates, agreements, draw_by_threshold, rank_correlation, table
+from memtail.studies.agreement import (
+    PAPERS,
+    SMALLEST_HALF,
+    SPLITS,
+    THRESHOLDS,
+    Agreement,
+    Estimates,
+    Score,
+    agreements,
+    draw_by_threshold,
+    rank_correlation,
+    table,
+)
 from memtail.studies.result import StudyResult, write_result
 
 if TYPE_CHECKING:
@@ -25,7 +41,7 @@ def study_architectures(store: ObjectStore, names: list[str]) -> StudyResult:
     """Compare the scores of two or more experiments, and write the result into the store, under the first of them.
 
     Raises:
-        ScoresError: they are fewer than two, or not of one dataset, or have no scores.
+        ScoresError: they are fewer than two, or not of one dataset, or have no scores, or too few trials.
     """
     if len(set(names)) < 2:
         raise ScoresError(f"there is nothing to compare '{names[0]}' with: name two experiments or more")
@@ -41,18 +57,34 @@ def study_architectures(store: ObjectStore, names: list[str]) -> StudyResult:
             )
     scores = [open_scores(store, name) for name in names]
     labels = scores[0].memorization["label"], scores[0].test_labels
-    found = [Estimates.of(each.statistics, *labels) for each in scores]
-    own = scores[0].statistics
-    drawn = own.counted_trials[np.argsort(random_keys(own.trials, 0, Purpose.HALVES, own.trials // 2, 0))]
-    halves = [Estimates.of(own.only(half), *labels) for half in (drawn[::2], drawn[1::2])]
-    compared = [(f"{names[i]} and {names[j]}", found[i], found[j]) for i, j in combinations(range(len(names)), 2)]
-    compared.append((f"two halves of {names[0]}", halves[0], halves[1]))
-    measured = {label: list(agreements(one, other)) for label, one, other in compared}
-    ranks = {label: rank_correlation(one, other) for label, one, other in compared}
-    rows = [({"compared": label, "rank_correlation": ranks[label]}, each) for label, agreed in measured.items() for each in agreed]
+    statistics = [each.statistics for each in scores]
+    trials = min(own.trials for own in statistics) // 2
+    if trials < SMALLEST_HALF:
+        fewest = min(scores, key=lambda each: each.statistics.trials).summary
+        raise ScoresError(
+            f"experiment '{fewest['experiment']}' has {fewest['trials']} trials, {2 * SMALLEST_HALF} are needed to compare: "
+            f"raise subsets.trials"
+        )
+    measured: dict[str, list[_Compared]] = {}
+    for split in range(SPLITS):
+        halves = [[Estimates.of(own.only(half), *labels) for half in _halves(own, trials, split)] for own in statistics]
+        for i, j in combinations_with_replacement(range(len(names)), 2):
+            label = f"{names[i]} and {names[j]}" if i != j else f"{names[i]} and itself"
+            one, other = halves[i][0], halves[j][1]
+            measured.setdefault(label, []).append(_Compared(list(agreements(one, other)), rank_correlation(one, other)))
+    rows = [
+        ({"compared": label, "split": number, "trials": trials, "rank_correlation": each.rank_correlation}, agreement)
+        for label, found in measured.items()
+        for number, each in enumerate(found)
+        for agreement in each.agreements
+    ]
     summaries = [each.summary for each in scores]
     findings = [_of_one(record, summary) for record, summary in zip(records, summaries, strict=True)]
-    findings += [_of_two(label, agreed, ranks[label]) for label, agreed in measured.items()]
+    findings.append(
+        f"Compared are {trials} trials of the one with {trials} others of the other, so that two of one model, which is what chance alone "
+        f"leaves, are as far apart as they should be; in brackets the least and the greatest of {SPLITS} ways to split the trials."
+    )
+    findings += [_of_two(label, found) for label, found in measured.items()]
     result = StudyResult(
         store,
         names[0],
@@ -62,47 +94,89 @@ def study_architectures(store: ObjectStore, names: list[str]) -> StudyResult:
         sum(int(summary["trials"]) for summary in summaries),
         names,
         {"scores": {name: each.folder.name for name, each in zip(names, scores, strict=True)}},
-        {label: {"rank_correlation": ranks[label], **_at_papers(agreed)} for label, agreed in measured.items()},
+        {"trials": trials, "agreement": {label: _at_papers(found) for label, found in measured.items()}},
     )
-    write_result(result, table(rows), _draw(measured))
+    write_result(result, table(rows), _draw(measured, trials))
     return result
 
 
-def _at_papers(agreed: list[Agreement]) -> dict[str, float | None]:
-    return {each.score: each.jaccard for each in agreed if each.threshold == PAPERS[each.score]}
+@dataclass(frozen=True)
+class _Compared:
+    """One way to split the trials."""
+
+    agreements: list[Agreement]
+    rank_correlation: float | None
+
+    def overlap(self, score: Score) -> float | None:
+        return next(each.jaccard for each in self.agreements if each.score == score and each.threshold == PAPERS[score])
+
+
+def _halves(packed: PackedTrials, trials: int, split: int) -> list[npt.NDArray[np.int64]]:
+    """Two disjoint sets of so many trials each, by their indices.
+
+    A trial is in the same set whatever the experiment, unless too many of one set diverged: experiments of one seed have the subset of
+    trial k in common, and would agree by it. Of trials 2 k and 2 k + 1 chance puts one in each set.
+    """
+    counted = packed.counted_trials
+    swapped = random_keys(int(counted[-1]) // 2 + 1, 0, Purpose.HALVES, split)[counted // 2] % 2
+    first = counted % 2 == swapped
+    one, other = counted[first], counted[~first]
+    if len(one) < trials:
+        one, other = np.concatenate([one, other[trials:]]), other[:trials]
+    if len(other) < trials:
+        one, other = one[:trials], np.concatenate([other, one[trials:]])
+    return [one[:trials], other[:trials]]
+
+
+def _at_papers(found: list[_Compared]) -> dict[str, float | None]:
+    spreads: dict[str, tuple[float, float, float] | None] = {score: _spread([each.overlap(score) for each in found]) for score in PAPERS}
+    spreads["rank_correlation"] = _spread([each.rank_correlation for each in found])
+    return {what: None if spread is None else spread[0] for what, spread in spreads.items()}
+
+
+def _spread(values: Sequence[float | None]) -> tuple[float, float, float] | None:
+    """Mean, least and greatest of what is defined."""
+    defined = [value for value in values if value is not None]
+    return (sum(defined) / len(defined), min(defined), max(defined)) if defined else None
 
 
 def _of_one(record: Record, summary: dict[str, Any]) -> str:
     memorized, pairs = summary["mem_share_at_least"][f"{PAPERS['memorization']:g}"], summary["pairs"]["count"]
+    share = "none has an estimate" if memorized is None else f"{memorized:.2%} of the training examples are memorized"
     return (
         f"{record.experiment.name} ({record.experiment.model.name}, {summary['trials']} trials): {summary['test_accuracy']:.2%} of the "
-        f"test examples are classified correctly, {memorized:.2%} of the training examples are memorized "
-        f"(mem >= {PAPERS['memorization']}), and there are {pairs} pairs."
+        f"test examples are classified correctly, {share} (mem >= {PAPERS['memorization']}), and there are {pairs} pairs."
     )
 
 
-def _of_two(label: str, agreed: list[Agreement], ranks: float | None) -> str:
+def _of_two(label: str, found: list[_Compared]) -> str:
     parts = []
-    for score, what in (("memorization", "memorized examples"), ("influence", "pairs")):
-        at = next(each for each in agreed if each.score == score and each.threshold == PAPERS[each.score])
-        overlap = "do not overlap, being none" if at.jaccard is None else f"overlap by {at.jaccard:.3f}"
-        parts.append(f"their {what} ({at.first} and {at.second}) {overlap}")
+    whats: dict[Score, str] = {"memorization": "memorized examples", "influence": "pairs"}
+    for score, what in whats.items():
+        overlap = _spread([each.overlap(score) for each in found])
+        parts.append(f"{what} do not overlap, being none" if overlap is None else f"{what} overlap by {_bracketed(overlap)}")
+    ranks = _spread([each.rank_correlation for each in found])
     if ranks is not None:
-        parts.append(f"their memorization scores have a rank correlation of {ranks:.3f}")
+        parts.append(f"memorization scores have a rank correlation of {_bracketed(ranks)}")
     return f"{label}: {', '.join(parts)}."
 
 
-def _draw(measured: dict[str, list[Agreement]]) -> "Figure":
-    from memtail.studies.drawing import COLOURS, GREY, drawing
+def _bracketed(spread: tuple[float, float, float]) -> str:
+    return f"{spread[0]:.3f} ({spread[1]:.3f} to {spread[2]:.3f})"
+
+
+def _draw(measured: dict[str, list[_Compared]], trials: int) -> "Figure":
+    from memtail.studies.drawing import COLOURS, drawing
 
     with drawing(7.5, 5.6) as figure:
         grid = figure.subplots(2, 2, sharex="col")
-        for number, (label, agreed) in enumerate(measured.items()):
-            last = number == len(measured) - 1
-            style = {"color": GREY, "linestyle": "--"} if last else {"color": COLOURS[number % len(COLOURS)]}
+        for number, (label, found) in enumerate(measured.items()):
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": "--" if label.endswith(" and itself") else "-"}
+            agreed = found[0].agreements
             for column, score in enumerate(THRESHOLDS):
                 draw_by_threshold(grid[0, column], agreed, score, "jaccard", label=label if column == 0 else None, **style)
                 draw_by_threshold(grid[1, column], agreed, score, "difference", **style)
+        figure.suptitle(f"{trials} trials each")
         grid[0, 0].set(ylabel="overlap (Jaccard)", xlabel="", title="memorized examples")
         grid[0, 1].set(xlabel="", title="pairs")
         grid[1, 0].set(ylabel="mean difference of scores")

@@ -4,8 +4,9 @@ The trials of an experiment are split at random into two halves that share none,
 `memtail.studies.agreement`); then the same is done with ever fewer of the trials. So the halves of T trials say how far two runs of T / 2
 trials agree. Nothing is trained.
 
-The overlap J of what t trials select is continued by a power law, 1 - J = a t^-b, fitted to the logarithms by least squares: the share
-of examples whose score is so near the threshold that chance decides falls with their standard error, and so with a power of t.
+A wanted overlap that was reached with fewer trials than there are is told from what was measured. Otherwise the overlap J of what t trials
+select is continued by a power law, 1 - J = a t^-b, fitted to the logarithms by least squares, once for each split: the share of examples
+whose score is so near the threshold that chance decides falls with their standard error, and so with a power of t.
 """
 
 import math
@@ -21,6 +22,8 @@ from memtail.scores.fetch import open_scores
 from memtail.storage import ObjectStore
 from memtail.studies.agreement import (
     PAPERS,
+    SMALLEST_HALF,
+    SPLITS,
     THRESHOLDS,
     Agreement,
     Estimates,
@@ -35,9 +38,6 @@ from memtail.studies.result import StudyResult, write_result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: How often the trials are split for each number of them, and the fewest in a half.
-SPLITS = 5
-SMALLEST_HALF = 50
 #: What was measured is continued to so many times the largest number of trials.
 REACH = 8
 
@@ -59,10 +59,20 @@ class _Split:
 
 @dataclass(frozen=True)
 class _Needed:
-    """The trials for a wanted overlap, or what they are more than; both None if the measured overlaps do not tell."""
+    """The trials that a wanted overlap takes.
+
+    Attributes:
+        trials: so many; None if that cannot be told, or is too far.
+        beyond: more than so many, if it is too far.
+        fewest, most: the same as `trials` by single splits, where it was continued; None if too far.
+        measured: whether the overlap was reached by what was measured: `trials` reach it, and half as many do not, or were not tried.
+    """
 
     trials: int | None = None
-    more_than: int | None = None
+    beyond: int | None = None
+    fewest: int | None = None
+    most: int | None = None
+    measured: bool = False
 
 
 def study_stability(store: ObjectStore, name: str, *, wanted: float) -> StudyResult:
@@ -134,13 +144,30 @@ def _by_trials(splits: list[_Split]) -> list[list[_Split]]:
 
 
 def _trials_for(wanted: float, splits: list[_Split], score: Score) -> _Needed:
-    points = [(group[0].trials, overlap) for group in _by_trials(splits) if (overlap := _overlap(group, score)) is not None and overlap < 1]
-    if len(points) < 2:
+    groups, reached = _by_trials(splits), None
+    for group in groups:  # most trials first
+        overlap = _overlap(group, score)
+        if overlap is None or overlap < wanted:
+            break
+        reached = group[0].trials
+    if reached is not None:
+        return _Needed(reached, measured=True)
+    told = sorted(_continued(wanted, [group[number] for group in groups], score) for number in range(SPLITS))
+    if math.isnan(sum(told)):
         return _Needed()
+    fewest, middle, most = (None if math.isinf(trials) else math.ceil(trials) for trials in (told[0], told[SPLITS // 2], told[-1]))
+    return _Needed(middle, REACH * splits[0].trials if middle is None else None, fewest, most)
+
+
+def _continued(wanted: float, of_one: list[_Split], score: Score) -> float:
+    """The trials for a wanted overlap by the power law through one split each; infinite beyond `REACH`, NaN if it cannot be fitted."""
+    points = [(each.trials, overlap) for each in of_one if (overlap := each.at(score, PAPERS[score]).jaccard) is not None and overlap < 1]
+    if len(points) < 2:
+        return math.nan
     slope, start = np.polyfit([math.log(trials) for trials, _ in points], [math.log(1 - overlap) for _, overlap in points], 1)
-    furthest = REACH * splits[0].trials
+    most = of_one[0].trials
     exponent = (math.log(1 - wanted) - start) / slope if slope < 0 else math.inf
-    return _Needed(more_than=furthest) if exponent > math.log(furthest) else _Needed(math.ceil(math.exp(exponent)))
+    return max(most, math.exp(exponent)) if exponent <= math.log(REACH * most) else math.inf
 
 
 def _findings(splits: list[_Split], wanted: float, needed: dict[Score, _Needed]) -> list[str]:
@@ -162,11 +189,14 @@ def _findings(splits: list[_Split], wanted: float, needed: dict[Score, _Needed])
         findings.append(f"The rank correlation of their memorization scores is {correlation:.3f}.")
     for score, each in needed.items():
         goal = f"An overlap of {wanted:g} of the {_WHAT[score]} takes"
-        if each.trials is not None:
-            beyond = f", which goes beyond the {trials} measured" if each.trials > trials else ""
-            findings.append(f"{goal} about {each.trials} trials, by a power law through what was measured{beyond}.")
-        elif each.more_than is not None:
-            findings.append(f"{goal} more than {each.more_than} trials: further than what was measured can be continued.")
+        if each.measured:
+            smallest = splits[-1].trials == each.trials
+            findings.append(f"{goal} {'at most' if smallest else 'about'} {each.trials} trials, as measured.")
+        elif each.beyond is not None:
+            findings.append(f"{goal} more than {each.beyond} trials: further than what was measured can be continued.")
+        elif each.trials is not None:
+            by_split = f"{each.fewest} to {each.most or f'more than {REACH * trials}'} by single splits"
+            findings.append(f"{goal} about {each.trials} trials ({by_split}), by a power law that goes beyond the {trials} measured.")
         else:
             findings.append(f"{goal} a number of trials that cannot be told from what was measured.")
     return findings

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from memtail.estimators import influence, influence_at, memorization
 from memtail.statistics import Statistics
-from memtail.studies.agreement import Estimates, agreements, rank_correlation
+from memtail.studies.agreement import PAPERS, SPLITS, Agreement, Estimates, agreements, rank_correlation
 from memtail.studies.intervals import difference, mean
+from memtail.studies.stability import _Needed, _Split, _trials_for
 from tests.unit.test_estimators import batch
 
 LABELS = np.zeros(9, np.int64), np.zeros(7, np.int64)
@@ -81,3 +82,34 @@ def test_intervals_are_those_of_the_tables():
     assert apart.value == 1 and apart.half == pytest.approx(2.4469 * np.sqrt(5 / 3 / 2), rel=1e-4)
     assert vars(difference(np.ones(3), np.zeros(3))) == {"value": 1.0, "half": 0.0}
     assert str(mean(np.array([0.01, 0.02, 0.03]))) == "2.00 ± 2.48"
+
+
+def splits(overlaps):
+    """As many trials as the keys say, most first, of the overlaps of memorized examples that follow them."""
+    at = ("memorization", PAPERS["memorization"], 10, 10)
+    return [
+        _Split(trials, number, [Agreement(*at, overlap[number] if isinstance(overlap, list) else overlap, 0.1)], 0.5)
+        for trials, overlap in overlaps.items()
+        for number in range(SPLITS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "wanted", "needed"),
+    [
+        ({800: 0.95, 400: 0.93, 200: 0.7}, 0.9, _Needed(400, measured=True)),
+        ({800: 0.95, 400: 0.952}, 0.9, _Needed(400, measured=True)),
+        ({800: 1.0, 400: 1.0, 200: 0.9}, 0.95, _Needed(400, measured=True)),
+        ({800: 0.5, 400: 0.95}, 0.9, _Needed(beyond=6400)),  # it falls with more trials
+        ({800: 0.8, 400: 0.6, 200: 0.2}, 0.9, _Needed(1600, None, 1600, 1600)),  # 1 - J halves as t doubles
+        ({400: [0.5, 0.6, 0.6, 0.6, 0.7], 200: [0.0, 0.2, 0.2, 0.2, 0.4]}, 0.8, _Needed(800, None, 600, 1000)),
+        ({800: 0.31, 400: 0.3}, 0.9, _Needed(beyond=6400)),
+        ({800: 0.5}, 0.9, _Needed()),
+        ({800: None, 400: None}, 0.9, _Needed()),
+    ],
+)
+def test_trials_for_an_overlap_are_measured_or_continued_by_a_power_law(overlaps, wanted, needed):
+    found = _trials_for(wanted, splits(overlaps), "memorization")
+    assert (found.measured, found.beyond) == (needed.measured, needed.beyond)
+    for own, expected in zip((found.trials, found.fewest, found.most), (needed.trials, needed.fewest, needed.most), strict=True):
+        assert own is expected is None or own == pytest.approx(expected, abs=1)
