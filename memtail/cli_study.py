@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memtail.datasets import ImageDataset
     from memtail.experiment import Experiment
     from memtail.storage import ObjectStore
+    from memtail.studies.features import Features
     from memtail.studies.result import StudyResult
 
 app = typer.Typer(
@@ -100,16 +101,17 @@ def architectures(
 def last_layer(name: OneName, submit: Submit = False, store: Store = DEFAULT_STORE, json_: Json = False) -> None:
     """Compare with training the last layer alone.
 
-    The other layers are those of one model, trained on everything and frozen.
+    The other layers are those of one model, trained on everything and frozen; that one is trained here, also with --submit.
     """
-    from memtail.archive import ExperimentArchive
     from memtail.studies.last_layer import evaluate_last_layer, plan_last_layer
+    from memtail.studies.retraining import ended
 
     opened = open_existing(store)
+    record = ended(opened, name)
     features = _features(opened, name, json_)
-    planned = plan_last_layer(ExperimentArchive(opened, name).record(), features)
-    if _trained(opened, store, planned, lambda: features, submit, json_):
-        _show(evaluate_last_layer(opened, name, planned), json_)
+    planned = plan_last_layer(record, features)
+    if _trained(opened, store, planned, lambda: features.dataset, submit, json_):
+        _show(evaluate_last_layer(opened, name, planned, features), json_)
 
 
 @app.command()
@@ -126,7 +128,7 @@ def duplicates(
 ) -> None:
     """Find near-duplicates, and what pairs owe them.
 
-    Images are compared by their pixels, and by the features of one model, trained on everything.
+    Images are compared by their pixels, and by the features of one model, trained here on everything.
     """
     from memtail import display
     from memtail.scores.fetch import open_scores
@@ -153,11 +155,11 @@ def _trained(
     if is_finished(opened, experiment):
         return True
     from memtail import display, logs
-    from memtail.runner import run
-    from memtail.submission import submit as submit_experiment
 
     logs.configure()
     if submit:
+        from memtail.submission import submit as submit_experiment
+
         made = submit_experiment(experiment, opened, dataset=dataset())
         if json_:
             print(json.dumps({"experiment": experiment.name, "trials": experiment.subsets.trials, "trained": False}, indent=1))
@@ -165,6 +167,8 @@ def _trained(
             display.show_submission(made, opened.address)
             print("when it is done, the same command again evaluates it")
         return False
+    from memtail.runner import run
+
     with interruptible(), display.RunProgress(quiet=json_) as progress:
         run(experiment, store, dataset=dataset(), on_progress=progress.update)
     return True
@@ -181,13 +185,13 @@ def _dataset(opened: "ObjectStore", name: str) -> "ImageDataset":
     return fetch(opened, fingerprint, settings.cache, settings.cache_limit)
 
 
-def _features(opened: "ObjectStore", name: str, json_: bool) -> "ImageDataset":
+def _features(opened: "ObjectStore", name: str, json_: bool) -> "Features":
     """What one model makes of the images of an experiment, which is trained here unless it was."""
     from memtail import display
     from memtail.archive import ExperimentArchive
     from memtail.studies.features import features_of
 
-    with interruptible(), display.working("training one model on everything", quiet=json_):
+    with display.working("training one model on everything", quiet=json_):
         return features_of(opened, ExperimentArchive(opened, name).record(), lambda: _dataset(opened, name))
 
 

@@ -1,8 +1,9 @@
 """Near-duplicates between training and test set, and how much of the pairs and of the removal effect they make up.
 
 That high-influence pairs are often copies of one image is a known criticism of the paper. Images are compared by their pixels, and by
-the features of one model (see `memtail.studies.features`). An image is shifted to mean 0 and scaled to length 1, which leaves out
-brightness and contrast; the distance of two is the length of their difference, from 0 to 2.
+the features of one model (see `memtail.studies.features`). An image is shrunk to 32 pixels a side if it is larger, shifted to mean 0 and
+scaled to length 1, which leaves out brightness and contrast; the distance of two is the length of their difference, from 0 to 2. Every
+image is compared with every training image, which takes seconds for 60,000 of them and days for a million.
 
 Two images are near-duplicates if their distance is at most `nearness` times the median distance of a training image to its nearest
 other. So the threshold has no unit, and is the dataset's own; the figure shows what it lets through.
@@ -16,18 +17,22 @@ import numpy.typing as npt
 
 from memtail.archive import ExperimentArchive
 from memtail.datasets import ImageDataset
+from memtail.errors import ScoresError
 from memtail.scores.fetch import open_scores
 from memtail.storage import ObjectStore
-from memtail.studies import retraining
 from memtail.studies.intervals import CONFIDENCE, difference
-from memtail.studies.removal import Removal
+from memtail.studies.removal import Removal, outcomes
 from memtail.studies.result import StudyResult, write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from memtail.studies.features import Features
+
 Space = Literal["pixels", "features"]
 
+# Images are compared at so many pixels a side at most.
+_SIDE = 32
 # Images whose distances to all others are held in memory at a time, and pairs of images that are shown of each kind.
 _BLOCK = 256
 _SHOWN = 6
@@ -57,38 +62,56 @@ def measure(dataset: ImageDataset, train: npt.NDArray[np.int64], test: npt.NDArr
     base, queries = _unit(dataset.train_images), _unit(dataset.test_images)
     own, own_nearest = _nearest(base, base, same=True)
     other, other_nearest = _nearest(queries, base, same=False)
-    pairs = np.linalg.norm(base[train] - queries[test], axis=1)
+    pairs = _distance(queries, test, base, train)
     return Distances(own, own_nearest, other, other_nearest, nearness * float(np.median(own)), pairs)
 
 
 def _unit(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """float32 [N, H * W * C] of mean 0 and length 1; an image of one value stays 0."""
-    flat = images.reshape(len(images), -1).astype(np.float32)
+    """float32 [N, D] of mean 0 and length 1; an image of one value stays 0."""
+    flat = np.concatenate([_shrunk(images[at : at + _BLOCK]) for at in range(0, len(images), _BLOCK)])
     flat -= flat.mean(1, keepdims=True)
     length = np.linalg.norm(flat, axis=1, keepdims=True)
     np.divide(flat, length, out=flat, where=length > 0)
     return flat
 
 
+def _shrunk(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """float32 [N, D]: the pixels of images that are at most `_SIDE` a side, averages of pixels of larger ones."""
+    import torch
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    pixels = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2)
+    pooled = adaptive_avg_pool2d(pixels, (min(_SIDE, images.shape[1]), min(_SIDE, images.shape[2])))
+    return np.asarray(pooled.flatten(1).numpy())
+
+
 def _nearest(
     queries: npt.NDArray[np.float32], base: npt.NDArray[np.float32], same: bool
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     nearest = np.empty(len(queries), np.int64)
-    squares = (base**2).sum(1)
+    squares = np.einsum("ij,ij->i", base, base)
     for start in range(0, len(queries), _BLOCK):
         block = queries[start : start + _BLOCK]
         apart = squares - 2 * (block @ base.T)  # without the query's own square, which changes no order
         if same:
             apart[np.arange(len(block)), start + np.arange(len(block))] = np.inf
         nearest[start : start + _BLOCK] = apart.argmin(1)
-    distance = np.concatenate(  # from the images themselves: the products lose what small distances have
-        [np.linalg.norm(queries[at : at + _BLOCK] - base[nearest[at : at + _BLOCK]], axis=1) for at in range(0, len(queries), _BLOCK)]
-    )
-    return distance, nearest
+    return _distance(queries, np.arange(len(queries)), base, nearest), nearest
+
+
+def _distance(
+    one: npt.NDArray[np.float32], of_one: npt.NDArray[np.int64], other: npt.NDArray[np.float32], of_other: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """float32 [p], from the images themselves: products lose what small distances have."""
+    found = np.empty(len(of_one), np.float32)
+    for start in range(0, len(found), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        found[block] = np.linalg.norm(one[of_one[block]] - other[of_other[block]], axis=1)
+    return found
 
 
 def study_duplicates(
-    store: ObjectStore, name: str, dataset: ImageDataset, features: ImageDataset, removal: Removal | None, *, nearness: float
+    store: ObjectStore, name: str, dataset: ImageDataset, features: "Features", removal: Removal | None, *, nearness: float
 ) -> StudyResult:
     """Look for near-duplicates, and write the result into the store.
 
@@ -99,14 +122,17 @@ def study_duplicates(
         nearness: see above.
 
     Raises:
+        ScoresError: the scores have changed since the removal was planned, or too many of its models diverged.
         StoreError: the store cannot be read or written.
     """
     record = ExperimentArchive(store, name).record()
     scores = open_scores(store, name)
+    if removal is not None and removal.scores != scores.folder.name:
+        raise ScoresError(f"experiment '{name}' has other scores now than the models were trained for: run the study again")
     train, test = scores.pairs["tr_idx"], scores.pairs["tt_idx"]
     found: dict[Space, Distances] = {
         "pixels": measure(dataset, train, test, nearness),
-        "features": measure(features, train, test, nearness),
+        "features": measure(features.dataset, train, test, nearness),
     }
     mem = scores.memorization["mem"]
     twins = {space: each.pairs <= each.threshold for space, each in found.items()}
@@ -147,7 +173,7 @@ def study_duplicates(
         findings,
         trials,
         experiments,
-        {"scores": scores.folder.name, "nearness": nearness, "features": features.fingerprint},
+        {"scores": scores.folder.name, "nearness": nearness, "features": features.dataset.fingerprint},
         {**measured, "pairs": len(train), "pairs_without": int((~either).sum())},
     )
     write_result(result, _table(found), _draw(record.experiment.name, dataset, found, scores.pairs))
@@ -158,7 +184,7 @@ def _without_duplicates(
     store: ObjectStore, removal: Removal, duplicated: npt.NDArray[np.int64], test: npt.NDArray[np.int64]
 ) -> tuple[dict[str, Any], str]:
     """The loss without the pairs' training examples, on the test examples of some near-duplicate pair and on those of others only."""
-    correct, counted = retraining.correctness(store, removal.experiment)
+    correct, counted = outcomes(store, removal)
     everything, without = (
         correct[place : place + removal.repeats][counted[place : place + removal.repeats]] for place in (0, removal.repeats)
     )

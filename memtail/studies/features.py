@@ -7,9 +7,11 @@ takes a dataset takes features: a model of no hidden layer on them is the last l
 The dataset is put into the store, and the object `features.json` of the experiment names it: the model is trained once.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from memtail.datasets import ImageDataset
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
 from memtail.datasets.staging import fetch, stage
-from memtail.errors import SpecError, StoreError
+from memtail.errors import ScoresError, SpecError, StoreError
 from memtail.experiment import NamedModel
 from memtail.models import build_model
 from memtail.settings import Settings
@@ -36,37 +38,60 @@ _REACH = 4.0
 _BATCH = 256
 
 
-def features_of(store: ObjectStore, record: Record, images: Callable[[], ImageDataset]) -> ImageDataset:
+@dataclass(frozen=True)
+class Features:
+    """What the one model makes of an experiment's images.
+
+    Attributes:
+        dataset: of the same labels and classes; its images are uint8 [n, H, W, 1], the features row by row, padded with a constant.
+        test_accuracy: of the model, 0 to 1.
+    """
+
+    dataset: ImageDataset
+    test_accuracy: float
+
+
+def features_of(store: ObjectStore, record: Record, images: Callable[[], ImageDataset]) -> Features:
     """The features of an experiment's images, from the store, or by training the one model here.
 
     Args:
         store, record: the experiment.
         images: opens its images, if they are needed.
 
-    Returns:
-        A dataset of the same labels and classes; its images are uint8 [n, H, W, 1], the features row by row, padded with a constant.
-
     Raises:
         SpecError: the model has no linear layer at its end, or the device is not here.
+        ScoresError: the model diverged, or gives every image the same features.
         StoreError: the store cannot be read or written.
     """
     settings, key = Settings(), keys.features(record.experiment.name)
     try:
         known = json.loads(store.get(key, limit=1 << 16))
-        return fetch(store, str(known["dataset"]), settings.cache, settings.cache_limit)
+        if known["model_of"] == _model_of(record):
+            return Features(fetch(store, str(known["dataset"]), settings.cache, settings.cache_limit), float(known["test_accuracy"]))
     except ObjectNotFound:
         pass
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{key}: is damaged ({error}): remove it, then run the study again") from None
     dataset = images()
     train, test, accuracy = _frozen_features(record, dataset)
+    if not (np.isfinite(train).all() and np.isfinite(test).all() and train.std(0).any()):
+        raise ScoresError(
+            f"experiment '{record.experiment.name}': the model trained on everything diverged, so that it has no features: "
+            f"lower the learning rate"
+        )
     pixels = _as_images(train, test)
     made = InMemoryDataset(pixels[0], dataset.train_labels, pixels[1], dataset.test_labels, dataset.classes)
     features = ImageDataset.open(write_dataset(made, settings.cache / "datasets"))
     stage(features, store)
-    facts: dict[str, Any] = {"dataset": features.fingerprint, "features": train.shape[1], "test_accuracy": accuracy}
+    facts = {"dataset": features.fingerprint, "features": train.shape[1], "test_accuracy": accuracy, "model_of": _model_of(record)}
     store.put(key, json.dumps(facts, indent=1).encode())
-    return features
+    return Features(features, accuracy)
+
+
+def _model_of(record: Record) -> str:
+    """What decides on the model: more trials of an experiment leave it as it is, another recipe or other images do not."""
+    decides = {part: record.canonical[part] for part in ("dataset", "model", "training")}
+    return hashlib.sha256(json.dumps([decides, record.experiment.subsets.seed], sort_keys=True).encode()).hexdigest()
 
 
 class _Whole(nn.Module):

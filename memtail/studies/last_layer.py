@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memtail.archive import ExperimentArchive, Record
-from memtail.datasets import ImageDataset
+from memtail.errors import ScoresError
+from memtail.estimators import convergence
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.experiment import Experiment
 from memtail.scores.fetch import open_scores
+from memtail.scores.files import ACCURACIES
 from memtail.scores.reader import Scores
 from memtail.storage import ObjectStore
 from memtail.studies.names import trained_by
@@ -21,20 +23,22 @@ from memtail.studies.result import StudyResult, write_result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from memtail.studies.features import Features  # needs torch
+
 _THRESHOLDS = np.arange(0.05, 1.0, 0.05).round(2)
 
 
-def plan_last_layer(record: Record, features: ImageDataset) -> Experiment:
+def plan_last_layer(record: Record, features: "Features") -> Experiment:
     """The experiment that trains the last layer alone, on the features of an experiment's images.
 
     Raises:
         SpecError: its name would be too long.
     """
     experiment = record.experiment
-    name = trained_by(experiment.name, "last-layer", features.fingerprint)
+    name = trained_by(experiment.name, "last-layer", features.dataset.fingerprint)
     declaration = experiment.model_dump(mode="json", exclude={"record"}) | {
         "name": name,
-        "dataset": {"name": "arrays", "root": str(features.folder)},
+        "dataset": {"name": "arrays", "root": str(features.dataset.folder)},
         "model": {"name": "mlp", "hidden": []},
         "training": experiment.training.model_dump(mode="json") | {"augmentation": "none"},
         "subsets": experiment.subsets.model_dump(mode="json") | {"until": None},
@@ -42,11 +46,11 @@ def plan_last_layer(record: Record, features: ImageDataset) -> Experiment:
     return Experiment.parse(declaration, source=f"experiment '{name}' of the study")
 
 
-def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment) -> StudyResult:
+def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment, features: "Features") -> StudyResult:
     """Compare the scores of the last layer alone with those of the whole model, and write the result into the store.
 
     Raises:
-        ScoresError: either has no scores.
+        ScoresError: either has no scores, or no example has an estimate.
         StoreError: the store cannot be read or written.
     """
     ExperimentArchive(store, name).record()
@@ -55,16 +59,19 @@ def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment) -> S
     place = int(np.flatnonzero(_THRESHOLDS == MEM_THRESHOLD)[0])
     facts = {label: _facts(scores, counts[label][place]) for label, scores in (("whole model", whole), ("last layer", alone))}
     findings = [
-        f"Training the last layer alone memorizes {facts['last layer']['memorized']} of {whole.summary['n_train']} training examples "
-        f"(mem >= {MEM_THRESHOLD}), training the whole model {facts['whole model']['memorized']}.",
+        f"Training the last layer alone memorizes {_memorized(facts['last layer'])} of {whole.summary['n_train']} training examples "
+        f"(mem >= {MEM_THRESHOLD}), training the whole model {_memorized(facts['whole model'])}.",
         f"High-influence pairs (infl >= {INFL_THRESHOLD}): {facts['last layer']['pairs']} of the last layer alone, "
         f"{facts['whole model']['pairs']} of the whole model.",
         *(
-            f"{what}: {each['test_accuracy']:.2%} of the test examples are classified correctly, {each['in_subset_accuracy']:.2%} of the "
-            f"training examples seen, {each['held_out_accuracy']:.2%} of those not seen, by {each['trials']} models."
+            f"{what}: {_percent(each, 'test_accuracy')} of the test examples are classified correctly, "
+            f"{_percent(each, 'in_subset_accuracy')} of the training examples seen, {_percent(each, 'held_out_accuracy')} of those not "
+            f"seen, by {each['trials']} models."
             for what, each in (("The last layer alone", facts["last layer"]), ("The whole model", facts["whole model"]))
         ),
-        "The features are of one model trained on all training examples: those not seen by a last layer were seen by its features.",
+        f"The features are of one model trained on all training examples, with a test accuracy of {features.test_accuracy:.2%}: those not "
+        f"seen by a last layer were seen by its features.",
+        "Behind each ± is a standard error: of accuracies over the models, of memorized examples over random halves of them.",
     ]
     result = StudyResult(
         store,
@@ -88,8 +95,29 @@ def _counts(scores: Scores) -> list[int]:
 
 
 def _facts(scores: Scores, memorized: int) -> dict[str, Any]:
-    accuracies = ("in_subset_accuracy", "held_out_accuracy", "test_accuracy", "trials")
-    return {"memorized": memorized, "pairs": scores.summary["pairs"]["count"], **{each: scores.summary[each] for each in accuracies}}
+    summary = scores.summary
+    errors = summary.get("accuracy_se") or dict.fromkeys(ACCURACIES)  # not in scores of memtail's first versions
+    if any(errors[accuracy] is None for accuracy in ACCURACIES):
+        raise ScoresError(
+            f"experiment '{summary['experiment']}' has no accuracies with standard errors to compare: that takes two trials at least, and "
+            f"training examples that some of them saw and others did not"
+        )
+    share_error = convergence(scores.statistics, [MEM_THRESHOLD], [0.5], np.array([-1.0, 1.0]))[-1].share_errors[0]
+    facts = {
+        "memorized": memorized,
+        "memorized_error": float(share_error) * summary["n_train"],
+        "pairs": summary["pairs"]["count"],
+        "trials": summary["trials"],
+    }
+    return facts | {each: summary[each] for each in ACCURACIES} | {f"{each}_error": errors[each] for each in ACCURACIES}
+
+
+def _memorized(facts: dict[str, Any]) -> str:
+    return f"{facts['memorized']} ± {facts['memorized_error']:.0f}"
+
+
+def _percent(facts: dict[str, Any], accuracy: str) -> str:
+    return f"{100 * facts[accuracy]:.2f} ± {100 * facts[f'{accuracy}_error']:.2f}%"
 
 
 def _draw(name: str, counts: dict[str, list[int]], facts: dict[str, dict[str, Any]]) -> "Figure":

@@ -8,14 +8,13 @@ models are trained on everything, to compare with. No two models have the same s
 All of them are the trials of one experiment (see `memtail.studies.retraining`): condition c, repeat r is trial c * repeats + r.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from memtail.archive import ExperimentArchive
 from memtail.errors import ScoresError
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.experiment import Experiment
@@ -41,11 +40,13 @@ class Condition:
         arm: "none" (nothing is removed), "chosen" (what the study is about), or "random" (as many).
         theta: the threshold of memorization; None with pairs, and where nothing is removed.
         removed: how many examples.
+        emptied: the labels of the classes of which no example is left.
     """
 
     arm: Arm
     theta: float | None
     removed: int
+    emptied: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Removal:
         conditions: in the order of its trials, `repeats` of each.
         n_train: n.
         influenced: int64, the test examples of the pairs; None in the study of thresholds.
+        unreached: the thresholds asked for that no example reaches.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Removal:
     repeats: int
     n_train: int
     influenced: npt.NDArray[np.int64] | None
+    unreached: list[float]
 
 
 def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | None, repeats: int) -> Removal:
@@ -80,9 +83,9 @@ def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | Non
         repeats: models per condition, at least 2.
 
     Raises:
-        ScoresError: there are no scores, or nothing would be removed, or everything.
+        ScoresError: there are no scores, or they are to change, or nothing would be removed, or everything.
     """
-    record = ExperimentArchive(store, name).record()
+    record = retraining.ended(store, name)
     scores = open_scores(store, name)
     n, seed = record.n_train, record.experiment.subsets.seed
     if thetas is None:
@@ -92,6 +95,7 @@ def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | Non
         mem = scores.memorization["mem"]
         chosen = {theta: mem >= theta for theta in sorted(set(thetas))}
         lacking = f"no example of mem >= {min(thetas)}: give lower --theta"
+    unreached = [theta for theta, out in chosen.items() if theta is not None and not out.any()]
     chosen = {theta: out for theta, out in chosen.items() if out.any()}
     if not chosen:
         raise ScoresError(f"experiment '{name}' has {lacking}")
@@ -106,11 +110,13 @@ def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | Non
         random = np.ones((repeats, n), np.bool_)
         for repeat, order in enumerate(orders):
             random[repeat, order[:removed]] = False
-        conditions += [Condition("chosen", theta, removed), Condition("random", theta, removed)]
+        labels = scores.memorization["label"]
+        emptied = tuple(np.setdiff1d(labels, labels[~out]).tolist())
+        conditions += [Condition("chosen", theta, removed, emptied), Condition("random", theta, removed)]
         masks += [np.tile(~out, (repeats, 1)), random]
     experiment = retraining.like(record, "removal", np.concatenate(masks))
     influenced = np.unique(scores.pairs["tt_idx"]) if thetas is None else None
-    return Removal(name, scores.folder.name, experiment, conditions, repeats, n, influenced)
+    return Removal(name, scores.folder.name, experiment, conditions, repeats, n, influenced, unreached)
 
 
 def evaluate_removal(store: ObjectStore, planned: Removal) -> StudyResult:
@@ -120,6 +126,19 @@ def evaluate_removal(store: ObjectStore, planned: Removal) -> StudyResult:
         ScoresError: too many of the models diverged.
         StoreError: the store cannot be read or written.
     """
+    correct, counted = outcomes(store, planned)
+    result, figure = (_of_thresholds if planned.influenced is None else _of_pairs)(store, planned, correct, counted)
+    write_result(result, _table(planned, correct, counted), figure)
+    return result
+
+
+def outcomes(store: ObjectStore, planned: Removal) -> tuple[npt.NDArray[np.bool_], Mask]:
+    """What the retrained models get right, and which of them count, as `retraining.correctness` gives them.
+
+    Raises:
+        ScoresError: of some condition fewer than two models count.
+        StoreError: the store cannot be read.
+    """
     correct, counted = retraining.correctness(store, planned.experiment)
     for place, condition in enumerate(planned.conditions):
         left = int(counted[place * planned.repeats :][: planned.repeats].sum())
@@ -128,9 +147,7 @@ def evaluate_removal(store: ObjectStore, planned: Removal) -> StudyResult:
                 f"study of '{planned.name}': of {planned.repeats} models with {condition.removed} examples removed "
                 f"{planned.repeats - left} diverged: give more --repeats"
             )
-    result, figure = (_of_thresholds if planned.influenced is None else _of_pairs)(store, planned, correct, counted)
-    write_result(result, _table(planned, correct, counted), figure)
-    return result
+    return correct, counted
 
 
 @dataclass(frozen=True)
@@ -176,10 +193,23 @@ _HOW = "± is half of a {:.0%} confidence interval over the models (Student's t;
 def _result(
     store: ObjectStore, planned: Removal, counted: Mask, study: str, title: str, findings: list[str], measured: dict[str, Any]
 ) -> StudyResult:
-    thetas = sorted({condition.theta for condition in planned.conditions if condition.theta is not None})
+    thetas = sorted({condition.theta for condition in planned.conditions if condition.theta is not None} | {*planned.unreached})
     settings = {"scores": planned.scores, "repeats": planned.repeats, **({"thetas": thetas} if thetas else {})}
-    findings = [*findings, _HOW.format(CONFIDENCE)]
+    findings = [*findings, *_remarks(planned, counted), _HOW.format(CONFIDENCE)]
     return StudyResult(store, planned.name, study, title, findings, int(counted.sum()), [planned.experiment.name], settings, measured)
+
+
+def _remarks(planned: Removal, counted: Mask) -> Iterator[str]:
+    """What to know before the losses are believed."""
+    for condition in planned.conditions:
+        if condition.emptied:
+            which = ", ".join(map(str, condition.emptied))
+            of = "the pairs'" if condition.theta is None else f"those of mem >= {condition.theta:g}"
+            yield f"Without {of} no training example is left of {'label' if len(condition.emptied) == 1 else 'labels'} {which}."
+    for theta in planned.unreached:
+        yield f"No example has mem >= {theta:g}."
+    if diverged := int((~counted).sum()):
+        yield f"{diverged} of {len(counted)} models diverged, and are left out."
 
 
 def _baseline(planned: Removal, everything: _Lost, accuracy: Interval) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.archive import ExperimentArchive, Record
+from memtail.errors import ScoresError
 from memtail.experiment import Experiment
 from memtail.progress import progress_of
 from memtail.settings import Settings
@@ -42,9 +43,28 @@ def like(record: Record, purpose: str, masks: Mask) -> Experiment:
     return Experiment.parse({**declaration, "name": name, "subsets": subsets}, source=f"experiment '{name}' of the study")
 
 
+def ended(store: ObjectStore, name: str) -> Record:
+    """The record of an experiment that a study may start from: one whose scores are not to change any more.
+
+    Raises:
+        ScoresError: trials of it are still to come.
+        StoreError: there is no such experiment, or the store cannot be read.
+    """
+    record, progress = ExperimentArchive(store, name).record(), progress_of(store, name)
+    if progress.ending is None:
+        raise ScoresError(
+            f"experiment '{name}' has scores of {progress.published_trials} of {progress.wanted} trials, and the study starts from the "
+            f"scores: let it finish, or give it up with memtail cancel {name}"
+        )
+    return record
+
+
 def is_finished(store: ObjectStore, experiment: Experiment) -> bool:
-    """Whether all trials of an experiment are committed, and its scores published."""
-    return store.exists(keys.experiment(experiment.name)) and progress_of(store, experiment.name).ending == "published"
+    """Whether all trials that a study needs of an experiment are committed, and its scores published."""
+    if not store.exists(keys.experiment(experiment.name)):
+        return False
+    progress = progress_of(store, experiment.name)
+    return progress.ending == "published" and progress.wanted >= experiment.subsets.trials
 
 
 def correctness(store: ObjectStore, experiment: Experiment) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:

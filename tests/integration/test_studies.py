@@ -12,15 +12,19 @@ import pytest
 from typer.testing import CliRunner
 
 import memtail
-from memtail.archive import ExperimentArchive
+from memtail import datasets
+from memtail.archive import Control, ExperimentArchive
 from memtail.cli import app
 from memtail.datasets.staging import fetch, fetch_masks
 from memtail.errors import MemtailError
 from memtail.experiment import Experiment
+from memtail.runner import declare as declare_record
 from memtail.runner import run
 from memtail.settings import Settings
+from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.studies.duplicates import measure
+from memtail.studies.features import features_of
 from memtail.studies.result import load_results
 from memtail.trials import unpack
 from tests.conftest import write_arrays
@@ -143,16 +147,22 @@ def test_halves_agree_the_less_the_fewer_they_are_and_more_overlap_takes_more_tr
     assert few.measured["jaccard"] == many.measured["jaccard"]
     table = rows(store, many)
     assert set(table["trials"]) == {64} and set(table["split"]) == set(range(5)) and set(table["score"]) == {"memorization", "influence"}
-    assert many.measured["trials_needed"]["memorization"] == {"trials": None, "more_than": None}  # one number of trials has no slope
+    unknown = {"trials": None, "beyond": None, "fewest": None, "most": None, "measured": False}
+    assert many.measured["trials_needed"]["memorization"] == unknown  # one number of trials has no slope
+    assert few.measured["trials_needed"]["memorization"] == {**unknown, "trials": 64, "measured": True}
 
 
-def test_an_experiment_agrees_with_itself_in_full_and_its_halves_do_not(store):
+def test_equal_experiments_agree_as_far_as_one_with_itself(store):
     study(store, "architectures", "digits", "again")
     result = result_of(store, "architectures")
-    assert result.experiments == ["digits", "again"] and result.trials == 256
-    itself, halves = result.measured["digits and again"], result.measured["two halves of digits"]
-    assert itself == {"rank_correlation": pytest.approx(1), "memorization": 1.0, "influence": 1.0}
-    assert halves["memorization"] < 1 and halves["rank_correlation"] < 1
+    assert result.experiments == ["digits", "again"] and result.trials == 256 and result.measured["trials"] == 64
+    agreement = result.measured["agreement"]
+    assert list(agreement) == ["digits and itself", "digits and again", "again and itself"]
+    # chance alone is between them: what is compared shares no trial, although the two have all trials in common
+    assert agreement["digits and again"] == agreement["digits and itself"] == agreement["again and itself"]
+    assert 0 < agreement["digits and again"]["memorization"] < 1 and 0 < agreement["digits and again"]["rank_correlation"] < 1
+    table = rows(store, result)
+    assert set(table["split"]) == set(range(5)) and set(table["trials"]) == {64}
 
 
 def test_near_duplicates_are_found_where_they_were_planted_whatever_their_brightness():
@@ -192,7 +202,39 @@ def test_the_last_layer_alone_is_trained_on_the_subsets_of_the_experiment_and_me
         mem = memtail.load_scores(f"{store.address}/experiments/{name}").memorization["mem"]
         assert result.measured[label]["memorized"] == (mem >= 0.25).sum()
     assert 0 < result.measured["last layer"]["memorized"] < result.measured["whole model"]["memorized"]
-    assert result.measured["last layer"]["test_accuracy"] > 0.9
+    assert result.measured["last layer"]["test_accuracy"] > 0.9 and result.measured["last layer"]["memorized_error"] > 0
+
+    # more trials of the whole model take more of the last layer; the features stay
+    archive = ExperimentArchive(store, "digits")
+    run(archive.record().with_trials(144).experiment, store.address)
+    study(store, "last-layer", "digits")
+    extended = result_of(store, "last-layer")
+    assert extended.experiments == result.experiments and extended.trials == 288
+
+
+def test_what_a_study_starts_from_is_not_to_change_meanwhile(store):
+    archive = ExperimentArchive(store, "again")
+    archive.extend(1000)
+    for arguments in (("removal",), ("removal", "--pairs"), ("last-layer",), ("duplicates",)):
+        with pytest.raises(MemtailError, match="has scores of 128 of 1000 trials"):
+            study(store, arguments[0], "again", *arguments[1:])
+    archive.set_control(Control("cancelled"))
+    study(store, "removal", "again", "--theta", 0.5, "--theta", 1.5, "--repeats", 2)
+    assert "No example has mem >= 1.5." in result_of(store, "removal", "again").findings
+
+
+def test_a_model_that_diverges_has_no_features(store, short):
+    del short
+    record = ExperimentArchive(store, "short").record()
+    declaration = record.experiment.model_dump(mode="json")
+    declaration["training"]["optimizer"]["lr"] = 1e30
+    declaration["name"] = "diverging"
+    diverging = Experiment.parse(declaration)
+    ExperimentArchive(store, "diverging").enroll(declare_record(diverging, datasets.prepare(diverging.dataset)))
+    record = ExperimentArchive(store, "diverging").record()
+    with pytest.raises(MemtailError, match="'diverging': the model trained on everything diverged"):
+        features_of(store, record, lambda: datasets.prepare(diverging.dataset))
+    assert not store.exists(keys.features("diverging"))
 
 
 @pytest.mark.parametrize(
