@@ -1,47 +1,17 @@
 """The report's figures: equal data give equal bytes, as SVG and as PNG."""
 
-import functools
-import io
-import re
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from importlib.resources import files
-
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from memtail.drawing import colour, drawing, encoded
 from memtail.estimators import Stage, expected_standard_error
 from memtail.estimators.pairs import MEM_THRESHOLD
 from memtail.scores.files import MEM_STEPS, SE_QUANTILES
 
-_DOTS_PER_INCH = 150
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """One figure, as the text of an SVG file and as a PNG file."""
-
-    svg: str
-    png: bytes
-
-
-@functools.cache
-def colour(name: str) -> str:
-    """A colour of `base.css`, by its name there without the dashes, as #rrggbb."""
-    css = files("memtail.report").joinpath("base.css").read_text()
-    found = re.search(rf"--{name}: (#[0-9a-f]{{6}});", css)
-    assert found, name
-    return found[1]
-
-
-def memorization_figure(stage: Stage, edges: np.ndarray) -> Drawn:
+def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:
     """How many examples have which memorization, from the lowest that there is to 1, with the standard error of each bar."""
-    with _style():
-        figure = _figure(6.4, 3.3)
+    with drawing(6.4, 3.3) as figure:
         axes = figure.subplots()
         first = min(int(np.flatnonzero(stage.counts)[0]) if stage.counts.any() else len(edges), int(np.searchsorted(edges, -0.1)))
         left, counts, errors = edges[:-1][first:], stage.counts[first:], stage.count_errors[first:]
@@ -67,13 +37,12 @@ def memorization_figure(stage: Stage, edges: np.ndarray) -> Drawn:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("memorization")
         axes.set_ylabel("training examples")
-        return _drawn(figure, axes)
+        return encoded(figure)
 
 
-def convergence_figure(stages: list[Stage], fraction: float) -> Drawn:
+def convergence_figure(stages: list[Stage], fraction: float) -> dict[str, bytes]:
     """Quantiles of the standard error beside the largest to be expected, and the share memorized, by number of trials."""
-    with _style():
-        figure = _figure(9.6, 3.3)
+    with drawing(9.6, 3.3) as figure:
         errors, shares = figure.subplots(1, 2)
         trials = np.array([stage.trials for stage in stages])
         expected = [expected_standard_error(number, fraction) for number in trials]
@@ -91,7 +60,7 @@ def convergence_figure(stages: list[Stage], fraction: float) -> Drawn:
         errors.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         errors.yaxis.set_minor_formatter(NullFormatter())
         errors.set_ylabel("standard error of mem at most")
-        errors.legend(frameon=False, fontsize=8.5)
+        errors.legend()
         step = MEM_STEPS.index(MEM_THRESHOLD)
         shares.errorbar(
             trials, [stage.shares[step] for stage in stages], [stage.share_errors[step] for stage in stages],
@@ -105,28 +74,4 @@ def convergence_figure(stages: list[Stage], fraction: float) -> Drawn:
             axes.set_xticks(trials, [f"{number:,}" for number in trials])
             axes.minorticks_off()
             axes.set_xlabel("trials")
-        return _drawn(figure, errors, shares)
-
-
-def _style() -> AbstractContextManager[None]:
-    # names within an SVG follow from a salt, which is random if it is not given
-    return mpl.rc_context({"svg.hashsalt": "memtail", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _drawn(figure: Figure, *axes: Axes) -> Drawn:
-    for each in axes:
-        each.tick_params(colors=colour("muted"), which="both")
-        each.xaxis.label.set_color(colour("muted"))
-        each.yaxis.label.set_color(colour("muted"))
-        for spine in each.spines.values():
-            spine.set_color(colour("line"))
-    svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    figure.savefig(png, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
-    return Drawn(svg.getvalue(), png.getvalue())
+        return encoded(figure)

@@ -14,7 +14,7 @@ from memtail.estimators.convergence import HALVES
 from memtail.estimators.false_discovery import LARGEST_RATE
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM, Content, Number, image_of
-from memtail.report.figures import Drawn, convergence_figure, memorization_figure
+from memtail.report.figures import convergence_figure, memorization_figure
 from memtail.scores.files import MEM_STEPS
 
 _ACCURACIES = (("in_subset_accuracy", "in-subset accuracy"), ("held_out_accuracy", "held-out accuracy"), ("test_accuracy", "test accuracy"))
@@ -22,15 +22,15 @@ _ACCURACIES = (("in_subset_accuracy", "in-subset accuracy"), ("held_out_accuracy
 _SMALL = 64
 
 
-def draw(content: Content) -> dict[str, Drawn]:
-    """The figures, by name."""
+def draw(content: Content) -> dict[str, dict[str, bytes]]:
+    """The figures by name, each as `memtail.drawing.encoded` gives it."""
     return {
         "memorization": memorization_figure(content.stages[-1], EDGES),
         "convergence": convergence_figure(content.stages, content.fraction),
     }
 
 
-def render(content: Content, figures: dict[str, Drawn], dataset: ImageDataset, scores: str) -> str:
+def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: ImageDataset, scores: str) -> str:
     """The page as HTML; equal content gives equal text.
 
     Args:
@@ -47,7 +47,7 @@ def render(content: Content, figures: dict[str, Drawn], dataset: ImageDataset, s
             "thousands": lambda value: f"{value:,}",
             "count_of": lambda share, count: "–" if math.isnan(share) else f"{round(share * count):,}",
             "rate": _rate,
-            "svg_uri": lambda svg: _data_uri("image/svg+xml", svg.encode()),
+            "svg_uri": lambda svg: _data_uri("image/svg+xml", svg),
             "data_uri": lambda example: _data_uri(*thumbnail(image_of(example, dataset))),
         }
     )
@@ -60,8 +60,8 @@ def render(content: Content, figures: dict[str, Drawn], dataset: ImageDataset, s
     }
     return environment.from_string(source.joinpath("report.html.j2").read_text()).render(
         {field.name: getattr(content, field.name) for field in fields(content)},
-        css=source.joinpath("base.css").read_text() + source.joinpath("report.css").read_text(),
-        figures={name: drawn.svg for name, drawn in figures.items()},
+        css=files("memtail").joinpath("base.css").read_text() + source.joinpath("report.css").read_text(),
+        figures={name: drawn["svg"] for name, drawn in figures.items()},
         name=content.record.experiment.name,
         spec=content.record.experiment.to_yaml().strip(),
         version=version("memtail"),

@@ -73,7 +73,7 @@ def publish_report(store: ObjectStore, name: str) -> dict[str, Any]:
     figures = draw(shown)
     made = {PAGE: render(shown, figures, dataset, published["version"]).encode()}
     for figure, drawn in figures.items():
-        made |= {f"{figure}.svg": drawn.svg.encode(), f"{figure}.png": drawn.png}
+        made |= {f"{figure}.{kind}": data for kind, data in drawn.items()}
     digest = hashlib.sha256(b"".join(made[file] for file in sorted(made))).hexdigest()[:8]
     version = f"{published['version'].partition('-')[0]}-{digest}"
     for file, data in made.items():

@@ -81,8 +81,8 @@ def study_architectures(store: ObjectStore, names: list[str]) -> StudyResult:
     summaries = [each.summary for each in scores]
     findings = [_of_one(record, summary) for record, summary in zip(records, summaries, strict=True)]
     findings.append(
-        f"Compared are {trials} trials of the one with {trials} others of the other, so that two of one model, which is what chance alone "
-        f"leaves, are as far apart as they should be; in brackets the least and the greatest of {SPLITS} ways to split the trials."
+        f"Each comparison is of {trials} trials with {trials} others; what keeps a model apart from itself is chance alone. In brackets are "
+        f"the least and the greatest of {SPLITS} ways to split the trials."
     )
     findings += [_of_two(label, found) for label, found in measured.items()]
     result = StudyResult(
@@ -166,7 +166,7 @@ def _bracketed(spread: tuple[float, float, float]) -> str:
 
 
 def _draw(measured: dict[str, list[_Compared]], trials: int) -> "Figure":
-    from memtail.studies.drawing import COLOURS, drawing
+    from memtail.drawing import COLOURS, drawing
 
     with drawing(7.5, 5.6) as figure:
         grid = figure.subplots(2, 2, sharex="col")

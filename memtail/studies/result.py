@@ -22,13 +22,11 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 TABLE = "result.parquet"
-FIGURE_SVG = "figure.svg"
-FIGURE_PNG = "figure.png"
+FIGURE = "figure.{}"
 
 SCHEMA = 1
 # Bytes of the largest result that is read.
 _MOST_BYTES = 1 << 22
-_DOTS_PER_INCH = 150
 _FIELDS = ("study", "title", "findings", "trials", "experiments", "settings", "measured", "finished")
 
 
@@ -74,9 +72,9 @@ class StudyResult:
         scores = self.settings.get("scores")
         return scores.get(self.name) if isinstance(scores, dict) else scores
 
-    def figure_svg(self) -> str:
-        """The figure, as the text of an SVG file. Raises: ObjectNotFound, StoreError."""
-        return self.store.get(self.prefix + FIGURE_SVG).decode()
+    def figure_svg(self) -> bytes:
+        """The figure, as an SVG file. Raises: ObjectNotFound, StoreError."""
+        return self.store.get(self.prefix + FIGURE.format("svg"))
 
     def table(self) -> dict[str, Any]:
         """The columns of `result.parquet`. Raises: ObjectNotFound, StoreError."""
@@ -134,11 +132,11 @@ def write_result(result: StudyResult, table: dict[str, Any], figure: "Figure") -
     import pyarrow as pa
     import pyarrow.parquet
 
+    from memtail.drawing import encoded
+
     columns = io.BytesIO()
     pyarrow.parquet.write_table(pa.table(table), columns)
     result.store.put(result.prefix + TABLE, columns.getvalue())
-    for file, kind in ((FIGURE_SVG, "svg"), (FIGURE_PNG, "png")):
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=kind, dpi=_DOTS_PER_INCH)
-        result.store.put(result.prefix + file, drawn.getvalue())
+    for kind, drawn in encoded(figure).items():
+        result.store.put(result.prefix + FIGURE.format(kind), drawn)
     result.store.put(result.prefix + RESULT, json.dumps(result.to_json(), indent=1).encode())

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import memtail
+from memtail.drawing import drawing
 from memtail.errors import ScoresError
 from memtail.experiment import Experiment
 from memtail.report.publish import is_current, latest_report, publish_report
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
-from memtail.studies.drawing import drawing
 from memtail.studies.result import StudyResult, write_result
 from tests.unit.test_datasets import write_tree
 
@@ -104,7 +104,7 @@ def test_a_study_is_shown_once_it_is_there(store):
     assert is_current(store, "digits") and latest_report(store, "digits")["studies"] == {"removal": result.finished}
     page = Page(page_of(store, "digits"))
     assert "What <removal> costs" in page.text and "2.5 ± 0.2 points & no less" in page.text
-    drawn = base64.b64encode(result.figure_svg().encode()).decode()
+    drawn = base64.b64encode(result.figure_svg()).decode()
     assert any(image["src"] == f"data:image/svg+xml;base64,{drawn}" for image in page.images())
     # a reader may be reading the one before
     assert {*store.folders(keys.all_reports("digits"))} == {earlier["version"], latest_report(store, "digits")["version"]}

@@ -67,7 +67,7 @@ def rows(store, result):
 
 def result_of(store, study_name, name="digits"):
     (found,) = [each for each in load_results(store, name) if each.study == study_name]
-    assert store.get(found.prefix + "figure.png").startswith(b"\x89PNG") and "</svg>" in found.figure_svg()
+    assert store.get(found.prefix + "figure.png").startswith(b"\x89PNG") and b"</svg>" in found.figure_svg()
     return found
 
 

@@ -18,7 +18,7 @@ def store(tmp_path):
 
 
 def write(store, study="stability", finding="0.9 ± 0.1"):
-    from memtail.studies.drawing import drawing
+    from memtail.drawing import drawing
 
     result = StudyResult(store, "e", study, "What holds", [finding], 8, ["e"], {"theta": 0.25}, {"jaccard": None})
     with drawing(3, 2) as figure:
@@ -31,7 +31,7 @@ def test_results_are_read_back_as_they_were_written_by_name(store):
     written = [write(store, study) for study in ("removal", "stability")]
     assert load_results(store, "e") == written
     assert load_results(store, "other") == []
-    assert written[0].figure_svg().lstrip().startswith("<?xml") and "</svg>" in written[0].figure_svg()
+    assert written[0].figure_svg().lstrip().startswith(b"<?xml") and b"</svg>" in written[0].figure_svg()
     assert store.get(written[0].prefix + "figure.png").startswith(b"\x89PNG")
     assert pyarrow.parquet.read_table(store.path(written[0].prefix + "result.parquet")).to_pydict() == {"t": [1, 2], "jaccard": [0.5, 0.75]}
 
