@@ -81,8 +81,8 @@ def study_architectures(store: ObjectStore, names: list[str]) -> StudyResult:
     summaries = [each.summary for each in scores]
     findings = [_of_one(record, summary) for record, summary in zip(records, summaries, strict=True)]
     findings.append(
-        f"Each comparison is of {trials} trials with {trials} others; what keeps a model apart from itself is chance alone. In brackets are "
-        f"the least and the greatest of {SPLITS} ways to split the trials."
+        f"Each comparison is of {trials} trials with {trials} others; what keeps a model apart from itself is chance alone. In brackets "
+        f"are the least and the greatest of {SPLITS} ways to split the trials."
     )
     findings += [_of_two(label, found) for label, found in measured.items()]
     result = StudyResult(
