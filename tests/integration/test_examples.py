@@ -16,7 +16,7 @@ from memtail.studies.result import load_results
 
 PROJECT = Path(__file__).parents[2]
 SCRIPTS = sorted((PROJECT / "examples/studies").iterdir())
-TRIALS = {"digits": 100, "digits-cnn": 20}
+TRIALS = {"digits": 100, "digits-cnn": 40}
 
 
 @pytest.fixture(scope="module")
