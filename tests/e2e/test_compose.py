@@ -1,11 +1,13 @@
 """`docker compose up`, from a build to scores: run by `make e2e`."""
 
+import html
 import json
 import time
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -14,6 +16,7 @@ import yaml
 
 from memtail.archive import ExperimentArchive
 from memtail.experiment import Experiment
+from memtail.progress import progress_of
 from memtail.runner import run
 from memtail.scores.publish import latest_version
 from memtail.storage.local import LocalStore
@@ -105,6 +108,25 @@ def test_the_explorer_shows_scores_and_images(deployment: Deployment) -> None:
         assert "1,438 training examples" in page.read().decode()
     with urllib.request.urlopen(f"{here}/images/test/0.png") as image:
         assert image.read().startswith(b"\x89PNG")
+
+
+def test_a_study_is_trained_by_the_workers_and_shown_in_the_explorer(deployment: Deployment) -> None:
+    def study(*arguments: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(deployment.compose("run", "--rm", "study", *arguments, "--json"))
+        return answer
+
+    asked = ("removal", "digits", "--theta", "0.25", "--repeats", "2", "--submit")
+    entered, store = study(*asked), deployment.store()
+    assert entered["trained"] is False
+    deployment.until(lambda: progress_of(store, entered["experiment"]).ending == "published", 600)
+    results = [study(*asked), study("stability", "digits")]
+    assert [result["trials"] for result in results] == [6, TRIALS]
+
+    def page() -> str:
+        with urllib.request.urlopen(f"{deployment.address('aggregator', 8080)}/experiments/digits/studies") as answer:
+            return html.unescape(answer.read().decode())
+
+    deployment.until(lambda: all(result["title"] in page() for result in results), 60)
 
 
 def test_all_are_healthy_but_the_one_that_was_killed(deployment: Deployment) -> None:

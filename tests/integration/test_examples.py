@@ -1,0 +1,47 @@
+"""The examples of the studies, as a newcomer runs them, but on fewer trials."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from memtail import cli_study
+from memtail.storage.local import LocalStore
+from memtail.studies.result import load_results
+
+PROJECT = Path(__file__).parents[2]
+SCRIPTS = sorted((PROJECT / "examples/studies").iterdir())
+TRIALS = {"digits": 100, "digits-cnn": 40}
+
+
+@pytest.fixture(scope="module")
+def folder(own_cache, tmp_path_factory):
+    """The examples, in a folder in which all of them leave their results."""
+    folder = tmp_path_factory.mktemp("examples")
+    shutil.copytree(PROJECT / "examples", folder / "examples")
+    for name, trials in TRIALS.items():
+        path = folder / "examples" / f"{name}.yaml"
+        declared = yaml.safe_load(path.read_text())
+        declared["subsets"]["trials"] = trials
+        path.write_text(yaml.safe_dump(declared))
+    return folder
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_an_example_leaves_the_study_that_it_is_named_after(folder, script):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(PROJECT)}
+    command = ["sh", script.relative_to(PROJECT)]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    results = {result.study: result for result in load_results(LocalStore(folder / "memtail-store"), "digits")}
+    assert results[script.stem].findings[0] in done.stdout
+
+
+def test_every_study_has_an_example():
+    assert set(get_command(cli_study.app).commands) <= {script.stem for script in SCRIPTS}
