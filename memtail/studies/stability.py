@@ -211,7 +211,7 @@ def _draw(name: str, splits: list[_Split], wanted: float) -> "Figure":
         (f"pairs, infl ≥ {PAPERS['influence']}", [_overlaps(group, "influence") for group in groups]),
         ("ranks of mem", [[s.rank_correlation for s in group if s.rank_correlation is not None] for group in groups]),
     ]
-    with drawing(9, 3.2) as figure:
+    with drawing(9, 3.4) as figure:
         by_trials, overlap, apart = figure.subplots(1, 3)
         for (label, values), colour in zip(curves, COLOURS, strict=False):
             shown = [(group[0].trials, found) for group, found in zip(groups, values, strict=True) if found]
@@ -228,12 +228,11 @@ def _draw(name: str, splits: list[_Split], wanted: float) -> "Figure":
         by_trials.set(
             xlabel="trials t", ylabel="overlap (Jaccard); rank correlation", ylim=(0, 1.02), title=f"{name}: two runs of t trials"
         )
-        by_trials.legend()
+        figure.legend(loc="outside lower center", ncols=3)
         most: Any = splits[0].agreements
         for score, colour in zip(THRESHOLDS, COLOURS, strict=False):
             for axes, what in ((overlap, "jaccard"), (apart, "difference")):
-                draw_by_threshold(axes, most, score, what, color=colour, label=score)  # type: ignore[arg-type]
+                draw_by_threshold(axes, most, score, what, color=colour)  # type: ignore[arg-type]
         overlap.set(xlabel="threshold", ylabel="overlap (Jaccard)", title=f"what {counts[0]} trials select")
         apart.set(xlabel="threshold", ylabel="mean difference", title="how far the scores are apart")
-        apart.legend()
     return figure
