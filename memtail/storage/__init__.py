@@ -11,6 +11,10 @@ class ObjectNotFound(StoreError):  # noqa: N818 - the name that object stores gi
     """There is no object under the key."""
 
 
+class UnreachableError(StoreError):
+    """The server of a store does not answer, or not as it should at the moment."""
+
+
 class ObjectStore(Protocol):
     """A flat map from keys to immutable bytes, kept on a disk or in a bucket.
 
