@@ -13,7 +13,7 @@ from memtail.experiment import Experiment
 from memtail.runner import declare, run
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
-from memtail.storage import ObjectStore, keys
+from memtail.storage import ObjectStore
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult
 from memtail.trials import TrialBatch, TrialMetrics, pack

@@ -153,7 +153,7 @@ def test_arrow_keys_leave_a_page_only_from_where_nothing_else_is_chosen(page: Pa
     page.goto("/experiments/digits")
     tab_to(page, ".histogram a")
     page.keyboard.press("ArrowRight")
-    tab_to(page, "a[href='#examples']")
+    page.locator("a[href='#examples']").focus()
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
     assert page.evaluate("!!document.activeElement.closest('#examples')")
