@@ -27,7 +27,7 @@ class ObjectStore(Protocol):
     * `list` and `folders` yield in ascending order.
 
     Every method may be called from any thread and any process. A store on a network retries what a retry may mend; what is left is
-    raised as `StoreError`, and `ObjectNotFound` where the key does not exist.
+    raised as `StoreError`: `ObjectNotFound` where the key does not exist, `UnreachableError` where the server is at fault.
 
     Attributes:
         address: what `open_store` takes to open it again; `{address}/{key}` names an object to people.

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import threading
 import time
@@ -49,6 +50,12 @@ class Page(HTMLParser):
     def links(self, pattern: str) -> list[str]:
         """The addresses that links lead to, as far as they match."""
         return [found[1] for tag, each in self.elements if tag == "a" and (found := re.fullmatch(pattern, each["href"] or ""))]
+
+
+@pytest.fixture(autouse=True)
+def _time_to_read(monkeypatch):
+    """Pages wait for scores however busy the machine is."""
+    monkeypatch.setattr(module, "_PATIENCE", 600.0)
 
 
 @pytest.fixture(scope="module")
@@ -388,13 +395,14 @@ def test_a_damaged_experiment_hides_no_other(explored, tmp_path):
 
 
 def test_scores_are_shown_where_the_images_are_lost(explored, tmp_path, monkeypatch):
+    cache = os.environ["MEMTAIL_CACHE"]
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
     client = TestClient(create(explored), base_url=HERE)
     found = page(client, "/experiments/digits")
     assert "No images: dataset" in found.text and "no image" in found.text and "class 3" in found.text
     assert client.get("/experiments/digits/images/train/0.png").status_code == 404
     assert len(table(client, "/experiments/digits/train.csv")) == 1438
-    monkeypatch.undo()  # they are found again
+    monkeypatch.setenv("MEMTAIL_CACHE", cache)  # there they are
     monkeypatch.setattr(module, "_AGAIN", 0.0)
     until(lambda: client.get("/experiments/digits/images/train/0.png").status_code == 200)
 

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
+import urllib3
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -33,6 +35,9 @@ def address(explored: LocalStore) -> Iterator[str]:
     command = [sys.executable, "-m", "memtail", "explore", "--store", str(explored.root), "--port", address.rpartition(":")[2]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert process.stdout is not None and address in process.stdout.readline()
+    for name in ("digits", "odd"):
+        while urllib3.request("GET", f"{address}/experiments/{name}/train/0").status == 503:  # its scores are being read
+            time.sleep(0.1)
     yield address
     process.terminate()
     assert process.wait(30) in (0, -15, 143)
