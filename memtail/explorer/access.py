@@ -66,7 +66,8 @@ async def _given(request: Request) -> str | None:
     size = request.headers.get("content-length", "")
     if request.method == "POST" and size.isdecimal() and int(size) <= _MOST_BYTES:
         form = parse_qs((await request.body()).decode(errors="replace"))
-        return form.get("token", [""])[0].strip()
+        if "token" in form:
+            return form["token"][0].strip()
     return request.query_params.get("token")
 
 
