@@ -36,7 +36,7 @@ def address(explored: LocalStore) -> Iterator[str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert process.stdout is not None and address in process.stdout.readline()
     for name in ("digits", "odd"):
-        while urllib3.request("GET", f"{address}/experiments/{name}/train/0").status == 503:  # its scores are being read
+        while urllib3.request("GET", f"{address}/experiments/{name}/train/0", timeout=60).status == 503:  # its scores are being read
             time.sleep(0.1)
     yield address
     process.terminate()
