@@ -174,8 +174,8 @@ def influenced_csv(opened: Opened, train: int) -> bytes:
     Its own row has `tr_idx`, `class`, the columns of `memorization.parquet` and the standard errors of `p_in` and `p_out`. All have a
     `filename` where there are any.
     """
-    own: dict[str, Any] = {name: values[[train]] for name, values in opened.memorization.items() if name not in ("index", "label")}
-    own = {"tr_idx": np.array([train]), "class": _names(opened, opened.memorization["label"][[train]])} | own
+    own: dict[str, Any] = {"tr_idx": [train], "class": _names(opened, opened.memorization["label"][[train]])}
+    own |= {name: values[[train]] for name, values in opened.memorization.items() if name not in ("index", "label")}
     own |= {f"{p}_se": rate_error(own[p], own[k]) for p, k in (("p_in", "k_in"), ("p_out", "k_out"))}
     table = _joined(influenced(opened, train))
     columns = {"tt_idx": table["tt_idx"], "class": _names(opened, table["label"]), "infl": table["infl"], "infl_se": table["infl_se"]}
