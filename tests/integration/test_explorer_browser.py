@@ -122,7 +122,7 @@ def test_a_bar_and_the_form_choose_what_the_gallery_shows(page: Page) -> None:
     assert page.locator("#shown").inner_text().startswith(f"{count} training example")
     assert page.locator(".histogram a:not(.out)").count() == 1
     page.get_by_role("spinbutton", name="Memorization from").fill("0.25")
-    page.get_by_role("spinbutton", name="to below").fill("")
+    page.get_by_role("spinbutton", name="Memorization to below").fill("")
     page.locator("select[name=class]").select_option("8")
     page.locator("select[name=sort]").select_option("index")
     page.get_by_role("button", name="Show").click()
