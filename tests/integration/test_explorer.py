@@ -478,12 +478,15 @@ def test_scores_that_take_long_to_read_are_waited_for_beside_the_page(explored, 
 
 
 def test_of_the_scores_kept_open_those_looked_at_last_stay(explored, tmp_path, monkeypatch):
-    library = Library(copied(explored, tmp_path, "digits", "odd"))
+    store = copied(explored, tmp_path, "digits", "odd")
+    for key in list(store.list("experiments/odd/")):
+        store.put(key.replace("odd", "third", 1), store.get(key).replace(b'"name": "odd"', b'"name": "third"'))
+    library = Library(store)
     digits, odd = library.open("digits"), library.open("odd")
     assert digits.size > odd.size > 0 and library.open("digits") is digits
-    monkeypatch.setattr(module, "_KEPT_BYTES", 0)
-    library._keep(digits)
-    assert library.open("digits") is digits and library.open("odd") is not odd
+    monkeypatch.setattr(module, "_KEPT_BYTES", digits.size + odd.size)
+    third = library.open("third")
+    assert library.open("digits") is digits and library.open("third") is third and library.open("odd") is not odd
 
 
 class Remote:
