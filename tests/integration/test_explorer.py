@@ -145,7 +145,7 @@ def test_a_gallery_and_its_csv_have_the_examples_asked_for_in_the_order_asked_fo
 
 
 def test_an_order_by_held_out_accuracy_shows_it(client, scores):
-    found = page(client, "/experiments/digits?sort=hardest&right-from=0.7")  # of them memorization is below 0.3
+    found = page(client, "/experiments/digits?sort=hardest&right-from=0.7")  # whose memorization is at most 0.3
     mem = scores.memorization
     first = int(found.links(r"/experiments/digits/train/(\d+)(?:\?.*)?")[0])
     p, k = mem["p_out"][first], mem["k_out"][first]
