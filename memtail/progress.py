@@ -116,6 +116,8 @@ class ExperimentProgress:
             "standard_error": self.standard_error,
             "notices": self.notice_lines,
             "test_accuracy": self.pointer["summary"]["test_accuracy"] if self.pointer else None,
+            # not in scores of memtail's first versions
+            "test_accuracy_se": self.pointer["summary"].get("accuracy_se", {}).get("test_accuracy") if self.pointer else None,
             "fingerprint": self.fingerprint,
         }
 

@@ -7,6 +7,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -58,12 +60,11 @@ def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None =
     `limit` bytes, the datasets that were opened longest ago leave it; whoever has them open may go on reading.
 
     Raises:
-        DatasetError: it was not staged, is damaged in the store, or is larger than the cache may be.
+        DatasetError: it was not staged, is damaged in the store, or is larger than the cache may be; or the cache cannot be written.
         StoreError: the store cannot be read.
     """
     folder = cache / "datasets" / fingerprint
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / ".lock"):
+    with _alone_in(folder.parent):
         if not (folder / "meta.json").exists():
             _bring(store, fingerprint, folder, limit)
         os.utime(folder)
@@ -84,13 +85,12 @@ def fetch_masks(store: ObjectStore, digest: str, cache: Path) -> Path:
     """The file of an explicit design's subsets, brought from the store into the folder `cache` if it is not there yet.
 
     Raises:
-        DatasetError: it was not staged, or is damaged in the store.
+        DatasetError: it was not staged, or is damaged in the store; or the cache cannot be written.
         StoreError: the store cannot be read.
     """
     key = keys.check(keys.masks(digest))
     path = cache / key
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / ".lock"):
+    with _alone_in(path.parent):
         if not path.exists():
             unfinished = path.with_suffix(".unfinished")
             try:
@@ -101,6 +101,17 @@ def fetch_masks(store: ObjectStore, digest: str, cache: Path) -> Path:
                 raise DatasetError(f"{key} in {store.address} is damaged: remove it, then memtail submit SPEC")
             unfinished.rename(path)
     return path
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """While it lasts, no other process is in the same folder of the cache."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            yield
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be written ({error.strerror or error}): set MEMTAIL_CACHE to another folder") from None
 
 
 def _bring(store: ObjectStore, fingerprint: str, folder: Path, limit: int | None) -> None:

@@ -3,7 +3,10 @@
 import numba
 import numpy as np
 
+from memtail.statistics.one_at_a_time import one_at_a_time
 
+
+@one_at_a_time
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def upper_tails(both, k_in, right, trials, log_factorials, largest, out):  # type: ignore[no-untyped-def]
     """out[i, j] = P(X >= both[i, j]) for X hypergeometric: `right[i, j]` of `trials` are marked, `k_in[i, j]` are drawn.

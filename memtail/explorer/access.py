@@ -4,12 +4,17 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 
+log = structlog.get_logger()
+
 COOKIE = "memtail-explorer"
+# Bytes of the largest form that is read: it holds a token.
+_MOST_BYTES = 4096
 
 #: Nothing but this page's own files; no page of others may show it in a frame, and no script or style stands in a page itself.
 POLICY = (
@@ -38,34 +43,51 @@ def guard(app: FastAPI, token: str | None, refuse: Refusal) -> None:
 
     Args:
         app: the application.
-        token: what must be given: as `Authorization: Bearer TOKEN`, or once as `?token=TOKEN`, which leaves a cookie. If None, whoever
-            reaches it may look, but only under the name localhost or an address: under another name a page from elsewhere could read it.
+        token: what must be given: as `Authorization: Bearer TOKEN`, or once as `?token=TOKEN` or by a form, which leave a cookie. If None,
+            whoever reaches it may look, but only under the name localhost or an address: under another name a page from elsewhere could
+            read it.
         refuse: makes the page for a request, a status and a line.
     """
 
     @app.middleware("http")
     async def answer(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = _refused(request, token, refuse) or await go_on(request)
+        try:
+            response = _refused(request, token, await _given(request), refuse) or await go_on(request)
+        except Exception as error:
+            log.error("page not made", path=request.url.path, exc_info=error)
+            response = refuse(request, 500, "this cannot be shown because of a defect, which is in the log")
         for name, value in _HEADERS.items():
             response.headers.setdefault(name, value)
         return response
 
 
-def _refused(request: Request, token: str | None, refuse: Refusal) -> Response | None:
+async def _given(request: Request) -> str | None:
+    """The token in the form of a request, else in its address."""
+    size = request.headers.get("content-length", "")
+    if request.method == "POST" and size.isdecimal() and int(size) <= _MOST_BYTES:
+        form = parse_qs((await request.body()).decode(errors="replace"))
+        if "token" in form:
+            return form["token"][0].strip()
+    return request.query_params.get("token")
+
+
+def _refused(request: Request, token: str | None, given: str | None, refuse: Refusal) -> Response | None:
     if request.url.path.startswith("/static/"):
         return None
     if token is None:
         if _is_an_address(request.headers.get("host", "")):
             return None
         return refuse(request, 403, "without a token it answers on localhost or an address only: set MEMTAIL_EXPLORER_TOKEN")
-    if (given := request.query_params.get("token")) is not None:
+    if given is not None:
         if not _equal(given.encode(errors="replace"), token):
             return refuse(request, 401, "that is not the token")
         url = request.url.remove_query_params("token")
         there = f"/{url.path.lstrip('/')}"  # two slashes would lead to another server
         response = RedirectResponse(f"{there}?{url.query}" if url.query else there, 303)
-        secure = request.url.scheme == "https"
-        response.set_cookie(COOKIE, _digest(token), httponly=True, samesite="strict", secure=secure)
+        # as a proxy says that ends TLS before it; whoever says so of himself keeps his cookie from going out in the clear
+        secure = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))
+        # lax, since a link from elsewhere is to lead here: no page changes anything
+        response.set_cookie(COOKIE, _digest(token), httponly=True, samesite="lax", secure=secure)
         return response
     # headers come as bytes, which are given as if each were a letter
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")

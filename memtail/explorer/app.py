@@ -1,7 +1,8 @@
-"""The application: addresses, and the page or CSV at each. Every answer is to GET and changes nothing."""
+"""The application: addresses, and the page or CSV at each. Every answer is to GET (or HEAD) and changes nothing."""
 
 import math
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 
 from memtail.datasets.pictures import png
-from memtail.errors import MemtailError, ScoresError, StoreError
+from memtail.errors import MemtailError
 from memtail.explorer import views
 from memtail.explorer.access import REPORT_POLICY, guard
-from memtail.explorer.library import Library, Opened
-from memtail.explorer.selection import ORDERS, QueryError, Selection, histogram
+from memtail.explorer.library import BeingReadError, Library, NotPublishedError, Opened
+from memtail.explorer.selection import BY_HELD_OUT, ORDERS, QueryError, Selection, histogram
+from memtail.progress import ExperimentProgress
 from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.studies.result import StudyResult
 
@@ -37,6 +39,7 @@ _OVERVIEW = (
     "published",
     "standard_error",
     "test_accuracy",
+    "test_accuracy_se",
 )
 
 Split = Literal["train", "test"]
@@ -49,34 +52,42 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
         store: whose experiments it shows.
         token: what whoever looks must give (see `memtail.explorer.access`).
     """
-    app = FastAPI(title="memtail", openapi_url=None)
+    app = FastAPI(title="memtail", openapi_url=None, redirect_slashes=False)
+    get = partial(app.api_route, methods=["GET", "HEAD"])
     library, pages = Library(store), _Pages()
     app.mount("/static", StaticFiles(packages=[("memtail.explorer", "static")]))
     guard(app, token, pages.error)
 
-    @app.get("/")
+    @get("/")
     def experiments() -> Response:
-        found, damaged = [], []
-        for name, trained in library.own_names().items():
-            try:
-                training = [library.progress(each) for each in trained]
-                found.append((library.progress(name), library.report(name), library.studies(name), training))
-            except StoreError as error:  # the others can be shown all the same
-                damaged.append(f"{name}: {error}")
-        return pages.page("experiments.html", experiments=found, damaged=damaged, address=library.address)
+        def shown(name: str) -> tuple[ExperimentProgress, str | None, list[StudyResult]]:
+            return library.progress(name), library.report(name), library.studies(name)
 
-    @app.get("/experiments.csv")
+        found, damaged = library.each(shown)
+        own = [
+            (*found[name], [found[each][0] for each in trained if each in found])
+            for name, trained in library.own_names().items()
+            if name in found
+        ]
+        return pages.page("experiments.html", experiments=own, damaged=damaged, address=library.address)
+
+    @get("/experiments.csv")
     def experiments_csv() -> Response:
-        rows = [library.progress(name).to_json() for name in library.names()]
-        return _csv("experiments", views.csv({column: [row[column] for row in rows] for column in _OVERVIEW}))
+        found, damaged = library.each(library.progress)
+        rows = [progress.to_json() for progress in found.values()]
+        columns = {column: [row[column] for row in rows] for column in _OVERVIEW}
+        lost = [line.partition(":")[0] for line in damaged]
+        return _csv("experiments", views.csv(columns, {"experiment": lost, "state": ["damaged"] * len(lost)}))
 
-    @app.get("/experiments/{name}")
+    @get("/experiments/{name}")
     def gallery(name: str, request: Request) -> Response:
         progress, selection = library.progress(name), Selection.of(request.query_params)
         try:
             opened = library.open(name)
-        except ScoresError:
-            return pages.page("waiting.html", progress=progress)
+        except NotPublishedError:
+            return pages.page("waiting.html", progress=progress, reading=False)
+        except BeingReadError:
+            return pages.page("waiting.html", progress=progress, reading=True)
         return pages.page(
             "gallery.html",
             opened=opened,
@@ -87,35 +98,36 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
             gallery=views.gallery(opened, selection),
             bars=histogram(opened.memorization, opened.lower_files, selection),
             orders=ORDERS,
+            by_held_out=selection.sort in BY_HELD_OUT,
         )
 
-    @app.get("/experiments/{name}/train.csv")
+    @get("/experiments/{name}/train.csv")
     def gallery_csv(name: str, request: Request) -> Response:
         return _csv(f"{name}-train", views.gallery_csv(library.open(name), Selection.of(request.query_params)))
 
-    @app.get("/experiments/{name}/train/{index}.csv")
+    @get("/experiments/{name}/train/{index}.csv")
     def train_csv(name: str, index: int) -> Response:
         opened = library.open(name)
         return _csv(f"{name}-train-{index}", views.influenced_csv(opened, _known(opened, "train", index)))
 
-    @app.get("/experiments/{name}/test/{index}.csv")
+    @get("/experiments/{name}/test/{index}.csv")
     def test_csv(name: str, index: int) -> Response:
         opened = library.open(name)
         return _csv(f"{name}-test-{index}", views.influencers_csv(opened, _known(opened, "test", index)))
 
-    @app.get("/experiments/{name}/train/{index}")
+    @get("/experiments/{name}/train/{index}")
     def train(name: str, index: int, request: Request) -> Response:
         opened, selection = library.open(name), Selection.of(request.query_params)
         _known(opened, "train", index)
         return pages.page("train.html", opened=opened, selection=selection, **views.train_example(opened, index, selection))
 
-    @app.get("/experiments/{name}/test/{index}")
+    @get("/experiments/{name}/test/{index}")
     def test(name: str, index: int) -> Response:
         opened = library.open(name)
         _known(opened, "test", index)
         return pages.page("test.html", opened=opened, **views.test_example(opened, index))
 
-    @app.get("/experiments/{name}/images/{split}/{index}.png")
+    @get("/experiments/{name}/images/{split}/{index}.png")
     def image(name: str, split: Split, index: int) -> Response:
         opened = library.open(name)
         _known(opened, split, index)
@@ -124,19 +136,19 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
         images = opened.dataset.train_images if split == "train" else opened.dataset.test_images
         return Response(png(images[index]), media_type="image/png", headers={"Cache-Control": _IMAGE_AGE})
 
-    @app.get("/experiments/{name}/studies")
+    @get("/experiments/{name}/studies")
     def studies(name: str) -> Response:
         return pages.page("studies.html", name=name, studies=library.studies(name))
 
-    @app.get("/experiments/{name}/studies/{study}.svg")
+    @get("/experiments/{name}/studies/{study}.svg")
     def figure(name: str, study: str) -> Response:
         return Response(_study(name, study).figure_svg(), media_type=_TYPES["svg"], headers={"Content-Security-Policy": REPORT_POLICY})
 
-    @app.get("/experiments/{name}/studies/{study}.csv")
+    @get("/experiments/{name}/studies/{study}.csv")
     def study_csv(name: str, study: str) -> Response:
         return _csv(f"{name}-{study}", views.csv(_study(name, study).table()))
 
-    @app.get("/experiments/{name}/report/{file}")
+    @get("/experiments/{name}/report/{file}")
     def report(name: str, file: str) -> Response:
         kind = _TYPES.get(file.rpartition(".")[2])
         if kind is None:
@@ -160,7 +172,7 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
 
     @app.exception_handler(MemtailError)
     def failed(request: Request, error: MemtailError) -> Response:
-        status = 400 if isinstance(error, QueryError) else 404 if isinstance(error, ObjectNotFound | ScoresError) else 503
+        status = 400 if isinstance(error, QueryError) else 404 if isinstance(error, ObjectNotFound | NotPublishedError) else 503
         return pages.error(request, status, str(error))
 
     return app
@@ -182,8 +194,7 @@ class _Pages:
 
     def error(self, request: Request, status: int, line: str) -> Response:
         """The page that says what is wrong; where a token is needed, with a place to give it."""
-        query = [(key, value) for key, value in request.query_params.multi_items() if key != "token"]
-        response = self.page("error.html", status, status=status, line=line, query=query)
+        response = self.page("error.html", status, status=status, line=line)
         if status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response

@@ -21,6 +21,8 @@ ORDERS = {
     "class": "class",
     "index": "index",
 }
+#: Those of them that go by held-out accuracy.
+BY_HELD_OUT = ("hardest", "easiest")
 #: The width of the histogram's bars.
 STEP = 0.05
 
@@ -35,6 +37,7 @@ class Selection(BaseModel):
     Attributes:
         label: `class`, the index of the only class wanted.
         low, high: `from` and `to`; low <= mem < high.
+        least_right, most_right: `right-from` and `right-to`; least_right <= p_out < most_right.
         text: `q`, an index, or a part of a file name in either case.
         sort: one of `ORDERS`.
         page: of the gallery, from 1.
@@ -45,6 +48,8 @@ class Selection(BaseModel):
     label: int | None = Field(default=None, alias="class", ge=0)
     low: float | None = Field(default=None, alias="from", ge=-1, le=1, allow_inf_nan=False)
     high: float | None = Field(default=None, alias="to", ge=-1, le=1, allow_inf_nan=False)
+    least_right: float | None = Field(default=None, alias="right-from", ge=0, le=1, allow_inf_nan=False)
+    most_right: float | None = Field(default=None, alias="right-to", ge=0, le=1, allow_inf_nan=False)
     text: str = Field(default="", alias="q", max_length=200)
     sort: Literal["memorized", "least", "hardest", "easiest", "class", "index"] = "memorized"
     page: int = Field(default=1, ge=1, le=10**9)
@@ -145,11 +150,15 @@ def histogram(memorization: Mapping[str, Column], filenames: Sequence[str] | Non
 
 
 def _matching(memorization: Mapping[str, Column], filenames: Sequence[str] | None, selection: Selection) -> npt.NDArray[np.bool_]:
-    """Whether each example has the class and the text asked for."""
+    """Whether each example has the class, the held-out accuracy and the text asked for."""
     count = len(memorization["mem"])
     chosen = np.ones(count, np.bool_)
     if selection.label is not None:
         chosen &= memorization["label"] == selection.label
+    if selection.least_right is not None:
+        chosen &= memorization["p_out"] >= selection.least_right
+    if selection.most_right is not None:
+        chosen &= memorization["p_out"] < selection.most_right
     if selection.text:
         text = selection.text.lower()
         found = np.zeros(count, np.bool_)

@@ -1,7 +1,6 @@
 """What pages show, as plain values, and the same as CSV."""
 
 import io
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from memtail.explorer.library import Opened
-from memtail.explorer.selection import Selection, select
+from memtail.explorer.selection import BY_HELD_OUT, Selection, select
 from memtail.scores.reader import Column
 
 #: Examples on a page of the gallery.
@@ -61,17 +60,28 @@ class Rate:
 
     @classmethod
     def of(cls, value: float, models: int) -> "Rate":
-        """With the standard error sqrt(p (1 - p) / k)."""
-        return cls(value, math.sqrt(value * (1 - value) / models) if models else math.nan, models)
+        """With its standard error."""
+        return cls(value, float(rate_error(np.array(value), np.array(models))), models)
+
+
+def rate_error(value: Column, models: Column) -> Column:
+    """sqrt(p (1 - p) / k), the standard error of a share p of k models; NaN of none."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error: Column = np.sqrt(value * (1 - value) / models)
+    return error
 
 
 def gallery(opened: Opened, selection: Selection) -> Gallery:
-    """The page of a selection; the last one if there are not so many."""
+    """The page of a selection; the last one if there are not so many. Where it is in order of held-out accuracy, that is shown."""
     rows = select(opened.memorization, opened.lower_files, selection)
     pages = max(1, -(-len(rows) // PER_PAGE))
     page = min(selection.page, pages)
     shown = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
-    tiles = train_tiles(opened, shown, opened.memorization["mem"][shown], opened.memorization["mem_se"][shown])
+    value, error = (opened.memorization[name][shown] for name in ("mem", "mem_se"))
+    if selection.sort in BY_HELD_OUT:
+        value = opened.memorization["p_out"][shown]
+        error = rate_error(value, opened.memorization["k_out"][shown])
+    tiles = train_tiles(opened, shown, value, error)
     return Gallery(rows, tiles, page, pages)
 
 
@@ -101,16 +111,21 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
 def test_example(opened: Opened, index: int) -> dict[str, Any]:
     """What the page of a test example shows."""
     helping, harmful = influencers(opened, index)
-    statistics = opened.scores.statistics
-    right = Rate.of(float(statistics.test_right[index] / statistics.trials), statistics.trials)
+    right = right_share(opened, index)
     one, value, error = np.array([index]), np.array([right.value]), np.array([right.error])
     return {
         "tile": _tiles(opened, "test", one, opened.scores.test_labels, value, error, opened.test_files)[0],
         "right": right,
         "helping": influencer_tiles(opened, helping),
         "harmful": influencer_tiles(opened, harmful),
-        "by_chance": by_chance(statistics.n_train),
+        "by_chance": by_chance(opened.scores.statistics.n_train),
     }
+
+
+def right_share(opened: Opened, test: int) -> Rate:
+    """How many of all models got a test example right."""
+    statistics = opened.scores.statistics
+    return Rate.of(float(statistics.test_right[test] / statistics.trials), statistics.trials)
 
 
 def train_tiles(opened: Opened, index: Column, value: Column, error: Column) -> list[Tile]:
@@ -154,31 +169,53 @@ def gallery_csv(opened: Opened, selection: Selection) -> bytes:
 
 
 def influenced_csv(opened: Opened, train: int) -> bytes:
-    """The test examples of a training example's page: `tt_idx`, `class`, `infl`, `infl_se`, and `filename` where there are any."""
+    """A training example's page: a row of its own, then the test examples with `tt_idx`, `class`, `infl`, `infl_se`.
+
+    Its own row has `tr_idx`, `class`, the columns of `memorization.parquet` and the standard errors of `p_in` and `p_out`. All have a
+    `filename` where there are any.
+    """
+    own: dict[str, Any] = {"tr_idx": [train], "class": _names(opened, opened.memorization["label"][[train]])}
+    own |= {name: values[[train]] for name, values in opened.memorization.items() if name not in ("index", "label")}
+    own |= {f"{p}_se": rate_error(own[p], own[k]) for p, k in (("p_in", "k_in"), ("p_out", "k_out"))}
     table = _joined(influenced(opened, train))
     columns = {"tt_idx": table["tt_idx"], "class": _names(opened, table["label"]), "infl": table["infl"], "infl_se": table["infl_se"]}
     if opened.test_files is not None:
         columns["filename"] = [opened.test_files[index] for index in table["tt_idx"]]
-    return csv(columns)
+    return csv(own, columns)
 
 
 def influencers_csv(opened: Opened, test: int) -> bytes:
-    """The training examples of a test example's page: `tr_idx`, `class`, `infl`, `infl_se`, `mem`, `mem_se`, and `filename`."""
+    """A test example's page: a row of its own, then the training examples with `tr_idx`, `class`, `infl`, `infl_se`, `mem`, `mem_se`.
+
+    Its own row has `tt_idx`, `class`, and the share `right` of so many `models`, with its standard error `right_se`. All have a `filename`
+    where there are any.
+    """
+    right = right_share(opened, test)
+    own: dict[str, Any] = {"tt_idx": [test], "class": _names(opened, opened.scores.test_labels[[test]])}
+    own |= {"right": [right.value], "right_se": [right.error], "models": [right.models]}
+    if opened.test_files is not None:
+        own["filename"] = [opened.test_files[test]]
     table = _joined(influencers(opened, test))
     columns = {"tr_idx": table["tr_idx"], "class": _names(opened, table["label"]), "infl": table["infl"], "infl_se": table["infl_se"]}
     columns |= {"mem": table["mem"], "mem_se": opened.memorization["mem_se"][table["tr_idx"]]}
     if opened.train_files is not None:
         columns["filename"] = [opened.train_files[index] for index in table["tr_idx"]]
-    return csv(columns)
+    return csv(own, columns)
 
 
-def csv(columns: dict[str, Any]) -> bytes:
-    """Columns of equal length as CSV. A text that a spreadsheet would take for a formula begins with an apostrophe."""
-    numbers = {name for name, values in columns.items() if isinstance(values, np.ndarray) and values.dtype != object}
-    safe = {name: values if name in numbers else _inert(values) for name, values in columns.items()}
+def csv(*tables: dict[str, Any]) -> bytes:
+    """Tables one below the other as CSV, each of columns of equal length; what one has no column for is empty.
+
+    A text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
+    safe = [pa.table({name: values if _is_numbers(values) else _inert(values) for name, values in table.items()}) for table in tables]
     buffer = io.BytesIO()
-    pyarrow.csv.write_csv(pa.table(safe), buffer)
+    pyarrow.csv.write_csv(pa.concat_tables(safe, promote_options="default"), buffer)
     return buffer.getvalue()
+
+
+def _is_numbers(values: Any) -> bool:
+    return isinstance(values, np.ndarray) and values.dtype != object
 
 
 def _tiles(

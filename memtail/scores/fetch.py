@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,15 @@ def load_scores(path: str | Path) -> Scores:
     return Scores(path)
 
 
-def open_scores(store: ObjectStore, name: str) -> Scores:
-    """The latest scores of an experiment. A version that is in the cache is not copied again.
+def open_scores(store: ObjectStore, name: str, files: Sequence[str] | None = None) -> Scores:
+    """The latest scores of an experiment. What is in the cache is not copied again.
+
+    Args:
+        store, name: where they are.
+        files: those that will be read; by default all.
 
     Raises:
-        ScoresError: there are none.
+        ScoresError: there are none, or they are damaged.
         StoreError: the store cannot be read, or the cache not written.
     """
     if isinstance(store, LocalStore):
@@ -56,7 +61,7 @@ def open_scores(store: ObjectStore, name: str) -> Scores:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
     place = hashlib.sha256(store.address.encode()).hexdigest()[:16]
     folder = Settings().cache / "scores" / place / keys.check(f"{name}/{pointer['version']}")
-    fetch_scores(store, name, pointer, folder, again=False)
+    fetch_scores(store, name, pointer if files is None else {**pointer, "files": files}, folder, again=False)
     _remove_old(folder)
     return Scores(folder)
 
@@ -81,6 +86,9 @@ def fetch_scores(store: ObjectStore, name: str, pointer: dict[str, Any], folder:
 
 def _remove_old(current: Path) -> None:
     """Leave in the cache as many versions of an experiment as the store keeps: a reader may have begun to read the one before."""
-    others = sorted(folder for folder in current.parent.iterdir() if folder.is_dir() and folder.name < current.name)
+    try:
+        others = sorted(folder for folder in current.parent.iterdir() if folder.is_dir() and folder.name < current.name)
+    except OSError as error:
+        raise ScoresError(f"{current.parent} cannot be listed ({error.strerror}): set MEMTAIL_CACHE to another folder") from None
     for folder in others[: max(0, len(others) - KEPT_VERSIONS + 1)]:
         shutil.rmtree(folder, ignore_errors=True)

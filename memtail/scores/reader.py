@@ -30,11 +30,15 @@ class Scores:
     Attributes:
         folder: where the files lie.
         summary: the content of `summary.json`.
+
+    Raises:
+        ScoresError: it is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+        with self._reading(SUMMARY):
+            self.summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
 
     @cached_property
     def memorization(self) -> dict[str, Column]:

@@ -9,6 +9,8 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+from memtail.statistics.one_at_a_time import one_at_a_time
+
 #: `count_pairs` takes rows and words in groups of these.
 ROWS = 4
 WORDS = 2
@@ -29,6 +31,7 @@ def _popcount(typing_context, word):  # type: ignore[no-untyped-def]
     return types.uint64(types.uint64), generate
 
 
+@one_at_a_time
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
     """out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b]; W and a are multiples of WORDS and ROWS."""
@@ -61,6 +64,7 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
                     out[i + 3, start + j] = np.int32(count3[j])
 
 
+@one_at_a_time
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def count_one(one, words, out):  # type: ignore[no-untyped-def]
     """out[j] = sum_w popcount(one[w] & words[w, j]), for uint64 [W] and [W, b]: reads every word once."""
@@ -77,6 +81,7 @@ def count_one(one, words, out):  # type: ignore[no-untyped-def]
             out[start + j] = np.int32(count[j])
 
 
+@one_at_a_time
 @numba.njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
 def influence_values(both, k_in, right, trials, out):  # type: ignore[no-untyped-def]
     """out[i, j] = both[i, j] / k_in[i] - (right[j] - both[i, j]) / (trials - k_in[i]); NaN where a divisor is 0."""
@@ -91,6 +96,7 @@ def influence_values(both, k_in, right, trials, out):  # type: ignore[no-untyped
             out[i, stripe * _STRIPE : min((stripe + 1) * _STRIPE, columns)] = np.nan
 
 
+@one_at_a_time
 @numba.njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
 def influence_column(both, k_in, right, trials, out):  # type: ignore[no-untyped-def]
     """`influence_values` of all training examples on one other: out[i] from both[i], k_in[i] and the scalar `right`."""
@@ -100,6 +106,7 @@ def influence_column(both, k_in, right, trials, out):  # type: ignore[no-untyped
         out[i] = np.nan if seen == 0 or unseen == 0 else value
 
 
+@one_at_a_time
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def keep_largest(values, first, index, value):  # type: ignore[no-untyped-def]
     """Merge rows first, first + 1, ... of values [a, b] into each column's largest so far, [b, k] falling; NaN is passed over."""

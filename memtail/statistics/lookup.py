@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from memtail.statistics.one_at_a_time import one_at_a_time
+
 _features = llvmlite.binding.get_host_cpu_features()
 
 #: Whether the processor can, and whether it is the faster way here.
@@ -142,6 +144,7 @@ def _tables(words, first, count, pairs, out):  # type: ignore[no-untyped-def]
                 into[pair * _MOST_GROUPS] = np.uint8(lower | upper << np.uint64(_PATTERN_BITS))
 
 
+@one_at_a_time
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
     """out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b]."""

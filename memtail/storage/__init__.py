@@ -11,6 +11,10 @@ class ObjectNotFound(StoreError):  # noqa: N818 - the name that object stores gi
     """There is no object under the key."""
 
 
+class UnreachableError(StoreError):
+    """The server of a store does not answer, or not as it should at the moment."""
+
+
 class ObjectStore(Protocol):
     """A flat map from keys to immutable bytes, kept on a disk or in a bucket.
 
@@ -23,7 +27,7 @@ class ObjectStore(Protocol):
     * `list` and `folders` yield in ascending order.
 
     Every method may be called from any thread and any process. A store on a network retries what a retry may mend; what is left is
-    raised as `StoreError`, and `ObjectNotFound` where the key does not exist.
+    raised as `StoreError`: `ObjectNotFound` where the key does not exist, `UnreachableError` where the server is at fault.
 
     Attributes:
         address: what `open_store` takes to open it again; `{address}/{key}` names an object to people.

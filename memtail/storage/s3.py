@@ -28,7 +28,7 @@ from urllib3.exceptions import HTTPError
 
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.settings import S3Settings
-from memtail.storage import ObjectNotFound, keys
+from memtail.storage import ObjectNotFound, UnreachableError, keys
 from memtail.storage.s3_errors import KEY_MEND, PASSING_STATUS, cause_of, error_in, may_pass, mend_of, outcome_of
 from memtail.storage.whole_file import whole_file
 
@@ -361,7 +361,8 @@ class S3Store:
             cause, mend = cause_of(error, self._timeout), mend_of(error)
             at = f"store {self.address} at {self._settings.endpoint}"
             # what was raised below may hold a signed URL
-            raise StoreError(f"{at}: '{key}' cannot be {done} ({cause}): {mend}") from None
+            kind = UnreachableError if may_pass(error) else StoreError
+            raise kind(f"{at}: '{key}' cannot be {done} ({cause}): {mend}") from None
 
 
 class _AmbientCredentials(ChainedProvider):

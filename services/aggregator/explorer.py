@@ -11,6 +11,7 @@ from memtail.explorer.server import listen, serve
 from memtail.settings import ExplorerSettings
 from memtail.storage import ObjectStore
 from memtail.storage.opening import is_url, open_bucket, open_store
+from services.aggregator.metrics import EXPLORER_RESTARTS
 from services.process import configure_logs
 
 log = structlog.get_logger()
@@ -41,6 +42,7 @@ class Explorer:
         if self._process is not None and self._process.is_alive():
             return
         if self._process is not None:
+            EXPLORER_RESTARTS.inc()
             log.error("the explorer ended and is started again", exit_code=self._process.exitcode)
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(target=_serve, args=(self._address, self._token, self._listening), name="explorer", daemon=True)
@@ -54,7 +56,7 @@ def _serve(address: str, token: str | None, listening: socket.socket) -> None:
 
 
 def _open(address: str) -> ObjectStore:
-    return open_bucket(address, _PATIENCE) if is_url(address) else open_store(address)
+    return open_bucket(address, _PATIENCE, timeout=_PATIENCE / 2) if is_url(address) else open_store(address)
 
 
 def _end_with_parent() -> None:

@@ -30,3 +30,4 @@ FOLD_SECONDS = Histogram("memtail_fold_seconds", "Seconds to read a trial batch 
 PUBLISH_SECONDS = Histogram("memtail_publish_seconds", "Seconds to write and publish a version of the scores", buckets=LONG_BUCKETS)
 REPORT_SECONDS = Histogram("memtail_report_seconds", "Seconds to draw and publish a report", buckets=LONG_BUCKETS)
 REPORT_FAILURES = Counter("memtail_report_failures_total", "Reports that could not be drawn or published")
+EXPLORER_RESTARTS = Counter("memtail_explorer_restarts_total", "Times that the explorer's process ended and was started again")

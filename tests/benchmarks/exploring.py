@@ -38,7 +38,7 @@ VIEWS = {
 
 
 def explorer() -> list[Row]:
-    """Each view over HTTP, each time with another example or page. The first answer, which opens the scores, does not count."""
+    """Each view over HTTP, each time with another example or page, once the scores are read. The first answer does not count."""
     with tempfile.TemporaryDirectory() as folder:
         store, cache, port = Path(folder, "store"), Path(folder, "cache"), free_port()
         _publish(LocalStore(store), cache)
@@ -47,6 +47,8 @@ def explorer() -> list[Row]:
             assert process.stdout is not None and process.stdout.readline()
             http = urllib3.HTTPConnectionPool("127.0.0.1", port, timeout=120)
             try:
+                while http.request("GET", "/experiments/bench/train/0").status == 503:  # the scores are being read
+                    time.sleep(0.1)
                 return [_row(http, name, view) for name, view in VIEWS.items()]
             finally:
                 process.terminate()

@@ -1,5 +1,6 @@
-"""A store for the explorer: `digits`, trained; `odd`, images whose names are markup and formulas; `young`, without scores."""
+"""A store for the explorer: `digits`, trained; `odd`, images whose names are markup and formulas, with a study; `young`, without scores."""
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,12 +15,14 @@ from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore
 from memtail.storage.local import LocalStore
+from memtail.studies.result import StudyResult
 from memtail.trials import TrialBatch, TrialMetrics, pack
 
 MARKUP = "<img src=x onerror=alert(1)>.png"
 FORMULA = "=HYPERLINK(1).png"
 CLASSES = ["<b>&", "=1+1"]
 TRIALS = 48
+FIGURE = b'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="300" viewBox="0 0 640 300"><rect width="640" height="300"/></svg>'
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +42,9 @@ def explored(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Itera
     dataset = {"name": "folder", "root": str(images), "resolution": 8}
     odd = Experiment.parse({"name": "odd", "dataset": dataset, "model": model, "subsets": {"trials": TRIALS}})
     publish_random(store, odd, TRIALS)
+    study = StudyResult(store, "odd", "removal", "What <they> do", ["Without the 4 pairs it loses 2.5 ± 0.2 points."], 30, ["odd"], {}, {})
+    store.put(study.prefix + "result.json", json.dumps(study.to_json()).encode())
+    store.put(study.prefix + "figure.svg", FIGURE)
     young = Experiment.parse({"name": "young", "dataset": {"name": "digits"}, "model": model, "subsets": {"trials": TRIALS}})
     ExperimentArchive(store, "young").enroll(declare(young, datasets.prepare(young.dataset)))
     yield store

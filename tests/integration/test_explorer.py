@@ -3,9 +3,13 @@
 import csv
 import io
 import json
+import os
 import re
+import threading
 import time
+from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +18,13 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from memtail.errors import StoreError
 from memtail.experiment import Experiment
+from memtail.explorer import library as module
 from memtail.explorer.app import create
+from memtail.explorer.library import Library
 from memtail.scores.fetch import open_scores
-from memtail.storage import keys
+from memtail.storage import UnreachableError, keys
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult
 from tests.integration.explored import CLASSES, FORMULA, MARKUP, TRIALS, publish_random
@@ -45,6 +52,12 @@ class Page(HTMLParser):
         return [found[1] for tag, each in self.elements if tag == "a" and (found := re.fullmatch(pattern, each["href"] or ""))]
 
 
+@pytest.fixture(autouse=True)
+def _time_to_read(monkeypatch):
+    """Pages wait for scores however busy the machine is."""
+    monkeypatch.setattr(module, "_PATIENCE", 600.0)
+
+
 @pytest.fixture(scope="module")
 def client(explored):
     return TestClient(create(explored), base_url=HERE)
@@ -67,6 +80,23 @@ def table(client: TestClient, path: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(answer.text)))
 
 
+def copied(explored: LocalStore, root: Path, *names: str, kind: type[LocalStore] = LocalStore) -> LocalStore:
+    """A store of some of the experiments, to be changed."""
+    store = kind(root)
+    for name in names:
+        for key in list(explored.list(f"experiments/{name}/")):
+            store.put(key, explored.get(key))
+    return store
+
+
+def until(met: Callable[[], bool]) -> None:
+    """Wait for something that happens beside the pages."""
+    deadline = time.monotonic() + 300
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def shown(client: TestClient, path: str) -> list[int]:
     """The training examples in a gallery, page by page as its links lead."""
     found = page(client, path)
@@ -81,7 +111,9 @@ def test_the_first_page_has_every_experiment_and_how_far_it_is(client):
     progress = [(each["value"], each["max"]) for tag, each in found.elements if tag == "progress"]
     assert progress == [(str(TRIALS),) * 2, ("0", str(TRIALS)), ("0", str(TRIALS))]
     assert f"Scores of {TRIALS} trials" in found.text and "No scores yet" in found.text
-    assert [row["experiment"] for row in table(client, "/experiments.csv")] == ["digits", "odd", "young"]
+    rows = table(client, "/experiments.csv")
+    assert [row["experiment"] for row in rows] == ["digits", "odd", "young"]
+    assert 0 < float(rows[0]["test_accuracy_se"]) < float(rows[0]["test_accuracy"]) and rows[2]["test_accuracy_se"] == ""
     assert "There are no scores yet" in page(client, "/experiments/young").text
 
 
@@ -94,6 +126,7 @@ def test_the_first_page_has_every_experiment_and_how_far_it_is(client):
         ("?from=-0.05&to=0.05&sort=easiest", lambda m: (m["mem"] >= -0.05) & (m["mem"] < 0.05), lambda m: -m["p_out"]),
         ("?sort=class&from=0.5", lambda m: m["mem"] >= 0.5, lambda m: m["label"]),
         ("?sort=index&class=7", lambda m: m["label"] == 7, lambda m: m["index"]),
+        ("?right-from=0.25&right-to=0.75&sort=hardest", lambda m: (m["p_out"] >= 0.25) & (m["p_out"] < 0.75), lambda m: m["p_out"]),
         ("?q=17", lambda m: m["index"] == 17, lambda m: m["index"]),
     ],
 )
@@ -111,6 +144,14 @@ def test_a_gallery_and_its_csv_have_the_examples_asked_for_in_the_order_asked_fo
     assert {row["class"] for row in listed} == {str(label) for label in mem["label"][rows]}
 
 
+def test_an_order_by_held_out_accuracy_shows_it(client, scores):
+    found = page(client, "/experiments/digits?sort=hardest&right-from=0.7")  # whose memorization is at most 0.3
+    mem = scores.memorization
+    first = int(found.links(r"/experiments/digits/train/(\d+)(?:\?.*)?")[0])
+    p, k = mem["p_out"][first], mem["k_out"][first]
+    assert "held-out accuracy ± standard error" in found.text and f"{p:.2f} ± {np.sqrt(p * (1 - p) / k):.2f}" in found.text
+
+
 def test_each_bar_of_the_histogram_leads_to_as_many_examples_as_it_has(client):
     found = page(client, "/experiments/digits?class=1")
     bars = [each for tag, each in found.elements if tag == "a" and "with memorization" in (each.get("aria-label") or "")]
@@ -123,7 +164,12 @@ def test_each_bar_of_the_histogram_leads_to_as_many_examples_as_it_has(client):
 def test_an_example_shows_whom_it_helps_and_hurts_and_these_who_helps_and_hurts_them(client, scores):
     train = int(scores.most_memorized(1)["index"][0])
     block = scores.influence(train=train)
-    rows = table(client, f"/experiments/digits/train/{train}.csv")
+    own, *rows = table(client, f"/experiments/digits/train/{train}.csv")
+    mem = scores.memorization
+    assert (int(own["tr_idx"]), own["tt_idx"], own["class"]) == (train, "", str(mem["label"][train]))
+    for column in ("mem", "mem_se", "p_in", "p_out", "k_in", "k_out"):
+        assert float(own[column]) == mem[column][train]
+    assert float(own["p_out_se"]) == pytest.approx(np.sqrt(mem["p_out"][train] * (1 - mem["p_out"][train]) / mem["k_out"][train]))
     found = page(client, f"/experiments/digits/train/{train}")
     assert found.links(r"/experiments/digits/test/(\d+)") == [row["tt_idx"] for row in rows]
     values = [float(row["infl"]) for row in rows]
@@ -131,7 +177,10 @@ def test_an_example_shows_whom_it_helps_and_hurts_and_these_who_helps_and_hurts_
     assert [float(row["infl_se"]) for row in rows] == block.error[0, [int(row["tt_idx"]) for row in rows]].tolist()
     assert values[0] == block.value.max() and min(values) == block.value.min()
     test = int(rows[0]["tt_idx"])
-    rows = table(client, f"/experiments/digits/test/{test}.csv")
+    own, *rows = table(client, f"/experiments/digits/test/{test}.csv")
+    right = scores.statistics.test_right[test] / TRIALS
+    assert (int(own["tt_idx"]), own["tr_idx"], float(own["right"]), int(own["models"])) == (test, "", right, TRIALS)
+    assert float(own["right_se"]) == pytest.approx(np.sqrt(right * (1 - right) / TRIALS))
     found = page(client, f"/experiments/digits/test/{test}")
     assert found.links(r"/experiments/digits/train/(\d+)") == [row["tr_idx"] for row in rows]
     column = scores.influence(test=test).value[:, 0]
@@ -152,7 +201,7 @@ def test_an_example_without_an_estimate_says_so_and_comes_last(client):
     found = page(client, "/experiments/odd")
     assert found.links(r"/experiments/odd/train/(\d+)")[-1] == "7"
     text = page(client, "/experiments/odd/train/7").text
-    assert "none" in text and "nan" not in text.lower() and "It helps none" in text
+    assert "none" in text and "nan" not in text.lower() and text.count("No estimate: every model saw it.") == 2
 
 
 def test_names_of_files_and_classes_are_text_and_no_formulas(client):
@@ -187,6 +236,7 @@ def test_names_of_files_and_classes_are_text_and_no_formulas(client):
         "/experiments/digits/studies/none.svg",
         "/experiments/digits/studies/none.csv",
         "/experiments/young/train.csv",
+        "/experiments/digits/",
         "/static/..%2fapp.py",
         "/static/../app.py",
         "/docs",
@@ -214,6 +264,19 @@ def test_headers_keep_browsers_from_running_or_loading_anything_else(client):
         assert headers["cross-origin-resource-policy"] == "same-origin"
     html = client.get("/experiments/digits").text
     assert not re.search(r"<script(?! src=)|\sstyle=|\son\w+=|<style|https?://", html.replace("http://www.w3.org", ""))
+
+
+def test_head_is_answered_as_get_is(client):
+    for path in ("/", "/experiments.csv", "/experiments/digits", "/experiments/digits/test/3.csv", "/experiments/digits/images/test/3.png"):
+        answer = client.head(path)
+        assert answer.status_code == 200 and answer.content == b""
+
+
+def test_a_defect_is_a_page_as_others_are(explored, monkeypatch):
+    monkeypatch.setattr("memtail.explorer.app.histogram", lambda *_: 1 / 0)
+    answer = TestClient(create(explored), base_url=HERE).get("/experiments/digits")
+    assert answer.status_code == 500 and "<h1>Not possible</h1>" in answer.text and "division" not in answer.text
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
 
 
 def test_without_a_token_it_answers_under_no_name_that_somebody_else_may_give_it(explored):
@@ -246,8 +309,18 @@ def test_with_a_token_nothing_is_shown_without_it(explored):
     given = client.get("/experiments/digits", params={"token": token, "class": "3"})
     assert given.status_code == 303 and given.headers["location"] == "/experiments/digits?class=3"
     cookie = given.headers["set-cookie"].lower()
-    assert "httponly" in cookie and "samesite=strict" in cookie and token not in given.headers["set-cookie"]
+    assert "httponly" in cookie and "samesite=lax" in cookie and "secure" not in cookie and token not in given.headers["set-cookie"]
     assert client.get("/experiments/digits").status_code == 200
+    client.cookies.clear()
+    assert client.post("/experiments/digits", data={"token": "wrong"}).status_code == 401
+    assert client.post("/experiments/digits", data={"token": "x" * 5000}).status_code == 401
+    form = {"data": {"token": token}, "headers": {"X-Forwarded-Proto": "https"}}
+    given = client.post("/experiments/digits?class=3&token=wrong", **form)
+    assert given.status_code == 303 and given.headers["location"] == "/experiments/digits?class=3"
+    assert "secure" in given.headers["set-cookie"].lower()
+    client.cookies.clear()
+    client.get("/", params={"token": token})
+    assert client.post("/experiments/digits").status_code == 405
     assert client.get("http://memtail.example//evil.example/x", params={"token": token}).headers["location"] == "/evil.example/x"
 
 
@@ -261,10 +334,7 @@ def test_a_newer_version_is_shown_once_it_is_read(tmp_path, monkeypatch):
     assert "Scores of 20 trials" in client.get("/experiments/digits").text
     publish_random(store, Experiment.parse(spec), 40)
     assert "scores of 40 trials are published" in client.get("/experiments/digits").text
-    deadline = time.monotonic() + 60
-    while "Scores of 40 trials" not in (text := client.get("/experiments/digits/train/0").text) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert "Scores of 40 trials" in text
+    until(lambda: "Scores of 40 trials" in client.get("/experiments/digits/train/0").text)
 
 
 def test_reports_and_studies_are_led_to_where_there_are_any(explored, tmp_path):
@@ -310,20 +380,132 @@ def test_what_studies_train_is_shown_with_what_they_are_of(explored, tmp_path):
 
 
 def test_a_damaged_experiment_hides_no_other(explored, tmp_path):
-    store = LocalStore(tmp_path)
+    store = copied(explored, tmp_path, "young")
     store.put(keys.experiment("broken"), b"{")
-    for key in list(explored.list("experiments/young/")):
-        store.put(key, explored.get(key))
+    spec = json.loads(store.get(keys.experiment("young")))
+    spec["experiment"]["model"]["name"] = "none"
+    store.put(keys.experiment("unknown"), json.dumps(spec).encode())
     client = TestClient(create(store), base_url=HERE)
     found = page(client, "/")
-    assert found.links("/experiments/([a-z]+)") == ["young"] and "broken/experiment.json: is corrupt" in found.text
+    assert found.links("/experiments/([a-z]+)") == ["young"]
+    assert "broken/experiment.json: is corrupt" in found.text and "unknown: experiments/unknown/experiment.json: " in found.text
     assert "is corrupt" in page(client, "/experiments/broken", 503).text
+    rows = {row["experiment"]: row["state"] for row in table(client, "/experiments.csv")}
+    assert rows == {"young": "running", "broken": "damaged", "unknown": "damaged"}
 
 
 def test_scores_are_shown_where_the_images_are_lost(explored, tmp_path, monkeypatch):
+    cache = os.environ["MEMTAIL_CACHE"]
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
     client = TestClient(create(explored), base_url=HERE)
     found = page(client, "/experiments/digits")
     assert "No images: dataset" in found.text and "no image" in found.text and "class 3" in found.text
     assert client.get("/experiments/digits/images/train/0.png").status_code == 404
     assert len(table(client, "/experiments/digits/train.csv")) == 1438
+    monkeypatch.setenv("MEMTAIL_CACHE", cache)  # there they are
+    monkeypatch.setattr(module, "_AGAIN", 0.0)
+    until(lambda: client.get("/experiments/digits/images/train/0.png").status_code == 200)
+
+
+def test_a_cache_that_cannot_be_written_costs_the_images_only(explored, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "file" / "cache"))
+    text = page(TestClient(create(explored), base_url=HERE), "/experiments/digits").text
+    assert f"No images: {tmp_path}/file/cache/datasets cannot be written" in text and "class 3" in text
+
+
+class Watched(LocalStore):
+    """Counts what is read, and may be away."""
+
+    away, reads = False, 0
+
+    def get(self, key, limit=None):
+        self.reads += 1
+        if self.away:
+            raise UnreachableError("the bucket is away")
+        return super().get(key, limit)
+
+    def exists(self, key):
+        self.reads += 1
+        return super().exists(key)
+
+
+def test_an_outage_is_waited_for_once_and_hides_all(explored, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_FRESH", 600.0)
+    store = copied(explored, tmp_path, "young", kind=Watched)
+    store.away, store.reads = True, 0
+    client = TestClient(create(store), base_url=HERE)
+    for path in ("/", "/experiments.csv", "/experiments/young", "/experiments/young/images/train/0.png", "/experiments/young/train/0"):
+        assert "The bucket is away." in page(client, path, 503).text
+    assert store.reads == 1
+
+
+def test_what_is_not_there_costs_the_store_one_listing_and_is_not_remembered(explored, tmp_path):
+    store = copied(explored, tmp_path, "young", kind=Watched)
+    store.reads, library = 0, Library(store)
+    client = TestClient(create(store), base_url=HERE)
+    for name in ("none", "other", "../young"):
+        assert client.get(f"/experiments/{name}").status_code == 404
+        with pytest.raises(StoreError, match="there is no experiment"):
+            library.progress(name)
+    assert store.reads == 0 and {name for name, _ in library._seen} == {""}
+
+
+def test_damaged_scores_are_said_to_be_so_until_they_are_mended(explored, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_AGAIN", 0.0)
+    store = copied(explored, tmp_path, "digits")
+    for file in ("memorization.parquet", "summary.json", "statistics.npz"):
+        client = TestClient(create(store), base_url=HERE)
+        (key,) = (key for key in store.list(keys.all_scores("digits")) if key.endswith(file))
+        whole = store.get(key)
+        store.put(key, whole[:20])
+        for path in ("", "/train/0", "/train.csv"):
+            assert f"{file}: is missing or damaged" in page(client, f"/experiments/digits{path}", 503).text
+        store.put(key, whole)
+        until(lambda client=client: client.get("/experiments/digits").status_code == 200)
+
+
+def test_scores_that_take_long_to_read_are_waited_for_beside_the_page(explored, monkeypatch):
+    arrived = threading.Event()
+    opened = module.open_scores
+    monkeypatch.setattr(module, "open_scores", lambda *arguments: arrived.wait() and opened(*arguments))
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    client = TestClient(create(explored), base_url=HERE)
+    assert "The scores are being read." in page(client, "/experiments/digits").text
+    assert "are being read: look again" in page(client, "/experiments/digits/train/0", 503).text
+    arrived.set()
+    until(lambda: "training examples" in client.get("/experiments/digits").text)
+
+
+def test_of_the_scores_kept_open_those_looked_at_last_stay(explored, tmp_path, monkeypatch):
+    store = copied(explored, tmp_path, "digits", "odd")
+    for key in list(store.list("experiments/odd/")):
+        store.put(key.replace("odd", "third", 1), store.get(key).replace(b'"name": "odd"', b'"name": "third"'))
+    library = Library(store)
+    digits, odd = library.open("digits"), library.open("odd")
+    assert digits.size > odd.size > 0 and library.open("digits") is digits
+    monkeypatch.setattr(module, "_KEPT_BYTES", digits.size + odd.size)
+    third = library.open("third")
+    assert library.open("digits") is digits and library.open("third") is third and library.open("odd") is not odd
+
+
+class Remote:
+    """What a bucket is to a reader: no folder. Remembers what was brought from it."""
+
+    def __init__(self, store):
+        self._store, self.brought = store, []
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def download(self, key, path):
+        self.brought.append(key.rpartition("/")[2])
+        self._store.download(key, path)
+
+
+def test_of_a_bucket_only_what_pages_need_is_brought(explored):
+    store = Remote(explored)
+    client = TestClient(create(store), base_url=HERE)
+    for path in ("", "/train/3", "/test/3", "/train/3.csv"):
+        assert client.get(f"/experiments/digits{path}").status_code == 200
+    assert sorted(store.brought) == ["memorization.parquet", "statistics.npz", "summary.json"]

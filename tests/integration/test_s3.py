@@ -17,7 +17,7 @@ from minio.credentials.providers import AssumeRoleProvider
 from memtail.doctor import examine
 from memtail.errors import StoreError
 from memtail.settings import S3Settings
-from memtail.storage import ObjectNotFound
+from memtail.storage import ObjectNotFound, UnreachableError
 from memtail.storage.opening import open_bucket, open_store
 from memtail.storage.s3 import S3Store
 from tests.integration.fake_s3 import FakeS3
@@ -139,7 +139,7 @@ def test_a_server_that_restarts_during_a_write_delays_it(tmp_path):
 
 def test_a_server_that_stays_away_is_one_clear_error_after_a_bounded_time(logs):
     settings = S3Settings(endpoint=f"http://127.0.0.1:{free_port()}", access_key="a" * 20, secret_key="b" * 40)
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(UnreachableError) as caught:
         S3Store("bucket", "p", settings, attempts=3).put_if_absent("k", b"")
     assert str(caught.value) == (
         f"store s3://bucket/p at {settings.endpoint}: 'k' cannot be written (Connection refused): "

@@ -31,7 +31,8 @@ def test_the_aggregator_serves_the_explorer_to_whoever_has_the_token_and_as_long
         "/experiments/digits/test/3",
         "/experiments/digits/images/test/3.png",
     ):
-        assert status(path) == 200 and status(path, "guess") == 401
+        assert status(path, "guess") == 401
+        cluster.until(lambda path=path: status(path) == 200)
     serving = [child for child in aggregator.children() if b"spawn_main" in _command(child)]
     os.kill(serving[0], signal.SIGKILL)
     cluster.until(lambda: list(cluster.events(aggregator, "the explorer ended and is started again")))

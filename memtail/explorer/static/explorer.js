@@ -2,23 +2,35 @@
 "use strict";
 
 const EVERY = 5000;
+let renewed = new Date();
 
 async function renew() {
   const parts = document.querySelectorAll("[data-live]");
-  if (!parts.length || document.hidden) return;
+  if (!parts.length) return;
   const answer = await fetch(location.href, {credentials: "same-origin"});
-  if (!answer.ok) return;
+  if (!answer.ok) throw new Error(answer.statusText);
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const part of parts) {
     const now = page.getElementById(part.id);
-    if (!now || now.innerHTML === part.innerHTML) continue;
+    if (!now) return location.reload();  // it has become another page
+    if (now.innerHTML === part.innerHTML) continue;
     const focused = part.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
     part.replaceChildren(...now.childNodes);
     if (focused) part.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
   }
+  renewed = new Date();
 }
 
-setInterval(() => renew().catch(() => {}), EVERY);
+async function watch() {
+  const stale = document.getElementById("stale");
+  if (!document.hidden) {
+    stale.hidden = await renew().then(() => true, () => false);
+    stale.textContent = stale.hidden ? "" : `Not renewed since ${renewed.toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"})}.`;
+  }
+  setTimeout(watch, EVERY);
+}
+
+setTimeout(watch, EVERY);
 
 document.addEventListener("keydown", (event) => {
   if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
@@ -35,7 +47,7 @@ document.addEventListener("keydown", (event) => {
       next.focus();
       event.preventDefault();
     }
-  } else if (across) {
+  } else if (across && (focused.matches("body, main") || focused.closest(".pager"))) {
     document.querySelector(`a[rel="${step < 0 ? "prev" : "next"}"]`)?.click();
   }
 });
