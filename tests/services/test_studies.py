@@ -7,6 +7,7 @@ from typing import Any
 
 from memtail.archive import ExperimentArchive
 from memtail.progress import progress_of
+from memtail.report.publish import latest_report
 from memtail.studies.result import load_results
 from tests.services.cluster import Cluster
 
@@ -55,3 +56,5 @@ def test_studies_in_a_bucket_are_trained_by_the_services_though_a_worker_is_kill
     assert [answer["trials"] for answer in answers] == [12, 12, 256, 140, 128]
     assert entered[1]["experiment"] in answers[3]["experiments"]
     assert [result.to_json() for result in load_results(cluster.store, "digits")] == sorted(answers, key=lambda answer: answer["study"])
+    # the experiment has a report; what its studies train needs none
+    assert latest_report(cluster.store, "digits") and not any(latest_report(cluster.store, each.name) for each in trained)
