@@ -277,12 +277,13 @@ def _pairs(scores: Scores, dataset: ImageDataset) -> tuple[list[Pair], PairCount
 
 
 def _doubts(scores: Scores, dataset: ImageDataset) -> tuple[list[Doubt], int]:
-    """The least believed first: by held-out accuracy, then by held-out margin where there is one, then by memorization."""
+    """The least believed first: by held-out accuracy, then by held-out margin, or else by how far models agree on another class."""
     table = scores.memorization
     mem, p_out, k_out = table["mem"], table["p_out"], table["k_out"]
     margin = table.get("margin_out")
     doubtful = np.flatnonzero(mem >= LABEL_MEM)
-    order = np.lexsort((-mem[doubtful], p_out[doubtful] if margin is None else margin[doubtful], p_out[doubtful]))
+    belief = margin if margin is not None else -np.nan_to_num(table.get("p_other", np.zeros(len(mem))))
+    order = np.lexsort((-mem[doubtful], belief[doubtful], p_out[doubtful]))
     shown = []
     for index in doubtful[order][:_LABELS].tolist():
         other = share = None

@@ -79,6 +79,11 @@ def test_the_page_says_what_the_scores_say(store):
     accuracy, its_error = scores.summary["test_accuracy"], scores.summary["accuracy_se"]["test_accuracy"]
     assert f"test accuracy{accuracy:.2%} ± {its_error:.2%}" in text
     assert re.search(rf"0\.25\s*{(mem >= 0.25).sum()}\s*{(mem >= 0.25).mean():.2%} ± \d", text)
+    # labels worth a look: those that fewest believe, and of these those that most take for one other class
+    listed = re.findall(r"training (\d+)", text.partition("Look at these labels")[2].partition("Can the scores be trusted")[0])
+    table = scores.to_pandas("memorization")
+    doubtful = table[table["mem"] >= 0.5].sort_values(["p_out", "p_other", "mem"], ascending=[True, False, False], kind="stable")
+    assert list(map(int, listed)) == doubtful["index"].tolist()[:30] and len(listed) > 5
     # 40 trials are few: it says so
     assert "These scores come from 40 trials only" in text and "false discovery rate" in text
     assert "trials: 40" in text
