@@ -3,7 +3,7 @@
 That high-influence pairs are often copies of one image is a known criticism of the paper. Images are compared by their pixels, and by
 the features of one model (see `memtail.studies.features`). An image is shrunk to 32 pixels a side if it is larger, shifted to mean 0 and
 scaled to length 1, which leaves out brightness and contrast; the distance of two is the length of their difference, from 0 to 2. Every
-image is compared with every training image, which takes seconds for 60,000 of them and days for a million.
+image is compared with every training image, which takes a minute for 60,000 of them and days for a million.
 
 Two images are near-duplicates if their distance is at most `nearness` times the median distance of a training image to its nearest
 other. So the threshold has no unit, and is the dataset's own; the figure shows what it lets through.
