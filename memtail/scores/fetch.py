@@ -36,7 +36,7 @@ def load_scores(path: str | Path) -> Scores:
         if (scores / LATEST).is_file():
             try:
                 return Scores(scores / json.loads((scores / LATEST).read_text())["version"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, ScoresError) as error:
                 raise ScoresError(f"{scores / LATEST}: is damaged, or names scores that are ({error}): run the experiment again") from None
     if not (path / SUMMARY).is_file():
         raise ScoresError(f"{path}: holds no scores: give a folder with summary.json, or STORE/experiments/NAME after a run")
