@@ -83,6 +83,8 @@ def namespace(kubernetes: Kubernetes) -> Iterator[Namespace]:
         kubernetes.nodes(2)
     name = kubernetes.namespace("chart")
     kubernetes.kubectl("apply", "--filename", "-", stdin=VOLUME.format(name=name))
+    # a pod whose claim finds none yet may not be looked at again for minutes
+    kubernetes.kubectl("wait", "--for=jsonpath={.status.phase}=Available", f"persistentvolume/{name}", "--timeout=60s")
     yield Namespace(kubernetes, name)
     kubernetes.kubectl("delete", "namespace", name, "--wait=false")
     kubernetes.kubectl("delete", "persistentvolume,storageclass", name, "--wait=false")
