@@ -66,11 +66,11 @@ def features_of(store: ObjectStore, record: Record, images: Callable[[], ImageDa
     settings, key = Settings(), keys.features(record.experiment.name)
     try:
         known = json.loads(store.get(key, limit=1 << 16))
-        if known["model_of"] == _model_of(record):
+        if known.get("model_of") == _model_of(record):
             return Features(fetch(store, str(known["dataset"]), settings.cache, settings.cache_limit), float(known["test_accuracy"]))
     except ObjectNotFound:
         pass
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{key}: is damaged ({error}): remove it, then run the study again") from None
     dataset = images()
     train, test, accuracy = _frozen_features(record, dataset)
