@@ -66,7 +66,7 @@ FROM base AS control
 COPY --from=control-packages /opt/memtail /opt/memtail
 RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
     pip --python bin/python install --quiet --no-cache-dir --no-deps /wheels/*.whl \
- && python -c 'import memtail.cli_service, memtail.scores.reader, services.aggregator.aggregator, services.aggregator.explorer, services.dispatcher.cluster' \
+ && python -c 'import memtail.cli.service, memtail.scores.reader, services.aggregator.aggregator, services.aggregator.explorer, services.dispatcher.cluster' \
  && PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/tried NUMBA_CACHE_DIR=/tmp/tried python -c 'import numpy as np; import memtail.report.page as page; \
     from memtail.estimators import convergence; from memtail.statistics.accumulator import PackedTrials; bits = np.arange(1, 9, dtype=np.uint64); \
     stages = convergence(PackedTrials(*3 * [bits[None]], np.uint64([15])), page.MEM_STEPS, (0.5, 0.95, 1.0), page.EDGES); \

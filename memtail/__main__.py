@@ -1,6 +1,6 @@
 """`python -m memtail` is the command line."""
 
-from memtail.cli import main
+from memtail.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -51,7 +51,7 @@ _WRITING_SECONDS = 2.0
 # Floating-point operations of one epoch and an evaluation of a shard that are measured without cutting the dataset: a second or two.
 _OPERATIONS = {"cpu": 4e10, "mps": 4e12, "cuda": 4e13}
 _FEWEST_IMAGES = 64
-_START = "import memtail.cli, memtail.display, memtail.logs, memtail.runner, memtail.scores.reader"
+_START = "import memtail.cli.app, memtail.cli.display, memtail.logs, memtail.runner, memtail.scores.reader"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from memtail import cli_study
+from memtail.cli import study as cli_study
 from memtail.storage.local import LocalStore
 from memtail.studies.result import load_results
 

@@ -14,7 +14,7 @@ import structlog
 import trustme
 from minio.credentials.providers import AssumeRoleProvider
 
-from memtail.doctor import examine
+from memtail.cli.doctor import examine
 from memtail.errors import StoreError
 from memtail.settings import S3Settings
 from memtail.storage import ObjectNotFound, UnreachableError

@@ -18,11 +18,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from memtail import datasets, doctor, watch
+from memtail import datasets
+
+from memtail.cli import doctor
+
+from memtail.cli import watch
 from memtail.archive import Control, ExperimentArchive
-from memtail.cli import app
+from memtail.cli.app import app
 from memtail.datasets.staging import fetch
-from memtail.doctor import examine
+from memtail.cli.doctor import examine
 from memtail.errors import MemtailError, StoreError
 from memtail.progress import progress_of
 from memtail.scores.publish import publish

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import memtail
 from memtail import datasets
 from memtail.archive import Control, ExperimentArchive
-from memtail.cli import app
+from memtail.cli.app import app
 from memtail.datasets.staging import fetch, fetch_masks
 from memtail.errors import MemtailError
 from memtail.experiment import Experiment
@@ -264,7 +264,7 @@ def short(store):
 
 def test_help_is_there_at_once():
     code = (
-        "import sys; from typer.testing import CliRunner; from memtail.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from memtail.cli.app import app\n"
         "assert 'removal' in CliRunner().invoke(app, ['study', '--help']).stdout\n"
         "assert not {'torch', 'matplotlib', 'numpy', 'scipy'} & sys.modules.keys()"
     )

@@ -64,7 +64,7 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def preparation(quiet: bool) -> Iterator[Any]:
     """A progress bar for a folder of images, shown once there is something to do."""
-    from memtail import display
+    from memtail.cli import display
 
     if quiet:
         yield None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtail.cli_arguments import DEFAULT_STORE, Json, Store, interruptible, open_existing
+from memtail.cli.arguments import DEFAULT_STORE, Json, Store, interruptible, open_existing
 from memtail.errors import SpecError
 from memtail.studies import REPEATS, THETAS
 
@@ -130,7 +130,7 @@ def duplicates(
 
     Images are compared by their pixels, and by the features of one model, trained here on everything.
     """
-    from memtail import display
+    from memtail.cli import display
     from memtail.scores.fetch import open_scores
     from memtail.studies.removal import plan_removal
 
@@ -154,7 +154,8 @@ def _trained(
 
     if is_finished(opened, experiment):
         return True
-    from memtail import display, logs
+    from memtail import logs
+    from memtail.cli import display
 
     logs.configure()
     if submit:
@@ -187,7 +188,7 @@ def _dataset(opened: "ObjectStore", name: str) -> "ImageDataset":
 
 def _features(opened: "ObjectStore", name: str, json_: bool) -> "Features":
     """What one model makes of the images of an experiment, which is trained here unless it was."""
-    from memtail import display
+    from memtail.cli import display
     from memtail.archive import ExperimentArchive
     from memtail.studies.features import features_of
 

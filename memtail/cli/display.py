@@ -15,7 +15,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from memtail.archive import Failure
-    from memtail.doctor import Check
+    from memtail.cli.doctor import Check
     from memtail.experiment import Experiment
     from memtail.planning import Plan
     from memtail.progress import ExperimentProgress

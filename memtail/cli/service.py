@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from memtail.cli_arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, only, open_existing, preparation
+from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, only, open_existing, preparation
 from memtail.errors import StoreError
 from memtail.settings import STORE_VARIABLE
 
@@ -26,7 +26,8 @@ def stage(
     json_: Json = False,
 ) -> None:
     """Prepare an experiment's dataset, and put it into a store."""
-    from memtail import datasets, display, logs
+    from memtail import datasets, logs
+    from memtail.cli import display
     from memtail.datasets.staging import stage as stage_dataset
     from memtail.experiment import Experiment
     from memtail.storage.opening import open_store
@@ -68,7 +69,8 @@ def submit(
     json_: Json = False,
 ) -> None:
     """Enter an experiment and its dataset in a store. The services train it; more trials extend it."""
-    from memtail import datasets, display, logs
+    from memtail import datasets, logs
+    from memtail.cli import display
     from memtail.experiment import Experiment
     from memtail.storage.opening import open_store
     from memtail.submission import submit as submit_experiment
@@ -102,7 +104,7 @@ def watch(name: Name = None, store: Store = DEFAULT_STORE) -> None:
     """Follow experiments until they are published. Exit code 1 if one cannot be without help."""
     from memtail.archive import experiment_names
     from memtail.storage.opening import is_url, open_bucket
-    from memtail.watch import PATIENCE, TIMEOUT, follow
+    from memtail.cli.watch import PATIENCE, TIMEOUT, follow
 
     opened = open_bucket(store, PATIENCE, TIMEOUT) if is_url(store) else open_existing(store)
     names = [name] if name else experiment_names(opened)
@@ -123,7 +125,7 @@ def failures(
     json_: Json = False,
 ) -> None:
     """Show failed attempts, and what became of the shards."""
-    from memtail import display
+    from memtail.cli import display
     from memtail.archive import ExperimentArchive
     from memtail.progress import progress_of
 

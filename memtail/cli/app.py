@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtail import cli_service, cli_study
-from memtail.cli_arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, only, open_existing, preparation
+from memtail.cli import service as cli_service
+
+from memtail.cli import study as cli_study
+from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, only, open_existing, preparation
 from memtail.errors import MemtailError, ScoresError
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def run(
     json_: Json = False,
 ) -> None:
     """Run an experiment to its scores, or go on with it where it stopped."""
-    from memtail import display, logs
+    from memtail import logs
+    from memtail.cli import display
     from memtail.experiment import Experiment
     from memtail.runner import ShardsFailedError
     from memtail.runner import run as run_experiment
@@ -90,7 +93,8 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Train for a few seconds, then say what a run would take: time, memory, bytes, cost, and how exact its scores will be."""
-    from memtail import display, logs
+    from memtail import logs
+    from memtail.cli import display
     from memtail.experiment import Experiment
     from memtail.planning import plan as plan_experiment
 
@@ -107,7 +111,7 @@ def plan(
 @app.command()
 def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False) -> None:
     """Show how far the experiments in a store are."""
-    from memtail import display
+    from memtail.cli import display
     from memtail.archive import experiment_names
     from memtail.progress import progress_of
 
@@ -144,7 +148,7 @@ def top(
     if json_:
         print(json.dumps([dict(zip(table, row, strict=True)) for row in zip(*(values.tolist() for values in table.values()), strict=True)]))
     else:
-        from memtail import display
+        from memtail.cli import display
 
         display.show_table(table)
 
@@ -185,7 +189,7 @@ def report(
     json_: Json = False,
 ) -> None:
     """Make the page that shows what an experiment found, and its figures."""
-    from memtail import display
+    from memtail.cli import display
     from memtail.report.publish import PAGE, fetch_report, publish_report
     from memtail.storage import keys
 
@@ -226,8 +230,9 @@ def explore(
 @app.command()
 def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
     """Show what is installed, which devices there are, and what is missing."""
-    from memtail import display, logs
-    from memtail.doctor import examine
+    from memtail import logs
+    from memtail.cli import display
+    from memtail.cli.doctor import examine
 
     logs.configure()
     checks = examine(store)
@@ -241,7 +246,7 @@ def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
 
 def _draw_report(store: "ObjectStore", name: str, quiet: bool) -> None:
     """The last step of a run, whose scores are there whatever becomes of it."""
-    from memtail import display
+    from memtail.cli import display
     from memtail.report.publish import PAGE, is_current, latest_report, publish_report
     from memtail.storage import keys
 

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from memtail.display import age, console, duration
+from memtail.cli.display import age, console, duration
 from memtail.errors import StoreError
 from memtail.progress import ExperimentProgress, progress_of
 from memtail.storage import ObjectNotFound, ObjectStore
