@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail import datasets
-from memtail.archive import ExperimentArchive, Record, missing_shards
+from memtail.experiment_store.store import ExperimentArchive, Record, missing_shards
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError, SpecError, StoreError
 from memtail.estimators import expected_standard_error

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from memtail.archive import MAX_ATTEMPTS, Control, ExperimentArchive, Notice, missing_shards
+from memtail.experiment_store.store import MAX_ATTEMPTS, Control, ExperimentArchive, Notice, missing_shards
 from memtail.scores.pointer import folded, latest_version
 from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard

@@ -18,7 +18,7 @@ import structlog
 import torch
 
 from memtail import datasets
-from memtail.archive import MAX_ATTEMPTS, ExperimentArchive, Record, missing_shards
+from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentArchive, Record, missing_shards
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
 from memtail.experiment import Experiment

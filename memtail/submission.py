@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from memtail import datasets
-from memtail.archive import Control, ExperimentArchive, Record
+from memtail.experiment_store.store import Control, ExperimentArchive, Record
 from memtail.datasets import ImageDataset
 from memtail.datasets.staging import stage, stage_masks
 from memtail.experiment import Experiment

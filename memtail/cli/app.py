@@ -112,7 +112,7 @@ def plan(
 def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False) -> None:
     """Show how far the experiments in a store are."""
     from memtail.cli import display
-    from memtail.archive import experiment_names
+    from memtail.experiment_store.store import experiment_names
     from memtail.progress import progress_of
 
     opened = open_existing(store)

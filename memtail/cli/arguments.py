@@ -40,7 +40,7 @@ def open_existing(store: str) -> "ObjectStore":
 
 def only(store: "ObjectStore", name: str | None) -> str:
     """The named experiment, or the only one there is."""
-    from memtail.archive import ExperimentArchive, experiment_names
+    from memtail.experiment_store.store import ExperimentArchive, experiment_names
 
     if name is not None:
         ExperimentArchive(store, name).record()

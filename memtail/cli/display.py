@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from memtail.archive import Failure
+    from memtail.experiment_store.store import Failure
     from memtail.cli.doctor import Check
     from memtail.experiment import Experiment
     from memtail.planning import Plan

@@ -12,7 +12,7 @@ from memtail.errors import StoreError
 from memtail.settings import STORE_VARIABLE
 
 if TYPE_CHECKING:
-    from memtail.archive import Control
+    from memtail.experiment_store.store import Control
     from memtail.trials import Shard
 
 OneName = Annotated[str, typer.Argument(help="The experiment.")]
@@ -102,7 +102,7 @@ def submit(
 
 def watch(name: Name = None, store: Store = DEFAULT_STORE) -> None:
     """Follow experiments until they are published. Exit code 1 if one cannot be without help."""
-    from memtail.archive import experiment_names
+    from memtail.experiment_store.store import experiment_names
     from memtail.storage.opening import is_url, open_bucket
     from memtail.cli.watch import PATIENCE, TIMEOUT, follow
 
@@ -126,7 +126,7 @@ def failures(
 ) -> None:
     """Show failed attempts, and what became of the shards."""
     from memtail.cli import display
-    from memtail.archive import ExperimentArchive
+    from memtail.experiment_store.store import ExperimentArchive
     from memtail.progress import progress_of
 
     opened = open_existing(store)
@@ -150,7 +150,7 @@ def retry(
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Have failed shards tried again. Their failed attempts are forgotten."""
-    from memtail.archive import ExperimentArchive
+    from memtail.experiment_store.store import ExperimentArchive
 
     opened = open_existing(store)
     name = only(opened, name)
@@ -195,7 +195,7 @@ def priority(
 def _control(
     store: str, name: str, *, state: Literal["running", "paused", "cancelled"] | None = None, priority: int | None = None
 ) -> "Control":
-    from memtail.archive import ExperimentArchive
+    from memtail.experiment_store.store import ExperimentArchive
 
     archive = ExperimentArchive(open_existing(store), name)
     archive.record()

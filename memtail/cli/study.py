@@ -177,7 +177,7 @@ def _trained(
 
 def _dataset(opened: "ObjectStore", name: str) -> "ImageDataset":
     """The images of an experiment, from the cache or else from the store."""
-    from memtail.archive import ExperimentArchive
+    from memtail.experiment_store.store import ExperimentArchive
     from memtail.datasets.staging import fetch
     from memtail.settings import Settings
 
@@ -189,7 +189,7 @@ def _dataset(opened: "ObjectStore", name: str) -> "ImageDataset":
 def _features(opened: "ObjectStore", name: str, json_: bool) -> "Features":
     """What one model makes of the images of an experiment, which is trained here unless it was."""
     from memtail.cli import display
-    from memtail.archive import ExperimentArchive
+    from memtail.experiment_store.store import ExperimentArchive
     from memtail.studies.features import features_of
 
     with display.working("training one model on everything", quiet=json_):

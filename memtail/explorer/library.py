@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import structlog
 
-from memtail.archive import Record
+from memtail.experiment_store.store import Record
 from memtail.datasets.image_dataset import ImageDataset
 from memtail.datasets.staging import fetch
 from memtail.errors import DatasetError, MemtailError, ScoresError

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from memtail.archive import Record
+from memtail.experiment_store.store import Record
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.estimators import Stage, convergence, expected_standard_error, false_discovery, influence

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets.staging import fetch
 from memtail.errors import ScoresError
 from memtail.scores.fetch import fetch_scores

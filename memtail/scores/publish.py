@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from memtail.archive import Record
+from memtail.experiment_store.store import Record
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.scores.files import write_scores

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from memtail.archive import ExperimentArchive, Record
+from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.errors import ScoresError
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores

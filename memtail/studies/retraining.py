@@ -10,7 +10,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 
-from memtail.archive import ExperimentArchive, Record
+from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.errors import ScoresError
 from memtail.experiment import Experiment
 from memtail.progress import progress_of

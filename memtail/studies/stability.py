@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.errors import ScoresError
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from memtail.archive import ExperimentArchive, Notice, Record, experiment_names
+from memtail.experiment_store.store import ExperimentArchive, Notice, Record, experiment_names
 from memtail.datasets import ImageDataset
 from memtail.datasets.staging import fetch
 from memtail.errors import ForeignObjectError, MemtailError

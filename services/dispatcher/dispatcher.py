@@ -12,7 +12,7 @@ import structlog
 from kombu.exceptions import OperationalError
 from structlog.contextvars import bound_contextvars
 
-from memtail.archive import ExperimentArchive, experiment_names
+from memtail.experiment_store.store import ExperimentArchive, experiment_names
 from memtail.errors import MemtailError
 from memtail.experiment import WorkersSpec
 from memtail.scores.pointer import folded, latest_version

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from memtail.archive import ExperimentArchive, Notice
+from memtail.experiment_store.store import ExperimentArchive, Notice
 from memtail.errors import StoreError
 from memtail.storage import ObjectStore
 from services.dispatcher import metrics

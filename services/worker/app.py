@@ -24,7 +24,7 @@ from celery.exceptions import Reject
 from celery.utils.log import get_multiprocessing_logger
 from pydantic import ValidationError
 
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.errors import MemtailError
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore

@@ -15,7 +15,7 @@ import redis
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from memtail.archive import ExperimentArchive, Record
+from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.datasets import ImageDataset
 from memtail.datasets.staging import fetch, fetch_masks
 from memtail.errors import MemtailError, StoreError

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.experiment import Experiment
 from memtail.progress import progress_of
 from memtail.runner import run

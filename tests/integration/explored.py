@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from memtail import datasets
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.experiment import Experiment
 from memtail.runner import declare, run
 from memtail.scores.publish import publish

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import memtail
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.errors import MemtailError, StoreError
 from memtail.scores.publish import latest_version, publish
 from memtail.statistics import Statistics

@@ -23,7 +23,7 @@ from memtail import datasets
 from memtail.cli import doctor
 
 from memtail.cli import watch
-from memtail.archive import Control, ExperimentArchive
+from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.cli.app import app
 from memtail.datasets.staging import fetch
 from memtail.cli.doctor import examine

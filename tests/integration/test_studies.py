@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import memtail
 from memtail import datasets
-from memtail.archive import Control, ExperimentArchive
+from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.cli.app import app
 from memtail.datasets.staging import fetch, fetch_masks
 from memtail.errors import MemtailError

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from memtail.archive import Control, ExperimentArchive
+from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.storage import keys
 from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.conftest import Kubernetes, install_tools

@@ -14,7 +14,7 @@ from typing import Any
 import redis
 import urllib3
 
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.datasets.staging import stage
 from memtail.experiment import Experiment

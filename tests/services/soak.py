@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memtail import datasets
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.experiment import Experiment
 from memtail.runner import run
 from memtail.scores.publish import latest_version

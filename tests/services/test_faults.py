@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.storage import keys
 from memtail.trials import Shard
 from services.broker import Assignment, Broker

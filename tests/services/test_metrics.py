@@ -14,7 +14,7 @@ import pytest
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 
-from memtail.archive import Control
+from memtail.experiment_store.store import Control
 from memtail.scores.publish import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership

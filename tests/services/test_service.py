@@ -7,7 +7,7 @@ import pytest
 import trustme
 from kombu.exceptions import OperationalError
 
-from memtail.archive import Control, ExperimentArchive
+from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.progress import progress_of
 from memtail.report.publish import latest_report, publish_report
 from memtail.storage import keys

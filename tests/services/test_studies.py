@@ -5,7 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.progress import progress_of
 from memtail.report.publish import latest_report
 from memtail.studies.result import load_results

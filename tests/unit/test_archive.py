@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtail.archive import Control, ExperimentArchive, Record, missing_shards
+from memtail.experiment_store.store import Control, ExperimentArchive, Record, missing_shards
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.experiment import Experiment
 from memtail.storage.local import LocalStore

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from memtail.archive import ExperimentArchive
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets.staging import stage
 from memtail.runner import declare as declared
 from memtail.scores.pointer import latest_version
