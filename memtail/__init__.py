@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memtail.errors import MemtailError
-    from memtail.experiment import Experiment
+    from memtail.spec.experiment import Experiment
     from memtail.runner import run
     from memtail.scores.fetch import load_scores
     from memtail.scores.reader import Scores
     from memtail.training import train_shard
 
 _HOMES = {
-    "Experiment": "memtail.experiment",
+    "Experiment": "memtail.spec.experiment",
     "MemtailError": "memtail.errors",
     "Scores": "memtail.scores.reader",
     "load_scores": "memtail.scores.fetch",

@@ -28,7 +28,7 @@ from memtail.experiment_store.store import ExperimentArchive, Record, missing_sh
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError, SpecError, StoreError
 from memtail.estimators import expected_standard_error
-from memtail.experiment import Experiment, SubsetsSpec
+from memtail.spec.experiment import Experiment, SubsetsSpec
 from memtail.runner import declare
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics

@@ -21,7 +21,7 @@ from memtail import datasets
 from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentArchive, Record, missing_shards
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.models import check_model
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import SpecError
-from memtail.experiment import SubsetsSpec
+from memtail.spec.experiment import SubsetsSpec
 from memtail.randomness import Purpose, random_keys
 
 Indices = npt.NDArray[np.int64]

@@ -20,7 +20,7 @@ from memtail import logs
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.processes import follow_parent, keep_memory
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.opening import open_store

@@ -15,7 +15,7 @@ import redis
 from celery import Celery
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from memtail.experiment import NAME
+from memtail.spec.experiment import NAME
 from memtail.trials import Shard
 from services.settings import ServiceError, ServiceSettings
 

@@ -57,7 +57,7 @@ def run(
     """Run an experiment to its scores, or go on with it where it stopped."""
     from memtail import logs
     from memtail.cli import display
-    from memtail.experiment import Experiment
+    from memtail.spec.experiment import Experiment
     from memtail.runner import ShardsFailedError
     from memtail.runner import run as run_experiment
 
@@ -95,7 +95,7 @@ def plan(
     """Train for a few seconds, then say what a run would take: time, memory, bytes, cost, and how exact its scores will be."""
     from memtail import logs
     from memtail.cli import display
-    from memtail.experiment import Experiment
+    from memtail.spec.experiment import Experiment
     from memtail.planning import plan as plan_experiment
 
     logs.configure()

@@ -16,7 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from memtail.experiment_store.store import Failure
     from memtail.cli.doctor import Check
-    from memtail.experiment import Experiment
+    from memtail.spec.experiment import Experiment
     from memtail.planning import Plan
     from memtail.progress import ExperimentProgress
     from memtail.runner import RunState

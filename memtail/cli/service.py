@@ -29,7 +29,7 @@ def stage(
     from memtail import datasets, logs
     from memtail.cli import display
     from memtail.datasets.staging import stage as stage_dataset
-    from memtail.experiment import Experiment
+    from memtail.spec.experiment import Experiment
     from memtail.storage.opening import open_store
 
     logs.configure()
@@ -71,7 +71,7 @@ def submit(
     """Enter an experiment and its dataset in a store. The services train it; more trials extend it."""
     from memtail import datasets, logs
     from memtail.cli import display
-    from memtail.experiment import Experiment
+    from memtail.spec.experiment import Experiment
     from memtail.storage.opening import open_store
     from memtail.submission import submit as submit_experiment
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memtail.datasets import ImageDataset
-    from memtail.experiment import Experiment
+    from memtail.spec.experiment import Experiment
     from memtail.storage import ObjectStore
     from memtail.studies.features import Features
     from memtail.studies.result import StudyResult

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from memtail.errors import ForeignObjectError, StoreError
-from memtail.experiment import NAME, Experiment, differences
+from memtail.spec.experiment import NAME, Experiment, differences
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trials import Shard, TrialBatch, largest_batch
 

@@ -16,7 +16,7 @@ from memtail.experiment_store.store import Record
 from memtail.datasets.image_dataset import ImageDataset
 from memtail.datasets.staging import fetch
 from memtail.errors import DatasetError, MemtailError, ScoresError
-from memtail.experiment import NAME
+from memtail.spec.experiment import NAME
 from memtail.progress import ExperimentProgress, progress_of
 from memtail.report.publish import latest_report
 from memtail.scores.fetch import open_scores

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from memtail.errors import SpecError
-from memtail.experiment import Cnn, Mlp, ModelSpec
+from memtail.spec.experiment import Cnn, Mlp, ModelSpec
 from memtail.models.densenet import densenet100
 from memtail.models.inception import inception
 from memtail.models.plain import cnn, mlp

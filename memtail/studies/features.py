@@ -25,7 +25,7 @@ from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
 from memtail.datasets.staging import fetch, stage
 from memtail.errors import ScoresError, SpecError, StoreError
-from memtail.experiment import NamedModel
+from memtail.spec.experiment import NamedModel
 from memtail.models import build_model
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore, keys
@@ -119,7 +119,7 @@ def whole(image_shape: tuple[int, int, int], classes: int, *, model: dict[str, A
     """A model, by its declaration, that can be asked for its features: `model` of an experiment as `memtail.models` takes it."""
     from pydantic import TypeAdapter
 
-    from memtail.experiment import ModelSpec
+    from memtail.spec.experiment import ModelSpec
 
     return _Whole(build_model(TypeAdapter(ModelSpec).validate_python(model), image_shape, classes), classes)
 

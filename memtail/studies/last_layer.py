@@ -12,7 +12,7 @@ from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.errors import ScoresError
 from memtail.estimators import convergence
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.scores.fetch import open_scores
 from memtail.scores.files import ACCURACIES
 from memtail.scores.reader import Scores

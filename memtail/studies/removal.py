@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from memtail.errors import ScoresError
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
 from memtail.storage import ObjectStore

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtail.experiment import Sgd
+from memtail.spec.experiment import Sgd
 from memtail.training.stack import Stacked, StackedLinear
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memtail.datasets import ImageDataset
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.models import build_model
 
 # Floating-point operations worth one shard: about half a minute of a processor core, or of a GPU.

@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from memtail.datasets import ImageDataset
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.models import build_model
 from memtail.subsets import membership
 from memtail.training.devices import is_out_of_memory, reproducible

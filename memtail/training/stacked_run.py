@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtail.experiment import Experiment, TrainingSpec
+from memtail.spec.experiment import Experiment, TrainingSpec
 from memtail.models import build_model
 from memtail.randomness import Purpose, torch_seed
 from memtail.training.batches import batch_bounds, epoch_augmentation, epoch_order

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from memtail.estimators import expected_standard_error, memorization
-from memtail.experiment import SubsetsSpec
+from memtail.spec.experiment import SubsetsSpec
 from memtail.scores.files import MEM_STEPS, SE_QUANTILES, mean_accuracy
 from memtail.scores.pointer import folded
 from memtail.statistics import Statistics

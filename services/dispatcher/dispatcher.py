@@ -14,7 +14,7 @@ from structlog.contextvars import bound_contextvars
 
 from memtail.experiment_store.store import ExperimentArchive, experiment_names
 from memtail.errors import MemtailError
-from memtail.experiment import WorkersSpec
+from memtail.spec.experiment import WorkersSpec
 from memtail.scores.pointer import folded, latest_version
 from memtail.storage import ObjectStore
 from memtail.trials import Shard

@@ -19,7 +19,7 @@ from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.datasets import ImageDataset
 from memtail.datasets.staging import fetch, fetch_masks
 from memtail.errors import MemtailError, StoreError
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.workers import StoredCheckpoints

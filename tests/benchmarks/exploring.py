@@ -15,7 +15,7 @@ from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.runner import declare
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.estimators import Memorization, high_influence_pairs, top_influencers
-from memtail.experiment import DatasetSpec, Experiment, NamedModel
+from memtail.spec.experiment import DatasetSpec, Experiment, NamedModel
 from memtail.models import build_model
 from memtail.settings import Settings
 from memtail.statistics import cooccurrence

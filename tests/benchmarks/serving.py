@@ -7,7 +7,7 @@ from pathlib import Path
 
 import memtail
 from memtail import datasets
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.runner import RunState
 from memtail.training.devices import cores
 from tests.benchmarks.bench import Row

@@ -13,7 +13,7 @@ import torch
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.models import build_model
 from memtail.subsets import membership
 from memtail.training.devices import cores

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from memtail.experiment_store.store import ExperimentArchive
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.progress import progress_of
 from memtail.runner import run
 from memtail.scores.publish import latest_version

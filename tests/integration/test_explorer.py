@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from memtail.errors import StoreError
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.explorer import library as module
 from memtail.explorer.app import create
 from memtail.explorer.library import Library

@@ -14,7 +14,7 @@ import pytest
 import memtail
 from memtail.drawing import drawing
 from memtail.errors import ScoresError
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.report.publish import is_current, latest_report, publish_report
 from memtail.storage import keys
 from memtail.storage.local import LocalStore

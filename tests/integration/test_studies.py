@@ -17,7 +17,7 @@ from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.cli.app import app
 from memtail.datasets.staging import fetch, fetch_masks
 from memtail.errors import MemtailError
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.runner import declare as declare_record
 from memtail.runner import run
 from memtail.settings import Settings

@@ -6,7 +6,7 @@ from typing import Any
 
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.progress import progress_of
 from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes

@@ -17,7 +17,7 @@ import urllib3
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.datasets.staging import stage
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.runner import declare
 from memtail.scores.publish import latest_version
 from memtail.storage import keys

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.runner import run
 from memtail.scores.publish import latest_version
 from memtail.storage import keys

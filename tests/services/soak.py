@@ -18,7 +18,7 @@ from typing import Any
 
 from memtail import datasets
 from memtail.experiment_store.store import ExperimentArchive
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from memtail.runner import run
 from memtail.scores.publish import latest_version
 from memtail.storage import keys

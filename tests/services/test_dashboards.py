@@ -17,7 +17,7 @@ import pytest
 import urllib3
 import yaml
 
-from memtail.experiment import Experiment
+from memtail.spec.experiment import Experiment
 from services.broker import Broker
 from services.monitoring.dashboards import FOLDER
 from services.settings import ServiceSettings

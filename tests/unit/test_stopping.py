@@ -5,7 +5,7 @@ import pytest
 
 from memtail.errors import SpecError
 from memtail.estimators import expected_standard_error, memorization
-from memtail.experiment import Experiment, UntilSpec
+from memtail.spec.experiment import Experiment, UntilSpec
 from memtail.runner import run
 from memtail.scores.publish import latest_version
 from memtail.statistics import Statistics

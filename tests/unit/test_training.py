@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from memtail import models, subsets
 from memtail.datasets import prepare
-from memtail.experiment import Constant, Cosine, Linear, NamedModel, Sgd, Step
+from memtail.spec.experiment import Constant, Cosine, Linear, NamedModel, Sgd, Step
 from memtail.models import build_model, check_model
 from memtail.training import shard as shard_module
 from memtail.training import stacked_run, train_shard
@@ -50,7 +50,7 @@ def small(tmp_path):
 
 
 def _arrays(tmp_path):
-    from memtail.experiment import DatasetSpec
+    from memtail.spec.experiment import DatasetSpec
 
     return DatasetSpec(name="arrays", root=write_arrays(tmp_path / "a.npz"))
 
