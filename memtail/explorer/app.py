@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 
-from memtail.datasets.pictures import png
+from memtail.figures.thumbnails import png
 from memtail.errors import MemtailError
 from memtail.explorer import views
 from memtail.explorer.access import REPORT_POLICY, guard

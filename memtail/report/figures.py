@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from memtail.drawing import colour, drawing, encoded
+from memtail.figures.style import colour, drawing, encoded
 from memtail.estimators import Stage, expected_standard_error
 from memtail.estimators.pairs import MEM_THRESHOLD
 from memtail.scores.files import MEM_STEPS, SE_QUANTILES

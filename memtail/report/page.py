@@ -9,7 +9,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from memtail.datasets import ImageDataset
-from memtail.datasets.pictures import thumbnail
+from memtail.figures.thumbnails import thumbnail
 from memtail.estimators.convergence import HALVES
 from memtail.estimators.false_discovery import LARGEST_RATE
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
@@ -23,7 +23,7 @@ _SMALL = 64
 
 
 def draw(content: Content) -> dict[str, dict[str, bytes]]:
-    """The figures by name, each as `memtail.drawing.encoded` gives it."""
+    """The figures by name, each as `memtail.figures.style.encoded` gives it."""
     return {
         "memorization": memorization_figure(content.stages[-1], EDGES),
         "convergence": convergence_figure(content.stages, content.fraction),

@@ -166,7 +166,7 @@ def _bracketed(spread: tuple[float, float, float]) -> str:
 
 
 def _draw(measured: dict[str, list[_Compared]], trials: int) -> "Figure":
-    from memtail.drawing import COLOURS, drawing
+    from memtail.figures.style import COLOURS, drawing
 
     with drawing(7.5, 5.6) as figure:
         grid = figure.subplots(2, 2, sharex="col")

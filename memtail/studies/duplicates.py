@@ -220,7 +220,7 @@ def _table(found: dict[Space, Distances]) -> dict[str, Any]:
 
 def _draw(name: str, dataset: ImageDataset, found: dict[Space, Distances], pairs: dict[str, npt.NDArray[Any]]) -> "Figure":
     """Rows of images, the test image above its training image: the nearest by either space, then the pairs of greatest influence."""
-    from memtail.drawing import drawing
+    from memtail.figures.style import drawing
 
     rows: list[tuple[str, list[tuple[int, int, str]]]] = []
     for space, each in found.items():

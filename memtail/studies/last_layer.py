@@ -121,7 +121,7 @@ def _percent(facts: dict[str, Any], accuracy: str) -> str:
 
 
 def _draw(name: str, counts: dict[str, list[int]], facts: dict[str, dict[str, Any]]) -> "Figure":
-    from memtail.drawing import drawing
+    from memtail.figures.style import drawing
 
     with drawing(5.5, 3.5) as figure:
         axes = figure.subplots()

@@ -263,7 +263,7 @@ def _of_pairs(store: ObjectStore, planned: Removal, correct: npt.NDArray[np.bool
 
 
 def _draw_thresholds(planned: Removal, baseline: Interval, rest: list[_Lost]) -> "Figure":
-    from memtail.drawing import GREY, drawing
+    from memtail.figures.style import GREY, drawing
 
     thetas = [lost.condition.theta for lost in rest[::2]]
     with drawing(6, 4.8) as figure:
@@ -285,7 +285,7 @@ def _draw_thresholds(planned: Removal, baseline: Interval, rest: list[_Lost]) ->
 
 
 def _draw_pairs(planned: Removal, chosen: dict[str, Interval], random: dict[str, Interval]) -> "Figure":
-    from memtail.drawing import GREY, drawing
+    from memtail.figures.style import GREY, drawing
 
     assert planned.influenced is not None
     labels = ["all test examples", f"the {len(planned.influenced)} influenced", "the rest"]

@@ -132,7 +132,7 @@ def write_result(result: StudyResult, table: dict[str, Any], figure: "Figure") -
     import pyarrow as pa
     import pyarrow.parquet
 
-    from memtail.drawing import encoded
+    from memtail.figures.style import encoded
 
     columns = io.BytesIO()
     pyarrow.parquet.write_table(pa.table(table), columns)

@@ -203,7 +203,7 @@ def _findings(splits: list[_Split], wanted: float, needed: dict[Score, _Needed])
 
 
 def _draw(name: str, splits: list[_Split], wanted: float) -> "Figure":
-    from memtail.drawing import COLOURS, GREY, drawing
+    from memtail.figures.style import COLOURS, GREY, drawing
 
     groups = _by_trials(splits)
     curves: list[tuple[str, list[list[float]]]] = [

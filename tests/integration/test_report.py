@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import memtail
-from memtail.drawing import drawing
+from memtail.figures.style import drawing
 from memtail.errors import ScoresError
 from memtail.spec.experiment import Experiment
 from memtail.report.publish import is_current, latest_report, publish_report

@@ -18,7 +18,7 @@ def store(tmp_path):
 
 
 def write(store, study="stability", finding="0.9 ± 0.1"):
-    from memtail.drawing import drawing
+    from memtail.figures.style import drawing
 
     result = StudyResult(store, "e", study, "What holds", [finding], 8, ["e"], {"theta": 0.25}, {"jaccard": None})
     with drawing(3, 2) as figure:
