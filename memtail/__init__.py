@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memtail.runner import run
     from memtail.scores.fetch import load_scores
     from memtail.scores.reader import Scores
-    from memtail.training import train_shard
+    from memtail.trainers.images import train_shard
 
 _HOMES = {
     "Experiment": "memtail.spec.experiment",
@@ -26,7 +26,7 @@ _HOMES = {
     "Scores": "memtail.scores.reader",
     "load_scores": "memtail.scores.fetch",
     "run": "memtail.runner",
-    "train_shard": "memtail.training",
+    "train_shard": "memtail.trainers.images",
 }
 
 __all__ = ["Experiment", "MemtailError", "Scores", "load_scores", "run", "train_shard"]

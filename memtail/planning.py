@@ -36,8 +36,8 @@ from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.storage.opening import open_store
 from memtail.subsets import membership
-from memtail.training.devices import available_devices
-from memtail.training.plan import operations_per_trial
+from memtail.trainers.images.devices import available_devices
+from memtail.trainers.images.shard_size import operations_per_trial
 from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
 from memtail.workers import Task, Workers
 

@@ -30,9 +30,9 @@ from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
 from memtail.storage.opening import open_store
 from memtail.subsets import check_trials
-from memtail.training.devices import available_devices
-from memtail.training.phases import PHASES
-from memtail.training.plan import trials_per_shard
+from memtail.trainers.images.devices import available_devices
+from memtail.trainers.images.profiling import PHASES
+from memtail.trainers.images.shard_size import trials_per_shard
 from memtail.trials import Shard
 from memtail.workers import Finished, StoredCheckpoints, Task, Workers
 

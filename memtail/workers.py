@@ -158,7 +158,7 @@ def _store(address: str) -> ObjectStore:
 def _train(task: Task, shard: Shard) -> Finished:
     import torch
 
-    from memtail.training import Progress, train_shard
+    from memtail.trainers.images import Progress, train_shard
 
     store = _store(task.store)
     if ExperimentArchive(store, task.experiment.name).is_committed(shard):
@@ -199,7 +199,7 @@ def _peak_memory(device: "torch.device") -> int:
 
 
 class StoredCheckpoints:
-    """`memtail.training.Checkpoints` of one shard, kept in the store."""
+    """`memtail.trainers.images.Checkpoints` of one shard, kept in the store."""
 
     def __init__(self, store: ObjectStore, name: str, shard: Shard) -> None:
         self._store = store

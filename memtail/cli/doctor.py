@@ -62,7 +62,7 @@ def _devices() -> list[Check]:
     try:
         import torch
 
-        from memtail.training.devices import available_devices
+        from memtail.trainers.images.devices import available_devices
     except ImportError:
         return [Check("devices", False, "unknown: torch is not installed")]
     chosen = available_devices("auto")

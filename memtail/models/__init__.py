@@ -1,7 +1,7 @@
 """Architectures by name: `build_model(spec, image_shape, classes)` gives a freshly initialised network.
 
 A network takes float images [B, C, H, W] and gives logits [B, classes]. One that is a `torch.nn.Sequential` of plain layers is trained
-stacked, many trials at a time (see `memtail.training.stack`); any other is trained one trial at a time.
+stacked, many trials at a time (see `memtail.trainers.images.stack`); any other is trained one trial at a time.
 """
 
 import difflib

@@ -29,9 +29,9 @@ from memtail.spec.experiment import NamedModel
 from memtail.models import build_model
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore, keys
-from memtail.training.devices import available_devices, reproducible
-from memtail.training.images import device_images
-from memtail.training.stacked_run import StackedRun
+from memtail.trainers.images.devices import available_devices, reproducible
+from memtail.trainers.images.images import device_images
+from memtail.trainers.images.stack_trainer import StackedRun
 
 # Standard deviations to either side that pixels can tell apart, and images per pass.
 _REACH = 4.0

@@ -1,4 +1,4 @@
-"""What a worker does with an assignment. It holds no science: training is `memtail.training.train_shard`."""
+"""What a worker does with an assignment. It holds no science: training is `memtail.trainers.images.train_shard`."""
 
 import contextvars
 import os
@@ -114,8 +114,8 @@ class Trainer:
             return self._train(assignment, archive, record, lease)
 
     def _train(self, assignment: Assignment, archive: ExperimentArchive, record: Record, lease: "_Lease") -> Outcome:
-        from memtail.training import TrainingStopped, train_shard
-        from memtail.training.devices import available_devices
+        from memtail.trainers.images import TrainingStopped, train_shard
+        from memtail.trainers.images.devices import available_devices
 
         checkpoints = StoredCheckpoints(self._store, assignment.experiment, assignment.shard)
         try:

@@ -31,7 +31,7 @@ from memtail.settings import Settings
 from memtail.statistics import cooccurrence
 from memtail.statistics.device_counts import count_block, words_on
 from memtail.subsets import membership
-from memtail.training import train_shard
+from memtail.trainers.images import train_shard
 from memtail.trials import TrialBatch
 from tests.benchmarks.bench import Row, show
 from tests.benchmarks.counting import _packed as random_statistics

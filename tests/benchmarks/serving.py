@@ -9,7 +9,7 @@ import memtail
 from memtail import datasets
 from memtail.spec.experiment import Experiment
 from memtail.runner import RunState
-from memtail.training.devices import cores
+from memtail.trainers.images.devices import cores
 from tests.benchmarks.bench import Row
 from tests.integration.servers import MinioServer
 from tests.services.cluster import QUICK, Cluster

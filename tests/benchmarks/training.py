@@ -16,7 +16,7 @@ from memtail.datasets import ImageDataset
 from memtail.spec.experiment import Experiment
 from memtail.models import build_model
 from memtail.subsets import membership
-from memtail.training.devices import cores
+from memtail.trainers.images.devices import cores
 from memtail.trials import Shard
 from memtail.workers import Task, Workers
 from tests.benchmarks import baselines

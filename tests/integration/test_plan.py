@@ -12,8 +12,8 @@ import yaml
 
 from memtail import planning
 from memtail.estimators import expected_standard_error
-from memtail.training import train_shard
-from memtail.training.phases import PHASES, Phases
+from memtail.trainers.images import train_shard
+from memtail.trainers.images.profiling import PHASES, Phases
 from memtail.trials import TrialBatch
 
 MEMTAIL = [sys.executable, "-m", "memtail"]

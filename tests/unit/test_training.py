@@ -14,14 +14,15 @@ from memtail import models, subsets
 from memtail.datasets import prepare
 from memtail.spec.experiment import Constant, Cosine, Linear, NamedModel, Sgd, Step
 from memtail.models import build_model, check_model
-from memtail.training import shard as shard_module
-from memtail.training import stacked_run, train_shard
-from memtail.training.batches import batch_bounds, epoch_augmentation, epoch_order
-from memtail.training.dense import DenseStack, dense_layers
-from memtail.training.images import DeviceImages
-from memtail.training.schedule import learning_rate_factor
-from memtail.training.stack import is_stackable, stack_networks
-from memtail.training.stacked_run import StackedRun
+from memtail.trainers.images import shard as shard_module
+from memtail.trainers.images import train_shard
+from memtail.trainers.images import stack_trainer as stacked_run
+from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
+from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
+from memtail.trainers.images.images import DeviceImages
+from memtail.trainers.images.schedule import learning_rate_factor
+from memtail.trainers.images.stack import is_stackable, stack_networks
+from memtail.trainers.images.stack_trainer import StackedRun
 from memtail.trials import unpack
 from tests.conftest import write_arrays
 
@@ -215,7 +216,7 @@ def test_a_diverged_trial_is_recorded_and_the_others_in_the_stack_are_as_without
                 network[1].weight[0, 0] = float("nan")
         return network
 
-    monkeypatch.setattr("memtail.training.stacked_run.build_model", poisoned)
+    monkeypatch.setattr("memtail.trainers.images.stack_trainer.build_model", poisoned)
     built.append(None)
     bad = train_shard(experiment, digits, range(4), CPU)
     assert [entry.diverged for entry in bad.metrics] == [False, True, False, False]
@@ -457,7 +458,7 @@ def test_every_architecture_takes_small_grey_and_colour_images(name, channels):
 @pytest.mark.parametrize("size", [8, 7])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0.0])
 def test_pooling_with_relu_is_torchs_to_the_bit(size, odd):
-    from memtail.training.pooling import pool_relu
+    from memtail.trainers.images.cpu.maxpool_relu import pool_relu
 
     images = (torch.randn(3, 5, size, size) * 2).round().div(2).contiguous(memory_format=torch.channels_last)  # full of ties
     images[0, 0, 0, 0] = odd

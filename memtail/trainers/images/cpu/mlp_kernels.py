@@ -12,7 +12,7 @@ begin in `values`; `work` int64 [L + 1], where each layer's outputs begin in `ou
 import numba
 import numpy as np
 
-from memtail.training.tile import COLUMNS, ROWS, product, transpose
+from memtail.trainers.images.cpu.gemm import COLUMNS, ROWS, product, transpose
 
 # Input features whose gradients are computed before their weights are updated: a batch of them stays in the first-level cache.
 _HEIGHT = 48

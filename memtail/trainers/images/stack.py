@@ -176,7 +176,7 @@ def _is_pooled_relu(layer: nn.Module, following: nn.Module) -> bool:
 class _PooledRelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
-            from memtail.training.pooling import pool_relu  # compiles
+            from memtail.trainers.images.cpu.maxpool_relu import pool_relu  # compiles
 
             return pool_relu(x)
         return F.relu(F.max_pool2d(x, 2))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtail.spec.experiment import Sgd
-from memtail.training.stack import Stacked, StackedLinear
+from memtail.trainers.images.stack import Stacked, StackedLinear
 
 
 class DenseStack(nn.Module):
@@ -42,7 +42,7 @@ class DenseStack(nn.Module):
         optimizer: Sgd,
         label_smoothing: float,
     ) -> None:
-        from memtail.training.tile import COLUMNS, ROWS  # compiles
+        from memtail.trainers.images.cpu.gemm import COLUMNS, ROWS  # compiles
 
         super().__init__()
         self.width, self.classes = layers[-1].weight.shape[:2]
@@ -79,7 +79,7 @@ class DenseStack(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 images [S, B, C, H, W], or [B, C, H, W] shared by all networks -> logits [S, B, classes]."""
-        from memtail.training.dense_kernels import forward  # compiles
+        from memtail.trainers.images.cpu.mlp_kernels import forward  # compiles
 
         shared = images.dim() == 4
         flat = images.movedim(-3, -1).flatten(-3)
@@ -108,7 +108,7 @@ class DenseStack(nn.Module):
         Returns:
             float32 [S], the sums of the examples' losses.
         """
-        from memtail.training.dense_kernels import train_steps  # compiles
+        from memtail.trainers.images.cpu.mlp_kernels import train_steps  # compiles
 
         places = np.array([bounds[0][0], *(stop for _, stop in bounds)])
         room = self._for(-(-int(np.diff(places).max()) // self._rows) * self._rows)

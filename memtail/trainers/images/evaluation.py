@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from memtail.training.images import DeviceImages
+from memtail.trainers.images.images import DeviceImages
 
 # Small enough for what a layer gives to stay in a processor's cache.
 _BATCH = {"cpu": 256, "cuda": 2048, "mps": 1024}

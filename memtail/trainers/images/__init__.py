@@ -2,9 +2,9 @@
 
 `train_shard` is the only door. It is pure: what it returns follows from the experiment, the dataset and the trials' indices, and
 not from who calls it. On a CPU it computes on one thread, which makes the bits independent of the number of cores (and of the
-shard: see `memtail.training.stack`); the cores are filled by running several shards at once.
+shard: see `memtail.trainers.images.stack`); the cores are filled by running several shards at once.
 """
 
-from memtail.training.shard import Checkpoints, Progress, TrainingStopped, train_shard
+from memtail.trainers.images.shard import Checkpoints, Progress, TrainingStopped, train_shard
 
 __all__ = ["Checkpoints", "Progress", "TrainingStopped", "train_shard"]

@@ -17,12 +17,12 @@ from memtail.datasets import ImageDataset
 from memtail.spec.experiment import Experiment
 from memtail.models import build_model
 from memtail.subsets import membership
-from memtail.training.devices import is_out_of_memory, reproducible
-from memtail.training.evaluation import Outcome
-from memtail.training.images import device_images
-from memtail.training.phases import Phases
-from memtail.training.stack import is_stackable
-from memtail.training.stacked_run import StackedRun, StackResult, from_bytes, to_bytes
+from memtail.trainers.images.devices import is_out_of_memory, reproducible
+from memtail.trainers.images.evaluation import Outcome
+from memtail.trainers.images.images import device_images
+from memtail.trainers.images.profiling import Phases
+from memtail.trainers.images.stack import is_stackable
+from memtail.trainers.images.stack_trainer import StackedRun, StackResult, from_bytes, to_bytes
 from memtail.trials import TrialBatch, TrialMetrics, pack
 
 log = structlog.get_logger()

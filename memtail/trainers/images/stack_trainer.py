@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from memtail.spec.experiment import Experiment, TrainingSpec
 from memtail.models import build_model
 from memtail.randomness import Purpose, torch_seed
-from memtail.training.batches import batch_bounds, epoch_augmentation, epoch_order
-from memtail.training.dense import DenseStack, dense_layers, mean_over_batch
-from memtail.training.evaluation import Outcome, evaluate
-from memtail.training.images import DeviceImages
-from memtail.training.phases import Phases
-from memtail.training.schedule import learning_rate_factor
-from memtail.training.stack import Stacked, join_parameters, stack_networks
+from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
+from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers, mean_over_batch
+from memtail.trainers.images.evaluation import Outcome, evaluate
+from memtail.trainers.images.images import DeviceImages
+from memtail.trainers.images.profiling import Phases
+from memtail.trainers.images.schedule import learning_rate_factor
+from memtail.trainers.images.stack import Stacked, join_parameters, stack_networks
 
 # Pixels of a network's examples that compiled steps are given at a time: enough for their work to outweigh the call.
 _PIXELS_AT_ONCE = 1 << 16

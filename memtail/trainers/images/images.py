@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memtail.datasets import ImageDataset
-from memtail.training.batches import Augmentation
+from memtail.trainers.images.batches import Augmentation
 
 
 @dataclass(frozen=True)
