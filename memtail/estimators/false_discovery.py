@@ -72,7 +72,7 @@ def false_discovery(
 
 
 def _tails(both: npt.NDArray[np.int32], k_in: Counts, right: Counts, log_factorials: Floats) -> Floats:
-    from memtail.estimators.tails import upper_tails  # compiles
+    from memtail.estimators.fisher_exact import upper_tails  # compiles
 
     tails: Floats = np.empty(both.shape)
     k_in, right = (np.broadcast_to(counts, both.shape) for counts in (k_in, right))

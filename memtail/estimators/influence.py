@@ -38,7 +38,7 @@ class Influence:
     @cached_property
     def value(self) -> Floats:
         """float64 [a, b], infl_ij; NaN rows where a training example was never in or never out."""
-        from memtail.statistics import kernels  # compiles
+        from memtail.statistics import popcount as kernels  # compiles
 
         out = np.empty(self.both.shape)
         if len(self.right) == 1:

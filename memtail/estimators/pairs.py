@@ -83,7 +83,7 @@ def _found(packed: PackedTrials, classes: _Classes, threshold: float) -> Iterato
 
 
 def _found_on(device: str, packed: PackedTrials, classes: _Classes, threshold: float) -> Iterator[_Found]:
-    from memtail.estimators.on_device import DeviceInfluence  # needs torch
+    from memtail.estimators.influence_torch import DeviceInfluence  # needs torch
 
     influences = DeviceInfluence(packed.membership, packed.k_in, packed.test_correct, packed.test_right, packed.trials, device)
     for rows, columns in classes:

@@ -24,11 +24,11 @@ def top_influencers(packed: PackedTrials, k: int, on: Target = "test", device: s
         training examples have an estimate.
     """
     if device is not None:
-        from memtail.estimators.on_device import DeviceInfluence  # needs torch
+        from memtail.estimators.influence_torch import DeviceInfluence  # needs torch
 
         words, right = (packed.test_correct, packed.test_right) if on == "test" else (packed.train_correct, packed.train_right)
         return DeviceInfluence(packed.membership, packed.k_in, words, right, packed.trials, device).top(k)
-    from memtail.statistics import kernels  # compiles
+    from memtail.statistics import popcount as kernels  # compiles
 
     others = packed.n_test if on == "test" else packed.n_train
     index, value = np.full((others, k), -1, np.int64), np.full((others, k), -np.inf)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import StoreError
-from memtail.statistics.mistakes import Mistakes
+from memtail.statistics.misclassifications import Mistakes
 from memtail.trials import TrialBatch, TrialMetrics, unpack
 
 Words = npt.NDArray[np.uint64]

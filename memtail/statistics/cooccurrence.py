@@ -20,7 +20,8 @@ def cooccurrence(left: Words, right: Words) -> npt.NDArray[np.int32]:
     Returns:
         int32 [a, b], with out[i, j] = sum_w popcount(left[w, i] & right[w, j]).
     """
-    from memtail.statistics import kernels, lookup  # compile: not for those who count no pairs
+    from memtail.statistics import popcount as kernels  # compile: not for those who count no pairs
+    from memtail.statistics import popcount_avx2 as lookup
 
     rows, columns = left.shape[1], right.shape[1]
     if rows == 1 or columns == 1:

@@ -29,7 +29,7 @@ from memtail.spec.experiment import DatasetSpec, Experiment, NamedModel
 from memtail.models import build_model
 from memtail.settings import Settings
 from memtail.statistics import cooccurrence
-from memtail.statistics.device_counts import count_block, words_on
+from memtail.statistics.cooccurrence_torch import count_block, words_on
 from memtail.subsets import membership
 from memtail.trainers.images import train_shard
 from memtail.trials import TrialBatch

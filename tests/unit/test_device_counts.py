@@ -9,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtail.estimators import Memorization, high_influence_pairs, on_device, top_influencers
-from memtail.statistics import cooccurrence, device_counts
+from memtail.estimators import Memorization, high_influence_pairs, top_influencers
+
+from memtail.estimators import influence_torch as on_device
+from memtail.statistics import cooccurrence
+from memtail.statistics import cooccurrence_torch as device_counts
 from memtail.statistics.accumulator import PackedTrials
 
 shapes = {"t": st.integers(0, 200), "n": st.integers(1, 70), "q": st.integers(1, 70), "seed": st.integers(0, 10**6)}

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memtail.estimators import expected_standard_error, high_influence_pairs, influence, memorization, top_influencers
-from memtail.statistics import Statistics, cooccurrence, lookup
+from memtail.statistics import Statistics, cooccurrence
+from memtail.statistics import popcount_avx2 as lookup
 from memtail.trials import TrialBatch, TrialMetrics, pack
 
 

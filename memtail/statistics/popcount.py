@@ -9,7 +9,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from memtail.statistics.one_at_a_time import one_at_a_time
+from memtail.statistics.numba_lock import one_at_a_time
 
 #: `count_pairs` takes rows and words in groups of these.
 ROWS = 4

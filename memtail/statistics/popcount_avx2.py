@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from memtail.statistics.one_at_a_time import one_at_a_time
+from memtail.statistics.numba_lock import one_at_a_time
 
 _features = llvmlite.binding.get_host_cpu_features()
 

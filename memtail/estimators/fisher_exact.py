@@ -3,7 +3,7 @@
 import numba
 import numpy as np
 
-from memtail.statistics.one_at_a_time import one_at_a_time
+from memtail.statistics.numba_lock import one_at_a_time
 
 
 @one_at_a_time

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memtail.estimators.memorization import Floats
 from memtail.statistics.accumulator import Counts, Words
-from memtail.statistics.device_counts import count_block, words_on
+from memtail.statistics.cooccurrence_torch import count_block, words_on
 
 # Training examples and others per block: int32 counts of 128 MiB, and a few float64 arrays of twice that.
 _ROWS, _OTHERS = 8192, 4096
