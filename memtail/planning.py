@@ -34,7 +34,7 @@ from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
-from memtail.storage.opening import open_store
+from memtail.storage.open import open_store
 from memtail.subsets import membership
 from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.shard_size import operations_per_trial

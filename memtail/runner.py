@@ -28,7 +28,7 @@ from memtail.statistics import Statistics
 from memtail.stopping import next_round
 from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
-from memtail.storage.opening import open_store
+from memtail.storage.open import open_store
 from memtail.subsets import check_trials
 from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.profiling import PHASES

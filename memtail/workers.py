@@ -23,7 +23,7 @@ from memtail.errors import MemtailError
 from memtail.spec.experiment import Experiment
 from memtail.processes import follow_parent, keep_memory
 from memtail.storage import ObjectNotFound, ObjectStore, keys
-from memtail.storage.opening import open_store
+from memtail.storage.open import open_store
 from memtail.trials import Shard, TrialBatch
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 import structlog
 
-from memtail.storage.opening import open_bucket
+from memtail.storage.open import open_bucket
 from services.process import start
 from services.settings import ServiceSettings
 

@@ -26,7 +26,7 @@ _PATIENCE = 20.0
 
 def open_existing(store: str) -> "ObjectStore":
     """A store that is there, to read from."""
-    from memtail.storage.opening import is_url, open_bucket, open_store
+    from memtail.storage.open import is_url, open_bucket, open_store
 
     if is_url(store):
         from memtail import logs  # slow to import, and a folder has nothing to log

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from memtail.errors import MemtailError
 from memtail.settings import BROKER_VARIABLE, Settings, secret
-from memtail.storage.opening import is_url, open_bucket
+from memtail.storage.open import is_url, open_bucket
 
 # Seconds: for which an object store that does not answer is tried, for which a broker's answer is waited, and by which clocks may differ.
 _PATIENCE = 10.0

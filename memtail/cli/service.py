@@ -28,9 +28,9 @@ def stage(
     """Prepare an experiment's dataset, and put it into a store."""
     from memtail import datasets, logs
     from memtail.cli import display
-    from memtail.datasets.staging import stage as stage_dataset
+    from memtail.datasets.staged_dataset import stage as stage_dataset
     from memtail.spec.experiment import Experiment
-    from memtail.storage.opening import open_store
+    from memtail.storage.open import open_store
 
     logs.configure()
     experiment = Experiment.load(spec)
@@ -72,7 +72,7 @@ def submit(
     from memtail import datasets, logs
     from memtail.cli import display
     from memtail.spec.experiment import Experiment
-    from memtail.storage.opening import open_store
+    from memtail.storage.open import open_store
     from memtail.submission import submit as submit_experiment
 
     logs.configure()
@@ -103,7 +103,7 @@ def submit(
 def watch(name: Name = None, store: Store = DEFAULT_STORE) -> None:
     """Follow experiments until they are published. Exit code 1 if one cannot be without help."""
     from memtail.experiment_store.store import experiment_names
-    from memtail.storage.opening import is_url, open_bucket
+    from memtail.storage.open import is_url, open_bucket
     from memtail.cli.watch import PATIENCE, TIMEOUT, follow
 
     opened = open_bucket(store, PATIENCE, TIMEOUT) if is_url(store) else open_existing(store)

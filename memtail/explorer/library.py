@@ -14,7 +14,7 @@ import structlog
 
 from memtail.experiment_store.store import Record
 from memtail.datasets.image_dataset import ImageDataset
-from memtail.datasets.staging import fetch
+from memtail.datasets.staged_dataset import fetch
 from memtail.errors import DatasetError, MemtailError, ScoresError
 from memtail.spec.experiment import NAME
 from memtail.progress import ExperimentProgress, progress_of

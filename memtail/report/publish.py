@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from memtail.experiment_store.store import ExperimentArchive
-from memtail.datasets.staging import fetch
+from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ScoresError
 from memtail.scores.fetch import fetch_scores
 from memtail.scores.names import MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY

@@ -14,7 +14,7 @@ from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
-from memtail.storage.opening import is_url, open_store
+from memtail.storage.open import is_url, open_store
 
 
 def load_scores(path: str | Path) -> Scores:

@@ -13,7 +13,7 @@ from typing import IO
 
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.storage import ObjectNotFound, keys
-from memtail.storage.whole_file import whole_file
+from memtail.storage.atomic_file import whole_file
 
 _UNFINISHED = ".unfinished"
 _ABANDONED_AFTER_SECONDS = 24 * 3600

@@ -23,7 +23,7 @@ from memtail.experiment_store.store import Record
 from memtail.datasets import ImageDataset
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
-from memtail.datasets.staging import fetch, stage
+from memtail.datasets.staged_dataset import fetch, stage
 from memtail.errors import ScoresError, SpecError, StoreError
 from memtail.spec.experiment import NamedModel
 from memtail.models import build_model

@@ -16,7 +16,7 @@ from memtail.spec.experiment import Experiment
 from memtail.progress import progress_of
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
-from memtail.storage.whole_file import whole_file
+from memtail.storage.atomic_file import whole_file
 from memtail.studies.names import trained_by
 from memtail.subsets import Mask
 from memtail.trials import unpack

@@ -1,6 +1,6 @@
 """`python -m services.aggregator`."""
 
-from memtail.storage.opening import open_store
+from memtail.storage.open import open_store
 from services.aggregator.aggregator import Aggregator
 from services.aggregator.explorer import Explorer
 from services.metrics import count_request

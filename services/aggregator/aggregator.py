@@ -10,7 +10,7 @@ from structlog.contextvars import bound_contextvars
 
 from memtail.experiment_store.store import ExperimentArchive, Notice, Record, experiment_names
 from memtail.datasets import ImageDataset
-from memtail.datasets.staging import fetch
+from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ForeignObjectError, MemtailError
 from memtail.progress import progress_of
 from memtail.report.publish import is_current, publish_report

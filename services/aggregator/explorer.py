@@ -10,7 +10,7 @@ import structlog
 from memtail.explorer.server import listen, serve
 from memtail.settings import ExplorerSettings
 from memtail.storage import ObjectStore
-from memtail.storage.opening import is_url, open_bucket, open_store
+from memtail.storage.open import is_url, open_bucket, open_store
 from services.aggregator.metrics import EXPLORER_RESTARTS
 from services.process import configure_logs
 

@@ -1,7 +1,7 @@
 """`python -m services.dispatcher`."""
 
 from memtail.storage import ObjectStore
-from memtail.storage.opening import open_store
+from memtail.storage.open import open_store
 from services.broker import Broker
 from services.dispatcher.dispatcher import Dispatcher
 from services.dispatcher.fleet import Fleet

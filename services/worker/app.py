@@ -28,7 +28,7 @@ from memtail.experiment_store.store import ExperimentArchive
 from memtail.errors import MemtailError
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore
-from memtail.storage.opening import open_store
+from memtail.storage.open import open_store
 from services.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
 from services.healthy import PATIENCE
 from services.process import Heartbeat, serve

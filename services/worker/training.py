@@ -17,7 +17,7 @@ from structlog.contextvars import bound_contextvars
 
 from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.datasets import ImageDataset
-from memtail.datasets.staging import fetch, fetch_masks
+from memtail.datasets.staged_dataset import fetch, fetch_masks
 from memtail.errors import MemtailError, StoreError
 from memtail.spec.experiment import Experiment
 from memtail.settings import Settings

@@ -25,7 +25,7 @@ from memtail.cli import doctor
 from memtail.cli import watch
 from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.cli.app import app
-from memtail.datasets.staging import fetch
+from memtail.datasets.staged_dataset import fetch
 from memtail.cli.doctor import examine
 from memtail.errors import MemtailError, StoreError
 from memtail.progress import progress_of

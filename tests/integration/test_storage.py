@@ -11,7 +11,7 @@ import pytest
 from memtail.errors import StoreError
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
-from memtail.storage.opening import open_store
+from memtail.storage.open import open_store
 from memtail.storage.s3 import S3Store
 
 

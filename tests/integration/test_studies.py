@@ -15,7 +15,7 @@ import memtail
 from memtail import datasets
 from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.cli.app import app
-from memtail.datasets.staging import fetch, fetch_masks
+from memtail.datasets.staged_dataset import fetch, fetch_masks
 from memtail.errors import MemtailError
 from memtail.spec.experiment import Experiment
 from memtail.runner import declare as declare_record

@@ -16,7 +16,7 @@ import urllib3
 
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
-from memtail.datasets.staging import stage
+from memtail.datasets.staged_dataset import stage
 from memtail.spec.experiment import Experiment
 from memtail.runner import declare
 from memtail.scores.publish import latest_version

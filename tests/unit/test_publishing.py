@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memtail.experiment_store.store import ExperimentArchive
-from memtail.datasets.staging import stage
+from memtail.datasets.staged_dataset import stage
 from memtail.runner import declare as declared
 from memtail.scores.pointer import latest_version
 from memtail.storage.local import LocalStore

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memtail import datasets
-from memtail.datasets.staging import fetch, stage
+from memtail.datasets.staged_dataset import fetch, stage
 from memtail.errors import DatasetError
 from memtail.spec.experiment import DatasetSpec
 from memtail.storage import keys
