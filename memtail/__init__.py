@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memtail.errors import MemtailError
     from memtail.spec.experiment import Experiment
-    from memtail.runner import run
+    from memtail.execution.embedded import run
     from memtail.scores.fetch import load_scores
     from memtail.scores.reader import Scores
     from memtail.trainers.images import train_shard
@@ -25,7 +25,7 @@ _HOMES = {
     "MemtailError": "memtail.errors",
     "Scores": "memtail.scores.reader",
     "load_scores": "memtail.scores.fetch",
-    "run": "memtail.runner",
+    "run": "memtail.execution.embedded",
     "train_shard": "memtail.trainers.images",
 }
 

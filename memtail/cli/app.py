@@ -58,8 +58,8 @@ def run(
     from memtail import logs
     from memtail.cli import display
     from memtail.spec.experiment import Experiment
-    from memtail.runner import ShardsFailedError
-    from memtail.runner import run as run_experiment
+    from memtail.execution.embedded import ShardsFailedError
+    from memtail.execution.embedded import run as run_experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
@@ -96,7 +96,7 @@ def plan(
     from memtail import logs
     from memtail.cli import display
     from memtail.spec.experiment import Experiment
-    from memtail.planning import plan as plan_experiment
+    from memtail.execution.forecast import plan as plan_experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
@@ -113,7 +113,7 @@ def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False)
     """Show how far the experiments in a store are."""
     from memtail.cli import display
     from memtail.experiment_store.store import experiment_names
-    from memtail.progress import progress_of
+    from memtail.execution.progress import progress_of
 
     opened = open_existing(store)
     found = [progress_of(opened, each) for each in ([name] if name else experiment_names(opened))]

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from memtail.experiment_store.store import Failure
     from memtail.cli.doctor import Check
     from memtail.spec.experiment import Experiment
-    from memtail.planning import Plan
-    from memtail.progress import ExperimentProgress
-    from memtail.runner import RunState
+    from memtail.execution.forecast import Plan
+    from memtail.execution.progress import ExperimentProgress
+    from memtail.execution.embedded import RunState
     from memtail.scores.reader import Column, Scores
-    from memtail.submission import Submission
+    from memtail.execution.submit import Submission
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 if not console.is_terminal:

@@ -73,7 +73,7 @@ def submit(
     from memtail.cli import display
     from memtail.spec.experiment import Experiment
     from memtail.storage.open import open_store
-    from memtail.submission import submit as submit_experiment
+    from memtail.execution.submit import submit as submit_experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
@@ -127,7 +127,7 @@ def failures(
     """Show failed attempts, and what became of the shards."""
     from memtail.cli import display
     from memtail.experiment_store.store import ExperimentArchive
-    from memtail.progress import progress_of
+    from memtail.execution.progress import progress_of
 
     opened = open_existing(store)
     name = only(opened, name)

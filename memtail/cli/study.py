@@ -159,7 +159,7 @@ def _trained(
 
     logs.configure()
     if submit:
-        from memtail.submission import submit as submit_experiment
+        from memtail.execution.submit import submit as submit_experiment
 
         made = submit_experiment(experiment, opened, dataset=dataset())
         if json_:
@@ -168,7 +168,7 @@ def _trained(
             display.show_submission(made, opened.address)
             print("when it is done, the same command again evaluates it")
         return False
-    from memtail.runner import run
+    from memtail.execution.embedded import run
 
     with interruptible(), display.RunProgress(quiet=json_) as progress:
         run(experiment, store, dataset=dataset(), on_progress=progress.update)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from memtail.cli.display import age, console, duration
 from memtail.errors import StoreError
-from memtail.progress import ExperimentProgress, progress_of
+from memtail.execution.progress import ExperimentProgress, progress_of
 from memtail.storage import ObjectNotFound, ObjectStore
 
 #: Seconds for which a request is tried, and for which its answer is waited: the next look is the next attempt.

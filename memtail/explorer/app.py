@@ -19,7 +19,7 @@ from memtail.explorer import views
 from memtail.explorer.access import REPORT_POLICY, guard
 from memtail.explorer.library import BeingReadError, Library, NotPublishedError, Opened
 from memtail.explorer.selection import BY_HELD_OUT, ORDERS, QueryError, Selection, histogram
-from memtail.progress import ExperimentProgress
+from memtail.execution.progress import ExperimentProgress
 from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.studies.result import StudyResult
 

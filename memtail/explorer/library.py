@@ -17,7 +17,7 @@ from memtail.datasets.image_dataset import ImageDataset
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import DatasetError, MemtailError, ScoresError
 from memtail.spec.experiment import NAME
-from memtail.progress import ExperimentProgress, progress_of
+from memtail.execution.progress import ExperimentProgress, progress_of
 from memtail.report.publish import latest_report
 from memtail.scores.fetch import open_scores
 from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, STATISTICS, SUMMARY

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.errors import ScoresError
 from memtail.spec.experiment import Experiment
-from memtail.progress import progress_of
+from memtail.execution.progress import progress_of
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
 from memtail.storage.atomic_file import whole_file

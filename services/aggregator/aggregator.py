@@ -12,13 +12,13 @@ from memtail.experiment_store.store import ExperimentArchive, Notice, Record, ex
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ForeignObjectError, MemtailError
-from memtail.progress import progress_of
+from memtail.execution.progress import progress_of
 from memtail.report.publish import is_current, publish_report
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.settings import Settings
 from memtail.statistics import Statistics
-from memtail.stopping import next_round
+from memtail.execution.stopping import next_round
 from memtail.storage import ObjectStore
 from memtail.studies.names import studied
 from memtail.trials import Shard

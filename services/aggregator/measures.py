@@ -11,7 +11,7 @@ from memtail.spec.experiment import SubsetsSpec
 from memtail.scores.files import MEM_STEPS, SE_QUANTILES, mean_accuracy
 from memtail.scores.pointer import folded
 from memtail.statistics import Statistics
-from memtail.stopping import trials_needed
+from memtail.execution.stopping import trials_needed
 from services.aggregator import metrics
 from services.series import ExperimentSeries
 

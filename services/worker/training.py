@@ -22,7 +22,7 @@ from memtail.errors import MemtailError, StoreError
 from memtail.spec.experiment import Experiment
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore
-from memtail.workers import StoredCheckpoints
+from memtail.execution.pool import StoredCheckpoints
 from services.broker import Assignment, Broker
 
 log = structlog.get_logger()

@@ -9,7 +9,7 @@ from pathlib import Path
 from memtail import datasets
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.spec.experiment import Experiment
-from memtail.runner import declare
+from memtail.execution.embedded import declare
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
 from memtail.trials import Shard

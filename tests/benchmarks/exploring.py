@@ -16,7 +16,7 @@ from memtail.datasets import ImageDataset
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
 from memtail.spec.experiment import Experiment
-from memtail.runner import declare
+from memtail.execution.embedded import declare
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore

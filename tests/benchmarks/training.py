@@ -18,7 +18,7 @@ from memtail.models import build_model
 from memtail.subsets import membership
 from memtail.trainers.images.devices import cores
 from memtail.trials import Shard
-from memtail.workers import Task, Workers
+from memtail.execution.pool import Task, Workers
 from tests.benchmarks import baselines
 from tests.benchmarks.baselines import Data, Recipe
 from tests.benchmarks.bench import Row

@@ -16,8 +16,8 @@ import yaml
 
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.spec.experiment import Experiment
-from memtail.progress import progress_of
-from memtail.runner import run
+from memtail.execution.progress import progress_of
+from memtail.execution.embedded import run
 from memtail.scores.publish import latest_version
 from memtail.storage.local import LocalStore
 from tests.e2e.deployment import PROJECT, Deployment, docker, prepare_images, python_image, service_of

@@ -10,7 +10,7 @@ from PIL import Image
 from memtail import datasets
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.spec.experiment import Experiment
-from memtail.runner import declare, run
+from memtail.execution.embedded import declare, run
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore

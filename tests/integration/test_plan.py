@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from memtail import planning
+from memtail.execution import forecast as planning
 from memtail.estimators import expected_standard_error
 from memtail.trainers.images import train_shard
 from memtail.trainers.images.profiling import PHASES, Phases

@@ -28,7 +28,7 @@ from memtail.cli.app import app
 from memtail.datasets.staged_dataset import fetch
 from memtail.cli.doctor import examine
 from memtail.errors import MemtailError, StoreError
-from memtail.progress import progress_of
+from memtail.execution.progress import progress_of
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, keys

@@ -18,8 +18,8 @@ from memtail.cli.app import app
 from memtail.datasets.staged_dataset import fetch, fetch_masks
 from memtail.errors import MemtailError
 from memtail.spec.experiment import Experiment
-from memtail.runner import declare as declare_record
-from memtail.runner import run
+from memtail.execution.embedded import declare as declare_record
+from memtail.execution.embedded import run
 from memtail.settings import Settings
 from memtail.storage import keys
 from memtail.storage.local import LocalStore

@@ -18,7 +18,7 @@ from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage
 from memtail.spec.experiment import Experiment
-from memtail.runner import declare
+from memtail.execution.embedded import declare
 from memtail.scores.publish import latest_version
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from memtail.spec.experiment import Experiment
-from memtail.runner import run
+from memtail.execution.embedded import run
 from memtail.scores.publish import latest_version
 from memtail.storage import keys
 from memtail.storage.local import LocalStore

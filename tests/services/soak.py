@@ -19,7 +19,7 @@ from typing import Any
 from memtail import datasets
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.spec.experiment import Experiment
-from memtail.runner import run
+from memtail.execution.embedded import run
 from memtail.scores.publish import latest_version
 from memtail.storage import keys
 from memtail.storage.local import LocalStore

@@ -8,10 +8,10 @@ import trustme
 from kombu.exceptions import OperationalError
 
 from memtail.experiment_store.store import Control, ExperimentArchive
-from memtail.progress import progress_of
+from memtail.execution.progress import progress_of
 from memtail.report.publish import latest_report, publish_report
 from memtail.storage import keys
-from memtail.submission import submit
+from memtail.execution.submit import submit
 from services.broker import TASK, Assignment, Broker, celery_app
 from services.settings import ServiceSettings
 from tests.services.cluster import RedisServer

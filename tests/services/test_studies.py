@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from memtail.experiment_store.store import ExperimentArchive
-from memtail.progress import progress_of
+from memtail.execution.progress import progress_of
 from memtail.report.publish import latest_report
 from memtail.studies.result import load_results
 from tests.services.cluster import Cluster

@@ -7,7 +7,7 @@ import pytest
 
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets.staged_dataset import stage
-from memtail.runner import declare as declared
+from memtail.execution.embedded import declare as declared
 from memtail.scores.pointer import latest_version
 from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, TrialMetrics, pack

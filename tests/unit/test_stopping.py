@@ -6,10 +6,10 @@ import pytest
 from memtail.errors import SpecError
 from memtail.estimators import expected_standard_error, memorization
 from memtail.spec.experiment import Experiment, UntilSpec
-from memtail.runner import run
+from memtail.execution.embedded import run
 from memtail.scores.publish import latest_version
 from memtail.statistics import Statistics
-from memtail.stopping import next_round
+from memtail.execution.stopping import next_round
 from memtail.storage.local import LocalStore
 
 

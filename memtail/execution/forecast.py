@@ -29,7 +29,7 @@ from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError, SpecError, StoreError
 from memtail.estimators import expected_standard_error
 from memtail.spec.experiment import Experiment, SubsetsSpec
-from memtail.runner import declare
+from memtail.execution.embedded import declare
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage import keys
@@ -39,7 +39,7 @@ from memtail.subsets import membership
 from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.shard_size import operations_per_trial
 from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
-from memtail.workers import Task, Workers
+from memtail.execution.pool import Task, Workers
 
 #: Numbers of devices for which a forecast is made, beside those of this machine.
 DEVICES = (1, 8, 64)
@@ -51,7 +51,7 @@ _WRITING_SECONDS = 2.0
 # Floating-point operations of one epoch and an evaluation of a shard that are measured without cutting the dataset: a second or two.
 _OPERATIONS = {"cpu": 4e10, "mps": 4e12, "cuda": 4e13}
 _FEWEST_IMAGES = 64
-_START = "import memtail.cli.app, memtail.cli.display, memtail.logs, memtail.runner, memtail.scores.reader"
+_START = "import memtail.cli.app, memtail.cli.display, memtail.logs, memtail.execution.embedded, memtail.scores.reader"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from memtail.experiment_store.store import Control, ExperimentArchive, Record
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage, stage_masks
 from memtail.spec.experiment import Experiment
-from memtail.runner import declare
+from memtail.execution.embedded import declare
 from memtail.storage import ObjectStore, keys
 
 
