@@ -9,7 +9,7 @@ from prometheus_client.metrics import MetricWrapperBase
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 #: The modules that declare metrics, and whose they are.
 MODULES = {
-    "services.metrics": "Every service",
+    "services.common.metrics": "Every service",
     "services.dispatcher.metrics": "Dispatcher",
     "services.worker.metrics": "Worker",
     "services.aggregator.metrics": "Aggregator",

@@ -3,9 +3,9 @@
 from memtail.storage.open import open_store
 from services.aggregator.aggregator import Aggregator
 from services.aggregator.explorer import Explorer
-from services.metrics import count_request
-from services.process import Heartbeat, serve, start
-from services.settings import ServiceSettings
+from services.common.metrics import count_request
+from services.common.process import Heartbeat, serve, start
+from services.common.settings import ServiceSettings
 
 
 def _aggregate(settings: ServiceSettings) -> None:

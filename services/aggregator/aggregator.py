@@ -22,10 +22,10 @@ from memtail.execution.stopping import next_round
 from memtail.storage import ObjectStore
 from memtail.studies.names import studied
 from memtail.trials import Shard
-from services.aggregator.measures import experiment_series, show_scores, show_statistics
+from services.aggregator.metric_updates import experiment_series, show_scores, show_statistics
 from services.aggregator.metrics import FOLD_SECONDS, PUBLISH_SECONDS, REFUSED, REPORT_FAILURES, REPORT_SECONDS
-from services.process import repeat
-from services.settings import ServiceSettings
+from services.common.process import repeat
+from services.common.settings import ServiceSettings
 
 log = structlog.get_logger()
 

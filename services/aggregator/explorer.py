@@ -12,7 +12,7 @@ from memtail.settings import ExplorerSettings
 from memtail.storage import ObjectStore
 from memtail.storage.open import is_url, open_bucket, open_store
 from services.aggregator.metrics import EXPLORER_RESTARTS
-from services.process import configure_logs
+from services.common.process import configure_logs
 
 log = structlog.get_logger()
 

@@ -2,7 +2,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.metrics import LONG_BUCKETS
+from services.common.metrics import LONG_BUCKETS
 
 FOLDED = Gauge("memtail_trials_folded", "Trials folded into the statistics, diverged ones included", ["experiment"])
 DIVERGED = Gauge("memtail_trials_diverged", "Of those, trials that diverged and are left out of the estimates", ["experiment"])

@@ -2,13 +2,13 @@
 
 from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
-from services.broker import Broker
+from services.common.broker import Broker
 from services.dispatcher.dispatcher import Dispatcher
 from services.dispatcher.fleet import Fleet
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
-from services.metrics import count_request
-from services.process import Heartbeat, serve, start
-from services.settings import ServiceSettings
+from services.common.metrics import count_request
+from services.common.process import Heartbeat, serve, start
+from services.common.settings import ServiceSettings
 
 
 def _dispatch(settings: ServiceSettings) -> None:

@@ -18,14 +18,14 @@ from memtail.spec.experiment import WorkersSpec
 from memtail.scores.pointer import folded, latest_version
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
-from services.broker import Assignment, Broker, parse_id, queue_of
+from services.common.broker import Assignment, Broker, parse_id, queue_of
 from services.dispatcher import metrics
 from services.dispatcher.fleet import Fleet
-from services.dispatcher.measures import Measures, Standing
+from services.dispatcher.metric_updates import Measures, Standing
 from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
 from services.dispatcher.worker_jobs import Demand
-from services.process import repeat
-from services.settings import ServiceSettings
+from services.common.process import repeat
+from services.common.settings import ServiceSettings
 
 log = structlog.get_logger()
 

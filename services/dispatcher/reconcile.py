@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from memtail.experiment_store.store import MAX_ATTEMPTS, Control, missing_shards
 from memtail.trials import Shard
-from services.broker import Assignment
+from services.common.broker import Assignment
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
 from memtail.spec.experiment import WorkersSpec
-from services.settings import ServiceError
+from services.common.settings import ServiceError
 
 #: Labels of Jobs and pods: the experiment they work for, and the number of the Job among those of the experiment.
 EXPERIMENT_LABEL, NUMBER_LABEL = "memtail/experiment", "memtail/number"

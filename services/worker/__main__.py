@@ -2,8 +2,8 @@
 
 import os
 
-from services.process import start
-from services.settings import ServiceSettings
+from services.common.process import start
+from services.common.settings import ServiceSettings
 from services.worker.app import Worker
 
 

@@ -29,14 +29,14 @@ from memtail.errors import MemtailError
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
-from services.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
-from services.healthy import PATIENCE
-from services.process import Heartbeat, serve
-from services.settings import ServiceSettings
+from services.common.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
+from services.tools.healthcheck import PATIENCE
+from services.common.process import Heartbeat, serve
+from services.common.settings import ServiceSettings
 from services.worker.heartbeat import ConsumerHeartbeat
-from services.worker.measures import DIED, Measures
+from services.worker.metric_updates import DIED, Measures
 from services.worker.reports import Reports
-from services.worker.training import Outcome, Trainer
+from services.worker.trainer import Outcome, Trainer
 from services.worker.transport import register
 from services.worker.watchdog import Watchdog
 

@@ -5,7 +5,7 @@ Those of an experiment go away when the worker has not trained it for some time.
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.metrics import LONG_BUCKETS
+from services.common.metrics import LONG_BUCKETS
 
 ATTEMPTS = Counter(
     "memtail_shard_attempts_total",

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
 
-from services.broker import UNREADABLE
+from services.common.broker import UNREADABLE
 from services.worker import metrics
 
 log = structlog.get_logger()

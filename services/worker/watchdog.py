@@ -13,7 +13,7 @@ import structlog
 from celery import bootsteps
 from celery.worker import state
 
-from services.broker import Broker
+from services.common.broker import Broker
 
 log = structlog.get_logger()
 

@@ -13,9 +13,9 @@ from memtail.execution.embedded import declare
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
 from memtail.trials import Shard
-from services.broker import Assignment, Broker
+from services.common.broker import Assignment, Broker
 from services.dispatcher.dispatcher import Dispatcher
-from services.settings import ServiceSettings
+from services.common.settings import ServiceSettings
 from tests.benchmarks.bench import Row
 from tests.integration.servers import MinioServer
 from tests.services.cluster import RedisServer

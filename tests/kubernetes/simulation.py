@@ -18,9 +18,9 @@ from kubernetes import client, config
 
 from memtail.errors import StoreError
 from memtail.storage import ObjectStore, keys
-from services.broker import Assignment, Broker, _assignment
+from services.common.broker import Assignment, Broker, _assignment
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
-from services.settings import ServiceSettings
+from services.common.settings import ServiceSettings
 
 
 class Pods:

@@ -23,8 +23,8 @@ from memtail.execution.embedded import run
 from memtail.scores.publish import latest_version
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
-from services.broker import Assignment, Broker
-from services.settings import ServiceSettings
+from services.common.broker import Assignment, Broker
+from services.common.settings import ServiceSettings
 from tests.integration.servers import MinioServer
 from tests.services.cluster import Cluster, Service
 

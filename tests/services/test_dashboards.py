@@ -18,10 +18,10 @@ import urllib3
 import yaml
 
 from memtail.spec.experiment import Experiment
-from services.broker import Broker
+from services.common.broker import Broker
 from services.monitoring.dashboards import FOLDER
-from services.settings import ServiceSettings
-from tests.services import pictures
+from services.common.settings import ServiceSettings
+from tests.services import dashboard_pictures as pictures
 from tests.services.cluster import PROJECT, Cluster, Service
 from tests.services.prometheus import PrometheusServer
 

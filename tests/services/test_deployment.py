@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from memtail.storage.s3 import S3Store
-from services import healthy, passwords
+from services.tools import healthcheck as healthy
+from services.tools import make_passwords as passwords
 from tests.integration.servers import REGION, MinioServer
 from tests.services.cluster import PROJECT, Cluster
 
@@ -77,7 +78,7 @@ def test_a_bucket_is_made_unless_it_is_there(minio: MinioServer, monkeypatch: py
     monkeypatch.setenv("MEMTAIL_S3_REGION", REGION)
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
-            runpy.run_module("services.bucket", run_name="__main__")
+            runpy.run_module("services.tools.make_bucket", run_name="__main__")
         assert not ended.value.code
     S3Store("made-by-test", settings=minio.settings()).prove()
 
@@ -112,5 +113,5 @@ def test_a_worker_beats_before_and_after_redis_goes_away(cluster: Cluster, tmp_p
 
 def test_the_health_check_loads_little() -> None:
     """It is run every few seconds in each container."""
-    code = "import sys, services.healthy; sys.exit(bool({'numpy', 'pydantic', 'celery'} & sys.modules.keys()))"
+    code = "import sys, services.tools.healthcheck; sys.exit(bool({'numpy', 'pydantic', 'celery'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

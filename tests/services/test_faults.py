@@ -13,8 +13,8 @@ import pytest
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.storage import keys
 from memtail.trials import Shard
-from services.broker import Assignment, Broker
-from services.settings import ServiceSettings
+from services.common.broker import Assignment, Broker
+from services.common.settings import ServiceSettings
 from tests.integration.servers import LossyProxy, MinioServer, debian_program
 from tests.services.cluster import Cluster
 from tests.services.conftest import PER_SHARD, TRIALS

@@ -19,9 +19,9 @@ from memtail.scores.publish import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership
 from memtail.trials import Shard
-from services.broker import TASK, Assignment, Broker
-from services.settings import ServiceSettings
-from services.worker.training import Outcome
+from services.common.broker import TASK, Assignment, Broker
+from services.common.settings import ServiceSettings
+from services.worker.trainer import Outcome
 from tests.integration.servers import LossyProxy
 from tests.services.cluster import PROJECT, Service
 from tests.services.conftest import PER_SHARD, TRIALS
@@ -298,7 +298,7 @@ def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, dig
 def test_warnings_and_what_nobody_catches_are_json():
     code = """
 import threading, warnings
-from services.process import configure_logs
+from services.common.process import configure_logs
 class Unraisable:
     def __del__(self):
         raise ValueError("in __del__")

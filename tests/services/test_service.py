@@ -12,8 +12,8 @@ from memtail.execution.progress import progress_of
 from memtail.report.publish import latest_report, publish_report
 from memtail.storage import keys
 from memtail.execution.submit import submit
-from services.broker import TASK, Assignment, Broker, celery_app
-from services.settings import ServiceSettings
+from services.common.broker import TASK, Assignment, Broker, celery_app
+from services.common.settings import ServiceSettings
 from tests.services.cluster import RedisServer
 from tests.services.conftest import PER_SHARD, TRIALS
 from tests.services.test_metrics import scrape

@@ -9,14 +9,14 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from memtail.experiment_store.store import Control
 from memtail.trials import Shard
-from services.broker import Assignment, parse_id
+from services.common.broker import Assignment, parse_id
 from services.dispatcher.completion import WINDOW, Completion
-from services.dispatcher.measures import Measures, Standing
+from services.dispatcher.metric_updates import Measures, Standing
 from services.dispatcher.reconcile import View
-from services.series import ExperimentSeries
-from services.worker import measures as worker
+from services.common.experiment_series import ExperimentSeries
+from services.worker import metric_updates as worker
 from services.worker.reports import Reports
-from services.worker.training import Outcome
+from services.worker.trainer import Outcome
 
 
 def test_completion_follows_from_the_rate_of_the_last_minutes():

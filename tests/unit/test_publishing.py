@@ -13,7 +13,7 @@ from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, TrialMetrics, pack
 from services.aggregator import aggregator as module
 from services.aggregator.aggregator import Aggregator
-from services.settings import ServiceSettings
+from services.common.settings import ServiceSettings
 
 
 def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes_at_once(declare, digits, tmp_path, monkeypatch):

@@ -237,12 +237,12 @@ spec:
       ports:
         - {name: metrics, containerPort: 9100}
       startupProbe:
-        exec: {command: [python, -m, services.healthy, /tmp/heartbeat]}
+        exec: {command: [python, -m, services.tools.healthcheck, /tmp/heartbeat]}
         periodSeconds: 10
         timeoutSeconds: 10
         failureThreshold: 60
       livenessProbe:
-        exec: {command: [python, -m, services.healthy, /tmp/heartbeat]}
+        exec: {command: [python, -m, services.tools.healthcheck, /tmp/heartbeat]}
         periodSeconds: 30
         timeoutSeconds: 10
       resources: {{ toYaml $resources | nindent 8 }}

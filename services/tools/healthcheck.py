@@ -1,4 +1,4 @@
-"""`python -m services.healthy WHAT`: exit code 0 if a service lives, for the health checks of containers.
+"""`python -m services.tools.healthcheck WHAT`: exit code 0 if a service lives, for the health checks of containers.
 
 WHAT is the URL of a service's /healthz, or a worker's heartbeat file, which is to have been touched lately. It is run every few seconds,
 so it loads nothing that takes long to load.

@@ -1,10 +1,10 @@
-"""`python -m services.bucket`: makes the bucket that MEMTAIL_STORE names, unless it is there."""
+"""`python -m services.tools.make_bucket`: makes the bucket that MEMTAIL_STORE names, unless it is there."""
 
 import structlog
 
 from memtail.storage.open import open_bucket
-from services.process import start
-from services.settings import ServiceSettings
+from services.common.process import start
+from services.common.settings import ServiceSettings
 
 log = structlog.get_logger()
 

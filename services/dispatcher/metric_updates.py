@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from memtail.trials import Shard
-from services.broker import Assignment, parse_id
+from services.common.broker import Assignment, parse_id
 from services.dispatcher import metrics
 from services.dispatcher.completion import Completion
 from services.dispatcher.reconcile import View
-from services.series import ExperimentSeries
+from services.common.experiment_series import ExperimentSeries
 
 _COUNTERS = (metrics.SENT, metrics.REDELIVERIES, metrics.LEASES_EXPIRED)
 _STATES = ("running", "paused", "cancelled", "finished", "unreadable")

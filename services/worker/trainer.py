@@ -23,7 +23,7 @@ from memtail.spec.experiment import Experiment
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.execution.pool import StoredCheckpoints
-from services.broker import Assignment, Broker
+from services.common.broker import Assignment, Broker
 
 log = structlog.get_logger()
 
@@ -53,7 +53,7 @@ class Trainer:
         device: as torch names it, or "auto" for the best there is.
         lease_seconds: how long a lease lasts; it is renewed three times as often.
         stopping: whether the worker is about to stop, so that the shard is to be handed back.
-        report: tells the parent process what is to be counted, as `services.worker.measures.Measures.follow` takes it.
+        report: tells the parent process what is to be counted, as `services.worker.metric_updates.Measures.follow` takes it.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ import structlog
 from prometheus_client import make_wsgi_app
 
 from memtail.errors import MemtailError
-from services.metrics import PASS_SECONDS, PASSES
-from services.settings import ServiceError, ServiceSettings
+from services.common.metrics import PASS_SECONDS, PASSES
+from services.common.settings import ServiceError, ServiceSettings
 
 log = structlog.get_logger()
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memtail.spec.experiment import NAME
 from memtail.trials import Shard
-from services.settings import ServiceError, ServiceSettings
+from services.common.settings import ServiceError, ServiceSettings
 
 #: The task that workers run.
 TASK = "memtail.train_shard"

@@ -13,7 +13,7 @@ from memtail.scores.pointer import folded
 from memtail.statistics import Statistics
 from memtail.execution.stopping import trials_needed
 from services.aggregator import metrics
-from services.series import ExperimentSeries
+from services.common.experiment_series import ExperimentSeries
 
 _BIN = 0.05
 _ACCURACIES = {"in_subset": "in_subset_accuracy", "held_out": "held_out_accuracy", "test": "test_accuracy"}

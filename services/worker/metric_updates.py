@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from celery.worker import state
 
-from services.metrics import count_request
-from services.series import ExperimentSeries
+from services.common.metrics import count_request
+from services.common.experiment_series import ExperimentSeries
 from services.worker import gpus, metrics
 from services.worker.reports import Reports
-from services.worker.training import Outcome
+from services.worker.trainer import Outcome
 
 #: The outcome of an assignment whose process died.
 DIED = "died"
