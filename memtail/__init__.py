@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memtail.errors import MemtailError
-    from memtail.spec.experiment import Experiment
     from memtail.execution.embedded import run
     from memtail.scores.fetch import load_scores
     from memtail.scores.reader import Scores
+    from memtail.spec.experiment import Experiment
     from memtail.trainers.images import train_shard
 
 _HOMES = {

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import SpecError
-from memtail.spec.experiment import SubsetsSpec
 from memtail.randomness import Purpose, random_keys
+from memtail.spec.experiment import SubsetsSpec
 
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

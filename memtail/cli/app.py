@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memtail.cli import service as cli_service
-
 from memtail.cli import study as cli_study
 from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, only, open_existing, preparation
 from memtail.errors import MemtailError, ScoresError
@@ -57,9 +56,9 @@ def run(
     """Run an experiment to its scores, or go on with it where it stopped."""
     from memtail import logs
     from memtail.cli import display
-    from memtail.spec.experiment import Experiment
     from memtail.execution.embedded import ShardsFailedError
     from memtail.execution.embedded import run as run_experiment
+    from memtail.spec.experiment import Experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
@@ -95,8 +94,8 @@ def plan(
     """Train for a few seconds, then say what a run would take: time, memory, bytes, cost, and how exact its scores will be."""
     from memtail import logs
     from memtail.cli import display
-    from memtail.spec.experiment import Experiment
     from memtail.execution.forecast import plan as plan_experiment
+    from memtail.spec.experiment import Experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
@@ -112,8 +111,8 @@ def plan(
 def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False) -> None:
     """Show how far the experiments in a store are."""
     from memtail.cli import display
-    from memtail.experiment_store.store import experiment_names
     from memtail.execution.progress import progress_of
+    from memtail.experiment_store.store import experiment_names
 
     opened = open_existing(store)
     found = [progress_of(opened, each) for each in ([name] if name else experiment_names(opened))]

@@ -14,14 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from memtail.experiment_store.store import Failure
     from memtail.cli.doctor import Check
-    from memtail.spec.experiment import Experiment
+    from memtail.execution.embedded import RunState
     from memtail.execution.forecast import Plan
     from memtail.execution.progress import ExperimentProgress
-    from memtail.execution.embedded import RunState
-    from memtail.scores.reader import Column, Scores
     from memtail.execution.submit import Submission
+    from memtail.experiment_store.store import Failure
+    from memtail.scores.reader import Column, Scores
+    from memtail.spec.experiment import Experiment
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 if not console.is_terminal:

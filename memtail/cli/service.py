@@ -71,9 +71,9 @@ def submit(
     """Enter an experiment and its dataset in a store. The services train it; more trials extend it."""
     from memtail import datasets, logs
     from memtail.cli import display
+    from memtail.execution.submit import submit as submit_experiment
     from memtail.spec.experiment import Experiment
     from memtail.storage.open import open_store
-    from memtail.execution.submit import submit as submit_experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
@@ -102,9 +102,9 @@ def submit(
 
 def watch(name: Name = None, store: Store = DEFAULT_STORE) -> None:
     """Follow experiments until they are published. Exit code 1 if one cannot be without help."""
+    from memtail.cli.watch import PATIENCE, TIMEOUT, follow
     from memtail.experiment_store.store import experiment_names
     from memtail.storage.open import is_url, open_bucket
-    from memtail.cli.watch import PATIENCE, TIMEOUT, follow
 
     opened = open_bucket(store, PATIENCE, TIMEOUT) if is_url(store) else open_existing(store)
     names = [name] if name else experiment_names(opened)
@@ -126,8 +126,8 @@ def failures(
 ) -> None:
     """Show failed attempts, and what became of the shards."""
     from memtail.cli import display
-    from memtail.experiment_store.store import ExperimentArchive
     from memtail.execution.progress import progress_of
+    from memtail.experiment_store.store import ExperimentArchive
 
     opened = open_existing(store)
     name = only(opened, name)

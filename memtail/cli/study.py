@@ -177,8 +177,8 @@ def _trained(
 
 def _dataset(opened: "ObjectStore", name: str) -> "ImageDataset":
     """The images of an experiment, from the cache or else from the store."""
-    from memtail.experiment_store.store import ExperimentArchive
     from memtail.datasets.staged_dataset import fetch
+    from memtail.experiment_store.store import ExperimentArchive
     from memtail.settings import Settings
 
     settings = Settings()

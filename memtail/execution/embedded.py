@@ -18,14 +18,15 @@ import structlog
 import torch
 
 from memtail import datasets
-from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentArchive, Record, missing_shards
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
-from memtail.spec.experiment import Experiment
+from memtail.execution.pool import Finished, StoredCheckpoints, Task, Workers
+from memtail.execution.stopping import next_round
+from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentArchive, Record, missing_shards
 from memtail.models import check_model
 from memtail.scores.publish import publish
+from memtail.spec.experiment import Experiment
 from memtail.statistics import Statistics
-from memtail.execution.stopping import next_round
 from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
 from memtail.storage.open import open_store
@@ -34,7 +35,6 @@ from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.profiling import PHASES
 from memtail.trainers.images.shard_size import trials_per_shard
 from memtail.trials import Shard
-from memtail.execution.pool import Finished, StoredCheckpoints, Task, Workers
 
 log = structlog.get_logger()
 

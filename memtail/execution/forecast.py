@@ -24,13 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail import datasets
-from memtail.experiment_store.store import ExperimentArchive, Record, missing_shards
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError, SpecError, StoreError
 from memtail.estimators import expected_standard_error
-from memtail.spec.experiment import Experiment, SubsetsSpec
 from memtail.execution.embedded import declare
+from memtail.execution.pool import Task, Workers
+from memtail.experiment_store.store import ExperimentArchive, Record, missing_shards
 from memtail.scores.publish import publish
+from memtail.spec.experiment import Experiment, SubsetsSpec
 from memtail.statistics import Statistics
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
@@ -39,7 +40,6 @@ from memtail.subsets import membership
 from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.shard_size import operations_per_trial
 from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
-from memtail.execution.pool import Task, Workers
 
 #: Numbers of devices for which a forecast is made, beside those of this machine.
 DEVICES = (1, 8, 64)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memtail import logs
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
-from memtail.spec.experiment import Experiment
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.processes import follow_parent, keep_memory
+from memtail.spec.experiment import Experiment
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import open_store
 from memtail.trials import Shard, TrialBatch

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from memtail import datasets
-from memtail.experiment_store.store import Control, ExperimentArchive, Record
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage, stage_masks
-from memtail.spec.experiment import Experiment
 from memtail.execution.embedded import declare
+from memtail.experiment_store.store import Control, ExperimentArchive, Record
+from memtail.spec.experiment import Experiment
 from memtail.storage import ObjectStore, keys
 
 

@@ -13,13 +13,13 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 
-from memtail.figures.thumbnails import png
 from memtail.errors import MemtailError
+from memtail.execution.progress import ExperimentProgress
 from memtail.explorer import views
 from memtail.explorer.access import REPORT_POLICY, guard
 from memtail.explorer.library import BeingReadError, Library, NotPublishedError, Opened
 from memtail.explorer.selection import BY_HELD_OUT, ORDERS, QueryError, Selection, histogram
-from memtail.execution.progress import ExperimentProgress
+from memtail.figures.thumbnails import png
 from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.studies.result import StudyResult
 

@@ -12,18 +12,18 @@ from typing import Any, TypeVar
 import numpy as np
 import structlog
 
-from memtail.experiment_store.store import Record
 from memtail.datasets.image_dataset import ImageDataset
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import DatasetError, MemtailError, ScoresError
-from memtail.spec.experiment import NAME
 from memtail.execution.progress import ExperimentProgress, progress_of
+from memtail.experiment_store.store import Record
 from memtail.report.publish import latest_report
 from memtail.scores.fetch import open_scores
 from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, STATISTICS, SUMMARY
 from memtail.scores.pointer import latest_version
 from memtail.scores.reader import Column, Scores
 from memtail.settings import Settings
+from memtail.spec.experiment import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, UnreachableError, keys
 from memtail.studies.names import studied
 from memtail.studies.result import StudyResult, load_results

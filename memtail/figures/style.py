@@ -16,7 +16,7 @@ _DOTS_PER_INCH = 150
 @functools.cache
 def colour(name: str) -> str:
     """A colour of `base.css`, by its name there without the dashes, as #rrggbb."""
-    css = files("memtail").joinpath("base.css").read_text()
+    css = files("memtail.figures").joinpath("base.css").read_text()
     found = re.search(rf"--{name}: (#[0-9a-f]{{6}});", css)
     assert found, name
     return found[1]

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from memtail.errors import SpecError
-from memtail.spec.experiment import Cnn, Mlp, ModelSpec
 from memtail.models.densenet import densenet100
 from memtail.models.inception import inception
 from memtail.models.plain import cnn, mlp
 from memtail.models.resnet import resnet9, resnet18, resnet50
+from memtail.spec.experiment import Cnn, Mlp, ModelSpec
 
 ImageShape = tuple[int, int, int]
 

@@ -3,9 +3,9 @@
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from memtail.figures.style import colour, drawing, encoded
 from memtail.estimators import Stage, expected_standard_error
 from memtail.estimators.pairs import MEM_THRESHOLD
+from memtail.figures.style import colour, drawing, encoded
 from memtail.scores.files import MEM_STEPS, SE_QUANTILES
 
 

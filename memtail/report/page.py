@@ -9,10 +9,10 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from memtail.datasets import ImageDataset
-from memtail.figures.thumbnails import thumbnail
 from memtail.estimators.convergence import HALVES
 from memtail.estimators.false_discovery import LARGEST_RATE
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.figures.thumbnails import thumbnail
 from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM, Content, Number, image_of
 from memtail.report.figures import convergence_figure, memorization_figure
 from memtail.scores.files import MEM_STEPS
@@ -60,7 +60,7 @@ def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Imag
     }
     return environment.from_string(source.joinpath("report.html.j2").read_text()).render(
         {field.name: getattr(content, field.name) for field in fields(content)},
-        css=files("memtail").joinpath("base.css").read_text() + source.joinpath("report.css").read_text(),
+        css=files("memtail.figures").joinpath("base.css").read_text() + source.joinpath("report.css").read_text(),
         figures={name: drawn["svg"] for name, drawn in figures.items()},
         name=content.record.experiment.name,
         spec=content.record.experiment.to_yaml().strip(),

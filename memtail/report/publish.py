@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ScoresError
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.scores.fetch import fetch_scores
 from memtail.scores.names import MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
 from memtail.scores.pointer import latest_version

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from memtail.experiment_store.store import Record
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
+from memtail.experiment_store.store import Record
 from memtail.scores.files import write_scores
 from memtail.scores.pointer import KEPT_VERSIONS, folded, latest_version
 from memtail.statistics import Statistics

@@ -167,7 +167,7 @@ class UntilSpec(_Part):
 
 
 class SubsetsSpec(_Part):
-    """Which examples each trial sees, and of how many trials: see `memtail.subsets` for the designs, `memtail.execution.stopping` for `until`.
+    """Subset design and number of trials: see `memtail.subsets` for the designs, `memtail.execution.stopping` for `until`.
 
     With `until`, `trials` is the number to begin with, chosen if it is not given.
     """

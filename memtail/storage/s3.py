@@ -29,8 +29,8 @@ from urllib3.exceptions import HTTPError
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.settings import S3Settings
 from memtail.storage import ObjectNotFound, UnreachableError, keys
-from memtail.storage.s3_errors import KEY_MEND, PASSING_STATUS, cause_of, error_in, may_pass, mend_of, outcome_of
 from memtail.storage.atomic_file import whole_file
+from memtail.storage.s3_errors import KEY_MEND, PASSING_STATUS, cause_of, error_in, may_pass, mend_of, outcome_of
 
 log = structlog.get_logger()
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.errors import ScoresError
+from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
 from memtail.statistics.accumulator import PackedTrials

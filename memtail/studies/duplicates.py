@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.scores.fetch import open_scores
 from memtail.storage import ObjectStore
 from memtail.studies.intervals import CONFIDENCE, difference

@@ -19,15 +19,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from memtail.experiment_store.store import Record
 from memtail.datasets import ImageDataset
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
 from memtail.datasets.staged_dataset import fetch, stage
 from memtail.errors import ScoresError, SpecError, StoreError
-from memtail.spec.experiment import NamedModel
+from memtail.experiment_store.store import Record
 from memtail.models import build_model
 from memtail.settings import Settings
+from memtail.spec.experiment import NamedModel
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trainers.images.devices import available_devices, reproducible
 from memtail.trainers.images.images import device_images

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.errors import ScoresError
 from memtail.estimators import convergence
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
-from memtail.spec.experiment import Experiment
+from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.scores.fetch import open_scores
 from memtail.scores.files import ACCURACIES
 from memtail.scores.reader import Scores
+from memtail.spec.experiment import Experiment
 from memtail.storage import ObjectStore
 from memtail.studies.names import trained_by
 from memtail.studies.result import StudyResult, write_result

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from memtail.errors import ScoresError
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
-from memtail.spec.experiment import Experiment
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
+from memtail.spec.experiment import Experiment
 from memtail.storage import ObjectStore
 from memtail.studies import retraining
 from memtail.studies.intervals import CONFIDENCE, Interval, difference, mean

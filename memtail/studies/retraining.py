@@ -10,11 +10,11 @@ import io
 import numpy as np
 import numpy.typing as npt
 
-from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.errors import ScoresError
-from memtail.spec.experiment import Experiment
 from memtail.execution.progress import progress_of
+from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.settings import Settings
+from memtail.spec.experiment import Experiment
 from memtail.storage import ObjectStore, keys
 from memtail.storage.atomic_file import whole_file
 from memtail.studies.names import trained_by

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.errors import ScoresError
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
 from memtail.storage import ObjectStore

@@ -8,17 +8,17 @@ from typing import Any
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from memtail.experiment_store.store import ExperimentArchive, Notice, Record, experiment_names
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ForeignObjectError, MemtailError
 from memtail.execution.progress import progress_of
+from memtail.execution.stopping import next_round
+from memtail.experiment_store.store import ExperimentArchive, Notice, Record, experiment_names
 from memtail.report.publish import is_current, publish_report
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.settings import Settings
 from memtail.statistics import Statistics
-from memtail.execution.stopping import next_round
 from memtail.storage import ObjectStore
 from memtail.studies.names import studied
 from memtail.trials import Shard

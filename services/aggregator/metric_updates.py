@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from memtail.estimators import expected_standard_error, memorization
-from memtail.spec.experiment import SubsetsSpec
+from memtail.execution.stopping import trials_needed
 from memtail.scores.files import MEM_STEPS, SE_QUANTILES, mean_accuracy
 from memtail.scores.pointer import folded
+from memtail.spec.experiment import SubsetsSpec
 from memtail.statistics import Statistics
-from memtail.execution.stopping import trials_needed
 from services.aggregator import metrics
 from services.common.experiment_series import ExperimentSeries
 

@@ -3,12 +3,12 @@
 from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
 from services.common.broker import Broker
-from services.dispatcher.dispatcher import Dispatcher
-from services.dispatcher.fleet import Fleet
-from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
 from services.common.metrics import count_request
 from services.common.process import Heartbeat, serve, start
 from services.common.settings import ServiceSettings
+from services.dispatcher.dispatcher import Dispatcher
+from services.dispatcher.fleet import Fleet
+from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
 
 
 def _dispatch(settings: ServiceSettings) -> None:

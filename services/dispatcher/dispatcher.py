@@ -12,20 +12,20 @@ import structlog
 from kombu.exceptions import OperationalError
 from structlog.contextvars import bound_contextvars
 
-from memtail.experiment_store.store import ExperimentArchive, experiment_names
 from memtail.errors import MemtailError
-from memtail.spec.experiment import WorkersSpec
+from memtail.experiment_store.store import ExperimentArchive, experiment_names
 from memtail.scores.pointer import folded, latest_version
+from memtail.spec.experiment import WorkersSpec
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
 from services.common.broker import Assignment, Broker, parse_id, queue_of
+from services.common.process import repeat
+from services.common.settings import ServiceSettings
 from services.dispatcher import metrics
 from services.dispatcher.fleet import Fleet
 from services.dispatcher.metric_updates import Measures, Standing
 from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
 from services.dispatcher.worker_jobs import Demand
-from services.common.process import repeat
-from services.common.settings import ServiceSettings
 
 log = structlog.get_logger()
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from memtail.experiment_store.store import ExperimentArchive, Notice
 from memtail.errors import StoreError
+from memtail.experiment_store.store import ExperimentArchive, Notice
 from memtail.storage import ObjectStore
 from services.dispatcher import metrics
 from services.dispatcher.cluster import Cluster, ClusterError, Job, Pod

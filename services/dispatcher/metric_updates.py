@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from memtail.trials import Shard
 from services.common.broker import Assignment, parse_id
+from services.common.experiment_series import ExperimentSeries
 from services.dispatcher import metrics
 from services.dispatcher.completion import Completion
 from services.dispatcher.reconcile import View
-from services.common.experiment_series import ExperimentSeries
 
 _COUNTERS = (metrics.SENT, metrics.REDELIVERIES, metrics.LEASES_EXPIRED)
 _STATES = ("running", "paused", "cancelled", "finished", "unreadable")

@@ -1,6 +1,6 @@
-"""`python -m services.tools.make_passwords FOLDER`: makes the random passwords of a deployment on one machine, once, in files that services read.
+"""`python -m services.tools.make_passwords FOLDER`: makes the random passwords of a deployment once, in files that services read.
 
-`python -m services.tools.make_passwords FOLDER --show` prints those that people need. To change a password remove its file and run it again.
+`python -m services.tools.make_passwords FOLDER --show` prints those that people need. To change one, remove its file and run it again.
 """
 
 import os

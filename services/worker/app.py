@@ -24,15 +24,15 @@ from celery.exceptions import Reject
 from celery.utils.log import get_multiprocessing_logger
 from pydantic import ValidationError
 
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.errors import MemtailError
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
 from services.common.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
-from services.tools.healthcheck import PATIENCE
 from services.common.process import Heartbeat, serve
 from services.common.settings import ServiceSettings
+from services.tools.healthcheck import PATIENCE
 from services.worker.heartbeat import ConsumerHeartbeat
 from services.worker.metric_updates import DIED, Measures
 from services.worker.reports import Reports

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from celery.worker import state
 
-from services.common.metrics import count_request
 from services.common.experiment_series import ExperimentSeries
+from services.common.metrics import count_request
 from services.worker import gpus, metrics
 from services.worker.reports import Reports
 from services.worker.trainer import Outcome

@@ -15,14 +15,14 @@ import redis
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from memtail.experiment_store.store import ExperimentArchive, Record
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import fetch, fetch_masks
 from memtail.errors import MemtailError, StoreError
-from memtail.spec.experiment import Experiment
-from memtail.settings import Settings
-from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.execution.pool import StoredCheckpoints
+from memtail.experiment_store.store import ExperimentArchive, Record
+from memtail.settings import Settings
+from memtail.spec.experiment import Experiment
+from memtail.storage import ObjectNotFound, ObjectStore
 from services.common.broker import Assignment, Broker
 
 log = structlog.get_logger()

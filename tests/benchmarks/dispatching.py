@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from memtail import datasets
+from memtail.execution.embedded import declare
 from memtail.experiment_store.store import ExperimentArchive
 from memtail.spec.experiment import Experiment
-from memtail.execution.embedded import declare
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
 from memtail.trials import Shard
 from services.common.broker import Assignment, Broker
-from services.dispatcher.dispatcher import Dispatcher
 from services.common.settings import ServiceSettings
+from services.dispatcher.dispatcher import Dispatcher
 from tests.benchmarks.bench import Row
 from tests.integration.servers import MinioServer
 from tests.services.cluster import RedisServer

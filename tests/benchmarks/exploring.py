@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import urllib3
 
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
-from memtail.spec.experiment import Experiment
 from memtail.execution.embedded import declare
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.scores.publish import publish
+from memtail.spec.experiment import Experiment
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, TrialMetrics

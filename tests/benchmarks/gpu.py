@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.estimators import Memorization, high_influence_pairs, top_influencers
-from memtail.spec.experiment import DatasetSpec, Experiment, NamedModel
 from memtail.models import build_model
 from memtail.settings import Settings
+from memtail.spec.experiment import DatasetSpec, Experiment, NamedModel
 from memtail.statistics import cooccurrence
 from memtail.statistics.cooccurrence_torch import count_block, words_on
 from memtail.subsets import membership

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import memtail
 from memtail import datasets
-from memtail.spec.experiment import Experiment
 from memtail.execution.embedded import RunState
+from memtail.spec.experiment import Experiment
 from memtail.trainers.images.devices import cores
 from tests.benchmarks.bench import Row
 from tests.integration.servers import MinioServer

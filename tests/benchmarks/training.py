@@ -13,12 +13,12 @@ import torch
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
-from memtail.spec.experiment import Experiment
+from memtail.execution.pool import Task, Workers
 from memtail.models import build_model
+from memtail.spec.experiment import Experiment
 from memtail.subsets import membership
 from memtail.trainers.images.devices import cores
 from memtail.trials import Shard
-from memtail.execution.pool import Task, Workers
 from tests.benchmarks import baselines
 from tests.benchmarks.baselines import Data, Recipe
 from tests.benchmarks.bench import Row

@@ -75,7 +75,9 @@ class Deployment:
 
     def passwords(self) -> dict[str, str]:
         """All of them, by what they are for."""
-        shown = self.compose("run", "--rm", "--no-deps", "passwords", "python", "-m", "services.tools.make_passwords", "/run/memtail", "--show")
+        shown = self.compose(
+            "run", "--rm", "--no-deps", "passwords", "python", "-m", "services.tools.make_passwords", "/run/memtail", "--show"
+        )
         return {meaning.strip(): password for password, _, meaning in (line.partition(" ") for line in shown.splitlines())}
 
     def store(self) -> S3Store:

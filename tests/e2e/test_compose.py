@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from memtail.experiment_store.store import ExperimentArchive
-from memtail.spec.experiment import Experiment
-from memtail.execution.progress import progress_of
 from memtail.execution.embedded import run
+from memtail.execution.progress import progress_of
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.scores.publish import latest_version
+from memtail.spec.experiment import Experiment
 from memtail.storage.local import LocalStore
 from tests.e2e.deployment import PROJECT, Deployment, docker, prepare_images, python_image, service_of
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from memtail import datasets
-from memtail.experiment_store.store import ExperimentArchive
-from memtail.spec.experiment import Experiment
 from memtail.execution.embedded import declare, run
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.scores.publish import publish
+from memtail.spec.experiment import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore
 from memtail.storage.local import LocalStore

@@ -19,11 +19,11 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from memtail.errors import StoreError
-from memtail.spec.experiment import Experiment
 from memtail.explorer import library as module
 from memtail.explorer.app import create
 from memtail.explorer.library import Library
 from memtail.scores.fetch import open_scores
+from memtail.spec.experiment import Experiment
 from memtail.storage import UnreachableError, keys
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult

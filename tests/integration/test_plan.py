@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from memtail.execution import forecast as planning
 from memtail.estimators import expected_standard_error
+from memtail.execution import forecast as planning
 from memtail.trainers.images import train_shard
 from memtail.trainers.images.profiling import PHASES, Phases
 from memtail.trials import TrialBatch

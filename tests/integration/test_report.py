@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import memtail
-from memtail.figures.style import drawing
 from memtail.errors import ScoresError
-from memtail.spec.experiment import Experiment
+from memtail.figures.style import drawing
 from memtail.report.publish import is_current, latest_report, publish_report
+from memtail.spec.experiment import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult, write_result

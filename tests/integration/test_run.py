@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 import memtail
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.errors import MemtailError, StoreError
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.scores.publish import latest_version, publish
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore

@@ -19,16 +19,13 @@ import yaml
 from typer.testing import CliRunner
 
 from memtail import datasets
-
-from memtail.cli import doctor
-
-from memtail.cli import watch
-from memtail.experiment_store.store import Control, ExperimentArchive
+from memtail.cli import doctor, watch
 from memtail.cli.app import app
-from memtail.datasets.staged_dataset import fetch
 from memtail.cli.doctor import examine
+from memtail.datasets.staged_dataset import fetch
 from memtail.errors import MemtailError, StoreError
 from memtail.execution.progress import progress_of
+from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, keys

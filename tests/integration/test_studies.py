@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 
 import memtail
 from memtail import datasets
-from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.cli.app import app
 from memtail.datasets.staged_dataset import fetch, fetch_masks
 from memtail.errors import MemtailError
-from memtail.spec.experiment import Experiment
 from memtail.execution.embedded import declare as declare_record
 from memtail.execution.embedded import run
+from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.settings import Settings
+from memtail.spec.experiment import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.studies.duplicates import measure

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
-from memtail.spec.experiment import Experiment
 from memtail.execution.progress import progress_of
+from memtail.experiment_store.store import ExperimentArchive
+from memtail.spec.experiment import Experiment
 from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes
 from tests.kubernetes.simulation import Pods

@@ -21,8 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tenacity import retry, stop_after_attempt, wait_fixed
 
 from memtail import datasets
-from memtail.spec.experiment import Experiment
 from memtail.settings import S3Settings
+from memtail.spec.experiment import Experiment
 from memtail.storage.s3 import S3Store
 from tests.integration.servers import MinioServer
 from tests.kubernetes.conftest import CONTROL_PLANE, Kubernetes, install_tools

@@ -19,8 +19,8 @@ from kubernetes import client, config
 from memtail.errors import StoreError
 from memtail.storage import ObjectStore, keys
 from services.common.broker import Assignment, Broker, _assignment
-from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 from services.common.settings import ServiceSettings
+from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 
 
 class Pods:

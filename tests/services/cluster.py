@@ -14,12 +14,12 @@ from typing import Any
 import redis
 import urllib3
 
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage
-from memtail.spec.experiment import Experiment
 from memtail.execution.embedded import declare
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.scores.publish import latest_version
+from memtail.spec.experiment import Experiment
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
 from tests.integration.servers import MinioServer, free_port, server_binary

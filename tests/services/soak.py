@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from memtail import datasets
-from memtail.experiment_store.store import ExperimentArchive
-from memtail.spec.experiment import Experiment
 from memtail.execution.embedded import run
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.scores.publish import latest_version
+from memtail.spec.experiment import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from services.common.broker import Assignment, Broker

@@ -19,8 +19,8 @@ import yaml
 
 from memtail.spec.experiment import Experiment
 from services.common.broker import Broker
-from services.monitoring.dashboards import FOLDER
 from services.common.settings import ServiceSettings
+from services.monitoring.dashboards import FOLDER
 from tests.services import dashboard_pictures as pictures
 from tests.services.cluster import PROJECT, Cluster, Service
 from tests.services.prometheus import PrometheusServer

@@ -7,11 +7,11 @@ import pytest
 import trustme
 from kombu.exceptions import OperationalError
 
-from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.execution.progress import progress_of
+from memtail.execution.submit import submit
+from memtail.experiment_store.store import Control, ExperimentArchive
 from memtail.report.publish import latest_report, publish_report
 from memtail.storage import keys
-from memtail.execution.submit import submit
 from services.common.broker import TASK, Assignment, Broker, celery_app
 from services.common.settings import ServiceSettings
 from tests.services.cluster import RedisServer

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from typing import Any
 
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.execution.progress import progress_of
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.report.publish import latest_report
 from memtail.studies.result import load_results
 from tests.services.cluster import Cluster

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtail.experiment_store.store import Control, ExperimentArchive, Record, missing_shards
 from memtail.errors import ForeignObjectError, StoreError
+from memtail.experiment_store.store import Control, ExperimentArchive, Record, missing_shards
 from memtail.spec.experiment import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard

@@ -7,8 +7,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 import services.aggregator.metrics
-import services.dispatcher.metrics
 import services.common.metrics
+import services.dispatcher.metrics
 import services.worker.metrics  # noqa: F401 - all are declared by being imported
 from services.monitoring.dashboards import FOLDER, rendered
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtail.estimators import Memorization, high_influence_pairs, top_influencers
-
 from memtail.estimators import influence_torch as on_device
 from memtail.statistics import cooccurrence
 from memtail.statistics import cooccurrence_torch as device_counts

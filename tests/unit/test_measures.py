@@ -10,10 +10,10 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from memtail.experiment_store.store import Control
 from memtail.trials import Shard
 from services.common.broker import Assignment, parse_id
+from services.common.experiment_series import ExperimentSeries
 from services.dispatcher.completion import WINDOW, Completion
 from services.dispatcher.metric_updates import Measures, Standing
 from services.dispatcher.reconcile import View
-from services.common.experiment_series import ExperimentSeries
 from services.worker import metric_updates as worker
 from services.worker.reports import Reports
 from services.worker.trainer import Outcome

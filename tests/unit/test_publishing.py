@@ -5,9 +5,9 @@ import types
 import numpy as np
 import pytest
 
-from memtail.experiment_store.store import ExperimentArchive
 from memtail.datasets.staged_dataset import stage
 from memtail.execution.embedded import declare as declared
+from memtail.experiment_store.store import ExperimentArchive
 from memtail.scores.pointer import latest_version
 from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, TrialMetrics, pack

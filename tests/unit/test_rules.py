@@ -9,8 +9,8 @@ import yaml
 from prometheus_client import REGISTRY
 
 import services.aggregator.metrics
-import services.dispatcher.metrics
 import services.common.metrics
+import services.dispatcher.metrics
 import services.worker.metrics  # noqa: F401 - all are declared by being imported
 
 PROJECT = Path(__file__).parents[2]

@@ -5,11 +5,11 @@ import pytest
 
 from memtail.errors import SpecError
 from memtail.estimators import expected_standard_error, memorization
-from memtail.spec.experiment import Experiment, UntilSpec
 from memtail.execution.embedded import run
-from memtail.scores.publish import latest_version
-from memtail.statistics import Statistics
 from memtail.execution.stopping import next_round
+from memtail.scores.publish import latest_version
+from memtail.spec.experiment import Experiment, UntilSpec
+from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
 
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from memtail import models, subsets
 from memtail.datasets import prepare
-from memtail.spec.experiment import Constant, Cosine, Linear, NamedModel, Sgd, Step
 from memtail.models import build_model, check_model
+from memtail.spec.experiment import Constant, Cosine, Linear, NamedModel, Sgd, Step
 from memtail.trainers.images import shard as shard_module
-from memtail.trainers.images import train_shard
 from memtail.trainers.images import stack_trainer as stacked_run
+from memtail.trainers.images import train_shard
 from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
 from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
 from memtail.trainers.images.images import DeviceImages

@@ -14,8 +14,8 @@ import structlog
 import torch
 
 from memtail.datasets import ImageDataset
-from memtail.spec.experiment import Experiment
 from memtail.models import build_model
+from memtail.spec.experiment import Experiment
 from memtail.subsets import membership
 from memtail.trainers.images.devices import is_out_of_memory, reproducible
 from memtail.trainers.images.evaluation import Outcome

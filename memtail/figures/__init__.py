@@ -1,0 +1,1 @@
+"""The style of figures and pages, and thumbnails of images."""

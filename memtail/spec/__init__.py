@@ -1,0 +1,1 @@
+"""The declaration of an experiment: its parts, its validation, and the fingerprint that names what it computes."""

@@ -1,0 +1,1 @@
+"""Step implementations for processors: blocked matrix products, fully connected networks, max pooling with ReLU."""

@@ -1,0 +1,1 @@
+"""Commands that deployments run beside the services: health checks, a bucket, passwords."""
