@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memtail.execution.embedded import run
     from memtail.scores.fetch import load_scores
     from memtail.scores.reader import Scores
-    from memtail.spec.experiment import Experiment
+    from memtail.spec import Experiment
     from memtail.trainers.images import train_shard
 
 _HOMES = {

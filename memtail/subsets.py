@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from memtail.errors import SpecError
 from memtail.randomness import Purpose, random_keys
-from memtail.spec.experiment import SubsetsSpec
+from memtail.spec import SubsetsSpec
 
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

@@ -10,7 +10,7 @@ import structlog
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 
 
 @pytest.fixture(scope="session", autouse=True)

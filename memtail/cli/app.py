@@ -12,7 +12,7 @@ import typer
 
 from memtail.cli import service as cli_service
 from memtail.cli import study as cli_study
-from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, only, open_existing, preparation
+from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, open_existing, preparation, resolve_name
 from memtail.errors import MemtailError, ScoresError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(
     from memtail.cli import display
     from memtail.execution.embedded import ShardsFailedError
     from memtail.execution.embedded import run as run_experiment
-    from memtail.spec.experiment import Experiment
+    from memtail.spec import Experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
@@ -95,7 +95,7 @@ def plan(
     from memtail import logs
     from memtail.cli import display
     from memtail.execution.forecast import plan as plan_experiment
-    from memtail.spec.experiment import Experiment
+    from memtail.spec import Experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
@@ -112,7 +112,7 @@ def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False)
     """Show how far the experiments in a store are."""
     from memtail.cli import display
     from memtail.execution.progress import progress_of
-    from memtail.experiment_store.store import experiment_names
+    from memtail.experiment_store import experiment_names
 
     opened = open_existing(store)
     found = [progress_of(opened, each) for each in ([name] if name else experiment_names(opened))]
@@ -165,7 +165,7 @@ def scores(
     from memtail.storage import keys
 
     opened = open_existing(store)
-    name = only(opened, name)
+    name = resolve_name(opened, name)
     pointer = latest_version(opened, name)
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
@@ -193,7 +193,7 @@ def report(
     from memtail.storage import keys
 
     opened = open_existing(store)
-    name = only(opened, name)
+    name = resolve_name(opened, name)
     with display.working("drawing the report", quiet=json_):
         pointer = publish_report(opened, name)
     if fetch is not None:
@@ -265,7 +265,7 @@ def _scores_of(store: "ObjectStore", name: str | None) -> "Scores":
     if name is not None:
         with suppress(ScoresError):  # quick: the experiment's declaration is not looked at
             return open_scores(store, name)
-    return open_scores(store, only(store, name))
+    return open_scores(store, resolve_name(store, name))
 
 
 cli_service.register(app)

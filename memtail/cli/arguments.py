@@ -38,12 +38,12 @@ def open_existing(store: str) -> "ObjectStore":
     return open_store(store)
 
 
-def only(store: "ObjectStore", name: str | None) -> str:
+def resolve_name(store: "ObjectStore", name: str | None) -> str:
     """The named experiment, or the only one there is."""
-    from memtail.experiment_store.store import ExperimentArchive, experiment_names
+    from memtail.experiment_store import ExperimentStore, experiment_names
 
     if name is not None:
-        ExperimentArchive(store, name).record()
+        ExperimentStore(store, name).read_record()
         return name
     names = experiment_names(store)
     if len(names) != 1:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from memtail.execution.forecast import Plan
     from memtail.execution.progress import ExperimentProgress
     from memtail.execution.submit import Submission
-    from memtail.experiment_store.store import Failure
+    from memtail.experiment_store import Failure
     from memtail.scores.reader import Column, Scores
-    from memtail.spec.experiment import Experiment
+    from memtail.spec import Experiment
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 if not console.is_terminal:

@@ -111,7 +111,7 @@ def _bucket(address: str) -> list[Check]:
         return Check("store", True, f"{address} can be listed")
 
     def writing() -> Check:
-        opened.prove()
+        opened.verify_contract()
         return Check("conditional write", True, "the first writer wins")
 
     try:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, only, open_existing, preparation
+from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, open_existing, preparation, resolve_name
 from memtail.errors import StoreError
 from memtail.settings import STORE_VARIABLE
 
 if TYPE_CHECKING:
-    from memtail.experiment_store.store import Control
+    from memtail.experiment_store import Control
     from memtail.trials import Shard
 
 OneName = Annotated[str, typer.Argument(help="The experiment.")]
@@ -29,7 +29,7 @@ def stage(
     from memtail import datasets, logs
     from memtail.cli import display
     from memtail.datasets.staged_dataset import stage as stage_dataset
-    from memtail.spec.experiment import Experiment
+    from memtail.spec import Experiment
     from memtail.storage.open import open_store
 
     logs.configure()
@@ -72,7 +72,7 @@ def submit(
     from memtail import datasets, logs
     from memtail.cli import display
     from memtail.execution.submit import submit as submit_experiment
-    from memtail.spec.experiment import Experiment
+    from memtail.spec import Experiment
     from memtail.storage.open import open_store
 
     logs.configure()
@@ -103,7 +103,7 @@ def submit(
 def watch(name: Name = None, store: Store = DEFAULT_STORE) -> None:
     """Follow experiments until they are published. Exit code 1 if one cannot be without help."""
     from memtail.cli.watch import PATIENCE, TIMEOUT, follow
-    from memtail.experiment_store.store import experiment_names
+    from memtail.experiment_store import experiment_names
     from memtail.storage.open import is_url, open_bucket
 
     opened = open_bucket(store, PATIENCE, TIMEOUT) if is_url(store) else open_existing(store)
@@ -127,11 +127,11 @@ def failures(
     """Show failed attempts, and what became of the shards."""
     from memtail.cli import display
     from memtail.execution.progress import progress_of
-    from memtail.experiment_store.store import ExperimentArchive
+    from memtail.experiment_store import ExperimentStore
 
     opened = open_existing(store)
-    name = only(opened, name)
-    found = list(ExperimentArchive(opened, name).failures())
+    name = resolve_name(opened, name)
+    found = list(ExperimentStore(opened, name).failures())
     progress = progress_of(opened, name)
     if json_:
         rows = [{**asdict(each), "shard": each.shard.span, "now": progress.fate(each.shard)} for each in found]
@@ -150,16 +150,16 @@ def retry(
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Have failed shards tried again. Their failed attempts are forgotten."""
-    from memtail.experiment_store.store import ExperimentArchive
+    from memtail.experiment_store import ExperimentStore
 
     opened = open_existing(store)
-    name = only(opened, name)
-    archive = ExperimentArchive(opened, name)
-    count = archive.forgive(_shard(shard) if shard else None)
+    name = resolve_name(opened, name)
+    experiment_store = ExperimentStore(opened, name)
+    count = experiment_store.clear_failures(_shard(shard) if shard else None)
     if not count:
         print(f"{name}: no failed attempt {f'at {shard} ' if shard else ''}is on record")
         return
-    state = archive.control().state
+    state = experiment_store.control().state
     held = "" if state == "running" else f" once memtail resume {name} lets it run: it is {state}"
     print(f"{name}: forgot {count} failed attempt{'s' * (count > 1)}; what is missing is tried again{held}")
 
@@ -195,14 +195,14 @@ def priority(
 def _control(
     store: str, name: str, *, state: Literal["running", "paused", "cancelled"] | None = None, priority: int | None = None
 ) -> "Control":
-    from memtail.experiment_store.store import ExperimentArchive
+    from memtail.experiment_store import ExperimentStore
 
-    archive = ExperimentArchive(open_existing(store), name)
-    archive.record()
-    control = archive.control()
+    experiment_store = ExperimentStore(open_existing(store), name)
+    experiment_store.read_record()
+    control = experiment_store.control()
     changed = replace(control, state=state or control.state, priority=control.priority if priority is None else priority)
     if changed != control:
-        archive.set_control(changed)
+        experiment_store.set_control(changed)
     return changed
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memtail.datasets import ImageDataset
-    from memtail.spec.experiment import Experiment
+    from memtail.spec import Experiment
     from memtail.storage import ObjectStore
     from memtail.studies.features import Features
     from memtail.studies.result import StudyResult
@@ -104,10 +104,10 @@ def last_layer(name: OneName, submit: Submit = False, store: Store = DEFAULT_STO
     The other layers are those of one model, trained on everything and frozen; that one is trained here, also with --submit.
     """
     from memtail.studies.last_layer import evaluate_last_layer, plan_last_layer
-    from memtail.studies.retraining import ended
+    from memtail.studies.retraining import require_finished
 
     opened = open_existing(store)
-    record = ended(opened, name)
+    record = require_finished(opened, name)
     features = _features(opened, name, json_)
     planned = plan_last_layer(record, features)
     if _trained(opened, store, planned, lambda: features.dataset, submit, json_):
@@ -178,22 +178,22 @@ def _trained(
 def _dataset(opened: "ObjectStore", name: str) -> "ImageDataset":
     """The images of an experiment, from the cache or else from the store."""
     from memtail.datasets.staged_dataset import fetch
-    from memtail.experiment_store.store import ExperimentArchive
+    from memtail.experiment_store import ExperimentStore
     from memtail.settings import Settings
 
     settings = Settings()
-    fingerprint = ExperimentArchive(opened, name).record().canonical["dataset"]["fingerprint"]
+    fingerprint = ExperimentStore(opened, name).read_record().canonical["dataset"]["fingerprint"]
     return fetch(opened, fingerprint, settings.cache, settings.cache_limit)
 
 
 def _features(opened: "ObjectStore", name: str, json_: bool) -> "Features":
     """What one model makes of the images of an experiment, which is trained here unless it was."""
     from memtail.cli import display
-    from memtail.experiment_store.store import ExperimentArchive
+    from memtail.experiment_store import ExperimentStore
     from memtail.studies.features import features_of
 
     with display.working("training one model on everything", quiet=json_):
-        return features_of(opened, ExperimentArchive(opened, name).record(), lambda: _dataset(opened, name))
+        return features_of(opened, ExperimentStore(opened, name).read_record(), lambda: _dataset(opened, name))
 
 
 def _show(result: "StudyResult", json_: bool) -> None:

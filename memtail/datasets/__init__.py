@@ -20,7 +20,7 @@ from memtail.datasets.prepared import OnProgress, write_dataset
 from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays, load_torchvision, torchvision_files
 from memtail.errors import DatasetError
 from memtail.settings import Settings
-from memtail.spec.experiment import DatasetSpec
+from memtail.spec import DatasetSpec
 
 __all__ = ["ImageDataset", "prepare"]
 

@@ -22,10 +22,10 @@ from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
 from memtail.execution.pool import Finished, StoredCheckpoints, Task, Workers
 from memtail.execution.stopping import next_round
-from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentArchive, Record, missing_shards
+from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Record, missing_shards
 from memtail.models import check_model
 from memtail.scores.publish import publish
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
@@ -98,29 +98,29 @@ def run(
     if isinstance(opened, LocalStore):
         opened.remove_abandoned()
     dataset = dataset or datasets.prepare(experiment.dataset, on_preparation)
-    archive = ExperimentArchive(opened, experiment.name)
-    record = archive.enroll(declare(experiment, dataset))
+    experiment_store = ExperimentStore(opened, experiment.name)
+    record = experiment_store.register(declare(experiment, dataset))
     devices = [str(device) for device in available_devices(experiment.execution.device)]
     state = RunState(record.experiment.subsets.trials, Statistics(dataset.n_train, dataset.n_test), dataset, record, devices)
     report = on_progress or (lambda state: None)
 
     began = time.monotonic()
     with _writing(state):
-        _fold_committed(archive, state)
+        _fold_committed(experiment_store, state)
     for key in list(opened.list(keys.checkpoints(experiment.name))):
-        if (span := keys.parse_span(key)) and archive.is_committed(Shard(*span)):
+        if (span := keys.parse_span(key)) and experiment_store.is_committed(Shard(*span)):
             opened.delete(key)
     while True:
-        todo = _from_own_start(missing_shards(state.wanted, record.trials_per_shard, archive.committed()))
+        todo = _from_own_start(missing_shards(state.wanted, record.trials_per_shard, experiment_store.committed()))
         report(state)
         if todo:
-            _train_all(todo, opened, archive, state, report, profile)
+            _train_all(todo, opened, experiment_store, state, report, profile)
             with _writing(state):
-                _fold_committed(archive, state)
+                _fold_committed(experiment_store, state)
         more = None if state.failed else next_round(state.record.experiment.subsets, state.statistics)
         if more is None:
             break
-        state.record = archive.extend(more)
+        state.record = experiment_store.extend(more)
         state.wanted = state.record.experiment.subsets.trials
     if state.failed:
         summary = publish(opened, state.record, state.statistics, dataset) if state.statistics.trials else None
@@ -167,7 +167,12 @@ def declare(experiment: Experiment, dataset: ImageDataset, devices: list[torch.d
 
 
 def _train_all(
-    todo: list[Shard], store: ObjectStore, archive: ExperimentArchive, state: RunState, report: Callable[[RunState], None], profile: bool
+    todo: list[Shard],
+    store: ObjectStore,
+    experiment_store: ExperimentStore,
+    state: RunState,
+    report: Callable[[RunState], None],
+    profile: bool,
 ) -> None:
     began = published = time.monotonic()
     task = Task(state.record.experiment, state.dataset.folder, store.address, device="", profile=profile)
@@ -182,8 +187,8 @@ def _train_all(
                     for phase, spent in finished.batch.provenance.get("phases", {}).items() if finished.batch else ():
                         state.phases[phase] += spent
                     with _writing(state):
-                        _commit(finished, store, archive, state)
-                elif _may_retry(finished, archive, attempts):
+                        _commit(finished, store, experiment_store, state)
+                elif _may_retry(finished, experiment_store, attempts):
                     todo.append(finished.shard)
                 else:
                     state.failed[finished.shard] = finished.error
@@ -192,7 +197,7 @@ def _train_all(
             report(state)
             if time.monotonic() - published > PUBLISH_SECONDS and state.statistics.trials:
                 with _writing(state):
-                    _fold_committed(archive, state)
+                    _fold_committed(experiment_store, state)
                     publish(store, state.record, state.statistics, state.dataset)
                 published = time.monotonic()
 
@@ -212,25 +217,25 @@ def _profile(state: RunState, seconds: float) -> dict[str, Any]:
     return {"seconds": round(seconds, 3), "devices": devices, "phases": {p: round(s, 3) for p, s in {**phases, "rest": rest}.items()}}
 
 
-def _fold_committed(archive: ExperimentArchive, state: RunState) -> None:
+def _fold_committed(experiment_store: ExperimentStore, state: RunState) -> None:
     """Fold what the store holds and this run has not: of earlier runs, or of another at the same time."""
-    for shard in archive.committed():
+    for shard in experiment_store.committed():
         if not all(trial in state.statistics.metrics for trial in shard.trials):
-            state.statistics.fold(archive.batch(shard, state.record))
+            state.statistics.accumulate(experiment_store.batch(shard, state.record))
 
 
-def _commit(finished: Finished, store: ObjectStore, archive: ExperimentArchive, state: RunState) -> None:
+def _commit(finished: Finished, store: ObjectStore, experiment_store: ExperimentStore, state: RunState) -> None:
     """Commit a batch and fold what the store then holds: this one, or that of another run that was first."""
     batch = finished.batch
-    if batch is None or not archive.commit(batch, state.record.fingerprint):
-        batch = archive.batch(finished.shard, state.record)
-    StoredCheckpoints(store, archive.name, finished.shard).remove()
-    state.statistics.fold(batch)
+    if batch is None or not experiment_store.commit(batch, state.record.fingerprint):
+        batch = experiment_store.batch(finished.shard, state.record)
+    StoredCheckpoints(store, experiment_store.name, finished.shard).remove()
+    state.statistics.accumulate(batch)
 
 
-def _may_retry(finished: Finished, archive: ExperimentArchive, attempts: dict[Shard, int]) -> bool:
+def _may_retry(finished: Finished, experiment_store: ExperimentStore, attempts: dict[Shard, int]) -> bool:
     assert finished.error is not None
-    archive.record_failure(finished.shard, finished.error, finished.traceback)
+    experiment_store.record_failure(finished.shard, finished.error, finished.traceback)
     attempts[finished.shard] = attempts.get(finished.shard, 0) + 1
     again = attempts[finished.shard] < MAX_ATTEMPTS
     log.warning("shard failed", shard=str(finished.shard), attempt=attempts[finished.shard], error=finished.error, again=again)

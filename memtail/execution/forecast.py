@@ -29,9 +29,9 @@ from memtail.errors import MemtailError, SpecError, StoreError
 from memtail.estimators import expected_standard_error
 from memtail.execution.embedded import declare
 from memtail.execution.pool import Task, Workers
-from memtail.experiment_store.store import ExperimentArchive, Record, missing_shards
+from memtail.experiment_store import ExperimentStore, Record, missing_shards
 from memtail.scores.publish import publish
-from memtail.spec.experiment import Experiment, SubsetsSpec
+from memtail.spec import Experiment, SubsetsSpec
 from memtail.statistics import Statistics
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
@@ -182,14 +182,14 @@ def plan(
 def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) -> tuple[Record, list[Shard]]:
     """The record that a run would go by, and the shards that the store lacks."""
     wanted = declare(experiment, dataset)
-    archive = ExperimentArchive(open_store(store, prove=False), experiment.name)
-    if not archive.store.exists(keys.experiment(experiment.name)):
+    experiment_store = ExperimentStore(open_store(store, verify=False), experiment.name)
+    if not experiment_store.store.exists(keys.experiment(experiment.name)):
         return wanted, missing_shards(experiment.subsets.trials, wanted.trials_per_shard, [])
-    held = archive.record()
+    held = experiment_store.read_record()
     if held.fingerprint != wanted.fingerprint:
         raise StoreError(f"experiment '{experiment.name}' is in the store {store} and differs from this spec: choose another name or store")
     record = replace(wanted, trials_per_shard=held.trials_per_shard)
-    return record, missing_shards(experiment.subsets.trials, record.trials_per_shard, archive.committed())
+    return record, missing_shards(experiment.subsets.trials, record.trials_per_shard, experiment_store.committed())
 
 
 def _fraction(experiment: Experiment, dataset: ImageDataset) -> float:
@@ -313,7 +313,7 @@ def _measure_writing(record: Record, dataset: ImageDataset, fraction: float, fol
     """Commit, fold and publish made-up trials of the experiment's size: as many as there will be, if that takes no more than seconds."""
     name, wanted, size = record.experiment.name, record.experiment.subsets.trials, record.trials_per_shard
     store = LocalStore(folder / "store")
-    archive, statistics = ExperimentArchive(store, name), Statistics(dataset.n_train, dataset.n_test)
+    experiment_store, statistics = ExperimentStore(store, name), Statistics(dataset.n_train, dataset.n_test)
     rng = np.random.default_rng(0)
     memorized = rng.random(dataset.n_train) < 0.05
 
@@ -339,8 +339,8 @@ def _measure_writing(record: Record, dataset: ImageDataset, fraction: float, fol
             train_mistakes=np.zeros(np.count_nonzero(~members & memorized), np.uint16),
         )
         began = time.perf_counter()
-        archive.commit(batch, record.fingerprint)
-        statistics.fold(batch)
+        experiment_store.commit(batch, record.fingerprint)
+        statistics.accumulate(batch)
         seconds += time.perf_counter() - began
     began = time.perf_counter()
     publish(store, record, statistics, dataset)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from memtail import logs
 from memtail.datasets import ImageDataset
 from memtail.errors import MemtailError
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.processes import follow_parent, keep_memory
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import open_store
 from memtail.trials import Shard, TrialBatch
@@ -152,7 +152,7 @@ def _opened(folder: Path) -> ImageDataset:
 @lru_cache(maxsize=1)
 def _store(address: str) -> ObjectStore:
     """The store, opened once per process, so that its connections stay; whoever started the process has proved it."""
-    return open_store(address, prove=False)
+    return open_store(address, verify=False)
 
 
 def _train(task: Task, shard: Shard) -> Finished:
@@ -161,7 +161,7 @@ def _train(task: Task, shard: Shard) -> Finished:
     from memtail.trainers.images import Progress, train_shard
 
     store = _store(task.store)
-    if ExperimentArchive(store, task.experiment.name).is_committed(shard):
+    if ExperimentStore(store, task.experiment.name).is_committed(shard):
         return Finished(shard)
 
     def report(progress: Progress) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from memtail.experiment_store.store import MAX_ATTEMPTS, Control, ExperimentArchive, Notice, missing_shards
-from memtail.scores.pointer import folded, latest_version
+from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, Notice, missing_shards
+from memtail.scores.pointer import accumulated_trials, latest_version
 from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
 
@@ -75,7 +75,7 @@ class ExperimentProgress:
     @property
     def ending(self) -> Ending | None:
         """How it ended; None while there is something to wait for."""
-        if not self.missing and self.pointer and folded(self.pointer["summary"]) >= self.wanted:
+        if not self.missing and self.pointer and accumulated_trials(self.pointer["summary"]) >= self.wanted:
             return "published"
         if self.control.state == "cancelled":
             return "cancelled"
@@ -129,35 +129,35 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
         ObjectNotFound: there is no such experiment.
         StoreError: the store cannot be read, or holds a damaged object.
     """
-    archive = ExperimentArchive(store, name)
-    record = archive.record()
-    attempts, committed = archive.attempts(), archive.committed()
+    experiment_store = ExperimentStore(store, name)
+    record = experiment_store.read_record()
+    attempts, committed = experiment_store.attempts(), experiment_store.committed()
     wanted = record.experiment.subsets.trials
     missing = missing_shards(wanted, record.trials_per_shard, committed)
     pointer = latest_version(store, name)
-    all_counted = pointer is not None and folded(pointer["summary"]) >= wanted
+    all_counted = pointer is not None and accumulated_trials(pointer["summary"]) >= wanted
     return ExperimentProgress(
         experiment=name,
         fingerprint=record.fingerprint,
-        control=archive.control(),
+        control=experiment_store.control(),
         committed=committed,
         trials=len({trial for shard in committed for trial in shard.trials}),
         wanted=wanted,
         missing=missing,
         attempts=attempts,
-        refused=[] if missing or all_counted else _refused(archive, set(committed) & attempts.keys()),
+        refused=[] if missing or all_counted else _refused(experiment_store, set(committed) & attempts.keys()),
         pointer=pointer,
-        notices=archive.notices(),
+        notices=experiment_store.notices(),
     )
 
 
-def _refused(archive: ExperimentArchive, failed: set[Shard]) -> list[Shard]:
+def _refused(experiment_store: ExperimentStore, failed: set[Shard]) -> list[Shard]:
     """Of committed shards with failures on record, those whose very batch one of them is about."""
     if not failed:
         return []
     about = {
         failure.shard
-        for failure in archive.failures()
-        if keys.trial_batch(archive.name, failure.shard.first, failure.shard.last) in failure.error
+        for failure in experiment_store.failures()
+        if keys.trial_batch(experiment_store.name, failure.shard.first, failure.shard.last) in failure.error
     }
     return sorted(failed & about, key=lambda shard: shard.first)

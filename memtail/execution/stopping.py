@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from memtail.estimators import memorization
-from memtail.spec.experiment import SubsetsSpec, UntilSpec
+from memtail.spec import SubsetsSpec, UntilSpec
 from memtail.statistics import Statistics
 
 

@@ -8,8 +8,8 @@ from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage, stage_masks
 from memtail.execution.embedded import declare
-from memtail.experiment_store.store import Control, ExperimentArchive, Record
-from memtail.spec.experiment import Experiment
+from memtail.experiment_store import Control, ExperimentStore, Record
+from memtail.spec import Experiment
 from memtail.storage import ObjectStore, keys
 
 
@@ -50,19 +50,19 @@ def submit(experiment: Experiment, store: ObjectStore, *, dataset: ImageDataset 
         SpecError, DatasetError: bad input.
         StoreError: another experiment has the name, or fewer trials are asked for; or the store cannot be written.
     """
-    archive = ExperimentArchive(store, experiment.name)
+    experiment_store = ExperimentStore(store, experiment.name)
     dataset = dataset or datasets.prepare(experiment.dataset)
     device = experiment.execution.device
     wanted = declare(experiment, dataset, None if device == "auto" else [torch.device(device)])
     before = None
     if store.exists(keys.experiment(experiment.name)):
-        before = archive.record().experiment.subsets.trials
-        archive.enroll(wanted)  # what is refused is refused before a large dataset goes up
+        before = experiment_store.read_record().experiment.subsets.trials
+        experiment_store.register(wanted)  # what is refused is refused before a large dataset goes up
     staged = stage(dataset, store)
     if experiment.subsets.masks is not None:
         stage_masks(experiment.subsets.masks, wanted.canonical["subsets"]["masks"], store)
-    control = archive.control()
+    control = experiment_store.control()
     if priority is not None and priority != control.priority:
         control = replace(control, priority=priority)
-        archive.set_control(control)
-    return Submission(archive.enroll(wanted), dataset.fingerprint, staged, before, control)
+        experiment_store.set_control(control)
+    return Submission(experiment_store.register(wanted), dataset.fingerprint, staged, before, control)

@@ -8,121 +8,33 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from memtail.errors import ForeignObjectError, StoreError
-from memtail.spec.experiment import NAME, Experiment, differences
+from memtail.experiment_store.control import Control, Failure, Notice
+from memtail.experiment_store.record import Record
+from memtail.spec.errors import differences
+from memtail.spec.experiment import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trials import Shard, TrialBatch, largest_batch
 
-SCHEMA = 1
 #: A shard that fails this often is given up.
 MAX_ATTEMPTS = 3
 # Bytes of the largest small object that is read.
 _SMALL = 1 << 20
 
 
-@dataclass(frozen=True)
-class Record:
-    """The object `experiment.json`: what is wanted, and by which grid it is cut into shards.
-
-    Everyone who works on an experiment cuts it by the recorded grid. A grid cell that an extension adds to may be covered by two
-    batches; statistics count each trial once.
-    """
-
-    experiment: Experiment
-    fingerprint: str
-    canonical: dict[str, Any]
-    n_train: int
-    n_test: int
-    trials_per_shard: int
-
-    def to_bytes(self) -> bytes:
-        """The record as JSON."""
-        return json.dumps(
-            {
-                "schema": SCHEMA,
-                "experiment": self.experiment.model_dump(mode="json"),
-                "fingerprint": self.fingerprint,
-                "canonical": self.canonical,
-                "n_train": self.n_train,
-                "n_test": self.n_test,
-                "trials_per_shard": self.trials_per_shard,
-            },
-            indent=1,
-        ).encode()
-
-    def has(self, shard: Shard) -> bool:
-        """Whether a shard is of this experiment: some of its trials, and no more than its shards have."""
-        return 0 < len(shard.trials) <= self.trials_per_shard and shard.last < self.experiment.subsets.trials
-
-    def with_trials(self, trials: int) -> "Record":
-        """The same with another number of trials."""
-        subsets = self.experiment.subsets.model_copy(update={"trials": trials})
-        return replace(self, experiment=self.experiment.model_copy(update={"subsets": subsets}))
-
-    @classmethod
-    def from_bytes(cls, data: bytes, source: str) -> "Record":
-        """Read a record. Raises: StoreError."""
-        try:
-            fields = json.loads(data)
-            if (schema := fields.pop("schema")) != SCHEMA:
-                raise StoreError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
-            experiment = Experiment.parse(fields.pop("experiment"), source=source)
-            return cls(experiment=experiment, **fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{source}: is corrupt ({error}): restore it, or remove the experiment") from None
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One failed attempt at a shard."""
-
-    shard: Shard
-    attempt: int
-    error: str
-    traceback: str
-    when: str
-
-
-@dataclass(frozen=True)
-class Control:
-    """What its owner asks of an experiment on a cluster.
-
-    Attributes:
-        state: "running", "paused" (nothing new is begun) or "cancelled" (what is being trained is dropped, too).
-        priority: shards of the experiments with the highest are trained first.
-    """
-
-    state: Literal["running", "paused", "cancelled"] = "running"
-    priority: int = 0
-
-
-@dataclass(frozen=True)
-class Notice:
-    """What a service has to say about an experiment at present.
-
-    Attributes:
-        lines: for people.
-        final: whether there will never be scores as it is.
-    """
-
-    lines: tuple[str, ...]
-    final: bool = False
-
-
-class ExperimentArchive:
+class ExperimentStore:
     """One experiment's objects in a store."""
 
     def __init__(self, store: ObjectStore, name: str) -> None:
         self.store = store
         self.name = name
 
-    def record(self) -> Record:
+    def read_record(self) -> Record:
         """The experiment's record. Raises: ObjectNotFound: there is none of this name; says which there are. StoreError."""
         key = keys.experiment(self.name)
         try:
@@ -133,7 +45,7 @@ class ExperimentArchive:
             there = ", ".join(experiment_names(self.store)) or "none"
             raise ObjectNotFound(f"there is no experiment '{self.name}' in the store; there: {there}") from None
 
-    def enroll(self, wanted: Record) -> Record:
+    def register(self, wanted: Record) -> Record:
         """Enter an experiment, or find it entered already; returns the record that holds.
 
         More trials than recorded extend the experiment; the recorded grid stays.
@@ -143,7 +55,7 @@ class ExperimentArchive:
         """
         if self.store.put_if_absent(keys.experiment(self.name), wanted.to_bytes()):
             return wanted
-        held = self.record()
+        held = self.read_record()
         if held.fingerprint != wanted.fingerprint:
             changes = ", ".join(differences(held.canonical, wanted.canonical)) or "an unknown part"
             raise StoreError(
@@ -211,7 +123,7 @@ class ExperimentArchive:
 
     def extend(self, trials: int) -> Record:
         """Ask for so many trials, if there were fewer; returns the record that holds."""
-        held = self.record()
+        held = self.read_record()
         if trials <= held.experiment.subsets.trials:
             return held
         extended = held.with_trials(trials)
@@ -266,7 +178,7 @@ class ExperimentArchive:
         spans = (keys.parse_span(key) for key in self.store.list(keys.failures(self.name)))
         return Counter(Shard(*span) for span in spans if span)
 
-    def forgive(self, shard: Shard | None = None) -> int:
+    def clear_failures(self, shard: Shard | None = None) -> int:
         """Remove the failure records of a shard, or all, so that it is tried again; returns how many there were."""
         wanted = None if shard is None else (shard.first, shard.last)
         records = [key for key in self.store.list(keys.failures(self.name)) if wanted in (None, keys.parse_span(key))]
@@ -287,20 +199,3 @@ class ExperimentArchive:
 def experiment_names(store: ObjectStore) -> list[str]:
     """The names of all experiments in a store, ascending."""
     return [name for name in store.folders(keys.experiments()) if NAME.fullmatch(name) and store.exists(keys.experiment(name))]
-
-
-def missing_shards(trials: int, trials_per_shard: int, committed: list[Shard]) -> list[Shard]:
-    """The shards still to be trained: what is not committed of trials 0 to `trials` - 1, cut at multiples of `trials_per_shard`.
-
-    A grid cell that is committed in part, because the experiment was extended, is missing the rest.
-    """
-    have = {trial for shard in committed for trial in shard.trials}
-    missing: list[Shard] = []
-    for trial in range(trials):
-        if trial in have:
-            continue
-        if missing and missing[-1].last == trial - 1 and trial % trials_per_shard:
-            missing[-1] = Shard(missing[-1].first, trial)
-        else:
-            missing.append(Shard(trial, trial))
-    return missing

@@ -16,16 +16,16 @@ from memtail.datasets.image_dataset import ImageDataset
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import DatasetError, MemtailError, ScoresError
 from memtail.execution.progress import ExperimentProgress, progress_of
-from memtail.experiment_store.store import Record
+from memtail.experiment_store import Record
 from memtail.report.publish import latest_report
 from memtail.scores.fetch import open_scores
 from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, STATISTICS, SUMMARY
 from memtail.scores.pointer import latest_version
 from memtail.scores.reader import Column, Scores
 from memtail.settings import Settings
-from memtail.spec.experiment import NAME
+from memtail.spec import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, UnreachableError, keys
-from memtail.studies.names import studied
+from memtail.studies.names import parent_of
 from memtail.studies.result import StudyResult, load_results
 
 log = structlog.get_logger()
@@ -162,10 +162,10 @@ class Library:
     def own_names(self) -> dict[str, list[str]]:
         """The experiments but for those that studies of others train, each with those that its studies train. Raises: StoreError."""
         names = self.names()
-        own: dict[str, list[str]] = {name: [] for name in names if studied(name) not in names}
+        own: dict[str, list[str]] = {name: [] for name in names if parent_of(name) not in names}
         for name in names:
             if name not in own:
-                own.setdefault(str(studied(name)), []).append(name)
+                own.setdefault(str(parent_of(name)), []).append(name)
         return own
 
     def each(self, read: Callable[[str], T]) -> tuple[dict[str, T], list[str]]:

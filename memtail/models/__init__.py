@@ -17,7 +17,7 @@ from memtail.models.densenet import densenet100
 from memtail.models.inception import inception
 from memtail.models.plain import cnn, mlp
 from memtail.models.resnet import resnet9, resnet18, resnet50
-from memtail.spec.experiment import Cnn, Mlp, ModelSpec
+from memtail.spec import Cnn, Mlp, ModelSpec
 
 ImageShape = tuple[int, int, int]
 

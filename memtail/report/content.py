@@ -14,7 +14,7 @@ from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.estimators import Stage, convergence, expected_standard_error, false_discovery, influence
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
-from memtail.experiment_store.store import Record
+from memtail.experiment_store import Record
 from memtail.scores.files import ACCURACIES, MEM_STEPS, SE_QUANTILES
 from memtail.scores.reader import Scores, largest
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ScoresError
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.scores.fetch import fetch_scores
 from memtail.scores.names import MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
 from memtail.scores.pointer import latest_version
@@ -61,7 +61,7 @@ def publish_report(store: ObjectStore, name: str) -> dict[str, Any]:
     from memtail.report.content import content  # these take a moment to import
     from memtail.report.page import draw, render
 
-    record = ExperimentArchive(store, name).record()
+    record = ExperimentStore(store, name).read_record()
     published = latest_version(store, name)
     if published is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet to report on: see memtail status")

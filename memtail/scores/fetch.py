@@ -30,7 +30,7 @@ def load_scores(path: str | Path) -> Scores:
     """
     if is_url(path):
         address, _, name = str(path).rstrip("/").rpartition("/experiments/")
-        return open_scores(open_store(address, prove=False), name)
+        return open_scores(open_store(address, verify=False), name)
     path = Path(path)
     for scores in (path, path / "scores"):
         if (scores / LATEST).is_file():

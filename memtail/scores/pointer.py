@@ -18,6 +18,6 @@ def latest_version(store: ObjectStore, name: str) -> dict[str, Any] | None:
         return None  # not there, or damaged: the next publish writes it
 
 
-def folded(summary: dict[str, Any]) -> int:
+def accumulated_trials(summary: dict[str, Any]) -> int:
     """The trials that scores are of, diverged ones included, by their summary."""
     return int(summary["trials"]) + int(summary["diverged"])

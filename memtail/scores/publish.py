@@ -9,9 +9,9 @@ from typing import Any
 
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
-from memtail.experiment_store.store import Record
+from memtail.experiment_store import Record
 from memtail.scores.files import write_scores
-from memtail.scores.pointer import KEPT_VERSIONS, folded, latest_version
+from memtail.scores.pointer import KEPT_VERSIONS, accumulated_trials, latest_version
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
 
@@ -42,7 +42,11 @@ def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset:
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)
     pointer = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "files": files, "summary": summary}
-    if current is not None and folded(current["summary"]) > folded(summary) and current["summary"]["fingerprint"] == record.fingerprint:
+    if (
+        current is not None
+        and accumulated_trials(current["summary"]) > accumulated_trials(summary)
+        and current["summary"]["fingerprint"] == record.fingerprint
+    ):
         return summary  # another run, further on, has published
     store.put(keys.latest_scores(name), json.dumps(pointer, indent=1).encode())
     _remove_old(store, name, version)

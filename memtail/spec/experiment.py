@@ -5,19 +5,20 @@ things are left out of the fingerprint because no trial depends on them: `execut
 (how many: an experiment is extended by asking for more of the same trials). So are `name` and the places where files lie.
 """
 
-import difflib
 import hashlib
 import json
 import math
 import re
-import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from memtail.errors import SpecError
+from memtail.spec.base import Fraction, Part
+from memtail.spec.cluster import WorkersSpec
+from memtail.spec.errors import describe
 
 #: Part of every fingerprint: raised when a change in memtail changes what a trial computes.
 RECIPE_VERSION = 2
@@ -28,17 +29,8 @@ NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 # Trials of the first round of an experiment that ends when its scores are sharp enough.
 _SMALLEST_ROUND = 64
 
-# How Kubernetes writes an amount of something.
-_QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DatasetSpec(_Part):
+class DatasetSpec(Part):
     """Which images: a name known to `memtail.datasets`, where to look, and how much of it to use."""
 
     name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays"]
@@ -56,14 +48,14 @@ class DatasetSpec(_Part):
         return self
 
 
-class Mlp(_Part):
+class Mlp(Part):
     """Fully connected layers of the given widths with ReLU between them; of none, a linear model."""
 
     name: Literal["mlp"] = "mlp"
     hidden: list[Annotated[int, Field(ge=1)]] = [256]
 
 
-class Cnn(_Part):
+class Cnn(Part):
     """3x3 convolutions with ReLU and 2x2 max pooling, one per entry of `channels`, then one hidden layer."""
 
     name: Literal["cnn"] = "cnn"
@@ -71,7 +63,7 @@ class Cnn(_Part):
     hidden: Annotated[int, Field(ge=1)] = 128
 
 
-class NamedModel(_Part):
+class NamedModel(Part):
     """A larger architecture by name, a torchvision classification model, or `package.module:function` of the user's own."""
 
     name: str
@@ -89,7 +81,7 @@ ModelSpec = Annotated[
 ]
 
 
-class Sgd(_Part):
+class Sgd(Part):
     """Stochastic gradient descent as in `torch.optim.SGD`."""
 
     name: Literal["sgd"] = "sgd"
@@ -105,14 +97,14 @@ class Sgd(_Part):
         return self
 
 
-class Constant(_Part):
+class Constant(Part):
     """The same learning rate throughout, after a linear warm-up over the first `warmup` of all steps."""
 
     name: Literal["constant"]
     warmup: Fraction = 0.0
 
 
-class Step(_Part):
+class Step(Part):
     """The learning rate is multiplied by `gamma` at each of `milestones` (fractions of all steps)."""
 
     name: Literal["step"]
@@ -121,14 +113,14 @@ class Step(_Part):
     gamma: Annotated[float, Field(gt=0)] = 0.1
 
 
-class Cosine(_Part):
+class Cosine(Part):
     """Half a cosine down to 0, after a linear warm-up."""
 
     name: Literal["cosine"]
     warmup: Fraction = 0.0
 
 
-class Linear(_Part):
+class Linear(Part):
     """A triangle: a linear warm-up, then linearly down to 0."""
 
     name: Literal["linear"]
@@ -138,7 +130,7 @@ class Linear(_Part):
 ScheduleSpec = Annotated[Constant | Step | Cosine | Linear, Field(discriminator="name")]
 
 
-class TrainingSpec(_Part):
+class TrainingSpec(Part):
     """The recipe by which every trial is trained."""
 
     epochs: Annotated[int, Field(ge=1)] = 20
@@ -150,7 +142,7 @@ class TrainingSpec(_Part):
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
 
 
-class UntilSpec(_Part):
+class UntilSpec(Part):
     """How sharp the scores are to be: `quantile` of all examples' memorization with a standard error of at most `standard_error`."""
 
     standard_error: Annotated[float, Field(gt=0, lt=0.5)]
@@ -166,7 +158,7 @@ class UntilSpec(_Part):
         return max(2, min(most, max(_SMALLEST_ROUND, most // 20)))
 
 
-class SubsetsSpec(_Part):
+class SubsetsSpec(Part):
     """Subset design and number of trials: see `memtail.subsets` for the designs, `memtail.execution.stopping` for `until`.
 
     With `until`, `trials` is the number to begin with, chosen if it is not given.
@@ -203,49 +195,13 @@ class SubsetsSpec(_Part):
         return self
 
 
-class RecordSpec(_Part):
+class RecordSpec(Part):
     """What is kept of each trial beside correctness."""
 
     margins: bool = False
 
 
-class Toleration(_Part):
-    """A taint of nodes that workers are to tolerate, as Kubernetes declares it."""
-
-    key: str
-    operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-
-
-class WorkersSpec(_Part):
-    """The workers that it asks for in a Kubernetes cluster; what is left out is as the cluster's operator has set it.
-
-    Attributes:
-        max: how many at most.
-        gpus: of each worker, one process for each; 0: train on the CPU.
-        gpu_resource: what GPUs are called there, such as `nvidia.com/gpu` or `nvidia.com/mig-1g.10gb`.
-        cpu, memory: of each worker, as Kubernetes writes quantities (`"8"`, `32Gi`).
-        image, node_selector, tolerations, priority_class: as in a pod.
-    """
-
-    max: Annotated[int, Field(ge=1)] | None = None
-    gpus: Annotated[int, Field(ge=0)] | None = None
-    gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] | None = None
-    cpu: Annotated[str, Field(pattern=_QUANTITY)] | None = None
-    memory: Annotated[str, Field(pattern=_QUANTITY)] | None = None
-    image: str | None = None
-    node_selector: dict[str, str] = {}
-    tolerations: list[Toleration] = []
-    priority_class: str | None = None
-
-    @field_validator("cpu", "memory", mode="before")
-    @classmethod
-    def _quantity_is_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) else value
-
-
-class ExecutionSpec(_Part):
+class ExecutionSpec(Part):
     """What only changes how fast it runs."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
@@ -253,7 +209,7 @@ class ExecutionSpec(_Part):
     workers: WorkersSpec | None = None
 
 
-class Experiment(_Part):
+class Experiment(Part):
     """One declared experiment. Immutable; equal declarations have equal fingerprints."""
 
     name: Annotated[str, Field(pattern=NAME.pattern)]
@@ -297,7 +253,7 @@ class Experiment(_Part):
         try:
             experiment = cls.model_validate(data)
         except ValidationError as error:
-            raise SpecError(f"{source}: {_describe(error)}") from None
+            raise SpecError(f"{source}: {describe(error, cls)}") from None
         return experiment if base is None else experiment._with_absolute_paths(base)
 
     def _with_absolute_paths(self, base: Path) -> "Experiment":
@@ -335,71 +291,9 @@ class Experiment(_Part):
         return text
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two canonical declarations, as `subsets.fraction 0.7 -> 0.5`."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key} {_short(before)} -> {_short(after)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
-
-
 def _file_digest(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise SpecError(f"subsets.masks: {path} cannot be read ({error.strerror})") from None
-
-
-def _describe(error: ValidationError) -> str:
-    """All of a validation error in one line; unknown keys come with the nearest known one."""
-    lines = []
-    for item in error.errors(include_url=False):
-        location, fields = _locate(item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(fields)}"
-            lines.append(f"unknown key '{location}': {hint}")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            value = item["input"]
-            shown = f" (got {_short(value)})" if isinstance(value, str | int | float | bool | None) and item["type"] != "missing" else ""
-            lines.append(f"{location}: {message[:1].lower()}{message[1:]}{shown}" if location else message)
-    return "; ".join(lines)
-
-
-def _locate(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
-    """The dotted path of an error without pydantic's union tags, and the keys known beside its last part."""
-    path: list[str] = []
-    candidates: list[type[BaseModel]] = [Experiment]
-    known: list[str] = []
-    for part in loc:
-        fields = {name: field for model in candidates for name, field in model.model_fields.items()}
-        tagged = [model for model in candidates if _tag(model) == part]
-        if len(candidates) > 1 and tagged:
-            candidates = tagged
-            continue
-        known = list(fields)
-        path.append(str(part))
-        candidates = _models(fields[str(part)].annotation) if part in fields else []
-    return ".".join(path), known
-
-
-def _tag(model: type[BaseModel]) -> str:
-    values = typing.get_args(model.model_fields["name"].annotation) if "name" in model.model_fields else ()
-    return str(values[0]) if values else "named"
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in typing.get_args(annotation) for model in _models(part)]

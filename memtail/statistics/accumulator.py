@@ -76,7 +76,7 @@ class PackedTrials:
         """int64 [t], the indices of the trials that count, ascending."""
         return np.flatnonzero(np.unpackbits(self.counted.astype("<u8").view(np.uint8), bitorder="little"))
 
-    def only(self, trials: npt.NDArray[np.int64]) -> "PackedTrials":
+    def select(self, trials: npt.NDArray[np.int64]) -> "PackedTrials":
         """The statistics of some of the trials, given by their indices."""
         bits = np.zeros(_BITS * len(self.counted), np.bool_)
         bits[trials] = True
@@ -144,7 +144,7 @@ class Statistics:
         """int64 [n], trials that did not see the example."""
         return self.trials - self.k_in
 
-    def fold(self, batch: TrialBatch) -> int:
+    def accumulate(self, batch: TrialBatch) -> int:
         """Add the trials of a batch that are not there yet; returns how many were added.
 
         Raises:

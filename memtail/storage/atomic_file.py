@@ -10,7 +10,7 @@ from memtail.errors import StoreError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file beside `path`, renamed to it at the end of the block and removed if the block raises.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import IO
 
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.storage import ObjectNotFound, keys
-from memtail.storage.atomic_file import whole_file
+from memtail.storage.atomic_file import atomic_file
 
 _UNFINISHED = ".unfinished"
 _ABANDONED_AFTER_SECONDS = 24 * 3600
@@ -69,7 +69,7 @@ class LocalStore:
         self._write(key, copy, replace=True)
 
     def download(self, key: str, path: Path) -> None:
-        with self._reading(key), self.path(key).open("rb") as source, whole_file(path) as file:
+        with self._reading(key), self.path(key).open("rb") as source, atomic_file(path) as file:
             shutil.copyfileobj(source, file, 1 << 20)
 
     def list(self, prefix: str) -> Iterator[str]:

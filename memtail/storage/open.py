@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from memtail.storage.s3 import Observer, S3Store
 
 
-def open_store(address: str | Path, *, prove: bool = True, observe: "Observer | None" = None) -> ObjectStore:
+def open_store(address: str | Path, *, verify: bool = True, observe: "Observer | None" = None) -> ObjectStore:
     """Open a store.
 
     Args:
         address: a folder, which need not be there yet, or `s3://BUCKET` or `s3://BUCKET/PREFIX` on the server that `S3Settings` names.
-        prove: whether to try out first that a bucket keeps the contract, by writing to it. Whoever only reads, perhaps with a key that
+        verify: whether to try out first that a bucket keeps the contract, by writing to it. Whoever only reads, perhaps with a key that
             may do no more, need not.
         observe: is told of each request to a server.
 
@@ -27,8 +27,8 @@ def open_store(address: str | Path, *, prove: bool = True, observe: "Observer | 
     if not is_url(address):
         return LocalStore(address)
     store = open_bucket(str(address), observe=observe)
-    if prove:
-        store.prove()
+    if verify:
+        store.verify_contract()
     return store
 
 

@@ -29,7 +29,7 @@ from urllib3.exceptions import HTTPError
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.settings import S3Settings
 from memtail.storage import ObjectNotFound, UnreachableError, keys
-from memtail.storage.atomic_file import whole_file
+from memtail.storage.atomic_file import atomic_file
 from memtail.storage.s3_errors import KEY_MEND, PASSING_STATUS, cause_of, error_in, may_pass, mend_of, outcome_of
 
 log = structlog.get_logger()
@@ -141,7 +141,7 @@ class S3Store:
 
     def download(self, key: str, path: Path) -> None:
         def copy(connection: _Connection) -> int:
-            with self._opened(connection, key) as response, whole_file(path) as file:
+            with self._opened(connection, key) as response, atomic_file(path) as file:
                 return sum(file.write(block) for block in response.stream(1 << 20, decode_content=False))
 
         self._try(key, "read", copy, lambda size: ("ok", size))
@@ -203,7 +203,7 @@ class S3Store:
 
         return self._try(self._bucket, "made", make)
 
-    def prove(self) -> None:
+    def verify_contract(self) -> None:
         """Try out what the contract rests on, with an object that is removed again.
 
         Raises:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import ScoresError
-from memtail.experiment_store.store import ExperimentArchive, Record
+from memtail.experiment_store import ExperimentStore, Record
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
 from memtail.statistics.accumulator import PackedTrials
@@ -45,7 +45,7 @@ def study_architectures(store: ObjectStore, names: list[str]) -> StudyResult:
     """
     if len(set(names)) < 2:
         raise ScoresError(f"there is nothing to compare '{names[0]}' with: name two experiments or more")
-    records = [ExperimentArchive(store, name).record() for name in dict.fromkeys(names)]
+    records = [ExperimentStore(store, name).read_record() for name in dict.fromkeys(names)]
     names = [record.experiment.name for record in records]
     first = records[0].canonical["dataset"]["fingerprint"]
     for record in records[1:]:
@@ -67,7 +67,7 @@ def study_architectures(store: ObjectStore, names: list[str]) -> StudyResult:
         )
     measured: dict[str, list[_Compared]] = {}
     for split in range(SPLITS):
-        halves = [[Estimates.of(own.only(half), *labels) for half in _halves(own, trials, split)] for own in statistics]
+        halves = [[Estimates.of(own.select(half), *labels) for half in _halves(own, trials, split)] for own in statistics]
         for i, j in combinations_with_replacement(range(len(names)), 2):
             label = f"{names[i]} and {names[j]}" if i != j else f"{names[i]} and itself"
             one, other = halves[i][0], halves[j][1]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.scores.fetch import open_scores
 from memtail.storage import ObjectStore
 from memtail.studies.intervals import CONFIDENCE, difference
@@ -125,7 +125,7 @@ def study_duplicates(
         ScoresError: the scores have changed since the removal was planned, or too many of its models diverged.
         StoreError: the store cannot be read or written.
     """
-    record = ExperimentArchive(store, name).record()
+    record = ExperimentStore(store, name).read_record()
     scores = open_scores(store, name)
     if removal is not None and removal.scores != scores.folder.name:
         raise ScoresError(f"experiment '{name}' has other scores now than the models were trained for: run the study again")

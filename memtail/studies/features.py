@@ -24,10 +24,10 @@ from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
 from memtail.datasets.staged_dataset import fetch, stage
 from memtail.errors import ScoresError, SpecError, StoreError
-from memtail.experiment_store.store import Record
+from memtail.experiment_store import Record
 from memtail.models import build_model
 from memtail.settings import Settings
-from memtail.spec.experiment import NamedModel
+from memtail.spec import NamedModel
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trainers.images.devices import available_devices, reproducible
 from memtail.trainers.images.images import device_images
@@ -119,7 +119,7 @@ def whole(image_shape: tuple[int, int, int], classes: int, *, model: dict[str, A
     """A model, by its declaration, that can be asked for its features: `model` of an experiment as `memtail.models` takes it."""
     from pydantic import TypeAdapter
 
-    from memtail.spec.experiment import ModelSpec
+    from memtail.spec import ModelSpec
 
     return _Whole(build_model(TypeAdapter(ModelSpec).validate_python(model), image_shape, classes), classes)
 

@@ -11,13 +11,13 @@ import numpy as np
 from memtail.errors import ScoresError
 from memtail.estimators import convergence
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
-from memtail.experiment_store.store import ExperimentArchive, Record
+from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.fetch import open_scores
 from memtail.scores.files import ACCURACIES
 from memtail.scores.reader import Scores
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import ObjectStore
-from memtail.studies.names import trained_by
+from memtail.studies.names import derived_name
 from memtail.studies.result import StudyResult, write_result
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def plan_last_layer(record: Record, features: "Features") -> Experiment:
         SpecError: its name would be too long.
     """
     experiment = record.experiment
-    name = trained_by(experiment.name, "last-layer", features.dataset.fingerprint)
+    name = derived_name(experiment.name, "last-layer", features.dataset.fingerprint)
     declaration = experiment.model_dump(mode="json", exclude={"record"}) | {
         "name": name,
         "dataset": {"name": "arrays", "root": str(features.dataset.folder)},
@@ -53,7 +53,7 @@ def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment, feat
         ScoresError: either has no scores, or no example has an estimate.
         StoreError: the store cannot be read or written.
     """
-    ExperimentArchive(store, name).record()
+    ExperimentStore(store, name).read_record()
     whole, alone = open_scores(store, name), open_scores(store, planned.name)
     counts = {label: _counts(scores) for label, scores in (("whole model", whole), ("last layer", alone))}
     place = int(np.flatnonzero(_THRESHOLDS == MEM_THRESHOLD)[0])

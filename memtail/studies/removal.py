@@ -19,7 +19,7 @@ from memtail.errors import ScoresError
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import ObjectStore
 from memtail.studies import retraining
 from memtail.studies.intervals import CONFIDENCE, Interval, difference, mean
@@ -85,7 +85,7 @@ def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | Non
     Raises:
         ScoresError: there are no scores, or they are to change, or nothing would be removed, or everything.
     """
-    record = retraining.ended(store, name)
+    record = retraining.require_finished(store, name)
     scores = open_scores(store, name)
     n, seed = record.n_train, record.experiment.subsets.seed
     if thetas is None:
@@ -114,7 +114,7 @@ def plan_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | Non
         emptied = tuple(np.setdiff1d(labels, labels[~out]).tolist())
         conditions += [Condition("chosen", theta, removed, emptied), Condition("random", theta, removed)]
         masks += [np.tile(~out, (repeats, 1)), random]
-    experiment = retraining.like(record, "removal", np.concatenate(masks))
+    experiment = retraining.derive_experiment(record, "removal", np.concatenate(masks))
     influenced = np.unique(scores.pairs["tt_idx"]) if thetas is None else None
     return Removal(name, scores.folder.name, experiment, conditions, repeats, n, influenced, unreached)
 

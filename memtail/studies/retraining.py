@@ -12,17 +12,17 @@ import numpy.typing as npt
 
 from memtail.errors import ScoresError
 from memtail.execution.progress import progress_of
-from memtail.experiment_store.store import ExperimentArchive, Record
+from memtail.experiment_store import ExperimentStore, Record
 from memtail.settings import Settings
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import ObjectStore, keys
-from memtail.storage.atomic_file import whole_file
-from memtail.studies.names import trained_by
+from memtail.storage.atomic_file import atomic_file
+from memtail.studies.names import derived_name
 from memtail.subsets import Mask
 from memtail.trials import unpack
 
 
-def like(record: Record, purpose: str, masks: Mask) -> Experiment:
+def derive_experiment(record: Record, purpose: str, masks: Mask) -> Experiment:
     """The experiment that trains trial k on the examples of masks[k], bool [trials, n], by the recipe of another.
 
     The masks are kept in the cache folder. Its seed follows from the masks, so that no trial is one of the other's again.
@@ -35,22 +35,22 @@ def like(record: Record, purpose: str, masks: Mask) -> Experiment:
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     path = Settings().cache / keys.masks(digest)
     if not path.exists():
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write(buffer.getvalue())
-    name = trained_by(record.experiment.name, purpose, digest)
+    name = derived_name(record.experiment.name, purpose, digest)
     subsets = {"design": "explicit", "masks": str(path), "trials": len(masks), "seed": int(digest[:8], 16)}
     declaration = record.experiment.model_dump(mode="json", exclude={"record"})
     return Experiment.parse({**declaration, "name": name, "subsets": subsets}, source=f"experiment '{name}' of the study")
 
 
-def ended(store: ObjectStore, name: str) -> Record:
+def require_finished(store: ObjectStore, name: str) -> Record:
     """The record of an experiment that a study may start from: one whose scores are not to change any more.
 
     Raises:
         ScoresError: trials of it are still to come.
         StoreError: there is no such experiment, or the store cannot be read.
     """
-    record, progress = ExperimentArchive(store, name).record(), progress_of(store, name)
+    record, progress = ExperimentStore(store, name).read_record(), progress_of(store, name)
     if progress.ending is None:
         raise ScoresError(
             f"experiment '{name}' has scores of {progress.published_trials} of {progress.wanted} trials, and the study starts from the "
@@ -77,12 +77,12 @@ def correctness(store: ObjectStore, experiment: Experiment) -> tuple[npt.NDArray
     Raises:
         StoreError: the store cannot be read, or holds a damaged object.
     """
-    archive = ExperimentArchive(store, experiment.name)
-    record = archive.record()
+    experiment_store = ExperimentStore(store, experiment.name)
+    record = experiment_store.read_record()
     correct = np.zeros((experiment.subsets.trials, record.n_test), np.bool_)
     counted = np.zeros(len(correct), np.bool_)
-    for shard in archive.iterate_committed():
-        batch = archive.batch(shard, record)
+    for shard in experiment_store.iterate_committed():
+        batch = experiment_store.batch(shard, record)
         correct[batch.trial] = unpack(batch.test_correct, record.n_test)
         counted[batch.trial] = [not each.diverged for each in batch.metrics]
     return correct, counted

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memtail.errors import ScoresError
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
 from memtail.storage import ObjectStore
@@ -85,7 +85,7 @@ def study_stability(store: ObjectStore, name: str, *, wanted: float) -> StudyRes
     Raises:
         ScoresError: there are no scores, or of too few trials.
     """
-    ExperimentArchive(store, name).record()
+    ExperimentStore(store, name).read_record()
     scores = open_scores(store, name)
     packed, labels = scores.statistics, (scores.memorization["label"], scores.test_labels)
     if packed.trials < 2 * SMALLEST_HALF:
@@ -95,7 +95,7 @@ def study_stability(store: ObjectStore, name: str, *, wanted: float) -> StudyRes
     while trials >= SMALLEST_HALF:
         for number in range(SPLITS):
             drawn = packed.counted_trials[np.argsort(random_keys(packed.trials, 0, Purpose.HALVES, trials, number))]
-            halves = [Estimates.of(packed.only(half), *labels) for half in (drawn[:trials], drawn[trials : 2 * trials])]
+            halves = [Estimates.of(packed.select(half), *labels) for half in (drawn[:trials], drawn[trials : 2 * trials])]
             splits.append(_Split(trials, number, list(agreements(*halves)), rank_correlation(*halves)))
         trials //= 2
     needed = {score: _trials_for(wanted, splits, score) for score in THRESHOLDS}

@@ -13,14 +13,14 @@ from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ForeignObjectError, MemtailError
 from memtail.execution.progress import progress_of
 from memtail.execution.stopping import next_round
-from memtail.experiment_store.store import ExperimentArchive, Notice, Record, experiment_names
+from memtail.experiment_store import ExperimentStore, Notice, Record, experiment_names
 from memtail.report.publish import is_current, publish_report
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.settings import Settings
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore
-from memtail.studies.names import studied
+from memtail.studies.names import parent_of
 from memtail.trials import Shard
 from services.aggregator.metric_updates import experiment_series, show_scores, show_statistics
 from services.aggregator.metrics import FOLD_SECONDS, PUBLISH_SECONDS, REFUSED, REPORT_FAILURES, REPORT_SECONDS
@@ -118,8 +118,8 @@ class Aggregator:
         self._series.expire()
 
     def _catch_up(self, name: str) -> None:
-        archive = ExperimentArchive(self._store, name)
-        record = archive.record()
+        experiment_store = ExperimentStore(self._store, name)
+        record = experiment_store.read_record()
         folded = self.experiments.get(name)
         if folded is None or folded.record.fingerprint != record.fingerprint:
             settings = Settings()
@@ -129,52 +129,52 @@ class Aggregator:
         folded.record = record
         if time.monotonic() >= folded.list_at:
             began = time.monotonic()
-            committed = archive.committed()
+            committed = experiment_store.committed()
             # many batches take long to list, and then are listed more rarely
             folded.list_at = time.monotonic() + _LISTING_SHARE * (time.monotonic() - began)
             for shard in committed:
                 if shard not in folded.shards:
                     with FOLD_SECONDS.time():
-                        self._fold(archive, folded, shard)
-                    self._extend_or_publish(archive, folded)
+                        self._fold(experiment_store, folded, shard)
+                    self._extend_or_publish(experiment_store, folded)
                     self._show(folded)
-        self._extend_or_publish(archive, folded)
+        self._extend_or_publish(experiment_store, folded)
         self._show(folded)
         self._report(name, folded)
 
-    def _fold(self, archive: ExperimentArchive, folded: Folded, shard: Shard) -> None:
+    def _fold(self, experiment_store: ExperimentStore, folded: Folded, shard: Shard) -> None:
         with bound_contextvars(shard=str(shard)):
             try:
-                folded.statistics.fold(archive.batch(shard, folded.record))
+                folded.statistics.accumulate(experiment_store.batch(shard, folded.record))
             except ForeignObjectError as error:
-                self._refuse(archive, folded, shard, str(error))
+                self._refuse(experiment_store, folded, shard, str(error))
             else:
                 folded.refused.pop(shard, None)
                 folded.shards.add(shard)
 
-    def _refuse(self, archive: ExperimentArchive, folded: Folded, shard: Shard, reason: str) -> None:
+    def _refuse(self, experiment_store: ExperimentStore, folded: Folded, shard: Shard, reason: str) -> None:
         if folded.refused.get(shard) == reason:
             return
         log.error("trial batch refused", reason=reason)
-        if not any(failure.shard == shard and failure.error == reason for failure in archive.failures()):
-            archive.record_failure(shard, reason)
+        if not any(failure.shard == shard and failure.error == reason for failure in experiment_store.failures()):
+            experiment_store.record_failure(shard, reason)
         folded.refused[shard] = reason
 
-    def _extend_or_publish(self, archive: ExperimentArchive, folded: Folded) -> None:
+    def _extend_or_publish(self, experiment_store: ExperimentStore, folded: Folded) -> None:
         # in this order: nobody is to take a round's scores for the end
         if folded.complete and (more := next_round(folded.record.experiment.subsets, folded.statistics)):
-            folded.record = archive.extend(more)
+            folded.record = experiment_store.extend(more)
             log.info("extended", trials=more)
         if self._due(folded):
             self._publish(folded)
-        self._give_notice(archive, folded)
+        self._give_notice(experiment_store, folded)
 
-    def _give_notice(self, archive: ExperimentArchive, folded: Folded) -> None:
+    def _give_notice(self, experiment_store: ExperimentStore, folded: Folded) -> None:
         notice = None
         if folded.complete and folded.statistics.trials == 0:
             notice = Notice((f"all {folded.trials} trials diverged, so there are no scores: lower the learning rate",), final=True)
         if notice != folded.notice:
-            archive.set_notice("aggregator", notice)
+            experiment_store.set_notice("aggregator", notice)
             folded.notice = notice
 
     def _due(self, folded: Folded) -> bool:
@@ -199,7 +199,7 @@ class Aggregator:
 
     def _report(self, name: str, folded: Folded) -> None:
         """Draw what is published: at the end at once, before that rarely, and after that when a study has come."""
-        if folded.pointer is None or studied(name) in self.experiments:  # its models answer a study, which has a figure of its own
+        if folded.pointer is None or parent_of(name) in self.experiments:  # its models answer a study, which has a figure of its own
             return
         version = folded.pointer["version"]
         last = folded.complete and folded.published == folded.trials and version != folded.reported

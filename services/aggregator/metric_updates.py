@@ -9,8 +9,8 @@ import numpy as np
 from memtail.estimators import expected_standard_error, memorization
 from memtail.execution.stopping import trials_needed
 from memtail.scores.files import MEM_STEPS, SE_QUANTILES, mean_accuracy
-from memtail.scores.pointer import folded
-from memtail.spec.experiment import SubsetsSpec
+from memtail.scores.pointer import accumulated_trials
+from memtail.spec import SubsetsSpec
 from memtail.statistics import Statistics
 from services.aggregator import metrics
 from services.common.experiment_series import ExperimentSeries
@@ -66,7 +66,7 @@ def show_scores(name: str, pointer: dict[str, Any] | None) -> None:
     if pointer is None:
         return
     metrics.PUBLISHED.labels(name).set(datetime.fromisoformat(pointer["published"]).timestamp())
-    metrics.PUBLISHED_TRIALS.labels(name).set(folded(pointer["summary"]))
+    metrics.PUBLISHED_TRIALS.labels(name).set(accumulated_trials(pointer["summary"]))
     metrics.PAIRS.labels(name).set(pointer["summary"]["pairs"]["count"])
 
 

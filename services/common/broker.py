@@ -15,7 +15,7 @@ import redis
 from celery import Celery
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from memtail.spec.experiment import NAME
+from memtail.spec import NAME
 from memtail.trials import Shard
 from services.common.settings import ServiceError, ServiceSettings
 

@@ -13,9 +13,9 @@ from kombu.exceptions import OperationalError
 from structlog.contextvars import bound_contextvars
 
 from memtail.errors import MemtailError
-from memtail.experiment_store.store import ExperimentArchive, experiment_names
-from memtail.scores.pointer import folded, latest_version
-from memtail.spec.experiment import WorkersSpec
+from memtail.experiment_store import ExperimentStore, experiment_names
+from memtail.scores.pointer import accumulated_trials, latest_version
+from memtail.spec import WorkersSpec
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
 from services.common.broker import Assignment, Broker, parse_id, queue_of
@@ -143,7 +143,7 @@ class Dispatcher:
 
     def _record_lost(self, assignment: Assignment, starts: int) -> None:
         error = f"{starts} workers vanished while they trained it: killed with their whole container, or cut off"
-        failure = ExperimentArchive(self._store, assignment.experiment).record_failure(assignment.shard, error)
+        failure = ExperimentStore(self._store, assignment.experiment).record_failure(assignment.shard, error)
         self._broker.forget_starts([assignment.id])
         log.error("shard failed", experiment=assignment.experiment, shard=str(assignment.shard), attempt=failure.attempt, error=error)
 
@@ -153,7 +153,7 @@ class _Known:
 
     def __init__(self, store: ObjectStore, name: str) -> None:
         self.name = name
-        self._archive = ExperimentArchive(store, name)
+        self._experiment_store = ExperimentStore(store, name)
         self._trials = 0
         self._missing: dict[Shard, None] = {}  # in order, and quick to find and to remove
         self._missing_trials = 0
@@ -170,19 +170,23 @@ class _Known:
         All batches are listed now and then only, and of many a part in each pass but the first; in between, those of the shards that may
         have `ended` are looked for.
         """
-        record, control, attempts = self._archive.record(), self._archive.control(), self._archive.attempts()
+        record, control, attempts = (
+            self._experiment_store.read_record(),
+            self._experiment_store.control(),
+            self._experiment_store.attempts(),
+        )
         trials = record.experiment.subsets.trials
         theirs = [shard for name, shard in filter(None, map(parse_id, ended)) if name == self.name]
         if len(theirs) > _LOOKED_FOR_AT_ONCE:
             self._listed = float("-inf")
             theirs = []
         for shard in theirs:
-            if shard in self._missing and self._archive.is_committed(shard):
+            if shard in self._missing and self._experiment_store.is_committed(shard):
                 del self._missing[shard]
                 self._missing_trials -= len(shard.trials)
                 self._found.add(shard)
         if self._listing is None and (time.monotonic() - self._listed >= resync_seconds or trials != self._trials):
-            self._listing, self._found = self._archive.iterate_committed(), set()
+            self._listing, self._found = self._experiment_store.iterate_committed(), set()
         if self._listing is not None:
             part = list(islice(self._listing, _LISTED_AT_ONCE if self._trials else None))
             self._found.update(part)
@@ -197,10 +201,10 @@ class _Known:
 
     def _is_settled(self) -> bool:
         """Whether all trials are in the published scores, or a notice says that there will be none."""
-        pointer = latest_version(self._archive.store, self.name)
-        if pointer and folded(pointer["summary"]) >= self._trials:
+        pointer = latest_version(self._experiment_store.store, self.name)
+        if pointer and accumulated_trials(pointer["summary"]) >= self._trials:
             return True
-        return any(notice.final for notice in self._archive.notices().values())
+        return any(notice.final for notice in self._experiment_store.notices().values())
 
     def standing(self, plan: Plan) -> Standing:
         """How it stands after a pass."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from memtail.errors import StoreError
-from memtail.experiment_store.store import ExperimentArchive, Notice
+from memtail.experiment_store import ExperimentStore, Notice
 from memtail.storage import ObjectStore
 from services.dispatcher import metrics
 from services.dispatcher.cluster import Cluster, ClusterError, Job, Pod
@@ -216,11 +216,11 @@ class Fleet:
 
     def _give_notice(self, name: str, notice: Notice | None) -> None:
         try:
-            archive = ExperimentArchive(self._store, name)
+            experiment_store = ExperimentStore(self._store, name)
             if name not in self._notices:
-                self._notices[name] = archive.notices().get("fleet")
+                self._notices[name] = experiment_store.notices().get("fleet")
             if self._notices[name] != notice:
-                archive.set_notice("fleet", notice)
+                experiment_store.set_notice("fleet", notice)
                 self._notices[name] = notice
         except StoreError as error:
             log.warning("notice not given", experiment=name, error=str(error))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from memtail.experiment_store.store import MAX_ATTEMPTS, Control, missing_shards
+from memtail.experiment_store import MAX_ATTEMPTS, Control, missing_shards
 from memtail.trials import Shard
 from services.common.broker import Assignment
 

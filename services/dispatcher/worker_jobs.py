@@ -12,7 +12,7 @@ from kubernetes.utils import parse_quantity
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
-from memtail.spec.experiment import WorkersSpec
+from memtail.spec import WorkersSpec
 from services.common.settings import ServiceError
 
 #: Labels of Jobs and pods: the experiment they work for, and the number of the Job among those of the experiment.

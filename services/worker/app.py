@@ -25,7 +25,7 @@ from celery.utils.log import get_multiprocessing_logger
 from pydantic import ValidationError
 
 from memtail.errors import MemtailError
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
@@ -135,7 +135,7 @@ class Worker:
             assignment = Assignment.model_validate(kwargs)
             self._reports.send("ended", assignment.experiment, DIED)
             error = f"the training process died ({exception}): killed, out of memory, or a crash in native code"
-            ExperimentArchive(self._store, assignment.experiment).record_failure(assignment.shard, error)
+            ExperimentStore(self._store, assignment.experiment).record_failure(assignment.shard, error)
             with suppress(redis.RedisError):
                 Broker(self._settings, self.celery).release(assignment, self._name)
             log.error("training process died", experiment=assignment.experiment, shard=str(assignment.shard), error=str(exception))

@@ -19,9 +19,9 @@ from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import fetch, fetch_masks
 from memtail.errors import MemtailError, StoreError
 from memtail.execution.pool import StoredCheckpoints
-from memtail.experiment_store.store import ExperimentArchive, Record
+from memtail.experiment_store import ExperimentStore, Record
 from memtail.settings import Settings
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import ObjectNotFound, ObjectStore
 from services.common.broker import Assignment, Broker
 
@@ -99,21 +99,25 @@ class Trainer:
             return None
 
     def _train_if_wanted(self, assignment: Assignment) -> Outcome:
-        archive = ExperimentArchive(self._store, assignment.experiment)
+        experiment_store = ExperimentStore(self._store, assignment.experiment)
         try:
-            record = archive.record()
+            record = experiment_store.read_record()
         except ObjectNotFound:
             return Outcome.NOT_WANTED
-        if record.fingerprint != assignment.fingerprint or not record.has(assignment.shard) or archive.control().state != "running":
+        if (
+            record.fingerprint != assignment.fingerprint
+            or not record.has(assignment.shard)
+            or experiment_store.control().state != "running"
+        ):
             return Outcome.NOT_WANTED
-        if archive.is_committed(assignment.shard):
+        if experiment_store.is_committed(assignment.shard):
             return Outcome.DONE_BEFORE
-        with _Lease(self._broker, assignment, self._holder, self._lease_seconds, archive) as lease:
+        with _Lease(self._broker, assignment, self._holder, self._lease_seconds, experiment_store) as lease:
             if not lease.held:
                 return Outcome.LEASED
-            return self._train(assignment, archive, record, lease)
+            return self._train(assignment, experiment_store, record, lease)
 
-    def _train(self, assignment: Assignment, archive: ExperimentArchive, record: Record, lease: "_Lease") -> Outcome:
+    def _train(self, assignment: Assignment, experiment_store: ExperimentStore, record: Record, lease: "_Lease") -> Outcome:
         from memtail.trainers.images import TrainingStopped, train_shard
         from memtail.trainers.images.devices import available_devices
 
@@ -134,11 +138,11 @@ class Trainer:
             raise
         except Exception as error:  # MemoryError too, which would end the whole worker
             message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
-            archive.record_failure(assignment.shard, message, traceback.format_exc())
+            experiment_store.record_failure(assignment.shard, message, traceback.format_exc())
             log.warning("shard failed", error=message)
             return Outcome.FAILED
         self._shards += 1
-        committed = archive.commit(batch, record.fingerprint)
+        committed = experiment_store.commit(batch, record.fingerprint)
         checkpoints.remove()
         examples = int(np.bitwise_count(batch.membership).sum()) * record.experiment.training.epochs
         spent = batch.provenance
@@ -166,8 +170,8 @@ class _Lease:
     With each renewal it is looked whether the experiment has been cancelled meanwhile.
     """
 
-    def __init__(self, broker: Broker, assignment: Assignment, holder: str, seconds: float, archive: ExperimentArchive) -> None:
-        self._broker, self._assignment, self._seconds, self._archive = broker, assignment, seconds, archive
+    def __init__(self, broker: Broker, assignment: Assignment, holder: str, seconds: float, experiment_store: ExperimentStore) -> None:
+        self._broker, self._assignment, self._seconds, self._experiment_store = broker, assignment, seconds, experiment_store
         self._holder = f"{holder}/{uuid.uuid4().hex}"
         self._over = threading.Event()
         # so that what it logs names the shard
@@ -196,4 +200,4 @@ class _Lease:
             with suppress(redis.RedisError):
                 self._broker.renew(self._assignment, self._holder)
             with suppress(StoreError):
-                self.cancelled = self._archive.control().state == "cancelled"
+                self.cancelled = self._experiment_store.control().state == "cancelled"

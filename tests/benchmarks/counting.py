@@ -128,7 +128,7 @@ def fold() -> list[Row]:
         return TrialBatch(np.arange(first, first + size, dtype=np.int32), *bits, n, q, metrics)
 
     statistics = Statistics(n, q)
-    times = [_timed(lambda first=first: statistics.fold(batch(first))) for first in range(0, 100_000, size)]
+    times = [_timed(lambda first=first: statistics.accumulate(batch(first))) for first in range(0, 100_000, size)]
     early, late = times[10:26], times[-16:]
     return [
         Row("fold", "shard", "1x", late, early, "at 1,000 trials", None, "64 trials of n = 5,000, q = 1,000; ours is at 100,000 trials")
@@ -156,7 +156,7 @@ def imagenet() -> list[Row]:
     for trial in range(trials):
         made = batch(trial)
         began = time.perf_counter()
-        statistics.fold(made)
+        statistics.accumulate(made)
         folds.append(time.perf_counter() - began)
     held = _status_mib("VmRSS")
     with tempfile.TemporaryDirectory() as folder:

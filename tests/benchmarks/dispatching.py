@@ -8,8 +8,8 @@ from pathlib import Path
 
 from memtail import datasets
 from memtail.execution.embedded import declare
-from memtail.experiment_store.store import ExperimentArchive
-from memtail.spec.experiment import Experiment
+from memtail.experiment_store import ExperimentStore
+from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
 from memtail.trials import Shard
@@ -39,8 +39,8 @@ def dispatcher() -> list[Row]:
 def _passes(store: S3Store, broker: Broker, settings: ServiceSettings) -> list[Row]:
     spec = {"name": "big", "dataset": {"name": "digits"}, "subsets": {"trials": SHARDS}, "execution": {"trials_per_shard": 1}}
     experiment = Experiment.parse(spec)
-    archive = ExperimentArchive(store, "big")
-    record = archive.enroll(declare(experiment, datasets.prepare(experiment.dataset)))
+    experiment_store = ExperimentStore(store, "big")
+    record = experiment_store.register(declare(experiment, datasets.prepare(experiment.dataset)))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda trial: store.put(keys.trial_batch("big", trial, trial), b""), range(COMMITTED)))
     first, passes = [], []

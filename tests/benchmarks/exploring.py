@@ -15,9 +15,9 @@ from memtail.datasets import ImageDataset
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
 from memtail.execution.embedded import declare
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.scores.publish import publish
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, TrialMetrics
@@ -73,13 +73,13 @@ def _publish(store: LocalStore, cache: Path) -> None:
     made = InMemoryDataset(*images(N), *images(Q), tuple(f"class {label}" for label in range(CLASSES)))
     dataset = ImageDataset.open(write_dataset(made, cache / "datasets"))
     spec = {"name": "bench", "dataset": {"name": "cifar10"}, "model": {"name": "mlp"}, "subsets": {"trials": TRIALS}}
-    record = ExperimentArchive(store, "bench").enroll(declare(Experiment.parse(spec), dataset))
+    record = ExperimentStore(store, "bench").register(declare(Experiment.parse(spec), dataset))
     statistics = Statistics(N, Q)
     for first in range(0, TRIALS, PER_BATCH):
         M, more, C, T = (rng.integers(0, 256, (PER_BATCH, count // 8), np.uint8) for count in (N, N, N, Q))
         trials = np.arange(first, first + PER_BATCH, dtype=np.int32)
         metrics = [TrialMetrics(trial, False, 0.0, 1.0, 0.5, 0.5) for trial in trials.tolist()]
-        statistics.fold(TrialBatch(trials, M | more, C, T, N, Q, metrics))
+        statistics.accumulate(TrialBatch(trials, M | more, C, T, N, Q, metrics))
     publish(store, record, statistics, dataset)
 
 

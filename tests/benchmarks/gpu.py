@@ -27,7 +27,7 @@ from memtail.datasets import ImageDataset
 from memtail.estimators import Memorization, high_influence_pairs, top_influencers
 from memtail.models import build_model
 from memtail.settings import Settings
-from memtail.spec.experiment import DatasetSpec, Experiment, NamedModel
+from memtail.spec import DatasetSpec, Experiment, NamedModel
 from memtail.statistics import cooccurrence
 from memtail.statistics.cooccurrence_torch import count_block, words_on
 from memtail.subsets import membership
@@ -273,12 +273,12 @@ def find(name: str) -> DatasetSpec | None:
     if any((place / _FOLDERS[name]).is_dir() for place in places):
         return DatasetSpec.model_validate({"name": name})
     for place in places:
-        archive = place / f"{name}-jpeg.tar.xz"
+        experiment_store = place / f"{name}-jpeg.tar.xz"
         unpacked = settings.cache / "unpacked" / f"{name}-jpeg"
-        if archive.is_file():
+        if experiment_store.is_file():
             if not unpacked.is_dir():
                 partial = unpacked.with_suffix(".partial")
-                with tarfile.open(archive) as opened:
+                with tarfile.open(experiment_store) as opened:
                     opened.extractall(partial, filter="data")
                 partial.rename(unpacked)
             return DatasetSpec(name="folder", root=unpacked / name)

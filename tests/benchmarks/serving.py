@@ -8,7 +8,7 @@ from pathlib import Path
 import memtail
 from memtail import datasets
 from memtail.execution.embedded import RunState
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.trainers.images.devices import cores
 from tests.benchmarks.bench import Row
 from tests.integration.servers import MinioServer
@@ -38,8 +38,8 @@ def service() -> list[Row]:
             trials = TRIALS if repetition else 2 * PER_SHARD  # the first warms up
             experiment = Experiment.parse({"name": f"run-{repetition}", "subsets": {"trials": trials, "seed": repetition}, **spec})
             began = time.perf_counter()
-            archive = cluster.submit(experiment, datasets.prepare(experiment.dataset))
-            cluster.until_published(archive, trials, 600)
+            experiment_store = cluster.submit(experiment, datasets.prepare(experiment.dataset))
+            cluster.until_published(experiment_store, trials, 600)
             ours.append((time.perf_counter() - began) / trials)
             embedded.append(_embedded(experiment, Path(folder, "embedded")) / trials)
     note = f"digits, MLP 256, {TRIALS} trials in shards of {PER_SHARD} from submission to scores; baseline: memtail run"

@@ -15,7 +15,7 @@ from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.execution.pool import Task, Workers
 from memtail.models import build_model
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.subsets import membership
 from memtail.trainers.images.devices import cores
 from memtail.trials import Shard

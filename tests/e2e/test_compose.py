@@ -16,9 +16,9 @@ import yaml
 
 from memtail.execution.embedded import run
 from memtail.execution.progress import progress_of
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.scores.publish import latest_version
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from tests.e2e.deployment import PROJECT, Deployment, docker, prepare_images, python_image, service_of
 
@@ -56,16 +56,16 @@ def deployment(spec: Path, out: Path) -> Iterator[Deployment]:
         began = time.monotonic()
         deployment.up()
         store = deployment.store()
-        archive = ExperimentArchive(store, "digits")
+        experiment_store = ExperimentStore(store, "digits")
 
         def published() -> int:
             pointer = latest_version(store, "digits")
             return pointer["summary"]["trials"] if pointer else 0
 
-        deployment.until(lambda: any(archive.committed()), 600)
+        deployment.until(lambda: any(experiment_store.committed()), 600)
         docker("kill", deployment.containers("worker")[0]["Id"])
         print(f"first shard {time.monotonic() - began:.0f} s after docker compose up")
-        assert len(list(archive.committed())) < TRIALS / PER_SHARD, (
+        assert len(list(experiment_store.committed())) < TRIALS / PER_SHARD, (
             "the worker was to be killed before all was done: more trials are needed"
         )
         deployment.until(published, 600)
@@ -78,10 +78,10 @@ def deployment(spec: Path, out: Path) -> Iterator[Deployment]:
 
 
 def test_every_trial_is_there_once_and_none_failed(deployment: Deployment) -> None:
-    archive = ExperimentArchive(deployment.store(), "digits")
-    trials = [trial for shard in archive.committed() for trial in shard.trials]
+    experiment_store = ExperimentStore(deployment.store(), "digits")
+    trials = [trial for shard in experiment_store.committed() for trial in shard.trials]
     assert sorted(trials) == list(range(TRIALS))
-    assert not list(archive.failures())
+    assert not list(experiment_store.failures())
 
 
 def test_the_command_line_fetches_what_an_embedded_run_computes(deployment: Deployment, spec: Path, out: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from PIL import Image
 
 from memtail import datasets
 from memtail.execution.embedded import declare, run
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.scores.publish import publish
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore
 from memtail.storage.local import LocalStore
@@ -46,14 +46,14 @@ def explored(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Itera
     store.put(study.prefix + "result.json", json.dumps(study.to_json()).encode())
     store.put(study.prefix + "figure.svg", FIGURE)
     young = Experiment.parse({"name": "young", "dataset": {"name": "digits"}, "model": model, "subsets": {"trials": TRIALS}})
-    ExperimentArchive(store, "young").enroll(declare(young, datasets.prepare(young.dataset)))
+    ExperimentStore(store, "young").register(declare(young, datasets.prepare(young.dataset)))
     yield store
 
 
 def publish_random(store: ObjectStore, experiment: Experiment, trials: int) -> None:
     """Enter an experiment in a store and publish scores of random outcomes."""
     dataset = datasets.prepare(experiment.dataset)
-    record = ExperimentArchive(store, experiment.name).enroll(declare(experiment, dataset))
+    record = ExperimentStore(store, experiment.name).register(declare(experiment, dataset))
     rng = np.random.default_rng(trials)
     statistics = Statistics(dataset.n_train, dataset.n_test)
     bits = {name: rng.random((trials, count)) for name, count in (("M", dataset.n_train), ("C", dataset.n_train), ("T", dataset.n_test))}
@@ -62,5 +62,5 @@ def publish_random(store: ObjectStore, experiment: Experiment, trials: int) -> N
     C = M | (bits["C"] < np.linspace(0, 1, dataset.n_train))
     metrics = [TrialMetrics(trial, False, 0.0, 1.0, 0.5, 0.5) for trial in range(trials)]
     packed = (pack(M), pack(C), pack(bits["T"] < 0.5))
-    statistics.fold(TrialBatch(np.arange(trials, dtype=np.int32), *packed, dataset.n_train, dataset.n_test, metrics))
+    statistics.accumulate(TrialBatch(np.arange(trials, dtype=np.int32), *packed, dataset.n_train, dataset.n_test, metrics))
     publish(store, record, statistics, dataset)

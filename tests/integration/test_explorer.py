@@ -23,7 +23,7 @@ from memtail.explorer import library as module
 from memtail.explorer.app import create
 from memtail.explorer.library import Library
 from memtail.scores.fetch import open_scores
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import UnreachableError, keys
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult

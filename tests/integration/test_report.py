@@ -15,7 +15,7 @@ import memtail
 from memtail.errors import ScoresError
 from memtail.figures.style import drawing
 from memtail.report.publish import is_current, latest_report, publish_report
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult, write_result

@@ -15,7 +15,7 @@ import yaml
 
 import memtail
 from memtail.errors import MemtailError, StoreError
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.scores.publish import latest_version, publish
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
@@ -168,13 +168,13 @@ def test_a_foreign_or_corrupt_batch_is_refused_by_name(finished, tmp_path):
 
 def test_the_pointer_never_goes_back_to_fewer_trials(finished, digits):
     store, _ = finished
-    archive = ExperimentArchive(LocalStore(store), "digits")
-    record = archive.record()
+    experiment_store = ExperimentStore(LocalStore(store), "digits")
+    record = experiment_store.read_record()
     behind = Statistics(digits.n_train, digits.n_test)
-    behind.fold(archive.batch(archive.committed()[0], record))
-    before = latest_version(archive.store, "digits")
-    assert publish(archive.store, record, behind, digits)["trials"] == 5
-    assert latest_version(archive.store, "digits") == before
+    behind.accumulate(experiment_store.batch(experiment_store.committed()[0], record))
+    before = latest_version(experiment_store.store, "digits")
+    assert publish(experiment_store.store, record, behind, digits)["trials"] == 5
+    assert latest_version(experiment_store.store, "digits") == before
     assert command("top", "--store", store).returncode == 0
 
 
@@ -238,7 +238,7 @@ def test_a_shard_that_keeps_failing_becomes_failure_records_and_a_later_run_mend
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = command("run", path, "--store", tmp_path / "store", env={**environment, "MODE": mode})
     assert result.returncode == 2 and "Traceback" not in result.stderr.splitlines()[-1] and "failures" in result.stderr
-    failures = list(ExperimentArchive(LocalStore(tmp_path / "store"), "digits").failures())
+    failures = list(ExperimentStore(LocalStore(tmp_path / "store"), "digits").failures())
     assert [(failure.shard, failure.attempt) for failure in failures] == [
         (Shard(first, first + 1), attempt) for first in (0, 2) for attempt in (1, 2, 3)
     ]

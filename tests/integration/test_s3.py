@@ -209,7 +209,7 @@ def test_a_temporary_key_that_may_only_read_reads_and_is_told_what_it_lacks(mini
 def test_a_clock_that_is_far_off_is_one_clear_error(minio, bucket, monkeypatch, logs):
     monkeypatch.setattr("minio.time.utcnow", lambda: datetime.now(UTC) + timedelta(hours=1))
     with pytest.raises(StoreError, match=r"RequestTimeTooSkewed.*set the clock of this machine"):
-        S3Store(bucket, "", minio.settings()).prove()
+        S3Store(bucket, "", minio.settings()).verify_contract()
     assert not logs
 
 
@@ -224,7 +224,7 @@ def test_a_server_with_a_certificate_of_ones_own_authority(tmp_path, logs):
     with MinioServer(tmp_path, folder) as server:
         trusting = server.settings(ca_file=folder / "ca.pem")
         store = S3Store(server.new_bucket(), "p", trusting)
-        store.prove()
+        store.verify_contract()
         store.put("k", b"safe")
         assert store.put_if_absent("new", b"1") and not store.put_if_absent("new", b"1") and store.get("k") == b"safe"
         name = store.address.split("/")[2]
@@ -254,7 +254,7 @@ def test_a_bucket_may_be_addressed_by_a_host_name_of_its_own(minio, bucket, monk
     monkeypatch.setattr(socket, "getaddrinfo", here)
     endpoint = f"http://localhost:{minio.port}"
     virtual = S3Store(bucket, "addressing", minio.settings(endpoint=endpoint, addressing="virtual"))
-    virtual.prove()
+    virtual.verify_contract()
     assert virtual.put_if_absent("k", b"1") and f"{bucket}.localhost" in asked
     asked.clear()
     assert S3Store(bucket, "addressing", minio.settings(endpoint=endpoint, addressing="path")).get("k") == b"1"
@@ -397,17 +397,17 @@ def test_a_malformed_setting_is_refused_by_name(environment, variable, value, me
 )
 def test_a_server_that_does_not_keep_the_contract_is_refused_at_the_start(environment, fault, message):
     with FakeS3() as sound:
-        S3Store("bucket", "", sound.settings()).prove()
+        S3Store("bucket", "", sound.settings()).verify_contract()
         assert not sound.objects
     with FakeS3(fault) as server:
         with pytest.raises(StoreError, match=message):
-            S3Store("bucket", "", server.settings()).prove()
+            S3Store("bucket", "", server.settings()).verify_contract()
         assert not server.objects
         for name, value in (("ENDPOINT", server.settings().endpoint), ("ACCESS_KEY", "a" * 20), ("SECRET_KEY", "b" * 40)):
             environment.setenv(f"MEMTAIL_S3_{name}", value)
         with pytest.raises(StoreError, match=message):
             open_store("s3://bucket/x")
-        assert open_store("s3://bucket/x", prove=False).address == "s3://bucket/x"
+        assert open_store("s3://bucket/x", verify=False).address == "s3://bucket/x"
 
 
 def test_what_is_no_s3_server_is_one_clear_error_at_once(logs):
@@ -424,7 +424,7 @@ def test_what_is_no_s3_server_is_one_clear_error_at_once(logs):
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         settings = S3Settings(endpoint=f"http://127.0.0.1:{server.server_port}", access_key="a" * 20, secret_key="b" * 40)
         with pytest.raises(StoreError, match="the answer is not that of an S3 server"):
-            S3Store("bucket", "", settings).prove()
+            S3Store("bucket", "", settings).verify_contract()
         server.shutdown()
     assert not logs
 

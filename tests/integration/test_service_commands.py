@@ -25,7 +25,7 @@ from memtail.cli.doctor import examine
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import MemtailError, StoreError
 from memtail.execution.progress import progress_of
-from memtail.experiment_store.store import Control, ExperimentArchive
+from memtail.experiment_store import Control, ExperimentStore
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, keys
@@ -85,33 +85,35 @@ def call(store):
 def submitted(call, spec, store):
     """An experiment that was submitted, and has no trials yet."""
     call("submit", spec())
-    return ExperimentArchive(store, "tiny")
+    return ExperimentStore(store, "tiny")
 
 
-def commit(archive, *shards, diverged=False):
+def commit(experiment_store, *shards, diverged=False):
     """Commits made-up trials."""
-    record = archive.record()
+    record = experiment_store.read_record()
     for shard in shards:
         rng = np.random.default_rng(shard.first)
         count = len(shard.trials)
         bits = [pack(rng.random((count, size)) < 0.5) for size in (record.n_train, record.n_train, record.n_test)]
         metrics = [TrialMetrics(trial, diverged, 0.1, 1.0, 0.5, 0.75) for trial in shard.trials]
         trial, provenance = np.array(shard.trials, np.int32), {"fingerprint": record.fingerprint}
-        archive.commit(TrialBatch(trial, *bits, record.n_train, record.n_test, metrics, provenance), record.fingerprint)
+        experiment_store.commit(TrialBatch(trial, *bits, record.n_train, record.n_test, metrics, provenance), record.fingerprint)
 
 
-def publish_all(archive):
+def publish_all(experiment_store):
     """Does what the aggregator does."""
-    record = archive.record()
+    record = experiment_store.read_record()
     statistics = Statistics(record.n_train, record.n_test)
-    for shard in archive.committed():
-        statistics.fold(archive.batch(shard, record))
-    publish(archive.store, record, statistics, datasets.prepare(record.experiment.dataset))
+    for shard in experiment_store.committed():
+        statistics.accumulate(experiment_store.batch(shard, record))
+    publish(experiment_store.store, record, statistics, datasets.prepare(record.experiment.dataset))
 
 
-def fail(archive, shard, times, error="RuntimeError: boom"):
+def fail(experiment_store, shard, times, error="RuntimeError: boom"):
     for _ in range(times):
-        archive.record_failure(shard, error, f"Traceback (most recent call last):\n  in forward\n{error}\n", "2026-01-02T03:04:05+00:00")
+        experiment_store.record_failure(
+            shard, error, f"Traceback (most recent call last):\n  in forward\n{error}\n", "2026-01-02T03:04:05+00:00"
+        )
 
 
 def test_stage_puts_a_dataset_into_the_store_once_and_says_so(call, spec, store, tmp_path):
@@ -130,12 +132,12 @@ def test_stage_without_a_store_only_prepares(spec, tmp_path, monkeypatch):
 
 def test_submit_stages_and_enters_and_says_what_and_what_next(call, spec, store, tmp_path):
     text = call("submit", spec(), "--priority", 5)
-    archive = ExperimentArchive(store, "tiny")
-    record = archive.record()
+    experiment_store = ExperimentStore(store, "tiny")
+    record = experiment_store.read_record()
     assert f"tiny entered in {store.address}" in text and "12 in 3 shards of 4" in text and "put into the store" in text
     assert f"memtail watch tiny --store {store.address}" in text
     assert f"memtail scores tiny --fetch DIR --store {store.address}" in text
-    assert archive.control() == Control("running", 5)
+    assert experiment_store.control() == Control("running", 5)
     assert fetch(store, record.canonical["dataset"]["fingerprint"], tmp_path / "cache").n_train == record.n_train
 
 
@@ -154,7 +156,7 @@ def test_submitting_again_changes_nothing_and_more_trials_extend(call, spec, sto
 def test_what_an_experiment_has_come_to_stays_when_it_is_submitted_again_with_the_trials_it_began_with(call, spec, store):
     subsets = {"trials": 12, "design": "balanced", "fraction": 0.5, "until": {"standard_error": 0.1}}
     call("submit", spec(subsets=subsets))
-    ExperimentArchive(store, "tiny").extend(20)
+    ExperimentStore(store, "tiny").extend(20)
     assert "20 in 5 shards of 4" in call("submit", spec(subsets=subsets))
     made = json.loads(call("submit", spec(subsets=subsets), "--json"))
     assert (made["trials_before"], made["trials"]) == (20, 20)
@@ -323,7 +325,7 @@ def test_watch_counts_diverged_trials_as_done(call, submitted, meanwhile):
 
 def test_watch_follows_all_experiments_and_goes_on_to_the_last(call, spec, submitted, meanwhile):
     call("submit", spec("other"))
-    other = ExperimentArchive(submitted.store, "other")
+    other = ExperimentStore(submitted.store, "other")
     meanwhile(
         lambda: (commit(other, *SHARDS), publish_all(other)), lambda: fail(submitted, SHARDS[0], 1), lambda: commit(submitted, *SHARDS),
         lambda: publish_all(submitted),
@@ -394,17 +396,17 @@ def test_the_commands_work_on_a_bucket(in_a_bucket, spec, tmp_path):
         assert result.exit_code == code, (result.output, result.exception)
         return result.stdout
 
-    archive = ExperimentArchive(in_a_bucket, "tiny")
+    experiment_store = ExperimentStore(in_a_bucket, "tiny")
     assert json.loads(call("submit", spec(), "--priority", 1, "--json"))["staged"] is True
     assert "was there" in call("stage", spec())
-    commit(archive, *SHARDS[:2])
-    fail(archive, SHARDS[2], 3)
+    commit(experiment_store, *SHARDS[:2])
+    fail(experiment_store, SHARDS[2], 3)
     assert "dead" in call("status") and "given up" in call("failures") and "shards failed too often (8-11)" in call("watch", code=1)
     call("retry")
     call("pause", "tiny")
-    assert archive.control() == Control("paused", 1)
-    commit(archive, SHARDS[2])
-    publish_all(archive)
+    assert experiment_store.control() == Control("paused", 1)
+    commit(experiment_store, SHARDS[2])
+    publish_all(experiment_store)
     assert "12/12 trials; done" in call("watch")
     call("scores", "tiny", "--fetch", tmp_path / "fetched")
     assert json.loads((tmp_path / "fetched" / "summary.json").read_text())["trials"] == 12
@@ -414,11 +416,11 @@ def test_watch_waits_out_an_outage_of_the_store(own_minio, spec, meanwhile, monk
     for variable, value in own_minio.environment().items():
         monkeypatch.setenv(variable, value)
     store = S3Store(own_minio.new_bucket(), "work", own_minio.settings())
-    archive = ExperimentArchive(store, "tiny")
+    experiment_store = ExperimentStore(store, "tiny")
     runner = CliRunner()
     assert runner.invoke(app, ["submit", str(spec()), "--store", store.address]).exit_code == 0
     meanwhile(
-        own_minio.stop, lambda: None, lambda: (own_minio.start(), commit(archive, *SHARDS)), lambda: publish_all(archive)
+        own_minio.stop, lambda: None, lambda: (own_minio.start(), commit(experiment_store, *SHARDS)), lambda: publish_all(experiment_store)
     )  # fmt: skip
     result = runner.invoke(app, ["watch", "--store", store.address])
     assert result.exit_code == 0, (result.output, result.exception)

@@ -18,9 +18,9 @@ from memtail.datasets.staged_dataset import fetch, fetch_masks
 from memtail.errors import MemtailError
 from memtail.execution.embedded import declare as declare_record
 from memtail.execution.embedded import run
-from memtail.experiment_store.store import Control, ExperimentArchive
+from memtail.experiment_store import Control, ExperimentStore
 from memtail.settings import Settings
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.studies.duplicates import measure
@@ -73,9 +73,9 @@ def result_of(store, study_name, name="digits"):
 
 def bits(store, name):
     """Membership and test correctness of all trials of an experiment, and their metrics."""
-    archive = ExperimentArchive(store, name)
-    record = archive.record()
-    batches = [archive.batch(shard, record) for shard in archive.committed()]
+    experiment_store = ExperimentStore(store, name)
+    record = experiment_store.read_record()
+    batches = [experiment_store.batch(shard, record) for shard in experiment_store.committed()]
     members = np.concatenate([unpack(batch.membership, record.n_train) for batch in batches])
     right = np.concatenate([unpack(batch.test_correct, record.n_test) for batch in batches])
     return members, right, [entry for batch in batches for entry in batch.metrics]
@@ -127,10 +127,10 @@ def test_a_submitted_study_needs_nothing_but_the_store_and_is_evaluated_when_it_
     arguments = ("removal", "digits", "--theta", 0.75, "--repeats", 2)
     entered = json.loads(study(store, *arguments, "--submit", "--json"))
     assert entered["trained"] is False and entered["trials"] == 6
-    archive = ExperimentArchive(store, entered["experiment"])
-    assert not archive.committed()
+    experiment_store = ExperimentStore(store, entered["experiment"])
+    assert not experiment_store.committed()
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "cache of a worker"))
-    record = archive.record()
+    record = experiment_store.read_record()
     masks = fetch_masks(store, record.canonical["subsets"]["masks"], Settings().cache)
     dataset = fetch(store, record.canonical["dataset"]["fingerprint"], Settings().cache)
     run(record.experiment.with_masks(masks), store.address, dataset=dataset)
@@ -195,7 +195,7 @@ def test_duplicates_are_looked_for_by_pixels_and_features_and_the_loss_is_split_
 def test_the_last_layer_alone_is_trained_on_the_subsets_of_the_experiment_and_memorizes_less(store):
     study(store, "last-layer", "digits")
     result = result_of(store, "last-layer")
-    alone = ExperimentArchive(store, result.experiments[1]).record()
+    alone = ExperimentStore(store, result.experiments[1]).read_record()
     assert alone.canonical["dataset"]["fingerprint"] == json.loads(store.get("experiments/digits/features.json"))["dataset"]
     assert (bits(store, "digits")[0] == bits(store, result.experiments[1])[0]).all()
     for label, name in (("whole model", "digits"), ("last layer", result.experiments[1])):
@@ -205,33 +205,33 @@ def test_the_last_layer_alone_is_trained_on_the_subsets_of_the_experiment_and_me
     assert result.measured["last layer"]["test_accuracy"] > 0.9 and result.measured["last layer"]["memorized_error"] > 0
 
     # more trials of the whole model take more of the last layer; the features stay
-    archive = ExperimentArchive(store, "digits")
-    run(archive.record().with_trials(144).experiment, store.address)
+    experiment_store = ExperimentStore(store, "digits")
+    run(experiment_store.read_record().with_trials(144).experiment, store.address)
     study(store, "last-layer", "digits")
     extended = result_of(store, "last-layer")
     assert extended.experiments == result.experiments and extended.trials == 288
 
 
 def test_what_a_study_starts_from_is_not_to_change_meanwhile(store):
-    archive = ExperimentArchive(store, "again")
-    archive.extend(1000)
+    experiment_store = ExperimentStore(store, "again")
+    experiment_store.extend(1000)
     for arguments in (("removal",), ("removal", "--pairs"), ("last-layer",), ("duplicates",)):
         with pytest.raises(MemtailError, match="has scores of 128 of 1000 trials"):
             study(store, arguments[0], "again", *arguments[1:])
-    archive.set_control(Control("cancelled"))
+    experiment_store.set_control(Control("cancelled"))
     study(store, "removal", "again", "--theta", 0.5, "--theta", 1.5, "--repeats", 2)
     assert "No example has mem >= 1.5." in result_of(store, "removal", "again").findings
 
 
 def test_a_model_that_diverges_has_no_features(store, short):
     del short
-    record = ExperimentArchive(store, "short").record()
+    record = ExperimentStore(store, "short").read_record()
     declaration = record.experiment.model_dump(mode="json")
     declaration["training"]["optimizer"]["lr"] = 1e30
     declaration["name"] = "diverging"
     diverging = Experiment.parse(declaration)
-    ExperimentArchive(store, "diverging").enroll(declare_record(diverging, datasets.prepare(diverging.dataset)))
-    record = ExperimentArchive(store, "diverging").record()
+    ExperimentStore(store, "diverging").register(declare_record(diverging, datasets.prepare(diverging.dataset)))
+    record = ExperimentStore(store, "diverging").read_record()
     with pytest.raises(MemtailError, match="'diverging': the model trained on everything diverged"):
         features_of(store, record, lambda: datasets.prepare(diverging.dataset))
     assert not store.exists(keys.features("diverging"))

@@ -6,8 +6,8 @@ from typing import Any
 
 from memtail.datasets import ImageDataset
 from memtail.execution.progress import progress_of
-from memtail.experiment_store.store import ExperimentArchive
-from memtail.spec.experiment import Experiment
+from memtail.experiment_store import ExperimentStore
+from memtail.spec import Experiment
 from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes
 from tests.kubernetes.simulation import Pods
@@ -50,7 +50,7 @@ class Fleet:
         path.write_text(self.kubernetes.kubectl(*config))
         return self.cluster.start("dispatcher", MEMTAIL_FLEET=str(path), KUBECONFIG=str(kubeconfig or self.kubeconfig))
 
-    def submit(self, shards: int, name: str = "a", per_shard: int = 20, **workers: Any) -> ExperimentArchive:
+    def submit(self, shards: int, name: str = "a", per_shard: int = 20, **workers: Any) -> ExperimentStore:
         """An experiment of so many shards."""
         execution = {"trials_per_shard": per_shard, "device": "cpu", "workers": workers or None}
         design = {"design": "balanced"} if per_shard % 20 == 0 else {}
@@ -72,6 +72,6 @@ class Fleet:
         """What `memtail status` shows of the workers."""
         return "\n".join(progress_of(self.cluster.store, name).notice_lines)
 
-    def done(self, archive: ExperimentArchive, shards: int) -> bool:
+    def done(self, experiment_store: ExperimentStore, shards: int) -> bool:
         """Whether all is committed and no worker is left."""
-        return len(archive.committed()) == shards and not self.running()
+        return len(experiment_store.committed()) == shards and not self.running()

@@ -22,7 +22,7 @@ from tenacity import retry, stop_after_attempt, wait_fixed
 
 from memtail import datasets
 from memtail.settings import S3Settings
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage.s3 import S3Store
 from tests.integration.servers import MinioServer
 from tests.kubernetes.conftest import CONTROL_PLANE, Kubernetes, install_tools
@@ -77,7 +77,7 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
     processes, pipes = _start_pods(fleet, seconds)
     fleet.cluster.until(lambda: fleet.cluster.serves(dispatcher))
     began = time.monotonic()
-    archive = fleet.submit(shards, per_shard=1)
+    experiment_store = fleet.submit(shards, per_shard=1)
     fleet.cluster.until(lambda: len(patient(fleet.running)()) >= workers, 600)
     print(f"{workers} workers run after {time.monotonic() - began:.1f} s", flush=True)
     start = _moment(fleet, pipes)
@@ -98,7 +98,7 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
     end = _moment(fleet, pipes)
     print(f"all {shards:,} shards committed after {time.monotonic() - began:.0f} s; in all, per second:", flush=True)
     _told(start, end, dispatcher)
-    fleet.cluster.until(lambda: patient(fleet.done)(archive, shards), 600)
+    fleet.cluster.until(lambda: patient(fleet.done)(experiment_store, shards), 600)
     print(f"no worker is left after {time.monotonic() - began:.0f} s")
     counted = sum(_ask(pipes, "committed"), Counter())
     assert len(counted) == shards and set(counted.values()) == {1}

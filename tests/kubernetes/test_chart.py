@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from memtail.spec.experiment import WorkersSpec
+from memtail.spec import WorkersSpec
 from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
 from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables

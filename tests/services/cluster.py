@@ -17,9 +17,9 @@ import urllib3
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage
 from memtail.execution.embedded import declare
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.scores.publish import latest_version
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
 from tests.integration.servers import MinioServer, free_port, server_binary
@@ -145,11 +145,11 @@ class Cluster:
         self.services.append(service)
         return service.start()
 
-    def submit(self, experiment: Experiment, dataset: ImageDataset) -> ExperimentArchive:
+    def submit(self, experiment: Experiment, dataset: ImageDataset) -> ExperimentStore:
         stage(dataset, self.store)
-        archive = ExperimentArchive(self.store, experiment.name)
-        archive.enroll(declare(experiment, dataset))
-        return archive
+        experiment_store = ExperimentStore(self.store, experiment.name)
+        experiment_store.register(declare(experiment, dataset))
+        return experiment_store
 
     def until(self, what: Callable[[], Any], seconds: float = 90) -> float:
         """Wait for something to become true; returns the seconds it took."""
@@ -159,11 +159,11 @@ class Cluster:
             time.sleep(0.05)
         return time.monotonic() - began
 
-    def until_published(self, archive: ExperimentArchive, trials: int, seconds: float = 90) -> float:
+    def until_published(self, experiment_store: ExperimentStore, trials: int, seconds: float = 90) -> float:
         """Wait for scores of so many trials."""
 
         def published() -> bool:
-            pointer = latest_version(self.store, archive.name)
+            pointer = latest_version(self.store, experiment_store.name)
             return pointer is not None and pointer["summary"]["trials"] + pointer["summary"]["diverged"] >= trials
 
         return self.until(published, seconds)

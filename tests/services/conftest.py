@@ -6,7 +6,7 @@ import pytest
 
 from memtail.execution.embedded import run
 from memtail.scores.publish import latest_version
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from tests.integration.conftest import minio  # noqa: F401 - a fixture

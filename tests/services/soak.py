@@ -18,9 +18,9 @@ from typing import Any
 
 from memtail import datasets
 from memtail.execution.embedded import run
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.scores.publish import latest_version
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from services.common.broker import Assignment, Broker
@@ -43,7 +43,7 @@ class Faults:
 
     def __init__(self, cluster: Cluster, chance: random.Random) -> None:
         self._cluster, self._chance = cluster, chance
-        self.archive: ExperimentArchive | None = None
+        self.experiment_store: ExperimentStore | None = None
 
     def all(self) -> list[Callable[[], None]]:
         """Every fault."""
@@ -88,16 +88,16 @@ class Faults:
         os.killpg(group, signal.SIGCONT)
 
     def batch_deleted(self) -> None:
-        assert self.archive is not None
-        if committed := self.archive.committed():
+        assert self.experiment_store is not None
+        if committed := self.experiment_store.committed():
             shard = self._chance.choice(committed)
-            self._cluster.store.delete(keys.trial_batch(self.archive.name, shard.first, shard.last))
+            self._cluster.store.delete(keys.trial_batch(self.experiment_store.name, shard.first, shard.last))
 
     def messages_repeated(self) -> None:
-        assert self.archive is not None
+        assert self.experiment_store is not None
         first = self._chance.randrange(0, TRIALS, PER_SHARD)
-        fingerprint = self.archive.record().fingerprint
-        assignment = Assignment(experiment=self.archive.name, fingerprint=fingerprint, first=first, last=first + PER_SHARD - 1)
+        fingerprint = self.experiment_store.read_record().fingerprint
+        assignment = Assignment(experiment=self.experiment_store.name, fingerprint=fingerprint, first=first, last=first + PER_SHARD - 1)
         Broker(ServiceSettings(store="-", broker=self._cluster.redis.url)).send([assignment] * 5)
 
     def _one(self, name: str) -> Service:
@@ -117,43 +117,48 @@ def soak(minutes: float, seed: int) -> None:
         dataset = datasets.prepare(Experiment.parse({"name": "soak", **SPEC}).dataset)
         for name in ("dispatcher", "worker", "worker", "aggregator"):
             cluster.start(name)
-        faults, archives = Faults(cluster, chance), list[ExperimentArchive]()
+        faults, experiment_stores = Faults(cluster, chance), list[ExperimentStore]()
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end:
-            archives.append(cluster.submit(Experiment.parse({"name": f"soak-{len(archives)}", **SPEC}), dataset))
-            faults.archive = archives[-1]
-            while time.monotonic() < end and not _published(cluster, archives[-1]):
+            experiment_stores.append(cluster.submit(Experiment.parse({"name": f"soak-{len(experiment_stores)}", **SPEC}), dataset))
+            faults.experiment_store = experiment_stores[-1]
+            while time.monotonic() < end and not _published(cluster, experiment_stores[-1]):
                 fault = chance.choice(faults.all())
                 fault()
                 happened[fault.__name__] += 1
-                print(f"{end - time.monotonic():4.0f} s left, {fault.__name__}: {_state(archives[-1])}", flush=True)
+                print(f"{end - time.monotonic():4.0f} s left, {fault.__name__}: {_state(experiment_stores[-1])}", flush=True)
                 time.sleep(chance.uniform(1, 10))
-                archives[-1].forgive()  # a shard may be hit three times
-        for archive in archives:
-            cluster.until(lambda archive=archive: _published(cluster, archive), 300)
-        _check(cluster, archives, Path(folder, "expected"))
+                experiment_stores[-1].clear_failures()  # a shard may be hit three times
+        for experiment_store in experiment_stores:
+            cluster.until(lambda experiment_store=experiment_store: _published(cluster, experiment_store), 300)
+        _check(cluster, experiment_stores, Path(folder, "expected"))
     faults_made = ", ".join(f"{count} x {name.replace('_', ' ')}" for name, count in happened.most_common())
-    print(f"{happened.total()} faults ({faults_made}); {len(archives) * TRIALS} trials of {len(archives)} experiments, each counted once")
+    print(
+        f"{happened.total()} faults ({faults_made}); "
+        f"{len(experiment_stores) * TRIALS} trials of {len(experiment_stores)} experiments, each counted once"
+    )
 
 
-def _published(cluster: Cluster, archive: ExperimentArchive) -> bool:
-    pointer = latest_version(cluster.store, archive.name)
-    return pointer is not None and pointer["summary"]["trials"] >= TRIALS and len(archive.committed()) >= TRIALS // PER_SHARD
+def _published(cluster: Cluster, experiment_store: ExperimentStore) -> bool:
+    pointer = latest_version(cluster.store, experiment_store.name)
+    return pointer is not None and pointer["summary"]["trials"] >= TRIALS and len(experiment_store.committed()) >= TRIALS // PER_SHARD
 
 
-def _state(archive: ExperimentArchive) -> str:
-    return f"{archive.name} has {len(archive.committed())} of {TRIALS // PER_SHARD} shards"
+def _state(experiment_store: ExperimentStore) -> str:
+    return f"{experiment_store.name} has {len(experiment_store.committed())} of {TRIALS // PER_SHARD} shards"
 
 
-def _check(cluster: Cluster, archives: list[ExperimentArchive], folder: Path) -> None:
+def _check(cluster: Cluster, experiment_stores: list[ExperimentStore], folder: Path) -> None:
     undisturbed = LocalStore(folder)
     run(Experiment.parse({"name": "soak", **SPEC}), folder)
     expected = _scores(undisturbed, "soak")
-    for archive in archives:
-        assert sorted(trial for shard in archive.committed() for trial in shard.trials) == list(range(TRIALS)), archive.name
-        found = _scores(cluster.store, archive.name)
+    for experiment_store in experiment_stores:
+        assert sorted(trial for shard in experiment_store.committed() for trial in shard.trials) == list(range(TRIALS)), (
+            experiment_store.name
+        )
+        found = _scores(cluster.store, experiment_store.name)
         differing = [name for name in expected if found.get(name) != expected[name]]
-        assert found.keys() == expected.keys() and not differing, f"{archive.name}: {differing}"
+        assert found.keys() == expected.keys() and not differing, f"{experiment_store.name}: {differing}"
 
 
 def _scores(store: Any, name: str) -> dict[str, Any]:

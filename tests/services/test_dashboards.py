@@ -17,7 +17,7 @@ import pytest
 import urllib3
 import yaml
 
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from services.common.broker import Broker
 from services.common.settings import ServiceSettings
 from services.monitoring.dashboards import FOLDER
@@ -73,13 +73,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
         services = [cluster.start(name) for name in ("dispatcher", "aggregator", "worker", "worker")]
         with PrometheusServer(folder, services, minio) as prometheus:
             began = time.time()
-            archive = cluster.submit(Experiment.parse(spec), digits)
+            experiment_store = cluster.submit(Experiment.parse(spec), digits)
             broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
             # whichever worker had the failure, Prometheus is to have seen it before one is killed
             cluster.until(lambda: prometheus.at(time.time(), "memtail_shard_attempts_total{outcome='failed'} > 0"), 300)
-            cluster.until(lambda: len(archive.committed()) > 2 and len(broker.leased()) == 2, 300)
+            cluster.until(lambda: len(experiment_store.committed()) > 2 and len(broker.leased()) == 2, 300)
             services[-1].kill()
-            cluster.until_published(archive, TRIALS, 300)
+            cluster.until_published(experiment_store, TRIALS, 300)
             counted = f"memtail_scores_published_trials == {TRIALS} and on() sum(memtail_trials{{state='committed'}}) == {TRIALS}"
             recorded = "and on() experiment:memtail_standard_error_per_bound:ratio"
             ended = began

@@ -80,7 +80,7 @@ def test_a_bucket_is_made_unless_it_is_there(minio: MinioServer, monkeypatch: py
         with pytest.raises(SystemExit) as ended:
             runpy.run_module("services.tools.make_bucket", run_name="__main__")
         assert not ended.value.code
-    S3Store("made-by-test", settings=minio.settings()).prove()
+    S3Store("made-by-test", settings=minio.settings()).verify_contract()
 
 
 def test_a_heartbeat_file_is_healthy_while_it_is_young(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.storage import keys
 from memtail.trials import Shard
 from services.common.broker import Assignment, Broker
@@ -35,99 +35,99 @@ def own_minio(tmp_path_factory):
         yield server
 
 
-def trained(archive, count=1):
-    return lambda: len(archive.committed()) >= count
+def trained(experiment_store, count=1):
+    return lambda: len(experiment_store.committed()) >= count
 
 
 @contextmanager
-def recovery(cluster, archive, experiment, expected, what):
+def recovery(cluster, experiment_store, experiment, expected, what):
     """The fault is the body; what must hold afterwards is checked here."""
     yield
-    done = len(archive.committed())
-    resumed = cluster.until(lambda: len(archive.committed()) > done or done == SHARDS, 120)
-    finished = resumed + cluster.until_published(archive, TRIALS, 180)
+    done = len(experiment_store.committed())
+    resumed = cluster.until(lambda: len(experiment_store.committed()) > done or done == SHARDS, 120)
+    finished = resumed + cluster.until_published(experiment_store, TRIALS, 180)
     print(f"\n{what}: the next shard committed after {resumed:.1f} s, all published after {finished:.1f} s")
     assert cluster.scores(experiment.name) == expected(experiment)
-    trials = [trial for shard in archive.committed() for trial in shard.trials]
+    trials = [trial for shard in experiment_store.committed() for trial in shard.trials]
     assert sorted(trials) == list(range(TRIALS))
 
 
 def started(cluster, experiment, dataset, workers=2):
-    archive = cluster.submit(experiment, dataset)
+    experiment_store = cluster.submit(experiment, dataset)
     dispatcher = cluster.start("dispatcher")
     others = [cluster.start("worker") for _ in range(workers)]
     aggregator = cluster.start("aggregator")
-    return archive, dispatcher, others, aggregator
+    return experiment_store, dispatcher, others, aggregator
 
 
 def test_redis_killed_and_started_again(cluster, slow, digits, expected):
-    archive, *_ = started(cluster, slow, digits)
-    with recovery(cluster, archive, slow, expected, "redis killed"):
-        cluster.until(trained(archive))
+    experiment_store, *_ = started(cluster, slow, digits)
+    with recovery(cluster, experiment_store, slow, expected, "redis killed"):
+        cluster.until(trained(experiment_store))
         cluster.redis.kill()
         time.sleep(1)
         cluster.redis.start()
 
 
 def test_redis_flushed(cluster, slow, digits, expected):
-    archive, *_ = started(cluster, slow, digits)
-    with recovery(cluster, archive, slow, expected, "redis flushed"):
-        cluster.until(trained(archive))
+    experiment_store, *_ = started(cluster, slow, digits)
+    with recovery(cluster, experiment_store, slow, expected, "redis flushed"):
+        cluster.until(trained(experiment_store))
         cluster.redis.client().flushall()
 
 
 def test_the_store_is_down_at_start_in_the_middle_and_at_a_commit(tmp_path_factory, own_minio, slow, digits, expected):
     with Cluster(tmp_path_factory.mktemp("cluster"), own_minio) as cluster:
-        archive = cluster.submit(slow, digits)
+        experiment_store = cluster.submit(slow, digits)
         own_minio.stop()
         for name in ("dispatcher", "worker", "worker", "aggregator"):
             cluster.start(name)
         time.sleep(5)
         own_minio.start()
-        with recovery(cluster, archive, slow, expected, "store down"):
-            cluster.until(trained(archive))
+        with recovery(cluster, experiment_store, slow, expected, "store down"):
+            cluster.until(trained(experiment_store))
             own_minio.stop()
             time.sleep(6)  # longer than a shard takes: what is in training comes to its commit meanwhile
             own_minio.start()
-        assert not archive.attempts()
+        assert not experiment_store.attempts()
 
 
 def test_a_workers_child_killed(cluster, slow, digits, expected):
-    archive, _, (worker,), _ = started(cluster, slow, digits, workers=1)
-    with recovery(cluster, archive, slow, expected, "worker's child killed"):
-        cluster.until(trained(archive))
+    experiment_store, _, (worker,), _ = started(cluster, slow, digits, workers=1)
+    with recovery(cluster, experiment_store, slow, expected, "worker's child killed"):
+        cluster.until(trained(experiment_store))
         for child in worker.children():
             os.kill(child, signal.SIGKILL)
-    assert sum(archive.attempts().values()) == 1
+    assert sum(experiment_store.attempts().values()) == 1
     assert worker.process.poll() is None
 
 
 def test_a_worker_killed(cluster, slow, digits, expected):
-    archive, _, (worker, _), _ = started(cluster, slow, digits)
-    with recovery(cluster, archive, slow, expected, "worker killed"):
-        cluster.until(trained(archive))
+    experiment_store, _, (worker, _), _ = started(cluster, slow, digits)
+    with recovery(cluster, experiment_store, slow, expected, "worker killed"):
+        cluster.until(trained(experiment_store))
         worker.kill()
-    assert not archive.attempts()
+    assert not experiment_store.attempts()
 
 
 def test_the_dispatcher_killed(cluster, slow, digits, expected):
-    archive, dispatcher, *_ = started(cluster, slow, digits)
-    with recovery(cluster, archive, slow, expected, "dispatcher killed"):
-        cluster.until(trained(archive))
+    experiment_store, dispatcher, *_ = started(cluster, slow, digits)
+    with recovery(cluster, experiment_store, slow, expected, "dispatcher killed"):
+        cluster.until(trained(experiment_store))
         dispatcher.kill()
         cluster.redis.client().delete("memtail:shards")  # so that there is something for the next one to do
         cluster.start("dispatcher")
 
 
 def test_a_second_dispatcher_waits_and_takes_over(cluster, slow, digits, expected):
-    archive, dispatcher, *_ = started(cluster, slow, digits)
-    with recovery(cluster, archive, slow, expected, "dispatcher stopped"):
-        cluster.until(trained(archive))
+    experiment_store, dispatcher, *_ = started(cluster, slow, digits)
+    with recovery(cluster, experiment_store, slow, expected, "dispatcher stopped"):
+        cluster.until(trained(experiment_store))
         second = cluster.start("dispatcher")
         cluster.until(lambda: cluster.serves(second))
         assert not list(cluster.events(second, "sent"))
         dispatcher.stop()
-        shard = archive.committed()[0]
+        shard = experiment_store.committed()[0]
 
         def sends():
             # so that there is something to do for the second, however far the workers are, and whatever the first had still sent
@@ -135,25 +135,25 @@ def test_a_second_dispatcher_waits_and_takes_over(cluster, slow, digits, expecte
             return list(cluster.events(second, "sent"))
 
         cluster.until(sends)
-        cluster.until(lambda: shard in archive.committed())
+        cluster.until(lambda: shard in experiment_store.committed())
 
 
 def test_the_aggregator_killed_while_it_publishes(cluster, slow, digits, expected):
-    archive = cluster.submit(slow, digits)
+    experiment_store = cluster.submit(slow, digits)
     cluster.start("dispatcher")
     cluster.start("worker")
     aggregator = cluster.start("aggregator", MEMTAIL_PUBLISH_TRIALS="1")
-    with recovery(cluster, archive, slow, expected, "aggregator killed three times"):
+    with recovery(cluster, experiment_store, slow, expected, "aggregator killed three times"):
         for count in (1, 2, 3):
-            cluster.until(trained(archive, count))
+            cluster.until(trained(experiment_store, count))
             cluster.until(lambda: any("scores" in key for key in cluster.store.list(f"experiments/{slow.name}/scores/0")))
             aggregator.kill()
             aggregator.start()
 
 
 def test_one_message_delivered_five_times_at_once(cluster, slow, digits, expected):
-    archive = cluster.submit(slow, digits)
-    fingerprint = archive.record().fingerprint
+    experiment_store = cluster.submit(slow, digits)
+    fingerprint = experiment_store.read_record().fingerprint
     settings = ServiceSettings(store="-", broker=cluster.redis.url)
     assignment = Assignment(experiment=slow.name, fingerprint=fingerprint, first=0, last=PER_SHARD - 1)
     Broker(settings).send([assignment] * 5)
@@ -161,8 +161,8 @@ def test_one_message_delivered_five_times_at_once(cluster, slow, digits, expecte
     cluster.until(lambda: sum(len(list(cluster.events(worker, "shard ended"))) for worker in workers) == 5)
     outcomes = "".join("".join(cluster.events(worker, "shard ended")) for worker in workers)
     assert outcomes.count('"outcome": "committed"') == 1
-    assert archive.committed() == [assignment.shard]
-    with recovery(cluster, archive, slow, expected, "message delivered five times"):
+    assert experiment_store.committed() == [assignment.shard]
+    with recovery(cluster, experiment_store, slow, expected, "message delivered five times"):
         cluster.start("dispatcher")
         cluster.start("aggregator")
 
@@ -170,66 +170,66 @@ def test_one_message_delivered_five_times_at_once(cluster, slow, digits, expecte
 @pytest.mark.parametrize("how", ["segfault", "memory", "raise", "killed"])
 def test_a_task_that_goes_wrong_once(how, cluster, declare, digits, expected, tmp_path):
     experiment = faulty(declare, how)
-    archive = cluster.submit(experiment, digits)
+    experiment_store = cluster.submit(experiment, digits)
     cluster.start("dispatcher")
     cluster.start("aggregator")
-    with recovery(cluster, archive, experiment, expected, f"task that goes wrong: {how}"):
+    with recovery(cluster, experiment_store, experiment, expected, f"task that goes wrong: {how}"):
         worker = cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-        cluster.until(archive.attempts)
-    assert sum(archive.attempts().values()) == 1
+        cluster.until(experiment_store.attempts)
+    assert sum(experiment_store.attempts().values()) == 1
     assert worker.process.poll() is None
 
 
 @pytest.mark.parametrize("how", ["segfault", "raise"])
 def test_a_task_that_always_goes_wrong_is_given_up_and_tried_again_when_asked(how, cluster, declare, digits, expected, tmp_path):
     experiment = faulty(declare, how, always=True)
-    archive = cluster.submit(experiment, digits)
+    experiment_store = cluster.submit(experiment, digits)
     cluster.start("dispatcher")
     worker = cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-    cluster.until(lambda: sorted(archive.attempts().values()) == [3, 3], 120)
+    cluster.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3], 120)
     time.sleep(2)
-    assert set(archive.attempts().values()) == {3} and not archive.committed()
+    assert set(experiment_store.attempts().values()) == {3} and not experiment_store.committed()
     worker.stop()
-    with recovery(cluster, archive, experiment, expected, f"given up ({how}), then mended"):
+    with recovery(cluster, experiment_store, experiment, expected, f"given up ({how}), then mended"):
         cluster.start("worker")
         cluster.start("aggregator")
-        archive.forgive()
+        experiment_store.clear_failures()
 
 
 def test_a_task_that_hangs_past_its_time_limit(tmp_path_factory, minio, declare, digits, expected, tmp_path):
     experiment = faulty(declare, "hang")
     with Cluster(tmp_path_factory.mktemp("cluster"), minio, MEMTAIL_SHARD_SECONDS="30") as cluster:
-        archive = cluster.submit(experiment, digits)
-        with recovery(cluster, archive, experiment, expected, "task that hangs"):
+        experiment_store = cluster.submit(experiment, digits)
+        with recovery(cluster, experiment_store, experiment, expected, "task that hangs"):
             cluster.start("dispatcher")
             cluster.start("aggregator")
             cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-            cluster.until(archive.attempts)
-        assert sum(archive.attempts().values()) == 1
+            cluster.until(experiment_store.attempts)
+        assert sum(experiment_store.attempts().values()) == 1
 
 
 def test_a_committed_object_deleted(cluster, slow, digits, expected):
-    archive, *_ = started(cluster, slow, digits)
-    with recovery(cluster, archive, slow, expected, "committed object deleted"):
-        cluster.until(trained(archive, 2))
-        shard = archive.committed()[0]
+    experiment_store, *_ = started(cluster, slow, digits)
+    with recovery(cluster, experiment_store, slow, expected, "committed object deleted"):
+        cluster.until(trained(experiment_store, 2))
+        shard = experiment_store.committed()[0]
         cluster.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
-        again = cluster.until(lambda: shard in archive.committed())
+        again = cluster.until(lambda: shard in experiment_store.committed())
         print(f"\ncommitted again after {again:.1f} s")
 
 
 def test_a_damaged_and_a_foreign_batch_are_refused_and_reported(cluster, experiment, declare, digits, expected):
-    archive = cluster.submit(experiment, digits)
+    experiment_store = cluster.submit(experiment, digits)
     other = declare(TRIALS, name="other", training={"epochs": 3}, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
     others = cluster.submit(other, digits)
     for name in ("dispatcher", "worker", "aggregator"):
         cluster.start(name)
     cluster.until_published(others, TRIALS)
-    cluster.until_published(archive, TRIALS)
+    cluster.until_published(experiment_store, TRIALS)
     damaged, foreign = Shard(0, 3), Shard(4, 7)
     data = cluster.store.get(keys.trial_batch("digits", 0, 3))
     third = declare(TRIALS, name="third", training={"epochs": 4}, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
-    thirds = ExperimentArchive(cluster.store, "third")
+    thirds = ExperimentStore(cluster.store, "third")
     cluster.store.put(keys.trial_batch("third", 0, 3), data[: len(data) // 2])
     cluster.store.put(keys.trial_batch("third", 4, 7), cluster.store.get(keys.trial_batch("other", 4, 7)))
     cluster.submit(third, digits)
@@ -243,32 +243,32 @@ def test_a_damaged_and_a_foreign_batch_are_refused_and_reported(cluster, experim
 
 
 def test_the_answer_to_a_write_is_lost(cluster, slow, digits, expected):
-    archive = cluster.submit(slow, digits)
+    experiment_store = cluster.submit(slow, digits)
     cluster.start("dispatcher")
     cluster.start("aggregator")
-    with LossyProxy(cluster.minio) as proxy, recovery(cluster, archive, slow, expected, "answers to writes lost"):
+    with LossyProxy(cluster.minio) as proxy, recovery(cluster, experiment_store, slow, expected, "answers to writes lost"):
         path = f"PUT /{cluster.bucket}/{keys.trials(slow.name)}".encode()
         proxy.cuts += [(path, 0)] * 3
         worker = cluster.start("worker", MEMTAIL_S3_ENDPOINT=proxy.endpoint)
         cluster.until(lambda: not proxy.cuts)
-        cluster.until(trained(archive, SHARDS))
+        cluster.until(trained(experiment_store, SHARDS))
         assert '"outcome": "lost race"' not in worker.log.read_text()
 
 
 def test_a_worker_whose_disk_is_full_leaves_the_work_to_others(cluster, slow, digits, expected):
-    archive = cluster.submit(slow, digits)
+    experiment_store = cluster.submit(slow, digits)
     cluster.start("dispatcher")
     cluster.start("aggregator")
     full = cluster.start("worker", prefix=("prlimit", "--fsize=20000"), MEMTAIL_CACHE=str(cluster.folder / "full"))
-    with recovery(cluster, archive, slow, expected, "disk full"):
+    with recovery(cluster, experiment_store, slow, expected, "disk full"):
         cluster.until(lambda: any(cluster.events(full, "shard handed back")))
         cluster.start("worker")
-    assert not archive.attempts()
+    assert not experiment_store.attempts()
 
 
 def test_every_worker_in_turn_is_told_to_stop(cluster, slow, digits, expected):
-    archive, _, workers, _ = started(cluster, slow, digits)
-    with recovery(cluster, archive, slow, expected, "SIGTERM to every worker in turn"):
+    experiment_store, _, workers, _ = started(cluster, slow, digits)
+    with recovery(cluster, experiment_store, slow, expected, "SIGTERM to every worker in turn"):
         for worker in workers:
             cluster.until(lambda: len(Broker(ServiceSettings(store="-", broker=cluster.redis.url)).leased()) >= 1)
             began = time.monotonic()
@@ -276,19 +276,19 @@ def test_every_worker_in_turn_is_told_to_stop(cluster, slow, digits, expected):
             print(f"\nstopped within {time.monotonic() - began:.1f} s")
             assert time.monotonic() - began < 25
             worker.start()
-    assert not archive.attempts()
+    assert not experiment_store.attempts()
 
 
 def test_a_worker_whose_clock_is_off_by_an_hour_leaves_the_work_to_others(cluster, slow, digits, expected):
-    archive = cluster.submit(slow, digits)
+    experiment_store = cluster.submit(slow, digits)
     cluster.start("dispatcher")
     cluster.start("aggregator")
     off = cluster.start("worker", prefix=(debian_program("faketime"), "-f", "+1h"))
-    with recovery(cluster, archive, slow, expected, "clock of a worker off by an hour"):
+    with recovery(cluster, experiment_store, slow, expected, "clock of a worker off by an hour"):
         cluster.until(lambda: off.process.poll() is not None)
         assert "set the clock of this machine" in off.log.read_text() and "Traceback" not in off.log.read_text()
         cluster.start("worker")
-    assert not archive.attempts()
+    assert not experiment_store.attempts()
 
 
 def faulty(declare, how, always=False):

@@ -14,7 +14,7 @@ import pytest
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 
-from memtail.experiment_store.store import Control
+from memtail.experiment_store import Control
 from memtail.scores.publish import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership
@@ -71,9 +71,9 @@ def states(scraped: Scrape, experiment: str) -> dict[str, float]:
 
 
 def test_each_service_shows_what_was_done(cluster, experiment, digits):
-    archive = cluster.submit(experiment, digits)
+    experiment_store = cluster.submit(experiment, digits)
     dispatcher, worker, aggregator = (cluster.start(name) for name in ("dispatcher", "worker", "aggregator"))
-    cluster.until_published(archive, TRIALS)
+    cluster.until_published(experiment_store, TRIALS)
 
     cluster.until(lambda: scrape(dispatcher).value("memtail_experiments", state="finished") == 1)
     seen = scrape(dispatcher)
@@ -97,7 +97,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_trials_trained_total", experiment="digits") == TRIALS
     members = membership(experiment.subsets, digits.train_labels, range(TRIALS))
     assert seen.value("memtail_examples_trained_total") == members.sum() * experiment.training.epochs
-    provenance = [archive.batch(shard, archive.record()).provenance for shard in archive.committed()]
+    provenance = [experiment_store.batch(shard, experiment_store.read_record()).provenance for shard in experiment_store.committed()]
     assert seen.value("memtail_trial_seconds_count") == TRIALS
     assert seen.value("memtail_trial_seconds_sum") == pytest.approx(sum(each["seconds"] for each in provenance))
     (measured,) = (each["phases"] for each in provenance if "phases" in each)
@@ -136,9 +136,9 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
 
 
 def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(cluster, experiment, digits):
-    archive = cluster.submit(experiment, digits)
+    experiment_store = cluster.submit(experiment, digits)
     others = [cluster.start(name) for name in ("dispatcher", "worker", "aggregator")]
-    cluster.until_published(archive, TRIALS)
+    cluster.until_published(experiment_store, TRIALS)
     for service in others:
         service.stop()
     for key in list(cluster.store.list(keys.trials("digits"))):
@@ -152,9 +152,9 @@ def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(
 
 
 def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(cluster, declare, digits, tmp_path):
-    archive = cluster.submit(faulty(declare, "segfault"), digits)
+    experiment_store = cluster.submit(faulty(declare, "segfault"), digits)
     dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-    cluster.until(lambda: len(archive.committed()) == SHARDS)
+    cluster.until(lambda: len(experiment_store.committed()) == SHARDS)
     cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="committed") == SHARDS)
     assert scrape(worker).value("memtail_shard_attempts_total", outcome="died") == 1
     assert scrape(worker).value("memtail_trials_trained_total") == TRIALS
@@ -162,10 +162,10 @@ def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(c
 
 
 def test_dead_shards_are_shown(cluster, declare, digits, tmp_path):
-    archive = cluster.submit(faulty(declare, "raise", always=True), digits)
+    experiment_store = cluster.submit(faulty(declare, "raise", always=True), digits)
     dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-    cluster.until(lambda: sorted(archive.attempts().values()) == [3, 3])
-    cluster.until(lambda: states(scrape(dispatcher), archive.name) == {"dead": TRIALS})
+    cluster.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3])
+    cluster.until(lambda: states(scrape(dispatcher), experiment_store.name) == {"dead": TRIALS})
     assert scrape(dispatcher).value("memtail_experiments", state="finished") == 1
     assert scrape(dispatcher).value("memtail_shards_outstanding") == 0
     cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="failed") == 6)
@@ -173,7 +173,7 @@ def test_dead_shards_are_shown(cluster, declare, digits, tmp_path):
 
 def test_a_worker_that_vanishes_leaves_a_lease_that_expires(cluster, declare, digits):
     execution = {"trials_per_shard": TRIALS, "device": "cpu"}
-    archive = cluster.submit(declare(TRIALS, training={"epochs": 20_000}, execution=execution), digits)
+    experiment_store = cluster.submit(declare(TRIALS, training={"epochs": 20_000}, execution=execution), digits)
     dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker")
     cluster.until(lambda: states(scrape(dispatcher), "digits") == {"training": TRIALS})
     cluster.until(lambda: scrape(worker).value("memtail_worker_devices_busy") == 1)
@@ -181,7 +181,7 @@ def test_a_worker_that_vanishes_leaves_a_lease_that_expires(cluster, declare, di
     cluster.until(lambda: scrape(dispatcher).value("memtail_leases_expired_total", experiment="digits") == 1)
     cluster.until(lambda: states(scrape(dispatcher), "digits") == {"queued": TRIALS})
     assert scrape(dispatcher).value("memtail_redeliveries_total") == 1
-    archive.set_control(Control("paused"))
+    experiment_store.set_control(Control("paused"))
     cluster.until(lambda: states(scrape(dispatcher), "digits") == {"waiting": TRIALS})
     assert scrape(dispatcher).value("memtail_experiments", state="paused") == 1
 
@@ -226,10 +226,10 @@ def test_the_series_of_an_experiment_go_away_when_it_has_ended_and_come_back_whe
         return cluster.submit(declare(trials, name=name, training={"epochs": 4}, execution=execution), digits)
 
     submit("goes-on", 10_000)
-    archive = submit("ends", TRIALS)
-    archive.set_control(Control(priority=1))
+    experiment_store = submit("ends", TRIALS)
+    experiment_store.set_control(Control(priority=1))
     services = [cluster.start(name, MEMTAIL_LINGER_SECONDS="2") for name in ("dispatcher", "worker", "aggregator")]
-    cluster.until_published(archive, TRIALS)
+    cluster.until_published(experiment_store, TRIALS)
     for service in services:
         cluster.until(lambda service=service: scrape(service).experiments() == {"goes-on"})
     submit("ends", 10_000)
@@ -239,8 +239,8 @@ def test_the_series_of_an_experiment_go_away_when_it_has_ended_and_come_back_whe
 
 
 def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_shard_a_fault_is(cluster, experiment, digits):
-    archive = cluster.submit(experiment, digits)
-    broker, fingerprint = Broker(ServiceSettings(store="-", broker=cluster.redis.url)), archive.record().fingerprint
+    experiment_store = cluster.submit(experiment, digits)
+    broker, fingerprint = Broker(ServiceSettings(store="-", broker=cluster.redis.url)), experiment_store.read_record().fingerprint
 
     def train(numbers):
         shards = [Shard(first, first + PER_SHARD - 1) for first in range(numbers.start * PER_SHARD, numbers.stop * PER_SHARD, PER_SHARD)]
@@ -265,14 +265,14 @@ def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_sh
 
 
 def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, digits, tmp_path):
-    archive = cluster.submit(faulty(declare, "segfault"), digits)
+    experiment_store = cluster.submit(faulty(declare, "segfault"), digits)
     services = [cluster.start(name, FAULT_FOLDER=str(tmp_path)) for name in ("dispatcher", "worker", "aggregator")]
-    cluster.until(archive.attempts)  # a training process has died
+    cluster.until(experiment_store.attempts)  # a training process has died
     cluster.redis.kill()
     cluster.until(lambda: scrape(services[0]).value("memtail_dispatcher_leader") == 0)
     cluster.redis.start()
     cluster.until(lambda: scrape(services[0]).value("memtail_dispatcher_leader") == 1)
-    cluster.until_published(archive, TRIALS)
+    cluster.until_published(experiment_store, TRIALS)
 
     wrong = cluster.redis.url.replace(cluster.redis.password, "wrong-password")
     refused = [cluster.start(name, MEMTAIL_BROKER=wrong) for name in ("dispatcher", "worker")]
@@ -319,7 +319,7 @@ raise RuntimeError("at the end")
 
 
 def test_what_is_no_message_is_dropped_logged_and_counted(cluster, experiment, digits):
-    archive = cluster.submit(experiment, digits)
+    experiment_store = cluster.submit(experiment, digits)
     properties = '{"delivery_tag": "1", "delivery_info": {}, "body_encoding": "base64"}'
     entries = [
         "no JSON",
@@ -339,4 +339,4 @@ def test_what_is_no_message_is_dropped_logged_and_counted(cluster, experiment, d
     cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == len(entries))
     dropped = [line for line in logged(worker.log.read_text()) if line["event"] == "message dropped: it cannot be read"]
     assert len(dropped) == len(entries)
-    cluster.until(lambda: len(archive.committed()) == SHARDS)
+    cluster.until(lambda: len(experiment_store.committed()) == SHARDS)

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtail.experiment_store.store import Control, missing_shards
+from memtail.experiment_store import Control, missing_shards
 from memtail.trials import Shard
 from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from memtail.execution.progress import progress_of
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.report.publish import latest_report
 from memtail.studies.result import load_results
 from tests.services.cluster import Cluster
@@ -27,11 +27,11 @@ def study(cluster: Cluster, *arguments: str) -> dict[str, Any]:
 def test_studies_in_a_bucket_are_trained_by_the_services_though_a_worker_is_killed(cluster, declare, digits):
     execution = {"device": "cpu", "trials_per_shard": 16}
     experiment = declare(128, model={"name": "mlp", "hidden": [32]}, training={"epochs": 5}, execution=execution)
-    archive = cluster.submit(experiment, digits)
+    experiment_store = cluster.submit(experiment, digits)
     for name in ("dispatcher", "aggregator"):
         cluster.start(name)
     worker = cluster.start("worker")
-    cluster.until_published(archive, 128)
+    cluster.until_published(experiment_store, 128)
     worker.stop()
 
     asked = (
@@ -41,7 +41,7 @@ def test_studies_in_a_bucket_are_trained_by_the_services_though_a_worker_is_kill
     )
     entered = [study(cluster, *arguments) for arguments in asked]
     assert [each["trained"] for each in entered] == [False] * 3 and [each["trials"] for each in entered] == [12, 12, 128]
-    trained = [ExperimentArchive(cluster.store, each["experiment"]) for each in entered]
+    trained = [ExperimentStore(cluster.store, each["experiment"]) for each in entered]
     worker = cluster.start("worker")
     cluster.until(lambda: any(each.committed() for each in trained))
     worker.kill()

@@ -18,7 +18,7 @@ LABELS = np.zeros(9, np.int64), np.zeros(7, np.int64)
 def statistics(seed, trials, first=0):
     rng = np.random.default_rng(seed)
     found = Statistics(9, 7)
-    found.fold(batch(first, *(rng.random((trials, size)) < 0.6 for size in (9, 9, 7))))
+    found.accumulate(batch(first, *(rng.random((trials, size)) < 0.6 for size in (9, 9, 7))))
     return found
 
 
@@ -28,11 +28,11 @@ def test_some_of_the_trials_give_what_they_would_give_alone(seed, trials, share)
     rng = np.random.default_rng(seed)
     bits = [rng.random((trials, size)) < 0.6 for size in (9, 9, 7)]
     whole, alone = Statistics(9, 7), Statistics(9, 7)
-    whole.fold(batch(0, *bits))
+    whole.accumulate(batch(0, *bits))
     kept = np.flatnonzero(rng.random(trials) < share)
     for trial in kept:
-        alone.fold(batch(int(trial), *(each[[trial]] for each in bits)))
-    packed = whole.packed().only(kept)
+        alone.accumulate(batch(int(trial), *(each[[trial]] for each in bits)))
+    packed = whole.packed().select(kept)
     assert packed.trials == len(kept) and packed.counted_trials.tolist() == kept.tolist()
     for one, other in zip(vars(memorization(packed)).values(), vars(memorization(alone)).values(), strict=True):
         np.testing.assert_array_equal(one, other)

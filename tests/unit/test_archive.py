@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtail.errors import ForeignObjectError, StoreError
-from memtail.experiment_store.store import Control, ExperimentArchive, Record, missing_shards
-from memtail.spec.experiment import Experiment
+from memtail.experiment_store import Control, ExperimentStore, Record, missing_shards
+from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 
@@ -28,90 +28,90 @@ def record(trials=100, **training):
 
 
 @pytest.fixture
-def archive(tmp_path):
-    return ExperimentArchive(LocalStore(tmp_path), "e")
+def experiment_store(tmp_path):
+    return ExperimentStore(LocalStore(tmp_path), "e")
 
 
-def test_an_experiment_is_entered_once_and_found_again(archive):
-    assert archive.enroll(record()) == record()
-    assert archive.enroll(record()) == archive.record() == record()
+def test_an_experiment_is_entered_once_and_found_again(experiment_store):
+    assert experiment_store.register(record()) == record()
+    assert experiment_store.register(record()) == experiment_store.read_record() == record()
 
 
-def test_another_experiment_of_the_name_is_refused_and_what_differs_is_named(archive):
-    archive.enroll(record())
+def test_another_experiment_of_the_name_is_refused_and_what_differs_is_named(experiment_store):
+    experiment_store.register(record())
     with pytest.raises(StoreError, match=r"'e' is in the store with fingerprint .* \(training\.epochs 20 -> 3\): choose another name"):
-        archive.enroll(record(epochs=3))
+        experiment_store.register(record(epochs=3))
 
 
-def test_more_trials_extend_an_experiment_on_its_own_grid_and_fewer_are_refused(archive):
-    archive.enroll(record())
-    longer = archive.enroll(dataclasses.replace(record(200), trials_per_shard=50))
-    assert longer.experiment.subsets.trials == 200 and longer.trials_per_shard == 7 and archive.record() == longer
+def test_more_trials_extend_an_experiment_on_its_own_grid_and_fewer_are_refused(experiment_store):
+    experiment_store.register(record())
+    longer = experiment_store.register(dataclasses.replace(record(200), trials_per_shard=50))
+    assert longer.experiment.subsets.trials == 200 and longer.trials_per_shard == 7 and experiment_store.read_record() == longer
     with pytest.raises(StoreError, match="with 200 trials, this spec has 100"):
-        archive.enroll(record(100))
+        experiment_store.register(record(100))
 
 
-def test_a_batch_of_other_trials_than_its_name_says_is_refused_and_foreign_files_are_passed_over(archive):
+def test_a_batch_of_other_trials_than_its_name_says_is_refused_and_foreign_files_are_passed_over(experiment_store):
     from tests.unit.test_trials import make
 
     batch = make()[0]
-    held = dataclasses.replace(archive.enroll(record()), fingerprint="f", n_train=13)
-    assert archive.commit(batch, "f") and not archive.commit(batch, "f")
-    assert archive.committed() == [Shard(10, 12)] and archive.batch(Shard(10, 12), held).shard == Shard(10, 12)
+    held = dataclasses.replace(experiment_store.register(record()), fingerprint="f", n_train=13)
+    assert experiment_store.commit(batch, "f") and not experiment_store.commit(batch, "f")
+    assert experiment_store.committed() == [Shard(10, 12)] and experiment_store.batch(Shard(10, 12), held).shard == Shard(10, 12)
     with pytest.raises(StoreError, match="belongs to another experiment"):
-        archive.commit(batch, "g")
-    archive.store.put("experiments/e/trials/00000000-00000002.npz", batch.to_bytes())
-    archive.store.put("experiments/e/trials/notes.txt", b"")
-    assert archive.committed() == [Shard(0, 2), Shard(10, 12)]
+        experiment_store.commit(batch, "g")
+    experiment_store.store.put("experiments/e/trials/00000000-00000002.npz", batch.to_bytes())
+    experiment_store.store.put("experiments/e/trials/notes.txt", b"")
+    assert experiment_store.committed() == [Shard(0, 2), Shard(10, 12)]
     with pytest.raises(StoreError, match=r"00000000-00000002\.npz: holds other trials than its name says"):
-        archive.batch(Shard(0, 2), held)
+        experiment_store.batch(Shard(0, 2), held)
     with pytest.raises(ForeignObjectError, match="of a dataset of another size"):
-        archive.batch(Shard(10, 12), dataclasses.replace(held, n_test=6))
+        experiment_store.batch(Shard(10, 12), dataclasses.replace(held, n_test=6))
     with pytest.raises(ForeignObjectError, match="the experiment has 100 trials"):
-        archive.batch(Shard(10**9, 10**9), held)
-    archive.store.put("experiments/e/trials/00000003-00000004.npz", b"0" * (2 << 20))
+        experiment_store.batch(Shard(10**9, 10**9), held)
+    experiment_store.store.put("experiments/e/trials/00000003-00000004.npz", b"0" * (2 << 20))
     with pytest.raises(ForeignObjectError, match="has 2097152 bytes, more than the"):
-        archive.batch(Shard(3, 4), held)
+        experiment_store.batch(Shard(3, 4), held)
 
 
 @pytest.mark.parametrize("data", [b"{", b'"x"', b"{}", b'{"schema": 7}'])
-def test_a_damaged_record_is_named(archive, data):
-    archive.store.put("experiments/e/experiment.json", data)
+def test_a_damaged_record_is_named(experiment_store, data):
+    experiment_store.store.put("experiments/e/experiment.json", data)
     with pytest.raises(StoreError, match=r"experiment\.json: is (corrupt|of schema)"):
-        archive.record()
+        experiment_store.read_record()
 
 
 def test_a_name_that_can_be_no_key_is_just_not_there(tmp_path):
     for name in ("", "../d", "a/b"):
         with pytest.raises(StoreError, match=f"there is no experiment '{name}'"):
-            ExperimentArchive(LocalStore(tmp_path), name).record()
+            ExperimentStore(LocalStore(tmp_path), name).read_record()
 
 
-def test_failures_are_kept_and_counted(archive):
-    first = archive.record_failure(Shard(0, 6), "boom", "trace", "now")
-    second = archive.record_failure(Shard(0, 6), "boom again", "trace", "later")
+def test_failures_are_kept_and_counted(experiment_store):
+    first = experiment_store.record_failure(Shard(0, 6), "boom", "trace", "now")
+    second = experiment_store.record_failure(Shard(0, 6), "boom again", "trace", "later")
     assert (first.attempt, second.attempt) == (1, 2)
-    assert [failure.error for failure in archive.failures()] == ["boom", "boom again"]
+    assert [failure.error for failure in experiment_store.failures()] == ["boom", "boom again"]
 
 
-def test_attempts_are_counted_also_when_two_fail_at_once_and_forgiven_when_asked(archive):
+def test_attempts_are_counted_also_when_two_fail_at_once_and_forgiven_when_asked(experiment_store):
     for shard in (Shard(0, 6), Shard(0, 6), Shard(7, 13)):
-        archive.record_failure(shard, "boom", "", "now")
-    assert archive.attempts() == {Shard(0, 6): 2, Shard(7, 13): 1}
-    assert archive.forgive(Shard(0, 6)) == 2 and archive.attempts() == {Shard(7, 13): 1}
-    assert archive.forgive() == 1 and not archive.attempts()
+        experiment_store.record_failure(shard, "boom", "", "now")
+    assert experiment_store.attempts() == {Shard(0, 6): 2, Shard(7, 13): 1}
+    assert experiment_store.clear_failures(Shard(0, 6)) == 2 and experiment_store.attempts() == {Shard(7, 13): 1}
+    assert experiment_store.clear_failures() == 1 and not experiment_store.attempts()
 
 
-def test_control_is_running_until_something_else_is_asked(archive):
-    assert archive.control() == Control("running", 0)
-    archive.set_control(Control("paused", 5))
-    assert archive.control() == Control("paused", 5)
-    archive.store.put("experiments/e/control.json", b'{"state": "walking"}')
+def test_control_is_running_until_something_else_is_asked(experiment_store):
+    assert experiment_store.control() == Control("running", 0)
+    experiment_store.set_control(Control("paused", 5))
+    assert experiment_store.control() == Control("paused", 5)
+    experiment_store.store.put("experiments/e/control.json", b'{"state": "walking"}')
     with pytest.raises(StoreError, match=r"control\.json: is corrupt"):
-        archive.control()
+        experiment_store.control()
 
 
-def test_an_experiment_is_extended_and_never_shrinks(archive):
-    archive.enroll(record(100))
-    assert archive.extend(150).experiment.subsets.trials == 150 == archive.record().experiment.subsets.trials
-    assert archive.extend(120).experiment.subsets.trials == 150
+def test_an_experiment_is_extended_and_never_shrinks(experiment_store):
+    experiment_store.register(record(100))
+    assert experiment_store.extend(150).experiment.subsets.trials == 150 == experiment_store.read_record().experiment.subsets.trials
+    assert experiment_store.extend(120).experiment.subsets.trials == 150

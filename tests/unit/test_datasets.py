@@ -17,7 +17,7 @@ from memtail import datasets
 from memtail.datasets import folder as folder_module
 from memtail.datasets.folder import find_images, prepare_folder
 from memtail.errors import DatasetError
-from memtail.spec.experiment import DatasetSpec
+from memtail.spec import DatasetSpec
 from tests.conftest import write_arrays
 
 

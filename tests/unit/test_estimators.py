@@ -57,7 +57,7 @@ def test_memorization_is_the_papers_equation(t, n, q, seed, shard):
     M, C, T = random_bits(seed, t, n, q)
     statistics = Statistics(n, q)
     for first in range(0, t, shard):
-        statistics.fold(batch(first, M[first : first + shard], C[first : first + shard], T[first : first + shard]))
+        statistics.accumulate(batch(first, M[first : first + shard], C[first : first + shard], T[first : first + shard]))
     found = memorization(statistics)
     p_in, p_out = direct_memorization(M.astype(int), C.astype(int))
     k_in, k_out = M.sum(0), t - M.sum(0)
@@ -75,7 +75,7 @@ def test_memorization_is_the_papers_equation(t, n, q, seed, shard):
 def test_influence_is_the_papers_equation(t, n, q, seed, on):
     M, C, T = random_bits(seed, t, n, q)
     statistics = Statistics(n, q)
-    statistics.fold(batch(0, M, C, T))
+    statistics.accumulate(batch(0, M, C, T))
     found = influence(statistics.packed(), slice(None), slice(None), on)
     other = (T if on == "test" else C).astype(int)
     inside, outside = M.astype(int), 1 - M.astype(int)
@@ -104,7 +104,7 @@ def test_statistics_do_not_depend_on_the_order_in_which_batches_arrive():
     for order in (bounds, bounds[::-1]):
         statistics = Statistics(30, 20)
         for first, last in order:
-            statistics.fold(batch(first, M[first:last], C[first:last], T[first:last]))
+            statistics.accumulate(batch(first, M[first:last], C[first:last], T[first:last]))
         packed.append(statistics.packed())
     for name in ("membership", "train_correct", "test_correct", "counted"):
         assert (getattr(packed[0], name) == getattr(packed[1], name)).all()
@@ -113,9 +113,9 @@ def test_statistics_do_not_depend_on_the_order_in_which_batches_arrive():
 def test_a_trial_is_counted_once_however_often_it_arrives():
     M, C, T = random_bits(4, 20, 30, 20)
     statistics = Statistics(30, 20)
-    assert statistics.fold(batch(0, M, C, T)) == 20
-    assert statistics.fold(batch(0, M, C, T)) == 0
-    assert statistics.fold(batch(10, M[10:], C[10:], T[10:])) == 0
+    assert statistics.accumulate(batch(0, M, C, T)) == 20
+    assert statistics.accumulate(batch(0, M, C, T)) == 0
+    assert statistics.accumulate(batch(10, M[10:], C[10:], T[10:])) == 0
     assert statistics.trials == 20 and (statistics.k_in == M.sum(0)).all()
 
 
@@ -123,7 +123,7 @@ def test_diverged_and_missing_trials_do_not_count():
     M, C, T = random_bits(5, 10, 30, 20)
     C[4], T[4] = False, False
     statistics = Statistics(30, 20)
-    statistics.fold(batch(100, M, C, T, diverged=(104,)))
+    statistics.accumulate(batch(100, M, C, T, diverged=(104,)))
     kept = np.arange(10) != 4
     p_in, p_out = direct_memorization(M[kept].astype(int), C[kept].astype(int))
     np.testing.assert_allclose(memorization(statistics).value, p_in - p_out, atol=1e-12)
@@ -136,9 +136,9 @@ def test_margins_are_summed_exactly_in_any_order():
     margins = np.random.default_rng(0).normal(scale=100, size=(50, 8)).astype(np.float16)
     forwards, backwards = Statistics(8, 4), Statistics(8, 4)
     for first in range(50):
-        forwards.fold(batch(first, M[[first]], C[[first]], T[[first]], margins=margins[[first]]))
+        forwards.accumulate(batch(first, M[[first]], C[[first]], T[[first]], margins=margins[[first]]))
     for first in range(49, -1, -1):
-        backwards.fold(batch(first, M[[first]], C[[first]], T[[first]], margins=margins[[first]]))
+        backwards.accumulate(batch(first, M[[first]], C[[first]], T[[first]], margins=margins[[first]]))
     assert (forwards.margin_in == backwards.margin_in).all() and (forwards.margin_out == backwards.margin_out).all()
     np.testing.assert_allclose(forwards.margin_in / 2**24, (margins.astype(float) * M).sum(0), rtol=1e-12)
 
@@ -154,13 +154,13 @@ def test_held_out_mistakes_are_counted_once_per_trial_in_any_order(t, n, classes
     statistics = Statistics(n, 3)
     for first in [*rng.permutation(range(0, t, shard)).tolist(), 0]:
         some = slice(first, first + shard)
-        statistics.fold(batch(first, M[some], C[some], T[some], diverged, given=given[some]))
+        statistics.accumulate(batch(first, M[some], C[some], T[some], diverged, given=given[some]))
     counted = ~np.isin(np.arange(t), diverged)
     most, times = statistics.held_out_mistakes.most_frequent(n)
     for i in range(n):
         votes = np.bincount(given[counted & ~M[:, i] & ~C[:, i], i], minlength=classes)
         assert (most[i], times[i]) == ((votes.argmax(), votes.max()) if votes.any() else (-1, 0))
-    statistics.fold(batch(t, M[:1], C[:1], T[:1]))
+    statistics.accumulate(batch(t, M[:1], C[:1], T[:1]))
     assert statistics.held_out_mistakes is None  # not known of all trials
 
 
@@ -169,7 +169,7 @@ def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influ
     M, C, T = random_bits(8, 40, 60, 50)
     train_labels, test_labels = rng.integers(0, 3, 60), rng.integers(0, 3, 50)
     statistics = Statistics(60, 50)
-    statistics.fold(batch(0, M, C, T))
+    statistics.accumulate(batch(0, M, C, T))
     mem, packed = memorization(statistics), statistics.packed()
     pairs = high_influence_pairs(packed, mem, train_labels, test_labels, 0.05, 0.1)
     everything = influence(packed, slice(None), slice(None)).value
@@ -187,7 +187,7 @@ def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influ
 def test_top_influencers_are_the_largest_of_every_column(k, seed, on):
     M, C, T = random_bits(seed, 30, 9, 7)
     statistics = Statistics(9, 7)
-    statistics.fold(batch(0, M, C, T))
+    statistics.accumulate(batch(0, M, C, T))
     everything = influence(statistics.packed(), slice(None), slice(None), on).value
     index, value = top_influencers(statistics.packed(), k, on)
     for column in range(everything.shape[1]):

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from memtail.errors import SpecError
-from memtail.spec.experiment import Experiment, differences
+from memtail.spec import Experiment, differences
 
 BASE = {"name": "digits", "dataset": {"name": "digits"}}
 

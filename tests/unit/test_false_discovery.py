@@ -15,7 +15,7 @@ from tests.unit.test_estimators import batch, random_bits
 
 def folded(M, C, T, first=0):
     statistics = Statistics(M.shape[1], T.shape[1])
-    statistics.fold(batch(first, M, C, T))
+    statistics.accumulate(batch(first, M, C, T))
     return statistics
 
 

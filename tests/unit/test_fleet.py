@@ -2,7 +2,7 @@
 
 import pytest
 
-from memtail.spec.experiment import WorkersSpec
+from memtail.spec import WorkersSpec
 from services.dispatcher.cluster import Job, Pod
 from services.dispatcher.fleet import Changes, WorkerSet, scale, wanted, worker_sets
 from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of, shards_per_worker

@@ -7,7 +7,7 @@ import time
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from memtail.experiment_store.store import Control
+from memtail.experiment_store import Control
 from memtail.trials import Shard
 from services.common.broker import Assignment, parse_id
 from services.common.experiment_series import ExperimentSeries

@@ -7,7 +7,7 @@ import pytest
 
 from memtail.datasets.staged_dataset import stage
 from memtail.execution.embedded import declare as declared
-from memtail.experiment_store.store import ExperimentArchive
+from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
 from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, TrialMetrics, pack
@@ -29,9 +29,9 @@ def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
     store = LocalStore(tmp_path)
     stage(digits, store)
-    archive = ExperimentArchive(store, "digits")
+    experiment_store = ExperimentStore(store, "digits")
     record = declared(declare(40, execution={"trials_per_shard": 8, "device": "cpu"}), digits)
-    archive.enroll(record)
+    experiment_store.register(record)
     aggregator = Aggregator(store, ServiceSettings(publish_trials=1, publish_seconds=1))
     rng = np.random.default_rng(0)
 
@@ -42,7 +42,7 @@ def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes
         bits = [pack(rng.random((8, size)) < 0.5) for size in (record.n_train, record.n_train, record.n_test)]
         metrics = [TrialMetrics(int(trial), False, 0.1, 1.0, 0.5, 0.75) for trial in trials]
         provenance = {"fingerprint": record.fingerprint}
-        archive.commit(TrialBatch(trials, *bits, record.n_train, record.n_test, metrics, provenance), record.fingerprint)
+        experiment_store.commit(TrialBatch(trials, *bits, record.n_train, record.n_test, metrics, provenance), record.fingerprint)
         now += seconds
         aggregator.catch_up()
         return latest_version(store, "digits")["summary"]["trials"]

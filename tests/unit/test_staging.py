@@ -11,7 +11,7 @@ import pytest
 from memtail import datasets
 from memtail.datasets.staged_dataset import fetch, stage
 from memtail.errors import DatasetError
-from memtail.spec.experiment import DatasetSpec
+from memtail.spec import DatasetSpec
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from tests.conftest import write_arrays

@@ -8,7 +8,7 @@ from memtail.estimators import expected_standard_error, memorization
 from memtail.execution.embedded import run
 from memtail.execution.stopping import next_round
 from memtail.scores.publish import latest_version
-from memtail.spec.experiment import Experiment, UntilSpec
+from memtail.spec import Experiment, UntilSpec
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
 

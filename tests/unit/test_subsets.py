@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtail.errors import SpecError
-from memtail.spec.experiment import SubsetsSpec
+from memtail.spec import SubsetsSpec
 from memtail.subsets import check_trials, membership, subset_size
 
 

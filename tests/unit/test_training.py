@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from memtail import models, subsets
 from memtail.datasets import prepare
 from memtail.models import build_model, check_model
-from memtail.spec.experiment import Constant, Cosine, Linear, NamedModel, Sgd, Step
+from memtail.spec import Constant, Cosine, Linear, NamedModel, Sgd, Step
 from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images import stack_trainer as stacked_run
 from memtail.trainers.images import train_shard
@@ -51,7 +51,7 @@ def small(tmp_path):
 
 
 def _arrays(tmp_path):
-    from memtail.spec.experiment import DatasetSpec
+    from memtail.spec import DatasetSpec
 
     return DatasetSpec(name="arrays", root=write_arrays(tmp_path / "a.npz"))
 

@@ -3,7 +3,7 @@
 import math
 from typing import assert_never
 
-from memtail.spec.experiment import Constant, Cosine, Linear, ScheduleSpec, Step
+from memtail.spec import Constant, Cosine, Linear, ScheduleSpec, Step
 
 
 def learning_rate_factor(schedule: ScheduleSpec, step: int, steps: int) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from memtail.datasets import ImageDataset
 from memtail.models import build_model
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 from memtail.subsets import membership
 from memtail.trainers.images.devices import is_out_of_memory, reproducible
 from memtail.trainers.images.evaluation import Outcome

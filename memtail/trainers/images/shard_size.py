@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memtail.datasets import ImageDataset
 from memtail.models import build_model
-from memtail.spec.experiment import Experiment
+from memtail.spec import Experiment
 
 # Floating-point operations worth one shard: about half a minute of a processor core, or of a GPU.
 _SHARD_OPERATIONS = {"cpu": 1e12, "mps": 1e14, "cuda": 1e15}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from memtail.models import build_model
 from memtail.randomness import Purpose, torch_seed
-from memtail.spec.experiment import Experiment, TrainingSpec
+from memtail.spec import Experiment, TrainingSpec
 from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
 from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers, mean_over_batch
 from memtail.trainers.images.evaluation import Outcome, evaluate

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtail.spec.experiment import Sgd
+from memtail.spec import Sgd
 from memtail.trainers.images.stack import Stacked, StackedLinear
 
 

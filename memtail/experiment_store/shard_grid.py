@@ -1,0 +1,20 @@
+"""The cut of an experiment's trials into shards: consecutive trials, at multiples of the recorded shard size."""
+
+from memtail.trials import Shard
+
+
+def missing_shards(trials: int, trials_per_shard: int, committed: list[Shard]) -> list[Shard]:
+    """The shards still to be trained: what is not committed of trials 0 to `trials` - 1, cut at multiples of `trials_per_shard`.
+
+    A grid cell that is committed in part, because the experiment was extended, is missing the rest.
+    """
+    have = {trial for shard in committed for trial in shard.trials}
+    missing: list[Shard] = []
+    for trial in range(trials):
+        if trial in have:
+            continue
+        if missing and missing[-1].last == trial - 1 and trial % trials_per_shard:
+            missing[-1] = Shard(missing[-1].first, trial)
+        else:
+            missing.append(Shard(trial, trial))
+    return missing

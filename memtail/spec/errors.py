@@ -1,0 +1,70 @@
+"""Messages for people: validation errors in one line, and the differences of two declarations."""
+
+import difflib
+import json
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """All of a validation error in one line; unknown keys come with the nearest known one."""
+    lines = []
+    for item in error.errors(include_url=False):
+        location, fields = _locate(item["loc"], model)
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(fields)}"
+            lines.append(f"unknown key '{location}': {hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = item["input"]
+            shown = f" (got {_short(value)})" if isinstance(value, str | int | float | bool | None) and item["type"] != "missing" else ""
+            lines.append(f"{location}: {message[:1].lower()}{message[1:]}{shown}" if location else message)
+    return "; ".join(lines)
+
+
+def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:
+    """The dotted path of an error without pydantic's union tags, and the keys known beside its last part."""
+    path: list[str] = []
+    candidates: list[type[BaseModel]] = [model]
+    known: list[str] = []
+    for part in loc:
+        fields = {name: field for model in candidates for name, field in model.model_fields.items()}
+        tagged = [model for model in candidates if _tag(model) == part]
+        if len(candidates) > 1 and tagged:
+            candidates = tagged
+            continue
+        known = list(fields)
+        path.append(str(part))
+        candidates = _models(fields[str(part)].annotation) if part in fields else []
+    return ".".join(path), known
+
+
+def _tag(model: type[BaseModel]) -> str:
+    values = typing.get_args(model.model_fields["name"].annotation) if "name" in model.model_fields else ()
+    return str(values[0]) if values else "named"
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models(part)]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two canonical declarations, as `subsets.fraction 0.7 -> 0.5`."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} {_short(before)} -> {_short(after)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
