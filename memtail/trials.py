@@ -101,7 +101,7 @@ class TrialBatch:
             raise ForeignObjectError(f"trial batch: train_mistakes is {array.dtype} {list(array.shape)}, expected is uint16 [{wrong}]")
 
     def mistaken(self) -> npt.NDArray[np.bool_]:
-        """bool [k, n]: the training examples whose classes are in `train_mistakes`."""
+        """Bool [k, n]: the training examples whose classes are in `train_mistakes`."""
         diverged = np.array([entry.diverged for entry in self.metrics], np.bool_)
         return ~unpack(self.train_correct, self.n_train) & ~diverged[:, None]
 
@@ -167,7 +167,7 @@ def largest_batch(trials: int, n_train: int, n_test: int) -> int:
 
 
 def pack(bits: npt.NDArray[np.bool_]) -> Bits:
-    """bool [k, n] -> uint8 [k, ceil(n/8)], little bit order, padded with zeros."""
+    """Bool [k, n] -> uint8 [k, ceil(n/8)], little bit order, padded with zeros."""
     return np.packbits(bits, axis=1, bitorder="little")
 
 

@@ -67,12 +67,12 @@ class ImageDataset:
 
     @property
     def n_train(self) -> int:
-        """n."""
+        """N."""
         return len(self.train_labels)
 
     @property
     def n_test(self) -> int:
-        """q."""
+        """Q."""
         return len(self.test_labels)
 
     @property

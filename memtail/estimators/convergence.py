@@ -124,7 +124,7 @@ def memorization_by(packed: PackedTrials, chosen: npt.NDArray[np.bool_]) -> Iter
 
 
 def _halves(packed: PackedTrials, number: int) -> npt.NDArray[np.bool_]:
-    """bool [1 + HALVES, t]: the first `number` trials, and random halves of them."""
+    """Bool [1 + HALVES, t]: the first `number` trials, and random halves of them."""
     rng = np.random.default_rng(number)
     chosen = np.zeros((1 + HALVES, packed.trials), np.bool_)
     chosen[0, :number] = True

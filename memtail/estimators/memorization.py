@@ -48,7 +48,7 @@ def from_counts(k_in: Counts, k_out: Counts, correct_in: Counts, correct_out: Co
 
 
 def rate(right: npt.NDArray[np.integer], count: npt.NDArray[np.integer]) -> Floats:
-    """right / count; NaN where count is 0."""
+    """Right / count; NaN where count is 0."""
     share: Floats = np.full(np.broadcast_shapes(right.shape, count.shape), np.nan)
     np.divide(right, count, out=share, where=count > 0)
     return share

@@ -193,7 +193,7 @@ def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) 
 
 
 def _fraction(experiment: Experiment, dataset: ImageDataset) -> float:
-    """m / n; of explicit masks, which may differ in size, the mean of some."""
+    """M / n; of explicit masks, which may differ in size, the mean of some."""
     trials = range(min(experiment.subsets.trials, 16))
     mean = float(membership(experiment.subsets, dataset.train_labels, trials).mean())
     return min(max(mean, 1 / dataset.n_train), 1 - 1 / dataset.n_train)

@@ -31,12 +31,12 @@ def resnet9(image_shape: tuple[int, int, int], classes: int, width: int = 64, sc
 
 
 def resnet18(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """torchvision's resnet18 with a stem for small images."""
+    """Torchvision's resnet18 with a stem for small images."""
     return _with_small_stem("resnet18", image_shape, classes)
 
 
 def resnet50(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """torchvision's resnet50 with a stem for small images."""
+    """Torchvision's resnet50 with a stem for small images."""
     return _with_small_stem("resnet50", image_shape, classes)
 
 

@@ -86,12 +86,12 @@ class PackedTrials:
 
     @property
     def n_train(self) -> int:
-        """n."""
+        """N."""
         return len(self.membership.T)
 
     @property
     def n_test(self) -> int:
-        """q."""
+        """Q."""
         return len(self.test_correct.T)
 
 

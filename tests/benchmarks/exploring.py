@@ -44,7 +44,8 @@ def explorer() -> list[Row]:
         _publish(LocalStore(store), cache)
         command = [sys.executable, "-m", "memtail", "explore", "--store", str(store), "--port", str(port)]
         with subprocess.Popen(command, env={**os.environ, "MEMTAIL_CACHE": str(cache)}, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None and process.stdout.readline()
+            assert process.stdout is not None
+            assert process.stdout.readline()
             http = urllib3.HTTPConnectionPool("127.0.0.1", port, timeout=120)
             try:
                 while http.request("GET", "/experiments/bench/train/0").status == 503:  # the scores are being read

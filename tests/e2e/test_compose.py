@@ -97,7 +97,8 @@ def test_the_command_line_fetches_what_an_embedded_run_computes(deployment: Depl
         assert fetched.read_bytes() == expected.read_bytes()
     else:  # another torch may round differently, and tip a trial here or there
         here, there = (pyarrow.parquet.read_table(path).to_pydict() for path in (expected, fetched))
-        assert here["k_in"] == there["k_in"] and here["k_out"] == there["k_out"]
+        assert here["k_in"] == there["k_in"]
+        assert here["k_out"] == there["k_out"]
         assert np.abs(np.subtract(here["mem"], there["mem"])).mean() < 0.01
     print(f"\nmemorization.parquet compared {'to the bit' if same else 'within tolerance, since versions differ'}")
 
@@ -132,7 +133,8 @@ def test_a_study_is_trained_by_the_workers_and_shown_in_the_explorer(deployment:
 def test_all_are_healthy_but_the_one_that_was_killed(deployment: Deployment) -> None:
     deployment.until(lambda: "starting" not in _health(deployment), 120)
     health = _health(deployment)
-    assert set(health) == {"healthy"} and len(health) >= 5
+    assert set(health) == {"healthy"}
+    assert len(health) >= 5
     ended = {service_of(each): each["State"]["ExitCode"] for each in deployment.containers() if each["State"]["Status"] == "exited"}
     assert ended == {"passwords": 0, "bucket": 0, "submit": 0, "worker": 137}
 
@@ -149,7 +151,8 @@ def test_nobody_is_root_or_writes_to_its_image(deployment: Deployment) -> None:
 
 def test_ports_are_open_to_this_machine_only(deployment: Deployment) -> None:
     bindings = [each for container in deployment.containers() for each in (container["HostConfig"]["PortBindings"] or {}).values()]
-    assert bindings and {binding["HostIp"] for each in bindings for binding in each} == {"127.0.0.1"}
+    assert bindings
+    assert {binding["HostIp"] for each in bindings for binding in each} == {"127.0.0.1"}
 
 
 def test_no_password_is_in_logs_or_in_what_docker_shows(deployment: Deployment) -> None:

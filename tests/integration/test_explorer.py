@@ -76,7 +76,8 @@ def page(client: TestClient, path: str, status: int = 200) -> Page:
 
 def table(client: TestClient, path: str) -> list[dict[str, str]]:
     answer = client.get(path)
-    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/csv")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/csv")
     return list(csv.DictReader(io.StringIO(answer.text)))
 
 
@@ -110,10 +111,12 @@ def test_the_first_page_has_every_experiment_and_how_far_it_is(client):
     assert found.links("/experiments/([a-z]+)") == ["digits", "odd", "young"]
     progress = [(each["value"], each["max"]) for tag, each in found.elements if tag == "progress"]
     assert progress == [(str(TRIALS),) * 2, ("0", str(TRIALS)), ("0", str(TRIALS))]
-    assert f"Scores of {TRIALS} trials" in found.text and "No scores yet" in found.text
+    assert f"Scores of {TRIALS} trials" in found.text
+    assert "No scores yet" in found.text
     rows = table(client, "/experiments.csv")
     assert [row["experiment"] for row in rows] == ["digits", "odd", "young"]
-    assert 0 < float(rows[0]["test_accuracy_se"]) < float(rows[0]["test_accuracy"]) and rows[2]["test_accuracy_se"] == ""
+    assert 0 < float(rows[0]["test_accuracy_se"]) < float(rows[0]["test_accuracy"])
+    assert rows[2]["test_accuracy_se"] == ""
     assert "There are no scores yet" in page(client, "/experiments/young").text
 
 
@@ -133,7 +136,8 @@ def test_the_first_page_has_every_experiment_and_how_far_it_is(client):
 def test_a_gallery_and_its_csv_have_the_examples_asked_for_in_the_order_asked_for(client, scores, query, chosen, order):
     rows = shown(client, f"/experiments/digits{query}")
     mem = scores.memorization
-    assert sorted(rows) == np.flatnonzero(chosen(mem)).tolist() and len(rows)
+    assert sorted(rows) == np.flatnonzero(chosen(mem)).tolist()
+    assert len(rows)
     keys_ = order(mem)[rows]
     assert (np.diff(keys_) >= 0).all()
     ties = np.diff(keys_) == 0
@@ -149,7 +153,8 @@ def test_an_order_by_held_out_accuracy_shows_it(client, scores):
     mem = scores.memorization
     first = int(found.links(r"/experiments/digits/train/(\d+)(?:\?.*)?")[0])
     p, k = mem["p_out"][first], mem["k_out"][first]
-    assert "held-out accuracy ± standard error" in found.text and f"{p:.2f} ± {np.sqrt(p * (1 - p) / k):.2f}" in found.text
+    assert "held-out accuracy ± standard error" in found.text
+    assert f"{p:.2f} ± {np.sqrt(p * (1 - p) / k):.2f}" in found.text
 
 
 def test_each_bar_of_the_histogram_leads_to_as_many_examples_as_it_has(client):
@@ -175,7 +180,8 @@ def test_an_example_shows_whom_it_helps_and_hurts_and_these_who_helps_and_hurts_
     values = [float(row["infl"]) for row in rows]
     assert values == block.value[0, [int(row["tt_idx"]) for row in rows]].tolist()
     assert [float(row["infl_se"]) for row in rows] == block.error[0, [int(row["tt_idx"]) for row in rows]].tolist()
-    assert values[0] == block.value.max() and min(values) == block.value.min()
+    assert values[0] == block.value.max()
+    assert min(values) == block.value.min()
     test = int(rows[0]["tt_idx"])
     own, *rows = table(client, f"/experiments/digits/test/{test}.csv")
     right = scores.statistics.test_right[test] / TRIALS
@@ -186,7 +192,8 @@ def test_an_example_shows_whom_it_helps_and_hurts_and_these_who_helps_and_hurts_
     column = scores.influence(test=test).value[:, 0]
     values = [float(row["infl"]) for row in rows]
     assert values == column[[int(row["tr_idx"]) for row in rows]].tolist()
-    assert values[0] == np.nanmax(column) and min(values) == np.nanmin(column)
+    assert values[0] == np.nanmax(column)
+    assert min(values) == np.nanmin(column)
     assert all(float(row["mem"]) == scores.memorization["mem"][int(row["tr_idx"])] for row in rows)
 
 
@@ -201,7 +208,9 @@ def test_an_example_without_an_estimate_says_so_and_comes_last(client):
     found = page(client, "/experiments/odd")
     assert found.links(r"/experiments/odd/train/(\d+)")[-1] == "7"
     text = page(client, "/experiments/odd/train/7").text
-    assert "none" in text and "nan" not in text.lower() and text.count("No estimate: every model saw it.") == 2
+    assert "none" in text
+    assert "nan" not in text.lower()
+    assert text.count("No estimate: every model saw it.") == 2
 
 
 def test_names_of_files_and_classes_are_text_and_no_formulas(client):
@@ -214,7 +223,8 @@ def test_names_of_files_and_classes_are_text_and_no_formulas(client):
     rows = table(client, "/experiments/odd/train.csv?class=1")
     assert {row["class"] for row in rows} == {f"'{CLASSES[1]}"}
     names = {row["filename"] for row in rows}
-    assert f"'{CLASSES[1]}/{FORMULA}" in names and len(names) == 4
+    assert f"'{CLASSES[1]}/{FORMULA}" in names
+    assert len(names) == 4
     assert [row["class"] for row in table(client, "/experiments/odd/test/0.csv")]
 
 
@@ -246,7 +256,8 @@ def test_names_of_files_and_classes_are_text_and_no_formulas(client):
 def test_what_is_not_there_is_a_page_that_says_so(client, path):
     answer = client.get(path)
     assert answer.status_code == 404
-    assert "<h1>Not found</h1>" in answer.text and "Traceback" not in answer.text
+    assert "<h1>Not found</h1>" in answer.text
+    assert "Traceback" not in answer.text
 
 
 @pytest.mark.parametrize("query", ["from=x", "to=nan", "from=3", "class=-1", "sort=best", "page=0", "page=1e99", "q=" + "x" * 300])
@@ -258,9 +269,12 @@ def test_headers_keep_browsers_from_running_or_loading_anything_else(client):
     for path in ("/", "/experiments/digits", "/experiments/digits/images/train/0.png", "/static/explorer.js", "/none"):
         headers = client.get(path).headers
         policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
-        assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == policy["img-src"] == "'self'"
-        assert policy["frame-ancestors"] == policy["base-uri"] == "'none'" and policy["form-action"] == "'self'"
-        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["img-src"] == "'self'"
+        assert policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        assert policy["form-action"] == "'self'"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
         assert headers["cross-origin-resource-policy"] == "same-origin"
     html = client.get("/experiments/digits").text
     assert not re.search(r"<script(?! src=)|\sstyle=|\son\w+=|<style|https?://", html.replace("http://www.w3.org", ""))
@@ -269,13 +283,16 @@ def test_headers_keep_browsers_from_running_or_loading_anything_else(client):
 def test_head_is_answered_as_get_is(client):
     for path in ("/", "/experiments.csv", "/experiments/digits", "/experiments/digits/test/3.csv", "/experiments/digits/images/test/3.png"):
         answer = client.head(path)
-        assert answer.status_code == 200 and answer.content == b""
+        assert answer.status_code == 200
+        assert answer.content == b""
 
 
 def test_a_defect_is_a_page_as_others_are(explored, monkeypatch):
     monkeypatch.setattr("memtail.explorer.app.histogram", lambda *_: 1 / 0)
     answer = TestClient(create(explored), base_url=HERE).get("/experiments/digits")
-    assert answer.status_code == 500 and "<h1>Not possible</h1>" in answer.text and "division" not in answer.text
+    assert answer.status_code == 500
+    assert "<h1>Not possible</h1>" in answer.text
+    assert "division" not in answer.text
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
 
 
@@ -300,23 +317,29 @@ def test_with_a_token_nothing_is_shown_without_it(explored):
     client = TestClient(app, base_url="http://memtail.example", follow_redirects=False)
     for path in ("/", "/experiments/digits", "/experiments/digits/images/train/0.png", "/experiments.csv", "/none"):
         answer = client.get(path)
-        assert answer.status_code == 401 and "digits" not in answer.text
+        assert answer.status_code == 401
+        assert "digits" not in answer.text
         assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
         assert client.get(path, headers={"Cookie": "memtail-explorer=wrong"}).status_code == 401
         assert client.get(path, params={"token": "wrong"}).status_code == 401
     bearer = f"Bearer {token}".encode()
     assert client.get("/experiments.csv", headers={"Authorization": bearer}).status_code == 200
     given = client.get("/experiments/digits", params={"token": token, "class": "3"})
-    assert given.status_code == 303 and given.headers["location"] == "/experiments/digits?class=3"
+    assert given.status_code == 303
+    assert given.headers["location"] == "/experiments/digits?class=3"
     cookie = given.headers["set-cookie"].lower()
-    assert "httponly" in cookie and "samesite=lax" in cookie and "secure" not in cookie and token not in given.headers["set-cookie"]
+    assert "httponly" in cookie
+    assert "samesite=lax" in cookie
+    assert "secure" not in cookie
+    assert token not in given.headers["set-cookie"]
     assert client.get("/experiments/digits").status_code == 200
     client.cookies.clear()
     assert client.post("/experiments/digits", data={"token": "wrong"}).status_code == 401
     assert client.post("/experiments/digits", data={"token": "x" * 5000}).status_code == 401
     form = {"data": {"token": token}, "headers": {"X-Forwarded-Proto": "https"}}
     given = client.post("/experiments/digits?class=3&token=wrong", **form)
-    assert given.status_code == 303 and given.headers["location"] == "/experiments/digits?class=3"
+    assert given.status_code == 303
+    assert given.headers["location"] == "/experiments/digits?class=3"
     assert "secure" in given.headers["set-cookie"].lower()
     client.cookies.clear()
     client.get("/", params={"token": token})
@@ -354,9 +377,11 @@ def test_reports_and_studies_are_led_to_where_there_are_any(explored, tmp_path):
     for path in ("/", "/experiments/digits"):
         assert page(client, path).links("/experiments/digits/(report/report.html|studies)") == ["report/report.html", "studies"]
     answer = client.get("/experiments/digits/report/report.html")
-    assert answer.text.endswith("report") and "script-src" not in answer.headers["content-security-policy"]
+    assert answer.text.endswith("report")
+    assert "script-src" not in answer.headers["content-security-policy"]
     text = page(client, "/experiments/digits/studies").text
-    assert "What <they> do" in text and "It costs 2.5 ± 0.2 points." in text
+    assert "What <they> do" in text
+    assert "It costs 2.5 ± 0.2 points." in text
     assert client.get("/experiments/digits/studies/removal.svg").headers["content-type"] == "image/svg+xml"
     rows = table(client, "/experiments/digits/studies/removal.csv")
     assert rows == [{"theta": "0.25", "arm": "chosen"}, {"theta": "0.5", "arm": f"'{FORMULA}"}]
@@ -388,7 +413,8 @@ def test_a_damaged_experiment_hides_no_other(explored, tmp_path):
     client = TestClient(create(store), base_url=HERE)
     found = page(client, "/")
     assert found.links("/experiments/([a-z]+)") == ["young"]
-    assert "broken/experiment.json: is corrupt" in found.text and "unknown: experiments/unknown/experiment.json: " in found.text
+    assert "broken/experiment.json: is corrupt" in found.text
+    assert "unknown: experiments/unknown/experiment.json: " in found.text
     assert "is corrupt" in page(client, "/experiments/broken", 503).text
     rows = {row["experiment"]: row["state"] for row in table(client, "/experiments.csv")}
     assert rows == {"young": "running", "broken": "damaged", "unknown": "damaged"}
@@ -399,7 +425,9 @@ def test_scores_are_shown_where_the_images_are_lost(explored, tmp_path, monkeypa
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
     client = TestClient(create(explored), base_url=HERE)
     found = page(client, "/experiments/digits")
-    assert "No images: dataset" in found.text and "no image" in found.text and "class 3" in found.text
+    assert "No images: dataset" in found.text
+    assert "no image" in found.text
+    assert "class 3" in found.text
     assert client.get("/experiments/digits/images/train/0.png").status_code == 404
     assert len(table(client, "/experiments/digits/train.csv")) == 1438
     monkeypatch.setenv("MEMTAIL_CACHE", cache)  # there they are
@@ -411,7 +439,8 @@ def test_a_cache_that_cannot_be_written_costs_the_images_only(explored, tmp_path
     (tmp_path / "file").touch()
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "file" / "cache"))
     text = page(TestClient(create(explored), base_url=HERE), "/experiments/digits").text
-    assert f"No images: {tmp_path}/file/cache/datasets cannot be written" in text and "class 3" in text
+    assert f"No images: {tmp_path}/file/cache/datasets cannot be written" in text
+    assert "class 3" in text
 
 
 class Watched(LocalStore):
@@ -448,7 +477,8 @@ def test_what_is_not_there_costs_the_store_one_listing_and_is_not_remembered(exp
         assert client.get(f"/experiments/{name}").status_code == 404
         with pytest.raises(StoreError, match="there is no experiment"):
             library.progress(name)
-    assert store.reads == 0 and {name for name, _ in library._seen} == {""}
+    assert store.reads == 0
+    assert {name for name, _ in library._seen} == {""}
 
 
 def test_damaged_scores_are_said_to_be_so_until_they_are_mended(explored, tmp_path, monkeypatch):
@@ -483,10 +513,13 @@ def test_of_the_scores_kept_open_those_looked_at_last_stay(explored, tmp_path, m
         store.put(key.replace("odd", "third", 1), store.get(key).replace(b'"name": "odd"', b'"name": "third"'))
     library = Library(store)
     digits, odd = library.open("digits"), library.open("odd")
-    assert digits.size > odd.size > 0 and library.open("digits") is digits
+    assert digits.size > odd.size > 0
+    assert library.open("digits") is digits
     monkeypatch.setattr(module, "_KEPT_BYTES", digits.size + odd.size)
     third = library.open("third")
-    assert library.open("digits") is digits and library.open("third") is third and library.open("odd") is not odd
+    assert library.open("digits") is digits
+    assert library.open("third") is third
+    assert library.open("odd") is not odd
 
 
 class Remote:

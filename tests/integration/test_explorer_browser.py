@@ -34,7 +34,8 @@ def address(explored: LocalStore) -> Iterator[str]:
     address = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "memtail", "explore", "--store", str(explored.root), "--port", address.rpartition(":")[2]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    assert process.stdout is not None and address in process.stdout.readline()
+    assert process.stdout is not None
+    assert address in process.stdout.readline()
     for name in ("digits", "odd"):
         while urllib3.request("GET", f"{address}/experiments/{name}/train/0", timeout=60).status == 503:  # its scores are being read
             time.sleep(0.1)
@@ -129,7 +130,8 @@ def test_a_bar_and_the_form_choose_what_the_gallery_shows(page: Page) -> None:
     page.wait_for_url("**class=8**")
     assert {tile.strip() for tile in page.locator(".grid .class").all_inner_texts()} == {"8"}
     values = [float(score.split()[0]) for score in page.locator(".grid .score").all_inner_texts()]
-    assert values and min(values) >= 0.245
+    assert values
+    assert min(values) >= 0.245
 
 
 def test_progress_is_read_anew_without_losing_the_focus(page: Page) -> None:

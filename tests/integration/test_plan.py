@@ -58,16 +58,20 @@ def planned(request, tmp_path_factory):
 
 def test_the_forecasts_agree_with_each_other(planned):
     plan = planned[0]
-    assert plan["trials"] == plan["trials_to_train"] == 60 and plan["trials_per_shard"] == 16
-    assert [each["devices"] for each in plan["elsewhere"]] == [1, 8, 64] and plan["here"]["devices"] == plan["devices"]
+    assert plan["trials"] == plan["trials_to_train"] == 60
+    assert plan["trials_per_shard"] == 16
+    assert [each["devices"] for each in plan["elsewhere"]] == [1, 8, 64]
+    assert plan["here"]["devices"] == plan["devices"]
     alone, many, most = (each["seconds"] for each in plan["elsewhere"])
     fixed = plan["startup_seconds"] + plan["scoring_seconds"]
     assert alone == pytest.approx(fixed + 60 * plan["seconds_per_trial"])
-    assert many == pytest.approx(fixed + 8 * plan["seconds_per_trial"]) and most == pytest.approx(fixed + plan["seconds_per_trial"])
+    assert many == pytest.approx(fixed + 8 * plan["seconds_per_trial"])
+    assert most == pytest.approx(fixed + plan["seconds_per_trial"])
     assert fixed < plan["here"]["seconds"] <= alone
     for each in (plan["here"], *plan["elsewhere"]):
         assert each["cost"] == pytest.approx(3 * each["devices"] * each["seconds"] / 3600)
-    assert plan["peak_memory"] > 1 << 26 and not plan["extrapolated"]
+    assert plan["peak_memory"] > 1 << 26
+    assert not plan["extrapolated"]
 
 
 def test_the_standard_error_and_the_trials_for_another_belong_together(planned):
@@ -89,7 +93,9 @@ def test_a_plan_counts_what_the_store_holds_and_leaves_it_alone(planned):
     before = {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")}
     result = command("plan", path, "--store", folder / "store")
     assert result.returncode == 0, result.stderr
-    assert "60 trials, 0 of them to be trained" in result.stdout and "64 x cpu" in result.stdout and "standard error" in result.stdout
+    assert "60 trials, 0 of them to be trained" in result.stdout
+    assert "64 x cpu" in result.stdout
+    assert "standard error" in result.stdout
     assert {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")} == before
 
 
@@ -124,13 +130,17 @@ def test_a_profile_is_shown_in_a_table(tmp_path):
 )
 def test_bad_input_is_answered_with_one_line(tmp_path, options, parts, said):
     result = command("plan", spec(tmp_path, **parts), "--store", tmp_path / "store", *options)
-    assert result.returncode == 2 and said in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "store").exists()
 
 
 def test_another_experiment_of_the_name_is_refused(planned, tmp_path):
     result = command("plan", spec(tmp_path, training={"epochs": 3}), "--store", planned[2] / "store")
-    assert result.returncode == 2 and "choose another name" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert result.returncode == 2
+    assert "choose another name" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, monkeypatch):
@@ -138,7 +148,9 @@ def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, mo
     monkeypatch.setattr(planning, "_MEASURED_SECONDS", 0.1)
     experiment = declare(40, training={"epochs": 1000}, execution={"device": "cpu", "trials_per_shard": 4})
     plan = planning.plan(experiment, tmp_path / "store")
-    assert plan.extrapolated and plan.here.cost is None and plan.trials_for_it is None
+    assert plan.extrapolated
+    assert plan.here.cost is None
+    assert plan.trials_for_it is None
     assert 1000 * 1e-6 < plan.seconds_per_trial < 1000
     assert list(tmp_path.iterdir()) == []
 
@@ -164,7 +176,9 @@ def failing(image_shape, classes):
 
 def test_the_makespan_is_that_of_the_first_free_device():
     assert planning._makespan([3.0, 2.0, 2.0, 1.0], 2) == 4.0
-    assert planning._makespan([3.0, 2.0], 1) == 5.0 and planning._makespan([3.0, 2.0], 8) == 3.0 and planning._makespan([], 2) == 0.0
+    assert planning._makespan([3.0, 2.0], 1) == 5.0
+    assert planning._makespan([3.0, 2.0], 8) == 3.0
+    assert planning._makespan([], 2) == 0.0
 
 
 @pytest.mark.parametrize("model", [{"name": "mlp", "hidden": [16]}, {"name": "cnn", "channels": [4], "hidden": 8}])
@@ -184,4 +198,5 @@ def test_phases_that_are_off_measure_nothing():
     phases = Phases()
     with phases.measure("data"):
         pass
-    assert not phases.on and phases.seconds == {}
+    assert not phases.on
+    assert phases.seconds == {}

@@ -73,7 +73,10 @@ def finished(tmp_path_factory):
 
 def test_a_run_prints_the_spec_the_progress_and_the_summary(finished):
     store, text = finished
-    assert "batch_size: 64" in text and "60/60 trials" in text and "in-subset accuracy" in text and "most memorized" in text
+    assert "batch_size: 64" in text
+    assert "60/60 trials" in text
+    assert "in-subset accuracy" in text
+    assert "most memorized" in text
     assert str(version(store)) in text
 
 
@@ -83,8 +86,10 @@ def test_a_second_run_trains_nothing_and_publishes_the_same_bits(finished, tmp_p
     folder = version(store)
     held = {path.name: path.read_bytes() for path in folder.iterdir()}
     result = command("run", spec(tmp_path), "--store", store)
-    assert result.returncode == 0 and "all from the store" in result.stdout
-    assert {path: path.stat().st_mtime_ns for path in batches(store)} == before and version(store) == folder
+    assert result.returncode == 0
+    assert "all from the store" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in batches(store)} == before
+    assert version(store) == folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == held
 
 
@@ -103,7 +108,8 @@ def test_a_run_stopped_at_any_moment_goes_on_to_the_same_scores(finished, tmp_pa
         assert process.poll() is None, process.communicate()
         process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent] and "Traceback" not in errors
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+        assert "Traceback" not in errors
         _wait_until_gone(children)
     assert 0 < len(batches(tmp_path / "store")) < 12
     assert command("run", path, "--store", tmp_path / "store").returncode == 0
@@ -148,7 +154,8 @@ def test_another_experiment_of_the_name_is_refused_and_nothing_is_lost(finished,
     store, _ = finished
     held = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     result = command("run", spec(tmp_path, training={"epochs": 5}), "--store", store)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
     assert "(training.epochs 4 -> 5): choose another name" in result.stderr
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == held
 
@@ -160,10 +167,14 @@ def test_a_foreign_or_corrupt_batch_is_refused_by_name(finished, tmp_path):
     foreign = tmp_path / "store" / "experiments" / "digits" / "trials" / batches(store)[0].name
     foreign.write_bytes(batches(store)[0].read_bytes())
     result = command("run", run, "--store", tmp_path / "store")
-    assert result.returncode == 2 and foreign.name in result.stderr and "belongs to another experiment" in result.stderr
+    assert result.returncode == 2
+    assert foreign.name in result.stderr
+    assert "belongs to another experiment" in result.stderr
     foreign.write_bytes(foreign.read_bytes()[:100])
     result = command("run", run, "--store", tmp_path / "store")
-    assert result.returncode == 2 and foreign.name in result.stderr and "truncated or corrupt" in result.stderr
+    assert result.returncode == 2
+    assert foreign.name in result.stderr
+    assert "truncated or corrupt" in result.stderr
 
 
 def test_the_pointer_never_goes_back_to_fewer_trials(finished, digits):
@@ -184,13 +195,17 @@ def test_damaged_scores_are_one_clear_line_and_a_run_mends_the_pointer(finished,
     for damage in ("{", '{"version": "gone"}'):
         (folder.parent / "latest.json").write_text(damage)
         result = command("top", "--store", tmp_path / "store")
-        assert result.returncode == 2 and "latest.json: is damaged" in result.stderr and len(result.stderr.splitlines()) == 1
+        assert result.returncode == 2
+        assert "latest.json: is damaged" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
         assert command("status", "--store", tmp_path / "store").returncode == 0
     assert command("run", spec(tmp_path), "--store", tmp_path / "store").returncode == 0
     assert same_files(version(tmp_path / "store"), version(finished[0]))
     (folder / "memorization.parquet").write_bytes(b"PAR1")
     result = command("top", "--store", tmp_path / "store")
-    assert result.returncode == 2 and "memorization.parquet: is missing or damaged" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2
+    assert "memorization.parquet: is missing or damaged" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_names_with_brackets_are_shown_as_they_are(tmp_path):
@@ -202,7 +217,9 @@ def test_names_with_brackets_are_shown_as_they_are(tmp_path):
     few = {"trials": 8, "design": "balanced", "fraction": 0.5}
     path = spec(tmp_path, "folder", dataset={"name": "folder", "root": "images"}, training={"epochs": 1}, subsets=few)
     result = command("run", path, "--store", tmp_path / "st[/v1]")
-    assert result.returncode == 0 and "a[red]/" in result.stdout and f"--store {tmp_path}/st[/v1]" in result.stdout
+    assert result.returncode == 0
+    assert "a[red]/" in result.stdout
+    assert f"--store {tmp_path}/st[/v1]" in result.stdout
 
 
 MODELS = """
@@ -237,7 +254,9 @@ def test_a_shard_that_keeps_failing_becomes_failure_records_and_a_later_run_mend
     path.write_text(yaml.safe_dump(content))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = command("run", path, "--store", tmp_path / "store", env={**environment, "MODE": mode})
-    assert result.returncode == 2 and "Traceback" not in result.stderr.splitlines()[-1] and "failures" in result.stderr
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr.splitlines()[-1]
+    assert "failures" in result.stderr
     failures = list(ExperimentStore(LocalStore(tmp_path / "store"), "digits").failures())
     assert [(failure.shard, failure.attempt) for failure in failures] == [
         (Shard(first, first + 1), attempt) for first in (0, 2) for attempt in (1, 2, 3)
@@ -258,8 +277,10 @@ def test_flipped_labels_come_out_memorized_and_far_above_the_rest(tmp_path, digi
     mem = _run_arrays(tmp_path, "flipped").memorization["mem"]
     rest = np.delete(mem, flipped)
     # a few flipped digits do look like their new label
-    assert np.median(mem[flipped]) > 0.9 and np.quantile(mem[flipped], 0.1) > 0.6
-    assert rest.mean() < 0.1 and np.mean(mem[flipped][:, None] > rest) > 0.95
+    assert np.median(mem[flipped]) > 0.9
+    assert np.quantile(mem[flipped], 0.1) > 0.6
+    assert rest.mean() < 0.1
+    assert np.mean(mem[flipped][:, None] > rest) > 0.95
 
 
 def test_a_twin_under_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_path, digits):
@@ -273,7 +294,9 @@ def test_a_twin_under_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_p
     scores = _run_arrays(tmp_path, "twins")
     for twin, test in zip(planted, eights, strict=True):
         top = scores.top_influencers(int(test), 3)
-        assert top["tr_idx"][0] == twin and top["infl"][0] > 0.5 and top["infl"][0] > top["infl"][1] + 0.2
+        assert top["tr_idx"][0] == twin
+        assert top["infl"][0] > 0.5
+        assert top["infl"][0] > top["infl"][1] + 0.2
         assert scores.top_influenced(int(twin), 1)["tt_idx"][0] == test
         assert (int(twin), int(test)) in set(zip(scores.pairs["tr_idx"].tolist(), scores.pairs["tt_idx"].tolist(), strict=True))
 
@@ -303,26 +326,29 @@ def test_published_files_pass_a_consumers_check_with_plain_numpy(finished, digit
     mem = (M * C).sum(0) / M.sum(0) - ((1 - M) * C).sum(0) / (1 - M).sum(0)
     everything = M.T @ T / M.sum(0)[:, None] - (1 - M).T @ T / (1 - M).sum(0)[:, None]
     with np.load(folder / "infl_matrix.npz") as archive:
-        assert (archive["tr_labels"] == digits.train_labels).all() and (archive["tt_labels"] == digits.test_labels).all()
+        assert (archive["tr_labels"] == digits.train_labels).all()
+        assert (archive["tt_labels"] == digits.test_labels).all()
         np.testing.assert_allclose(archive["tr_mem"], mem, atol=1e-12)
         for label in range(10):
             train, test = archive[f"tr_classidx_{label}"], archive[f"tt_classidx_{label}"]
-            assert (train == np.flatnonzero(digits.train_labels == label)).all() and (
-                test == np.flatnonzero(digits.test_labels == label)
-            ).all()
+            assert (train == np.flatnonzero(digits.train_labels == label)).all()
+            assert (test == np.flatnonzero(digits.test_labels == label)).all()
             block = archive[f"infl_matrix_class{label}"]
             assert block.shape == (len(train), len(test))
             np.testing.assert_allclose(block, everything[np.ix_(train, test)], atol=1e-6)
     with np.load(folder / "high_infl_pairs_infl0.15_mem0.25.npz") as archive:
         train, test = archive["tr_idx"], archive["tt_idx"]
-        assert train.dtype == test.dtype == np.int64 and archive["infl"].dtype == archive["mem"].dtype == np.float64
+        assert train.dtype == test.dtype == np.int64
+        assert archive["infl"].dtype == archive["mem"].dtype == np.float64
         np.testing.assert_allclose(archive["infl"], everything[train, test], atol=1e-12)
         wanted = (mem[:, None] >= 0.25) & (everything >= 0.15) & (digits.train_labels[:, None] == digits.test_labels)
-        assert len(train) == wanted.sum() > 0 and wanted[train, test].all()
+        assert len(train) == wanted.sum() > 0
+        assert wanted[train, test].all()
     import pandas as pd
 
     for table in (pd.read_csv(folder / "memorization.csv"), pd.read_parquet(folder / "memorization.parquet")):
-        assert table["index"].tolist() == list(range(digits.n_train)) and (table["label"] == digits.train_labels).all()
+        assert table["index"].tolist() == list(range(digits.n_train))
+        assert (table["label"] == digits.train_labels).all()
         np.testing.assert_allclose(table["mem"], mem, atol=1e-9)
 
 
@@ -341,7 +367,8 @@ def test_the_reader_answers_rows_columns_blocks_and_top_k(finished, digits):
     with pytest.raises(MemtailError, match="test index 359 is out of range: there are 359"):
         scores.influence(test=359)
     assert scores.to_pandas("pairs")["infl"].is_monotonic_decreasing
-    assert scores.summary["trials"] == 60 and scores.summary["without_estimate"] == 0
+    assert scores.summary["trials"] == 60
+    assert scores.summary["without_estimate"] == 0
 
 
 def test_filenames_go_with_the_scores_of_a_folder(tmp_path):
@@ -357,10 +384,12 @@ def test_filenames_go_with_the_scores_of_a_folder(tmp_path):
     )
     assert command("run", path, "--store", tmp_path / "store").returncode == 0
     with np.load(version(tmp_path / "store", "folder") / "index.npz") as archive:
-        assert archive["tr_filenames"][0] == b"cat/000.png" and archive["tt_filenames"][-1] == b"dog/005.png"
+        assert archive["tr_filenames"][0] == b"cat/000.png"
+        assert archive["tt_filenames"][-1] == b"dog/005.png"
         assert len(archive["tr_mem"]) == len(archive["tr_labels"]) == 12
     top = json.loads(command("top", "--json", "-n", 2, "--store", tmp_path / "store").stdout)
-    assert len(top) == 2 and top[0]["filename"].endswith(".png")
+    assert len(top) == 2
+    assert top[0]["filename"].endswith(".png")
 
 
 def test_the_command_line_answers_in_text_and_json(finished, tmp_path):
@@ -369,17 +398,21 @@ def test_the_command_line_answers_in_text_and_json(finished, tmp_path):
     assert (row["experiment"], row["trials"], row["wanted"], row["published_trials"]) == ("digits", 60, 60, 60)
     assert "digits" in command("status", "--store", store).stdout
     top = json.loads(command("top", "digits", "--json", "-n", 3, "--store", store).stdout)
-    assert [row["mem"] for row in top] == sorted((row["mem"] for row in top), reverse=True) and len(top) == 3
+    assert [row["mem"] for row in top] == sorted((row["mem"] for row in top), reverse=True)
+    assert len(top) == 3
     pairs = json.loads(command("top", "--pairs", "--json", "--store", store).stdout)
     assert pairs[0]["infl"] >= 0.15
     influencers = json.loads(command("top", "--influencers-of", pairs[0]["tt_idx"], "-n", 2000, "--json", "--store", store).stdout)
-    assert pairs[0]["tr_idx"] in [row["tr_idx"] for row in influencers] and influencers[0]["infl"] >= pairs[0]["infl"]
+    assert pairs[0]["tr_idx"] in [row["tr_idx"] for row in influencers]
+    assert influencers[0]["infl"] >= pairs[0]["infl"]
     assert command("scores", "--fetch", tmp_path / "out", "--store", store).returncode == 0
     assert same_files(tmp_path / "out", version(store))
     staged = json.loads(command("stage", spec(tmp_path), "--json").stdout)
-    assert staged["train"] == 1438 and (Path(staged["folder"]) / "meta.json").exists()
+    assert staged["train"] == 1438
+    assert (Path(staged["folder"]) / "meta.json").exists()
     checks = {check["name"]: check for check in json.loads(command("doctor", "--json", "--store", store).stdout)}
-    assert checks["conditional write"]["fine"] and checks["torch"]["fine"]
+    assert checks["conditional write"]["fine"]
+    assert checks["torch"]["fine"]
 
 
 @pytest.mark.parametrize(
@@ -395,7 +428,9 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, arguments, message):
     store, _ = finished
     more = [] if "--store" in arguments or arguments[0] == "run" else ["--store", store]
     result = command(*arguments, *more)
-    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -413,7 +448,9 @@ def test_a_bad_experiment_is_one_line_and_exit_code_2_and_leaves_no_store(tmp_pa
     if "model" in parts:
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "model": parts["model"]}))
     result = command("run", path, "--store", tmp_path / "store")
-    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "store" / "experiments").exists()
 
 

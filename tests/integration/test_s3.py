@@ -54,7 +54,8 @@ def test_a_write_whose_answer_is_lost_is_known_again_as_ones_own(minio, bucket, 
     store = S3Store(bucket, "lost", minio.settings(endpoint=proxy.endpoint))
     proxy.cuts.append((b"PUT", 0))
     assert store.put_if_absent("k", b"mine")
-    assert not proxy.cuts and [event["event"] for event in logs] == ["store fails, trying again"]
+    assert not proxy.cuts
+    assert [event["event"] for event in logs] == ["store fails, trying again"]
     assert sum(request.startswith(b"PUT") for request in proxy.requests) == 1
     assert not store.put_if_absent("k", b"mine")
     assert S3Store(bucket, "lost", minio.settings()).get("k") == b"mine"
@@ -70,17 +71,22 @@ def test_each_request_is_told_of_with_its_outcome_and_its_bytes(minio, bucket, p
         return seen
 
     proxy.cuts.append((b"PUT", 0))
-    assert store.put_if_absent("k", b"four") and requests() == [("put", "failed", 0), ("put", "ok", 4)]
-    assert not store.put_if_absent("k", b"other") and requests() == [("put", "exists", 0)]
+    assert store.put_if_absent("k", b"four")
+    assert requests() == [("put", "failed", 0), ("put", "ok", 4)]
+    assert not store.put_if_absent("k", b"other")
+    assert requests() == [("put", "exists", 0)]
     store.put("k", b"other")
-    assert store.get("k") == b"other" and requests() == [("put", "ok", 5), ("get", "ok", 5)]
+    assert store.get("k") == b"other"
+    assert requests() == [("put", "ok", 5), ("get", "ok", 5)]
     proxy.cuts.append((b"GET", 0))
     store.download("k", tmp_path / "k")
     store.upload("l", tmp_path / "k")
     assert requests() == [("get", "failed", 0), ("get", "ok", 5), ("put", "ok", 5)]
     with pytest.raises(ObjectNotFound):
         store.get("none")
-    assert store.exists("k") and not store.exists("none") and list(store.list("")) == ["k", "l"]
+    assert store.exists("k")
+    assert not store.exists("none")
+    assert list(store.list("")) == ["k", "l"]
     store.delete("k")
     expected = [("get", "absent"), ("head", "ok"), ("head", "absent"), ("list", "ok"), ("delete", "ok")]
     assert requests() == [(*request, 0) for request in expected]
@@ -117,10 +123,12 @@ def test_a_read_that_breaks_off_is_begun_again_and_never_short(minio, bucket, pr
     assert store.get("k") == content
     proxy.cuts.append((b"GET", after))
     store.download("k", tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == content and [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     proxy.cuts.append((b"GET", after % 300))
     assert list(store.list("")) == ["k"]
-    assert not proxy.cuts and len(logs) == 3
+    assert not proxy.cuts
+    assert len(logs) == 3
 
 
 def test_a_server_that_restarts_during_a_write_delays_it(tmp_path):
@@ -131,10 +139,13 @@ def test_a_server_that_restarts_during_a_write_delays_it(tmp_path):
         with structlog.testing.capture_logs() as logs, ThreadPoolExecutor(2) as pool:
             writes = [pool.submit(store.put, "put", b"1"), pool.submit(store.put_if_absent, "new", b"2")]
             while len({event["key"] for event in logs}) < 2:
-                assert not tried_in_vain.wait(0.01) and not any(write.done() for write in writes)
+                assert not tried_in_vain.wait(0.01)
+                assert not any(write.done() for write in writes)
             server.start()
-            assert writes[1].result() is True and writes[0].result() is None
-        assert store.get("put") == b"1" and store.get("new") == b"2"
+            assert writes[1].result() is True
+            assert writes[0].result() is None
+        assert store.get("put") == b"1"
+        assert store.get("new") == b"2"
 
 
 def test_a_server_that_stays_away_is_one_clear_error_after_a_bounded_time(logs):
@@ -176,7 +187,8 @@ def test_wrong_credentials_are_one_clear_error_at_once(minio, bucket, logs, chan
     for action in (store.prove, lambda: store.put("k", b""), lambda: store.get("k")):
         with pytest.raises(StoreError, match=cause) as caught:
             action()
-        assert not isinstance(caught.value, ObjectNotFound) and "\n" not in str(caught.value)
+        assert not isinstance(caught.value, ObjectNotFound)
+        assert "\n" not in str(caught.value)
     assert not logs
 
 
@@ -199,7 +211,8 @@ def test_a_temporary_key_that_may_only_read_reads_and_is_told_what_it_lacks(mini
     key = provider.retrieve()
     settings = minio.settings(access_key=key.access_key, secret_key=key.secret_key, session_token=key.session_token)
     store = S3Store(bucket, "reading", settings)
-    assert store.get("k") == b"1" and list(store.list("")) == ["k"]
+    assert store.get("k") == b"1"
+    assert list(store.list("")) == ["k"]
     for action in (store.prove, lambda: store.put("k", b""), lambda: store.put_if_absent("k", b""), lambda: store.delete("k")):
         with pytest.raises(StoreError, match=r"AccessDenied: .*let this key list the bucket, and get, put and delete objects"):
             action()
@@ -226,7 +239,9 @@ def test_a_server_with_a_certificate_of_ones_own_authority(tmp_path, logs):
         store = S3Store(server.new_bucket(), "p", trusting)
         store.verify_contract()
         store.put("k", b"safe")
-        assert store.put_if_absent("new", b"1") and not store.put_if_absent("new", b"1") and store.get("k") == b"safe"
+        assert store.put_if_absent("new", b"1")
+        assert not store.put_if_absent("new", b"1")
+        assert store.get("k") == b"safe"
         name = store.address.split("/")[2]
         with pytest.raises(StoreError, match=r"TLS: .*CERTIFICATE_VERIFY_FAILED.*MEMTAIL_S3_CA_FILE"):
             S3Store(name, "p", server.settings()).get("k")
@@ -255,7 +270,8 @@ def test_a_bucket_may_be_addressed_by_a_host_name_of_its_own(minio, bucket, monk
     endpoint = f"http://localhost:{minio.port}"
     virtual = S3Store(bucket, "addressing", minio.settings(endpoint=endpoint, addressing="virtual"))
     virtual.verify_contract()
-    assert virtual.put_if_absent("k", b"1") and f"{bucket}.localhost" in asked
+    assert virtual.put_if_absent("k", b"1")
+    assert f"{bucket}.localhost" in asked
     asked.clear()
     assert S3Store(bucket, "addressing", minio.settings(endpoint=endpoint, addressing="path")).get("k") == b"1"
     assert asked == {"localhost"}
@@ -265,9 +281,11 @@ def test_stores_under_two_prefixes_of_a_bucket_do_not_see_each_other(minio, buck
     one, other = (S3Store(bucket, f"shared/{name}", minio.settings()) for name in ("one", "one-more"))
     one.put("k", b"1")
     other.put("k", b"2")
-    assert one.get("k") == b"1" and list(one.list("")) == ["k"]
+    assert one.get("k") == b"1"
+    assert list(one.list("")) == ["k"]
     other.delete("k")
-    assert list(one.list("")) == ["k"] and list(other.list("")) == []
+    assert list(one.list("")) == ["k"]
+    assert list(other.list("")) == []
     assert list(S3Store(bucket, "shared", minio.settings()).list("")) == ["one/k"]
 
 
@@ -281,7 +299,8 @@ def test_large_files_go_up_in_parts_and_come_down_whole(minio, bucket, proxy, tm
     for key, lost in (("k2", b"PUT"), ("k3", f"POST /{bucket}/parts/k3?uploadId".encode())):
         proxy.cuts.append((lost, 0))
         store.upload(key, tmp_path / "up")
-        assert store.get(key) == (tmp_path / "up").read_bytes() and not proxy.cuts
+        assert store.get(key) == (tmp_path / "up").read_bytes()
+        assert not proxy.cuts
 
 
 def test_a_listing_of_more_than_a_page_is_whole_and_in_order(minio, bucket, monkeypatch):
@@ -301,7 +320,8 @@ def test_folders_are_named_without_a_listing_of_what_lies_in_them(minio, bucket,
         store.put(f"experiments/e/trials/{number}", b"")
     proxy.requests.clear()
     assert list(store.folders("experiments/")) == ["e"]
-    assert len(proxy.requests) == 1 and b"delimiter=%2F" in proxy.requests[0]
+    assert len(proxy.requests) == 1
+    assert b"delimiter=%2F" in proxy.requests[0]
 
 
 def test_credentials_come_from_variables_or_from_files_that_they_name(minio, bucket, environment, tmp_path):
@@ -348,7 +368,8 @@ def test_no_secret_is_ever_shown(minio, bucket, proxy, logs, caplog):
         seen.append(str(chain))
         chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
     shown = f"{settings} {settings!r} {store} {store!r} {store.address} {seen} {logs}"
-    assert len(logs) == 2 and len(seen) == 1
+    assert len(logs) == 2
+    assert len(seen) == 1
     for secret in (minio.access_key, minio.secret_key, "session-token-of-mine", "X-Amz-Signature"):
         assert secret not in shown
     assert minio.secret_key not in caplog.text
@@ -433,13 +454,15 @@ def test_an_upload_that_fails_at_its_very_end_is_begun_again(tmp_path, logs):
     (tmp_path / "file").write_bytes(bytes(6 << 20))
     with FakeS3("fails-late") as server:
         S3Store("bucket", "", server.settings(), part_size=5 << 20).upload("k", tmp_path / "file")
-        assert list(server.objects) == ["/bucket/k"] and len(logs) == 1
+        assert list(server.objects) == ["/bucket/k"]
+        assert len(logs) == 1
 
 
 def test_a_write_that_a_proxy_repeats_is_known_again_as_ones_own():
     with FakeS3("repeats") as server:
         store = S3Store("bucket", "", server.settings())
-        assert store.put_if_absent("k", b"1") and not store.put_if_absent("k", b"1")
+        assert store.put_if_absent("k", b"1")
+        assert not store.put_if_absent("k", b"1")
 
 
 @pytest.mark.parametrize(
@@ -458,7 +481,8 @@ def test_a_write_that_a_proxy_repeats_is_known_again_as_ones_own():
 def test_what_may_pass_is_tried_again(logs, status, code):
     with FakeS3(failures=[(status, code), (status, code)]) as server:
         assert S3Store("bucket", "", server.settings()).put_if_absent("k", b"1")
-        assert len(logs) == 2 and len(server.objects) == 1
+        assert len(logs) == 2
+        assert len(server.objects) == 1
         server.failures += [(status, code)]
         assert S3Store("bucket", "", server.settings()).get("k") == b"1"
 
@@ -482,9 +506,15 @@ def test_doctor_looks_at_the_bucket_the_conditional_write_and_the_clock(environm
 
     assert [fine for fine, _ in checks(minio.endpoint).values()] == [True, True, True]
     missing = checks(minio.endpoint, "s3://not-there")
-    assert missing["clock"][0] and not missing["store"][0] and "NoSuchBucket" in missing["store"][1]
+    assert missing["clock"][0]
+    assert not missing["store"][0]
+    assert "NoSuchBucket" in missing["store"][1]
     for clock, text in ((600, "600 s behind the store's"), (-600, "600 s ahead of the store's")):
         with FakeS3("ignores-condition", clock=clock) as server:
             found = checks(server.settings().endpoint)
-        assert found["clock"][0] is False and abs(int(found["clock"][1].split()[0]) - 600) <= 2 and found["clock"][1][4:] == text[4:]
-        assert found["store"][0] and not found["conditional write"][0] and "overwrites" in found["conditional write"][1]
+        assert found["clock"][0] is False
+        assert abs(int(found["clock"][1].split()[0]) - 600) <= 2
+        assert found["clock"][1][4:] == text[4:]
+        assert found["store"][0]
+        assert not found["conditional write"][0]
+        assert "overwrites" in found["conditional write"][1]

@@ -28,10 +28,13 @@ def in_a_bucket(minio, tmp_path_factory):
 
 def test_a_run_in_a_bucket_gives_the_bits_of_a_run_in_a_folder(in_a_bucket, minio, tmp_path):
     address, environment, _, text = in_a_bucket
-    assert "10/10 trials" in text and "most memorized" in text and f"memtail top digits --pairs --store {address}" in text
+    assert "10/10 trials" in text
+    assert "most memorized" in text
+    assert f"memtail top digits --pairs --store {address}" in text
     assert command("run", spec(tmp_path, subsets=FEW), "--store", tmp_path / "store").returncode == 0
     result = command("scores", "--fetch", tmp_path / "copy", "--store", address, "--json", env=environment)
-    assert result.returncode == 0 and json.loads(result.stdout)["folder"] == str(tmp_path / "copy")
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["folder"] == str(tmp_path / "copy")
     wanted = version(tmp_path / "store")
     assert sorted(path.name for path in wanted.iterdir()) == sorted(path.name for path in (tmp_path / "copy").iterdir())
     assert all((tmp_path / "copy" / path.name).read_bytes() == path.read_bytes() for path in wanted.iterdir())
@@ -45,7 +48,8 @@ def test_a_run_in_a_bucket_gives_the_bits_of_a_run_in_a_folder(in_a_bucket, mini
 def test_a_second_run_trains_nothing(in_a_bucket):
     address, environment, folder, _ = in_a_bucket
     result = command("run", spec(folder, subsets=FEW), env={**environment, "MEMTAIL_STORE": address})
-    assert result.returncode == 0 and "all from the store" in result.stdout
+    assert result.returncode == 0
+    assert "all from the store" in result.stdout
 
 
 def test_commands_that_read_take_a_bucket(in_a_bucket):
@@ -56,7 +60,8 @@ def test_commands_that_read_take_a_bucket(in_a_bucket):
     top = [command("top", *options, "--json", env=here) for options in ((), ("--pairs",), ("--influencers-of", "3"))]
     assert all(len(json.loads(result.stdout)) > 0 for result in top)
     listed = command("scores", env=here).stdout.splitlines()
-    assert f"{address}/experiments/digits/scores/" in listed[1] and listed[1].rpartition("/")[2] == "high_infl_pairs_infl0.15_mem0.25.npz"
+    assert f"{address}/experiments/digits/scores/" in listed[1]
+    assert listed[1].rpartition("/")[2] == "high_infl_pairs_infl0.15_mem0.25.npz"
     assert command("top", "nobody", env=here).stderr.startswith("memtail: there is no experiment 'nobody'")
     assert command("doctor", env=here).returncode == 0
 
@@ -75,7 +80,8 @@ def test_a_notebook_loads_scores_from_a_bucket(in_a_bucket, monkeypatch):
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     scores = memtail.load_scores(f"{address}/experiments/digits")
-    assert scores.summary["trials"] == 10 and len(scores.memorization["mem"]) == 1438
+    assert scores.summary["trials"] == 10
+    assert len(scores.memorization["mem"]) == 1438
     with pytest.raises(ScoresError, match="experiment 'nobody' has no published scores"):
         memtail.load_scores(f"{address}/experiments/nobody")
     with pytest.raises(StoreError, match="is not the address of a store"):
@@ -86,25 +92,29 @@ def test_a_bucket_that_cannot_be_used_is_one_line(in_a_bucket, tmp_path):
     environment = in_a_bucket[1]
     for arguments in (("status",), ("run", spec(tmp_path))):
         result = command(*arguments, "--store", "s3://not-there", env=environment)
-        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "NoSuchBucket" in result.stderr
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert "NoSuchBucket" in result.stderr
         result = command(*arguments, "--store", "gs://bucket", env=environment)
-        assert result.returncode == 2 and result.stderr.startswith("memtail: gs://bucket is not the address of a store")
+        assert result.returncode == 2
+        assert result.stderr.startswith("memtail: gs://bucket is not the address of a store")
 
 
 def test_warnings_of_a_server_that_fails_for_a_while_do_not_mix_with_the_answer(in_a_bucket):
     with FakeS3(failures=[(503, "SlowDown")]) as server:
         environment = {**in_a_bucket[1], "MEMTAIL_S3_ENDPOINT": server.settings().endpoint}
         result = command("status", "--json", "--store", "s3://bucket", env=environment)
-    assert result.returncode == 0 and json.loads(result.stdout) == [] and "trying again" in result.stderr
+    assert result.returncode == 0
+    assert json.loads(result.stdout) == []
+    assert "trying again" in result.stderr
 
 
 def test_without_the_package_a_bucket_is_refused_in_one_line(tmp_path):
     (tmp_path / "minio.py").write_text("raise ModuleNotFoundError(\"No module named 'minio'\", name='minio')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = command("status", "--store", "s3://bucket", env=environment)
-    assert result.returncode == 2 and result.stderr.endswith(
-        "s3://bucket: this needs minio, which is not installed: pip install 'memtail[services]'\n"
-    )
+    assert result.returncode == 2
+    assert result.stderr.endswith("s3://bucket: this needs minio, which is not installed: pip install 'memtail[services]'\n")
 
 
 def test_the_cache_keeps_the_scores_that_were_read_last_and_those_before(minio, declare, tmp_path, monkeypatch):

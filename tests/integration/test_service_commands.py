@@ -119,7 +119,10 @@ def fail(experiment_store, shard, times, error="RuntimeError: boom"):
 def test_stage_puts_a_dataset_into_the_store_once_and_says_so(call, spec, store, tmp_path):
     text = call("stage", spec())
     facts = json.loads(call("stage", spec(), "--json"))
-    assert "put there" in text and facts["fingerprint"] in text and facts["staged"] is False and facts["store"] == store.address
+    assert "put there" in text
+    assert facts["fingerprint"] in text
+    assert facts["staged"] is False
+    assert facts["store"] == store.address
     assert "was there" in call("stage", spec())
     assert fetch(store, facts["fingerprint"], tmp_path / "cache").n_train == 40
 
@@ -127,14 +130,18 @@ def test_stage_puts_a_dataset_into_the_store_once_and_says_so(call, spec, store,
 def test_stage_without_a_store_only_prepares(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["stage", str(spec()), "--json"])
-    assert result.exit_code == 0 and "store" not in json.loads(result.stdout) and not (tmp_path / "memtail-store").exists()
+    assert result.exit_code == 0
+    assert "store" not in json.loads(result.stdout)
+    assert not (tmp_path / "memtail-store").exists()
 
 
 def test_submit_stages_and_enters_and_says_what_and_what_next(call, spec, store, tmp_path):
     text = call("submit", spec(), "--priority", 5)
     experiment_store = ExperimentStore(store, "tiny")
     record = experiment_store.read_record()
-    assert f"tiny entered in {store.address}" in text and "12 in 3 shards of 4" in text and "put into the store" in text
+    assert f"tiny entered in {store.address}" in text
+    assert "12 in 3 shards of 4" in text
+    assert "put into the store" in text
     assert f"memtail watch tiny --store {store.address}" in text
     assert f"memtail scores tiny --fetch DIR --store {store.address}" in text
     assert experiment_store.control() == Control("running", 5)
@@ -195,10 +202,12 @@ def test_control_is_set_and_its_other_half_kept(call, submitted):
     assert submitted.control() == Control("running", -3)
     for name, state in (("pause", "paused"), ("cancel", "cancelled"), ("resume", "running")):
         text = call(name, "tiny")
-        assert submitted.control() == Control(state, -3) and state in text
+        assert submitted.control() == Control(state, -3)
+        assert state in text
     assert "priority -3" in text
     call("pause", "tiny")
-    assert "paused" in call("priority", "tiny", 7) and submitted.control() == Control("paused", 7)
+    assert "paused" in call("priority", "tiny", 7)
+    assert submitted.control() == Control("paused", 7)
     for name in ("pause", "cancel", "resume"):
         with pytest.raises(StoreError, match="there is no experiment 'nobody' in the store; there: tiny"):
             call(name, "nobody")
@@ -219,7 +228,8 @@ def test_status_shows_control_shards_failures_and_what_is_published(call, spec, 
         "failed_attempts": 4, "dead_shards": ["8-11"], "published_trials": 4, "test_accuracy": 0.75,
     }  # fmt: skip
     assert {key: tiny[key] for key in wanted} == wanted
-    assert 0 <= tiny["published_age"] < 60 and 0 < tiny["standard_error"] < 1
+    assert 0 <= tiny["published_age"] < 60
+    assert 0 < tiny["standard_error"] < 1
     lines = [line.split() for line in call("status").splitlines()]
     assert lines[0][:7] == ["experiment", "state", "prio", "trials", "shards", "failed", "dead"]
     assert lines[2][:8] == ["tiny", "dead", "0", "8/12", "2/3", "4", "1", "4,"]
@@ -234,11 +244,16 @@ def test_failures_are_a_table_or_whole_texts(call, submitted):
     text = call("failures")
     rows = [line.split() for line in text.splitlines()]
     assert rows[0] == ["trials", "attempt", "when", "now", "error"]
-    assert rows[1][:3] == ["0-3", "1", "2026-01-02T03:04:05+00:00"] and rows[3][1] == "3"
-    assert "given up" in text and "committed" in text and "Traceback" not in text and "memtail retry tiny has it tried again" in text
+    assert rows[1][:3] == ["0-3", "1", "2026-01-02T03:04:05+00:00"]
+    assert rows[3][1] == "3"
+    assert "given up" in text
+    assert "committed" in text
+    assert "Traceback" not in text
+    assert "memtail retry tiny has it tried again" in text
     assert text.count("x") >= 300
     whole = call("failures", "tiny", "--traceback")
-    assert whole.count("Traceback (most recent call last):\n  in forward") == 4 and "trials 0-3, attempt 3" in whole
+    assert whole.count("Traceback (most recent call last):\n  in forward") == 4
+    assert "trials 0-3, attempt 3" in whole
     records = json.loads(call("failures", "--json"))
     assert [(record["shard"], record["attempt"], record["now"]) for record in records] == [
         ("0-3", 1, "given up"), ("0-3", 2, "given up"), ("0-3", 3, "given up"), ("4-7", 1, "committed")
@@ -252,8 +267,10 @@ def test_retry_forgets_the_failures_of_a_shard_or_of_all(call, submitted):
     assert set(submitted.attempts()) == {SHARDS[0], SHARDS[2]}
     assert "no failed attempt at 4-7 is on record" in call("retry", "tiny", "--shard", "4-7")
     call("pause", "tiny")
-    assert "forgot 6 failed attempts" in (text := call("retry", "tiny")) and "memtail resume tiny" in text
-    assert not submitted.attempts() and "no failed attempt is on record" in call("retry")
+    assert "forgot 6 failed attempts" in (text := call("retry", "tiny"))
+    assert "memtail resume tiny" in text
+    assert not submitted.attempts()
+    assert "no failed attempt is on record" in call("retry")
     for wrong in ("4", "a-b", "4-", "4:7"):
         with pytest.raises(StoreError, match=f"--shard: '{wrong}' is no shard: give FIRST-LAST"):
             call("retry", "--shard", wrong)
@@ -283,7 +300,9 @@ def test_watch_follows_an_experiment_until_its_scores_are_published(call, submit
     lines = call("watch").splitlines()
     assert next(left, None) is None
     assert lines[0] == "tiny: 0/12 trials; running"
-    assert lines[1].startswith("tiny: 4/12 trials; ") and "trials/s" in lines[1] and lines[1].endswith("left")
+    assert lines[1].startswith("tiny: 4/12 trials; ")
+    assert "trials/s" in lines[1]
+    assert lines[1].endswith("left")
     assert re.search(r"; published 4 trials \d s ago, standard error 0\.\d{3}; 1 failed attempt$", lines[2])
     assert "12/12 trials; waiting for the scores; published 4 trials" in lines[3]
     assert "12/12 trials; done; published 12 trials" in lines[-1]
@@ -304,7 +323,8 @@ def test_watch_ends_with_1_where_all_that_is_left_is_dead(call, submitted, meanw
 def test_watch_ends_with_1_where_an_experiment_is_cancelled_and_waits_for_a_paused_one(call, submitted, meanwhile):
     meanwhile(lambda: submitted.set_control(Control("paused")), lambda: submitted.set_control(Control("cancelled")))
     lines = call("watch", code=1).splitlines()
-    assert lines[1] == "tiny: 0/12 trials; paused" and lines[-1].endswith("it is cancelled: memtail resume tiny goes on")
+    assert lines[1] == "tiny: 0/12 trials; paused"
+    assert lines[-1].endswith("it is cancelled: memtail resume tiny goes on")
 
 
 def test_watch_ends_with_1_where_a_batch_was_refused(call, submitted, meanwhile):
@@ -353,7 +373,8 @@ def test_the_rate_is_that_of_the_last_minutes(submitted, monkeypatch):
     assert followed.pace() == "running"
     for clock.now, trials in ((10.0, 20), (700.0, 20), (900.0, 420)):
         followed.update(dataclasses.replace(progress, trials=trials))
-    assert followed.rate == 2.0 and followed.pace() == "2.00 trials/s, 6.0 s left"
+    assert followed.rate == 2.0
+    assert followed.pace() == "2.00 trials/s, 6.0 s left"
 
 
 def test_on_a_terminal_watch_draws_bars_and_ctrl_c_ends_it_quietly(submitted):
@@ -366,7 +387,8 @@ def test_on_a_terminal_watch_draws_bars_and_ctrl_c_ends_it_quietly(submitted):
     shown = b""
     while b"4/12 trials" not in shown or b"running" not in shown:
         shown += os.read(terminal, 1 << 16)
-    assert "━".encode() in shown and b"\x1b[" in shown
+    assert "━".encode() in shown
+    assert b"\x1b[" in shown
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     os.close(terminal)
@@ -401,7 +423,9 @@ def test_the_commands_work_on_a_bucket(in_a_bucket, spec, tmp_path):
     assert "was there" in call("stage", spec())
     commit(experiment_store, *SHARDS[:2])
     fail(experiment_store, SHARDS[2], 3)
-    assert "dead" in call("status") and "given up" in call("failures") and "shards failed too often (8-11)" in call("watch", code=1)
+    assert "dead" in call("status")
+    assert "given up" in call("failures")
+    assert "shards failed too often (8-11)" in call("watch", code=1)
     call("retry")
     call("pause", "tiny")
     assert experiment_store.control() == Control("paused", 1)
@@ -425,8 +449,11 @@ def test_watch_waits_out_an_outage_of_the_store(own_minio, spec, meanwhile, monk
     result = runner.invoke(app, ["watch", "--store", store.address])
     assert result.exit_code == 0, (result.output, result.exception)
     lines = result.stdout.splitlines()
-    assert lines[1].startswith("store unreachable, trying again (") and "refused" in lines[1]
-    assert sum("unreachable" in line for line in lines) == 1 and "12/12 trials; waiting for the scores" in lines[2] and "done" in lines[-1]
+    assert lines[1].startswith("store unreachable, trying again (")
+    assert "refused" in lines[1]
+    assert sum("unreachable" in line for line in lines) == 1
+    assert "12/12 trials; waiting for the scores" in lines[2]
+    assert "done" in lines[-1]
 
 
 def test_doctor_finds_nothing_wrong_with_a_machine_that_does_not_train_but_with_one_that_does_by_half(monkeypatch, tmp_path):
@@ -440,7 +467,8 @@ def test_doctor_finds_nothing_wrong_with_a_machine_that_does_not_train_but_with_
         return {check.name: check for check in examine(tmp_path)}
 
     without = examined("torch", "torchvision", "scikit-learn")
-    assert all(check.fine for check in without.values()) and "pip install 'memtail[train]'" in without["training"].finding
+    assert all(check.fine for check in without.values())
+    assert "pip install 'memtail[train]'" in without["training"].finding
     assert [check.name for check in examined("torchvision").values() if not check.fine] == ["torchvision"]
 
 
@@ -456,7 +484,8 @@ def test_doctor_looks_at_the_broker_where_there_is_one_and_never_shows_its_passw
     server.start()
     try:
         check = _broker(monkeypatch, tmp_path, server.url)
-        assert check.fine and check.finding == f"Redis at 127.0.0.1:{server.port} answers"
+        assert check.fine
+        assert check.finding == f"Redis at 127.0.0.1:{server.port} answers"
         (tmp_path / "url").write_text(server.url)
         monkeypatch.setenv("MEMTAIL_BROKER_FILE", str(tmp_path / "url"))
         assert _broker(monkeypatch, tmp_path, "").fine
@@ -474,12 +503,17 @@ def test_doctor_looks_at_the_broker_where_there_is_one_and_never_shows_its_passw
             ("redis://:a-secret@127.0.0.1/0?colour=red", "is no Redis URL"),
         ):
             check = _broker(monkeypatch, tmp_path, url)
-            assert not check.fine and message in check.finding and "secret" not in check.finding and "\n" not in check.finding
+            assert not check.fine
+            assert message in check.finding
+            assert "secret" not in check.finding
+            assert "\n" not in check.finding
     finally:
         server.stop()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         check = _broker(monkeypatch, tmp_path, f"redis://:a-secret@127.0.0.1:{silent.getsockname()[1]}/0")
-    assert not check.fine and "does not answer" in check.finding and "secret" not in check.finding
+    assert not check.fine
+    assert "does not answer" in check.finding
+    assert "secret" not in check.finding
 
 
 def test_bad_input_is_one_line_and_exit_code_2(spec, tmp_path):
@@ -490,5 +524,7 @@ def test_bad_input_is_one_line_and_exit_code_2(spec, tmp_path):
         (["submit", tmp_path / "missing.yaml", "--store", store], "missing.yaml: cannot be read"),
     ):
         result = command(*arguments)
-        assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
     assert not store.exists()

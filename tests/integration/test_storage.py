@@ -85,7 +85,9 @@ def test_folders_gives_each_name_once_and_in_order_and_no_objects(store):
 def test_an_object_exists_from_its_writing_to_its_removal(store):
     assert not store.exists("a/b")
     store.put("a/b", b"")
-    assert store.exists("a/b") and not store.exists("a") and not store.exists("a/b/c")
+    assert store.exists("a/b")
+    assert not store.exists("a")
+    assert not store.exists("a/b/c")
     store.delete("a/b")
     assert not store.exists("a/b")
 
@@ -165,7 +167,9 @@ def test_its_address_opens_it_again(store, monkeypatch, request):
             monkeypatch.setenv(variable, value)
     store.put("k", b"there")
     again = open_store(store.address)
-    assert type(again) is type(store) and again.address == store.address and again.get("k") == b"there"
+    assert type(again) is type(store)
+    assert again.address == store.address
+    assert again.get("k") == b"there"
 
 
 def _write_for_ever(store):
@@ -181,11 +185,13 @@ def test_a_writer_killed_half_way_leaves_the_whole_old_or_the_whole_new_object(s
         before = time.monotonic()
         while time.monotonic() - before < 0.1:
             data = store.get("object")
-            assert len(data) == 4 << 20 and len(set(data[:: 1 << 16])) == 1
+            assert len(data) == 4 << 20
+            assert len(set(data[:: 1 << 16])) == 1
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
         data = store.get("object")
-        assert len(data) == 4 << 20 and data == data[:1] * len(data)
+        assert len(data) == 4 << 20
+        assert data == data[:1] * len(data)
     assert list(store.list("")) == ["object"]
 
 

@@ -67,7 +67,8 @@ def rows(store, result):
 
 def result_of(store, study_name, name="digits"):
     (found,) = [each for each in load_results(store, name) if each.study == study_name]
-    assert store.get(found.prefix + "figure.png").startswith(b"\x89PNG") and b"</svg>" in found.figure_svg()
+    assert store.get(found.prefix + "figure.png").startswith(b"\x89PNG")
+    assert b"</svg>" in found.figure_svg()
     return found
 
 
@@ -84,19 +85,23 @@ def bits(store, name):
 def test_removal_trains_without_the_memorized_and_without_as_many_random_ones(store):
     text = study(store, "removal", "digits", "--theta", 0.25, "--theta", 0.5, "--repeats", 4)
     result = result_of(store, "removal")
-    assert result.findings[0] in text and result.trials == 20
+    assert result.findings[0] in text
+    assert result.trials == 20
     members, right, metrics = bits(store, result.experiments[0])
     mem = memtail.load_scores(f"{store.address}/experiments/digits").memorization["mem"]
     assert members[:4].all()
     for place, theta in ((4, 0.25), (12, 0.5)):
-        assert (members[place : place + 4] == (mem < theta)).all() and 0 < (mem >= theta).sum() < len(mem)
+        assert (members[place : place + 4] == (mem < theta)).all()
+        assert 0 < (mem >= theta).sum() < len(mem)
         random = members[place + 4 : place + 8]
-        assert (random.sum(1) == (mem < theta).sum()).all() and len(np.unique(random, axis=0)) == 4
+        assert (random.sum(1) == (mem < theta).sum()).all()
+        assert len(np.unique(random, axis=0)) == 4
     accuracy = np.array([entry.test_accuracy for entry in metrics])
     table = rows(store, result)
     np.testing.assert_allclose(table["test_accuracy"], accuracy)
     loss = result.measured["losses"][0]
-    assert loss["theta"] == 0.25 and loss["memorized"]["value"] == pytest.approx(accuracy[:4].mean() - accuracy[4:8].mean())
+    assert loss["theta"] == 0.25
+    assert loss["memorized"]["value"] == pytest.approx(accuracy[:4].mean() - accuracy[4:8].mean())
     assert loss["difference"]["value"] == pytest.approx(accuracy[8:12].mean() - accuracy[4:8].mean())
     assert len(np.unique(right[4:8], axis=0)) == 4  # the models differ, though their subset is one
 
@@ -116,17 +121,20 @@ def test_the_loss_without_the_pairs_is_split_into_the_influenced_and_the_rest(st
     members, right, _ = bits(store, result.experiments[0])
     assert (np.flatnonzero(~members[4]) == np.unique(pairs["tr_idx"])).all()
     influenced = np.unique(pairs["tt_idx"])
-    assert result.measured["removed"] == len(np.unique(pairs["tr_idx"])) and result.measured["influenced"] == len(influenced)
+    assert result.measured["removed"] == len(np.unique(pairs["tr_idx"]))
+    assert result.measured["influenced"] == len(influenced)
     losses = {part: interval["value"] for part, interval in result.measured["losses"]["pairs"].items()}
     assert losses["all"] == pytest.approx(losses["influenced"] + losses["rest"])
     lost = (right[:4].mean(0) - right[4:8].mean(0))[influenced].sum() / right.shape[1]
-    assert losses["influenced"] == pytest.approx(lost) and lost > 0
+    assert losses["influenced"] == pytest.approx(lost)
+    assert lost > 0
 
 
 def test_a_submitted_study_needs_nothing_but_the_store_and_is_evaluated_when_it_is_trained(store, tmp_path, monkeypatch):
     arguments = ("removal", "digits", "--theta", 0.75, "--repeats", 2)
     entered = json.loads(study(store, *arguments, "--submit", "--json"))
-    assert entered["trained"] is False and entered["trials"] == 6
+    assert entered["trained"] is False
+    assert entered["trials"] == 6
     experiment_store = ExperimentStore(store, entered["experiment"])
     assert not experiment_store.committed()
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "cache of a worker"))
@@ -135,7 +143,9 @@ def test_a_submitted_study_needs_nothing_but_the_store_and_is_evaluated_when_it_
     dataset = fetch(store, record.canonical["dataset"]["fingerprint"], Settings().cache)
     run(record.experiment.with_masks(masks), store.address, dataset=dataset)
     result = json.loads(study(store, *arguments, "--submit", "--json"))
-    assert result["study"] == "removal" and result["trials"] == 6 and result["experiments"] == [entered["experiment"]]
+    assert result["study"] == "removal"
+    assert result["trials"] == 6
+    assert result["experiments"] == [entered["experiment"]]
 
 
 def test_halves_agree_the_less_the_fewer_they_are_and_more_overlap_takes_more_trials(store):
@@ -143,10 +153,14 @@ def test_halves_agree_the_less_the_fewer_they_are_and_more_overlap_takes_more_tr
     few = result_of(store, "stability")
     study(store, "stability", "digits", "--wanted", 0.9)
     many = result_of(store, "stability")
-    assert many.trials == 128 and many.measured["trials"] == 64 and 0 < many.measured["jaccard"]["memorization"] < 1
+    assert many.trials == 128
+    assert many.measured["trials"] == 64
+    assert 0 < many.measured["jaccard"]["memorization"] < 1
     assert few.measured["jaccard"] == many.measured["jaccard"]
     table = rows(store, many)
-    assert set(table["trials"]) == {64} and set(table["split"]) == set(range(5)) and set(table["score"]) == {"memorization", "influence"}
+    assert set(table["trials"]) == {64}
+    assert set(table["split"]) == set(range(5))
+    assert set(table["score"]) == {"memorization", "influence"}
     unknown = {"trials": None, "beyond": None, "fewest": None, "most": None, "measured": False}
     assert many.measured["trials_needed"]["memorization"] == unknown  # one number of trials has no slope
     assert few.measured["trials_needed"]["memorization"] == {**unknown, "trials": 64, "measured": True}
@@ -155,14 +169,18 @@ def test_halves_agree_the_less_the_fewer_they_are_and_more_overlap_takes_more_tr
 def test_equal_experiments_agree_as_far_as_one_with_itself(store):
     study(store, "architectures", "digits", "again")
     result = result_of(store, "architectures")
-    assert result.experiments == ["digits", "again"] and result.trials == 256 and result.measured["trials"] == 64
+    assert result.experiments == ["digits", "again"]
+    assert result.trials == 256
+    assert result.measured["trials"] == 64
     agreement = result.measured["agreement"]
     assert list(agreement) == ["digits and itself", "digits and again", "again and itself"]
     # chance alone is between them: what is compared shares no trial, although the two have all trials in common
     assert agreement["digits and again"] == agreement["digits and itself"] == agreement["again and itself"]
-    assert 0 < agreement["digits and again"]["memorization"] < 1 and 0 < agreement["digits and again"]["rank_correlation"] < 1
+    assert 0 < agreement["digits and again"]["memorization"] < 1
+    assert 0 < agreement["digits and again"]["rank_correlation"] < 1
     table = rows(store, result)
-    assert set(table["split"]) == set(range(5)) and set(table["trials"]) == {64}
+    assert set(table["split"]) == set(range(5))
+    assert set(table["trials"]) == {64}
 
 
 def test_near_duplicates_are_found_where_they_were_planted_whatever_their_brightness():
@@ -172,17 +190,20 @@ def test_near_duplicates_are_found_where_they_were_planted_whatever_their_bright
     train[20] = np.clip(train[11] + rng.integers(-4, 5, train[11].shape), 0, 255)
     train[30] = 17  # of one value
     found = measure(SimpleNamespace(train_images=train, test_images=test), np.array([7, 8]), np.array([3, 3]), nearness=0.33)
-    assert np.flatnonzero(found.test <= found.threshold).tolist() == [3] and found.test_nearest[3] == 7
+    assert np.flatnonzero(found.test <= found.threshold).tolist() == [3]
+    assert found.test_nearest[3] == 7
     assert np.flatnonzero(found.train <= found.threshold).tolist() == [11, 20]
     assert (found.train_nearest[11], found.train_nearest[20]) == (20, 11)
-    assert found.pairs[0] == pytest.approx(found.test[3]) and found.pairs[1] > found.threshold
+    assert found.pairs[0] == pytest.approx(found.test[3])
+    assert found.pairs[1] > found.threshold
 
 
 def test_duplicates_are_looked_for_by_pixels_and_features_and_the_loss_is_split_by_them(store):
     study(store, "duplicates", "digits", "--repeats", 4, "--nearness", 2)
     result = result_of(store, "duplicates")
     table = rows(store, result)
-    assert set(table["space"]) == {"pixels", "features"} and len(table) == 2 * 1797
+    assert set(table["space"]) == {"pixels", "features"}
+    assert len(table) == 2 * 1797
     by_pixels = table[(table["space"] == "pixels") & (table["split"] == "test")]
     assert result.measured["pixels"]["test"] == by_pixels["near_duplicate"].sum() > 0
     assert 0 < result.measured["pairs_without"] < result.measured["pairs"]
@@ -202,14 +223,16 @@ def test_the_last_layer_alone_is_trained_on_the_subsets_of_the_experiment_and_me
         mem = memtail.load_scores(f"{store.address}/experiments/{name}").memorization["mem"]
         assert result.measured[label]["memorized"] == (mem >= 0.25).sum()
     assert 0 < result.measured["last layer"]["memorized"] < result.measured["whole model"]["memorized"]
-    assert result.measured["last layer"]["test_accuracy"] > 0.9 and result.measured["last layer"]["memorized_error"] > 0
+    assert result.measured["last layer"]["test_accuracy"] > 0.9
+    assert result.measured["last layer"]["memorized_error"] > 0
 
     # more trials of the whole model take more of the last layer; the features stay
     experiment_store = ExperimentStore(store, "digits")
     run(experiment_store.read_record().with_trials(144).experiment, store.address)
     study(store, "last-layer", "digits")
     extended = result_of(store, "last-layer")
-    assert extended.experiments == result.experiments and extended.trials == 288
+    assert extended.experiments == result.experiments
+    assert extended.trials == 288
 
 
 def test_what_a_study_starts_from_is_not_to_change_meanwhile(store):

@@ -101,7 +101,8 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
     fleet.cluster.until(lambda: patient(fleet.done)(experiment_store, shards), 600)
     print(f"no worker is left after {time.monotonic() - began:.0f} s")
     counted = sum(_ask(pipes, "committed"), Counter())
-    assert len(counted) == shards and set(counted.values()) == {1}
+    assert len(counted) == shards
+    assert set(counted.values()) == {1}
     events = json.loads(fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace, "--output", "json"))["items"]
     print("events of the dispatcher:", dict(Counter(each["reason"] for each in events if each["reason"].startswith("Worker"))))
     for process, pipe in zip(processes, pipes, strict=True):

@@ -140,9 +140,8 @@ def test_every_container_obeys_the_level_restricted(rendered):
     assert {"dispatcher", "aggregator", "worker", "test"} <= {component for component, _ in pods}
     for component, pod in pods:
         security = pod["securityContext"]
-        assert (security["runAsNonRoot"], security["runAsUser"]) == (True, 1000) and security["seccompProfile"] == {
-            "type": "RuntimeDefault"
-        }
+        assert (security["runAsNonRoot"], security["runAsUser"]) == (True, 1000)
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
         for container in pod["containers"] + pod.get("initContainers", []):
             assert container["securityContext"] == {
@@ -150,7 +149,8 @@ def test_every_container_obeys_the_level_restricted(rendered):
                 "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             }
-            assert {"cpu", "memory"} <= container["resources"]["requests"].keys() and "memory" in container["resources"]["limits"]
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+            assert "memory" in container["resources"]["limits"]
             assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
             assert not any("valueFrom" in variable for variable in container.get("env", []))
         kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
@@ -185,7 +185,8 @@ def test_names_and_labels_agree(rendered):
 def test_a_long_name_is_shortened_so_that_all_that_follows_from_it_is_valid():
     done = helm("template", "a" * 53, str(CHART))
     names = [each["metadata"]["name"] for each in yaml.safe_load_all(done.stdout) if each]
-    assert max(map(len, names)) <= 63 and len(set(names)) > 10
+    assert max(map(len, names)) <= 63
+    assert len(set(names)) > 10
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,8 @@ def test_a_long_name_is_shortened_so_that_all_that_follows_from_it_is_valid():
 )
 def test_values_that_make_no_sense_are_refused(values, message):
     done = helm("template", RELEASE, str(CHART), *as_options(values))
-    assert done.returncode != 0 and message in done.stderr
+    assert done.returncode != 0
+    assert message in done.stderr
 
 
 def test_every_value_of_a_pod_has_its_effect_on_every_component():
@@ -219,17 +221,21 @@ def test_every_value_of_a_pod_has_its_effect_on_every_component():
         container = pod["containers"][0]
         for key in ("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName", "runtimeClassName"):
             assert pod[key] == OF_A_POD[key], (component, key)
-        assert OF_A_POD["extraVolumes"][0] in pod["volumes"] and OF_A_POD["extraVolumeMounts"][0] in container["volumeMounts"]
-        assert OF_A_POD["extraEnv"][0] in container["env"] and container["envFrom"] == OF_A_POD["extraEnvFrom"]
+        assert OF_A_POD["extraVolumes"][0] in pod["volumes"]
+        assert OF_A_POD["extraVolumeMounts"][0] in container["volumeMounts"]
+        assert OF_A_POD["extraEnv"][0] in container["env"]
+        assert container["envFrom"] == OF_A_POD["extraEnvFrom"]
     everything = Rendered(MATRIX["everything-of-a-pod"])
     metadata = [each["spec"]["template"]["metadata"] for kind in ("Deployment", "StatefulSet") for each in everything.of(kind)]
     for each in [*metadata, everything.worker()["metadata"]]:
-        assert each["labels"]["team"] == "a" and each["annotations"]["note"] == "b"
+        assert each["labels"]["team"] == "a"
+        assert each["annotations"]["note"] == "b"
 
 
 def test_the_fleets_file_is_read_and_makes_valid_jobs(rendered, schemas, tmp_path):
     if not any(each["metadata"]["name"].endswith("-fleet") for each in rendered.of("ConfigMap")):
-        assert "MEMTAIL_FLEET" not in rendered.env("Deployment", "-dispatcher") and not rendered.of("Role")
+        assert "MEMTAIL_FLEET" not in rendered.env("Deployment", "-dispatcher")
+        assert not rendered.of("Role")
         return
     assert rendered.env("Deployment", "-dispatcher")["MEMTAIL_FLEET"] == "/etc/memtail/fleet/fleet.yaml"
     (tmp_path / "fleet.yaml").write_text(rendered.get("ConfigMap", "-fleet")["data"]["fleet.yaml"])
@@ -241,9 +247,11 @@ def test_the_fleets_file_is_read_and_makes_valid_jobs(rendered, schemas, tmp_pat
         job = job_of(settings, Demand("cifar.10", "running", 0, 100, workers), 1, 7, owner)
         assert job["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
         assert job["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
-        assert "completions" not in job["spec"] and job["spec"]["backoffLimit"] == 2147483647
+        assert "completions" not in job["spec"]
+        assert job["spec"]["backoffLimit"] == 2147483647
         container = job["spec"]["template"]["spec"]["containers"][0]
-        assert {"name": "MEMTAIL_EXPERIMENT", "value": "cifar.10"} in container["env"] and container["name"] == "worker"
+        assert {"name": "MEMTAIL_EXPERIMENT", "value": "cifar.10"} in container["env"]
+        assert container["name"] == "worker"
         for version in VERSIONS:
             assert conforms(json.dumps(job), schemas, version) == ""
     limits = {name: str(amount) for name, amount in container["resources"]["limits"].items()}
@@ -253,7 +261,8 @@ def test_the_fleets_file_is_read_and_makes_valid_jobs(rendered, schemas, tmp_pat
 def test_kueue_admits_jobs_that_are_made_suspended(tmp_path):
     (tmp_path / "fleet.yaml").write_text(Rendered(MATRIX["kueue"]).get("ConfigMap", "-fleet")["data"]["fleet.yaml"])
     job = job_of(FleetSettings.load(str(tmp_path / "fleet.yaml")), Demand("a", "running", 0, 1), 1, 1, {})
-    assert job["spec"]["suspend"] is True and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert job["spec"]["suspend"] is True
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
 
 
 def test_workers_have_gpus_and_know_them_or_train_on_what_there_is():
@@ -268,23 +277,31 @@ def test_who_makes_workers():
     assert [each["metadata"]["name"] for each in Rendered({}).of("Role")] == [f"{RELEASE}-memtail-dispatcher"]
     for values in (MATRIX["deployment"], MATRIX["no-rights"]):
         fixed = Rendered(values)
-        assert not fixed.of("Role") and not fixed.of("RoleBinding") and "-fleet" not in fixed.text
+        assert not fixed.of("Role")
+        assert not fixed.of("RoleBinding")
+        assert "-fleet" not in fixed.text
         assert fixed.get("Deployment", "-worker")["spec"]["replicas"] == values.get("workers.replicas", 1)
         assert not {"MEMTAIL_EXPERIMENT", "MEMTAIL_REST_SECONDS"} & fixed.env("Deployment", "-worker").keys()
         assert fixed.worker()["spec"]["restartPolicy"] == "Always"
     by_hand = Rendered({"rbac.create": False, "workers.mode": "jobs"})
-    assert by_hand.fleet() and not by_hand.of("Role")
+    assert by_hand.fleet()
+    assert not by_hand.of("Role")
 
 
 def test_keda_counts_what_is_being_trained_and_never_takes_a_worker_away():
     scaled = Rendered({"workers.mode": "keda", "workers.gpus": 2, "workers.max": 7}).get("ScaledJob", "-worker")["spec"]
-    assert scaled["scalingStrategy"] == {"strategy": "default"} and scaled["rollout"] == {"strategy": "gradual"}
+    assert scaled["scalingStrategy"] == {"strategy": "default"}
+    assert scaled["rollout"] == {"strategy": "gradual"}
     assert scaled["maxReplicaCount"] == 7
     [trigger] = scaled["triggers"]
     query = f'sum(memtail_shards_outstanding{{namespace="{NAMESPACE}",release="{RELEASE}"}})'
-    assert trigger["type"] == "prometheus" and trigger["metadata"]["query"] == query and trigger["metadata"]["threshold"] == "2"
+    assert trigger["type"] == "prometheus"
+    assert trigger["metadata"]["query"] == query
+    assert trigger["metadata"]["threshold"] == "2"
     job = scaled["jobTargetRef"]
-    assert job["parallelism"] == 1 and "completions" not in job and job["template"]["spec"]["restartPolicy"] == "Never"
+    assert job["parallelism"] == 1
+    assert "completions" not in job
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
     assert float(variables(job["template"]["spec"])["MEMTAIL_REST_SECONDS"]) > 0
 
 
@@ -307,9 +324,11 @@ def test_caches_are_where_the_values_say():
 
 def test_other_stores_are_reached_as_the_values_say():
     other = Rendered(EXTERNAL)
-    assert not other.of("StatefulSet") and not other.of("Secret")
+    assert not other.of("StatefulSet")
+    assert not other.of("Secret")
     env = other.env("Deployment", "-dispatcher")
-    assert env["MEMTAIL_STORE"] == "s3://theirs/a/b" and env["MEMTAIL_S3_ENDPOINT"] == "https://s3.example.com:8443"
+    assert env["MEMTAIL_STORE"] == "s3://theirs/a/b"
+    assert env["MEMTAIL_S3_ENDPOINT"] == "https://s3.example.com:8443"
     assert (env["MEMTAIL_S3_REGION"], env["MEMTAIL_S3_ADDRESSING"]) == ("north-1", "path")
     given = {name: path for name, path in env.items() if name.endswith("_FILE")}
     assert given == {
@@ -321,7 +340,8 @@ def test_other_stores_are_reached_as_the_values_say():
     pod = other.get("Deployment", "-dispatcher")["spec"]["template"]["spec"]
     sources = next(volume for volume in pod["volumes"] if volume["name"] == "connections")["projected"]["sources"]
     paths = {f"/run/memtail/{item['path']}" for source in sources for part in source.values() for item in part["items"]}
-    assert paths == set(given.values()) and "initContainers" not in pod
+    assert paths == set(given.values())
+    assert "initContainers" not in pod
     assert [next(iter(source.values()))["name"] for source in sources] == ["their-redis", "their-keys", "authority"]
 
 
@@ -376,7 +396,8 @@ def test_pods_with_an_identity_have_no_key():
     other = Rendered(IDENTITY)
     assert not [name for name in other.env("Deployment", "-dispatcher") if "KEY" in name]
     accounts = [each["metadata"] for each in other.of("ServiceAccount")]
-    assert len(accounts) == 2 and all(each["annotations"] == IDENTITY["serviceAccount.annotations"] for each in accounts)
+    assert len(accounts) == 2
+    assert all(each["annotations"] == IDENTITY["serviceAccount.annotations"] for each in accounts)
     [secret] = other.of("Secret")
     assert secret["stringData"] == {"broker": "rediss://redis.example.com:6390/0"}
 
@@ -389,7 +410,8 @@ def test_network_policies_let_through_what_is_needed_and_nothing_else():
     trial, other, identity = Rendered({"networkPolicy.metricsFrom": [{"namespaceSelector": {}}]}), Rendered(EXTERNAL), Rendered(IDENTITY)
     for rendered in (trial, other, identity):
         deny = rendered.get("NetworkPolicy", "")["spec"]
-        assert deny["policyTypes"] == ["Ingress", "Egress"] and not {"ingress", "egress"} & deny.keys()
+        assert deny["policyTypes"] == ["Ingress", "Egress"]
+        assert not {"ingress", "egress"} & deny.keys()
         assert "app.kubernetes.io/component" not in deny["podSelector"]["matchLabels"]
     assert trial.get("NetworkPolicy", "-metrics")["spec"]["ingress"] == [{"ports": [{"port": 9100}], "from": [{"namespaceSelector": {}}]}]
     assert ports(other.get("NetworkPolicy", "-to-redis"), "egress") == [6380]
@@ -440,7 +462,9 @@ def test_pods_are_started_anew_when_what_they_read_has_changed():
         return Rendered(values).get("Deployment", "-dispatcher")["spec"]["template"]["metadata"]["annotations"]
 
     first, same, other = (annotations({**IDENTITY, "workers.max": most}) for most in (1, 1, 2))
-    assert first == same and first["checksum/fleet"] != other["checksum/fleet"] and first["checksum/secret"] == other["checksum/secret"]
+    assert first == same
+    assert first["checksum/fleet"] != other["checksum/fleet"]
+    assert first["checksum/secret"] == other["checksum/secret"]
     assert annotations({**IDENTITY, "externalRedis.url": "redis://b:6379/0"})["checksum/secret"] != first["checksum/secret"]
 
 
@@ -469,7 +493,8 @@ def test_the_s3_server_is_scraped_by_those_that_may_reach_it(policy):
     found = Rendered({**MONITORING, **policy})
     monitor = found.get("ServiceMonitor", "")["spec"]
     endpoint = {"port": "s3", "path": "/minio/v2/metrics/cluster", "interval": "15s", "relabelings": relabelings("service")}
-    assert monitor["endpoints"][1:] == [endpoint] and "minio" in monitor["selector"]["matchExpressions"][0]["values"]
+    assert monitor["endpoints"][1:] == [endpoint]
+    assert "minio" in monitor["selector"]["matchExpressions"][0]["values"]
     assert "s3" in [port["name"] for port in found.get("Service", "-minio")["spec"]["ports"]]
     assert found.env("StatefulSet", "-minio")["MINIO_PROMETHEUS_AUTH_TYPE"] == "public"
     for rendered in (found, Rendered(policy)):
@@ -486,7 +511,8 @@ def test_the_prometheus_rule_holds_the_rules_file_and_leads_to_the_runbook():
     elsewhere = "https://git.example.com/runbook.md"
     found = Rendered({**MONITORING, "monitoring.prometheusRule.runbook": elsewhere}).get("PrometheusRule", "")["spec"]
     urls = [rule["annotations"]["runbook_url"] for group in found["groups"] for rule in group["rules"] if "alert" in rule]
-    assert urls and all(url.startswith(f"{elsewhere}#memtail") for url in urls)
+    assert urls
+    assert all(url.startswith(f"{elsewhere}#memtail") for url in urls)
 
 
 def test_dashboards_are_taken_as_they_are(tmp_path):

@@ -38,7 +38,8 @@ def test_workers_come_with_the_work_and_go_with_it(fleet):
         print(f"\n200 workers after {time.monotonic() - began:.1f} s")
         fleet.cluster.until(lambda: fleet.done(experiment_store, 400), 300)
         print(f"all shards committed and no worker left after {time.monotonic() - began:.1f} s")
-    assert set(pods.committed.values()) == {1} and pods.most == 200
+    assert set(pods.committed.values()) == {1}
+    assert pods.most == 200
     # the 300 that were wanted and the 200 there was room for
     fleet.cluster.until(lambda: not fleet.notice())
     assert "WorkerUnschedulable" in fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace)
@@ -76,7 +77,8 @@ def test_an_evicted_worker_and_one_that_fails_are_replaced_and_told_of(fleet):
         fleet.cluster.until(lambda: fleet.done(experiment_store, 12), 120)
     assert set(pods.committed.values()) == {1}
     events = fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace)
-    assert "WorkerDisrupted" in events and "WorkerFailed" in events
+    assert "WorkerDisrupted" in events
+    assert "WorkerFailed" in events
 
 
 def test_a_killed_node_takes_its_workers_and_nothing_else(fleet):
@@ -126,7 +128,8 @@ def test_an_api_server_that_refuses_and_one_that_is_gone(fleet):
         fleet.kubernetes.start_apiserver()
         fleet.cluster.until(lambda: fleet.done(experiment_store, 100), 240)
         assert set(pods.committed.values()) == {1}
-        assert dispatcher.process.poll() is None and "Traceback" not in dispatcher.log.read_text()
+        assert dispatcher.process.poll() is None
+        assert "Traceback" not in dispatcher.log.read_text()
     assert pods.most == 5
 
 
@@ -143,7 +146,8 @@ def test_a_dispatcher_killed_between_making_a_job_and_knowing_it_leaves_one_that
         fleet.dispatcher()
         fleet.dispatcher()
         fleet.cluster.until(lambda: fleet.done(experiment_store, 8), 120)
-    assert len(fleet.found("jobs", "--selector", WORKERS)) == 1 and pods.most == 4
+    assert len(fleet.found("jobs", "--selector", WORKERS)) == 1
+    assert pods.most == 4
     cancelled = fleet.submit(8, name="b")
     fleet.cluster.until(lambda: fleet.found("jobs", "--selector", "memtail/experiment=b"), 60)
     cancelled.set_control(Control("cancelled"))

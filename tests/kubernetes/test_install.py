@@ -72,7 +72,8 @@ class Namespace:
             self.kubernetes.kubeconfig_of(self.name, account, kubeconfig)
         command = ["kubectl", "--kubeconfig", str(kubeconfig), "auth", "can-i", *what.split()]
         answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-        assert answer and answer[0] in ("yes", "no")
+        assert answer
+        assert answer[0] in ("yes", "no")
         return answer[0] == "yes"
 
 
@@ -100,7 +101,8 @@ def test_a_release_comes_is_upgraded_and_goes_without_a_trace_but_for_the_bucket
     assert {pod["metadata"]["uid"] for pod in namespace.get("pods")} == pods
     namespace.helm("upgrade", RELEASE, str(CHART), "--wait", "--timeout", "2m", **{"workers.max": 7})
     [kept] = [each for each in namespace.get("secrets") if each["metadata"]["name"] == f"{RELEASE}-memtail"]
-    assert kept["data"] == secret["data"] and len(set(secret["data"].values())) == 5
+    assert kept["data"] == secret["data"]
+    assert len(set(secret["data"].values())) == 5
     namespace.kubernetes.wait(lambda: namespace.components() == ["aggregator", "dispatcher", "minio", "redis"])
     renewed = [pod for pod in namespace.get("pods") if pod["metadata"]["uid"] not in pods]
     assert [pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in renewed] == ["dispatcher"]
@@ -168,7 +170,8 @@ def test_the_dispatcher_may_do_what_it_does_and_no_more(namespace):
     )
     things += ("serviceaccounts --subresource=token", "roles.rbac.authorization.k8s.io", "cronjobs.batch", "nodes")
     asked = {f"{verb} {thing}" for verb in verbs for thing in things}
-    assert allowed < asked and {question for question in asked if namespace.may(dispatcher, question)} == allowed
+    assert allowed < asked
+    assert {question for question in asked if namespace.may(dispatcher, question)} == allowed
     assert not namespace.may(dispatcher, "list jobs.batch --namespace default")
     others = {question for question in allowed if namespace.may(f"{RELEASE}-memtail", question)}
     assert not others

@@ -37,7 +37,9 @@ def test_prometheus_and_grafana_find_in_their_containers_what_they_are_told_to_r
 
     provisioning = "/etc/grafana/provisioning"
     (source,) = yaml.safe_load(grafana[f"{provisioning}/datasources/memtail.yml"].read_text())["datasources"]
-    assert source["type"] == "prometheus" and source["url"] == "http://prometheus:9090" and source["isDefault"]
+    assert source["type"] == "prometheus"
+    assert source["url"] == "http://prometheus:9090"
+    assert source["isDefault"]
     (provider,) = yaml.safe_load(grafana[f"{provisioning}/dashboards/memtail.yml"].read_text())["providers"]
     dashboards = grafana[provider["options"]["path"]]
     titles = {f"{provider['options']['path']}/{path.name}": json.loads(path.read_text())["title"] for path in dashboards.iterdir()}
@@ -55,7 +57,8 @@ def test_passwords_are_made_once_and_only_their_group_may_read_them(tmp_path: Pa
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == made
     assert len({made[name] for name in passwords.PASSWORDS}) == len(passwords.PASSWORDS)
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o440 for path in tmp_path.iterdir())
-    assert made["redis"] in made["redis.conf"] and made["redis"] in made["broker"]
+    assert made["redis"] in made["redis.conf"]
+    assert made["redis"] in made["broker"]
     passwords.show(tmp_path)
     assert made["grafana"] in capsys.readouterr().out
 

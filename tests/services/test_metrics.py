@@ -82,9 +82,12 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_shards_sent_total", experiment="digits") == SHARDS + seen.value("memtail_redeliveries_total")
     assert seen.value("memtail_leases_expired_total", experiment="digits") == 0
     assert seen.value("memtail_completion_timestamp_seconds") is None
-    assert seen.value("memtail_dispatcher_leader") == 1 and seen.value("memtail_broker_queued_messages") == 0
-    assert seen.value("memtail_broker_memory_bytes") > 100_000 and seen.value("memtail_broker_clients") >= 2
-    assert seen.value("memtail_passes_total", outcome="completed") > 1 and seen.value("memtail_passes_total", outcome="given up") == 0
+    assert seen.value("memtail_dispatcher_leader") == 1
+    assert seen.value("memtail_broker_queued_messages") == 0
+    assert seen.value("memtail_broker_memory_bytes") > 100_000
+    assert seen.value("memtail_broker_clients") >= 2
+    assert seen.value("memtail_passes_total", outcome="completed") > 1
+    assert seen.value("memtail_passes_total", outcome="given up") == 0
     assert seen.value("memtail_pass_seconds_count") == seen.value("memtail_passes_total")
 
     # on a slow machine a shard may be sent twice
@@ -92,7 +95,9 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     seen = scrape(worker)
     attempts = {outcome: seen.value("memtail_shard_attempts_total", outcome=outcome) for outcome in Outcome}
     assert attempts.pop(Outcome.COMMITTED) == SHARDS
-    assert not attempts[Outcome.FAILED] and not attempts[Outcome.HANDED_BACK] and not attempts[Outcome.LOST_RACE]
+    assert not attempts[Outcome.FAILED]
+    assert not attempts[Outcome.HANDED_BACK]
+    assert not attempts[Outcome.LOST_RACE]
     assert len(seen.values("memtail_shard_attempts_total", experiment="digits")) == len(Outcome) + 1
     assert seen.value("memtail_trials_trained_total", experiment="digits") == TRIALS
     members = membership(experiment.subsets, digits.train_labels, range(TRIALS))
@@ -106,7 +111,8 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
         assert seen.value("memtail_trial_phase_seconds_sum", phase=phase) == pytest.approx(seconds)
     assert seen.value("memtail_shard_queue_seconds_count") == seen.value("memtail_shard_attempts_total")
     assert seen.value("memtail_shard_queue_seconds_sum") > 0
-    assert seen.value("memtail_worker_devices") == 1 and seen.value("memtail_worker_devices_busy") == 0
+    assert seen.value("memtail_worker_devices") == 1
+    assert seen.value("memtail_worker_devices_busy") == 0
     batches = sum(len(cluster.store.get(key)) for key in cluster.store.list(keys.trials("digits")))
     assert seen.value("memtail_store_bytes_total", direction="written") > batches
     assert seen.value("memtail_store_requests_total", operation="put", outcome="ok") >= SHARDS
@@ -129,7 +135,8 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_high_influence_pairs") == summary["pairs"]["count"]
     assert seen.value("memtail_scores_published_trials") == TRIALS
     assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer["published"]).timestamp()
-    assert seen.value("memtail_fold_seconds_count") == SHARDS and seen.value("memtail_publish_seconds_count") >= 1
+    assert seen.value("memtail_fold_seconds_count") == SHARDS
+    assert seen.value("memtail_publish_seconds_count") >= 1
     for service in (dispatcher, worker, aggregator):
         assert scrape(service).value("memtail_build_info") == 1
         assert scrape(service).value("memtail_store_requests_total", operation="get", outcome="ok") > 0
@@ -146,7 +153,8 @@ def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(
     aggregator = cluster.start("aggregator")
     cluster.until(lambda: cluster.serves(aggregator))
     seen, pointer = scrape(aggregator), latest_version(cluster.store, "digits")
-    assert seen.value("memtail_trials_folded") == 0 and seen.value("memtail_scores_published_trials") == TRIALS
+    assert seen.value("memtail_trials_folded") == 0
+    assert seen.value("memtail_scores_published_trials") == TRIALS
     assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer["published"]).timestamp()
     assert seen.value("memtail_high_influence_pairs") == pointer["summary"]["pairs"]["count"]
 
@@ -193,7 +201,8 @@ def test_the_time_of_completion_is_shown_while_trials_come_and_a_dispatcher_that
     cluster.until(lambda: (scrape(dispatcher).value("memtail_completion_timestamp_seconds") or 0) > time.time())
     second = cluster.start("dispatcher")
     cluster.until(lambda: cluster.serves(second))
-    assert scrape(second).value("memtail_dispatcher_leader") == 0 and not scrape(second).experiments()
+    assert scrape(second).value("memtail_dispatcher_leader") == 0
+    assert not scrape(second).experiments()
     assert scrape(second).value("memtail_experiments") is None
     dispatcher.stop()
     cluster.until(lambda: scrape(second).value("memtail_dispatcher_leader") == 1 and scrape(second).experiments() == {"digits"})
@@ -261,7 +270,8 @@ def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_sh
     assert faults
     for line in faults:
         assert (line["level"], line["event"], line["experiment"]) == ("warning", "store fails, trying again", "digits")
-        assert line["shard"] == last and line["key"].startswith(keys.trials("digits"))
+        assert line["shard"] == last
+        assert line["key"].startswith(keys.trials("digits"))
 
 
 def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, digits, tmp_path):
@@ -311,9 +321,11 @@ Unraisable()
 raise RuntimeError("at the end")
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1 and not ended.stdout
+    assert ended.returncode == 1
+    assert not ended.stdout
     warning, *rest = logged(ended.stderr)
-    assert "a warning" in warning["event"] and warning["level"] == "warning"
+    assert "a warning" in warning["event"]
+    assert warning["level"] == "warning"
     for line, error in zip(rest, ("ZeroDivisionError", "in __del__", "at the end"), strict=True):
         assert error in line["exception"]
 

@@ -29,8 +29,10 @@ def test_what_is_neither_committed_nor_dead_nor_leased_nor_queued_is_sent():
     queued, leased = one.assignment(Shard(12, 15)), one.assignment(Shard(16, 19))
     plan = decide([one], [queued], {leased.id})
     assert spans(plan.send) == [("a", first, first + 3) for first in (8, 20, 24, 28, 32, 36)]
-    assert not plan.clear and not plan.lost
-    assert plan.dead == {"a": [Shard(4, 7)]} and plan.outstanding == {"a": 8}
+    assert not plan.clear
+    assert not plan.lost
+    assert plan.dead == {"a": [Shard(4, 7)]}
+    assert plan.outstanding == {"a": 8}
 
 
 def test_the_last_shard_may_be_shorter():
@@ -48,25 +50,31 @@ def test_urgent_experiments_go_first_and_overtake_what_waits():
     low, high = view("low"), view("high", trials=8, control=Control(priority=1))
     queued = [low.assignment(shard) for shard in low.missing]
     plan = decide([low, high], queued)
-    assert plan.clear and spans(plan.send)[:3] == [("high", 0, 3), ("high", 4, 7), ("low", 0, 3)]
+    assert plan.clear
+    assert spans(plan.send)[:3] == [("high", 0, 3), ("high", 4, 7), ("low", 0, 3)]
     again = decide([low, high], plan.send)
-    assert not again.clear and not again.send
+    assert not again.clear
+    assert not again.send
 
 
 def test_paused_and_cancelled_experiments_leave_the_queue():
     for state in ("paused", "cancelled"):
         stopped, going = view("stopped", control=Control(state)), view("going", trials=4)
         plan = decide([stopped, going], [stopped.assignment(Shard(0, 3))])
-        assert plan.clear and spans(plan.send) == [("going", 0, 3)] and plan.outstanding["stopped"] == 10
+        assert plan.clear
+        assert spans(plan.send) == [("going", 0, 3)]
+        assert plan.outstanding["stopped"] == 10
     gone = decide([view("going", trials=4)], [view("gone").assignment(Shard(0, 3))])
-    assert gone.clear and spans(gone.send) == [("going", 0, 3)]
+    assert gone.clear
+    assert spans(gone.send) == [("going", 0, 3)]
 
 
 def test_workers_that_vanish_count_as_a_failure_in_the_end():
     one = view(trials=8)
     first, second = (one.assignment(shard) for shard in one.missing)
     plan = decide([one], [], {second.id}, {first.id: 3, second.id: 3})
-    assert spans(plan.lost) == [("a", 0, 3)] and not plan.send
+    assert spans(plan.lost) == [("a", 0, 3)]
+    assert not plan.send
     assert spans(decide([one], [], set(), {first.id: 2}).send) == [("a", 0, 3), ("a", 4, 7)]
 
 

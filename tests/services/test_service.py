@@ -28,7 +28,8 @@ def test_the_service_publishes_the_bits_of_an_embedded_run(cluster, experiment, 
     cluster.until(lambda: latest_report(cluster.store, "digits"))
     # the bits of the report that anyone makes of these scores
     assert latest_report(cluster.store, "digits") == publish_report(cluster.store, "digits")
-    assert not experiment_store.attempts() and not list(experiment_store.store.list("experiments/digits/checkpoints/"))
+    assert not experiment_store.attempts()
+    assert not list(experiment_store.store.list("experiments/digits/checkpoints/"))
 
 
 def test_an_experiment_goes_on_until_its_scores_are_sharp_as_an_embedded_run_does(cluster, declare, digits, expected):
@@ -41,7 +42,8 @@ def test_an_experiment_goes_on_until_its_scores_are_sharp_as_an_embedded_run_doe
     trials = int(json.loads(scores["summary.json"])["trials"])
     assert trials > 64
     cluster.until_published(experiment_store, trials)
-    assert experiment_store.read_record().experiment.subsets.trials == trials and cluster.scores("sharp") == scores
+    assert experiment_store.read_record().experiment.subsets.trials == trials
+    assert cluster.scores("sharp") == scores
 
 
 def test_priorities_pauses_and_cancelling_decide_what_is_trained(cluster, declare, digits):
@@ -61,7 +63,8 @@ def test_priorities_pauses_and_cancelling_decide_what_is_trained(cluster, declar
         for experiment_store in (high, low)
     ]
     assert began[0] <= began[1]
-    assert not paused.committed() and not cancelled.committed()
+    assert not paused.committed()
+    assert not cancelled.committed()
     paused.set_control(Control())
     cluster.until_published(paused, TRIALS)
     assert not cancelled.committed()
@@ -120,7 +123,9 @@ def test_cancelling_drops_what_is_being_trained_and_resuming_goes_on_from_there(
     experiment_store.set_control(Control("cancelled"))
     cluster.until(lambda: list(cluster.events(worker, "shard ended")))
     cluster.until(lambda: not broker.leased() and not broker.waiting())
-    assert '"outcome": "not wanted"' in worker.log.read_text() and not experiment_store.committed() and not experiment_store.attempts()
+    assert '"outcome": "not wanted"' in worker.log.read_text()
+    assert not experiment_store.committed()
+    assert not experiment_store.attempts()
     assert list(experiment_store.store.list(keys.checkpoints("digits")))
     experiment_store.set_control(Control())
     cluster.until(broker.leased)
@@ -137,7 +142,8 @@ def test_the_masks_of_an_explicit_design_travel_with_the_experiment(cluster, dec
         cluster.start(name)
     experiment_store = ExperimentStore(cluster.store, experiment.name)
     cluster.until_published(experiment_store, TRIALS)
-    assert cluster.scores(experiment.name) == scores and not experiment_store.attempts()
+    assert cluster.scores(experiment.name) == scores
+    assert not experiment_store.attempts()
 
 
 def test_an_experiment_of_which_all_trials_diverge_ends_with_a_notice(cluster, declare, digits):
@@ -166,4 +172,5 @@ def test_a_worker_of_one_experiment_takes_its_shards_only_and_ends_when_nothing_
         Broker(ServiceSettings(store="-", broker=cluster.redis.url, experiment=experiment_store.name)).send([Assignment(**fields)])
     worker = cluster.start("worker", MEMTAIL_EXPERIMENT="mine", MEMTAIL_REST_SECONDS="2")
     assert worker.process.wait(90) == 0, worker.log.read_text()
-    assert len(mine.committed()) == 1 and not other.committed()
+    assert len(mine.committed()) == 1
+    assert not other.committed()

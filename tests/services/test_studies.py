@@ -40,7 +40,8 @@ def test_studies_in_a_bucket_are_trained_by_the_services_though_a_worker_is_kill
         ("last-layer", "digits", "--submit"),
     )
     entered = [study(cluster, *arguments) for arguments in asked]
-    assert [each["trained"] for each in entered] == [False] * 3 and [each["trials"] for each in entered] == [12, 12, 128]
+    assert [each["trained"] for each in entered] == [False] * 3
+    assert [each["trials"] for each in entered] == [12, 12, 128]
     trained = [ExperimentStore(cluster.store, each["experiment"]) for each in entered]
     worker = cluster.start("worker")
     cluster.until(lambda: any(each.committed() for each in trained))
@@ -57,4 +58,5 @@ def test_studies_in_a_bucket_are_trained_by_the_services_though_a_worker_is_kill
     assert entered[1]["experiment"] in answers[3]["experiments"]
     assert [result.to_json() for result in load_results(cluster.store, "digits")] == sorted(answers, key=lambda answer: answer["study"])
     # the experiment has a report; what its studies train needs none
-    assert latest_report(cluster.store, "digits") and not any(latest_report(cluster.store, each.name) for each in trained)
+    assert latest_report(cluster.store, "digits")
+    assert not any(latest_report(cluster.store, each.name) for each in trained)

@@ -33,7 +33,8 @@ def test_some_of_the_trials_give_what_they_would_give_alone(seed, trials, share)
     for trial in kept:
         alone.accumulate(batch(int(trial), *(each[[trial]] for each in bits)))
     packed = whole.packed().select(kept)
-    assert packed.trials == len(kept) and packed.counted_trials.tolist() == kept.tolist()
+    assert packed.trials == len(kept)
+    assert packed.counted_trials.tolist() == kept.tolist()
     for one, other in zip(vars(memorization(packed)).values(), vars(memorization(alone)).values(), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -77,9 +78,11 @@ def test_equal_trials_agree_in_full_and_ranks_are_those_of_spearman():
 
 def test_intervals_are_those_of_the_tables():
     three = mean(np.array([1.0, 2.0, 3.0]))
-    assert three.value == 2 and three.half == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
+    assert three.value == 2
+    assert three.half == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
     apart = difference(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 1.0, 2.0, 3.0]))
-    assert apart.value == 1 and apart.half == pytest.approx(2.4469 * np.sqrt(5 / 3 / 2), rel=1e-4)
+    assert apart.value == 1
+    assert apart.half == pytest.approx(2.4469 * np.sqrt(5 / 3 / 2), rel=1e-4)
     assert vars(difference(np.ones(3), np.zeros(3))) == {"value": 1.0, "half": 0.0}
     assert str(mean(np.array([0.01, 0.02, 0.03]))) == "2.00 ± 2.48"
 

@@ -46,7 +46,9 @@ def test_another_experiment_of_the_name_is_refused_and_what_differs_is_named(exp
 def test_more_trials_extend_an_experiment_on_its_own_grid_and_fewer_are_refused(experiment_store):
     experiment_store.register(record())
     longer = experiment_store.register(dataclasses.replace(record(200), trials_per_shard=50))
-    assert longer.experiment.subsets.trials == 200 and longer.trials_per_shard == 7 and experiment_store.read_record() == longer
+    assert longer.experiment.subsets.trials == 200
+    assert longer.trials_per_shard == 7
+    assert experiment_store.read_record() == longer
     with pytest.raises(StoreError, match="with 200 trials, this spec has 100"):
         experiment_store.register(record(100))
 
@@ -56,8 +58,10 @@ def test_a_batch_of_other_trials_than_its_name_says_is_refused_and_foreign_files
 
     batch = make()[0]
     held = dataclasses.replace(experiment_store.register(record()), fingerprint="f", n_train=13)
-    assert experiment_store.commit(batch, "f") and not experiment_store.commit(batch, "f")
-    assert experiment_store.committed() == [Shard(10, 12)] and experiment_store.batch(Shard(10, 12), held).shard == Shard(10, 12)
+    assert experiment_store.commit(batch, "f")
+    assert not experiment_store.commit(batch, "f")
+    assert experiment_store.committed() == [Shard(10, 12)]
+    assert experiment_store.batch(Shard(10, 12), held).shard == Shard(10, 12)
     with pytest.raises(StoreError, match="belongs to another experiment"):
         experiment_store.commit(batch, "g")
     experiment_store.store.put("experiments/e/trials/00000000-00000002.npz", batch.to_bytes())
@@ -98,8 +102,10 @@ def test_attempts_are_counted_also_when_two_fail_at_once_and_forgiven_when_asked
     for shard in (Shard(0, 6), Shard(0, 6), Shard(7, 13)):
         experiment_store.record_failure(shard, "boom", "", "now")
     assert experiment_store.attempts() == {Shard(0, 6): 2, Shard(7, 13): 1}
-    assert experiment_store.clear_failures(Shard(0, 6)) == 2 and experiment_store.attempts() == {Shard(7, 13): 1}
-    assert experiment_store.clear_failures() == 1 and not experiment_store.attempts()
+    assert experiment_store.clear_failures(Shard(0, 6)) == 2
+    assert experiment_store.attempts() == {Shard(7, 13): 1}
+    assert experiment_store.clear_failures() == 1
+    assert not experiment_store.attempts()
 
 
 def test_control_is_running_until_something_else_is_asked(experiment_store):

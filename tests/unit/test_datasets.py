@@ -29,7 +29,8 @@ def test_digits_are_scikit_learns(digits):
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    assert digits.n_train + digits.n_test == 1797 and digits.image_shape == (1, 8, 8)
+    assert digits.n_train + digits.n_test == 1797
+    assert digits.image_shape == (1, 8, 8)
     assert (digits.test_labels == bunch.target[4::5]).all()
     assert (digits.test_images[..., 0] == np.rint(bunch.images[4::5] * 255 / 16)).all()
     np.testing.assert_allclose(digits.mean[0], digits.train_images.mean(), rtol=1e-12)
@@ -40,16 +41,20 @@ def test_arrays_are_kept_as_they_are_and_limits_take_the_first(tmp_path):
     path = write_arrays(tmp_path / "a.npz")
     held = np.load(path)
     dataset = arrays(path)
-    assert (dataset.train_images[..., 0] == held["train_images"]).all() and (dataset.test_labels == held["test_labels"]).all()
-    assert dataset.train_images.dtype == np.uint8 and isinstance(dataset.train_images, np.memmap)
+    assert (dataset.train_images[..., 0] == held["train_images"]).all()
+    assert (dataset.test_labels == held["test_labels"]).all()
+    assert dataset.train_images.dtype == np.uint8
+    assert isinstance(dataset.train_images, np.memmap)
     small = arrays(path, max_train=10, max_test=3)
-    assert (small.n_train, small.n_test) == (10, 3) and (small.train_images[..., 0] == held["train_images"][:10]).all()
+    assert (small.n_train, small.n_test) == (10, 3)
+    assert (small.train_images[..., 0] == held["train_images"][:10]).all()
     assert small.fingerprint != dataset.fingerprint
 
 
 def test_equal_content_has_equal_fingerprints_and_is_prepared_once(tmp_path, monkeypatch):
     first, second = arrays(write_arrays(tmp_path / "a.npz")), arrays(write_arrays(tmp_path / "b.npz"))
-    assert first.fingerprint == second.fingerprint and first.folder == second.folder
+    assert first.fingerprint == second.fingerprint
+    assert first.folder == second.folder
     monkeypatch.setattr(datasets, "load_arrays", lambda path: pytest.fail("prepared again"))
     assert arrays(tmp_path / "a.npz").fingerprint == first.fingerprint
     monkeypatch.undo()
@@ -124,8 +129,10 @@ def test_mnist_is_read_as_torchvision_leaves_it(tmp_path, compress, monkeypatch)
     monkeypatch.setenv("MEMTAIL_DATA", str(tmp_path))
     for root in (tmp_path, None):
         dataset = datasets.prepare(DatasetSpec(name="mnist", root=root))
-        assert (dataset.train_images[..., 0] == held["train"]).all() and (dataset.test_images[..., 0] == held["t10k"]).all()
-        assert dataset.train_labels.tolist() == list(range(8)) and len(dataset.classes) == 10
+        assert (dataset.train_images[..., 0] == held["train"]).all()
+        assert (dataset.test_images[..., 0] == held["t10k"]).all()
+        assert dataset.train_labels.tolist() == list(range(8))
+        assert len(dataset.classes) == 10
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -168,7 +175,8 @@ def prepare_tree(root, **parts):
 def test_a_folder_is_read_in_the_order_of_its_names_which_are_kept(tmp_path):
     held = write_tree(tmp_path)
     dataset = prepare_tree(tmp_path)
-    assert dataset.classes == ("cat", "dog") and dataset.train_labels.tolist() == [0] * 5 + [1] * 5
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.train_labels.tolist() == [0] * 5 + [1] * 5
     names = [name.decode() for name in dataset.train_files]
     assert names == [f"{label}/{index:03}.png" for label in ("cat", "dog") for index in range(5)]
     for name, image in zip(names, dataset.train_images, strict=True):
@@ -187,7 +195,8 @@ def test_images_are_resized_on_their_shorter_side_and_cropped(tmp_path):
     grey = np.zeros((40, 40), np.uint8)
     Image.fromarray(grey).save(tmp_path / "train" / "cat" / "grey.bmp")
     dataset = prepare_tree(tmp_path, resolution=10)
-    assert dataset.train_images.shape == (11, 10, 10, 3) and (dataset.train_images[5] == 0).all()
+    assert dataset.train_images.shape == (11, 10, 10, 3)
+    assert (dataset.train_images[5] == 0).all()
 
 
 def test_images_of_unequal_size_are_refused_without_a_resolution(tmp_path):
@@ -212,13 +221,15 @@ def test_a_corrupt_image_is_named_and_what_was_done_before_is_kept(tmp_path, mon
     bad.write_bytes(good)
     steps = []
     prepared = prepare_folder(find_images(root, None, None), None, target, lambda *step: steps.append(step))
-    assert steps[-1] == (20, 20) and len(steps) < 10
+    assert steps[-1] == (20, 20)
+    assert len(steps) < 10
     dataset = datasets.ImageDataset.open(prepared)
     assert all(
         (image == held[f"train/{name.decode()}"]).all() for name, image in zip(dataset.train_files, dataset.train_images, strict=True)
     )
     fresh = datasets.ImageDataset.open(prepare_folder(find_images(root, None, None), None, tmp_path / "fresh", None))
-    assert fresh.fingerprint == dataset.fingerprint and (fresh.test_images == dataset.test_images).all()
+    assert fresh.fingerprint == dataset.fingerprint
+    assert (fresh.test_images == dataset.test_images).all()
 
 
 def test_images_of_16_bits_are_refused_and_hidden_folders_passed_over(tmp_path):
@@ -243,7 +254,8 @@ def test_a_preparation_that_is_killed_leaves_no_process_and_goes_on_where_it_was
     while process.poll() is None and not list(target.glob(".unfinished-*/journal.jsonl")):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or children
         time.sleep(0.005)
-    assert process.poll() is None and children
+    assert process.poll() is None
+    assert children
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 30
@@ -252,7 +264,8 @@ def test_a_preparation_that_is_killed_leaves_no_process_and_goes_on_where_it_was
         time.sleep(0.05)
     steps: list[tuple[int, int]] = []
     prepared = prepare_folder(find_images(tmp_path / "tree", None, None), 32, target, lambda *step: steps.append(step))
-    assert len(steps) < 16 and steps[-1] == (16000, 16000)
+    assert len(steps) < 16
+    assert steps[-1] == (16000, 16000)
     fresh = prepare_folder(find_images(tmp_path / "tree", None, None), 32, tmp_path / "fresh", None)
     assert prepared.name == fresh.name
 

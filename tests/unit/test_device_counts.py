@@ -19,7 +19,7 @@ shapes = {"t": st.integers(0, 200), "n": st.integers(1, 70), "q": st.integers(1,
 
 
 def words(bits):
-    """bool [t, a] -> uint64 [ceil(t / 64), a]."""
+    """Bool [t, a] -> uint64 [ceil(t / 64), a]."""
     padded = np.pad(bits, ((0, -len(bits) % 64), (0, 0)))
     octets = np.packbits(padded, axis=0, bitorder="little").T
     return np.ascontiguousarray(np.ascontiguousarray(octets).view(np.uint64).T)
@@ -51,7 +51,9 @@ def test_counts_are_those_of_the_compiled_kernel(W, a, b, seed):
     rng = np.random.default_rng(seed)
     left, right = (rng.integers(0, 2**64, (W, columns), dtype=np.uint64) for columns in (a, b))
     found = device_counts.count_block(device_counts.words_on(left, "cpu"), device_counts.words_on(right, "cpu")).numpy()
-    assert found.dtype == np.int32 and found.shape == (a, b) and (found == cooccurrence(left, right)).all()
+    assert found.dtype == np.int32
+    assert found.shape == (a, b)
+    assert (found == cooccurrence(left, right)).all()
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (17, 9), (33, 70)])
@@ -59,14 +61,17 @@ def test_products_have_the_shapes_that_cuda_asks_for(monkeypatch, a, b):
     product = torch._int_mm
 
     def checked(left, right):
-        assert left.shape[0] > 16 and all(side % 8 == 0 for side in (*left.shape[1:], *right.shape))
-        assert left.is_contiguous() and right.T.is_contiguous()
+        assert left.shape[0] > 16
+        assert all(side % 8 == 0 for side in (*left.shape[1:], *right.shape))
+        assert left.is_contiguous()
+        assert right.T.is_contiguous()
         return product(left, right)
 
     monkeypatch.setattr(torch, "_int_mm", checked)
     left, right = (np.full((1, columns), 2**64 - 1, np.uint64) for columns in (a, b))
     counts = device_counts.count_block(device_counts.words_on(left, "cpu"), device_counts.words_on(right, "cpu"))
-    assert counts.shape == (a, b) and (counts == 64).all()
+    assert counts.shape == (a, b)
+    assert (counts == 64).all()
 
 
 @given(**shapes, k=st.integers(1, 30), on=st.sampled_from(["test", "train"]))
@@ -75,7 +80,8 @@ def test_top_influencers_are_the_same_to_the_bit(t, n, q, seed, k, on):
     packed = statistics(seed, t, n, q)
     index, value = top_influencers(packed, k, on, device="cpu")
     expected_index, expected_value = top_influencers(packed, k, on)
-    assert index.dtype == np.int64 and (index == expected_index).all()
+    assert index.dtype == np.int64
+    assert (index == expected_index).all()
     np.testing.assert_array_equal(value, expected_value)
 
 

@@ -65,7 +65,8 @@ def test_memorization_is_the_papers_equation(t, n, q, seed, shard):
         error = np.sqrt(p_in * (1 - p_in) / k_in + p_out * (1 - p_out) / k_out)
     np.testing.assert_allclose(found.value, p_in - p_out, atol=1e-12)
     np.testing.assert_allclose(found.error, error, atol=1e-12)
-    assert (found.k_in == k_in).all() and (found.k_out == k_out).all()
+    assert (found.k_in == k_in).all()
+    assert (found.k_out == k_out).all()
     assert (np.isnan(found.value) == ((k_in == 0) | (k_out == 0))).all()
     assert found.undefined == int(((k_in == 0) | (k_out == 0)).sum())
 
@@ -116,7 +117,8 @@ def test_a_trial_is_counted_once_however_often_it_arrives():
     assert statistics.accumulate(batch(0, M, C, T)) == 20
     assert statistics.accumulate(batch(0, M, C, T)) == 0
     assert statistics.accumulate(batch(10, M[10:], C[10:], T[10:])) == 0
-    assert statistics.trials == 20 and (statistics.k_in == M.sum(0)).all()
+    assert statistics.trials == 20
+    assert (statistics.k_in == M.sum(0)).all()
 
 
 def test_diverged_and_missing_trials_do_not_count():
@@ -127,7 +129,8 @@ def test_diverged_and_missing_trials_do_not_count():
     kept = np.arange(10) != 4
     p_in, p_out = direct_memorization(M[kept].astype(int), C[kept].astype(int))
     np.testing.assert_allclose(memorization(statistics).value, p_in - p_out, atol=1e-12)
-    assert statistics.trials == statistics.packed().trials == 9 and statistics.diverged == 1
+    assert statistics.trials == statistics.packed().trials == 9
+    assert statistics.diverged == 1
     assert (influence(statistics.packed(), slice(None), slice(None)).value.shape) == (30, 20)
 
 
@@ -139,7 +142,8 @@ def test_margins_are_summed_exactly_in_any_order():
         forwards.accumulate(batch(first, M[[first]], C[[first]], T[[first]], margins=margins[[first]]))
     for first in range(49, -1, -1):
         backwards.accumulate(batch(first, M[[first]], C[[first]], T[[first]], margins=margins[[first]]))
-    assert (forwards.margin_in == backwards.margin_in).all() and (forwards.margin_out == backwards.margin_out).all()
+    assert (forwards.margin_in == backwards.margin_in).all()
+    assert (forwards.margin_out == backwards.margin_out).all()
     np.testing.assert_allclose(forwards.margin_in / 2**24, (margins.astype(float) * M).sum(0), rtol=1e-12)
 
 
@@ -178,8 +182,10 @@ def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influ
     assert set(zip(pairs.train.tolist(), pairs.test.tolist(), strict=True)) == set(
         zip(*(x.tolist() for x in np.nonzero(wanted)), strict=True)
     )
-    assert len(pairs) > 10 and (np.diff(pairs.influence) <= 0).all()
-    assert (pairs.influence == everything[pairs.train, pairs.test]).all() and (pairs.mem == mem.value[pairs.train]).all()
+    assert len(pairs) > 10
+    assert (np.diff(pairs.influence) <= 0).all()
+    assert (pairs.influence == everything[pairs.train, pairs.test]).all()
+    assert (pairs.mem == mem.value[pairs.train]).all()
 
 
 @given(k=st.integers(1, 12), seed=st.integers(0, 50), on=st.sampled_from(["test", "train"]))
@@ -214,7 +220,8 @@ def test_both_ways_of_counting_pairs_count_alike(words, a, b, seed):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lookup, "FASTER", faster)
             found.append(cooccurrence(left, right))
-    assert (found[0] == expected).all() and (found[1] == expected).all()
+    assert (found[0] == expected).all()
+    assert (found[1] == expected).all()
 
 
 def test_threads_may_count_at_the_same_time_whatever_numba_has_to_run_on():

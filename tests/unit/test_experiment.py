@@ -25,7 +25,9 @@ def test_defaults_fill_in_a_minimal_file_and_its_yaml_reads_back(tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text("name: digits\ndataset: {name: digits}\n")
     experiment = Experiment.load(path)
-    assert experiment.training.epochs == 20 and experiment.subsets.trials == 1000 and experiment.model.hidden == [256]
+    assert experiment.training.epochs == 20
+    assert experiment.subsets.trials == 1000
+    assert experiment.model.hidden == [256]
     assert Experiment.parse(yaml.safe_load(experiment.to_yaml())) == experiment
 
 
@@ -55,7 +57,8 @@ def test_what_is_wrong_is_said_in_one_line(path, value, message):
     with pytest.raises(SpecError) as caught:
         changed(path, value)
     text = str(caught.value)
-    assert message in text and "\n" not in text
+    assert message in text
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", "\0", ""])

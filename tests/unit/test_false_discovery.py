@@ -52,7 +52,8 @@ def test_without_influence_hardly_anything_is_found_and_with_it_what_was_planted
     M, C, T = planted(1, 150, 60, 60, 12)
     rate = false_discovery(folded(M, C, T).packed(), np.ones(60), labels, labels, *everything).rate.reshape(60, 60)
     found = np.argwhere(rate <= 0.05).tolist()
-    assert {(i, i) for i in range(12)} <= {(i, j) for i, j in found} and len(found) <= 15
+    assert {(i, i) for i in range(12)} <= {(i, j) for i, j in found}
+    assert len(found) <= 15
 
 
 @given(t=st.integers(1, 150), n=st.integers(1, 40), seed=st.integers(0, 10**6), first=st.integers(0, 70))
@@ -76,7 +77,8 @@ def test_the_last_stage_is_of_all_trials_and_each_earlier_one_of_the_first_half(
         value = mem.value[~np.isnan(mem.value)]
         np.testing.assert_allclose(stage.shares, [(value >= step).mean() for step in (0.1, 0.25)])
         np.testing.assert_allclose(stage.standard_errors, np.nanquantile(mem.error, (0.5, 1.0)))
-        assert stage.mean == pytest.approx(value.mean()) and stage.counts.sum() == len(value)
+        assert stage.mean == pytest.approx(value.mean())
+        assert stage.counts.sum() == len(value)
 
 
 @pytest.mark.parametrize("together", [0.0, 0.1])

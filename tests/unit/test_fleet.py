@@ -110,10 +110,14 @@ def test_the_workers_of_cancelled_and_removed_experiments_go():
 def test_a_job_is_named_by_its_experiment_and_number_and_owned():
     name = "an_experiment.with-a-very-long-name-that-goes-on-and-on"
     job = job_of(fleet(), demand(name), 3, 7, OWNER)
-    assert job["metadata"]["name"].startswith("memtail-an-experiment-with-a-ver-") and job["metadata"]["name"].endswith("-3")
-    assert len(job["metadata"]["name"]) <= 60 and job["metadata"]["ownerReferences"] == [OWNER]
+    assert job["metadata"]["name"].startswith("memtail-an-experiment-with-a-ver-")
+    assert job["metadata"]["name"].endswith("-3")
+    assert len(job["metadata"]["name"]) <= 60
+    assert job["metadata"]["ownerReferences"] == [OWNER]
     assert job["metadata"]["labels"] == {"app.kubernetes.io/instance": "memtail", "memtail/experiment": name, "memtail/number": "3"}
-    assert job["spec"]["parallelism"] == 7 and "completions" not in job["spec"] and "suspend" not in job["spec"]
+    assert job["spec"]["parallelism"] == 7
+    assert "completions" not in job["spec"]
+    assert "suspend" not in job["spec"]
     pod = job["spec"]["template"]
     assert pod["metadata"]["labels"]["memtail/experiment"] == name
     assert {"name": "MEMTAIL_EXPERIMENT", "value": name} in pod["spec"]["containers"][0]["env"]
@@ -123,7 +127,8 @@ def test_a_job_is_named_by_its_experiment_and_number_and_owned():
 
 def test_kueue_admits_suspended_jobs_in_part():
     job = job_of(fleet(queueName="team"), demand(), 1, 7, OWNER)
-    assert job["spec"]["suspend"] and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert job["spec"]["suspend"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
     assert job["metadata"]["annotations"] == {"kueue.x-k8s.io/job-min-parallelism": "1"}
 
 
@@ -136,8 +141,10 @@ def test_an_experiment_gets_the_resources_it_asks_for():
         "requests": {"cpu": "1", "memory": "32Gi"},
         "limits": {"memory": "32Gi", "nvidia.com/gpu": "2"},
     }
-    assert {"name": "MEMTAIL_DEVICES", "value": "cuda:0,cuda:1"} in worker["env"] and worker["image"] == "other:1"
-    assert pod["nodeSelector"] == {"zone": "a", "gpu": "h100"} and pod["priorityClassName"] == "low"
+    assert {"name": "MEMTAIL_DEVICES", "value": "cuda:0,cuda:1"} in worker["env"]
+    assert worker["image"] == "other:1"
+    assert pod["nodeSelector"] == {"zone": "a", "gpu": "h100"}
+    assert pod["priorityClassName"] == "low"
     assert pod["tolerations"] == [{"key": "spot", "operator": "Exists"}]
 
 
@@ -151,7 +158,8 @@ def test_an_experiment_gets_the_resources_it_asks_for():
 )
 def test_gpus_are_replaced_by_those_that_are_asked_for(asked, limits, devices):
     worker = job_of(fleet(), demand(**asked), 1, 1, OWNER)["spec"]["template"]["spec"]["containers"][0]
-    assert worker["resources"]["limits"] == limits and {"name": "MEMTAIL_DEVICES", "value": devices} in worker["env"]
+    assert worker["resources"]["limits"] == limits
+    assert {"name": "MEMTAIL_DEVICES", "value": devices} in worker["env"]
 
 
 def test_a_worker_trains_a_shard_on_each_of_its_devices():

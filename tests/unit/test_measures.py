@@ -131,7 +131,8 @@ def test_experiments_are_counted_by_state_and_only_those_that_run_have_work(meas
     assert set(found.values()) == {1}
     assert [value("memtail_shards_outstanding", experiment=name) for name in "rpcf"] == [1, 0, 0, 0]
     measures.hide()
-    assert value("memtail_experiments", state="running") is None and value("memtail_shards_outstanding", experiment="r") is None
+    assert value("memtail_experiments", state="running") is None
+    assert value("memtail_shards_outstanding", experiment="r") is None
 
 
 def test_a_shard_is_redelivered_when_it_is_sent_again_though_nobody_took_it_back(measures):
@@ -143,7 +144,8 @@ def test_a_shard_is_redelivered_when_it_is_sent_again_though_nobody_took_it_back
     measures.taken_back([assignment(0)])
     measures.sent([assignment(0)])
     measures.show([standing("a", shards(0))], (), (), ())  # 10-19 is committed
-    assert value("memtail_shards_sent_total", experiment="a") == 4 and value("memtail_redeliveries_total", experiment="a") == 1
+    assert value("memtail_shards_sent_total", experiment="a") == 4
+    assert value("memtail_redeliveries_total", experiment="a") == 1
     measures.sent([assignment(10)])  # its batch was deleted
     assert value("memtail_redeliveries_total", experiment="a") == 1
     measures.sent([assignment(0)])

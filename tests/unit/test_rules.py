@@ -41,7 +41,8 @@ def test_rules_ask_for_what_is_declared_recorded_or_known_to_be_of_others():
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
 def test_an_alert_says_how_bad_it_is_what_has_happened_and_where_to_read_on(rule: dict[str, Any]):
-    assert rule["labels"].keys() == {"severity"} and rule["labels"]["severity"] in ("critical", "warning", "info")
+    assert rule["labels"].keys() == {"severity"}
+    assert rule["labels"]["severity"] in ("critical", "warning", "info")
     assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}
     assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{rule['alert'].lower()}"
     assert rule["annotations"]["description"].endswith(".")

@@ -62,16 +62,19 @@ def change(store, fingerprint, **files):
 
 def test_a_staged_dataset_comes_back_as_it_was_and_is_brought_once(tmp_path, store, cache):
     dataset = prepare(tmp_path)
-    assert stage(dataset, store) and not stage(dataset, store)
+    assert stage(dataset, store)
+    assert not stage(dataset, store)
     fetched = fetch(store, dataset.fingerprint, cache)
-    assert fetched.folder == cache / "datasets" / dataset.fingerprint and fetched.fingerprint == dataset.fingerprint
+    assert fetched.folder == cache / "datasets" / dataset.fingerprint
+    assert fetched.fingerprint == dataset.fingerprint
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         np.testing.assert_array_equal(getattr(fetched, name), getattr(dataset, name))
     assert (fetched.classes, fetched.mean, fetched.std) == (dataset.classes, dataset.mean, dataset.std)
     before = store.downloads
     assert before > 0
     fetch(store, dataset.fingerprint, cache)
-    assert store.downloads == before and not list((cache / "datasets").glob(".unfinished-*"))
+    assert store.downloads == before
+    assert not list((cache / "datasets").glob(".unfinished-*"))
 
 
 def test_staging_that_was_cut_short_is_not_taken_for_done(tmp_path, store, cache):
@@ -99,7 +102,9 @@ def test_what_is_damaged_in_the_store_is_named_and_staged_again_once_its_manifes
         with pytest.raises(DatasetError) as caught:
             fetch(store, dataset.fingerprint, cache)
         text = str(caught.value)
-        assert message in text and f"remove {manifest} there, then memtail stage SPEC" in text and "\n" not in text
+        assert message in text
+        assert f"remove {manifest} there, then memtail stage SPEC" in text
+        assert "\n" not in text
         assert not (cache / "datasets" / dataset.fingerprint).exists()
         store.delete(manifest)
         assert stage(dataset, store)
@@ -122,7 +127,8 @@ def test_a_manifest_that_names_a_path_is_refused_unread(tmp_path, store, cache, 
     change(store, dataset.fingerprint, **{name: {"size": 1, "sha256": "0" * 64}})
     with pytest.raises(DatasetError, match="its manifest is damaged"):
         fetch(store, dataset.fingerprint, cache)
-    assert store.downloads == 0 and not list(tmp_path.rglob("*escaped*"))
+    assert store.downloads == 0
+    assert not list(tmp_path.rglob("*escaped*"))
 
 
 def test_the_dataset_opened_longest_ago_leaves_a_full_cache(tmp_path, store, cache):
@@ -149,7 +155,8 @@ def test_a_dataset_larger_than_the_cache_may_be_is_refused_and_nothing_leaves_fo
     before = store.downloads
     with pytest.raises(DatasetError, match=r"has \d+ bytes, more than the cache may hold: set MEMTAIL_CACHE_LIMIT to more"):
         fetch(store, large.fingerprint, cache, limit=100)
-    assert store.downloads == before and (cache / "datasets" / small.fingerprint).exists()
+    assert store.downloads == before
+    assert (cache / "datasets" / small.fingerprint).exists()
 
 
 def _fetch_at_once(start, store, fingerprint, cache):

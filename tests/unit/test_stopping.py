@@ -28,12 +28,14 @@ def spec(**subsets):
 
 def test_the_worst_case_is_never_exceeded_and_always_enough():
     assert expected_standard_error(most_trials(0.02, 0.7), 0.7) <= 0.02 < expected_standard_error(most_trials(0.02, 0.7) - 1, 0.7)
-    assert first_round(0.02, 0.7) == most_trials(0.02, 0.7) // 20 and first_round(0.3, 0.5) == most_trials(0.3, 0.5)
+    assert first_round(0.02, 0.7) == most_trials(0.02, 0.7) // 20
+    assert first_round(0.3, 0.5) == most_trials(0.3, 0.5)
 
 
 def test_until_chooses_the_first_round_and_is_no_part_of_the_fingerprint():
     sharp, blunt = spec(until={"standard_error": 0.02}), spec(until={"standard_error": 0.05}, trials=100)
-    assert sharp.subsets.trials == first_round(0.02, 0.7) and blunt.subsets.trials == 100
+    assert sharp.subsets.trials == first_round(0.02, 0.7)
+    assert blunt.subsets.trials == 100
     assert sharp.fingerprint("d") == blunt.fingerprint("d") == spec(trials=3).fingerprint("d")
     for until, message in (({"standard_error": 0}, "greater than 0"), ({}, "standard_error"), ({"standard_error": "x"}, "valid number")):
         with pytest.raises(SpecError, match=message):
@@ -46,7 +48,8 @@ def test_a_run_goes_on_until_its_scores_are_sharp_and_no_further(tmp_path):
     store = LocalStore(tmp_path)
     pointer = latest_version(store, "e")
     trials = summary["trials"]
-    assert experiment.subsets.trials < trials < most_trials(0.04, 0.7) and pointer["summary"]["trials"] == trials
+    assert experiment.subsets.trials < trials < most_trials(0.04, 0.7)
+    assert pointer["summary"]["trials"] == trials
     from memtail import load_scores
 
     errors = load_scores(tmp_path / "experiments" / "e").memorization["mem_se"]

@@ -31,7 +31,8 @@ def test_results_are_read_back_as_they_were_written_by_name(store):
     written = [write(store, study) for study in ("removal", "stability")]
     assert load_results(store, "e") == written
     assert load_results(store, "other") == []
-    assert written[0].figure_svg().lstrip().startswith(b"<?xml") and b"</svg>" in written[0].figure_svg()
+    assert written[0].figure_svg().lstrip().startswith(b"<?xml")
+    assert b"</svg>" in written[0].figure_svg()
     assert store.get(written[0].prefix + "figure.png").startswith(b"\x89PNG")
     assert pyarrow.parquet.read_table(store.path(written[0].prefix + "result.parquet")).to_pydict() == {"t": [1, 2], "jaccard": [0.5, 0.75]}
 
@@ -66,4 +67,5 @@ def test_reading_results_and_asking_what_studies_there_are_loads_neither_torch_n
 
 
 def test_keys_of_studies_lie_below_the_experiment():
-    assert keys.study("e", "removal").startswith(keys.studies("e")) and keys.studies("e").startswith("experiments/e/")
+    assert keys.study("e", "removal").startswith(keys.studies("e"))
+    assert keys.studies("e").startswith("experiments/e/")

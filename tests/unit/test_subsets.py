@@ -39,7 +39,8 @@ def test_membership_of_a_trial_depends_on_seed_and_trial_alone(design):
     backwards = membership(spec(design=design), LABELS, range(39, -1, -1))[::-1]
     alone = np.concatenate([membership(spec(design=design), LABELS, [trial]) for trial in range(40)])
     other_seed = membership(spec(design=design, seed=1), LABELS, range(40))
-    assert (together == backwards).all() and (together == alone).all()
+    assert (together == backwards).all()
+    assert (together == alone).all()
     assert not (together == other_seed).all(axis=1).any()
     assert len(np.unique(together, axis=0)) == 40
 
@@ -52,7 +53,8 @@ def test_membership_is_what_it_was_when_it_was_first_published():
         np.packbits(row, bitorder="little").tolist()
         for row in membership(spec(seed=7, design="balanced"), np.zeros(16, np.int64), [0, 1, 12345])
     ]
-    assert packed == PUBLISHED_UNIFORM and balanced == PUBLISHED_BALANCED
+    assert packed == PUBLISHED_UNIFORM
+    assert balanced == PUBLISHED_BALANCED
 
 
 @given(n=st.integers(2, 50), fraction=st.floats(0.05, 0.95), seed=st.integers(0, 100), prefix=st.integers(1, 60))

@@ -68,7 +68,8 @@ def test_convolutional_trials_give_the_same_bits_in_any_shard_and_twice(declare,
     experiment = declare(3, model=model, training={"epochs": 1, "augmentation": "flip"}, dataset={"name": "digits", "max_train": 100})
     dataset = prepare(experiment.dataset)
     together = in_shards(experiment, dataset, 3, 3)
-    assert same_bits(together, in_shards(experiment, dataset, 3, 1)) and same_bits(together, in_shards(experiment, dataset, 3, 3))
+    assert same_bits(together, in_shards(experiment, dataset, 3, 1))
+    assert same_bits(together, in_shards(experiment, dataset, 3, 3))
 
 
 def test_results_do_not_depend_on_threads_or_on_torchs_global_generator(declare, digits):
@@ -79,7 +80,9 @@ def test_results_do_not_depend_on_threads_or_on_torchs_global_generator(declare,
     torch.manual_seed(99)
     before = torch.get_rng_state()
     second = train_shard(experiment, digits, range(4), CPU)
-    assert same_bits([first], [second]) and (torch.get_rng_state() == before).all() and torch.get_num_threads() == 2
+    assert same_bits([first], [second])
+    assert (torch.get_rng_state() == before).all()
+    assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
 
 
@@ -96,7 +99,8 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
     sizes, steps = set(), DenseStack.train_steps
 
     def record_steps(self, pixels, labels, bounds, rates):
-        assert bounds[0][0] == 0 and bounds[-1][1] == pixels.shape[1] == labels.shape[1]
+        assert bounds[0][0] == 0
+        assert bounds[-1][1] == pixels.shape[1] == labels.shape[1]
         sizes.update(stop - start for start, stop in bounds)
         return steps(self, pixels, labels, bounds, rates)
 
@@ -220,9 +224,12 @@ def test_a_diverged_trial_is_recorded_and_the_others_in_the_stack_are_as_without
     built.append(None)
     bad = train_shard(experiment, digits, range(4), CPU)
     assert [entry.diverged for entry in bad.metrics] == [False, True, False, False]
-    assert bad.metrics[1].loss is None and not unpack(bad.train_correct, digits.n_train)[1].any() and not bad.test_correct[1].any()
+    assert bad.metrics[1].loss is None
+    assert not unpack(bad.train_correct, digits.n_train)[1].any()
+    assert not bad.test_correct[1].any()
     for row in (0, 2, 3):
-        assert (bad.train_correct[row] == good.train_correct[row]).all() and bad.metrics[row] == good.metrics[row]
+        assert (bad.train_correct[row] == good.train_correct[row]).all()
+        assert bad.metrics[row] == good.metrics[row]
 
 
 def test_a_learning_rate_that_blows_up_is_recorded_as_diverged(declare, digits):
@@ -370,7 +377,8 @@ def test_margins_and_mistakes_are_those_of_the_final_model(declare, digits):
     experiment = declare(2, record={"margins": True})
     batch = train_shard(experiment, digits, range(2), CPU)
     correct = unpack(batch.train_correct, digits.n_train)
-    assert ((batch.train_margin > 0) <= correct).all() and (batch.train_margin[~correct] <= 0).all()
+    assert ((batch.train_margin > 0) <= correct).all()
+    assert (batch.train_margin[~correct] <= 0).all()
     model = reference_trial(experiment, digits, 0).eval()
 
     def logits(images):
@@ -379,7 +387,8 @@ def test_margins_and_mistakes_are_those_of_the_final_model(declare, digits):
 
     given = logits(digits.train_images).argmax(1).numpy()
     wrong = ~correct[0]
-    assert wrong.sum() > 10 and np.mean(batch.train_mistakes[: wrong.sum()] == given[wrong]) > 0.95  # but for rounding
+    assert wrong.sum() > 10
+    assert np.mean(batch.train_mistakes[: wrong.sum()] == given[wrong]) > 0.95
     p = logits(digits.test_images).softmax(1).gather(1, torch.from_numpy(np.array(digits.test_labels))[:, None])[:, 0].detach()
     np.testing.assert_allclose(batch.test_margin[0].astype(float), torch.logit(p).numpy(), atol=0.05, rtol=0.02)
 
@@ -412,7 +421,8 @@ def test_batches_cover_an_epoch_and_none_has_a_single_example():
     assert batch_bounds(10, 4) == [(0, 4), (4, 8), (8, 10)]
     assert batch_bounds(9, 4) == [(0, 4), (4, 9)]
     assert batch_bounds(3, 1) == [(0, 1), (1, 2), (2, 3)]
-    assert batch_bounds(3, 4) == [(0, 3)] and batch_bounds(1, 4) == [(0, 1)]
+    assert batch_bounds(3, 4) == [(0, 3)]
+    assert batch_bounds(1, 4) == [(0, 1)]
 
 
 def test_augmentation_shifts_with_zeros_and_mirrors(digits):
@@ -421,7 +431,8 @@ def test_augmentation_shifts_with_zeros_and_mirrors(digits):
     augmentation = epoch_augmentation("crop-flip", 0, [3, 4], 0, 10, 2)
     normalised = images.normalised(images.gather(index, augmentation, slice(0, 10)))
     got = normalised * torch.tensor(digits.std) + torch.tensor(digits.mean)
-    assert len(set(augmentation.down.flatten().tolist())) == 5 and 0 < augmentation.flip.mean() < 1
+    assert len(set(augmentation.down.flatten().tolist())) == 5
+    assert 0 < augmentation.flip.mean() < 1
     for s in range(2):
         for b in range(10):
             padded = np.pad(digits.train_images[int(index[s, b]), ..., 0], 2)

@@ -29,11 +29,16 @@ def make(k=3, n=13, q=5, seed=0, margins=False, mistakes=True):
 def test_a_batch_survives_the_wire(k, n, q, seed, margins, mistakes):
     batch, (members, train, test) = make(k, n, q, seed, margins, mistakes)
     read = TrialBatch.from_bytes(batch.to_bytes())
-    assert (unpack(read.membership, n) == members).all() and (unpack(read.train_correct, n) == train).all()
-    assert (unpack(read.test_correct, q) == test).all() and list(read.metrics) == list(batch.metrics)
-    assert read.provenance == batch.provenance and read.shard == batch.shard
-    assert (read.train_margin is None) != margins and (not margins or (read.test_margin == batch.test_margin).all())
-    assert (read.train_mistakes is None) != mistakes and (not mistakes or (read.train_mistakes == batch.train_mistakes).all())
+    assert (unpack(read.membership, n) == members).all()
+    assert (unpack(read.train_correct, n) == train).all()
+    assert (unpack(read.test_correct, q) == test).all()
+    assert list(read.metrics) == list(batch.metrics)
+    assert read.provenance == batch.provenance
+    assert read.shard == batch.shard
+    assert (read.train_margin is None) != margins
+    assert not margins or (read.test_margin == batch.test_margin).all()
+    assert (read.train_mistakes is None) != mistakes
+    assert not mistakes or (read.train_mistakes == batch.train_mistakes).all()
     assert read.to_bytes() == batch.to_bytes()
 
 
@@ -49,7 +54,8 @@ def test_plain_numpy_reads_the_documented_arrays():
     batch, (members, _, _) = make()
     with np.load(io.BytesIO(batch.to_bytes())) as archive:
         assert (np.unpackbits(archive["membership"], axis=1, count=13, bitorder="little") == members).all()
-        assert archive["trial"].dtype == np.int32 and archive["trial"].tolist() == [10, 11, 12]
+        assert archive["trial"].dtype == np.int32
+        assert archive["trial"].tolist() == [10, 11, 12]
         assert json.loads(str(archive["metrics"]))[0]["test_accuracy"] == 0.75
         assert json.loads(str(archive["provenance"])) == {"fingerprint": "f"}
 
