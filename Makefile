@@ -31,14 +31,14 @@ e2e: .venv/installed-dev
 	$(BIN)/pytest tests/e2e --capture=no $(ARGS)
 
 soak: .venv/installed-dev
-	$(BIN)/python -m tests.services.soak $(ARGS)
+	$(BIN)/python -m tests.system.soak $(ARGS)
 
 scale: .venv/installed-dev
 	$(BIN)/python -m tests.kubernetes.scale $(ARGS)
 
 dashboards: .venv/installed-dev
 	$(BIN)/python -m services.monitoring.dashboards
-	DASHBOARD_PICTURES=out/dashboards $(BIN)/pytest tests/services/test_dashboards.py $(ARGS)
+	DASHBOARD_PICTURES=out/dashboards $(BIN)/pytest tests/system/test_dashboards.py $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -18,8 +18,8 @@ from services.common.broker import Assignment, Broker
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
 from tests.benchmarks.bench import Row
-from tests.integration.servers import MinioServer
-from tests.services.cluster import RedisServer
+from tests.support.cluster import RedisServer
+from tests.support.servers import MinioServer
 
 SHARDS, WORKERS, COMMITTED = 100_000, 1_000, 50_000
 

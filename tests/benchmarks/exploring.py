@@ -23,7 +23,7 @@ from memtail.storage.local import LocalStore
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import TrialBatch, TrialMetrics
 from tests.benchmarks.bench import Row
-from tests.integration.servers import free_port
+from tests.support.servers import free_port
 
 TRIALS, N, Q, CLASSES = 4000, 50_000, 10_000, 10
 PER_BATCH, REPETITIONS = 200, 30

@@ -11,8 +11,8 @@ from memtail.execution.embedded import RunState
 from memtail.spec import Experiment
 from memtail.trainers.images.devices import cores
 from tests.benchmarks.bench import Row
-from tests.integration.servers import MinioServer
-from tests.services.cluster import QUICK, Cluster
+from tests.support.cluster import QUICK, Cluster
+from tests.support.servers import MinioServer
 
 REPETITIONS, TRIALS, PER_SHARD = 3, 2000, 50
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.explored import explored  # noqa: F401 - a fixture
-from tests.integration.servers import MinioServer
+from tests.support.explored import explored  # noqa: F401 - a fixture
+from tests.support.servers import MinioServer
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from memtail.spec import Experiment
 from memtail.storage import UnreachableError, keys
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult
-from tests.integration.explored import CLASSES, FORMULA, MARKUP, TRIALS, publish_random
+from tests.support.explored import CLASSES, FORMULA, MARKUP, TRIALS, publish_random
 
 HERE = "http://localhost"
 

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from memtail.explorer.server import listen, serve
 from memtail.storage.local import LocalStore
-from tests.integration.servers import free_port, server_binary
+from tests.support.servers import free_port, server_binary
 
 # Of every kind of page one.
 PAGES = [

@@ -19,7 +19,7 @@ from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult, write_result
-from tests.unit.test_datasets import write_tree
+from tests.unit.datasets.test_datasets import write_tree
 
 _MARKUP = '"><img src=x onerror=alert(1)> & <b>cat'
 

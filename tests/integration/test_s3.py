@@ -20,8 +20,8 @@ from memtail.settings import S3Settings
 from memtail.storage import ObjectNotFound, UnreachableError
 from memtail.storage.open import open_bucket, open_store
 from memtail.storage.s3 import S3Store
-from tests.integration.fake_s3 import FakeS3
-from tests.integration.servers import REGION, LossyProxy, MinioServer, free_port
+from tests.support.fake_s3 import FakeS3
+from tests.support.servers import REGION, LossyProxy, MinioServer, free_port
 
 
 @pytest.fixture(scope="session")

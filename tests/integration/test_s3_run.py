@@ -9,9 +9,9 @@ import memtail
 from memtail.errors import ScoresError, StoreError
 from memtail.scores.fetch import open_scores
 from memtail.storage.s3 import S3Store
-from tests.integration.explored import publish_random
-from tests.integration.fake_s3 import FakeS3
-from tests.integration.test_run import batches, command, spec, version
+from tests.support.explored import publish_random
+from tests.support.fake_s3 import FakeS3
+from tests.system.test_run import batches, command, spec, version
 
 FEW = {"trials": 10, "design": "balanced", "fraction": 0.5}
 

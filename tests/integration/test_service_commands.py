@@ -33,9 +33,9 @@ from memtail.storage.local import LocalStore
 from memtail.storage.s3 import S3Store
 from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
 from tests.conftest import write_arrays
-from tests.integration.servers import MinioServer, free_port
-from tests.integration.test_run import command
-from tests.services.cluster import RedisServer
+from tests.support.cluster import RedisServer
+from tests.support.servers import MinioServer, free_port
+from tests.system.test_run import command
 
 TRIALS, PER_SHARD = 12, 4
 SHARDS = [Shard(0, 3), Shard(4, 7), Shard(8, 11)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.servers import TOOLS, free_port
+from tests.support.servers import TOOLS, free_port
 
 SCRIPT = TOOLS / "kubernetes.sh"
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")

@@ -11,7 +11,7 @@ from memtail.spec import Experiment
 from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes
 from tests.kubernetes.simulation import Pods
-from tests.services.cluster import Cluster, Service
+from tests.support.cluster import Cluster, Service
 
 ACCOUNT = "memtail-dispatcher"
 WORKERS = "app.kubernetes.io/instance=memtail,app.kubernetes.io/component=worker"

@@ -24,11 +24,11 @@ from memtail import datasets
 from memtail.settings import S3Settings
 from memtail.spec import Experiment
 from memtail.storage.s3 import S3Store
-from tests.integration.servers import MinioServer
 from tests.kubernetes.conftest import CONTROL_PLANE, Kubernetes, install_tools
 from tests.kubernetes.fleet import Fleet
 from tests.kubernetes.simulation import Pods
-from tests.services.cluster import Cluster
+from tests.support.cluster import Cluster
+from tests.support.servers import MinioServer
 
 GPUS_PER_NODE, NODES_LOST = 8, 5
 # Light workers are spread over processes, since Python's threads share one core.

@@ -19,7 +19,7 @@ from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
 from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
 from tests.kubernetes.conftest import install_tools
-from tests.services.cluster import RedisServer
+from tests.support.cluster import RedisServer
 
 VERSIONS = ("1.33.0", "1.37.0")
 WITHOUT_SCHEMA = {"ScaledJob", "ServiceMonitor", "PodMonitor", "PrometheusRule"}

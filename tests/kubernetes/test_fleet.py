@@ -12,7 +12,7 @@ from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.conftest import Kubernetes, install_tools
 from tests.kubernetes.fleet import ACCOUNT, WORKERS, Fleet
 from tests.kubernetes.simulation import FaultyApiServer
-from tests.services.cluster import Cluster
+from tests.support.cluster import Cluster
 
 
 @pytest.fixture

@@ -1,4 +1,0 @@
-"""Fixtures of the tests of what monitors the services."""
-
-from tests.integration.conftest import minio  # noqa: F401 - a fixture
-from tests.services.conftest import cluster  # noqa: F401 - a fixture

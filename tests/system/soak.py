@@ -1,0 +1,178 @@
+"""Ten minutes of random faults: `make soak`, or `make soak ARGS="--minutes 2 --seed 7"`.
+
+Experiments follow one upon the other while Redis, the bucket, the dispatcher, the aggregator and the workers fail at random. At the end
+each has every trial once, and scores equal to the bit to those of an undisturbed run.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memtail import datasets
+from memtail.execution.embedded import run
+from memtail.experiment_store import ExperimentStore
+from memtail.scores.publish import latest_version
+from memtail.spec import Experiment
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from services.common.broker import Assignment, Broker
+from services.common.settings import ServiceSettings
+from tests.support.cluster import Cluster, Service
+from tests.support.servers import MinioServer
+
+TRIALS, PER_SHARD = 96, 4
+SPEC: dict[str, Any] = {
+    "dataset": {"name": "digits"},
+    "model": {"name": "mlp", "hidden": [64]},
+    "training": {"epochs": 400},
+    "subsets": {"trials": TRIALS},
+    "execution": {"trials_per_shard": PER_SHARD, "device": "cpu"},
+}
+
+
+class Faults:
+    """What may go wrong, one method each."""
+
+    def __init__(self, cluster: Cluster, chance: random.Random) -> None:
+        self._cluster, self._chance = cluster, chance
+        self.experiment_store: ExperimentStore | None = None
+
+    def all(self) -> list[Callable[[], None]]:
+        """Every fault."""
+        return [getattr(self, name) for name in sorted(vars(type(self))) if not name.startswith("_") and name != "all"]
+
+    def redis_killed(self) -> None:
+        self._cluster.redis.kill()
+        time.sleep(self._chance.uniform(0, 3))
+        self._cluster.redis.start()
+
+    def redis_flushed(self) -> None:
+        self._cluster.redis.client().flushall()
+
+    def store_down(self) -> None:
+        self._cluster.minio.stop()
+        time.sleep(self._chance.uniform(0, 6))
+        self._cluster.minio.start()
+
+    def child_killed(self) -> None:
+        for child in self._one("worker").children():
+            os.kill(child, signal.SIGKILL)
+
+    def worker_killed(self) -> None:
+        self._restarted("worker")
+
+    def dispatcher_killed(self) -> None:
+        self._restarted("dispatcher")
+
+    def aggregator_killed(self) -> None:
+        self._restarted("aggregator")
+
+    def worker_told_to_stop(self) -> None:
+        worker = self._one("worker")
+        worker.stop(60)
+        worker.start()
+
+    def worker_frozen(self) -> None:
+        """Longer than its lease lasts, so that its shard is trained twice."""
+        group = self._one("worker").process.pid
+        os.killpg(group, signal.SIGSTOP)
+        time.sleep(self._chance.uniform(4, 6))
+        os.killpg(group, signal.SIGCONT)
+
+    def batch_deleted(self) -> None:
+        assert self.experiment_store is not None
+        if committed := self.experiment_store.committed():
+            shard = self._chance.choice(committed)
+            self._cluster.store.delete(keys.trial_batch(self.experiment_store.name, shard.first, shard.last))
+
+    def messages_repeated(self) -> None:
+        assert self.experiment_store is not None
+        first = self._chance.randrange(0, TRIALS, PER_SHARD)
+        fingerprint = self.experiment_store.read_record().fingerprint
+        assignment = Assignment(experiment=self.experiment_store.name, fingerprint=fingerprint, first=first, last=first + PER_SHARD - 1)
+        Broker(ServiceSettings(store="-", broker=self._cluster.redis.url)).send([assignment] * 5)
+
+    def _one(self, name: str) -> Service:
+        return self._chance.choice([service for service in self._cluster.services if service.name == name])
+
+    def _restarted(self, name: str) -> None:
+        service = self._one(name)
+        service.kill()
+        service.start()
+
+
+def soak(minutes: float, seed: int) -> None:
+    """Run, and check all that must hold. Raises: AssertionError: something was lost or counted twice."""
+    chance = random.Random(seed)
+    happened: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder, MinioServer(Path(folder)) as minio, Cluster(Path(folder), minio) as cluster:
+        dataset = datasets.prepare(Experiment.parse({"name": "soak", **SPEC}).dataset)
+        for name in ("dispatcher", "worker", "worker", "aggregator"):
+            cluster.start(name)
+        faults, experiment_stores = Faults(cluster, chance), list[ExperimentStore]()
+        end = time.monotonic() + 60 * minutes
+        while time.monotonic() < end:
+            experiment_stores.append(cluster.submit(Experiment.parse({"name": f"soak-{len(experiment_stores)}", **SPEC}), dataset))
+            faults.experiment_store = experiment_stores[-1]
+            while time.monotonic() < end and not _published(cluster, experiment_stores[-1]):
+                fault = chance.choice(faults.all())
+                fault()
+                happened[fault.__name__] += 1
+                print(f"{end - time.monotonic():4.0f} s left, {fault.__name__}: {_state(experiment_stores[-1])}", flush=True)
+                time.sleep(chance.uniform(1, 10))
+                experiment_stores[-1].clear_failures()  # a shard may be hit three times
+        for experiment_store in experiment_stores:
+            cluster.until(lambda experiment_store=experiment_store: _published(cluster, experiment_store), 300)
+        _check(cluster, experiment_stores, Path(folder, "expected"))
+    faults_made = ", ".join(f"{count} x {name.replace('_', ' ')}" for name, count in happened.most_common())
+    print(
+        f"{happened.total()} faults ({faults_made}); "
+        f"{len(experiment_stores) * TRIALS} trials of {len(experiment_stores)} experiments, each counted once"
+    )
+
+
+def _published(cluster: Cluster, experiment_store: ExperimentStore) -> bool:
+    pointer = latest_version(cluster.store, experiment_store.name)
+    return pointer is not None and pointer["summary"]["trials"] >= TRIALS and len(experiment_store.committed()) >= TRIALS // PER_SHARD
+
+
+def _state(experiment_store: ExperimentStore) -> str:
+    return f"{experiment_store.name} has {len(experiment_store.committed())} of {TRIALS // PER_SHARD} shards"
+
+
+def _check(cluster: Cluster, experiment_stores: list[ExperimentStore], folder: Path) -> None:
+    undisturbed = LocalStore(folder)
+    run(Experiment.parse({"name": "soak", **SPEC}), folder)
+    expected = _scores(undisturbed, "soak")
+    for experiment_store in experiment_stores:
+        assert sorted(trial for shard in experiment_store.committed() for trial in shard.trials) == list(range(TRIALS)), (
+            experiment_store.name
+        )
+        found = _scores(cluster.store, experiment_store.name)
+        differing = [name for name in expected if found.get(name) != expected[name]]
+        assert found.keys() == expected.keys() and not differing, f"{experiment_store.name}: {differing}"
+
+
+def _scores(store: Any, name: str) -> dict[str, Any]:
+    """The published files; all but the summary are the same whatever the experiment is called."""
+    pointer = latest_version(store, name)
+    assert pointer is not None
+    files: dict[str, Any] = {file: store.get(keys.scores(name, pointer["version"]) + file) for file in pointer["files"]}
+    files["summary.json"] = {key: value for key, value in json.loads(files["summary.json"]).items() if key != "experiment"}
+    return files
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    soak(given.minutes, given.seed)

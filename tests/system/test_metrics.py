@@ -1,0 +1,355 @@
+"""What the services show and log, compared with what happened: real services, scraped as Prometheus does it."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import urllib3
+from prometheus_client.parser import text_string_to_metric_families
+
+from memtail.execution.shard_task import ShardOutcome
+from memtail.experiment_store import Control
+from memtail.scores.publish import latest_version
+from memtail.storage import keys
+from memtail.subsets import membership
+from memtail.trials import Shard
+from services.common.broker import TASK, Assignment, Broker
+from services.common.settings import ServiceSettings
+from services.worker.metric_updates import OUTCOMES
+from tests.support.cluster import PROJECT, Service
+from tests.support.servers import LossyProxy
+from tests.system.conftest import PER_SHARD, TRIALS
+from tests.system.test_faults import faulty
+
+SHARDS = TRIALS // PER_SHARD
+
+
+class Scrape:
+    """One scrape of a service."""
+
+    def __init__(self, text: str) -> None:
+        self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def values(self, name: str, **labels: str) -> list[float]:
+        """The values of the series with these labels, and perhaps others."""
+        return [sample.value for sample in self._samples if sample.name == name and labels.items() <= sample.labels.items()]
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """The sum of those; None if there are none."""
+        found = self.values(name, **labels)
+        return sum(found) if found else None
+
+    def experiments(self) -> set[str]:
+        """All that have series."""
+        return {sample.labels["experiment"] for sample in self._samples if "experiment" in sample.labels}
+
+
+def scrape(service: Service) -> Scrape:
+    until_up = urllib3.Retry(total=None, connect=200, backoff_factor=0.1, backoff_max=0.3)
+    answer = urllib3.PoolManager(retries=until_up).request("GET", f"http://127.0.0.1:{service.port}/metrics", timeout=10)
+    assert answer.status == 200
+    return Scrape(answer.data.decode())
+
+
+def logged(log: str) -> list[dict[str, Any]]:
+    """The lines of a log, each of which is JSON; but for Celery's warning to those who are root, as no container is."""
+    return [line for line in map(json.loads, log.splitlines()) if "SecurityWarning" not in line["event"]]
+
+
+def states(scraped: Scrape, experiment: str) -> dict[str, float]:
+    return {
+        state: count
+        for state in ("waiting", "queued", "training", "committed", "dead")
+        if (count := scraped.value("memtail_trials", experiment=experiment, state=state))
+    }
+
+
+def test_each_service_shows_what_was_done(cluster, experiment, digits):
+    experiment_store = cluster.submit(experiment, digits)
+    dispatcher, worker, aggregator = (cluster.start(name) for name in ("dispatcher", "worker", "aggregator"))
+    cluster.until_published(experiment_store, TRIALS)
+
+    cluster.until(lambda: scrape(dispatcher).value("memtail_experiments", state="finished") == 1)
+    seen = scrape(dispatcher)
+    assert states(seen, "digits") == {"committed": TRIALS}
+    assert seen.value("memtail_shards_outstanding", experiment="digits") == 0
+    assert seen.value("memtail_shards_sent_total", experiment="digits") == SHARDS + seen.value("memtail_redeliveries_total")
+    assert seen.value("memtail_leases_expired_total", experiment="digits") == 0
+    assert seen.value("memtail_completion_timestamp_seconds") is None
+    assert seen.value("memtail_dispatcher_leader") == 1
+    assert seen.value("memtail_broker_queued_messages") == 0
+    assert seen.value("memtail_broker_memory_bytes") > 100_000
+    assert seen.value("memtail_broker_clients") >= 2
+    assert seen.value("memtail_passes_total", outcome="completed") > 1
+    assert seen.value("memtail_passes_total", outcome="given up") == 0
+    assert seen.value("memtail_pass_seconds_count") == seen.value("memtail_passes_total")
+
+    # on a slow machine a shard may be sent twice
+    cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total") == len(list(cluster.events(worker, "shard ended"))))
+    seen = scrape(worker)
+    attempts = {outcome: seen.value("memtail_shard_attempts_total", outcome=outcome) for outcome in OUTCOMES}
+    assert attempts.pop(ShardOutcome.COMMITTED) == SHARDS
+    assert not attempts[ShardOutcome.FAILED]
+    assert not attempts[ShardOutcome.HANDED_BACK]
+    assert not attempts[ShardOutcome.LOST_RACE]
+    assert len(seen.values("memtail_shard_attempts_total", experiment="digits")) == len(OUTCOMES)
+    assert seen.value("memtail_trials_trained_total", experiment="digits") == TRIALS
+    members = membership(experiment.subsets, digits.train_labels, range(TRIALS))
+    assert seen.value("memtail_examples_trained_total") == members.sum() * experiment.training.epochs
+    provenance = [experiment_store.batch(shard, experiment_store.read_record()).provenance for shard in experiment_store.committed()]
+    assert seen.value("memtail_trial_seconds_count") == TRIALS
+    assert seen.value("memtail_trial_seconds_sum") == pytest.approx(sum(each["seconds"] for each in provenance))
+    (measured,) = (each["phases"] for each in provenance if "phases" in each)
+    for phase, seconds in measured.items():
+        assert seen.value("memtail_trial_phase_seconds_count", phase=phase) == PER_SHARD
+        assert seen.value("memtail_trial_phase_seconds_sum", phase=phase) == pytest.approx(seconds)
+    assert seen.value("memtail_shard_queue_seconds_count") == seen.value("memtail_shard_attempts_total")
+    assert seen.value("memtail_shard_queue_seconds_sum") > 0
+    assert seen.value("memtail_worker_devices") == 1
+    assert seen.value("memtail_worker_devices_busy") == 0
+    batches = sum(len(cluster.store.get(key)) for key in cluster.store.list(keys.trials("digits")))
+    assert seen.value("memtail_store_bytes_total", direction="written") > batches
+    assert seen.value("memtail_store_requests_total", operation="put", outcome="ok") >= SHARDS
+    assert "libtorch" not in Path(f"/proc/{worker.process.pid}/maps").read_text()
+
+    pointer = latest_version(cluster.store, "digits")
+    cluster.until(lambda: scrape(aggregator).value("memtail_trials_folded") == TRIALS)
+    seen, summary = scrape(aggregator), pointer["summary"]
+    assert seen.value("memtail_trials_diverged") == seen.value("memtail_trials_needed") == seen.value("memtail_batches_refused") == 0
+    for examples in ("in_subset", "held_out", "test"):
+        assert seen.value("memtail_accuracy_ratio", examples=examples) == pytest.approx(summary[f"{examples}_accuracy"])
+    for quantile, error in summary["mem_se_quantiles"].items():
+        assert seen.value("memtail_memorization_standard_error", quantile=quantile) == pytest.approx(error)
+    assert seen.value("memtail_memorization_standard_error_bound") == pytest.approx((1 / 0.7 + 1 / 0.3) ** 0.5 / 2 / TRIALS**0.5)
+    mem = pd.read_csv(io.BytesIO(cluster.scores("digits")["memorization.csv"]))["mem"]
+    for threshold in summary["mem_share_at_least"]:
+        assert seen.value("memtail_memorized_examples", threshold=threshold) == (mem >= float(threshold)).sum()
+    assert seen.value("memtail_memorization_examples") == mem.notna().sum()
+    assert seen.value("memtail_memorization_examples", bin="0.95") == (mem >= 0.95).sum()
+    assert seen.value("memtail_high_influence_pairs") == summary["pairs"]["count"]
+    assert seen.value("memtail_scores_published_trials") == TRIALS
+    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer["published"]).timestamp()
+    assert seen.value("memtail_fold_seconds_count") == SHARDS
+    assert seen.value("memtail_publish_seconds_count") >= 1
+    for service in (dispatcher, worker, aggregator):
+        assert scrape(service).value("memtail_build_info") == 1
+        assert scrape(service).value("memtail_store_requests_total", operation="get", outcome="ok") > 0
+
+
+def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(cluster, experiment, digits):
+    experiment_store = cluster.submit(experiment, digits)
+    others = [cluster.start(name) for name in ("dispatcher", "worker", "aggregator")]
+    cluster.until_published(experiment_store, TRIALS)
+    for service in others:
+        service.stop()
+    for key in list(cluster.store.list(keys.trials("digits"))):
+        cluster.store.delete(key)
+    aggregator = cluster.start("aggregator")
+    cluster.until(lambda: cluster.serves(aggregator))
+    seen, pointer = scrape(aggregator), latest_version(cluster.store, "digits")
+    assert seen.value("memtail_trials_folded") == 0
+    assert seen.value("memtail_scores_published_trials") == TRIALS
+    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer["published"]).timestamp()
+    assert seen.value("memtail_high_influence_pairs") == pointer["summary"]["pairs"]["count"]
+
+
+def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(cluster, declare, digits, tmp_path):
+    experiment_store = cluster.submit(faulty(declare, "segfault"), digits)
+    dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker", FAULT_FOLDER=str(tmp_path))
+    cluster.until(lambda: len(experiment_store.committed()) == SHARDS)
+    cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="committed") == SHARDS)
+    assert scrape(worker).value("memtail_shard_attempts_total", outcome="died") == 1
+    assert scrape(worker).value("memtail_trials_trained_total") == TRIALS
+    assert scrape(dispatcher).value("memtail_redeliveries_total") >= 1
+
+
+def test_dead_shards_are_shown(cluster, declare, digits, tmp_path):
+    experiment_store = cluster.submit(faulty(declare, "raise", always=True), digits)
+    dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker", FAULT_FOLDER=str(tmp_path))
+    cluster.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3])
+    cluster.until(lambda: states(scrape(dispatcher), experiment_store.name) == {"dead": TRIALS})
+    assert scrape(dispatcher).value("memtail_experiments", state="finished") == 1
+    assert scrape(dispatcher).value("memtail_shards_outstanding") == 0
+    cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="failed") == 6)
+
+
+def test_a_worker_that_vanishes_leaves_a_lease_that_expires(cluster, declare, digits):
+    execution = {"trials_per_shard": TRIALS, "device": "cpu"}
+    experiment_store = cluster.submit(declare(TRIALS, training={"epochs": 20_000}, execution=execution), digits)
+    dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker")
+    cluster.until(lambda: states(scrape(dispatcher), "digits") == {"training": TRIALS})
+    cluster.until(lambda: scrape(worker).value("memtail_worker_devices_busy") == 1)
+    worker.kill()
+    cluster.until(lambda: scrape(dispatcher).value("memtail_leases_expired_total", experiment="digits") == 1)
+    cluster.until(lambda: states(scrape(dispatcher), "digits") == {"queued": TRIALS})
+    assert scrape(dispatcher).value("memtail_redeliveries_total") == 1
+    experiment_store.set_control(Control("paused"))
+    cluster.until(lambda: states(scrape(dispatcher), "digits") == {"waiting": TRIALS})
+    assert scrape(dispatcher).value("memtail_experiments", state="paused") == 1
+
+
+def test_the_time_of_completion_is_shown_while_trials_come_and_a_dispatcher_that_waits_shows_none(cluster, declare, digits):
+    execution = {"trials_per_shard": 1, "device": "cpu"}
+    cluster.submit(declare(500, training={"epochs": 20}, execution=execution), digits)
+    dispatcher, _ = cluster.start("dispatcher"), cluster.start("worker")
+    cluster.until(lambda: (scrape(dispatcher).value("memtail_completion_timestamp_seconds") or 0) > time.time())
+    second = cluster.start("dispatcher")
+    cluster.until(lambda: cluster.serves(second))
+    assert scrape(second).value("memtail_dispatcher_leader") == 0
+    assert not scrape(second).experiments()
+    assert scrape(second).value("memtail_experiments") is None
+    dispatcher.stop()
+    cluster.until(lambda: scrape(second).value("memtail_dispatcher_leader") == 1 and scrape(second).experiments() == {"digits"})
+
+
+def test_an_experiment_that_is_removed_from_the_bucket_goes_from_the_metrics(cluster, declare, digits):
+    for name in ("stays", "goes"):
+        cluster.submit(declare(TRIALS, name=name), digits)
+    services = [cluster.start(name) for name in ("dispatcher", "aggregator")]
+    for service in services:
+        cluster.until(lambda service=service: cluster.serves(service) and scrape(service).experiments() == {"stays", "goes"})
+    cluster.store.delete(keys.experiment("goes"))
+    for service in services:
+        cluster.until(lambda service=service: scrape(service).experiments() == {"stays"})
+
+
+def test_two_services_with_one_port_say_so(cluster):
+    first = cluster.start("aggregator")
+    cluster.until(lambda: cluster.serves(first))
+    for name in ("aggregator", "dispatcher", "worker"):
+        second = cluster.start(name, MEMTAIL_PORT=first.port)
+        assert second.process.wait(90) == 2
+        text = f"MEMTAIL_PORT is {first.port}, which cannot be had (Address already in use): give each service here a port of its own"
+        assert [(line["level"], line["event"]) for line in logged(second.log.read_text())] == [("critical", text)]
+
+
+def test_the_series_of_an_experiment_go_away_when_it_has_ended_and_come_back_when_it_is_extended(cluster, declare, digits):
+    def submit(name, trials):
+        execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+        return cluster.submit(declare(trials, name=name, training={"epochs": 4}, execution=execution), digits)
+
+    submit("goes-on", 10_000)
+    experiment_store = submit("ends", TRIALS)
+    experiment_store.set_control(Control(priority=1))
+    services = [cluster.start(name, MEMTAIL_LINGER_SECONDS="2") for name in ("dispatcher", "worker", "aggregator")]
+    cluster.until_published(experiment_store, TRIALS)
+    for service in services:
+        cluster.until(lambda service=service: scrape(service).experiments() == {"goes-on"})
+    submit("ends", 10_000)
+    for service in services:
+        cluster.until(lambda service=service: "ends" in scrape(service).experiments())
+    cluster.until(lambda: (scrape(services[2]).value("memtail_trials_folded", experiment="ends") or 0) > TRIALS)
+
+
+def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_shard_a_fault_is(cluster, experiment, digits):
+    experiment_store = cluster.submit(experiment, digits)
+    broker, fingerprint = Broker(ServiceSettings(store="-", broker=cluster.redis.url)), experiment_store.read_record().fingerprint
+
+    def train(numbers):
+        shards = [Shard(first, first + PER_SHARD - 1) for first in range(numbers.start * PER_SHARD, numbers.stop * PER_SHARD, PER_SHARD)]
+        broker.send([Assignment(experiment="digits", fingerprint=fingerprint, first=each.first, last=each.last) for each in shards])
+        cluster.until(lambda: len(list(cluster.events(worker, "shard ended"))) == numbers.stop)
+        return [str(shard) for shard in shards]
+
+    with LossyProxy(cluster.minio) as proxy:
+        worker = cluster.start("worker", MEMTAIL_S3_ENDPOINT=proxy.endpoint, MEMTAIL_LEASE_SECONDS="60")
+        shards = train(range(SHARDS - 1))
+        lines = logged(worker.log.read_text())
+        assert [(line["level"], line["event"], line["experiment"], line["shard"]) for line in lines] == [
+            ("info", "shard ended", "digits", shard) for shard in shards
+        ]
+        proxy.cuts += [(f"PUT /{cluster.bucket}/{keys.trials('digits')}".encode(), 0)] * 2
+        (last,) = train(range(SHARDS - 1, SHARDS))
+        faults = logged(worker.log.read_text())[len(shards) : -1]
+    assert faults
+    for line in faults:
+        assert (line["level"], line["event"], line["experiment"]) == ("warning", "store fails, trying again", "digits")
+        assert line["shard"] == last
+        assert line["key"].startswith(keys.trials("digits"))
+
+
+def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, digits, tmp_path):
+    experiment_store = cluster.submit(faulty(declare, "segfault"), digits)
+    services = [cluster.start(name, FAULT_FOLDER=str(tmp_path)) for name in ("dispatcher", "worker", "aggregator")]
+    cluster.until(experiment_store.attempts)  # a training process has died
+    cluster.redis.kill()
+    cluster.until(lambda: scrape(services[0]).value("memtail_dispatcher_leader") == 0)
+    cluster.redis.start()
+    cluster.until(lambda: scrape(services[0]).value("memtail_dispatcher_leader") == 1)
+    cluster.until_published(experiment_store, TRIALS)
+
+    wrong = cluster.redis.url.replace(cluster.redis.password, "wrong-password")
+    refused = [cluster.start(name, MEMTAIL_BROKER=wrong) for name in ("dispatcher", "worker")]
+    for service in refused:
+        cluster.until(lambda service=service: "password" in service.log.read_text())
+    for service in (*services, *refused):
+        service.process.terminate()
+        assert service.process.wait(60) == 0
+    for name in ("dispatcher", "worker"):
+        malformed = cluster.start(name, MEMTAIL_BROKER=f"redis://:{cluster.redis.password}/more@127.0.0.1:{cluster.redis.port}/0")
+        assert malformed.process.wait(90) == 2
+        assert ["MEMTAIL_BROKER is no Redis URL" in line["event"] for line in logged(malformed.log.read_text())] == [True]
+
+    for service in cluster.services:
+        log = service.log.read_text()
+        assert all({"timestamp", "level", "event"} <= line.keys() for line in logged(log))
+        for secret in (cluster.redis.password, "wrong-password", cluster.minio.settings().secret_key):
+            assert secret not in log
+    events = {line["event"] for line in logged(services[1].log.read_text())}
+    assert {"shard ended", "training process died"} < events
+
+
+def test_warnings_and_what_nobody_catches_are_json():
+    code = """
+import threading, warnings
+from services.common.process import configure_logs
+class Unraisable:
+    def __del__(self):
+        raise ValueError("in __del__")
+configure_logs()
+warnings.warn("a warning")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+Unraisable()
+raise RuntimeError("at the end")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert not ended.stdout
+    warning, *rest = logged(ended.stderr)
+    assert "a warning" in warning["event"]
+    assert warning["level"] == "warning"
+    for line, error in zip(rest, ("ZeroDivisionError", "in __del__", "at the end"), strict=True):
+        assert error in line["exception"]
+
+
+def test_what_is_no_message_is_dropped_logged_and_counted(cluster, experiment, digits):
+    experiment_store = cluster.submit(experiment, digits)
+    properties = '{"delivery_tag": "1", "delivery_info": {}, "body_encoding": "base64"}'
+    entries = [
+        "no JSON",
+        b"\xff\xfe",
+        "3",
+        "[1]",
+        "{}",
+        '{"properties": [], "body": ""}',
+        "[" * 100_000,
+        f'{{"properties": {properties}, "headers": {{}}, "body": ""}}',
+        f'{{"properties": {properties}, "headers": {{"task": "{TASK}", "id": "1"}}, "body": "x"}}',
+    ]
+    cluster.redis.client().lpush("memtail:shards", *entries)
+    dispatcher = cluster.start("dispatcher")
+    cluster.until(lambda: list(cluster.events(dispatcher, "sent")))
+    worker = cluster.start("worker")
+    cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == len(entries))
+    dropped = [line for line in logged(worker.log.read_text()) if line["event"] == "message dropped: it cannot be read"]
+    assert len(dropped) == len(entries)
+    cluster.until(lambda: len(experiment_store.committed()) == SHARDS)

@@ -1,0 +1,176 @@
+"""The service from submission to scores, undisturbed."""
+
+import json
+
+import numpy as np
+import pytest
+import trustme
+from kombu.exceptions import OperationalError
+
+from memtail.execution.progress import progress_of
+from memtail.execution.submit import submit
+from memtail.experiment_store import Control, ExperimentStore
+from memtail.report.publish import latest_report, publish_report
+from memtail.storage import keys
+from services.common.broker import TASK, Assignment, Broker, celery_app
+from services.common.settings import ServiceSettings
+from tests.support.cluster import RedisServer
+from tests.system.conftest import PER_SHARD, TRIALS
+from tests.system.test_metrics import scrape
+
+
+def test_the_service_publishes_the_bits_of_an_embedded_run(cluster, experiment, digits, expected):
+    experiment_store = cluster.submit(experiment, digits)
+    for name in ("dispatcher", "worker", "worker", "aggregator"):
+        cluster.start(name)
+    cluster.until_published(experiment_store, TRIALS)
+    assert cluster.scores(experiment.name) == expected(experiment)
+    cluster.until(lambda: latest_report(cluster.store, "digits"))
+    # the bits of the report that anyone makes of these scores
+    assert latest_report(cluster.store, "digits") == publish_report(cluster.store, "digits")
+    assert not experiment_store.attempts()
+    assert not list(experiment_store.store.list("experiments/digits/checkpoints/"))
+
+
+def test_an_experiment_goes_on_until_its_scores_are_sharp_as_an_embedded_run_does(cluster, declare, digits, expected):
+    execution = {"trials_per_shard": 16, "device": "cpu"}
+    experiment = declare(64, name="sharp", subsets={"until": {"standard_error": 0.05, "quantile": 0.9}}, execution=execution)
+    scores = expected(experiment)
+    experiment_store = cluster.submit(experiment, digits)
+    for name in ("dispatcher", "worker", "aggregator"):
+        cluster.start(name)
+    trials = int(json.loads(scores["summary.json"])["trials"])
+    assert trials > 64
+    cluster.until_published(experiment_store, trials)
+    assert experiment_store.read_record().experiment.subsets.trials == trials
+    assert cluster.scores("sharp") == scores
+
+
+def test_priorities_pauses_and_cancelling_decide_what_is_trained(cluster, declare, digits):
+    execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+    paused, cancelled, low, high = (
+        cluster.submit(declare(TRIALS, name=name, execution=execution), digits) for name in ("paused", "cancelled", "low", "high")
+    )
+    paused.set_control(Control("paused"))
+    cancelled.set_control(Control("cancelled"))
+    high.set_control(Control(priority=1))
+    for name in ("dispatcher", "aggregator", "worker"):
+        cluster.start(name)
+    cluster.until_published(high, TRIALS)
+    cluster.until_published(low, TRIALS)
+    began = [
+        min(experiment_store.batch(shard, experiment_store.read_record()).provenance["started"] for shard in experiment_store.committed())
+        for experiment_store in (high, low)
+    ]
+    assert began[0] <= began[1]
+    assert not paused.committed()
+    assert not cancelled.committed()
+    paused.set_control(Control())
+    cluster.until_published(paused, TRIALS)
+    assert not cancelled.committed()
+
+
+def test_forged_messages_train_nothing_and_end_no_worker(cluster, declare, digits):
+    execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+    experiment_store = cluster.submit(declare(TRIALS, execution=execution), digits)
+    broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
+    fields = {"experiment": "digits", "fingerprint": experiment_store.read_record().fingerprint, "first": 0, "last": 3}
+    changes = ({"fingerprint": "0" * 64}, {"last": TRIALS - 1}, {"first": 3, "last": 0}, {"first": 10**9, "last": 10**9 + 1})
+    broker.send([Assignment(**fields | change) for change in changes])
+    for body in ({"experiment": "../digits"}, {}, {**fields, "more": 1}):
+        broker._celery.send_task(TASK, kwargs=body)
+    broker._celery.send_task("os.system", args=["true"])
+    worker = cluster.start("worker")
+    cluster.until(lambda: len(list(cluster.events(worker, "shard ended"))) == len(changes))
+    cluster.until(lambda: len(list(cluster.events(worker, "message dropped: it is no assignment"))) == 3)
+    cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == 4)
+    assert worker.log.read_text().count('"outcome": "not wanted"') == len(changes)
+    cluster.start("dispatcher")
+    cluster.start("aggregator")
+    cluster.until_published(experiment_store, TRIALS)
+    assert not experiment_store.attempts()
+
+
+def test_a_broker_on_tls_is_trusted_only_by_its_certificate(tmp_path):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(tmp_path / "private.key")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "public.crt")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        assignment = Assignment(experiment="digits", fingerprint="0" * 64, first=0, last=3)
+        broker = Broker(ServiceSettings(store="-", broker=server.url))
+        broker.send([assignment])
+        assert list(broker.queued("shards")) == [assignment]
+        stranger = celery_app(ServiceSettings(store="-", broker=server.url.partition("?")[0]))
+        with stranger.connection_for_write() as connection, pytest.raises(OperationalError, match="certificate"):
+            connection.ensure_connection(max_retries=1, timeout=5)
+    finally:
+        server.stop()
+
+
+def test_cancelling_drops_what_is_being_trained_and_resuming_goes_on_from_there(cluster, declare, digits):
+    execution = {"trials_per_shard": 1, "device": "cpu"}
+    experiment_store = cluster.submit(
+        declare(40, training={"epochs": 20_000}, model={"name": "mlp", "hidden": [64]}, execution=execution), digits
+    )
+    cluster.start("dispatcher")
+    worker = cluster.start("worker")
+    broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
+    cluster.until(broker.leased)
+    experiment_store.set_control(Control("cancelled"))
+    cluster.until(lambda: list(cluster.events(worker, "shard ended")))
+    cluster.until(lambda: not broker.leased() and not broker.waiting())
+    assert '"outcome": "not wanted"' in worker.log.read_text()
+    assert not experiment_store.committed()
+    assert not experiment_store.attempts()
+    assert list(experiment_store.store.list(keys.checkpoints("digits")))
+    experiment_store.set_control(Control())
+    cluster.until(broker.leased)
+
+
+def test_the_masks_of_an_explicit_design_travel_with_the_experiment(cluster, declare, digits, expected, tmp_path):
+    np.save(tmp_path / "masks.npy", np.random.default_rng(0).random((TRIALS, digits.n_train)) < 0.7)
+    subsets = {"design": "explicit", "masks": tmp_path / "masks.npy"}
+    experiment = declare(TRIALS, subsets=subsets, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
+    scores = expected(experiment)
+    submit(experiment, cluster.store)
+    (tmp_path / "masks.npy").unlink()
+    for name in ("dispatcher", "worker", "aggregator"):
+        cluster.start(name)
+    experiment_store = ExperimentStore(cluster.store, experiment.name)
+    cluster.until_published(experiment_store, TRIALS)
+    assert cluster.scores(experiment.name) == scores
+    assert not experiment_store.attempts()
+
+
+def test_an_experiment_of_which_all_trials_diverge_ends_with_a_notice(cluster, declare, digits):
+    training = {"epochs": 1, "optimizer": {"name": "sgd", "lr": 1e30}}
+    experiment_store = cluster.submit(
+        declare(TRIALS, training=training, execution={"trials_per_shard": PER_SHARD, "device": "cpu"}), digits
+    )
+    for name in ("dispatcher", "worker", "aggregator"):
+        cluster.start(name)
+    cluster.until(lambda: progress_of(cluster.store, experiment_store.name).ending == "without scores")
+    assert progress_of(cluster.store, experiment_store.name).notice_lines == [
+        f"all {TRIALS} trials diverged, so there are no scores: lower the learning rate"
+    ]
+
+
+def test_a_worker_of_one_experiment_takes_its_shards_only_and_ends_when_nothing_is_left(cluster, declare, digits):
+    execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+    mine, other = (cluster.submit(declare(TRIALS, name=name, execution=execution), digits) for name in ("mine", "other"))
+    for experiment_store in (mine, other):
+        fields = {
+            "experiment": experiment_store.name,
+            "fingerprint": experiment_store.read_record().fingerprint,
+            "first": 0,
+            "last": PER_SHARD - 1,
+        }
+        Broker(ServiceSettings(store="-", broker=cluster.redis.url, experiment=experiment_store.name)).send([Assignment(**fields)])
+    worker = cluster.start("worker", MEMTAIL_EXPERIMENT="mine", MEMTAIL_REST_SECONDS="2")
+    assert worker.process.wait(90) == 0, worker.log.read_text()
+    assert len(mine.committed()) == 1
+    assert not other.committed()

@@ -1,0 +1,118 @@
+"""What two sets of trials agree on, and how sure a mean of models is."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memtail.estimators import influence, influence_at, memorization
+from memtail.statistics import Statistics
+from memtail.studies.agreement import PAPERS, SPLITS, Agreement, Estimates, agreements, rank_correlation
+from memtail.studies.intervals import difference, mean
+from memtail.studies.stability import _Needed, _Split, _trials_for
+from tests.unit.estimators.test_estimators import batch
+
+LABELS = np.zeros(9, np.int64), np.zeros(7, np.int64)
+
+
+def statistics(seed, trials, first=0):
+    rng = np.random.default_rng(seed)
+    found = Statistics(9, 7)
+    found.accumulate(batch(first, *(rng.random((trials, size)) < 0.6 for size in (9, 9, 7))))
+    return found
+
+
+@given(seed=st.integers(0, 10**6), trials=st.integers(1, 150), share=st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_some_of_the_trials_give_what_they_would_give_alone(seed, trials, share):
+    rng = np.random.default_rng(seed)
+    bits = [rng.random((trials, size)) < 0.6 for size in (9, 9, 7)]
+    whole, alone = Statistics(9, 7), Statistics(9, 7)
+    whole.accumulate(batch(0, *bits))
+    kept = np.flatnonzero(rng.random(trials) < share)
+    for trial in kept:
+        alone.accumulate(batch(int(trial), *(each[[trial]] for each in bits)))
+    packed = whole.packed().select(kept)
+    assert packed.trials == len(kept)
+    assert packed.counted_trials.tolist() == kept.tolist()
+    for one, other in zip(vars(memorization(packed)).values(), vars(memorization(alone)).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_influence_at_pairs_is_that_of_the_matrix():
+    packed = statistics(3, 40).packed()
+    i, j = np.divmod(np.arange(63), 7)
+    np.testing.assert_allclose(influence_at(packed, i, j), influence(packed, slice(None), slice(None)).value.ravel())
+
+
+def test_agreement_counts_what_either_and_both_select():
+    first, second = (Estimates.of(statistics(seed, 60).packed(), *LABELS) for seed in (1, 2))
+    for each in agreements(first, second):
+        if each.score == "memorization":
+            chosen = [set(np.flatnonzero(found.mem.value >= each.threshold)) for found in (first, second)]
+            apart = {i: abs(first.mem.value[i] - second.mem.value[i]) for i in range(9)}
+        else:
+            chosen = [
+                {pair for pair, infl in zip(zip(found.pairs.train, found.pairs.test, strict=True), found.pairs.influence, strict=True)
+                 if infl >= each.threshold}
+                for found in (first, second)
+            ]  # fmt: skip
+            matrices = [influence(found.packed, slice(None), slice(None)).value for found in (first, second)]
+            apart = {(i, j): abs(matrices[0][i, j] - matrices[1][i, j]) for i in range(9) for j in range(7)}
+        either, both = chosen[0] | chosen[1], chosen[0] & chosen[1]
+        assert (each.first, each.second) == (len(chosen[0]), len(chosen[1]))
+        assert each.jaccard == (pytest.approx(len(both) / len(either)) if either else None)
+        assert each.difference == (pytest.approx(np.mean([apart[one] for one in either])) if either else None)
+
+
+def test_equal_trials_agree_in_full_and_ranks_are_those_of_spearman():
+    estimates = Estimates.of(statistics(5, 60).packed(), *LABELS)
+    assert {each.jaccard for each in agreements(estimates, estimates)} <= {1.0, None}
+    assert {each.difference for each in agreements(estimates, estimates)} <= {0.0, None}
+    assert rank_correlation(estimates, estimates) == pytest.approx(1)
+    from scipy.stats import spearmanr
+
+    other = Estimates.of(statistics(6, 60).packed(), *LABELS)
+    assert rank_correlation(estimates, other) == pytest.approx(spearmanr(estimates.mem.value, other.mem.value).statistic)
+
+
+def test_intervals_are_those_of_the_tables():
+    three = mean(np.array([1.0, 2.0, 3.0]))
+    assert three.value == 2
+    assert three.half == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
+    apart = difference(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 1.0, 2.0, 3.0]))
+    assert apart.value == 1
+    assert apart.half == pytest.approx(2.4469 * np.sqrt(5 / 3 / 2), rel=1e-4)
+    assert vars(difference(np.ones(3), np.zeros(3))) == {"value": 1.0, "half": 0.0}
+    assert str(mean(np.array([0.01, 0.02, 0.03]))) == "2.00 ± 2.48"
+
+
+def splits(overlaps):
+    """As many trials as the keys say, most first, of the overlaps of memorized examples that follow them."""
+    at = ("memorization", PAPERS["memorization"], 10, 10)
+    return [
+        _Split(trials, number, [Agreement(*at, overlap[number] if isinstance(overlap, list) else overlap, 0.1)], 0.5)
+        for trials, overlap in overlaps.items()
+        for number in range(SPLITS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "wanted", "needed"),
+    [
+        ({800: 0.95, 400: 0.93, 200: 0.7}, 0.9, _Needed(400, measured=True)),
+        ({800: 0.95, 400: 0.952}, 0.9, _Needed(400, measured=True)),
+        ({800: 1.0, 400: 1.0, 200: 0.9}, 0.95, _Needed(400, measured=True)),
+        ({800: 0.5, 400: 0.95}, 0.9, _Needed(beyond=6400)),  # it falls with more trials
+        ({800: 0.8, 400: 0.6, 200: 0.2}, 0.9, _Needed(1600, None, 1600, 1600)),  # 1 - J halves as t doubles
+        ({400: [0.5, 0.6, 0.6, 0.6, 0.7], 200: [0.0, 0.2, 0.2, 0.2, 0.4]}, 0.8, _Needed(800, None, 600, 1000)),
+        ({800: 0.31, 400: 0.3}, 0.9, _Needed(beyond=6400)),
+        ({800: 0.5}, 0.9, _Needed()),
+        ({800: None, 400: None}, 0.9, _Needed()),
+    ],
+)
+def test_trials_for_an_overlap_are_measured_or_continued_by_a_power_law(overlaps, wanted, needed):
+    found = _trials_for(wanted, splits(overlaps), "memorization")
+    assert (found.measured, found.beyond) == (needed.measured, needed.beyond)
+    for own, expected in zip((found.trials, found.fewest, found.most), (needed.trials, needed.fewest, needed.most), strict=True):
+        assert own is expected is None or own == pytest.approx(expected, abs=1)

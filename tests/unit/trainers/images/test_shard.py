@@ -1,0 +1,516 @@
+"""Training a shard: purity, batches, divergence, memory, checkpoints; and that it learns what torch learns."""
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from memtail import models, subsets
+from memtail.datasets import prepare
+from memtail.models import build_model, check_model
+from memtail.spec import Constant, Cosine, Linear, NamedModel, Sgd, Step
+from memtail.trainers.images import shard as shard_module
+from memtail.trainers.images import stack_trainer as stacked_run
+from memtail.trainers.images import train_shard
+from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
+from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
+from memtail.trainers.images.images import DeviceImages
+from memtail.trainers.images.schedule import learning_rate_factor
+from memtail.trainers.images.stack import is_stackable, stack_networks
+from memtail.trainers.images.stack_trainer import StackedRun
+from memtail.trials import unpack
+from tests.conftest import write_arrays
+
+CPU = torch.device("cpu")
+SAME = ("trial", "membership", "train_correct", "test_correct", "train_mistakes")
+
+
+def same_bits(batches, others, margins=False):
+    def joined(parts, name):
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    for name in SAME + (("train_margin", "test_margin") if margins else ()):
+        if joined(batches, name).tobytes() != joined(others, name).tobytes():
+            return False
+    return [entry for part in batches for entry in part.metrics] == [entry for part in others for entry in part.metrics]
+
+
+def in_shards(experiment, dataset, trials, size):
+    return [train_shard(experiment, dataset, range(first, min(first + size, trials)), CPU) for first in range(0, trials, size)]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """40 training images of two classes; returns the prepared dataset."""
+    return prepare(_arrays(tmp_path))
+
+
+def _arrays(tmp_path):
+    from memtail.spec import DatasetSpec
+
+    return DatasetSpec(name="arrays", root=write_arrays(tmp_path / "a.npz"))
+
+
+def test_64_trials_give_the_same_bits_in_shards_of_1_7_and_64(declare, digits):
+    experiment = declare(64, training={"epochs": 3, "augmentation": "crop-flip", "label_smoothing": 0.1}, record={"margins": True})
+    together = in_shards(experiment, digits, 64, 64)
+    assert same_bits(together, in_shards(experiment, digits, 64, 1), margins=True)
+    assert same_bits(together, in_shards(experiment, digits, 64, 7), margins=True)
+
+
+@pytest.mark.parametrize("model", [{"name": "cnn", "channels": [4, 8], "hidden": 16}, {"name": "resnet9", "options": {"width": 2}}])
+def test_convolutional_trials_give_the_same_bits_in_any_shard_and_twice(declare, digits, model):
+    experiment = declare(3, model=model, training={"epochs": 1, "augmentation": "flip"}, dataset={"name": "digits", "max_train": 100})
+    dataset = prepare(experiment.dataset)
+    together = in_shards(experiment, dataset, 3, 3)
+    assert same_bits(together, in_shards(experiment, dataset, 3, 1))
+    assert same_bits(together, in_shards(experiment, dataset, 3, 3))
+
+
+def test_results_do_not_depend_on_threads_or_on_torchs_global_generator(declare, digits):
+    experiment = declare(4)
+    first = train_shard(experiment, digits, range(4), CPU)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    second = train_shard(experiment, digits, range(4), CPU)
+    assert same_bits([first], [second])
+    assert (torch.get_rng_state() == before).all()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+
+
+def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch(declare, digits, monkeypatch):
+    experiment = declare(5, training={"epochs": 3, "batch_size": 50, "augmentation": "crop-flip"})
+    members = subsets.membership(experiment.subsets, digits.train_labels, range(5))
+    seen = []
+    gather = DeviceImages.gather
+
+    def record(self, index, augmentation, positions):
+        seen.append(index.clone())
+        return gather(self, index, augmentation, positions)
+
+    sizes, steps = set(), DenseStack.train_steps
+
+    def record_steps(self, pixels, labels, bounds, rates):
+        assert bounds[0][0] == 0
+        assert bounds[-1][1] == pixels.shape[1] == labels.shape[1]
+        sizes.update(stop - start for start, stop in bounds)
+        return steps(self, pixels, labels, bounds, rates)
+
+    monkeypatch.setattr(DeviceImages, "gather", record)
+    monkeypatch.setattr(DenseStack, "train_steps", record_steps)
+    train_shard(experiment, digits, range(5), CPU)
+    epochs = torch.cat(seen, 1).numpy().reshape(5, 3, -1)
+    for trial in range(5):
+        for epoch in range(3):
+            assert sorted(epochs[trial, epoch].tolist()) == np.flatnonzero(members[trial]).tolist()
+        assert not (epochs[trial, 0] == epochs[trial, 1]).all()
+    assert sizes == {50, members[0].sum() % 50}
+
+
+def reference_trial(experiment, dataset, trial):
+    """What a careful user would write, with memtail's membership, weights and order: one model in plain PyTorch."""
+    recipe, sgd = experiment.training, experiment.training.optimizer
+    member = subsets.membership(experiment.subsets, dataset.train_labels, [trial])[0]
+    images = torch.from_numpy(np.array(dataset.train_images)).float().sub(torch.tensor(dataset.mean)).div(torch.tensor(dataset.std))
+    images, labels = images.permute(0, 3, 1, 2), torch.from_numpy(np.array(dataset.train_labels))
+    from memtail.randomness import Purpose, torch_seed
+
+    torch.manual_seed(torch_seed(experiment.subsets.seed, Purpose.WEIGHTS, trial))
+    model = build_model(experiment.model, dataset.image_shape, len(dataset.classes))
+    optimizer = torch.optim.SGD(model.parameters(), lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay, nesterov=sgd.nesterov)
+    subset, step = np.flatnonzero(member)[None], 0
+    bounds = batch_bounds(subset.shape[1], recipe.batch_size)
+    for epoch in range(recipe.epochs):
+        order = epoch_order(experiment.subsets.seed, [trial], epoch, subset)[0]
+        for start, stop in bounds:
+            for group in optimizer.param_groups:
+                group["lr"] = sgd.lr * learning_rate_factor(recipe.schedule, step, recipe.epochs * len(bounds))
+            batch = torch.from_numpy(order[start:stop])
+            loss = F.cross_entropy(model(images[batch]), labels[batch], label_smoothing=recipe.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    "model", [{"name": "mlp", "hidden": [32, 16]}, {"name": "mlp", "hidden": []}, {"name": "cnn", "channels": [4], "hidden": 8}]
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_stacked_trial_ends_with_the_weights_of_a_plain_pytorch_loop(declare, digits, model, smoothing):
+    experiment = declare(3, model=model, training={"epochs": 2, "label_smoothing": smoothing})
+    members = subsets.membership(experiment.subsets, digits.train_labels, range(3))
+    run = StackedRun(
+        experiment, DeviceImages(digits, CPU), digits.image_shape, 10, [0, 1, 2], np.stack([np.flatnonzero(row) for row in members])
+    )
+    run.train(lambda _: None)
+    images = torch.rand(7, *digits.image_shape)
+    logits = run.stack.eval()(images)
+    for trial in range(3):
+        torch.testing.assert_close(logits[trial], reference_trial(experiment, digits, trial).eval()(images), atol=2e-3, rtol=2e-3)
+
+
+NETWORKS = {
+    "mlp": lambda: models.plain.mlp((1, 8, 8), 5, [7, 6]),
+    "cnn": lambda: models.plain.cnn((3, 8, 8), 5, [4, 6], 7),
+    "nested with batch normalisation": lambda: nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Identity(),
+        nn.AvgPool2d(3),
+        nn.Flatten(),
+        nn.Linear(4, 5, bias=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_stack_computes_what_its_networks_compute(name):
+    networks = [NETWORKS[name]() for _ in range(3)]
+    assert all(is_stackable(network) for network in networks)
+    stack = stack_networks([copy.deepcopy(network) for network in networks])
+    shape = (1, 8, 8) if name == "mlp" else (3, 8, 8)
+    batch = torch.randn(3, 6, *shape)
+    for mode in (True, False):
+        stack.train(mode)
+        for network in networks:
+            network.train(mode)
+        expected = torch.stack([network(images) for network, images in zip(networks, batch, strict=True)])
+        torch.testing.assert_close(stack(batch), expected)
+    torch.testing.assert_close(stack(batch[0]), torch.stack([network(batch[0]) for network in networks]))
+
+
+def test_what_is_no_sequence_of_plain_layers_is_not_stacked():
+    shared, frozen, hooked = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    for network in (
+        nn.Sequential(nn.Flatten(), shared, nn.ReLU(), shared),
+        nn.Sequential(nn.Flatten(), frozen),
+        nn.Sequential(nn.Flatten(), hooked),
+        nn.Sequential(nn.Linear(4, 4), nn.Flatten()),
+        nn.Sequential(nn.Flatten(2), nn.Linear(4, 4)),
+        nn.Linear(2, 2),
+        nn.Sequential(nn.Dropout()),
+        nn.Sequential(nn.Sequential(nn.GELU())),
+        models.resnet.resnet9((3, 32, 32), 10, width=2),
+    ):
+        assert not is_stackable(network)
+    with pytest.raises(ValueError, match="cannot be stacked"):
+        stack_networks([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+
+def test_a_diverged_trial_is_recorded_and_the_others_in_the_stack_are_as_without_it(declare, digits, monkeypatch):
+    experiment = declare(4, training={"epochs": 2})
+    good = train_shard(experiment, digits, range(4), CPU)
+    build, built = build_model, []
+
+    def poisoned(*args):
+        network = build(*args)
+        built.append(network)
+        if len(built) == 3:  # the first is built to look at, trial 1 is the third
+            with torch.no_grad():
+                network[1].weight[0, 0] = float("nan")
+        return network
+
+    monkeypatch.setattr("memtail.trainers.images.stack_trainer.build_model", poisoned)
+    built.append(None)
+    bad = train_shard(experiment, digits, range(4), CPU)
+    assert [entry.diverged for entry in bad.metrics] == [False, True, False, False]
+    assert bad.metrics[1].loss is None
+    assert not unpack(bad.train_correct, digits.n_train)[1].any()
+    assert not bad.test_correct[1].any()
+    for row in (0, 2, 3):
+        assert (bad.train_correct[row] == good.train_correct[row]).all()
+        assert bad.metrics[row] == good.metrics[row]
+
+
+def test_a_learning_rate_that_blows_up_is_recorded_as_diverged(declare, digits):
+    experiment = declare(2, training={"optimizer": {"lr": 1e8}, "schedule": {"name": "constant"}})
+    assert all(entry.diverged for entry in train_shard(experiment, digits, range(2), CPU).metrics)
+
+
+def test_out_of_memory_halves_the_stack_until_it_fits_and_changes_no_bit(declare, digits, monkeypatch, capfd):
+    experiment = declare(12)
+    expected = train_shard(experiment, digits, range(12), CPU)
+    fits, widths = StackedRun.train, []
+
+    def cramped(self, between_steps):
+        widths.append(len(self.trials))
+        if len(self.trials) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fits(self, between_steps)
+
+    monkeypatch.setattr(StackedRun, "train", cramped)
+    assert same_bits([expected], [train_shard(experiment, digits, range(12), CPU)])
+    assert widths == [12, 6, 3, 3, 6, 3, 3]
+    assert "halving the stack" in "".join(capfd.readouterr())
+
+
+def test_one_trial_that_does_not_fit_is_an_error(declare, digits, monkeypatch):
+    def never(self, between_steps):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StackedRun, "train", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_shard(declare(3), digits, range(3), CPU)
+
+
+class Memory:
+    """Checkpoints in memory; raises `StopError` once the save numbered `stop_at` is kept."""
+
+    class StopError(Exception):
+        pass
+
+    def __init__(self, stop_at=None):
+        self.state, self.saves, self.stop_at = None, 0, stop_at
+
+    def load(self):
+        return self.state
+
+    def save(self, state):
+        self.state, self.saves = state, self.saves + 1
+        if self.saves == self.stop_at:
+            raise Memory.StopError
+
+
+@pytest.mark.parametrize(
+    ("model", "stop_at"),
+    [
+        ({"name": "mlp", "hidden": [16]}, 1),
+        ({"name": "mlp", "hidden": [16]}, 20),
+        ({"name": "resnet9", "options": {"width": 2}}, 9),
+        ("tests.unit.trainers.images.test_shard:with_dropout", 9),
+    ],
+)
+def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 3})
+    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
+    model = {"name": model} if isinstance(model, str) else model
+    experiment = declare(
+        5,
+        model=model,
+        record={"margins": True},
+        dataset={"name": "digits", "max_train": 300},
+        training={"batch_size": 32, "augmentation": "crop-flip"},
+    )
+    dataset = prepare(experiment.dataset)
+    expected = train_shard(experiment, dataset, range(5), CPU)
+    checkpoints = Memory(stop_at)
+    with pytest.raises(Memory.StopError):
+        train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)
+    saves = checkpoints.saves
+    resumed = train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)
+    assert same_bits([expected], [resumed], margins=True)
+    whole = Memory()
+    train_shard(experiment, dataset, range(5), CPU, checkpoints=whole)
+    assert checkpoints.saves - saves == whole.saves - stop_at  # nothing before the checkpoint was trained again
+
+
+def test_a_checkpoint_is_taken_up_by_stacks_of_another_width(declare, digits, monkeypatch):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
+    experiment = declare(9, training={"epochs": 1, "batch_size": 256})
+    expected = train_shard(experiment, digits, range(9), CPU)
+    for before, after, stop_at in ((2, 8, 13), (8, 2, 2), (3, 16, 4)):
+        checkpoints = Memory(stop_at)
+        monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": before})
+        with pytest.raises(Memory.StopError):
+            train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)
+        monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": after})
+        assert same_bits([expected], [train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)])
+
+
+def test_checkpoints_that_take_long_are_written_rarely(declare, digits, monkeypatch):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
+    experiment = declare(4, training={"epochs": 4})
+
+    def saves(share: float) -> int:
+        monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", share)
+        checkpoints = Memory()
+        train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)
+        return checkpoints.saves
+
+    assert saves(1e-9) == 1 < saves(math.inf)  # the first is written, since nothing is known of what one takes
+
+
+def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digits, monkeypatch, capfd):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
+    experiment = declare(2, training={"epochs": 1})
+    expected = train_shard(experiment, digits, range(2), CPU)
+    foreign = Memory(3)
+    with pytest.raises(Memory.StopError):
+        train_shard(declare(2, training={"epochs": 1, "label_smoothing": 0.5}), digits, range(2), CPU, checkpoints=foreign)
+    damaged = Memory()
+    damaged.state = foreign.state[: len(foreign.state) // 2]
+    for checkpoints in (foreign, damaged):
+        checkpoints.stop_at = None
+        assert same_bits([expected], [train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints)])
+    assert "".join(capfd.readouterr()).count("checkpoint cannot be used") == 2
+
+
+def test_the_dataset_given_is_the_one_trained_on(declare, digits):
+    experiment = declare(2, training={"epochs": 1})
+    other = dataclasses.replace(digits, train_labels=(digits.train_labels + 1) % 10)
+    batches = [train_shard(experiment, dataset, range(2), CPU) for dataset in (digits, other)]
+    assert (batches[0].test_correct != batches[1].test_correct).any()
+
+
+def with_dropout(image_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(image_shape)), 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, classes))
+
+
+def test_margins_and_mistakes_are_those_of_the_final_model(declare, digits):
+    experiment = declare(2, record={"margins": True})
+    batch = train_shard(experiment, digits, range(2), CPU)
+    correct = unpack(batch.train_correct, digits.n_train)
+    assert ((batch.train_margin > 0) <= correct).all()
+    assert (batch.train_margin[~correct] <= 0).all()
+    model = reference_trial(experiment, digits, 0).eval()
+
+    def logits(images):
+        pixels = torch.from_numpy(np.array(images)).float()
+        return model(pixels.sub(torch.tensor(digits.mean)).div(torch.tensor(digits.std)).permute(0, 3, 1, 2)).double()
+
+    given = logits(digits.train_images).argmax(1).numpy()
+    wrong = ~correct[0]
+    assert wrong.sum() > 10
+    assert np.mean(batch.train_mistakes[: wrong.sum()] == given[wrong]) > 0.95
+    p = logits(digits.test_images).softmax(1).gather(1, torch.from_numpy(np.array(digits.test_labels))[:, None])[:, 0].detach()
+    np.testing.assert_allclose(batch.test_margin[0].astype(float), torch.logit(p).numpy(), atol=0.05, rtol=0.02)
+
+
+def test_progress_counts_every_epoch_of_every_trial(declare, digits, monkeypatch):
+    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    seen = []
+    train_shard(declare(5), digits, range(5), CPU, on_progress=lambda progress: seen.append((progress.epochs, progress.total)))
+    assert seen == [(2, 10), (4, 10), (6, 10), (8, 10), (9, 10), (10, 10)]
+
+
+def test_explicit_masks_of_different_sizes_train_in_one_shard(declare, digits, tmp_path):
+    masks = np.zeros((4, digits.n_train), bool)
+    for row, size in enumerate((700, 700, 300, 700)):
+        masks[row, :size] = True
+    np.save(tmp_path / "m.npy", masks)
+    experiment = declare(4, subsets={"design": "explicit", "masks": tmp_path / "m.npy"})
+    batch = train_shard(experiment, digits, range(4), CPU)
+    assert (unpack(batch.membership, digits.n_train) == masks).all()
+    assert same_bits([batch], in_shards(experiment, digits, 4, 1))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "auto"])
+def test_low_precision_learns_too(declare, digits, precision):
+    batch = train_shard(declare(2, training={"precision": precision, "epochs": 5}), digits, range(2), CPU)
+    assert min(entry.in_subset_accuracy for entry in batch.metrics) > 0.9
+
+
+def test_batches_cover_an_epoch_and_none_has_a_single_example():
+    assert batch_bounds(10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert batch_bounds(9, 4) == [(0, 4), (4, 9)]
+    assert batch_bounds(3, 1) == [(0, 1), (1, 2), (2, 3)]
+    assert batch_bounds(3, 4) == [(0, 3)]
+    assert batch_bounds(1, 4) == [(0, 1)]
+
+
+def test_augmentation_shifts_with_zeros_and_mirrors(digits):
+    images = DeviceImages(digits, CPU)
+    index = torch.arange(20).reshape(2, 10)
+    augmentation = epoch_augmentation("crop-flip", 0, [3, 4], 0, 10, 2)
+    normalised = images.normalised(images.gather(index, augmentation, slice(0, 10)))
+    got = normalised * torch.tensor(digits.std) + torch.tensor(digits.mean)
+    assert len(set(augmentation.down.flatten().tolist())) == 5
+    assert 0 < augmentation.flip.mean() < 1
+    for s in range(2):
+        for b in range(10):
+            padded = np.pad(digits.train_images[int(index[s, b]), ..., 0], 2)
+            down, right = augmentation.down[s, b], augmentation.right[s, b]
+            expected = padded[2 - down : 10 - down, 2 - right : 10 - right]
+            # the image is mirrored first, then shifted: mirror the source, then take the same window
+            if augmentation.flip[s, b]:
+                mirrored = np.pad(digits.train_images[int(index[s, b]), :, ::-1, 0], 2)
+                expected = mirrored[2 - down : 10 - down, 2 + right : 10 + right]
+            np.testing.assert_allclose(got[s, b, 0].numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        (Constant(name="constant", warmup=0.2), [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (Step(name="step", milestones=[0.5, 0.8], gamma=0.1), [1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]),
+        (Linear(name="linear"), [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+        (Cosine(name="cosine"), [(1 + np.cos(np.pi * k / 10)) / 2 for k in range(10)]),
+    ],
+)
+def test_schedules(schedule, factors):
+    np.testing.assert_allclose([learning_rate_factor(schedule, step, 10) for step in range(10)], factors, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet9",
+        "resnet18",
+        "resnet50",
+        "densenet100",
+        "inception",
+        "mobilenet_v3_small",
+        "tests.unit.trainers.images.test_shard:with_dropout",
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_architecture_takes_small_grey_and_colour_images(name, channels):
+    check_model(NamedModel(name=name), (channels, 32, 32), 7)
+
+
+@pytest.mark.parametrize("size", [8, 7])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0.0])
+def test_pooling_with_relu_is_torchs_to_the_bit(size, odd):
+    from memtail.trainers.images.cpu.maxpool_relu import pool_relu
+
+    images = (torch.randn(3, 5, size, size) * 2).round().div(2).contiguous(memory_format=torch.channels_last)  # full of ties
+    images[0, 0, 0, 0] = odd
+    ours, torchs = images.clone().requires_grad_(), images.clone().requires_grad_()
+    pooled, expected = pool_relu(ours), F.relu(F.max_pool2d(torchs, 2))
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=0, equal_nan=True)
+    gradient = torch.randn_like(expected)
+    pooled.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(ours.grad, torchs.grad) or np.isnan(odd)
+    with torch.no_grad():
+        torch.testing.assert_close(pool_relu(images), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_sgd_defaults_are_those_of_the_example():
+    assert Sgd() == Sgd(lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+
+def test_compiled_steps_of_many_classes_and_batches_of_unequal_size_are_those_of_torch():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(27, 8), nn.ReLU(), nn.Linear(8, 20))
+    layers = dense_layers(stack_networks([copy.deepcopy(network)]))
+    shift, scale = torch.tensor([-120.0, -130.0, -140.0]), torch.tensor([0.01, 0.011, 0.012])
+    dense = DenseStack(layers, (3, 3, 3), shift, scale, Sgd(), 0.0)
+    pixels, labels = torch.randint(0, 256, (1, 27, 3, 3, 3), dtype=torch.uint8), torch.randint(0, 20, (1, 27))
+    images = ((pixels + shift) * scale).movedim(-1, -3)
+    bounds = [(0, 12), (12, 24), (24, 27)]
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    for _ in range(5):
+        dense.train_steps(pixels, labels, bounds, [0.1] * 3)
+        for start, stop in bounds:
+            optimizer.zero_grad()
+            F.cross_entropy(network(images[0, start:stop]), labels[0, start:stop]).backward()
+            optimizer.step()
+    torch.testing.assert_close(dense(images)[0], network(images[0]), atol=1e-4, rtol=1e-4)
