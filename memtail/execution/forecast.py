@@ -1,4 +1,4 @@
-"""DeviceForecast of a run, measured in a few seconds: time, memory, bytes, cost, and the standard error of its scores.
+"""Forecast of a run, measured in a few seconds: time, memory, bytes, cost, and the standard error of its scores.
 
 The measurements are those of `memtail.execution.measurements`, in a store that is thrown away.
 """
@@ -28,9 +28,9 @@ from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import Shard
 
-#: Numbers of devices for which a forecast is made, beside those of this machine.
+#: Numbers of devices of the forecasts beside the one for this machine.
 DEVICES = (1, 8, 64)
-#: What a shard should take: enough to pay for starting it, few enough to lose little.
+#: Target duration of a shard: long against its start, short enough to lose little.
 SHARD_SECONDS = 30.0
 
 _START = "import memtail.cli.app, memtail.cli.display, memtail.logs, memtail.execution.embedded, memtail.scores.reader"
@@ -38,7 +38,13 @@ _START = "import memtail.cli.app, memtail.cli.display, memtail.logs, memtail.exe
 
 @dataclass(frozen=True)
 class DeviceForecast:
-    """What a whole run takes on some number of devices: wall-clock seconds, and the cost of the devices for that long."""
+    """Duration and cost of a whole run on some number of devices.
+
+    Attributes:
+        devices: number of devices.
+        seconds: wall-clock seconds of the run.
+        cost: price of the devices for that time, None without a price.
+    """
 
     devices: int
     seconds: float
@@ -47,22 +53,22 @@ class DeviceForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would take.
+    """Forecast of a run.
 
     Attributes:
-        experiment: its name.
-        trials, trials_to_train: how many are wanted, and how many of them the store does not hold.
-        device, devices: the kind of device, and how many this machine has.
+        experiment: name of the experiment.
+        trials, trials_to_train: number of all trials, and of those the store does not hold.
+        device, devices: kind of device, and number of them on this machine.
         extrapolated: whether training was cut short when it was measured.
-        seconds_per_trial: on one device, while all others are busy too.
-        startup_seconds, scoring_seconds: what a run takes before its first and after its last trial.
-        peak_memory: bytes, the most that one training process takes: of the device on CUDA, of the host elsewhere.
-        trials_per_shard, best_trials_per_shard: as the run will cut them, and as many as take about half a minute.
-        here: the forecast for this machine.
-        elsewhere: forecasts for `DEVICES` such devices.
-        trial_bytes, score_bytes: what the store holds in the end: all trial batches, one version of the scores.
-        standard_error: the largest to expect of a memorization or influence, with both rates at 1/2.
-        wanted_standard_error, trials_for_it: as asked for, and the trials that it takes; None if not asked.
+        seconds_per_trial: seconds of a trial on one device while all others are busy too.
+        startup_seconds, scoring_seconds: seconds of a run before its first and after its last trial.
+        peak_memory: bytes, the most that one training process holds: of the device on CUDA, of the host elsewhere.
+        trials_per_shard, best_trials_per_shard: trials in a shard of the run, and in one of about half a minute.
+        here: forecast for this machine.
+        elsewhere: forecasts for `DEVICES` devices of this kind.
+        trial_bytes, score_bytes: bytes in the store at the end: all trial batches, and one version of the scores.
+        standard_error: largest expected standard error of a memorization or influence: both rates at 1/2.
+        wanted_standard_error, trials_for_it: the standard error asked for, and the number of trials it takes; None if not asked.
     """
 
     experiment: str
@@ -94,13 +100,13 @@ def forecast(
     standard_error: float | None = None,
     on_preparation: Callable[[int, int], None] | None = None,
 ) -> Forecast:
-    """Measure what an experiment would take.
+    """Forecast the run of an experiment from a few seconds of training.
 
     Args:
         experiment: the declaration.
-        store: the folder or bucket in which its results are, or would be, kept: what it holds need not be trained. It is only read.
-        price: of one device for an hour.
-        standard_error: the one that is wanted of every score.
+        store: the folder or bucket of its results, which is only read: trials in it need not be trained.
+        price: price of one device for an hour.
+        standard_error: standard error to reach for every score.
         on_preparation: as in `memtail.run`.
 
     Raises:
@@ -162,7 +168,7 @@ def forecast(
 
 
 def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) -> tuple[Record, list[Shard]]:
-    """The record that a run would go by, and the shards that the store lacks."""
+    """The record of the run, and the shards without a batch in the store."""
     wanted = declare(experiment, dataset, checked_shard_size(experiment, dataset))
     experiment_store = ExperimentStore(open_store(store, verify=False), experiment.name)
     if not experiment_store.store.exists(keys.experiment(experiment.name)):
@@ -175,14 +181,14 @@ def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) 
 
 
 def _fraction(experiment: Experiment, dataset: ImageDataset) -> float:
-    """M / n; of explicit masks, which may differ in size, the mean of some."""
+    """Fraction m / n; for explicit masks, whose sizes may differ, the mean over the first 16."""
     trials = range(min(experiment.subsets.trials, 16))
     mean = float(membership(experiment.subsets, dataset.train_labels, trials).mean())
     return min(max(mean, 1 / dataset.n_train), 1 - 1 / dataset.n_train)
 
 
 def _makespan(shards: list[float], devices: int) -> float:
-    """The seconds until all shards are trained, each by the first device that is free."""
+    """Seconds until all shards are trained, each by the first device that is free."""
     free = [0.0] * devices
     for seconds in shards:
         heapq.heapreplace(free, free[0] + seconds)

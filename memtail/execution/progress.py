@@ -1,4 +1,4 @@
-"""How far an experiment is, as its store says: read anew at every call, with nothing but listings and a few small objects."""
+"""Progress of an experiment, read from its store at every call with listings and a few small objects."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -10,24 +10,25 @@ from memtail.scores.pointer import accumulated_trials, latest_version
 from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
 
-#: How an experiment ends: all is published; what is missing has failed too often, or was refused; its owner gave it up; all is committed
-#: and makes no scores, as a notice says.
+#: End of an experiment: all trials are published; the missing ones failed too often or were refused; its owner cancelled it; all are
+#: committed but give no scores, as a notice says.
 Ending = Literal["published", "dead", "cancelled", "without scores"]
 
 
 @dataclass(frozen=True)
 class ExperimentProgress:
-    """What a store held of an experiment at one moment.
+    """Progress of an experiment at one moment.
 
     Attributes:
-        control: what its owner asks.
+        experiment, fingerprint: its name and fingerprint.
+        control: its control.
         committed: the shards that have a trial batch.
-        trials, wanted: how many trials are committed, and how many there are to be.
-        missing: the shards still to be trained, dead ones included.
-        attempts: the failed attempts on record, by shard.
+        trials, wanted: number of committed trials, and of all trials.
+        missing: the shards without a batch, dead ones included.
+        attempts: number of failed attempts on record, by shard.
         refused: the committed shards whose batches cannot be counted. They are looked for only where nothing else is left to wait for.
-        pointer: to the published scores (see `latest_version`); None if there are none.
-        notices: what the services have to say, by service.
+        pointer: pointer to the published scores, None if there are none.
+        notices: notices of the services, by service.
     """
 
     experiment: str
@@ -44,37 +45,37 @@ class ExperimentProgress:
 
     @property
     def dead(self) -> list[Shard]:
-        """The missing shards that failed so often that nobody tries them again."""
+        """The missing shards that are not tried again: they failed `MAX_ATTEMPTS` times."""
         return [shard for shard in self.missing if self.attempts[shard] >= MAX_ATTEMPTS]
 
     @property
     def failed_attempts(self) -> int:
-        """All failed attempts on record."""
+        """Number of failed attempts on record."""
         return self.attempts.total()
 
     @property
     def outstanding(self) -> int:
-        """Trials that are still to come: neither committed nor dead."""
+        """Number of trials neither committed nor in dead shards."""
         return sum(len(shard.trials) for shard in self.missing) - sum(len(shard.trials) for shard in self.dead)
 
     @property
     def published_trials(self) -> int:
-        """The trials that the published scores count."""
+        """Number of trials in the published scores, without diverged ones."""
         return int(self.pointer["summary"]["trials"]) if self.pointer else 0
 
     @property
     def published_age(self) -> float | None:
-        """Seconds since the scores were published, by this machine's clock."""
+        """Seconds since the scores were published, by this machine's clock; None if there are none."""
         return (datetime.now(UTC) - datetime.fromisoformat(self.pointer["published"])).total_seconds() if self.pointer else None
 
     @property
     def standard_error(self) -> float | None:
-        """That of the published memorization scores: 95% have at most this."""
+        """0.95 quantile of the standard errors of the published memorization scores; None if there are none."""
         return self.pointer["summary"]["mem_se_quantiles"]["0.95"] if self.pointer else None
 
     @property
     def ending(self) -> Ending | None:
-        """How it ended; None while there is something to wait for."""
+        """The end of the experiment; None while trials or scores are still to come."""
         if not self.missing and self.pointer and accumulated_trials(self.pointer["summary"]) >= self.wanted:
             return "published"
         if self.control.state == "cancelled":
@@ -89,7 +90,7 @@ class ExperimentProgress:
         return [line for notice in self.notices.values() for line in notice.lines]
 
     def fate(self, shard: Shard) -> str:
-        """What has become of a shard that failed once."""
+        """State of a shard that has failed attempts on record."""
         if shard in self.refused:
             return "refused"
         if shard in self.dead:
@@ -98,7 +99,7 @@ class ExperimentProgress:
         return "to be tried again" if left else "committed"
 
     def to_json(self) -> dict[str, Any]:
-        """For scripts. Seconds, and shards as FIRST-LAST."""
+        """The JSON that `memtail status --json` prints. Times in seconds, shards as FIRST-LAST."""
         return {
             "experiment": self.experiment,
             "state": self.control.state,
@@ -123,7 +124,7 @@ class ExperimentProgress:
 
 
 def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
-    """Look how far an experiment is.
+    """Read the progress of an experiment.
 
     Raises:
         ObjectNotFound: there is no such experiment.
@@ -152,7 +153,7 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
 
 
 def _refused(experiment_store: ExperimentStore, failed: set[Shard]) -> list[Shard]:
-    """Of committed shards with failures on record, those whose very batch one of them is about."""
+    """The committed shards with a failure on record that names their batch."""
     if not failed:
         return []
     about = {

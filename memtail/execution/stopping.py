@@ -1,8 +1,7 @@
-"""How many trials are enough: experiments that end when their scores are sharp enough, in rounds.
+"""The stopping rule: rounds of trials until the scores are as exact as the experiment asks for.
 
-The first round is small; each later one has the trials that the present standard errors say are needed, since they fall with the square
-root of the number of trials. What is trained follows from the outcomes alone, so that a run, a service and a repetition of either come to
-the same trials.
+The first round is small; each later one has the trials that the present standard errors call for, since these fall with the square root
+of the number of trials. The rule depends on the outcomes alone, so a run, a service and a repetition of either train the same trials.
 """
 
 import math
@@ -15,11 +14,11 @@ from memtail.statistics import Statistics
 
 
 def next_round(subsets: SubsetsSpec, statistics: Statistics) -> int | None:
-    """The number of trials to have next, once `subsets.trials` are there; None if that is enough.
+    """Return the number of trials of the next round, once `subsets.trials` are accumulated; None if these are enough.
 
     Args:
-        subsets: with the present number of trials, and `until`: the quantile of the examples' standard errors that is to come down.
-        statistics: of those trials; diverged ones do not count.
+        subsets: the subset design, with the present number of trials and the bound `until` on a quantile of the standard errors.
+        statistics: statistics of these trials; diverged ones do not count.
     """
     until = subsets.until
     if until is None:
@@ -32,7 +31,7 @@ def next_round(subsets: SubsetsSpec, statistics: Statistics) -> int | None:
 
 
 def trials_needed(until: UntilSpec, statistics: Statistics) -> float:
-    """The trials that the present standard errors say are needed for `until`; infinite while too many examples have no estimate."""
+    """Return the number of trials that the present standard errors call for; infinite while too many examples have no estimate."""
     errors = memorization(statistics).error
     # before the first trial no example has an estimate
     error = float(np.quantile(np.where(np.isnan(errors), np.inf, errors), until.quantile, method="higher"))

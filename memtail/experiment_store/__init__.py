@@ -1,4 +1,4 @@
-"""One experiment's objects in a store: its record, control, failures, notices and trial batches, and the cut into shards."""
+"""Objects of one experiment in a store: record, control, failures, notices and trial batches; and the cut of trials into shards."""
 
 from memtail.experiment_store.control import Control, Failure, Notice
 from memtail.experiment_store.record import Record

@@ -8,11 +8,11 @@ from memtail.trials import Shard
 
 @dataclass(frozen=True)
 class Control:
-    """What its owner asks of an experiment on a cluster.
+    """Control of an experiment by its owner: the object `control.json`.
 
     Attributes:
-        state: "running", "paused" (nothing new is begun) or "cancelled" (what is being trained is dropped, too).
-        priority: shards of the experiments with the highest are trained first.
+        state: "running", "paused" (no shard is started) or "cancelled" (shards in training are dropped too).
+        priority: shards of the experiments with the highest priority are trained first.
     """
 
     state: Literal["running", "paused", "cancelled"] = "running"
@@ -21,11 +21,11 @@ class Control:
 
 @dataclass(frozen=True)
 class Notice:
-    """What a service has to say about an experiment at present.
+    """Notice of a service about an experiment; the next one of the same service replaces it.
 
     Attributes:
-        lines: for people.
-        final: whether there will never be scores as it is.
+        lines: text for people.
+        final: whether the experiment cannot give scores as it is.
     """
 
     lines: tuple[str, ...]
@@ -34,7 +34,15 @@ class Notice:
 
 @dataclass(frozen=True)
 class Failure:
-    """One failed attempt at a shard."""
+    """One failed attempt at a shard.
+
+    Attributes:
+        shard: the shard.
+        attempt: number of the attempt, counted from 1; 0 if the record cannot be read.
+        error: the reason, in one line.
+        traceback: Python's traceback, empty if there is none.
+        when: time in UTC, ISO 8601.
+    """
 
     shard: Shard
     attempt: int

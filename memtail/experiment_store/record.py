@@ -13,10 +13,17 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Record:
-    """The object `experiment.json`: what is wanted, and by which grid it is cut into shards.
+    """Record of an experiment: the object `experiment.json`.
 
-    Everyone who works on an experiment cuts it by the recorded grid. A grid cell that an extension adds to may be covered by two
-    batches; statistics count each trial once.
+    All processes that work on an experiment cut it into shards of the recorded size. An extension may add trials to the last shard of the
+    cut, which two batches then cover; statistics count each trial once.
+
+    Attributes:
+        experiment: the declaration.
+        fingerprint: SHA-256 (hex) of `canonical`.
+        canonical: the canonical declaration, with the dataset's fingerprint.
+        n_train, n_test: numbers of training and test examples.
+        trials_per_shard: number of trials in a shard.
     """
 
     experiment: Experiment
@@ -42,11 +49,11 @@ class Record:
         ).encode()
 
     def has(self, shard: Shard) -> bool:
-        """Whether a shard is of this experiment: some of its trials, and no more than its shards have."""
+        """Whether a shard can belong to this experiment: not empty, not larger than its shards, no trial beyond the last."""
         return 0 < len(shard.trials) <= self.trials_per_shard and shard.last < self.experiment.subsets.trials
 
     def with_trials(self, trials: int) -> "Record":
-        """The same with another number of trials."""
+        """Return the record with another number of trials."""
         subsets = self.experiment.subsets.model_copy(update={"trials": trials})
         return replace(self, experiment=self.experiment.model_copy(update={"subsets": subsets}))
 
@@ -56,7 +63,7 @@ class Record:
         try:
             fields = json.loads(data)
             if (schema := fields.pop("schema")) != SCHEMA:
-                raise StoreError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
+                raise StoreError(f"{source}: has schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             experiment = Experiment.parse(fields.pop("experiment"), source=source)
             return cls(experiment=experiment, **fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -4,7 +4,7 @@ from memtail.trials import Shard
 
 
 def missing_shards(trials: int, trials_per_shard: int, committed: list[Shard]) -> list[Shard]:
-    """The shards still to be trained: what is not committed of trials 0 to `trials` - 1, cut at multiples of `trials_per_shard`.
+    """Return the shards without a batch: trials 0 to `trials` - 1 less the committed ones, cut at multiples of `trials_per_shard`.
 
     A grid cell that is committed in part, because the experiment was extended, is missing the rest.
     """

@@ -1,7 +1,6 @@
-"""What a store holds of one experiment: its declaration, its trial batches and its failures.
+"""`ExperimentStore`: reads and writes the objects of one experiment.
 
-The store is the only memory there is. Whoever trains, folds or publishes asks here what is wanted and what is committed, and may
-be killed at any moment.
+The store is the only memory. Processes that train, accumulate or publish read here which trials exist, and may be killed at any moment.
 """
 
 import json
@@ -21,21 +20,31 @@ from memtail.spec.experiment import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trials import Shard, TrialBatch, largest_batch
 
-#: A shard that fails this often is given up.
+#: Number of failed attempts after which a shard is dead: not tried again.
 MAX_ATTEMPTS = 3
-# Bytes of the largest small object that is read.
+# Limit in bytes of controls and notices.
 _SMALL = 1 << 20
 
 
 class ExperimentStore:
-    """One experiment's objects in a store."""
+    """The objects of one experiment in a store.
+
+    Args:
+        store: the object store.
+        name: name of the experiment.
+    """
 
     def __init__(self, store: ObjectStore, name: str) -> None:
         self.store = store
         self.name = name
 
     def read_record(self) -> Record:
-        """The experiment's record. Raises: ObjectNotFound: there is none of this name; says which there are. StoreError."""
+        """Read the record.
+
+        Raises:
+            ObjectNotFound: there is no experiment of this name; the message lists those there are.
+            StoreError: the record is corrupt, or the store cannot be read.
+        """
         key = keys.experiment(self.name)
         try:
             if not NAME.fullmatch(self.name):
@@ -46,9 +55,9 @@ class ExperimentStore:
             raise ObjectNotFound(f"there is no experiment '{self.name}' in the store; there: {there}") from None
 
     def register(self, wanted: Record) -> Record:
-        """Enter an experiment, or find it entered already; returns the record that holds.
+        """Register an experiment, unless it is registered; returns its record in the store.
 
-        More trials than recorded extend the experiment; the recorded grid stays.
+        More trials than recorded extend the experiment; the recorded size of shards stays.
 
         Raises:
             StoreError: another experiment has the name (says what differs), or fewer trials are asked for than recorded.
@@ -73,11 +82,11 @@ class ExperimentStore:
         return current
 
     def committed(self) -> list[Shard]:
-        """The shards that have a trial batch, by first trial."""
+        """List the shards that have a trial batch, by first trial."""
         return list(self.iterate_committed())
 
     def iterate_committed(self) -> Iterator[Shard]:
-        """The same, listed as they are asked for."""
+        """Yield the shards that have a trial batch, by first trial, while they are listed."""
         return (Shard(*span) for key in self.store.list(keys.trials(self.name)) if (span := keys.parse_span(key)))
 
     def is_committed(self, shard: Shard) -> bool:
@@ -85,17 +94,20 @@ class ExperimentStore:
         return self.store.exists(keys.trial_batch(self.name, shard.first, shard.last))
 
     def commit(self, batch: TrialBatch, fingerprint: str) -> bool:
-        """Write a trial batch unless the shard has one; False if another was first, whose batch then stands.
+        """Write a trial batch unless the shard has one.
+
+        Returns:
+            Whether this call wrote it; otherwise the earlier batch counts.
 
         Raises:
-            StoreError: it belongs to an experiment of another fingerprint.
+            StoreError: the batch has another fingerprint, or the store cannot be written.
         """
         self._check(str(batch.shard), batch, fingerprint)
         key = keys.trial_batch(self.name, batch.shard.first, batch.shard.last)
         return self.store.put_if_absent(key, batch.to_bytes())
 
     def batch(self, shard: Shard, record: Record) -> TrialBatch:
-        """A committed trial batch of the experiment.
+        """Read a committed trial batch, and check that it belongs to the experiment.
 
         Raises:
             ObjectNotFound: it is missing.
@@ -122,7 +134,7 @@ class ExperimentStore:
             )
 
     def extend(self, trials: int) -> Record:
-        """Ask for so many trials, if there were fewer; returns the record that holds."""
+        """Raise the number of trials to `trials`, unless it is that high; returns the record in the store. Raises: StoreError."""
         held = self.read_record()
         if trials <= held.experiment.subsets.trials:
             return held
@@ -131,7 +143,7 @@ class ExperimentStore:
         return extended
 
     def control(self) -> Control:
-        """What its owner asks of it. Raises: StoreError."""
+        """Read the control; the default one if none was set. Raises: StoreError: it is corrupt, or the store cannot be read."""
         key = keys.control(self.name)
         try:
             return TypeAdapter(Control).validate_json(self.store.get(key, limit=_SMALL))
@@ -141,11 +153,11 @@ class ExperimentStore:
             raise StoreError(f"{key}: is corrupt ({error.error_count()} errors): remove it") from None
 
     def set_control(self, control: Control) -> None:
-        """Ask something of it."""
+        """Write the control."""
         self.store.put(keys.control(self.name), json.dumps(asdict(control)).encode())
 
     def notices(self) -> dict[str, Notice]:
-        """What the services have to say about it, by service; a damaged notice is passed over."""
+        """Read the notices, by service; damaged ones are skipped."""
         found = {}
         for key in self.store.list(keys.notices(self.name)):
             with suppress(ObjectNotFound, ForeignObjectError, ValidationError):
@@ -154,7 +166,7 @@ class ExperimentStore:
         return found
 
     def set_notice(self, source: str, notice: Notice | None) -> None:
-        """Say something about it instead of what `source` said before; None: nothing."""
+        """Write the notice of the service `source`, in place of its last one; None removes it."""
         key = keys.notice(self.name, source)
         if notice is None:
             self.store.delete(key)
@@ -162,7 +174,17 @@ class ExperimentStore:
             self.store.put(key, json.dumps(asdict(notice), indent=1).encode())
 
     def record_failure(self, shard: Shard, error: str, traceback: str = "", when: str | None = None) -> Failure:
-        """Keep what went wrong in one attempt, just now unless `when` (UTC, ISO 8601) says otherwise; attempts count up from 1."""
+        """Record a failed attempt at a shard.
+
+        Args:
+            shard: the shard.
+            error: the reason, in one line.
+            traceback: Python's traceback.
+            when: time in UTC, ISO 8601; by default now.
+
+        Returns:
+            The failure, numbered after those on record.
+        """
         when = when or datetime.now(UTC).isoformat(timespec="seconds")
         attempt = self.attempts().get(shard, 0) + 1
         while True:
@@ -174,12 +196,12 @@ class ExperimentStore:
             attempt += 1  # another worker failed at it at the same time
 
     def attempts(self) -> Counter[Shard]:
-        """How many failed attempts at each shard are recorded."""
+        """Count the failed attempts on record, by shard."""
         spans = (keys.parse_span(key) for key in self.store.list(keys.failures(self.name)))
         return Counter(Shard(*span) for span in spans if span)
 
     def clear_failures(self, shard: Shard | None = None) -> int:
-        """Remove the failure records of a shard, or all, so that it is tried again; returns how many there were."""
+        """Remove the failure records of a shard, or of all shards, so that it is tried again; returns their number."""
         wanted = None if shard is None else (shard.first, shard.last)
         records = [key for key in self.store.list(keys.failures(self.name)) if wanted in (None, keys.parse_span(key))]
         for key in records:
@@ -187,7 +209,7 @@ class ExperimentStore:
         return len(records)
 
     def failures(self) -> Iterator[Failure]:
-        """Every failed attempt, by shard."""
+        """Read all failure records, by shard."""
         for key in self.store.list(keys.failures(self.name)):
             if span := keys.parse_span(key):
                 try:
@@ -197,5 +219,5 @@ class ExperimentStore:
 
 
 def experiment_names(store: ObjectStore) -> list[str]:
-    """The names of all experiments in a store, ascending."""
+    """List the names of all experiments in a store, ascending."""
     return [name for name in store.folders(keys.experiments()) if NAME.fullmatch(name) and store.exists(keys.experiment(name))]
