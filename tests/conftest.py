@@ -1,16 +1,25 @@
-"""Shared by all tests: a cache of their own, small experiments, and random statistics."""
+"""Shared by all tests: a cache, small experiments, servers, and which tests share a process of pytest-xdist."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import structlog
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.spec import Experiment
+from memtail.storage.local import LocalStore
+from tests.support import inline
+
+if TYPE_CHECKING:
+    from tests.support.servers import MinioServer
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Runs train in the process of the tests, but where whole processes are the subject."""
+    inline.train_here(item.get_closest_marker("system") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,14 +57,20 @@ def digits(own_cache: None) -> ImageDataset:
     return datasets.prepare(Experiment.parse({"name": "digits", "dataset": {"name": "digits"}}).dataset)
 
 
-def write_arrays(path: Path, **changes: Any) -> Path:
-    """An `arrays` dataset of 40 training and 20 test images of 6 x 6 in two classes, told apart by their brightness."""
-    rng = np.random.default_rng(0)
-    arrays: dict[str, Any] = {}
-    for split, count in (("train", 40), ("test", 20)):
-        labels = np.arange(count) % 2
-        arrays[f"{split}_labels"] = labels
-        arrays[f"{split}_images"] = (rng.integers(0, 100, (count, 6, 6)) + 150 * labels[:, None, None]).astype(np.uint8)
-    arrays.update(changes)
-    np.savez(path, **arrays)
-    return path
+@pytest.fixture(scope="session")
+def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator["MinioServer"]:
+    """One server for all tests; each makes buckets of its own."""
+    from tests.support.servers import MinioServer
+
+    with MinioServer(tmp_path_factory.mktemp("minio")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def explored(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> LocalStore:
+    """A store with experiments to look at, which no test changes."""
+    from tests.support.explored import fill
+
+    store = LocalStore(tmp_path_factory.mktemp("explored"))
+    fill(store, tmp_path_factory.mktemp("images"))
+    return store

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,13 +13,9 @@ from memtail.execution import forecast as planning
 from memtail.trainers.images import train_shard
 from memtail.trainers.images.profiling import PHASES, Phases
 from memtail.trials import TrialBatch
+from tests.support.cli import command
 
-MEMTAIL = [sys.executable, "-m", "memtail"]
 CPU = torch.device("cpu")
-
-
-def command(*arguments):
-    return subprocess.run([*MEMTAIL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
 
 
 def spec(folder, **parts):
@@ -156,22 +150,9 @@ def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, mo
 
 
 def test_a_trial_that_fails_is_named(declare, tmp_path):
-    experiment = declare(40, model={"name": "tests.integration.test_plan:failing"}, execution={"device": "cpu", "trials_per_shard": 2})
+    experiment = declare(40, model={"name": "tests.support.networks:failing"}, execution={"device": "cpu", "trials_per_shard": 2})
     with pytest.raises(planning.MemtailError, match="a trial failed while planning: RuntimeError: not in training"):
         planning.plan(experiment, tmp_path / "store")
-
-
-class Failing(torch.nn.Linear):
-    """A network that can be tried out but not trained."""
-
-    def forward(self, images):
-        if self.training and len(images) > 2:
-            raise RuntimeError("not in training")
-        return super().forward(images.flatten(1))
-
-
-def failing(image_shape, classes):
-    return Failing(math.prod(image_shape), classes)
 
 
 def test_the_makespan_is_that_of_the_first_free_device():

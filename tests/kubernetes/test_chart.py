@@ -16,7 +16,6 @@ import yaml
 
 from memtail.spec import WorkersSpec
 from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
-from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
 from tests.kubernetes.conftest import install_tools
 from tests.support.cluster import RedisServer

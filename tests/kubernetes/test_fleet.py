@@ -8,7 +8,6 @@ import pytest
 
 from memtail.experiment_store import Control, ExperimentStore
 from memtail.storage import keys
-from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.conftest import Kubernetes, install_tools
 from tests.kubernetes.fleet import ACCOUNT, WORKERS, Fleet
 from tests.kubernetes.simulation import FaultyApiServer

@@ -1,18 +1,14 @@
 """What the services show and log, compared with what happened: real services, scraped as Prometheus does it."""
 
 import io
-import json
 import subprocess
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
-import urllib3
-from prometheus_client.parser import text_string_to_metric_families
 
 from memtail.experiment_store import Control
 from memtail.scores.publish import latest_version
@@ -22,52 +18,10 @@ from memtail.trials import Shard
 from services.common.broker import TASK, Assignment, Broker
 from services.common.settings import ServiceSettings
 from services.worker.trainer import Outcome
-from tests.support.cluster import PROJECT, Service
+from tests.support.cluster import PROJECT
+from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty
+from tests.support.metrics import logged, scrape, states
 from tests.support.servers import LossyProxy
-from tests.system.conftest import PER_SHARD, TRIALS
-from tests.system.test_faults import faulty
-
-SHARDS = TRIALS // PER_SHARD
-
-
-class Scrape:
-    """One scrape of a service."""
-
-    def __init__(self, text: str) -> None:
-        self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-
-    def values(self, name: str, **labels: str) -> list[float]:
-        """The values of the series with these labels, and perhaps others."""
-        return [sample.value for sample in self._samples if sample.name == name and labels.items() <= sample.labels.items()]
-
-    def value(self, name: str, **labels: str) -> float | None:
-        """The sum of those; None if there are none."""
-        found = self.values(name, **labels)
-        return sum(found) if found else None
-
-    def experiments(self) -> set[str]:
-        """All that have series."""
-        return {sample.labels["experiment"] for sample in self._samples if "experiment" in sample.labels}
-
-
-def scrape(service: Service) -> Scrape:
-    until_up = urllib3.Retry(total=None, connect=200, backoff_factor=0.1, backoff_max=0.3)
-    answer = urllib3.PoolManager(retries=until_up).request("GET", f"http://127.0.0.1:{service.port}/metrics", timeout=10)
-    assert answer.status == 200
-    return Scrape(answer.data.decode())
-
-
-def logged(log: str) -> list[dict[str, Any]]:
-    """The lines of a log, each of which is JSON; but for Celery's warning to those who are root, as no container is."""
-    return [line for line in map(json.loads, log.splitlines()) if "SecurityWarning" not in line["event"]]
-
-
-def states(scraped: Scrape, experiment: str) -> dict[str, float]:
-    return {
-        state: count
-        for state in ("waiting", "queued", "training", "committed", "dead")
-        if (count := scraped.value("memtail_trials", experiment=experiment, state=state))
-    }
 
 
 def test_each_service_shows_what_was_done(cluster, experiment, digits):

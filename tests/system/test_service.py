@@ -15,8 +15,8 @@ from memtail.storage import keys
 from services.common.broker import TASK, Assignment, Broker, celery_app
 from services.common.settings import ServiceSettings
 from tests.support.cluster import RedisServer
-from tests.system.conftest import PER_SHARD, TRIALS
-from tests.system.test_metrics import scrape
+from tests.support.experiments import PER_SHARD, TRIALS
+from tests.support.metrics import scrape
 
 
 def test_the_service_publishes_the_bits_of_an_embedded_run(cluster, experiment, digits, expected):
