@@ -1,6 +1,7 @@
 """Shared by all tests: a cache, small experiments, servers, and which tests share a process of pytest-xdist."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,30 @@ from tests.support import inline
 
 if TYPE_CHECKING:
     from tests.support.servers import MinioServer
+
+
+_TESTS = Path(__file__).parent
+_SERVERS = {"living": "cluster", "cluster": "cluster", "kubernetes": "kubernetes", "chromium": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder and by what they need, and group those that one process of pytest-xdist had better run.
+
+    Tests of one file share fixtures, so they stay together; all that use the living cluster are one group, and each test that starts a
+    cluster for itself is free.
+    """
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in ("system", "kubernetes"):
+            item.add_marker(folder)
+        fixtures = getattr(item, "fixturenames", ())
+        for fixture, marker in _SERVERS.items():
+            if fixture in fixtures:
+                item.add_marker(marker)
+        if "living" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("living"))
+        elif "cluster" not in fixtures:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem if folder != "unit" else f"unit-{item.path.parent.name}"))
 
 
 @pytest.hookimpl(tryfirst=True)

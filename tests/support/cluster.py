@@ -194,6 +194,11 @@ class Cluster:
         """The lines of a service's log with an event."""
         return (line for line in service.log.read_text().splitlines() if f'"event": "{event}"' in line)
 
+    def told(self, name: str, event: str, experiment: str) -> list[str]:
+        """The lines with an event of an experiment in the logs of all services of a name."""
+        mine = (service for service in self.services if service.name == name)
+        return [line for service in mine for line in self.events(service, event) if f'"experiment": "{experiment}"' in line]
+
 
 class LivingCluster(Cluster):
     """A cluster that serves many tests: one dispatcher, two workers and an aggregator, replaced where a test has ended them.
