@@ -1,28 +1,62 @@
-"""What can go wrong through no fault of memtail: each error's text is one line that names the thing, the value and the mend.
+"""All exceptions that memtail raises. The text of each is one line that names the thing, the value and the fix.
 
-The command line prints that line and exits with 2; a library user catches `MemtailError`.
+A library user catches `MemtailError`; the command line prints the line and exits with 2 (1 for `BatchesRefusedError`).
 """
+
+from typing import Any
 
 
 class MemtailError(Exception):
-    """Base of every error that a user can mend."""
+    """Base of every error that a user can fix."""
 
 
 class SpecError(MemtailError):
-    """The experiment file says something that cannot be run."""
+    """The experiment file cannot be run as it stands."""
 
 
 class DatasetError(MemtailError):
-    """A dataset is missing, corrupt or not what it should be."""
+    """A dataset is missing or corrupt, or its content does not fit its declaration."""
 
 
 class StoreError(MemtailError):
-    """The object store cannot be used, or holds something other than what was asked for."""
+    """The object store cannot be used, or holds an unexpected object."""
+
+
+class ObjectNotFound(StoreError):  # noqa: N818 - the name that object stores give it
+    """There is no object under the key."""
+
+
+class UnreachableError(StoreError):
+    """The server of a store does not answer, or answers with an error of its own."""
 
 
 class ForeignObjectError(StoreError):
-    """An object is not what its key says: damaged, too large, or of another experiment."""
+    """The content of an object does not fit its key: damaged, too large, or of another experiment."""
 
 
 class ScoresError(MemtailError):
-    """Published scores are missing or do not answer what was asked."""
+    """Published scores are missing, or cannot answer the question."""
+
+
+class IncompleteRunError(MemtailError):
+    """A run ended without all its trials; the scores of the others are published.
+
+    Attributes:
+        summary: summary of the published scores, None if there are none.
+    """
+
+    def __init__(self, message: str, summary: Any | None) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+
+class ShardsFailedError(IncompleteRunError):
+    """Shards failed as often as a run tries them."""
+
+
+class BatchesRefusedError(IncompleteRunError):
+    """Damaged or foreign trial batches were left out."""
+
+
+class TrainingStopped(Exception):  # noqa: N818 - not an error
+    """Training was told to stop; its state is in the checkpoint, if there are checkpoints."""

@@ -13,7 +13,7 @@ import typer
 from memtail.cli import service as cli_service
 from memtail.cli import study as cli_study
 from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, open_existing, preparation, resolve_name
-from memtail.errors import MemtailError, ScoresError
+from memtail.errors import BatchesRefusedError, IncompleteRunError, MemtailError, ScoresError
 
 if TYPE_CHECKING:
     from memtail.scores.reader import Scores
@@ -35,7 +35,7 @@ def main() -> None:
         app()
     except MemtailError as error:
         print(f"memtail: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, BatchesRefusedError) else 2)
     except OSError as error:
         print(f"memtail: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
@@ -56,7 +56,6 @@ def run(
     """Run an experiment to its scores, or go on with it where it stopped."""
     from memtail import logs
     from memtail.cli import display
-    from memtail.execution.embedded import ShardsFailedError
     from memtail.execution.embedded import run as run_experiment
     from memtail.spec import Experiment
 
@@ -68,12 +67,12 @@ def run(
     try:
         with interruptible(), display.RunProgress(quiet=json_) as progress, preparation(quiet=json_) as on_preparation:
             summary = run_experiment(experiment, store, on_progress=progress.update, on_preparation=on_preparation, profile=profile)
-    except ShardsFailedError as error:
+    except IncompleteRunError as error:
         if error.summary is None:
             raise
         summary, failure = error.summary, error
     if json_:
-        print(json.dumps(summary, indent=1))
+        print(json.dumps(dict(summary), indent=1))
     else:
         display.show_summary(summary, _scores_of(open_existing(store), experiment.name), progress.seconds, store)
         if "profile" in summary:
@@ -94,13 +93,13 @@ def plan(
     """Train for a few seconds, then say what a run would take: time, memory, bytes, cost, and how exact its scores will be."""
     from memtail import logs
     from memtail.cli import display
-    from memtail.execution.forecast import plan as plan_experiment
+    from memtail.execution.forecast import forecast
     from memtail.spec import Experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
     with preparation(quiet=json_) as on_preparation:
-        made = plan_experiment(experiment, store, price=price, standard_error=standard_error, on_preparation=on_preparation)
+        made = forecast(experiment, store, price=price, standard_error=standard_error, on_preparation=on_preparation)
     if json_:
         print(json.dumps(asdict(made), indent=1))
     else:

@@ -1,7 +1,7 @@
 """What the command line shows: progress of a run, summaries and tables."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from memtail.cli.doctor import Check
     from memtail.execution.embedded import RunState
-    from memtail.execution.forecast import Plan
+    from memtail.execution.forecast import Forecast
     from memtail.execution.progress import ExperimentProgress
     from memtail.execution.submit import Submission
     from memtail.experiment_store import Failure
@@ -111,26 +111,26 @@ class RunProgress:
         rate = (state.progress - self._resumed_at) / state.seconds if state.seconds else 0.0
         if console.is_terminal:
             self._update_bar(state, rate)
-        elif time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS or (state.trials == state.wanted != self._shown_trials):
-            left = f", {(state.wanted - state.progress) / rate:.0f} s left" if rate else ""
-            line = f"{state.trials}/{state.wanted} trials, {rate:.2f} trials/s{left}"
+        elif time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS or (state.trials == state.total != self._shown_trials):
+            left = f", {(state.total - state.progress) / rate:.0f} s left" if rate else ""
+            line = f"{state.trials}/{state.total} trials, {rate:.2f} trials/s{left}"
             if self._shown_at == float("-inf"):
                 place = (
                     f"{state.dataset.n_train} training and {state.dataset.n_test} test images, {len(state.devices)} x {state.devices[0]}"
                 )
-                line = f"{state.trials}/{state.wanted} trials in the store; {place}"
+                line = f"{state.trials}/{state.total} trials in the store; {place}"
             console.print(", ".join(part for part in (line, _figures(state)) if part))
             self._shown_at, self._shown_trials = time.monotonic(), state.trials
 
     def _update_bar(self, state: "RunState", rate: float) -> None:
         fields = {
-            "trials": f"{state.trials}/{state.wanted}",
+            "trials": f"{state.trials}/{state.total}",
             "figures": ", ".join(part for part in (f"{rate:.2f} trials/s", _figures(state)) if part),
         }
         if self._task is None:
             self._bar.start()
             name = state.record.experiment.name
-            self._task = self._bar.add_task("", total=state.wanted, completed=state.progress, name=name, **fields)  # type: ignore[arg-type]
+            self._task = self._bar.add_task("", total=state.total, completed=state.progress, name=name, **fields)  # type: ignore[arg-type]
         self._bar.update(self._task, completed=state.progress, **fields)  # type: ignore[arg-type]
 
 
@@ -147,7 +147,7 @@ def _figures(state: "RunState") -> str:
     return f"in-subset {inside:.2%}, test {test:.2%}, memorized {memorized}"
 
 
-def show_summary(summary: dict[str, Any], scores: "Scores", seconds: float, store: str) -> None:
+def show_summary(summary: Mapping[str, Any], scores: "Scores", seconds: float, store: str) -> None:
     """What came out, the five most memorized examples, and where the files are."""
     trained = f" in {seconds:.1f} s" if seconds else ", all from the store"
     console.print(f"\n{summary['experiment']}: {summary['trials']} trials{trained}", style="bold")
@@ -190,7 +190,7 @@ def show_profile(profile: dict[str, Any]) -> None:
     console.print(table, soft_wrap=False, crop=False)
 
 
-def show_plan(plan: "Plan") -> None:
+def show_plan(plan: "Forecast") -> None:
     """What a run would take, line by line, and on other numbers of devices."""
     left = "" if plan.trials_to_train == plan.trials else f", {plan.trials_to_train} of them to be trained"
     console.print(f"{plan.experiment}: {plan.trials} trials{left}", style="bold")

@@ -1,58 +1,96 @@
 """The embedded run: one experiment from its declaration to its scores, on this machine, with a store in a folder or a bucket.
 
-It goes on where an earlier run stopped, however that ended, and may run beside another of the same experiment: the store decides
-which trial batch counts.
+A run continues where an earlier one stopped, however that ended, and may run beside another run of the same experiment: the store
+decides which trial batch counts.
 """
 
 import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import structlog
-import torch
+from typing import TYPE_CHECKING, Any
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
-from memtail.errors import MemtailError
-from memtail.execution.pool import Finished, StoredCheckpoints, Task, Workers
-from memtail.execution.stopping import next_round
+from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError
+from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
+from memtail.execution.declare import declare
+from memtail.execution.pool import Task, Workers
+from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Record, missing_shards
-from memtail.models import check_model
-from memtail.scores.publish import publish
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
 from memtail.storage.open import open_store
-from memtail.subsets import check_trials
 from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.profiling import PHASES
-from memtail.trainers.images.shard_size import trials_per_shard
+from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import Shard
 
-log = structlog.get_logger()
+if TYPE_CHECKING:
+    from memtail.scores.reader import Scores
 
-#: Scores are published at the end, and in a long run every so many seconds.
+#: Scores are published at the end, and in a long run at this interval, in seconds.
 PUBLISH_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class RunResult(Mapping[str, Any]):
+    """Result of a run. As a mapping it is the summary, with `profile` in it if the run was profiled.
+
+    Attributes:
+        summary: summary of the published scores.
+        store: address of the store.
+        experiment: name of the experiment.
+        profile: seconds by phase, if the run was profiled.
+    """
+
+    summary: Mapping[str, Any]
+    store: str
+    experiment: str
+    profile: dict[str, Any] | None = None
+
+    @cached_property
+    def scores(self) -> "Scores":
+        """The published scores, opened for reading. Raises: ScoresError, StoreError."""
+        from memtail.scores.fetch import load_scores
+
+        return load_scores(f"{self.store}/{keys.experiments()}{self.experiment}")
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @cached_property
+    def _items(self) -> dict[str, Any]:
+        return {**self.summary, **({"profile": self.profile} if self.profile else {})}
 
 
 @dataclass
 class RunState:
-    """How far a run is, for whoever shows it; `partial` is how much of each shard in training is done (0 to 1).
+    """State of a run, for progress displays.
 
-    `phases`, when profiling, holds seconds: those of the training processes together, and this process's own under "writing".
+    Attributes:
+        aggregation: the accumulated trials.
+        devices: the devices it trains on.
+        partial: trained part of each shard in training (0 to 1).
+        failed: shards this run gave up, with their last error.
+        seconds: seconds since training began.
+        phases: seconds by phase: those of the training processes together, and of committing, accumulating and publishing as "writing".
     """
 
-    wanted: int
-    statistics: Statistics
-    dataset: ImageDataset
-    record: Record
+    aggregation: Aggregation
     devices: list[str]
     partial: dict[Shard, float] = field(default_factory=dict)
     failed: dict[Shard, str] = field(default_factory=dict)
@@ -60,13 +98,33 @@ class RunState:
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
+    def record(self) -> Record:
+        """The experiment's record."""
+        return self.aggregation.record
+
+    @property
+    def dataset(self) -> ImageDataset:
+        """The experiment's dataset."""
+        return self.aggregation.dataset
+
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics of the accumulated trials."""
+        return self.aggregation.statistics
+
+    @property
+    def total(self) -> int:
+        """Number of trials the experiment asks for."""
+        return self.aggregation.total
+
+    @property
     def trials(self) -> int:
-        """Trials committed, diverged ones included."""
-        return len(self.statistics.metrics)
+        """Number of committed trials, diverged ones included."""
+        return self.aggregation.trials
 
     @property
     def progress(self) -> float:
-        """Trials done, with the shards in training counted by how far they are."""
+        """Number of trained trials; shards in training count by the part that is trained."""
         return self.trials + sum(share * len(shard.trials) for shard, share in self.partial.items())
 
 
@@ -78,135 +136,150 @@ def run(
     on_progress: Callable[[RunState], None] | None = None,
     on_preparation: Callable[[int, int], None] | None = None,
     profile: bool = False,
-) -> dict[str, Any]:
-    """Run an experiment to its scores; returns their summary.
+) -> RunResult:
+    """Run an experiment to its scores.
 
     Args:
         experiment: the declaration.
-        store: the folder, or `s3://BUCKET/PREFIX`, in which results are kept; scores lie in `STORE/experiments/NAME`.
-        dataset: the experiment's, if it is open already; by default it is prepared.
-        on_progress: called several times a second with how far it is.
+        store: the folder, or `s3://BUCKET/PREFIX`, for the results; scores lie in `STORE/experiments/NAME`.
+        dataset: the experiment's dataset, if it is open already; by default it is prepared.
+        on_progress: called several times a second with the state of the run.
         on_preparation: called with (images done, images in all) while a folder of images is prepared.
-        profile: also measure where the time of the trials goes, and add it to the summary that is returned, as `profile`: the wall-clock
-            `seconds`, how many `devices` there were, and the seconds by phase, as device-seconds (of all devices together) in `phases`.
+        profile: also measure the seconds by phase. The result's `profile` holds the wall-clock `seconds`, the number of `devices`, and
+            in `phases` the device-seconds of all devices together.
+
+    Returns:
+        The result: `summary`, `scores`, and the keys of the summary.
 
     Raises:
-        MemtailError: bad input, or a store of another experiment of the same name.
-        ShardsFailedError: some shards failed for good; the scores are published without them.
+        MemtailError: bad input, or a store that holds another experiment of this name.
+        ShardsFailedError: shards failed as often as a run tries them; the scores are published without them.
+        BatchesRefusedError: trial batches are damaged; the scores are published without them.
     """
     opened = open_store(store)
     if isinstance(opened, LocalStore):
         opened.remove_abandoned()
     dataset = dataset or datasets.prepare(experiment.dataset, on_preparation)
     experiment_store = ExperimentStore(opened, experiment.name)
-    record = experiment_store.register(declare(experiment, dataset))
-    devices = [str(device) for device in available_devices(experiment.execution.device)]
-    state = RunState(record.experiment.subsets.trials, Statistics(dataset.n_train, dataset.n_test), dataset, record, devices)
-    report = on_progress or (lambda state: None)
-
-    began = time.monotonic()
-    with _writing(state):
-        _fold_committed(experiment_store, state)
-    for key in list(opened.list(keys.checkpoints(experiment.name))):
-        if (span := keys.parse_span(key)) and experiment_store.is_committed(Shard(*span)):
-            opened.delete(key)
-    while True:
-        todo = _from_own_start(missing_shards(state.wanted, record.trials_per_shard, experiment_store.committed()))
-        report(state)
-        if todo:
-            _train_all(todo, opened, experiment_store, state, report, profile)
-            with _writing(state):
-                _fold_committed(experiment_store, state)
-        more = None if state.failed else next_round(state.record.experiment.subsets, state.statistics)
-        if more is None:
-            break
-        state.record = experiment_store.extend(more)
-        state.wanted = state.record.experiment.subsets.trials
-    if state.failed:
-        summary = publish(opened, state.record, state.statistics, dataset) if state.statistics.trials else None
-        raise ShardsFailedError(state.failed, f"{opened.address}/{keys.failures(experiment.name)}", summary)
-    with _writing(state):
-        summary = publish(opened, state.record, state.statistics, dataset)
-    return {**summary, "profile": _profile(state, time.monotonic() - began)} if profile else summary
+    devices = available_devices(experiment.execution.device)
+    record = experiment_store.register(declare(experiment, dataset, checked_shard_size(experiment, dataset, devices)))
+    aggregation = Aggregation(experiment_store, record, dataset, Pace(float("inf"), PUBLISH_SECONDS, first_at_once=False))
+    return _Run(opened, experiment_store, RunState(aggregation, [str(device) for device in devices]), on_progress, profile).to_the_end()
 
 
-class ShardsFailedError(MemtailError):
-    """Some shards failed for good; `summary` is that of the scores without them, None if there are none at all."""
+class _Run:
+    def __init__(
+        self,
+        store: ObjectStore,
+        experiment_store: ExperimentStore,
+        state: RunState,
+        on_progress: Callable[[RunState], None] | None,
+        profile: bool,
+    ) -> None:
+        self._store, self._experiment_store, self._state, self._profile = store, experiment_store, state, profile
+        self._aggregation = state.aggregation
+        self._show = on_progress or (lambda state: None)
+        self._began = time.monotonic()
+        # attempts are those on record; of each shard this run counts its own, so that running again after a fix tries again
+        self._attempts_before = experiment_store.attempts()
+        self._handed_back: dict[Shard, int] = defaultdict(int)
 
-    def __init__(self, failed: dict[Shard, str], records: str, summary: dict[str, Any] | None) -> None:
-        shard, error = next(iter(failed.items()))
-        super().__init__(
-            f"{len(failed)} shards failed {MAX_ATTEMPTS} times each and are missing from the scores ({shard}: {error}): "
-            f"tracebacks are in {records}; mend the cause, then run again"
+    def to_the_end(self) -> RunResult:
+        aggregation, state = self._aggregation, self._state
+        with self._writing():
+            aggregation.accumulate_new()
+        self._remove_checkpoints()
+        while True:
+            missing = missing_shards(state.total, state.record.trials_per_shard, self._experiment_store.committed())
+            self._show(state)
+            if missing:
+                self._train(_from_own_start(missing))
+            step = aggregation.next_step()
+            if state.failed or not isinstance(step, Extend):
+                break
+            aggregation.extend(step.trials)
+        return self._result()
+
+    def _train(self, shards: list[Shard]) -> None:
+        state, began = self._state, time.monotonic()
+        task = Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile)
+        with Workers(task, state.devices[: len(shards)]) as workers:
+            while shards or workers.running:
+                while shards and workers.idle:
+                    workers.start(shards.pop(0))
+                for result in workers.finished(timeout=0.2):
+                    state.partial.pop(result.shard, None)
+                    if self._is_over(result):
+                        continue
+                    shards.append(result.shard)
+                state.partial |= {shard: share for shard, share in workers.progress() if shard in workers.running}
+                state.seconds = time.monotonic() - began
+                self._show(state)
+                if self._aggregation.next_step() is Step.PUBLISH and (shards or workers.running):
+                    with self._writing():
+                        self._aggregation.accumulate_new()
+                    self._publish()
+        with self._writing():
+            self._aggregation.accumulate_new()
+
+    def _is_over(self, result: ShardResult) -> bool:
+        """Take a result; whether the shard is done or given up, and not to be tried again."""
+        match result.outcome:
+            case ShardOutcome.FAILED:
+                error = result.error or ""
+                attempt = result.attempt or self._experiment_store.record_failure(result.shard, error).attempt
+                if attempt - self._attempts_before[result.shard] < MAX_ATTEMPTS:
+                    return False
+                self._state.failed[result.shard] = error
+            case ShardOutcome.HANDED_BACK:
+                self._handed_back[result.shard] += 1
+                if self._handed_back[result.shard] < MAX_ATTEMPTS:
+                    return False
+                raise StoreError(f"{result.shard} could not be committed {MAX_ATTEMPTS} times: {result.error}")
+            case _:
+                with self._writing():
+                    self._aggregation.accumulate(result.shard)
+                self._state.phases["writing"] += result.commit_seconds
+                for phase, seconds in result.phases.items():
+                    self._state.phases[phase] += seconds
+        return True
+
+    def _remove_checkpoints(self) -> None:
+        """Remove checkpoints of committed shards, left behind by processes that were killed between the two steps."""
+        for key in list(self._store.list(keys.checkpoints(self._experiment_store.name))):
+            if (span := keys.parse_span(key)) and self._experiment_store.is_committed(Shard(*span)):
+                self._store.delete(key)
+
+    def _result(self) -> RunResult:
+        failed, refused, name = self._state.failed, self._aggregation.refused, self._experiment_store.name
+        if not failed and not refused:
+            summary = self._publish()
+            profile = _profile(self._state, time.monotonic() - self._began) if self._profile else None
+            return RunResult(summary, self._store.address, name, profile)
+        published = self._publish() if self._state.statistics.trials else None
+        records = f"{self._store.address}/{keys.failures(name)}"
+        if failed:
+            shard, error = next(iter(failed.items()))
+            raise ShardsFailedError(
+                f"{len(failed)} shards failed {MAX_ATTEMPTS} times each and are missing from the scores ({shard}: {error}): "
+                f"tracebacks are in {records}; fix the cause, then run again",
+                published,
+            )
+        raise BatchesRefusedError(
+            f"{len(refused)} trial batches are refused and missing from the scores ({next(iter(refused.values()))}): "
+            f"failures are recorded in {records}",
+            published,
         )
-        self.summary = summary
 
+    def _publish(self) -> dict[str, Any]:
+        with self._writing():
+            return self._aggregation.publish()
 
-def declare(experiment: Experiment, dataset: ImageDataset, devices: list[torch.device] | None = None) -> Record:
-    """The record under which an experiment is entered in a store, after checking all that can be checked before training.
-
-    Args:
-        experiment: the declaration.
-        dataset: its dataset.
-        devices: those that shards are to be cut for, which need not be here; by default this machine's.
-
-    Raises:
-        SpecError: the model or the subset design does not fit the dataset.
-    """
-    check_trials(experiment.subsets, dataset.train_labels)
-    check_model(experiment.model, dataset.image_shape, len(dataset.classes))
-    devices = devices or available_devices(experiment.execution.device)
-    return Record(
-        experiment=experiment,
-        fingerprint=experiment.fingerprint(dataset.fingerprint),
-        canonical=experiment.canonical(dataset.fingerprint),
-        n_train=dataset.n_train,
-        n_test=dataset.n_test,
-        trials_per_shard=trials_per_shard(experiment, dataset, devices),
-    )
-
-
-def _train_all(
-    todo: list[Shard],
-    store: ObjectStore,
-    experiment_store: ExperimentStore,
-    state: RunState,
-    report: Callable[[RunState], None],
-    profile: bool,
-) -> None:
-    began = published = time.monotonic()
-    task = Task(state.record.experiment, state.dataset.folder, store.address, device="", profile=profile)
-    attempts: dict[Shard, int] = {}
-    with Workers(task, state.devices[: len(todo)]) as workers:
-        while todo or workers.running:
-            while todo and workers.idle:
-                workers.start(todo.pop(0))
-            for finished in workers.finished(timeout=0.2):
-                state.partial.pop(finished.shard, None)
-                if finished.error is None:
-                    for phase, spent in finished.batch.provenance.get("phases", {}).items() if finished.batch else ():
-                        state.phases[phase] += spent
-                    with _writing(state):
-                        _commit(finished, store, experiment_store, state)
-                elif _may_retry(finished, experiment_store, attempts):
-                    todo.append(finished.shard)
-                else:
-                    state.failed[finished.shard] = finished.error
-            state.partial |= {shard: share for shard, share in workers.progress() if shard in workers.running}
-            state.seconds = time.monotonic() - began
-            report(state)
-            if time.monotonic() - published > PUBLISH_SECONDS and state.statistics.trials:
-                with _writing(state):
-                    _fold_committed(experiment_store, state)
-                    publish(store, state.record, state.statistics, state.dataset)
-                published = time.monotonic()
-
-
-@contextmanager
-def _writing(state: RunState) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    state.phases["writing"] += time.monotonic() - began
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._state.phases["writing"] += time.monotonic() - began
 
 
 def _profile(state: RunState, seconds: float) -> dict[str, Any]:
@@ -217,32 +290,7 @@ def _profile(state: RunState, seconds: float) -> dict[str, Any]:
     return {"seconds": round(seconds, 3), "devices": devices, "phases": {p: round(s, 3) for p, s in {**phases, "rest": rest}.items()}}
 
 
-def _fold_committed(experiment_store: ExperimentStore, state: RunState) -> None:
-    """Fold what the store holds and this run has not: of earlier runs, or of another at the same time."""
-    for shard in experiment_store.committed():
-        if not all(trial in state.statistics.metrics for trial in shard.trials):
-            state.statistics.accumulate(experiment_store.batch(shard, state.record))
-
-
-def _commit(finished: Finished, store: ObjectStore, experiment_store: ExperimentStore, state: RunState) -> None:
-    """Commit a batch and fold what the store then holds: this one, or that of another run that was first."""
-    batch = finished.batch
-    if batch is None or not experiment_store.commit(batch, state.record.fingerprint):
-        batch = experiment_store.batch(finished.shard, state.record)
-    StoredCheckpoints(store, experiment_store.name, finished.shard).remove()
-    state.statistics.accumulate(batch)
-
-
-def _may_retry(finished: Finished, experiment_store: ExperimentStore, attempts: dict[Shard, int]) -> bool:
-    assert finished.error is not None
-    experiment_store.record_failure(finished.shard, finished.error, finished.traceback)
-    attempts[finished.shard] = attempts.get(finished.shard, 0) + 1
-    again = attempts[finished.shard] < MAX_ATTEMPTS
-    log.warning("shard failed", shard=str(finished.shard), attempt=attempts[finished.shard], error=finished.error, again=again)
-    return again
-
-
 def _from_own_start(shards: list[Shard]) -> list[Shard]:
-    """The shards from a place of this process's own, so that two runs at once do not train the same ones side by side."""
-    start = random.Random(os.getpid()).randrange(len(shards)) if shards else 0
+    """The shards from a place that differs by process, so that two runs at once do not train the same ones side by side."""
+    start = random.Random(os.getpid()).randrange(len(shards))  # noqa: S311 - no secret
     return shards[start:] + shards[:start]

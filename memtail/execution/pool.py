@@ -1,13 +1,12 @@
-"""Processes that train shards for an embedded run: one per device, or per core of a CPU.
+"""Local processes that run shards: one per device, or per core of a CPU.
 
-Each has a process pool of its own, so that a process that dies (out of memory, a segfault) takes only its own shard with it and is
-replaced. Processes end when their parent does, also if it was killed.
+Each has a process pool of its own, so a process that dies (out of memory, a segfault) takes only its own shard with it and is replaced.
+Processes end when their parent does, also if it was killed.
 """
 
 import multiprocessing
 import queue
 import sys
-import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from memtail import logs
 from memtail.datasets import ImageDataset
-from memtail.errors import MemtailError
-from memtail.experiment_store import ExperimentStore
+from memtail.execution.checkpoints import StoredCheckpoints
+from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
+from memtail.experiment_store import ExperimentStore, Record
 from memtail.processes import follow_parent, keep_memory
-from memtail.spec import Experiment
-from memtail.storage import ObjectNotFound, ObjectStore, keys
+from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
 from memtail.trials import Shard, TrialBatch
 
@@ -32,34 +31,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What a training process needs to know."""
+    """Work of a training process.
 
-    experiment: Experiment
+    Attributes:
+        record: record of the experiment.
+        dataset: folder of its prepared dataset.
+        store: address of the store.
+        device: device to train on, as torch names it.
+        profile: whether to measure the seconds by phase.
+    """
+
+    record: Record
     dataset: Path
     store: str
     device: str
     profile: bool = False
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What became of a shard: a batch, or an error and its traceback; both None where another run had committed it.
-
-    `peak_memory` is the most bytes that its process has taken so far: of the device's memory on CUDA, of the host's elsewhere.
-    """
-
-    shard: Shard
-    batch: TrialBatch | None = None
-    error: str | None = None
-    traceback: str = ""
-    peak_memory: int = 0
-
-
 class Workers:
     """A set of training processes.
 
     Args:
-        task: what they work on, but for the device.
+        task: their work; each process has a device of its own in place of the task's.
         devices: one entry per process.
     """
 
@@ -69,7 +62,7 @@ class Workers:
         self._tasks = [replace(task, device=device) for device in devices]
         self._pools = [self._pool() for _ in self._tasks]
         self._idle = list(range(len(devices)))
-        self._running: dict[Future[Finished], tuple[int, Shard]] = {}
+        self._running: dict[Future[ShardResult], tuple[int, Shard]] = {}
 
     def __enter__(self) -> "Workers":
         return self
@@ -82,7 +75,7 @@ class Workers:
 
     @property
     def idle(self) -> int:
-        """How many processes have nothing to do."""
+        """Number of processes without a shard."""
         return len(self._idle)
 
     @property
@@ -91,26 +84,30 @@ class Workers:
         return [shard for _, shard in self._running.values()]
 
     def start(self, shard: Shard, **changes: Any) -> None:
-        """Hand a shard to an idle process; `changes` to the task are for this shard only."""
+        """Hand a shard to an idle process; `changes` replace fields of the task for this shard only."""
         index = self._idle.pop()
         future = self._pools[index].submit(_train, replace(self._tasks[index], **changes), shard)
         self._running[future] = (index, shard)
 
-    def finished(self, timeout: float) -> list[Finished]:
-        """The shards that have ended since the last call; waits up to `timeout` seconds for the first."""
-        ended = []
+    def finished(self, timeout: float) -> list[ShardResult]:
+        """Return the results since the last call; wait up to `timeout` seconds for the first.
+
+        The result of a shard whose process died is FAILED with `attempt` 0: nobody has recorded the failure yet.
+        """
+        results = []
         for future in wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done:
             index, shard = self._running.pop(future)
             self._idle.append(index)
             try:
-                ended.append(future.result())
+                results.append(future.result())
             except BrokenProcessPool:
                 self._pools[index] = self._pool()
-                ended.append(Finished(shard, error="the training process died (killed, out of memory, or a crash in native code)"))
-        return ended
+                error = "the training process died (killed, out of memory, or a crash in native code)"
+                results.append(ShardResult(shard, ShardOutcome.FAILED, error=error))
+        return results
 
     def progress(self) -> list[tuple[Shard, float]]:
-        """What the processes have reported since the last call: shards, and how much of each is done (0 to 1)."""
+        """Return the reports of the processes since the last call: shards, and the part of each that is trained (0 to 1)."""
         reports = []
         while True:
             try:
@@ -123,7 +120,7 @@ class Workers:
 
 
 def _end(pool: ProcessPoolExecutor) -> None:
-    """End a pool's process at once; what it was training is trained again by the next run."""
+    """End a pool's process at once; the next run trains its shard again."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
@@ -136,7 +133,7 @@ _reports: Any = None
 
 
 def _initialize(reports: Any) -> None:
-    global _reports  # noqa: PLW0603 - a pool's process keeps what it was given once
+    global _reports  # noqa: PLW0603 - the queue cannot be sent with a task
     _reports = reports
     logs.configure()
     keep_memory()
@@ -151,71 +148,46 @@ def _opened(folder: Path) -> ImageDataset:
 
 @lru_cache(maxsize=1)
 def _store(address: str) -> ObjectStore:
-    """The store, opened once per process, so that its connections stay; whoever started the process has proved it."""
+    """The store, opened once per process, so that its connections stay; the parent has verified its contract."""
     return open_store(address, verify=False)
 
 
-def _train(task: Task, shard: Shard) -> Finished:
+def _train(task: Task, shard: Shard) -> ShardResult:
     import torch
 
     from memtail.trainers.images import Progress, train_shard
 
-    store = _store(task.store)
-    if ExperimentStore(store, task.experiment.name).is_committed(shard):
-        return Finished(shard)
+    device = torch.device(task.device)
 
     def report(progress: Progress) -> None:
         _reports.put((shard, progress.epochs / progress.total))
 
-    try:
-        batch = train_shard(
-            task.experiment,
+    def train(checkpoints: StoredCheckpoints) -> TrialBatch:
+        return train_shard(
+            task.record.experiment,
             _opened(task.dataset),
             shard.trials,
-            torch.device(task.device),
+            device,
             on_progress=report,
-            checkpoints=StoredCheckpoints(store, task.experiment.name, shard),
+            checkpoints=checkpoints,
             profile=task.profile,
         )
-    except MemtailError as error:
-        return Finished(shard, error=str(error), traceback=traceback.format_exc())
-    except Exception as error:  # whatever a model or a library raises becomes a failure record
-        return Finished(shard, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-    return Finished(shard, batch, peak_memory=_peak_memory(torch.device(task.device)))
+
+    experiment_store = ExperimentStore(_store(task.store), task.record.experiment.name)
+    result = run_shard(experiment_store, task.record, shard, train)
+    return replace(result, peak_memory=_peak_memory(device))
 
 
 def _peak_memory(device: "torch.device") -> int:
+    """Bytes, the most that this process has held: of the device's memory on CUDA, of the host's elsewhere."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, StopIteration):  # Linux; its getrusage also counts what the parent held when it started the process
+    with suppress(OSError, StopIteration):  # Linux; its getrusage also counts the parent's memory at the start of the process
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class StoredCheckpoints:
-    """`memtail.trainers.images.Checkpoints` of one shard, kept in the store."""
-
-    def __init__(self, store: ObjectStore, name: str, shard: Shard) -> None:
-        self._store = store
-        self._key = keys.checkpoint(name, shard.first, shard.last)
-
-    def load(self) -> bytes | None:
-        """The last saved state."""
-        try:
-            return self._store.get(self._key)
-        except ObjectNotFound:
-            return None
-
-    def save(self, state: bytes) -> None:
-        """Replace the saved state."""
-        self._store.put(self._key, state)
-
-    def remove(self) -> None:
-        """Forget the state, once the shard is committed."""
-        self._store.delete(self._key)

@@ -1,13 +1,11 @@
-"""Entering an experiment in a store, for the services to train: its dataset first, then what is wanted."""
+"""`submit`: put an experiment and its dataset into a store, for the services to train. Imports no torch."""
 
 from dataclasses import dataclass, replace
-
-import torch
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage, stage_masks
-from memtail.execution.embedded import declare
+from memtail.execution.declare import check_in_child, declare
 from memtail.experiment_store import Control, ExperimentStore, Record
 from memtail.spec import Experiment
 from memtail.storage import ObjectStore, keys
@@ -15,14 +13,14 @@ from memtail.storage import ObjectStore, keys
 
 @dataclass(frozen=True)
 class Submission:
-    """What a store holds after `submit`.
+    """State of a store after `submit`.
 
     Attributes:
-        record: what is wanted.
-        dataset: its fingerprint.
-        staged: whether the dataset was put into the store now, and was not there.
-        trials_before: how many trials were wanted before; None if the experiment is new.
-        control: what is asked of it.
+        record: the experiment's record.
+        dataset: the dataset's fingerprint.
+        staged: whether this call put the dataset into the store.
+        trials_before: number of trials before this call; None if the experiment is new.
+        control: the experiment's control.
     """
 
     record: Record
@@ -33,36 +31,36 @@ class Submission:
 
     @property
     def shards(self) -> int:
-        """How many shards all trials make."""
+        """Number of shards of all trials."""
         return -(-self.record.experiment.subsets.trials // self.record.trials_per_shard)
 
 
 def submit(experiment: Experiment, store: ObjectStore, *, dataset: ImageDataset | None = None, priority: int | None = None) -> Submission:
-    """Enter an experiment, or find it entered; more trials extend it.
+    """Register an experiment and stage its dataset; more trials extend an experiment that is registered.
 
     Args:
         experiment: the declaration. Its device is the workers' and need not be on this machine.
-        store: where the services look for work.
-        dataset: the experiment's, if it is open already; by default it is prepared.
-        priority: experiments with the highest are trained first; by default 0, or what it was.
+        store: the store the services work on.
+        dataset: the experiment's dataset, if it is open already; by default it is prepared.
+        priority: experiments with the highest priority are trained first; by default 0, or as before.
 
     Raises:
         SpecError, DatasetError: bad input.
-        StoreError: another experiment has the name, or fewer trials are asked for; or the store cannot be written.
+        StoreError: another experiment has the name, or has more trials; or the store cannot be written.
     """
     experiment_store = ExperimentStore(store, experiment.name)
     dataset = dataset or datasets.prepare(experiment.dataset)
-    device = experiment.execution.device
-    wanted = declare(experiment, dataset, None if device == "auto" else [torch.device(device)])
-    before = None
-    if store.exists(keys.experiment(experiment.name)):
-        before = experiment_store.read_record().experiment.subsets.trials
-        experiment_store.register(wanted)  # what is refused is refused before a large dataset goes up
+    declared = declare(experiment, dataset, check_in_child(experiment, dataset))
+    before = experiment_store.read_record().experiment.subsets.trials if store.exists(keys.experiment(experiment.name)) else None
+    if before is not None:
+        declared = experiment_store.register(declared)  # a refusal comes before a large dataset goes up
     staged = stage(dataset, store)
     if experiment.subsets.masks is not None:
-        stage_masks(experiment.subsets.masks, wanted.canonical["subsets"]["masks"], store)
+        stage_masks(experiment.subsets.masks, declared.canonical["subsets"]["masks"], store)
     control = experiment_store.control()
     if priority is not None and priority != control.priority:
         control = replace(control, priority=priority)
         experiment_store.set_control(control)
-    return Submission(experiment_store.register(wanted), dataset.fingerprint, staged, before, control)
+    if before is None:
+        declared = experiment_store.register(declared)
+    return Submission(declared, dataset.fingerprint, staged, before, control)

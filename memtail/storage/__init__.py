@@ -4,15 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from memtail.errors import StoreError
+from memtail.errors import ObjectNotFound, UnreachableError
 
-
-class ObjectNotFound(StoreError):  # noqa: N818 - the name that object stores give it
-    """There is no object under the key."""
-
-
-class UnreachableError(StoreError):
-    """The server of a store does not answer, or not as it should at the moment."""
+__all__ = ["ObjectNotFound", "ObjectStore", "UnreachableError"]
 
 
 class ObjectStore(Protocol):

@@ -25,6 +25,7 @@ from celery.utils.log import get_multiprocessing_logger
 from pydantic import ValidationError
 
 from memtail.errors import MemtailError
+from memtail.execution.shard_task import ShardOutcome
 from memtail.experiment_store import ExperimentStore
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore
@@ -36,7 +37,7 @@ from services.tools.healthcheck import PATIENCE
 from services.worker.heartbeat import ConsumerHeartbeat
 from services.worker.metric_updates import DIED, Measures
 from services.worker.reports import Reports
-from services.worker.trainer import Outcome, Trainer
+from services.worker.trainer import Trainer
 from services.worker.transport import register
 from services.worker.watchdog import Watchdog
 
@@ -108,7 +109,7 @@ class Worker:
             log.warning("message dropped: it is no assignment", errors=error.error_count())
             return
         sent = (self.celery.current_task.request.headers or {}).get(SENT_HEADER)
-        if self._stopping.value or self._trainer.train(assignment, sent) is Outcome.HANDED_BACK:
+        if self._stopping.value or self._trainer.train(assignment, sent) == ShardOutcome.HANDED_BACK:
             # where the worker itself is at fault (its disk, its clock, its way to the store), another is to have a chance first
             until = time.monotonic() + self._settings.lease_seconds / 4
             while not self._stopping.value and time.monotonic() < until:

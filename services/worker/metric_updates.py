@@ -8,14 +8,17 @@ from collections.abc import Callable
 
 from celery.worker import state
 
+from memtail.execution.shard_task import ShardOutcome
 from services.common.experiment_series import ExperimentSeries
 from services.common.metrics import count_request
 from services.worker import gpus, metrics
 from services.worker.reports import Reports
-from services.worker.trainer import Outcome
+from services.worker.trainer import LEASED, NOT_WANTED
 
 #: The outcome of an assignment whose process died.
 DIED = "died"
+#: All outcomes of an assignment.
+OUTCOMES = (*(outcome.value for outcome in ShardOutcome if outcome is not ShardOutcome.STOPPED), LEASED, NOT_WANTED, DIED)
 
 
 class Measures:
@@ -61,7 +64,7 @@ class Measures:
     def taken(self, experiment: str, queue_seconds: float | None) -> None:
         """A process took an assignment, which was so long on its way."""
         self._note(experiment, 1)
-        for outcome in (*Outcome, DIED):
+        for outcome in OUTCOMES:
             metrics.ATTEMPTS.labels(experiment, outcome)
         for counter in (metrics.TRIALS, metrics.EXAMPLES):
             counter.labels(experiment)

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from memtail import datasets
-from memtail.execution.embedded import declare
+from memtail.execution.declare import declare
 from memtail.experiment_store import ExperimentStore
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
+from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import Shard
 from services.common.broker import Assignment, Broker
 from services.common.settings import ServiceSettings
@@ -40,7 +41,9 @@ def _passes(store: S3Store, broker: Broker, settings: ServiceSettings) -> list[R
     spec = {"name": "big", "dataset": {"name": "digits"}, "subsets": {"trials": SHARDS}, "execution": {"trials_per_shard": 1}}
     experiment = Experiment.parse(spec)
     experiment_store = ExperimentStore(store, "big")
-    record = experiment_store.register(declare(experiment, datasets.prepare(experiment.dataset)))
+    record = experiment_store.register(
+        declare(experiment, datasets.prepare(experiment.dataset), checked_shard_size(experiment, datasets.prepare(experiment.dataset)))
+    )
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda trial: store.put(keys.trial_batch("big", trial, trial), b""), range(COMMITTED)))
     first, passes = [], []

@@ -14,12 +14,13 @@ import urllib3
 from memtail.datasets import ImageDataset
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
-from memtail.execution.embedded import declare
+from memtail.execution.declare import declare
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.publish import publish
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
+from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import TrialBatch, TrialMetrics
 from tests.benchmarks.bench import Row
 from tests.support.servers import free_port
@@ -74,7 +75,9 @@ def _publish(store: LocalStore, cache: Path) -> None:
     made = InMemoryDataset(*images(N), *images(Q), tuple(f"class {label}" for label in range(CLASSES)))
     dataset = ImageDataset.open(write_dataset(made, cache / "datasets"))
     spec = {"name": "bench", "dataset": {"name": "cifar10"}, "model": {"name": "mlp"}, "subsets": {"trials": TRIALS}}
-    record = ExperimentStore(store, "bench").register(declare(Experiment.parse(spec), dataset))
+    record = ExperimentStore(store, "bench").register(
+        declare(Experiment.parse(spec), dataset, checked_shard_size(Experiment.parse(spec), dataset))
+    )
     statistics = Statistics(N, Q)
     for first in range(0, TRIALS, PER_BATCH):
         M, more, C, T = (rng.integers(0, 256, (PER_BATCH, count // 8), np.uint8) for count in (N, N, N, Q))

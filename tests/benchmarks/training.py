@@ -13,9 +13,13 @@ import torch
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
+from memtail.execution.declare import declare
 from memtail.execution.pool import Task, Workers
+from memtail.execution.shard_task import ShardOutcome
+from memtail.experiment_store import ExperimentStore
 from memtail.models import build_model
 from memtail.spec import Experiment
+from memtail.storage.local import LocalStore
 from memtail.subsets import membership
 from memtail.trainers.images.devices import cores
 from memtail.trials import Shard
@@ -57,7 +61,9 @@ def measure(name: str, model: dict, recipe: Recipe, dataset_spec: dict, trials: 
     times: dict[str, list[float]] = {"ours": [], **{key: [] for key in targets}}
     accuracies: dict[str, list[tuple[float, float]]] = {key: [] for key in times}
     share = -(-trials // cores())
-    with tempfile.TemporaryDirectory() as store, Workers(Task(experiment, dataset.folder, Path(store), ""), ["cpu"] * cores()) as workers:
+    record = declare(experiment, dataset, share).with_trials(2 * 10**6)
+    with tempfile.TemporaryDirectory() as folder, Workers(Task(record, dataset.folder, folder, ""), ["cpu"] * cores()) as workers:
+        experiment_store = ExperimentStore(LocalStore(Path(folder)), experiment.name)
         _train(workers, [Shard(10**6 + core, 10**6 + core) for core in range(cores())])  # start the processes
         for repetition in range(REPETITIONS):
             shards = [
@@ -65,8 +71,9 @@ def measure(name: str, model: dict, recipe: Recipe, dataset_spec: dict, trials: 
                 for first in range(0, trials, share)
             ]
             began = time.perf_counter()
-            batches = _train(workers, shards)
+            _train(workers, shards)
             times["ours"].append((time.perf_counter() - began) / trials)
+            batches = [experiment_store.batch(shard, record) for shard in shards]
             accuracies["ours"] += [(entry.in_subset_accuracy, entry.test_accuracy) for batch in batches for entry in batch.metrics]
             for key in targets:
                 torch.manual_seed(repetition)
@@ -87,15 +94,12 @@ def measure(name: str, model: dict, recipe: Recipe, dataset_spec: dict, trials: 
     ]
 
 
-def _train(workers: Workers, shards: list[Shard]) -> list:
+def _train(workers: Workers, shards: list[Shard]) -> None:
     for shard in shards:
         workers.start(shard)
-    batches = []
     while workers.running:
-        for finished in workers.finished(timeout=1.0):
-            assert finished.batch is not None, finished.error
-            batches.append(finished.batch)
-    return batches
+        for result in workers.finished(timeout=1.0):
+            assert result.outcome is ShardOutcome.COMMITTED, result.error
 
 
 def mnist() -> dict:

@@ -13,7 +13,7 @@ from memtail import datasets
 from memtail.cli.app import app
 from memtail.datasets.staged_dataset import fetch, fetch_masks
 from memtail.errors import MemtailError
-from memtail.execution.embedded import declare as declare_record
+from memtail.execution.declare import declare as declare_record
 from memtail.execution.embedded import run
 from memtail.experiment_store import Control, ExperimentStore
 from memtail.settings import Settings
@@ -23,6 +23,7 @@ from memtail.storage.local import LocalStore
 from memtail.studies.duplicates import measure
 from memtail.studies.features import features_of
 from memtail.studies.result import load_results
+from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import unpack
 from tests.support.arrays import write_arrays
 
@@ -250,7 +251,9 @@ def test_a_model_that_diverges_has_no_features(store, short):
     declaration["training"]["optimizer"]["lr"] = 1e30
     declaration["name"] = "diverging"
     diverging = Experiment.parse(declaration)
-    ExperimentStore(store, "diverging").register(declare_record(diverging, datasets.prepare(diverging.dataset)))
+    ExperimentStore(store, "diverging").register(
+        declare_record(diverging, datasets.prepare(diverging.dataset), checked_shard_size(diverging, datasets.prepare(diverging.dataset)))
+    )
     record = ExperimentStore(store, "diverging").read_record()
     with pytest.raises(MemtailError, match="'diverging': the model trained on everything diverged"):
         features_of(store, record, lambda: datasets.prepare(diverging.dataset))

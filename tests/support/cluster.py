@@ -16,12 +16,13 @@ import urllib3
 
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage
-from memtail.execution.embedded import declare
+from memtail.execution.declare import declare
 from memtail.experiment_store import Control, ExperimentStore, experiment_names
 from memtail.scores.publish import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
+from memtail.trainers.images.shard_size import checked_shard_size
 from services.common.broker import Broker
 from services.common.settings import ServiceSettings
 from tests.support.faulty_models import Gate
@@ -154,7 +155,7 @@ class Cluster:
     def submit(self, experiment: Experiment, dataset: ImageDataset) -> ExperimentStore:
         stage(dataset, self.store)
         experiment_store = ExperimentStore(self.store, experiment.name)
-        experiment_store.register(declare(experiment, dataset))
+        experiment_store.register(declare(experiment, dataset, checked_shard_size(experiment, dataset)))
         return experiment_store
 
     def until(self, what: Callable[[], Any], seconds: float = 90) -> float:

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from memtail import datasets
-from memtail.execution.embedded import declare, run
+from memtail.execution.declare import declare
+from memtail.execution.embedded import run
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.publish import publish
 from memtail.spec import Experiment
@@ -15,6 +16,7 @@ from memtail.statistics import Statistics
 from memtail.storage import ObjectStore
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult
+from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import TrialBatch, TrialMetrics, pack
 from tests.support import inline
 
@@ -45,13 +47,15 @@ def fill(store: LocalStore, images: Path) -> None:
     store.put(study.prefix + "result.json", json.dumps(study.to_json()).encode())
     store.put(study.prefix + "figure.svg", FIGURE)
     young = Experiment.parse({"name": "young", "dataset": {"name": "digits"}, "model": model, "subsets": {"trials": TRIALS}})
-    ExperimentStore(store, "young").register(declare(young, datasets.prepare(young.dataset)))
+    ExperimentStore(store, "young").register(
+        declare(young, datasets.prepare(young.dataset), checked_shard_size(young, datasets.prepare(young.dataset)))
+    )
 
 
 def publish_random(store: ObjectStore, experiment: Experiment, trials: int) -> None:
     """Enter an experiment in a store and publish scores of random outcomes."""
     dataset = datasets.prepare(experiment.dataset)
-    record = ExperimentStore(store, experiment.name).register(declare(experiment, dataset))
+    record = ExperimentStore(store, experiment.name).register(declare(experiment, dataset, checked_shard_size(experiment, dataset)))
     rng = np.random.default_rng(trials)
     statistics = Statistics(dataset.n_train, dataset.n_test)
     bits = {name: rng.random((trials, count)) for name, count in (("M", dataset.n_train), ("C", dataset.n_train), ("T", dataset.n_test))}

@@ -1,15 +1,18 @@
-"""Embedded runs that train in this process: no process is started, none imports torch."""
+"""Embedded runs that train in this process, and checks of models in it: no process is started, none imports torch."""
 
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from typing import Any
 
-from memtail.execution import pool
+from memtail.execution import declare, pool
 
 
 class InlineExecutor(Executor):
     """Stands for a pool of one process: runs what is submitted at once."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
 
     _processes: dict[int, Any] = {}  # noqa: RUF012 - none, as a pool whose processes have ended
 
@@ -26,7 +29,7 @@ class InlineExecutor(Executor):
         """Nothing runs."""
 
 
-_processes = pool.Workers._pool
+_processes, _child = pool.Workers._pool, declare.ProcessPoolExecutor
 
 
 def _inline(workers: pool.Workers) -> InlineExecutor:
@@ -35,16 +38,17 @@ def _inline(workers: pool.Workers) -> InlineExecutor:
 
 
 def train_here(here: bool) -> None:
-    """Have embedded runs train in this process from now on, or in processes as they do by themselves."""
+    """Have embedded runs train and models be checked in this process from now on, or in processes as it is by itself."""
     pool.Workers._pool = _inline if here else _processes  # type: ignore[method-assign, assignment]
+    declare.ProcessPoolExecutor = InlineExecutor if here else _child  # type: ignore[misc, assignment]
 
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Embedded runs train in this process meanwhile."""
-    before = pool.Workers._pool
+    """Meanwhile embedded runs train in this process."""
+    before = pool.Workers._pool is _inline
     train_here(True)
     try:
         yield
     finally:
-        pool.Workers._pool = before  # type: ignore[method-assign]
+        train_here(before)

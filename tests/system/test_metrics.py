@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from memtail.execution.shard_task import ShardOutcome
 from memtail.experiment_store import Control
 from memtail.scores.publish import latest_version
 from memtail.storage import keys
@@ -17,7 +18,7 @@ from memtail.subsets import membership
 from memtail.trials import Shard
 from services.common.broker import TASK, Assignment, Broker
 from services.common.settings import ServiceSettings
-from services.worker.trainer import Outcome
+from services.worker.metric_updates import OUTCOMES
 from tests.support.cluster import PROJECT
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty, gated
 from tests.support.metrics import logged, scrape, states
@@ -47,12 +48,12 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     # on a slow machine a shard may be sent twice
     cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total") == len(list(cluster.events(worker, "shard ended"))))
     seen = scrape(worker)
-    attempts = {outcome: seen.value("memtail_shard_attempts_total", outcome=outcome) for outcome in Outcome}
-    assert attempts.pop(Outcome.COMMITTED) == SHARDS
-    assert not attempts[Outcome.FAILED]
-    assert not attempts[Outcome.HANDED_BACK]
-    assert not attempts[Outcome.LOST_RACE]
-    assert len(seen.values("memtail_shard_attempts_total", experiment=name)) == len(Outcome) + 1
+    attempts = {outcome: seen.value("memtail_shard_attempts_total", outcome=outcome) for outcome in OUTCOMES}
+    assert attempts.pop(ShardOutcome.COMMITTED) == SHARDS
+    assert not attempts[ShardOutcome.FAILED]
+    assert not attempts[ShardOutcome.HANDED_BACK]
+    assert not attempts[ShardOutcome.LOST_RACE]
+    assert len(seen.values("memtail_shard_attempts_total", experiment=name)) == len(OUTCOMES)
     assert seen.value("memtail_trials_trained_total", experiment=name) == TRIALS
     members = membership(experiment.subsets, digits.train_labels, range(TRIALS))
     assert seen.value("memtail_examples_trained_total") == members.sum() * experiment.training.epochs

@@ -5,7 +5,7 @@ import pty
 import signal
 import subprocess
 
-from memtail.execution.embedded import declare as declare_record
+from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import ExperimentStore
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard

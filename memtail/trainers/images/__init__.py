@@ -5,6 +5,7 @@ not from who calls it. On a CPU it computes on one thread, which makes the bits 
 shard: see `memtail.trainers.images.stack`); the cores are filled by running several shards at once.
 """
 
-from memtail.trainers.images.shard import Checkpoints, Progress, TrainingStopped, train_shard
+from memtail.errors import TrainingStopped
+from memtail.trainers.images.shard import Checkpoints, Progress, train_shard
 
 __all__ = ["Checkpoints", "Progress", "TrainingStopped", "train_shard"]

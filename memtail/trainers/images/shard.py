@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from memtail.datasets import ImageDataset
+from memtail.errors import TrainingStopped
 from memtail.models import build_model
 from memtail.spec import Experiment
 from memtail.subsets import membership
@@ -43,10 +44,6 @@ class Progress:
 
     epochs: int
     total: int
-
-
-class TrainingStopped(Exception):  # noqa: N818 - nothing went wrong
-    """Training was told to stop; its state is in the checkpoint, if there are checkpoints."""
 
 
 class Checkpoints(Protocol):

@@ -4,12 +4,28 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memtail.datasets import ImageDataset
-from memtail.models import build_model
+from memtail.models import build_model, check_model
 from memtail.spec import Experiment
+from memtail.trainers.images.devices import available_devices
 
 # Floating-point operations worth one shard: about half a minute of a processor core, or of a GPU.
 _SHARD_OPERATIONS = {"cpu": 1e12, "mps": 1e14, "cuda": 1e15}
 _MOST_TRIALS = 64
+
+
+def checked_shard_size(experiment: Experiment, dataset: ImageDataset, devices: list[torch.device] | None = None) -> int:
+    """Check that the model can be built for the dataset, and return the number of trials in a shard.
+
+    Args:
+        experiment: the declaration.
+        dataset: its dataset.
+        devices: devices to train on; by default this machine's.
+
+    Raises:
+        SpecError: the model cannot be built for the dataset, or the device is not here.
+    """
+    check_model(experiment.model, dataset.image_shape, len(dataset.classes))
+    return trials_per_shard(experiment, dataset, devices or available_devices(experiment.execution.device))
 
 
 def trials_per_shard(experiment: Experiment, dataset: ImageDataset, devices: list[torch.device]) -> int:

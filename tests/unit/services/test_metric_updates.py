@@ -7,6 +7,7 @@ import time
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from memtail.execution.shard_task import ShardOutcome
 from memtail.experiment_store import Control
 from memtail.trials import Shard
 from services.common.broker import Assignment, parse_id
@@ -16,7 +17,6 @@ from services.dispatcher.metric_updates import Measures, Standing
 from services.dispatcher.reconcile import View
 from services.worker import metric_updates as worker
 from services.worker.reports import Reports
-from services.worker.trainer import Outcome
 
 
 def test_completion_follows_from_the_rate_of_the_last_minutes():
@@ -158,7 +158,7 @@ def test_a_worker_shows_an_experiment_while_it_trains_it_and_some_time_after():
     for experiment in ("goes on", "ends"):
         reports.send("taken", experiment, None)
         reports.send("taken", experiment, None)
-        reports.send("ended", experiment, Outcome.COMMITTED)
+        reports.send("ended", experiment, ShardOutcome.COMMITTED)
     reports.send("ended", "ends", worker.DIED)
     end = time.monotonic() + 60
     while value("memtail_shard_attempts_total", experiment="ends", outcome=worker.DIED) != 1:
@@ -167,7 +167,7 @@ def test_a_worker_shows_an_experiment_while_it_trains_it_and_some_time_after():
         reports.send("store", "get", "ok", 0.1, 1)  # it is looked for though there is always something to count
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert value("memtail_shard_attempts_total", experiment="goes on", outcome=Outcome.COMMITTED) == 1
+    assert value("memtail_shard_attempts_total", experiment="goes on", outcome=ShardOutcome.COMMITTED) == 1
 
 
 def test_reports_of_forked_processes_arrive_though_one_is_killed_while_it_reports():

@@ -1,0 +1,189 @@
+"""Aggregation of one experiment: accumulate new trial batches, decide the next step, extend, publish.
+
+The embedded run and the aggregator of the services use the same class. All its state is made from the store: a new aggregation catches
+up and publishes the same bits.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from memtail.datasets import ImageDataset
+from memtail.errors import ForeignObjectError
+from memtail.execution.stopping import next_round
+from memtail.execution.throttle import Throttle
+from memtail.experiment_store import ExperimentStore, Record
+from memtail.scores.pointer import latest_version
+from memtail.scores.publish import publish
+from memtail.statistics import Statistics
+from memtail.trials import Shard
+
+log = structlog.get_logger()
+
+# Publishing takes a tenth of the time at most; only the last version of the scores does not wait.
+_PUBLISHING_REST = 9
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Pace of publishing before all trials are there.
+
+    Attributes:
+        trials: publish after this number of new trials,
+        seconds: or after this time with at least one new trial.
+        first_at_once: whether the first trials are published without waiting for either.
+    """
+
+    trials: float
+    seconds: float
+    first_at_once: bool
+
+
+@dataclass(frozen=True)
+class Extend:
+    """The scores are not yet as exact as the experiment asks for: train up to `trials` trials."""
+
+    trials: int
+
+
+class Step(Enum):
+    """Next step of an aggregation, where it is not `Extend`."""
+
+    PUBLISH = auto()
+    #: Nothing to publish yet.
+    WAIT = auto()
+    #: All trials are in the published scores, or all diverged, so that there are none.
+    DONE = auto()
+
+
+class Aggregation:
+    """Accumulates and publishes one experiment.
+
+    Args:
+        experiment_store: the experiment's objects.
+        record: the experiment's record.
+        dataset: its dataset.
+        pace: the pace of publishing.
+        clock: seconds of a monotonic clock.
+
+    Attributes:
+        record: the record; the caller may replace it by a newer one of the same fingerprint.
+        statistics: statistics of all accumulated trials.
+        refused: reasons by shard, of the batches that cannot be counted.
+        pointer: pointer to the published scores, None if there are none.
+    """
+
+    def __init__(
+        self,
+        experiment_store: ExperimentStore,
+        record: Record,
+        dataset: ImageDataset,
+        pace: Pace,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.record, self.dataset = record, dataset
+        self.statistics = Statistics(record.n_train, record.n_test)
+        self.refused: dict[Shard, str] = {}
+        self._store, self._pace, self._clock = experiment_store, pace, clock
+        self._accumulated: set[Shard] = set()
+        self._published = 0
+        self._published_at = float("-inf") if pace.first_at_once else clock()
+        self._publishing = Throttle(_PUBLISHING_REST, clock=clock)
+        self.pointer: dict[str, Any] | None = latest_version(experiment_store.store, experiment_store.name)
+
+    @property
+    def trials(self) -> int:
+        """Number of accumulated trials, diverged ones included."""
+        return len(self.statistics.metrics)
+
+    @property
+    def total(self) -> int:
+        """Number of trials the experiment asks for."""
+        return self.record.experiment.subsets.trials
+
+    @property
+    def complete(self) -> bool:
+        """Whether all trials are accumulated."""
+        return self.trials >= self.total
+
+    @property
+    def published(self) -> bool:
+        """Whether all accumulated trials are in the published scores."""
+        return self._published == self.trials
+
+    def new_shards(self) -> list[Shard]:
+        """List the committed shards that are not accumulated, refused ones included. Raises: StoreError."""
+        return [shard for shard in self._store.committed() if shard not in self._accumulated]
+
+    def accumulate(self, shard: Shard) -> bool:
+        """Accumulate a committed shard, each of its trials once.
+
+        A damaged or foreign batch is refused: the reason is kept, recorded as a failure of the shard once, and the rest goes on.
+
+        Returns:
+            Whether the batch was accepted.
+
+        Raises:
+            ObjectNotFound: the shard is not committed.
+            StoreError: the store cannot be read.
+        """
+        try:
+            self.statistics.accumulate(self._store.batch(shard, self.record))
+        except ForeignObjectError as error:
+            self._refuse(shard, str(error))
+            return False
+        self.refused.pop(shard, None)
+        self._accumulated.add(shard)
+        return True
+
+    def accumulate_new(self) -> None:
+        """Accumulate everything the store holds and this aggregation does not. Raises: StoreError."""
+        for shard in self.new_shards():
+            self.accumulate(shard)
+
+    def next_step(self) -> Extend | Step:
+        """Decide the next step; at the end publish at once, before it at the pace.
+
+        An extension comes first, so that the scores of a round are never taken for the last ones.
+        """
+        if self.complete and (trials := next_round(self.record.experiment.subsets, self.statistics)):
+            return Extend(trials)
+        if self.published or not self.statistics.trials:
+            return Step.DONE if self.complete else Step.WAIT
+        if self.complete:
+            return Step.PUBLISH
+        new, waited = self.trials - self._published, self._clock() - self._published_at
+        enough = new >= self._pace.trials or waited >= self._pace.seconds
+        return Step.PUBLISH if enough and self._publishing.due else Step.WAIT
+
+    def extend(self, trials: int) -> None:
+        """Ask for more trials. Raises: StoreError."""
+        self.record = self._store.extend(trials)
+        log.info("extended", trials=trials)
+
+    def publish(self) -> dict[str, Any]:
+        """Publish the scores of all accumulated trials; returns their summary.
+
+        Raises:
+            ScoresError: no trial can be counted.
+            StoreError: the store cannot be written.
+        """
+        with self._publishing.working():
+            summary = publish(self._store.store, self.record, self.statistics, self.dataset)
+        self._published, self._published_at = self.trials, self._clock()
+        self.pointer = latest_version(self._store.store, self._store.name)
+        return summary
+
+    def _refuse(self, shard: Shard, reason: str) -> None:
+        if self.refused.get(shard) == reason:
+            return
+        with bound_contextvars(shard=str(shard)):
+            log.error("trial batch refused", reason=reason)
+        if not any(failure.shard == shard and failure.error == reason for failure in self._store.failures()):
+            self._store.record_failure(shard, reason)
+        self.refused[shard] = reason

@@ -1,0 +1,207 @@
+"""Measurements behind a forecast: shards trained as a run trains them, and synthetic trials accumulated and published.
+
+Training that would take too long is cut short: fewer epochs, and of a large dataset fewer images. Seconds are extrapolated from three
+shards per device:
+
+* a cold one of one epoch, which with the next gives the start-up: processes, imports, compilation;
+* a warm one of one epoch, whose phases separate evaluation from training;
+* a warm one of as many epochs as fit into a few seconds (of all, if they do), whose seconds beyond evaluation are those of training.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.datasets import ImageDataset
+from memtail.errors import MemtailError
+from memtail.execution.declare import declare
+from memtail.execution.pool import Task, Workers
+from memtail.execution.shard_task import ShardOutcome, ShardResult
+from memtail.experiment_store import ExperimentStore, Record
+from memtail.scores.publish import publish
+from memtail.spec import Experiment, SubsetsSpec
+from memtail.statistics import Statistics
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from memtail.trainers.images.shard_size import operations_per_trial
+from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
+
+_MEASURED_SECONDS = 4.0
+_WRITING_SECONDS = 2.0
+# Floating-point operations of one epoch and an evaluation of a shard that are measured without cutting the dataset: a second or two.
+_OPERATIONS = {"cpu": 4e10, "mps": 4e12, "cuda": 4e13}
+_FEWEST_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class ShardFigures:
+    """Measurements of one shard.
+
+    Attributes:
+        trials: number of its trials.
+        seconds: from the start to the commit in a warm process.
+        startup_seconds: seconds that the first shard of a process takes longer.
+        peak_memory: bytes, the most that one training process holds.
+        mistake_bytes: bytes of misclassified training examples in the trial batch, by trial and training example.
+        other_bytes: bytes of the trial batch outside its arrays.
+        extrapolated: whether fewer epochs or images were trained.
+    """
+
+    trials: int
+    seconds: float
+    startup_seconds: float
+    peak_memory: int
+    mistake_bytes: float
+    other_bytes: int
+    extrapolated: bool
+
+
+def measure_shard(record: Record, dataset: ImageDataset, fraction: float, devices: list[str], folder: Path) -> ShardFigures:
+    """Train shards of the experiment's size on all devices at once.
+
+    Args:
+        record: the experiment's record.
+        dataset: its dataset.
+        fraction: m / n.
+        devices: devices to train on, one process each.
+        folder: an empty folder for stores and a sample of the dataset.
+
+    Raises:
+        MemtailError: a trial failed.
+    """
+    size, epochs = min(record.trials_per_shard, record.experiment.subsets.trials), record.experiment.training.epochs
+    short = _shortened(record.experiment, 1, fraction)
+    share = _OPERATIONS[devices[0].partition(":")[0]] / (size * operations_per_trial(short, dataset))
+    if devices[0] != "cpu":  # whole batches, without which an accelerator is not busy
+        share = max(share, record.experiment.training.batch_size / (fraction * dataset.n_train))
+    sample = dataset if share >= 1 else _sample(dataset, share, folder / "sample")
+    shards = [Shard(place * size, (place + 1) * size - 1) for place in range(len(devices))]
+
+    def shortened(epochs: int) -> Record:
+        # the declared size of shards, whose number of trials is what is measured
+        return declare(_shortened(record.experiment, epochs, fraction), sample, size)
+
+    with Workers(Task(shortened(1), sample.folder, "", device=""), devices) as workers:
+        cold, _ = _train_at_once(workers, shards, folder / "cold", shortened(1))
+        warm, results = _train_at_once(workers, shards, folder / "warm", shortened(1), profile=True)
+        spent = [result.phases for result in results]
+        evaluation = float(np.mean([phases["evaluation"] for phases in spent]))
+        epoch = float(np.mean([sum(phases.values()) for phases in spent])) - evaluation
+        fixed = max(0.0, warm - epoch - evaluation)  # building the networks, the commit, handing over
+        measured = max(1, min(epochs, int((_MEASURED_SECONDS - evaluation - fixed) / max(epoch, 1e-6))))
+        seconds, results = _train_at_once(workers, shards, folder / "whole", shortened(measured))
+    batch = ExperimentStore(LocalStore(folder / "whole"), record.experiment.name).batch(shards[0], shortened(measured))
+    training = max(0.0, seconds - fixed - evaluation) * epochs / measured * dataset.n_train / sample.n_train
+    evaluation *= (dataset.n_train + dataset.n_test) / (sample.n_train + sample.n_test)
+    images, measured_images = (data.train_images.nbytes + data.test_images.nbytes for data in (dataset, sample))
+    return ShardFigures(
+        trials=size,
+        seconds=fixed + training + evaluation,
+        startup_seconds=max(0.0, cold - warm),
+        peak_memory=max(result.peak_memory for result in results) + images - measured_images,
+        mistake_bytes=_mistake_bytes(batch) / (size * sample.n_train),
+        other_bytes=_other_bytes(batch),
+        extrapolated=measured < epochs or sample is not dataset,
+    )
+
+
+def _train_at_once(workers: Workers, shards: list[Shard], store: Path, record: Record, **changes: Any) -> tuple[float, list[ShardResult]]:
+    """Train one shard per process into an empty store; returns the mean of their seconds, and their results."""
+    began, seconds, results = time.perf_counter(), [], []
+    for shard in shards:
+        workers.start(shard, store=str(store), record=record, **changes)
+    while workers.running:
+        for result in workers.finished(timeout=1.0):
+            if result.outcome is not ShardOutcome.COMMITTED:
+                raise MemtailError(f"a trial failed while the run was measured: {result.error}")
+            seconds.append(time.perf_counter() - began)
+            results.append(result)
+    return float(np.mean(seconds)), results
+
+
+def _shortened(experiment: Experiment, epochs: int, fraction: float) -> Experiment:
+    """The same work per epoch, on whatever subsets, so that it can be done on a part of the dataset."""
+    subsets = SubsetsSpec(fraction=fraction, trials=experiment.subsets.trials, seed=experiment.subsets.seed)
+    return experiment.model_copy(update={"subsets": subsets, "training": experiment.training.model_copy(update={"epochs": epochs})})
+
+
+def _sample(dataset: ImageDataset, share: float, folder: Path) -> ImageDataset:
+    """A part of a dataset, as a prepared dataset of its own."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("test", dataset.test_images, dataset.test_labels),
+    ):
+        count = min(len(labels), max(_FEWEST_IMAGES, round(share * len(labels))))
+        rows = np.sort(rng.choice(len(labels), count, replace=False))
+        np.save(folder / f"{split}_images.npy", images[rows])
+        np.save(folder / f"{split}_labels.npy", labels[rows])
+    meta = {"fingerprint": "sample", "classes": dataset.classes, "mean": dataset.mean, "std": dataset.std, "has_files": False}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return ImageDataset.open(folder)
+
+
+def _other_bytes(batch: TrialBatch) -> int:
+    arrays = (batch.membership, batch.train_correct, batch.test_correct, batch.train_margin, batch.test_margin)
+    return len(batch.to_bytes()) - sum(array.nbytes for array in arrays if array is not None) - _mistake_bytes(batch)
+
+
+def _mistake_bytes(batch: TrialBatch) -> int:
+    return 0 if batch.train_mistakes is None else batch.train_mistakes.nbytes
+
+
+@dataclass(frozen=True)
+class WritingFigures:
+    """Measurements of the parent's work: seconds to accumulate a trial, seconds to publish all scores, and their bytes."""
+
+    trial_seconds: float
+    publish_seconds: float
+    file_bytes: int
+
+
+def measure_writing(record: Record, dataset: ImageDataset, fraction: float, folder: Path) -> WritingFigures:
+    """Accumulate and publish synthetic trials of the experiment's size: all of its trials, or as many as take two seconds."""
+    name, wanted, size = record.experiment.name, record.experiment.subsets.trials, record.trials_per_shard
+    store = LocalStore(folder / "written")
+    experiment_store, statistics = ExperimentStore(store, name), Statistics(dataset.n_train, dataset.n_test)
+    rng = np.random.default_rng(0)
+    memorized = rng.random(dataset.n_train) < 0.05
+
+    def margins(*shape: int) -> npt.NDArray[np.float16] | None:
+        return rng.normal(0, 5, shape).astype(np.float16) if record.experiment.record.margins else None
+
+    seconds = 0.0
+    while len(statistics.metrics) < wanted and seconds < _WRITING_SECONDS:
+        first = len(statistics.metrics)
+        trials = np.arange(first, min(first + size, wanted), dtype=np.int32)
+        members = rng.random((len(trials), dataset.n_train), np.float32) < fraction
+        batch = TrialBatch(
+            trial=trials,
+            membership=pack(members),
+            train_correct=pack(members | ~memorized),
+            test_correct=pack(rng.random((len(trials), dataset.n_test), np.float32) < 0.95),
+            n_train=dataset.n_train,
+            n_test=dataset.n_test,
+            metrics=[TrialMetrics(int(trial), False, 0.0, 1.0, 1.0, 1.0) for trial in trials],
+            provenance={"fingerprint": record.fingerprint},
+            train_margin=margins(len(trials), dataset.n_train),
+            test_margin=margins(len(trials), dataset.n_test),
+            train_mistakes=np.zeros(np.count_nonzero(~members & memorized), np.uint16),
+        )
+        experiment_store.commit(batch, record.fingerprint)
+        began = time.perf_counter()
+        statistics.accumulate(experiment_store.batch(batch.shard, record))
+        seconds += time.perf_counter() - began
+    began = time.perf_counter()
+    publish(store, record, statistics, dataset)
+    published = time.perf_counter() - began
+    files = sum(path.stat().st_size for path in store.path(keys.all_scores(name).rstrip("/")).rglob("*") if path.is_file())
+    words = -(-wanted // 64) - -(-len(statistics.metrics) // 64)
+    missing = 8 * words * (2 * dataset.n_train + dataset.n_test + 1)  # of the packed statistics, which alone grow with the trials
+    return WritingFigures(seconds / len(statistics.metrics), published, files + missing)

@@ -1,0 +1,116 @@
+"""`run_shard`: one attempt at a shard. The embedded run and the workers of the services call the same function.
+
+Skip if committed, train, commit, record a failure, drop the checkpoint. The process that calls it holds the store's credentials and
+commits. A failure is recorded only for what happens in training; a store that refuses the commit hands the shard back without one.
+"""
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import structlog
+
+from memtail.errors import MemtailError, StoreError, TrainingStopped
+from memtail.execution.checkpoints import StoredCheckpoints
+from memtail.experiment_store import ExperimentStore, Record
+from memtail.trials import Shard, TrialBatch
+
+log = structlog.get_logger()
+
+
+class ShardOutcome(StrEnum):
+    """Outcome of one attempt at a shard."""
+
+    COMMITTED = "committed"
+    #: Trained, but another process committed first; its batch counts.
+    LOST_RACE = "lost race"
+    DONE_BEFORE = "done before"
+    #: Training raised; there is a failure record.
+    FAILED = "failed"
+    #: The store failed, not the shard; to be tried again without an attempt being counted.
+    HANDED_BACK = "handed back"
+    #: Training was told to stop; its state is in the checkpoint.
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Result of one attempt at a shard; small, so that it can be sent between processes.
+
+    Attributes:
+        shard: the shard.
+        outcome: its outcome.
+        error: one line, where the outcome is FAILED or HANDED_BACK.
+        attempt: number of the failure record that was written, counted from 1; 0 if none was.
+        trials, examples: trials trained, and training examples processed in all their epochs.
+        seconds: seconds of training and evaluation.
+        phases: seconds by phase, if they were measured.
+        commit_seconds: seconds that the commit took.
+        peak_memory: bytes, the most that the process has held so far: of the device on CUDA, of the host elsewhere; 0 if not measured.
+    """
+
+    shard: Shard
+    outcome: ShardOutcome
+    error: str | None = None
+    attempt: int = 0
+    trials: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    commit_seconds: float = 0.0
+    peak_memory: int = 0
+
+
+def run_shard(
+    experiment_store: ExperimentStore, record: Record, shard: Shard, train: Callable[[StoredCheckpoints], TrialBatch]
+) -> ShardResult:
+    """Attempt a shard; never raises for what a trainer, a model or the store does.
+
+    Args:
+        experiment_store: the experiment's objects.
+        record: the experiment's record.
+        shard: one of its shards.
+        train: trains the shard's trials from the last checkpoint on and returns their batch. It may raise `TrainingStopped`.
+
+    Returns:
+        The result. Only the commit and the reading of the store can hand the shard back.
+    """
+    checkpoints = StoredCheckpoints(experiment_store.store, experiment_store.name, shard)
+    try:
+        if experiment_store.is_committed(shard):
+            checkpoints.remove()
+            return ShardResult(shard, ShardOutcome.DONE_BEFORE)
+        try:
+            batch = train(checkpoints)
+        except (StoreError, TrainingStopped):
+            raise
+        except Exception as error:  # whatever a model or a library raises; MemoryError too, which would end a Celery worker
+            return _failed(experiment_store, shard, error)
+        began = time.monotonic()
+        committed = experiment_store.commit(batch, record.fingerprint)
+        seconds = time.monotonic() - began
+    except TrainingStopped:
+        return ShardResult(shard, ShardOutcome.STOPPED)
+    except StoreError as error:
+        log.error("shard handed back", shard=str(shard), error=str(error))
+        return ShardResult(shard, ShardOutcome.HANDED_BACK, error=str(error))
+    checkpoints.remove()
+    return ShardResult(
+        shard,
+        ShardOutcome.COMMITTED if committed else ShardOutcome.LOST_RACE,
+        trials=len(batch.trial),
+        examples=int(np.bitwise_count(batch.membership).sum()) * record.experiment.training.epochs,
+        seconds=batch.provenance["seconds"],
+        phases=batch.provenance.get("phases", {}),
+        commit_seconds=seconds,
+    )
+
+
+def _failed(experiment_store: ExperimentStore, shard: Shard, error: Exception) -> ShardResult:
+    message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
+    failure = experiment_store.record_failure(shard, message, "".join(traceback.format_exception(error)))
+    log.warning("shard failed", shard=str(shard), attempt=failure.attempt, error=message)
+    return ShardResult(shard, ShardOutcome.FAILED, error=message, attempt=failure.attempt)

@@ -1,0 +1,194 @@
+"""`Aggregation` with made-up trials, without a server and by a clock that the test sets."""
+
+import numpy as np
+import pytest
+
+from memtail.errors import ScoresError
+from memtail.execution import aggregation as module
+from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
+from memtail.execution.declare import declare as declare_record
+from memtail.experiment_store import ExperimentStore
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
+
+AT_ONCE = Pace(trials=1, seconds=1, first_at_once=True)
+
+
+class Clock:
+    """Seconds that pass only when the test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Trained:
+    """An experiment of shards of eight trials in a folder, whose batches the test commits."""
+
+    def __init__(self, folder, declare, digits, trials, **subsets):
+        experiment = declare(trials, execution={"trials_per_shard": 8, "device": "cpu"}, subsets={"design": "balanced", **subsets})
+        self.store, self.digits, self.clock = ExperimentStore(LocalStore(folder), experiment.name), digits, Clock()
+        self.record = self.store.register(declare_record(experiment, digits))
+
+    def aggregation(self, pace=AT_ONCE):
+        return Aggregation(self.store, self.record, self.digits, pace, self.clock)
+
+    def commit(self, first, diverged=False, correct=0.5, fingerprint=None):
+        rng = np.random.default_rng(first)
+        trials = np.arange(first, first + 8, dtype=np.int32)
+        sizes = self.record.n_train, self.record.n_train, self.record.n_test
+        bits = [pack(rng.random((8, size)) < share) for size, share in zip(sizes, (0.5, correct, correct), strict=True)]
+        metrics = [TrialMetrics(int(trial), diverged, 0.1, 1.0, 0.5, 0.75) for trial in trials]
+        provenance = {"fingerprint": fingerprint or self.record.fingerprint, "seconds": 1.0}
+        batch = TrialBatch(trials, *bits, self.record.n_train, self.record.n_test, metrics, provenance)
+        self.store.store.put_if_absent(keys.trial_batch(self.store.name, first, first + 7), batch.to_bytes())
+        return batch
+
+
+@pytest.fixture
+def trained(tmp_path, declare, digits):
+    return lambda trials=16, **subsets: Trained(tmp_path / "store", declare, digits, trials, **subsets)
+
+
+def test_every_batch_is_accumulated_once_in_any_order_and_published_scores_have_the_same_bits(trained, tmp_path):
+    experiment = trained(24)
+    for first in (16, 0, 8):
+        experiment.commit(first)
+    whole, stepwise = experiment.aggregation(), experiment.aggregation()
+    whole.accumulate_new()
+    for shard in reversed(stepwise.new_shards()):
+        assert stepwise.accumulate(shard)
+    stepwise.accumulate_new()
+    assert not whole.new_shards()
+    assert stepwise.trials == whole.trials == whole.total == 24
+    assert whole.publish() == stepwise.publish()
+    (version,) = experiment.store.store.folders(keys.all_scores("digits"))
+    assert whole.pointer == stepwise.pointer
+    assert whole.pointer["version"] == version
+
+
+def test_steps_lead_from_nothing_over_waiting_and_publishing_to_the_end(trained):
+    experiment = trained(16)
+    aggregation = experiment.aggregation(Pace(trials=1, seconds=1, first_at_once=True))
+    assert aggregation.next_step() is Step.WAIT
+    experiment.commit(0)
+    aggregation.accumulate_new()
+    assert aggregation.next_step() is Step.PUBLISH
+    aggregation.publish()
+    assert aggregation.next_step() is Step.WAIT
+    experiment.commit(8)
+    aggregation.accumulate_new()
+    assert aggregation.next_step() is Step.PUBLISH
+    aggregation.publish()
+    assert aggregation.next_step() is Step.DONE
+    assert aggregation.published
+
+
+def test_before_the_end_scores_are_published_by_number_of_trials_or_by_time(trained):
+    experiment = trained(64)
+    aggregation = experiment.aggregation(Pace(trials=16, seconds=300, first_at_once=False))
+    experiment.commit(0)
+    aggregation.accumulate_new()
+    assert aggregation.next_step() is Step.WAIT
+    experiment.clock.now += 300
+    assert aggregation.next_step() is Step.PUBLISH
+    aggregation.publish()
+    experiment.commit(8)
+    aggregation.accumulate_new()
+    assert aggregation.next_step() is Step.WAIT
+    experiment.commit(16)
+    aggregation.accumulate_new()
+    assert aggregation.next_step() is Step.PUBLISH
+
+
+def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes_at_once(trained, monkeypatch):
+    experiment = trained(40)
+    aggregation, publish = experiment.aggregation(), module.publish
+
+    def slowly(*arguments):
+        experiment.clock.now += 100.0
+        return publish(*arguments)
+
+    monkeypatch.setattr(module, "publish", slowly)
+
+    def published_after(first, seconds):
+        """The trials in the scores when eight more are committed and this time has passed."""
+        experiment.commit(first)
+        experiment.clock.now += seconds
+        aggregation.accumulate_new()
+        if aggregation.next_step() is Step.PUBLISH:
+            aggregation.publish()
+        return aggregation.pointer["summary"]["trials"]
+
+    assert published_after(0, 0) == 8
+    assert published_after(8, 890) == 8
+    assert published_after(16, 10) == 24
+    assert published_after(24, 10) == 24
+    assert published_after(32, 10) == 40
+
+
+def test_an_experiment_that_is_not_exact_enough_is_extended_before_it_is_published(trained):
+    experiment = trained(8, until={"standard_error": 0.2, "quantile": 0.5})
+    experiment.commit(0)
+    aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+    step = aggregation.next_step()
+    assert isinstance(step, Extend)
+    aggregation.extend(step.trials)
+    assert aggregation.total == step.trials > 8
+    assert experiment.store.read_record().experiment.subsets.trials == step.trials
+    assert aggregation.next_step() is Step.PUBLISH
+
+
+@pytest.mark.parametrize("damage", ["bytes", "fingerprint"])
+def test_a_damaged_or_foreign_batch_is_refused_recorded_once_and_the_rest_goes_on(trained, damage):
+    experiment = trained(16)
+    experiment.commit(0, fingerprint="f" * 64 if damage == "fingerprint" else None)
+    if damage == "bytes":
+        experiment.store.store.put(keys.trial_batch("digits", 0, 7), b"no batch")
+    experiment.commit(8)
+    aggregation = experiment.aggregation()
+    for _ in range(3):
+        aggregation.accumulate_new()
+    assert aggregation.trials == 8
+    assert list(aggregation.refused) == [Shard(0, 7)]
+    (failure,) = experiment.store.failures()
+    assert failure.shard == Shard(0, 7)
+    assert failure.error == aggregation.refused[Shard(0, 7)]
+    assert keys.trial_batch("digits", 0, 7) in failure.error
+    assert not aggregation.complete
+    aggregation.publish()
+    assert aggregation.next_step() is Step.WAIT
+
+    experiment.store.store.delete(keys.trial_batch("digits", 0, 7))
+    experiment.commit(0)
+    aggregation.accumulate_new()
+    assert not aggregation.refused
+    assert aggregation.next_step() is Step.PUBLISH
+
+
+def test_if_all_trials_diverge_it_is_done_without_scores(trained):
+    experiment = trained(8)
+    experiment.commit(0, diverged=True)
+    aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+    assert aggregation.next_step() is Step.DONE
+    with pytest.raises(ScoresError, match="diverged"):
+        aggregation.publish()
+
+
+def test_a_new_aggregation_takes_up_the_pointer_and_publishes_the_same_version(trained):
+    experiment = trained(8)
+    experiment.commit(0)
+    first = experiment.aggregation()
+    first.accumulate_new()
+    first.publish()
+    second = experiment.aggregation()
+    assert second.pointer == first.pointer
+    second.accumulate_new()
+    assert second.next_step() is Step.PUBLISH
+    second.publish()
+    assert second.pointer == first.pointer

@@ -1,0 +1,200 @@
+"""`run_shard` as both of its callers call it: a process of the embedded run's pool, and the trainer of a worker."""
+
+import queue
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import torch
+
+from memtail.datasets.staged_dataset import stage
+from memtail.errors import StoreError, TrainingStopped
+from memtail.execution import pool
+from memtail.execution.checkpoints import StoredCheckpoints
+from memtail.execution.declare import declare as declare_record
+from memtail.execution.shard_task import ShardOutcome, run_shard
+from memtail.experiment_store import Control, ExperimentStore
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from memtail.trainers.images import shard as training
+from memtail.trainers.images import train_shard
+from memtail.trials import Shard
+from services.common.broker import Assignment
+from services.worker.trainer import LEASED, NOT_WANTED, Trainer
+
+SHARD = Shard(4, 7)
+
+
+class FaultyStore(LocalStore):
+    """A store that refuses writes below some prefixes, and counts them."""
+
+    refused: tuple[str, ...] = ()
+    writes = 0
+
+    def put(self, key: str, data: bytes) -> None:
+        self._refuse(key)
+        super().put(key, data)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        self._refuse(key)
+        return super().put_if_absent(key, data)
+
+    def _refuse(self, key: str) -> None:
+        if key.startswith(self.refused):
+            self.writes += 1
+            raise StoreError(f"'{key}' cannot be written")
+
+
+class NoBroker:
+    """A broker that cannot be reached: training goes on without a lease."""
+
+    held: bool | None = None
+
+    def acquire(self, *_: Any) -> bool:
+        if self.held is None:
+            raise redis.ConnectionError("no broker")
+        return self.held
+
+    def release(self, *_: Any) -> None: ...
+
+    def renew(self, *_: Any) -> None: ...
+
+
+@dataclass
+class Caller:
+    """One of the two callers on one experiment of two shards; `attempt` returns the outcome as text."""
+
+    kind: str
+    store: FaultyStore
+    experiment_store: ExperimentStore
+    record: Any
+    dataset: Any
+    monkeypatch: pytest.MonkeyPatch
+    broker: NoBroker
+    stopping: bool = False
+
+    def attempt(self) -> str:
+        if self.kind == "embedded":
+            task = pool.Task(self.record, self.dataset.folder, "the store", "cpu")
+            self.monkeypatch.setattr(pool, "_store", lambda address: self.store)
+            self.monkeypatch.setattr(pool, "_reports", queue.Queue())
+            return pool._train(task, SHARD).outcome.value
+        reports: list[Any] = []
+        trainer = Trainer(self.store, self.broker, "worker", "cpu", 60, lambda: self.stopping, lambda *report: reports.append(report))
+        assignment = Assignment(
+            experiment=self.record.experiment.name, fingerprint=self.record.fingerprint, first=SHARD.first, last=SHARD.last
+        )
+        outcome = trainer.train(assignment)
+        assert reports[-1] == ("ended", self.record.experiment.name, outcome)
+        return outcome
+
+
+@pytest.fixture(params=["embedded", "services"])
+def caller(request, declare, digits, tmp_path, monkeypatch):
+    experiment = declare(8, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
+    store = FaultyStore(tmp_path / "store")
+    experiment_store = ExperimentStore(store, experiment.name)
+    record = experiment_store.register(declare_record(experiment, digits))
+    stage(digits, store)
+    return Caller(request.param, store, experiment_store, record, digits, monkeypatch, NoBroker())
+
+
+def test_a_shard_is_trained_committed_and_then_skipped(caller):
+    assert caller.attempt() == "committed"
+    batch = caller.experiment_store.batch(SHARD, caller.record)
+    assert batch.trial.tolist() == [4, 5, 6, 7]
+    expected = train_shard(caller.record.experiment, caller.dataset, SHARD.trials, torch.device("cpu"))
+    assert batch.train_correct.tobytes() == expected.train_correct.tobytes()
+    caller.monkeypatch.setattr(training, "membership", None)  # nothing is trained again
+    assert caller.attempt() == "done before"
+
+
+def test_of_two_that_train_the_same_shard_the_first_counts(caller, monkeypatch):
+    batch = train_shard(caller.record.experiment, caller.dataset, SHARD.trials, torch.device("cpu"))
+    monkeypatch.setattr(ExperimentStore, "is_committed", lambda *_: False)
+    assert caller.experiment_store.commit(batch, caller.record.fingerprint)
+    held = caller.store.get(keys.trial_batch("digits", 4, 7))
+    assert caller.attempt() == "lost race"
+    assert caller.store.get(keys.trial_batch("digits", 4, 7)) == held
+
+
+def test_a_failure_is_recorded_with_its_traceback(caller, monkeypatch):
+    def broken(*_):
+        raise MemoryError("of the model")
+
+    monkeypatch.setattr(training, "membership", broken)
+    assert [caller.attempt(), caller.attempt()] == ["failed", "failed"]
+    first, second = caller.experiment_store.failures()
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert first.error == "MemoryError: of the model"
+    assert "in broken" in first.traceback
+
+
+def test_a_store_that_refuses_checkpoints_does_not_end_training(caller, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "_CHECKPOINT_SHARE", float("inf"))
+    caller.store.refused = (keys.checkpoints("digits"),)
+    assert caller.attempt() == "committed"
+    assert caller.store.writes > 1
+    assert not list(caller.experiment_store.failures())
+
+
+def test_a_store_that_refuses_the_commit_gets_the_shard_back_without_an_attempt(caller):
+    caller.store.refused = (keys.trials("digits"),)
+    assert caller.attempt() == "handed back"
+    assert not list(caller.experiment_store.failures())
+    caller.store.refused = ()
+    assert caller.attempt() == "committed"
+
+
+def test_a_store_that_refuses_the_failure_record_gets_the_shard_back(caller, monkeypatch):
+    monkeypatch.setattr(training, "membership", None)
+    caller.store.refused = (keys.failures("digits"),)
+    assert caller.attempt() == "handed back"
+
+
+def test_the_checkpoint_is_taken_up_and_removed_after_the_commit(caller, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "_CHECKPOINT_SHARE", float("inf"))
+    checkpoints = StoredCheckpoints(caller.store, "digits", SHARD)
+
+    def once(state):
+        save(state)
+        raise InterruptedError
+
+    save, checkpoints.save = checkpoints.save, once
+    with suppress(InterruptedError):
+        train_shard(caller.record.experiment, caller.dataset, SHARD.trials, torch.device("cpu"), checkpoints=checkpoints)
+    assert checkpoints.load()
+    loads = []
+    load = StoredCheckpoints.load
+    monkeypatch.setattr(StoredCheckpoints, "load", lambda self: loads.append(load(self)) or loads[-1])
+    assert caller.attempt() == "committed"
+    assert len(loads) == 1
+    assert loads[0]
+    assert checkpoints.load() is None
+
+
+def test_training_that_is_told_to_stop_leaves_a_checkpoint_and_no_attempt(caller):
+    def stopped(checkpoints):
+        checkpoints.save(b"state")
+        raise TrainingStopped
+
+    result = run_shard(caller.experiment_store, caller.record, SHARD, stopped)
+    assert result.outcome is ShardOutcome.STOPPED
+    assert StoredCheckpoints(caller.store, "digits", SHARD).load() == b"state"
+    assert not list(caller.experiment_store.failures())
+
+
+@pytest.mark.parametrize("caller", ["services"], indirect=True)
+def test_a_worker_hands_back_what_it_is_stopped_in_and_leaves_what_is_leased_or_not_wanted(caller):
+    caller.stopping = True
+    assert caller.attempt() == "handed back"
+    caller.broker.held = False
+    assert caller.attempt() == LEASED
+    caller.experiment_store.set_control(Control("paused"))
+    assert caller.attempt() == NOT_WANTED
+    assert not list(Path(caller.store.root, keys.trials("digits")).glob("*"))
