@@ -24,8 +24,8 @@ _SERVERS = {"living": "cluster", "cluster": "cluster", "kubernetes": "kubernetes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their folder and by what they need, and group those that one process of pytest-xdist had better run.
 
-    Tests of one file share fixtures, so they stay together; all that use the living cluster are one group, and each test that starts a
-    cluster for itself is free.
+    Tests of a file share fixtures, so they stay together, and so do all that use the living cluster; unit tests, and those that start a
+    cluster for themselves, run wherever there is room.
     """
     for item in items:
         folder = item.path.relative_to(_TESTS).parts[0]
@@ -37,8 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
         if "living" in fixtures:
             item.add_marker(pytest.mark.xdist_group("living"))
-        elif "cluster" not in fixtures:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem if folder != "unit" else f"unit-{item.path.parent.name}"))
+        elif folder != "unit" and "cluster" not in fixtures:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(_TESTS))))
+    items.sort(key=lambda item: "living" not in getattr(item, "fixturenames", ()))  # the longest group first; stable otherwise
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,8 +8,10 @@ import pytest
 import torch
 import yaml
 
+from memtail.errors import MemtailError
 from memtail.estimators import expected_standard_error
 from memtail.execution import forecast as planning
+from memtail.execution import measurements
 from memtail.trainers.images import train_shard
 from memtail.trainers.images.profiling import PHASES, Phases
 from memtail.trials import TrialBatch
@@ -138,10 +140,10 @@ def test_another_experiment_of_the_name_is_refused(planned, tmp_path):
 
 
 def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, monkeypatch):
-    monkeypatch.setitem(planning._OPERATIONS, "cpu", 1e6)
-    monkeypatch.setattr(planning, "_MEASURED_SECONDS", 0.1)
+    monkeypatch.setitem(measurements._OPERATIONS, "cpu", 1e6)
+    monkeypatch.setattr(measurements, "_MEASURED_SECONDS", 0.1)
     experiment = declare(40, training={"epochs": 1000}, execution={"device": "cpu", "trials_per_shard": 4})
-    plan = planning.plan(experiment, tmp_path / "store")
+    plan = planning.forecast(experiment, tmp_path / "store")
     assert plan.extrapolated
     assert plan.here.cost is None
     assert plan.trials_for_it is None
@@ -151,8 +153,8 @@ def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, mo
 
 def test_a_trial_that_fails_is_named(declare, tmp_path):
     experiment = declare(40, model={"name": "tests.support.networks:failing"}, execution={"device": "cpu", "trials_per_shard": 2})
-    with pytest.raises(planning.MemtailError, match="a trial failed while planning: RuntimeError: not in training"):
-        planning.plan(experiment, tmp_path / "store")
+    with pytest.raises(MemtailError, match="a trial failed while planning: RuntimeError: not in training"):
+        planning.forecast(experiment, tmp_path / "store")
 
 
 def test_the_makespan_is_that_of_the_first_free_device():

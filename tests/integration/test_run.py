@@ -11,7 +11,8 @@ import yaml
 import memtail
 from memtail.errors import MemtailError, StoreError
 from memtail.experiment_store import ExperimentStore
-from memtail.scores.publish import latest_version, publish
+from memtail.scores.pointer import latest_version
+from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
 from memtail.trials import unpack

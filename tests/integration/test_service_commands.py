@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import socket
+import sys
 import time
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
@@ -170,6 +171,19 @@ def test_a_paused_experiment_stays_paused_when_submitted_again(call, spec, submi
 
 def test_submit_needs_no_device_of_the_workers(call, spec):
     call("submit", spec(execution={"trials_per_shard": 4, "device": "cuda:7"}))
+
+
+def test_without_torch_submit_asks_for_the_trials_per_shard_and_checks_no_model(spec, store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = command("submit", spec(execution={}), "--store", store.address)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "trials_per_shard of experiment 'tiny' is auto, and torch is not installed here" in result.stderr
+    assert not store.exists(keys.experiment("tiny"))
+    result = command("submit", spec(), "--store", store.address)
+    assert result.returncode == 0, result.stderr
+    assert "model not checked: torch is not installed here" in result.stderr
+    assert "12 in 3 shards of 4" in result.stdout
 
 
 def test_control_is_set_and_its_other_half_kept(call, submitted):

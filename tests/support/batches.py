@@ -47,10 +47,10 @@ def random_batch(
     rng = np.random.default_rng(seed)
     bits = [rng.random((k, size)) < 0.5 for size in (n, n, q)]
     metrics = [TrialMetrics(trial, False, 0.5, 1.0, None, 0.75) for trial in range(10, 10 + k)]
-    floats = [rng.normal(size=(k, size)).astype(np.float16) if margins else None for size in (n, q)]
+    train, test = (rng.normal(size=(k, size)).astype(np.float16) if margins else None for size in (n, q))
     wrong = rng.integers(0, 300, (~bits[1]).sum(), np.uint16) if mistakes else None
     packed = (pack(bits[0]), pack(bits[1]), pack(bits[2]))
-    return TrialBatch(np.arange(10, 10 + k, dtype=np.int32), *packed, n, q, metrics, {"fingerprint": "f"}, *floats, wrong), bits
+    return TrialBatch(np.arange(10, 10 + k, dtype=np.int32), *packed, n, q, metrics, {"fingerprint": "f"}, train, test, wrong), bits
 
 
 def commit(experiment_store: ExperimentStore, *shards: Shard, diverged: bool = False) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import redis
 import urllib3
@@ -18,7 +18,7 @@ from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage
 from memtail.execution.declare import declare
 from memtail.experiment_store import Control, ExperimentStore, experiment_names
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
@@ -136,7 +136,7 @@ class Cluster:
         self.services: list[Service] = []
         self._started = 0
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> Self:
         self.redis.start()
         return self
 

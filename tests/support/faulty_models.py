@@ -3,11 +3,11 @@
 They take no option by which two runs of an experiment could differ, so that scores can be compared with those of an undisturbed run.
 """
 
+import math
 import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,12 +26,12 @@ def faulty(image_shape: tuple[int, int, int], classes: int, how: str, always: bo
         if (always and not marker.with_name("fixed").exists()) or not (always or marker.exists()):
             marker.touch()
             _go_wrong(how)
-    return _network(nn.Sequential, image_shape, classes)
+    return nn.Sequential(*_layers(image_shape, classes))
 
 
 def gated(image_shape: tuple[int, int, int], classes: int, trials: int) -> nn.Module:
     """A small network whose training waits in each step until GATE_FOLDER admits the shard, which has so many trials; see `Gate`."""
-    network = _network(_Gated, image_shape, classes)
+    network = _Gated(*_layers(image_shape, classes))
     network.trials = trials
     return network
 
@@ -98,9 +98,8 @@ def _claim(folder: Path) -> bool:
     return False
 
 
-def _network(kind: Any, image_shape: tuple[int, int, int], classes: int) -> Any:
-    channels, height, width = image_shape
-    return kind(nn.Flatten(), nn.Linear(channels * height * width, classes))
+def _layers(image_shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Flatten(), nn.Linear(math.prod(image_shape), classes)
 
 
 def _go_wrong(how: str) -> None:

@@ -1,7 +1,7 @@
 """Embedded runs that train in this process, and checks of models in it: no process is started, none imports torch."""
 
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,8 @@ class InlineExecutor(Executor):
         """Nothing runs."""
 
 
-_processes, _child = pool.Workers._pool, declare.ProcessPoolExecutor
+_processes = pool.Workers._pool
+_here = False
 
 
 def _inline(workers: pool.Workers) -> InlineExecutor:
@@ -39,14 +40,16 @@ def _inline(workers: pool.Workers) -> InlineExecutor:
 
 def train_here(here: bool) -> None:
     """Have embedded runs train and models be checked in this process from now on, or in processes as it is by itself."""
-    pool.Workers._pool = _inline if here else _processes  # type: ignore[method-assign, assignment]
-    declare.ProcessPoolExecutor = InlineExecutor if here else _child  # type: ignore[misc, assignment]
+    global _here  # noqa: PLW0603 - as the names that are replaced
+    _here = here
+    pool.Workers._pool = _inline if here else _processes  # type: ignore[assignment]
+    setattr(declare, "ProcessPoolExecutor", InlineExecutor if here else ProcessPoolExecutor)  # noqa: B010 - a name that it imports
 
 
 @contextmanager
 def training() -> Iterator[None]:
     """Meanwhile embedded runs train in this process."""
-    before = pool.Workers._pool is _inline
+    before = _here
     train_here(True)
     try:
         yield

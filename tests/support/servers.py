@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 import urllib3
@@ -103,7 +104,7 @@ class MinioServer:
             self._process.wait()
             self._process = None
 
-    def settings(self, **changes: object) -> S3Settings:
+    def settings(self, **changes: Any) -> S3Settings:
         return S3Settings(**{"endpoint": self.endpoint, "access_key": self.access_key, "secret_key": self.secret_key, **changes})
 
     def environment(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from memtail.execution.embedded import run
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore

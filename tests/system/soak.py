@@ -19,7 +19,7 @@ from typing import Any
 from memtail import datasets
 from memtail.execution.embedded import run
 from memtail.experiment_store import ExperimentStore
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from memtail.cli import study as cli_study
@@ -43,4 +44,6 @@ def test_an_example_leaves_the_study_that_it_is_named_after(folder, script):
 
 
 def test_every_study_has_an_example():
-    assert set(get_command(cli_study.app).commands) <= {script.stem for script in SCRIPTS}
+    studies = get_command(cli_study.app)
+    assert isinstance(studies, TyperGroup)
+    assert set(studies.commands) <= {script.stem for script in SCRIPTS}

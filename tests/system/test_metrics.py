@@ -12,7 +12,7 @@ import pytest
 
 from memtail.execution.shard_task import ShardOutcome
 from memtail.experiment_store import Control
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership
 from memtail.trials import Shard

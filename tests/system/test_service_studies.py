@@ -45,8 +45,8 @@ def test_studies_in_a_bucket_are_trained_by_the_services_though_a_worker_is_kill
     for each in trained:
         living.until(lambda name=each.name: progress_of(living.store, name).ending == "published")
     # the same commands again evaluate; near-duplicates are judged by the models of --pairs
-    asked += (("duplicates", "digits", "--repeats", REPEATS), ("stability", "digits"))
-    answers = [study(living, *arguments) for arguments in asked]
+    others = (("duplicates", "digits", "--repeats", REPEATS), ("stability", "digits"))
+    answers = [study(living, *arguments) for arguments in (*asked, *others)]
 
     assert [answer["study"] for answer in answers] == ["removal", "removal-pairs", "last-layer", "duplicates", "stability"]
     assert [answer["trials"] for answer in answers] == [12, 12, 256, 140, 128]

@@ -27,7 +27,7 @@ def statistics(seed, t, n, q):
     rng = np.random.default_rng(seed)
     M = rng.random((t, n)) < rng.choice([0.0, 0.5, 0.7, 1.0], n, p=[0.1, 0.4, 0.4, 0.1])
     M[:, n // 2 :] = M[:, : n - n // 2]
-    return PackedTrials(
+    return PackedTrials(  # type: ignore[call-arg]
         *(words(bits) for bits in (M, rng.random((t, n)) < 0.6, rng.random((t, q)) < 0.6)), words(np.ones((t, 1), bool))[:, 0]
     )
 
