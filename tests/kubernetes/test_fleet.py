@@ -15,7 +15,7 @@ from tests.support.cluster import Cluster
 
 
 @pytest.fixture
-def fleet(kubernetes, tmp_path_factory, minio, declare, digits) -> Iterator[Fleet]:  # noqa: F811
+def fleet(kubernetes, tmp_path_factory, minio, declare, digits) -> Iterator[Fleet]:
     with Cluster(tmp_path_factory.mktemp("cluster"), minio, MEMTAIL_LEASE_SECONDS="30") as cluster:
         made = Fleet(kubernetes, cluster, declare, digits)
         yield made

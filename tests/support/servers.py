@@ -95,7 +95,8 @@ class MinioServer:
             with contextlib.suppress(urllib3.exceptions.HTTPError), _quiet():
                 if http.request("GET", f"{self.endpoint}/minio/health/cluster", timeout=5).status == 200:
                     return
-            assert self._process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert self._process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
 
     def stop(self) -> None:

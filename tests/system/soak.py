@@ -158,7 +158,8 @@ def _check(cluster: Cluster, experiment_stores: list[ExperimentStore], folder: P
         )
         found = _scores(cluster.store, experiment_store.name)
         differing = [name for name in expected if found.get(name) != expected[name]]
-        assert found.keys() == expected.keys() and not differing, f"{experiment_store.name}: {differing}"
+        assert found.keys() == expected.keys(), f"{experiment_store.name}: {differing}"
+        assert not differing, f"{experiment_store.name}: {differing}"
 
 
 def _scores(store: Any, name: str) -> dict[str, Any]:
