@@ -1,34 +1,49 @@
 # make run     set up and run the digits experiment, end to end
-# make test    set up and run all tests
+# make test    set up and run the quick tests: what needs no other process but servers
+# make test-all   also those of whole processes: runs, services, faults
+# make test-slow  those that take long and look once more at what a quick test has shown
+# make coverage   lines that `make test-all` and `make test-slow` reach, in all processes
 # make bench   measure against honest baselines (ROW=name: one row, ROW=list: their names)
 # make e2e     docker compose up, from a build to scores, under a name of its own (needs Docker with its compose plugin)
 # make test-kubernetes  the chart, and the workers that come and go, on a real API server with simulated nodes
 # make soak    ten minutes of random faults on the service, with real servers
 # make scale   1,000 workers and 100,000 shards that are slept through, on real servers and a real API server (an hour)
 # make dashboards  writes Grafana's dashboards, and draws them with what a small run shows in them, into out/dashboards
-# make lint    ruff, mypy and hadolint
+# make lint    ruff, mypy, hadolint, and which package may import which
 # Everything lives in .venv; nothing is installed again until pyproject.toml changes.
 
 SPEC ?= examples/digits.yaml
 STORE ?= memtail-store
 BIN := .venv/bin
 
-.PHONY: run test test-kubernetes bench e2e soak scale dashboards lint clean
+.PHONY: run test test-all test-slow coverage test-kubernetes bench e2e soak scale dashboards lint clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
 
 test: .venv/installed-dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest tests/unit tests/integration -m "not slow" $(ARGS)
+
+test-all: .venv/installed-dev
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-slow: .venv/installed-dev
+	$(BIN)/pytest -m slow $(ARGS)
+
+coverage: .venv/installed-dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 test-kubernetes: .venv/installed-dev
-	$(BIN)/pytest tests/kubernetes $(ARGS)
+	$(BIN)/pytest tests/kubernetes -n 0 --timeout 600 $(ARGS)
 
 bench: .venv/installed-dev
 	$(BIN)/python -m tests.benchmarks.bench $(ROW)
 
 e2e: .venv/installed-dev
-	$(BIN)/pytest tests/e2e --capture=no $(ARGS)
+	$(BIN)/pytest tests/e2e -n 0 --timeout 1800 --capture=no $(ARGS)
 
 soak: .venv/installed-dev
 	$(BIN)/python -m tests.system.soak $(ARGS)
@@ -38,13 +53,14 @@ scale: .venv/installed-dev
 
 dashboards: .venv/installed-dev
 	$(BIN)/python -m services.monitoring.dashboards
-	DASHBOARD_PICTURES=out/dashboards $(BIN)/pytest tests/system/test_dashboards.py $(ARGS)
+	DASHBOARD_PICTURES=out/dashboards $(BIN)/pytest tests/system/test_dashboards.py -n 0 $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/mypy
 
 .venv/installed-train: pyproject.toml
 	./tools/make-venv.sh .venv
@@ -56,4 +72,4 @@ lint: .venv/installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .coverage* .import_linter_cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,16 +1,51 @@
-"""Shared by all tests: a cache of their own, small experiments, and random statistics."""
+"""Shared by all tests: a cache, small experiments, servers, and which tests share a process of pytest-xdist."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import structlog
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.spec import Experiment
+from memtail.storage.local import LocalStore
+from tests.support import inline
+
+if TYPE_CHECKING:
+    from tests.support.servers import MinioServer
+
+
+_TESTS = Path(__file__).parent
+_SERVERS = {"living": "cluster", "cluster": "cluster", "kubernetes": "kubernetes", "chromium": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder and by what they need, and group those that one process of pytest-xdist had better run.
+
+    Tests of a file share fixtures, so they stay together, and so do all that use the living cluster; unit tests, and those that start a
+    cluster for themselves, run wherever there is room.
+    """
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in ("system", "kubernetes"):
+            item.add_marker(folder)
+        fixtures = getattr(item, "fixturenames", ())
+        for fixture, marker in _SERVERS.items():
+            if fixture in fixtures:
+                item.add_marker(marker)
+        if "living" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("living"))
+        elif folder != "unit" and "cluster" not in fixtures:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(_TESTS))))
+    items.sort(key=lambda item: "living" not in getattr(item, "fixturenames", ()))  # the longest group first; stable otherwise
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Runs train in the process of the tests, but where whole processes are the subject."""
+    inline.train_here(item.get_closest_marker("system") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,14 +83,20 @@ def digits(own_cache: None) -> ImageDataset:
     return datasets.prepare(Experiment.parse({"name": "digits", "dataset": {"name": "digits"}}).dataset)
 
 
-def write_arrays(path: Path, **changes: Any) -> Path:
-    """An `arrays` dataset of 40 training and 20 test images of 6 x 6 in two classes, told apart by their brightness."""
-    rng = np.random.default_rng(0)
-    arrays: dict[str, Any] = {}
-    for split, count in (("train", 40), ("test", 20)):
-        labels = np.arange(count) % 2
-        arrays[f"{split}_labels"] = labels
-        arrays[f"{split}_images"] = (rng.integers(0, 100, (count, 6, 6)) + 150 * labels[:, None, None]).astype(np.uint8)
-    arrays.update(changes)
-    np.savez(path, **arrays)
-    return path
+@pytest.fixture(scope="session")
+def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator["MinioServer"]:
+    """One server for all tests; each makes buckets of its own."""
+    from tests.support.servers import MinioServer
+
+    with MinioServer(tmp_path_factory.mktemp("minio")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def explored(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> LocalStore:
+    """A store with experiments to look at, which no test changes."""
+    from tests.support.explored import fill
+
+    store = LocalStore(tmp_path_factory.mktemp("explored"))
+    fill(store, tmp_path_factory.mktemp("images"))
+    return store

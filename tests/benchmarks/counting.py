@@ -125,7 +125,7 @@ def fold() -> list[Row]:
 
     def batch(first: int) -> TrialBatch:
         metrics = [TrialMetrics(trial, False, 0.0, 1.0, 1.0, 1.0) for trial in range(first, first + size)]
-        return TrialBatch(np.arange(first, first + size, dtype=np.int32), *bits, n, q, metrics)
+        return TrialBatch(np.arange(first, first + size, dtype=np.int32), bits[0], bits[1], bits[2], n, q, metrics)
 
     statistics = Statistics(n, q)
     times = [_timed(lambda first=first: statistics.accumulate(batch(first))) for first in range(0, 100_000, size)]
@@ -144,7 +144,7 @@ def imagenet() -> list[Row]:
     def batch(trial: int) -> TrialBatch:
         members, right = rng.random(n, np.float32) < 0.7, rng.random(n, np.float32) < 0.8
         bits = [pack(each[None]) for each in (members, np.where(memorized, members, right), rng.random(q, np.float32) < 0.75)]
-        return TrialBatch(np.array([trial], np.int32), *bits, n, q, [TrialMetrics(trial, False, 0.0, 1.0, 1.0, 1.0)])
+        return TrialBatch(np.array([trial], np.int32), bits[0], bits[1], bits[2], n, q, [TrialMetrics(trial, False, 0.0, 1.0, 1.0, 1.0)])
 
     def images(count: int) -> np.ndarray:
         return np.broadcast_to(np.uint8(0), (count, 1, 1, 3))

@@ -299,7 +299,7 @@ def _made_up(path: Path) -> DatasetSpec:
         labels = np.arange(count) % 4
         arrays[f"{split}_labels"] = labels
         arrays[f"{split}_images"] = (rng.integers(0, 100, (count, 8, 8, 3)) + 40 * labels[:, None, None, None]).astype(np.uint8)
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    np.savez(path, **arrays)
     return DatasetSpec(name="arrays", root=path)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import memtail
 from memtail import datasets
 from memtail.execution.embedded import RunState
+from memtail.processes import cores
 from memtail.spec import Experiment
-from memtail.trainers.images.devices import cores
 from tests.benchmarks.bench import Row
 from tests.support.cluster import QUICK, Cluster
 from tests.support.servers import MinioServer

@@ -18,10 +18,10 @@ from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome
 from memtail.experiment_store import ExperimentStore
 from memtail.models import build_model
+from memtail.processes import cores
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.subsets import membership
-from memtail.trainers.images.devices import cores
 from memtail.trials import Shard
 from tests.benchmarks import baselines
 from tests.benchmarks.baselines import Data, Recipe

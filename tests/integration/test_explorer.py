@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +82,7 @@ def table(client: TestClient, path: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(answer.text)))
 
 
-def copied(explored: LocalStore, root: Path, *names: str, kind: type[LocalStore] = LocalStore) -> LocalStore:
+def copied(explored: LocalStore, root: Path, *names: str, kind: Any = LocalStore) -> Any:
     """A store of some of the experiments, to be changed."""
     store = kind(root)
     for name in names:
@@ -497,7 +498,7 @@ def test_damaged_scores_are_said_to_be_so_until_they_are_mended(explored, tmp_pa
 
 def test_scores_that_take_long_to_read_are_waited_for_beside_the_page(explored, monkeypatch):
     arrived = threading.Event()
-    opened = module.open_scores
+    opened = open_scores
     monkeypatch.setattr(module, "open_scores", lambda *arguments: arrived.wait() and opened(*arguments))
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     client = TestClient(create(explored), base_url=HERE)

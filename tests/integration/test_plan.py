@@ -2,26 +2,22 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from memtail.errors import MemtailError
 from memtail.estimators import expected_standard_error
 from memtail.execution import forecast as planning
+from memtail.execution import measurements
 from memtail.trainers.images import train_shard
 from memtail.trainers.images.profiling import PHASES, Phases
 from memtail.trials import TrialBatch
+from tests.support.cli import command
 
-MEMTAIL = [sys.executable, "-m", "memtail"]
 CPU = torch.device("cpu")
-
-
-def command(*arguments):
-    return subprocess.run([*MEMTAIL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
 
 
 def spec(folder, **parts):
@@ -144,10 +140,10 @@ def test_another_experiment_of_the_name_is_refused(planned, tmp_path):
 
 
 def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, monkeypatch):
-    monkeypatch.setitem(planning._OPERATIONS, "cpu", 1e6)
-    monkeypatch.setattr(planning, "_MEASURED_SECONDS", 0.1)
+    monkeypatch.setitem(measurements._OPERATIONS, "cpu", 1e6)
+    monkeypatch.setattr(measurements, "_MEASURED_SECONDS", 0.1)
     experiment = declare(40, training={"epochs": 1000}, execution={"device": "cpu", "trials_per_shard": 4})
-    plan = planning.plan(experiment, tmp_path / "store")
+    plan = planning.forecast(experiment, tmp_path / "store")
     assert plan.extrapolated
     assert plan.here.cost is None
     assert plan.trials_for_it is None
@@ -156,22 +152,9 @@ def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, mo
 
 
 def test_a_trial_that_fails_is_named(declare, tmp_path):
-    experiment = declare(40, model={"name": "tests.integration.test_plan:failing"}, execution={"device": "cpu", "trials_per_shard": 2})
-    with pytest.raises(planning.MemtailError, match="a trial failed while planning: RuntimeError: not in training"):
-        planning.plan(experiment, tmp_path / "store")
-
-
-class Failing(torch.nn.Linear):
-    """A network that can be tried out but not trained."""
-
-    def forward(self, images):
-        if self.training and len(images) > 2:
-            raise RuntimeError("not in training")
-        return super().forward(images.flatten(1))
-
-
-def failing(image_shape, classes):
-    return Failing(math.prod(image_shape), classes)
+    experiment = declare(40, model={"name": "tests.support.networks:failing"}, execution={"device": "cpu", "trials_per_shard": 2})
+    with pytest.raises(MemtailError, match="a trial failed while planning: RuntimeError: not in training"):
+        planning.forecast(experiment, tmp_path / "store")
 
 
 def test_the_makespan_is_that_of_the_first_free_device():

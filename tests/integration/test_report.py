@@ -19,7 +19,7 @@ from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult, write_result
-from tests.unit.datasets.test_datasets import write_tree
+from tests.support.arrays import write_tree
 
 _MARKUP = '"><img src=x onerror=alert(1)> & <b>cat'
 
@@ -181,11 +181,6 @@ def test_the_command_line_makes_it_copies_it_and_has_one_line_for_what_is_missin
     assert result.returncode == 2
     assert "has no published scores yet" in result.stderr
     assert len(result.stderr.splitlines()) == 1
-
-
-def test_what_makes_reports_loads_neither_torch_nor_pandas():
-    code = "import sys, memtail.report.page, memtail.report.publish; sys.exit(bool({'torch', 'pandas', 'scipy'} & sys.modules.keys()))"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_run_ends_with_a_report_and_without_one_where_it_cannot_be_drawn(tmp_path):

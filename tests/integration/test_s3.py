@@ -5,9 +5,10 @@ import logging
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 import structlog
@@ -137,7 +138,7 @@ def test_a_server_that_restarts_during_a_write_delays_it(tmp_path):
         server.stop()
         tried_in_vain = threading.Event()
         with structlog.testing.capture_logs() as logs, ThreadPoolExecutor(2) as pool:
-            writes = [pool.submit(store.put, "put", b"1"), pool.submit(store.put_if_absent, "new", b"2")]
+            writes: list[Future[Any]] = [pool.submit(store.put, "put", b"1"), pool.submit(store.put_if_absent, "new", b"2")]
             while len({event["key"] for event in logs}) < 2:
                 assert not tried_in_vain.wait(0.01)
                 assert not any(write.done() for write in writes)
@@ -184,7 +185,7 @@ def test_a_server_that_does_not_answer_is_given_up(logs):
 )
 def test_wrong_credentials_are_one_clear_error_at_once(minio, bucket, logs, changes, cause):
     store = S3Store(bucket, "", minio.settings(**changes))
-    for action in (store.prove, lambda: store.put("k", b""), lambda: store.get("k")):
+    for action in (store.verify_contract, lambda: store.put("k", b""), lambda: store.get("k")):
         with pytest.raises(StoreError, match=cause) as caught:
             action()
         assert not isinstance(caught.value, ObjectNotFound)
@@ -194,7 +195,7 @@ def test_wrong_credentials_are_one_clear_error_at_once(minio, bucket, logs, chan
 
 def test_a_missing_bucket_is_one_clear_error_at_once(minio, logs):
     store = S3Store("not-there", "", minio.settings())
-    for action in (store.prove, lambda: store.put_if_absent("k", b""), lambda: list(store.list("")), lambda: store.get("k")):
+    for action in (store.verify_contract, lambda: store.put_if_absent("k", b""), lambda: list(store.list("")), lambda: store.get("k")):
         with pytest.raises(StoreError, match=r"NoSuchBucket.*make the bucket") as caught:
             action()
         assert not isinstance(caught.value, ObjectNotFound)
@@ -213,7 +214,7 @@ def test_a_temporary_key_that_may_only_read_reads_and_is_told_what_it_lacks(mini
     store = S3Store(bucket, "reading", settings)
     assert store.get("k") == b"1"
     assert list(store.list("")) == ["k"]
-    for action in (store.prove, lambda: store.put("k", b""), lambda: store.put_if_absent("k", b""), lambda: store.delete("k")):
+    for action in (store.verify_contract, lambda: store.put("k", b""), lambda: store.put_if_absent("k", b""), lambda: store.delete("k")):
         with pytest.raises(StoreError, match=r"AccessDenied: .*let this key list the bucket, and get, put and delete objects"):
             action()
     assert not logs
@@ -363,7 +364,8 @@ def test_no_secret_is_ever_shown(minio, bucket, proxy, logs, caplog):
     wrong = S3Store(bucket, "secrets", minio.settings(session_token="session-token-of-mine"), attempts=2)
     with pytest.raises(StoreError) as caught:
         wrong.put_if_absent("k", b"")
-    chain, seen = caught.value, []
+    chain: BaseException | None = caught.value
+    seen = []
     while chain is not None:
         seen.append(str(chain))
         chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)

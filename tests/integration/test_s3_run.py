@@ -1,7 +1,6 @@
 """The command line on a store in a bucket."""
 
 import json
-import os
 
 import pytest
 
@@ -9,9 +8,10 @@ import memtail
 from memtail.errors import ScoresError, StoreError
 from memtail.scores.fetch import open_scores
 from memtail.storage.s3 import S3Store
+from tests.support.cli import batches, command, version
+from tests.support.cli import write_spec as spec
 from tests.support.explored import publish_random
 from tests.support.fake_s3 import FakeS3
-from tests.system.test_run import batches, command, spec, version
 
 FEW = {"trials": 10, "design": "balanced", "fraction": 0.5}
 
@@ -107,14 +107,6 @@ def test_warnings_of_a_server_that_fails_for_a_while_do_not_mix_with_the_answer(
     assert result.returncode == 0
     assert json.loads(result.stdout) == []
     assert "trying again" in result.stderr
-
-
-def test_without_the_package_a_bucket_is_refused_in_one_line(tmp_path):
-    (tmp_path / "minio.py").write_text("raise ModuleNotFoundError(\"No module named 'minio'\", name='minio')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = command("status", "--store", "s3://bucket", env=environment)
-    assert result.returncode == 2
-    assert result.stderr.endswith("s3://bucket: this needs minio, which is not installed: pip install 'memtail[services]'\n")
 
 
 def test_the_cache_keeps_the_scores_that_were_read_last_and_those_before(minio, declare, tmp_path, monkeypatch):

@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-import os
-import pty
 import re
-import signal
 import socket
-import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError
@@ -31,11 +27,12 @@ from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
 from memtail.storage.s3 import S3Store
-from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
-from tests.conftest import write_arrays
+from memtail.trials import Shard
+from tests.support.arrays import write_arrays
+from tests.support.batches import commit
+from tests.support.cli import command
 from tests.support.cluster import RedisServer
 from tests.support.servers import MinioServer, free_port
-from tests.system.test_run import command
 
 TRIALS, PER_SHARD = 12, 4
 SHARDS = [Shard(0, 3), Shard(4, 7), Shard(8, 11)]
@@ -86,18 +83,6 @@ def submitted(call, spec, store):
     """An experiment that was submitted, and has no trials yet."""
     call("submit", spec())
     return ExperimentStore(store, "tiny")
-
-
-def commit(experiment_store, *shards, diverged=False):
-    """Commits made-up trials."""
-    record = experiment_store.read_record()
-    for shard in shards:
-        rng = np.random.default_rng(shard.first)
-        count = len(shard.trials)
-        bits = [pack(rng.random((count, size)) < 0.5) for size in (record.n_train, record.n_train, record.n_test)]
-        metrics = [TrialMetrics(trial, diverged, 0.1, 1.0, 0.5, 0.75) for trial in shard.trials]
-        trial, provenance = np.array(shard.trials, np.int32), {"fingerprint": record.fingerprint}
-        experiment_store.commit(TrialBatch(trial, *bits, record.n_train, record.n_test, metrics, provenance), record.fingerprint)
 
 
 def publish_all(experiment_store):
@@ -188,13 +173,17 @@ def test_submit_needs_no_device_of_the_workers(call, spec):
     call("submit", spec(execution={"trials_per_shard": 4, "device": "cuda:7"}))
 
 
-def test_submit_without_torch_is_one_line(spec, tmp_path):
-    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
-    result = command("submit", spec(), "--store", tmp_path / "store", env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert (result.returncode, result.stderr) == (
-        2,
-        "memtail: this needs torch, which is not installed: pip install 'memtail[train]'\n",
-    )
+def test_without_torch_submit_asks_for_the_trials_per_shard_and_checks_no_model(spec, store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = command("submit", spec(execution={}), "--store", store.address)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "trials_per_shard of experiment 'tiny' is auto, and torch is not installed here" in result.stderr
+    assert not store.exists(keys.experiment("tiny"))
+    result = command("submit", spec(), "--store", store.address)
+    assert result.returncode == 0, result.stderr
+    assert "model not checked: torch is not installed here" in result.stderr
+    assert "12 in 3 shards of 4" in result.stdout
 
 
 def test_control_is_set_and_its_other_half_kept(call, submitted):
@@ -375,24 +364,6 @@ def test_the_rate_is_that_of_the_last_minutes(submitted, monkeypatch):
         followed.update(dataclasses.replace(progress, trials=trials))
     assert followed.rate == 2.0
     assert followed.pace() == "2.00 trials/s, 6.0 s left"
-
-
-def test_on_a_terminal_watch_draws_bars_and_ctrl_c_ends_it_quietly(submitted):
-    commit(submitted, SHARDS[0])
-    terminal, end = pty.openpty()
-    arguments = [sys.executable, "-m", "memtail", "watch", "--store", submitted.store.address]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(arguments, stdin=end, stdout=end, stderr=subprocess.PIPE, env=environment)
-    os.close(end)
-    shown = b""
-    while b"4/12 trials" not in shown or b"running" not in shown:
-        shown += os.read(terminal, 1 << 16)
-    assert "━".encode() in shown
-    assert b"\x1b[" in shown
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    os.close(terminal)
-    assert (process.returncode, errors) == (130, b"")
 
 
 @pytest.fixture

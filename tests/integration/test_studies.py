@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +25,7 @@ from memtail.studies.features import features_of
 from memtail.studies.result import load_results
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import unpack
-from tests.conftest import write_arrays
+from tests.support.arrays import write_arrays
 
 SPEC = {
     "name": "digits",
@@ -286,12 +283,3 @@ def short(store):
     """An experiment of few trials, on a few images that are told apart at once."""
     parts = {"dataset": {"name": "arrays", "root": str(write_arrays(store.root / "few.npz"))}, "subsets": {"trials": 20}}
     run(Experiment.parse({**SPEC, "name": "short", **parts}), store.address)
-
-
-def test_help_is_there_at_once():
-    code = (
-        "import sys; from typer.testing import CliRunner; from memtail.cli.app import app\n"
-        "assert 'removal' in CliRunner().invoke(app, ['study', '--help']).stdout\n"
-        "assert not {'torch', 'matplotlib', 'numpy', 'scipy'} & sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,8 +47,8 @@ class Moment:
     seconds: float = field(default_factory=time.monotonic)
     redis: Counter[str] = field(default_factory=Counter)
     store: Counter[str] = field(default_factory=Counter)
-    api: Counter[str] = field(default_factory=Counter)
-    processor: Counter[str] = field(default_factory=Counter)
+    api: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    processor: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 def scale(workers: int, shards: int, seconds: float) -> None:

@@ -107,8 +107,8 @@ class Pods:
 
     def _asked(self, **options: Any) -> Any:
         """A list, or with `watch` a response to read lines from; without the client's models, which take long."""
-        selector = {"label_selector": EXPERIMENT_LABEL, "_preload_content": False, "_request_timeout": 10}
-        response = self._core.list_namespaced_pod(self.namespace, **selector, **options)
+        selector: dict[str, Any] = {"label_selector": EXPERIMENT_LABEL, "_preload_content": False, "_request_timeout": 10}
+        response: Any = self._core.list_namespaced_pod(self.namespace, **selector, **options)
         return response if options else json.loads(response.data)
 
     def _watched(self, version: str) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""What the chart makes of its values, without a cluster. Manifests are checked against Kubernetes' own schemas, those of the oldest and of
+"""Tests of the manifests that the chart makes of its values, without a cluster.
+
+Manifests are checked against Kubernetes' own schemas, those of the oldest and of
 the newest version that is supported; ScaledJob, ServiceMonitor, PodMonitor and PrometheusRule have none there, and tests of their own here.
 """
 
@@ -16,7 +18,6 @@ import yaml
 
 from memtail.spec import WorkersSpec
 from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
-from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
 from tests.kubernetes.conftest import install_tools
 from tests.support.cluster import RedisServer
@@ -122,7 +123,8 @@ def conforms(text: str, schemas: Path, version: str) -> str:
 
 def test_helm_finds_nothing_to_complain_about():
     done = helm("lint", "--strict", str(CHART))
-    assert done.returncode == 0 and "[WARNING]" not in done.stdout, done.stdout
+    assert done.returncode == 0, done.stdout
+    assert "[WARNING]" not in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -345,7 +347,7 @@ def test_other_stores_are_reached_as_the_values_say():
     assert [next(iter(source.values()))["name"] for source in sources] == ["their-redis", "their-keys", "authority"]
 
 
-def test_the_doctor_of_helm_test_reaches_what_the_values_name(minio, tmp_path):  # noqa: F811
+def test_the_doctor_of_helm_test_reaches_what_the_values_name(minio, tmp_path):
     redis, bucket = RedisServer(), minio.new_bucket()
     redis.start()
     keys = {"broker": redis.url, "access-key": minio.access_key, "secret-key": minio.secret_key}
@@ -362,7 +364,8 @@ def test_the_doctor_of_helm_test_reaches_what_the_values_name(minio, tmp_path): 
     finally:
         redis.stop()
     checks = {check["name"]: check for check in json.loads(done.stdout)}
-    assert done.returncode == 0 and {"store", "conditional write", "broker"} <= checks.keys(), checks
+    assert done.returncode == 0, checks
+    assert {"store", "conditional write", "broker"} <= checks.keys(), checks
 
 
 def test_the_aggregator_has_nothing_of_redis():

@@ -8,7 +8,6 @@ import pytest
 
 from memtail.experiment_store import Control, ExperimentStore
 from memtail.storage import keys
-from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.conftest import Kubernetes, install_tools
 from tests.kubernetes.fleet import ACCOUNT, WORKERS, Fleet
 from tests.kubernetes.simulation import FaultyApiServer
@@ -16,7 +15,7 @@ from tests.support.cluster import Cluster
 
 
 @pytest.fixture
-def fleet(kubernetes, tmp_path_factory, minio, declare, digits) -> Iterator[Fleet]:  # noqa: F811
+def fleet(kubernetes, tmp_path_factory, minio, declare, digits) -> Iterator[Fleet]:
     with Cluster(tmp_path_factory.mktemp("cluster"), minio, MEMTAIL_LEASE_SECONDS="30") as cluster:
         made = Fleet(kubernetes, cluster, declare, digits)
         yield made

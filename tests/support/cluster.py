@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import redis
 import urllib3
@@ -17,12 +17,15 @@ import urllib3
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage
 from memtail.execution.declare import declare
-from memtail.experiment_store import ExperimentStore
-from memtail.scores.publish import latest_version
+from memtail.experiment_store import Control, ExperimentStore, experiment_names
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
 from memtail.trainers.images.shard_size import checked_shard_size
+from services.common.broker import Broker
+from services.common.settings import ServiceSettings
+from tests.support.faulty_models import Gate
 from tests.support.servers import MinioServer, free_port, server_binary
 
 PROJECT = Path(__file__).parents[2]
@@ -73,10 +76,11 @@ class RedisServer:
 
 
 class Service:
-    """One service process with its log."""
+    """One service process with its log; `special` where it has other settings than all of its kind."""
 
-    def __init__(self, name: str, environment: dict[str, str], log: Path, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, environment: dict[str, str], log: Path, prefix: tuple[str, ...] = (), special: bool = False) -> None:
         self.name, self._environment, self.log, self._prefix = name, environment, log, prefix
+        self.special = special
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Service":
@@ -130,8 +134,9 @@ class Cluster:
             **settings,
         }
         self.services: list[Service] = []
+        self._started = 0
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> Self:
         self.redis.start()
         return self
 
@@ -141,8 +146,9 @@ class Cluster:
         self.redis.stop()
 
     def start(self, name: str, prefix: tuple[str, ...] = (), **environment: str) -> Service:
-        log = self.folder / f"{name}-{len(self.services)}.log"
-        service = Service(name, {**self.environment, **environment}, log, prefix)
+        self._started += 1
+        log = self.folder / f"{name}-{self._started}.log"
+        service = Service(name, {**self.environment, **environment}, log, prefix, special=bool(prefix or environment))
         self.services.append(service)
         return service.start()
 
@@ -188,3 +194,66 @@ class Cluster:
     def events(self, service: Service, event: str) -> Iterator[str]:
         """The lines of a service's log with an event."""
         return (line for line in service.log.read_text().splitlines() if f'"event": "{event}"' in line)
+
+    def told(self, name: str, event: str, experiment: str) -> list[str]:
+        """The lines with an event of an experiment in the logs of all services of a name."""
+        mine = (service for service in self.services if service.name == name)
+        return [line for service in mine for line in self.events(service, event) if f'"experiment": "{experiment}"' in line]
+
+
+class LivingCluster(Cluster):
+    """A cluster that serves many tests: one dispatcher, two workers and an aggregator, replaced where a test has ended them.
+
+    Its workers find `gate` closed, and leave marks of what went wrong in `faults` (see `tests.support.faulty_models`).
+    """
+
+    _KINDS = {"dispatcher": 1, "worker": 2, "aggregator": 1}  # noqa: RUF012 - never changed
+
+    def __init__(self, folder: Path, minio: MinioServer) -> None:
+        self.gate, self.faults = Gate(folder / "gate"), folder / "faults"
+        self.faults.mkdir()
+        quick = {"MEMTAIL_LEASE_SECONDS": "1", "MEMTAIL_RESYNC_SECONDS": "1", "MEMTAIL_PUBLISH_SECONDS": "1"}
+        super().__init__(folder, minio, GATE_FOLDER=str(folder / "gate"), FAULT_FOLDER=str(self.faults), **quick)
+
+    def kinds(self, name: str) -> list[Service]:
+        """The services of a name."""
+        return [service for service in self.services if service.name == name]
+
+    def end(self, *services: Service) -> None:
+        """End services, which do not come back in this test."""
+        for service in services:
+            service.kill()
+            self.services.remove(service)
+
+    def replace(self, name: str, prefix: tuple[str, ...] = (), **environment: str) -> Service:
+        """One service with other settings, in place of all of its name."""
+        self.end(*self.kinds(name))
+        return self.start(name, prefix, **environment)
+
+    def restore(self) -> None:
+        """Have it as a test finds it: nothing to do, and every service alive and as all tests have it."""
+        self.end(*(service for service in self.services if service.special or service.process.poll() is not None))
+        for name, count in self._KINDS.items():
+            self.end(*self.kinds(name)[count:])
+            for _ in range(count - len(self.kinds(name))):
+                self.start(name)
+        self._finish_all()
+        self.gate.close()
+        for mark in self.faults.iterdir():
+            mark.unlink()
+
+    def _finish_all(self) -> None:
+        """Take every experiment away, once nobody trains it any more."""
+        names = experiment_names(self.store)
+        for name in names:
+            ExperimentStore(self.store, name).set_control(Control("cancelled"))
+        self.gate.open()
+        broker = self.broker()
+        if names:
+            self.until(lambda: not broker.leased() and not broker.waiting())
+        for key in list(self.store.list("experiments/")):
+            self.store.delete(key)
+
+    def broker(self) -> Broker:
+        """Its queue and its leases."""
+        return Broker(ServiceSettings(store="-", broker=self.redis.url))

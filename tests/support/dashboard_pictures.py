@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import dates
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -124,11 +125,11 @@ def _course(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) 
         moments = [datetime.fromtimestamp(moment, UTC) for moment in times]
         if custom.get("stacking", {}).get("mode") == "normal":
             base = np.array([below.get(moment, 0.0) for moment in times])
-            axes.fill_between(moments, base, base + values, color=color, alpha=0.6, label=name, linewidth=0.5)  # type: ignore[arg-type]
+            axes.fill_between(moments, base, base + values, color=color, alpha=0.6, label=name, linewidth=0.5)
             below |= dict(zip(times, base + np.nan_to_num(values), strict=True))
         else:
             dashes = "--" if any(re.search(pattern, name) for pattern in dashed) else "-"
-            axes.plot(moments, values, dashes, color=color, label=name, linewidth=1.6, marker="." if len(times) == 1 else "")  # type: ignore[arg-type]
+            axes.plot(moments, values, dashes, color=color, label=name, linewidth=1.6, marker="." if len(times) == 1 else "")
     if custom.get("scaleDistribution", {}).get("type") == "log":
         axes.set_yscale("log")
     else:
@@ -166,7 +167,7 @@ def _density(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]])
             cells[row, times.index(moment)] = float(value) or np.nan
     moments = [datetime.fromtimestamp(float(moment), UTC) for moment in times]
     edges = np.arange(len(ordered))
-    axes.pcolormesh(moments, edges, np.sqrt(cells), cmap="Blues_r", shading="nearest")  # type: ignore[arg-type]
+    axes.pcolormesh(moments, edges, np.sqrt(cells), cmap="Blues_r", shading="nearest")
     axes.set_yticks(edges[::2], [name for name, _ in ordered][::2])
 
 
@@ -191,9 +192,9 @@ def _table(axes: Axes, panel: dict[str, Any], found: list[tuple[str, Series]]) -
 
 
 def _clock(axes: Axes, times: tuple[float, float]) -> None:
-    axes.set_xlim(*(datetime.fromtimestamp(moment, UTC) for moment in times))  # type: ignore[arg-type]
-    axes.xaxis.set_major_formatter(mpl.dates.DateFormatter("%H:%M:%S"))
-    axes.xaxis.set_major_locator(mpl.dates.AutoDateLocator(maxticks=6))
+    axes.set_xlim(*(datetime.fromtimestamp(moment, UTC) for moment in times))
+    axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M:%S"))
+    axes.xaxis.set_major_locator(dates.AutoDateLocator(maxticks=6))
 
 
 def _points(series: Series) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,9 @@
 """A store for the explorer: `digits`, trained; `odd`, images whose names are markup and formulas, with a study; `young`, without scores."""
 
 import json
-from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from memtail import datasets
@@ -19,6 +18,7 @@ from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import TrialBatch, TrialMetrics, pack
+from tests.support import inline
 
 MARKUP = "<img src=x onerror=alert(1)>.png"
 FORMULA = "=HYPERLINK(1).png"
@@ -27,13 +27,12 @@ TRIALS = 48
 FIGURE = b'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="300" viewBox="0 0 640 300"><rect width="640" height="300"/></svg>'
 
 
-@pytest.fixture(scope="session")
-def explored(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Iterator[LocalStore]:
-    store = LocalStore(tmp_path_factory.mktemp("explored"))
+def fill(store: LocalStore, images: Path) -> None:
+    """Make the three experiments; `images` is a folder for those of `odd`."""
     model = {"name": "mlp", "hidden": [16]}
     digits = {"name": "digits", "dataset": {"name": "digits"}, "model": model, "training": {"epochs": 4}, "subsets": {"trials": TRIALS}}
-    run(Experiment.parse(digits), store.root)
-    images = tmp_path_factory.mktemp("images")
+    with inline.training():
+        run(Experiment.parse(digits), store.root)
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for label in CLASSES:
@@ -51,7 +50,6 @@ def explored(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Itera
     ExperimentStore(store, "young").register(
         declare(young, datasets.prepare(young.dataset), checked_shard_size(young, datasets.prepare(young.dataset)))
     )
-    yield store
 
 
 def publish_random(store: ObjectStore, experiment: Experiment, trials: int) -> None:

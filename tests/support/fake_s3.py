@@ -2,23 +2,27 @@
 
 import threading
 import time
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from memtail.settings import S3Settings
 
 
 class FakeS3(ThreadingHTTPServer):
-    """Enough of S3 for one bucket, with what a server may do wrong: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`,
-    `fails-late` (an upload in parts ends with an error under status 200).
+    """Enough of S3 for one bucket, with what a server may do wrong.
 
+    Faults are `ignores-condition`, `drops-metadata`, `repeats`, `refuses`, `fails-late` (an upload in parts ends with an error, but status 200).
     `failures` are answered first, as (status, code); `clock` is how many seconds it is ahead.
     """
 
     daemon_threads = True
 
-    def __init__(self, *faults, failures=(), clock=0.0):
-        self.faults, self.failures, self.clock, self.objects, self.requests = faults, list(failures), clock, {}, []
+    def __init__(self, *faults: str, failures: Iterable[tuple[int, str]] = (), clock: float = 0.0) -> None:
+        self.faults, self.failures, self.clock = faults, list(failures), clock
+        self.objects: dict[str, Any] = {}
+        self.requests: list[str] = []
         super().__init__(("127.0.0.1", 0), _FakeHandler)
 
     def __enter__(self):
@@ -34,6 +38,7 @@ class FakeS3(ThreadingHTTPServer):
 
 
 class _FakeHandler(BaseHTTPRequestHandler):
+    server: FakeS3
     protocol_version = "HTTP/1.1"
 
     def do_any(self):

@@ -33,7 +33,8 @@ class PrometheusServer:
             )
         deadline = time.monotonic() + 60
         while not self._ready():
-            assert self._process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert self._process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         return self
 

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 import urllib3
@@ -94,7 +95,8 @@ class MinioServer:
             with contextlib.suppress(urllib3.exceptions.HTTPError), _quiet():
                 if http.request("GET", f"{self.endpoint}/minio/health/cluster", timeout=5).status == 200:
                     return
-            assert self._process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert self._process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
 
     def stop(self) -> None:
@@ -103,7 +105,7 @@ class MinioServer:
             self._process.wait()
             self._process = None
 
-    def settings(self, **changes: object) -> S3Settings:
+    def settings(self, **changes: Any) -> S3Settings:
         return S3Settings(**{"endpoint": self.endpoint, "access_key": self.access_key, "secret_key": self.secret_key, **changes})
 
     def environment(self) -> dict[str, str]:

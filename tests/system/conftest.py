@@ -1,45 +1,74 @@
-"""Fixtures of the service's tests."""
+"""Fixtures of tests of whole processes: the service, alive for all tests or for one, and what it is compared with."""
 
+import itertools
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from memtail.execution.embedded import run
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
-from tests.integration.conftest import minio  # noqa: F401 - a fixture
-from tests.support.cluster import Cluster
+from tests.support import inline
+from tests.support.cluster import Cluster, LivingCluster
+from tests.support.experiments import PER_SHARD, TRIALS, Declare, gated
 from tests.support.servers import MinioServer
 
-TRIALS, PER_SHARD = 24, 4
+_numbers = itertools.count()
 
 
 @pytest.fixture
-def experiment(declare: Callable[..., Experiment]) -> Experiment:
-    return declare(TRIALS, training={"epochs": 4}, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
+def experiment(declare: Declare) -> Experiment:
+    """A small experiment; no other test of this process has one of its name."""
+    execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+    return declare(TRIALS, name=f"small-{next(_numbers)}", training={"epochs": 4}, execution=execution)
+
+
+@pytest.fixture
+def slow(declare: Declare) -> Experiment:
+    """An experiment whose shards are trained when the gate of a `living` cluster lets them pass, so that a fault finds one in training."""
+    return gated(declare, name=f"slow-{next(_numbers)}")
 
 
 @pytest.fixture(scope="session")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment], dict[str, bytes]]:
-    """The score files of an undisturbed embedded run."""
+    """The score files of an undisturbed embedded run, trained once for all experiments that differ in their names only."""
     made: dict[str, dict[str, bytes]] = {}
 
     def scores(experiment: Experiment) -> dict[str, bytes]:
-        text = experiment.model_dump_json()
+        nameless = experiment.model_copy(update={"name": "expected"})
+        text = nameless.model_dump_json()
         if text not in made:
             store = LocalStore(tmp_path_factory.mktemp("expected"))
-            run(experiment, store.root)
-            pointer = latest_version(store, experiment.name)
+            with inline.training():
+                run(nameless, store.root)
+            pointer = latest_version(store, "expected")
             assert pointer is not None
-            made[text] = {file: store.get(keys.scores(experiment.name, pointer["version"]) + file) for file in pointer["files"]}
-        return made[text]
+            made[text] = {file: store.get(keys.scores("expected", pointer["version"]) + file) for file in pointer["files"]}
+        summary = made[text]["summary.json"].replace(b'"expected"', json.dumps(experiment.name).encode())
+        return {**made[text], "summary.json": summary}
 
     return scores
 
 
 @pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory, minio: MinioServer) -> Iterator[Cluster]:  # noqa: F811
+def cluster(tmp_path_factory: pytest.TempPathFactory, minio: MinioServer) -> Iterator[Cluster]:
+    """A bucket and a broker of this test; no service is started yet."""
     with Cluster(tmp_path_factory.mktemp("cluster"), minio) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def session_cluster(tmp_path_factory: pytest.TempPathFactory, minio: MinioServer) -> Iterator[LivingCluster]:
+    """See `living`."""
+    with LivingCluster(tmp_path_factory.mktemp("living"), minio) as started:
+        yield started
+
+
+@pytest.fixture
+def living(session_cluster: LivingCluster) -> LivingCluster:
+    """A cluster that is alive for all tests that ask for it, and idle when a test begins; the gate is closed."""
+    session_cluster.restore()
+    return session_cluster

@@ -19,7 +19,7 @@ from typing import Any
 from memtail import datasets
 from memtail.execution.embedded import run
 from memtail.experiment_store import ExperimentStore
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
@@ -158,7 +158,8 @@ def _check(cluster: Cluster, experiment_stores: list[ExperimentStore], folder: P
         )
         found = _scores(cluster.store, experiment_store.name)
         differing = [name for name in expected if found.get(name) != expected[name]]
-        assert found.keys() == expected.keys() and not differing, f"{experiment_store.name}: {differing}"
+        assert found.keys() == expected.keys(), f"{experiment_store.name}: {differing}"
+        assert not differing, f"{experiment_store.name}: {differing}"
 
 
 def _scores(store: Any, name: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import json
 import os
 import runpy
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ import yaml
 from memtail.storage.s3 import S3Store
 from services.tools import healthcheck as healthy
 from services.tools import make_passwords as passwords
-from tests.support.cluster import PROJECT, Cluster
+from tests.support.cluster import PROJECT, LivingCluster
 from tests.support.servers import REGION, MinioServer
 
 
@@ -96,25 +95,19 @@ def test_a_heartbeat_file_is_healthy_while_it_is_young(tmp_path: Path) -> None:
     assert "no beat" in (healthy.main(str(file)) or "")
 
 
-def test_a_service_is_healthy_while_it_says_so(cluster: Cluster) -> None:
-    dispatcher = cluster.start("dispatcher")
+def test_a_service_is_healthy_while_it_says_so(living: LivingCluster) -> None:
+    (dispatcher,) = living.kinds("dispatcher")
     url = f"http://127.0.0.1:{dispatcher.port}/healthz"
-    cluster.until(lambda: healthy.main(url) is None)
+    living.until(lambda: healthy.main(url) is None)
     dispatcher.kill()
     assert url in (healthy.main(url) or "")
 
 
-def test_a_worker_beats_before_and_after_redis_goes_away(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_worker_beats_before_and_after_redis_goes_away(living: LivingCluster, tmp_path: Path) -> None:
     file = tmp_path / "heartbeat"
-    worker = cluster.start("worker", MEMTAIL_HEARTBEAT_FILE=str(file))
-    for happens in (lambda: None, cluster.redis.kill, cluster.redis.start):
+    worker = living.start("worker", MEMTAIL_HEARTBEAT_FILE=str(file))
+    for happens in (lambda: None, living.redis.kill, living.redis.start):
         happens()
         file.unlink(missing_ok=True)
-        cluster.until(file.exists)
+        living.until(file.exists)
     assert worker.process.poll() is None
-
-
-def test_the_health_check_loads_little() -> None:
-    """It is run every few seconds in each container."""
-    code = "import sys, services.tools.healthcheck; sys.exit(bool({'numpy', 'pydantic', 'celery'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

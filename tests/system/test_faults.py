@@ -13,20 +13,11 @@ import pytest
 from memtail.experiment_store import ExperimentStore
 from memtail.storage import keys
 from memtail.trials import Shard
-from services.common.broker import Assignment, Broker
-from services.common.settings import ServiceSettings
-from tests.support.cluster import Cluster
+from services.common.broker import Assignment
+from tests.support.cluster import LivingCluster
+from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty
+from tests.support.metrics import scrape
 from tests.support.servers import LossyProxy, MinioServer, debian_program
-from tests.system.conftest import PER_SHARD, TRIALS
-
-SHARDS = TRIALS // PER_SHARD
-
-
-@pytest.fixture
-def slow(declare):
-    """An experiment whose shards take about two seconds each, so that a fault finds one in training."""
-    model = {"name": "mlp", "hidden": [64]}
-    return declare(TRIALS, model=model, training={"epochs": 400}, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
 
 
 @pytest.fixture
@@ -52,250 +43,242 @@ def recovery(cluster, experiment_store, experiment, expected, what):
     assert sorted(trials) == list(range(TRIALS))
 
 
-def started(cluster, experiment, dataset, workers=2):
+def half_done(cluster, experiment, dataset, workers=2):
+    """An experiment of which some shards are committed, and as many are in training as there are workers."""
     experiment_store = cluster.submit(experiment, dataset)
-    dispatcher = cluster.start("dispatcher")
-    others = [cluster.start("worker") for _ in range(workers)]
-    aggregator = cluster.start("aggregator")
-    return experiment_store, dispatcher, others, aggregator
+    cluster.gate.admit(1)
+    cluster.until(trained(experiment_store))
+    cluster.until(lambda: len(cluster.broker().leased()) == workers)
+    return experiment_store
 
 
-def test_redis_killed_and_started_again(cluster, slow, digits, expected):
-    experiment_store, *_ = started(cluster, slow, digits)
-    with recovery(cluster, experiment_store, slow, expected, "redis killed"):
-        cluster.until(trained(experiment_store))
-        cluster.redis.kill()
-        time.sleep(1)
-        cluster.redis.start()
+def test_redis_killed_and_started_again(living, slow, digits, expected):
+    experiment_store = half_done(living, slow, digits)
+    with recovery(living, experiment_store, slow, expected, "redis killed"):
+        living.redis.kill()
+        time.sleep(0.5)
+        living.redis.start()
+        living.gate.open()
 
 
-def test_redis_flushed(cluster, slow, digits, expected):
-    experiment_store, *_ = started(cluster, slow, digits)
-    with recovery(cluster, experiment_store, slow, expected, "redis flushed"):
-        cluster.until(trained(experiment_store))
-        cluster.redis.client().flushall()
+def test_redis_flushed(living, slow, digits, expected):
+    experiment_store = half_done(living, slow, digits)
+    with recovery(living, experiment_store, slow, expected, "redis flushed"):
+        living.redis.client().flushall()
+        living.gate.open()
 
 
 def test_the_store_is_down_at_start_in_the_middle_and_at_a_commit(tmp_path_factory, own_minio, slow, digits, expected):
-    with Cluster(tmp_path_factory.mktemp("cluster"), own_minio) as cluster:
+    with LivingCluster(tmp_path_factory.mktemp("cluster"), own_minio) as cluster:
         experiment_store = cluster.submit(slow, digits)
         own_minio.stop()
         for name in ("dispatcher", "worker", "worker", "aggregator"):
             cluster.start(name)
-        time.sleep(5)
+        cluster.until(lambda: all("store fails, trying again" in service.log.read_text() for service in cluster.services))
         own_minio.start()
+        cluster.gate.admit(1)
         with recovery(cluster, experiment_store, slow, expected, "store down"):
             cluster.until(trained(experiment_store))
+            cluster.until(lambda: len(cluster.broker().leased()) == 2)
             own_minio.stop()
-            time.sleep(6)  # longer than a shard takes: what is in training comes to its commit meanwhile
+            cluster.gate.open()
+            for worker in cluster.kinds("worker"):  # which come to their commits
+                cluster.until(lambda worker=worker: keys.trials(slow.name) in "".join(cluster.events(worker, "store fails, trying again")))
             own_minio.start()
         assert not experiment_store.attempts()
 
 
-def test_a_workers_child_killed(cluster, slow, digits, expected):
-    experiment_store, _, (worker,), _ = started(cluster, slow, digits, workers=1)
-    with recovery(cluster, experiment_store, slow, expected, "worker's child killed"):
-        cluster.until(trained(experiment_store))
+def test_a_workers_child_killed(living, slow, digits, expected):
+    experiment_store = half_done(living, slow, digits)
+    worker = living.kinds("worker")[0]
+    with recovery(living, experiment_store, slow, expected, "worker's child killed"):
         for child in worker.children():
             os.kill(child, signal.SIGKILL)
+        living.until(experiment_store.attempts)
+        living.gate.open()
     assert sum(experiment_store.attempts().values()) == 1
     assert worker.process.poll() is None
 
 
-def test_a_worker_killed(cluster, slow, digits, expected):
-    experiment_store, _, (worker, _), _ = started(cluster, slow, digits)
-    with recovery(cluster, experiment_store, slow, expected, "worker killed"):
-        cluster.until(trained(experiment_store))
-        worker.kill()
+def test_a_worker_killed(living, slow, digits, expected):
+    experiment_store = half_done(living, slow, digits)
+    with recovery(living, experiment_store, slow, expected, "worker killed"):
+        living.kinds("worker")[0].kill()
+        living.gate.open()
     assert not experiment_store.attempts()
 
 
-def test_the_dispatcher_killed(cluster, slow, digits, expected):
-    experiment_store, dispatcher, *_ = started(cluster, slow, digits)
-    with recovery(cluster, experiment_store, slow, expected, "dispatcher killed"):
-        cluster.until(trained(experiment_store))
-        dispatcher.kill()
-        cluster.redis.client().delete("memtail:shards")  # so that there is something for the next one to do
-        cluster.start("dispatcher")
+def test_the_dispatcher_killed(living, slow, digits, expected):
+    experiment_store = half_done(living, slow, digits)
+    with recovery(living, experiment_store, slow, expected, "dispatcher killed"):
+        living.end(*living.kinds("dispatcher"))
+        living.redis.client().delete("memtail:shards")  # so that there is something for the next one to do
+        living.start("dispatcher")
+        living.gate.open()
 
 
-def test_a_second_dispatcher_waits_and_takes_over(cluster, slow, digits, expected):
-    experiment_store, dispatcher, *_ = started(cluster, slow, digits)
-    with recovery(cluster, experiment_store, slow, expected, "dispatcher stopped"):
-        cluster.until(trained(experiment_store))
-        second = cluster.start("dispatcher")
-        cluster.until(lambda: cluster.serves(second))
-        assert not list(cluster.events(second, "sent"))
+def test_a_second_dispatcher_waits_and_takes_over(living, slow, digits, expected):
+    experiment_store = half_done(living, slow, digits)
+    (dispatcher,) = living.kinds("dispatcher")
+    with recovery(living, experiment_store, slow, expected, "dispatcher stopped"):
+        second = living.start("dispatcher")
+        living.until(lambda: living.serves(second))
+        assert not list(living.events(second, "sent"))
         dispatcher.stop()
+        living.gate.open()
         shard = experiment_store.committed()[0]
 
         def sends():
             # so that there is something to do for the second, however far the workers are, and whatever the first had still sent
-            cluster.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
-            return list(cluster.events(second, "sent"))
+            living.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
+            return list(living.events(second, "sent"))
 
-        cluster.until(sends)
-        cluster.until(lambda: shard in experiment_store.committed())
+        living.until(sends)
+        living.until(lambda: shard in experiment_store.committed())
 
 
-def test_the_aggregator_killed_while_it_publishes(cluster, slow, digits, expected):
-    experiment_store = cluster.submit(slow, digits)
-    cluster.start("dispatcher")
-    cluster.start("worker")
-    aggregator = cluster.start("aggregator", MEMTAIL_PUBLISH_TRIALS="1")
-    with recovery(cluster, experiment_store, slow, expected, "aggregator killed three times"):
+def test_the_aggregator_killed_while_it_publishes(living, slow, digits, expected):
+    aggregator = living.replace("aggregator", MEMTAIL_PUBLISH_TRIALS="1")
+    experiment_store = living.submit(slow, digits)
+    with recovery(living, experiment_store, slow, expected, "aggregator killed three times"):
         for count in (1, 2, 3):
-            cluster.until(trained(experiment_store, count))
-            cluster.until(lambda: any("scores" in key for key in cluster.store.list(f"experiments/{slow.name}/scores/0")))
+            living.gate.admit(1)
+            living.until(trained(experiment_store, count))
+            living.until(lambda: any("scores" in key for key in living.store.list(f"experiments/{slow.name}/scores/0")))
             aggregator.kill()
             aggregator.start()
+        living.gate.open()
 
 
-def test_one_message_delivered_five_times_at_once(cluster, slow, digits, expected):
-    experiment_store = cluster.submit(slow, digits)
+def test_one_message_delivered_five_times_at_once(living, slow, digits, expected):
+    living.end(*living.kinds("dispatcher"), *living.kinds("aggregator"), *living.kinds("worker"))
+    experiment_store = living.submit(slow, digits)
     fingerprint = experiment_store.read_record().fingerprint
-    settings = ServiceSettings(store="-", broker=cluster.redis.url)
     assignment = Assignment(experiment=slow.name, fingerprint=fingerprint, first=0, last=PER_SHARD - 1)
-    Broker(settings).send([assignment] * 5)
-    workers = [cluster.start("worker") for _ in range(3)]
-    cluster.until(lambda: sum(len(list(cluster.events(worker, "shard ended"))) for worker in workers) == 5)
-    outcomes = "".join("".join(cluster.events(worker, "shard ended")) for worker in workers)
+    living.broker().send([assignment] * 5)
+    living.gate.open()
+    workers = [living.start("worker") for _ in range(3)]
+    living.until(lambda: sum(len(list(living.events(worker, "shard ended"))) for worker in workers) == 5)
+    outcomes = "".join("".join(living.events(worker, "shard ended")) for worker in workers)
     assert outcomes.count('"outcome": "committed"') == 1
     assert experiment_store.committed() == [assignment.shard]
-    with recovery(cluster, experiment_store, slow, expected, "message delivered five times"):
-        cluster.start("dispatcher")
-        cluster.start("aggregator")
+    with recovery(living, experiment_store, slow, expected, "message delivered five times"):
+        living.start("dispatcher")
+        living.start("aggregator")
 
 
 @pytest.mark.parametrize("how", ["segfault", "memory", "raise", "killed"])
-def test_a_task_that_goes_wrong_once(how, cluster, declare, digits, expected, tmp_path):
-    experiment = faulty(declare, how)
-    experiment_store = cluster.submit(experiment, digits)
-    cluster.start("dispatcher")
-    cluster.start("aggregator")
-    with recovery(cluster, experiment_store, experiment, expected, f"task that goes wrong: {how}"):
-        worker = cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-        cluster.until(experiment_store.attempts)
+def test_a_task_that_goes_wrong_once(how, living, declare, digits, expected):
+    experiment = faulty(declare, how, name=f"once-{how}")
+    with recovery(living, living.submit(experiment, digits), experiment, expected, f"task that goes wrong: {how}"):
+        experiment_store = ExperimentStore(living.store, experiment.name)
+        living.until(experiment_store.attempts)
     assert sum(experiment_store.attempts().values()) == 1
-    assert worker.process.poll() is None
+    assert all(worker.process.poll() is None for worker in living.kinds("worker"))
 
 
-@pytest.mark.parametrize("how", ["segfault", "raise"])
-def test_a_task_that_always_goes_wrong_is_given_up_and_tried_again_when_asked(how, cluster, declare, digits, expected, tmp_path):
-    experiment = faulty(declare, how, always=True)
-    experiment_store = cluster.submit(experiment, digits)
-    cluster.start("dispatcher")
-    worker = cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-    cluster.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3], 120)
-    time.sleep(2)
+@pytest.mark.parametrize("how", [pytest.param("segfault", marks=pytest.mark.slow), "raise"])
+def test_a_task_that_always_goes_wrong_is_given_up_and_tried_again_when_asked(how, living, declare, digits, expected):
+    experiment = faulty(declare, how, always=True, name=f"always-{how}")
+    experiment_store = living.submit(experiment, digits)
+    living.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3], 120)
+    passes = scrape(living.kinds("dispatcher")[0]).value("memtail_passes_total")
+    living.until(lambda: scrape(living.kinds("dispatcher")[0]).value("memtail_passes_total") >= passes + 5)
     assert set(experiment_store.attempts().values()) == {3}
     assert not experiment_store.committed()
-    worker.stop()
-    with recovery(cluster, experiment_store, experiment, expected, f"given up ({how}), then mended"):
-        cluster.start("worker")
-        cluster.start("aggregator")
+    with recovery(living, experiment_store, experiment, expected, f"given up ({how}), then mended"):
+        (living.faults / "fixed").touch()
         experiment_store.clear_failures()
 
 
-def test_a_task_that_hangs_past_its_time_limit(tmp_path_factory, minio, declare, digits, expected, tmp_path):
+def test_a_task_that_hangs_past_its_time_limit(living, declare, digits, expected):
+    living.replace("worker", MEMTAIL_SHARD_SECONDS="15")
     experiment = faulty(declare, "hang")
-    with Cluster(tmp_path_factory.mktemp("cluster"), minio, MEMTAIL_SHARD_SECONDS="30") as cluster:
-        experiment_store = cluster.submit(experiment, digits)
-        with recovery(cluster, experiment_store, experiment, expected, "task that hangs"):
-            cluster.start("dispatcher")
-            cluster.start("aggregator")
-            cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-            cluster.until(experiment_store.attempts)
-        assert sum(experiment_store.attempts().values()) == 1
+    experiment_store = living.submit(experiment, digits)
+    with recovery(living, experiment_store, experiment, expected, "task that hangs"):
+        living.until(experiment_store.attempts)
+    assert sum(experiment_store.attempts().values()) == 1
 
 
-def test_a_committed_object_deleted(cluster, slow, digits, expected):
-    experiment_store, *_ = started(cluster, slow, digits)
-    with recovery(cluster, experiment_store, slow, expected, "committed object deleted"):
-        cluster.until(trained(experiment_store, 2))
+def test_a_committed_object_deleted(living, slow, digits, expected):
+    experiment_store = half_done(living, slow, digits)
+    with recovery(living, experiment_store, slow, expected, "committed object deleted"):
+        living.gate.open()
+        living.until(trained(experiment_store, 2))
         shard = experiment_store.committed()[0]
-        cluster.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
-        again = cluster.until(lambda: shard in experiment_store.committed())
+        living.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
+        again = living.until(lambda: shard in experiment_store.committed())
         print(f"\ncommitted again after {again:.1f} s")
 
 
-def test_a_damaged_and_a_foreign_batch_are_refused_and_reported(cluster, experiment, declare, digits, expected):
-    experiment_store = cluster.submit(experiment, digits)
-    other = declare(TRIALS, name="other", training={"epochs": 3}, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
-    others = cluster.submit(other, digits)
-    for name in ("dispatcher", "worker", "aggregator"):
-        cluster.start(name)
-    cluster.until_published(others, TRIALS)
-    cluster.until_published(experiment_store, TRIALS)
+def test_a_damaged_and_a_foreign_batch_are_refused_and_reported(living, experiment, declare, digits, expected):
+    experiment_store = living.submit(experiment, digits)
+    parts = {"execution": {"trials_per_shard": PER_SHARD, "device": "cpu"}}
+    other = declare(TRIALS, name="other", training={"epochs": 3}, **parts)
+    others = living.submit(other, digits)
+    living.until_published(others, TRIALS)
+    living.until_published(experiment_store, TRIALS)
     damaged, foreign = Shard(0, 3), Shard(4, 7)
-    data = cluster.store.get(keys.trial_batch("digits", 0, 3))
-    third = declare(TRIALS, name="third", training={"epochs": 4}, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
-    thirds = ExperimentStore(cluster.store, "third")
-    cluster.store.put(keys.trial_batch("third", 0, 3), data[: len(data) // 2])
-    cluster.store.put(keys.trial_batch("third", 4, 7), cluster.store.get(keys.trial_batch("other", 4, 7)))
-    cluster.submit(third, digits)
-    cluster.until_published(thirds, TRIALS - 2 * PER_SHARD)
+    data = living.store.get(keys.trial_batch(experiment.name, 0, 3))
+    third = declare(TRIALS, name="third", training={"epochs": 4}, **parts)
+    thirds = ExperimentStore(living.store, "third")
+    living.store.put(keys.trial_batch("third", 0, 3), data[: len(data) // 2])
+    living.store.put(keys.trial_batch("third", 4, 7), living.store.get(keys.trial_batch("other", 4, 7)))
+    living.submit(third, digits)
+    living.until_published(thirds, TRIALS - 2 * PER_SHARD)
     reasons = {failure.shard: failure.error for failure in thirds.failures()}
     assert reasons.keys() == {damaged, foreign}
     assert "truncated or corrupt" in reasons[damaged]
     assert "belongs to another experiment" in reasons[foreign]
-    with recovery(cluster, thirds, third, expected, "damaged and foreign batches, then removed"):
+    with recovery(living, thirds, third, expected, "damaged and foreign batches, then removed"):
         for shard in (damaged, foreign):
-            cluster.store.delete(keys.trial_batch("third", shard.first, shard.last))
+            living.store.delete(keys.trial_batch("third", shard.first, shard.last))
 
 
-def test_the_answer_to_a_write_is_lost(cluster, slow, digits, expected):
-    experiment_store = cluster.submit(slow, digits)
-    cluster.start("dispatcher")
-    cluster.start("aggregator")
-    with LossyProxy(cluster.minio) as proxy, recovery(cluster, experiment_store, slow, expected, "answers to writes lost"):
-        path = f"PUT /{cluster.bucket}/{keys.trials(slow.name)}".encode()
+def test_the_answer_to_a_write_is_lost(living, slow, digits, expected):
+    living.end(*living.kinds("worker"))
+    experiment_store = living.submit(slow, digits)
+    living.gate.open()
+    with LossyProxy(living.minio) as proxy, recovery(living, experiment_store, slow, expected, "answers to writes lost"):
+        path = f"PUT /{living.bucket}/{keys.trials(slow.name)}".encode()
         proxy.cuts += [(path, 0)] * 3
-        worker = cluster.start("worker", MEMTAIL_S3_ENDPOINT=proxy.endpoint)
-        cluster.until(lambda: not proxy.cuts)
-        cluster.until(trained(experiment_store, SHARDS))
+        worker = living.start("worker", MEMTAIL_S3_ENDPOINT=proxy.endpoint)
+        living.until(lambda: not proxy.cuts)
+        living.until(trained(experiment_store, SHARDS))
         assert '"outcome": "lost race"' not in worker.log.read_text()
 
 
-def test_a_worker_whose_disk_is_full_leaves_the_work_to_others(cluster, slow, digits, expected):
-    experiment_store = cluster.submit(slow, digits)
-    cluster.start("dispatcher")
-    cluster.start("aggregator")
-    full = cluster.start("worker", prefix=("prlimit", "--fsize=20000"), MEMTAIL_CACHE=str(cluster.folder / "full"))
-    with recovery(cluster, experiment_store, slow, expected, "disk full"):
-        cluster.until(lambda: any(cluster.events(full, "shard handed back")))
-        cluster.start("worker")
+def test_a_worker_whose_disk_is_full_leaves_the_work_to_others(living, slow, digits, expected):
+    full = living.replace("worker", prefix=("prlimit", "--fsize=20000"), MEMTAIL_CACHE=str(living.folder / "full"))
+    experiment_store = living.submit(slow, digits)
+    living.gate.open()
+    with recovery(living, experiment_store, slow, expected, "disk full"):
+        living.until(lambda: any(living.events(full, "shard handed back")))
+        living.start("worker")
     assert not experiment_store.attempts()
 
 
-def test_every_worker_in_turn_is_told_to_stop(cluster, slow, digits, expected):
-    experiment_store, _, workers, _ = started(cluster, slow, digits)
-    with recovery(cluster, experiment_store, slow, expected, "SIGTERM to every worker in turn"):
-        for worker in workers:
-            cluster.until(lambda: len(Broker(ServiceSettings(store="-", broker=cluster.redis.url)).leased()) >= 1)
+def test_every_worker_in_turn_is_told_to_stop(living, slow, digits, expected):
+    experiment_store = half_done(living, slow, digits)
+    with recovery(living, experiment_store, slow, expected, "SIGTERM to every worker in turn"):
+        for worker in living.kinds("worker"):
+            living.until(lambda: len(living.broker().leased()) >= 1)
             began = time.monotonic()
             worker.stop()
             print(f"\nstopped within {time.monotonic() - began:.1f} s")
             assert time.monotonic() - began < 25
             worker.start()
+        living.gate.open()
     assert not experiment_store.attempts()
 
 
-def test_a_worker_whose_clock_is_off_by_an_hour_leaves_the_work_to_others(cluster, slow, digits, expected):
-    experiment_store = cluster.submit(slow, digits)
-    cluster.start("dispatcher")
-    cluster.start("aggregator")
-    off = cluster.start("worker", prefix=(debian_program("faketime"), "-f", "+1h"))
-    with recovery(cluster, experiment_store, slow, expected, "clock of a worker off by an hour"):
-        cluster.until(lambda: off.process.poll() is not None)
+def test_a_worker_whose_clock_is_off_by_an_hour_leaves_the_work_to_others(living, slow, digits, expected):
+    off = living.replace("worker", prefix=(debian_program("faketime"), "-f", "+1h"))
+    experiment_store = living.submit(slow, digits)
+    living.gate.open()
+    with recovery(living, experiment_store, slow, expected, "clock of a worker off by an hour"):
+        living.until(lambda: off.process.poll() is not None)
         assert "set the clock of this machine" in off.log.read_text()
         assert "Traceback" not in off.log.read_text()
-        cluster.start("worker")
+        living.start("worker")
     assert not experiment_store.attempts()
-
-
-def faulty(declare, how, always=False):
-    model = {"name": "tests.support.faulty_models:faulty", "options": {"how": how, "always": always}}
-    # what always fails is in few shards, each of which is tried three times
-    execution = {"trials_per_shard": TRIALS // 2 if always else PER_SHARD, "device": "cpu"}
-    return declare(TRIALS, name=f"{how}-always" if always else how, model=model, execution=execution)

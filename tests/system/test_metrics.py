@@ -1,87 +1,41 @@
 """What the services show and log, compared with what happened: real services, scraped as Prometheus does it."""
 
 import io
-import json
 import subprocess
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
-import urllib3
-from prometheus_client.parser import text_string_to_metric_families
 
 from memtail.execution.shard_task import ShardOutcome
 from memtail.experiment_store import Control
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership
 from memtail.trials import Shard
 from services.common.broker import TASK, Assignment, Broker
 from services.common.settings import ServiceSettings
 from services.worker.metric_updates import OUTCOMES
-from tests.support.cluster import PROJECT, Service
+from tests.support.cluster import PROJECT
+from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty, gated
+from tests.support.metrics import logged, scrape, states
 from tests.support.servers import LossyProxy
-from tests.system.conftest import PER_SHARD, TRIALS
-from tests.system.test_faults import faulty
-
-SHARDS = TRIALS // PER_SHARD
-
-
-class Scrape:
-    """One scrape of a service."""
-
-    def __init__(self, text: str) -> None:
-        self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-
-    def values(self, name: str, **labels: str) -> list[float]:
-        """The values of the series with these labels, and perhaps others."""
-        return [sample.value for sample in self._samples if sample.name == name and labels.items() <= sample.labels.items()]
-
-    def value(self, name: str, **labels: str) -> float | None:
-        """The sum of those; None if there are none."""
-        found = self.values(name, **labels)
-        return sum(found) if found else None
-
-    def experiments(self) -> set[str]:
-        """All that have series."""
-        return {sample.labels["experiment"] for sample in self._samples if "experiment" in sample.labels}
-
-
-def scrape(service: Service) -> Scrape:
-    until_up = urllib3.Retry(total=None, connect=200, backoff_factor=0.1, backoff_max=0.3)
-    answer = urllib3.PoolManager(retries=until_up).request("GET", f"http://127.0.0.1:{service.port}/metrics", timeout=10)
-    assert answer.status == 200
-    return Scrape(answer.data.decode())
-
-
-def logged(log: str) -> list[dict[str, Any]]:
-    """The lines of a log, each of which is JSON; but for Celery's warning to those who are root, as no container is."""
-    return [line for line in map(json.loads, log.splitlines()) if "SecurityWarning" not in line["event"]]
-
-
-def states(scraped: Scrape, experiment: str) -> dict[str, float]:
-    return {
-        state: count
-        for state in ("waiting", "queued", "training", "committed", "dead")
-        if (count := scraped.value("memtail_trials", experiment=experiment, state=state))
-    }
 
 
 def test_each_service_shows_what_was_done(cluster, experiment, digits):
-    experiment_store = cluster.submit(experiment, digits)
+    experiment_store, name = cluster.submit(experiment, digits), experiment.name
     dispatcher, worker, aggregator = (cluster.start(name) for name in ("dispatcher", "worker", "aggregator"))
     cluster.until_published(experiment_store, TRIALS)
 
     cluster.until(lambda: scrape(dispatcher).value("memtail_experiments", state="finished") == 1)
     seen = scrape(dispatcher)
-    assert states(seen, "digits") == {"committed": TRIALS}
-    assert seen.value("memtail_shards_outstanding", experiment="digits") == 0
-    assert seen.value("memtail_shards_sent_total", experiment="digits") == SHARDS + seen.value("memtail_redeliveries_total")
-    assert seen.value("memtail_leases_expired_total", experiment="digits") == 0
+    assert states(seen, name) == {"committed": TRIALS}
+    assert seen.value("memtail_shards_outstanding", experiment=name) == 0
+    assert seen.value("memtail_shards_sent_total", experiment=name) == SHARDS + seen.value("memtail_redeliveries_total")
+    assert seen.value("memtail_leases_expired_total", experiment=name) == 0
     assert seen.value("memtail_completion_timestamp_seconds") is None
     assert seen.value("memtail_dispatcher_leader") == 1
     assert seen.value("memtail_broker_queued_messages") == 0
@@ -99,8 +53,8 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert not attempts[ShardOutcome.FAILED]
     assert not attempts[ShardOutcome.HANDED_BACK]
     assert not attempts[ShardOutcome.LOST_RACE]
-    assert len(seen.values("memtail_shard_attempts_total", experiment="digits")) == len(OUTCOMES)
-    assert seen.value("memtail_trials_trained_total", experiment="digits") == TRIALS
+    assert len(seen.values("memtail_shard_attempts_total", experiment=name)) == len(OUTCOMES)
+    assert seen.value("memtail_trials_trained_total", experiment=name) == TRIALS
     members = membership(experiment.subsets, digits.train_labels, range(TRIALS))
     assert seen.value("memtail_examples_trained_total") == members.sum() * experiment.training.epochs
     provenance = [experiment_store.batch(shard, experiment_store.read_record()).provenance for shard in experiment_store.committed()]
@@ -114,12 +68,12 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_shard_queue_seconds_sum") > 0
     assert seen.value("memtail_worker_devices") == 1
     assert seen.value("memtail_worker_devices_busy") == 0
-    batches = sum(len(cluster.store.get(key)) for key in cluster.store.list(keys.trials("digits")))
+    batches = sum(len(cluster.store.get(key)) for key in cluster.store.list(keys.trials(name)))
     assert seen.value("memtail_store_bytes_total", direction="written") > batches
     assert seen.value("memtail_store_requests_total", operation="put", outcome="ok") >= SHARDS
     assert "libtorch" not in Path(f"/proc/{worker.process.pid}/maps").read_text()
 
-    pointer = latest_version(cluster.store, "digits")
+    pointer = latest_version(cluster.store, name)
     cluster.until(lambda: scrape(aggregator).value("memtail_trials_folded") == TRIALS)
     seen, summary = scrape(aggregator), pointer["summary"]
     assert seen.value("memtail_trials_diverged") == seen.value("memtail_trials_needed") == seen.value("memtail_batches_refused") == 0
@@ -128,7 +82,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     for quantile, error in summary["mem_se_quantiles"].items():
         assert seen.value("memtail_memorization_standard_error", quantile=quantile) == pytest.approx(error)
     assert seen.value("memtail_memorization_standard_error_bound") == pytest.approx((1 / 0.7 + 1 / 0.3) ** 0.5 / 2 / TRIALS**0.5)
-    mem = pd.read_csv(io.BytesIO(cluster.scores("digits")["memorization.csv"]))["mem"]
+    mem = pd.read_csv(io.BytesIO(cluster.scores(name)["memorization.csv"]))["mem"]
     for threshold in summary["mem_share_at_least"]:
         assert seen.value("memtail_memorized_examples", threshold=threshold) == (mem >= float(threshold)).sum()
     assert seen.value("memtail_memorization_examples") == mem.notna().sum()
@@ -143,88 +97,89 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
         assert scrape(service).value("memtail_store_requests_total", operation="get", outcome="ok") > 0
 
 
-def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(cluster, experiment, digits):
-    experiment_store = cluster.submit(experiment, digits)
-    others = [cluster.start(name) for name in ("dispatcher", "worker", "aggregator")]
-    cluster.until_published(experiment_store, TRIALS)
-    for service in others:
-        service.stop()
-    for key in list(cluster.store.list(keys.trials("digits"))):
-        cluster.store.delete(key)
-    aggregator = cluster.start("aggregator")
-    cluster.until(lambda: cluster.serves(aggregator))
-    seen, pointer = scrape(aggregator), latest_version(cluster.store, "digits")
+def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(living, experiment, digits):
+    experiment_store = living.submit(experiment, digits)
+    living.until_published(experiment_store, TRIALS)
+    living.end(*living.services)
+    for key in list(living.store.list(keys.trials(experiment.name))):
+        living.store.delete(key)
+    aggregator = living.start("aggregator")
+    living.until(lambda: living.serves(aggregator))
+    seen, pointer = scrape(aggregator), latest_version(living.store, experiment.name)
     assert seen.value("memtail_trials_folded") == 0
     assert seen.value("memtail_scores_published_trials") == TRIALS
     assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer["published"]).timestamp()
     assert seen.value("memtail_high_influence_pairs") == pointer["summary"]["pairs"]["count"]
 
 
-def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(cluster, declare, digits, tmp_path):
-    experiment_store = cluster.submit(faulty(declare, "segfault"), digits)
-    dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-    cluster.until(lambda: len(experiment_store.committed()) == SHARDS)
-    cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="committed") == SHARDS)
+def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(living, declare, digits):
+    dispatcher, worker = living.kinds("dispatcher")[0], living.replace("worker")
+    before = scrape(dispatcher).value("memtail_redeliveries_total") or 0
+    experiment_store = living.submit(faulty(declare, "segfault", name="dies"), digits)
+    living.until(lambda: len(experiment_store.committed()) == SHARDS)
+    living.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="committed") == SHARDS)
     assert scrape(worker).value("memtail_shard_attempts_total", outcome="died") == 1
     assert scrape(worker).value("memtail_trials_trained_total") == TRIALS
-    assert scrape(dispatcher).value("memtail_redeliveries_total") >= 1
+    assert scrape(dispatcher).value("memtail_redeliveries_total") >= before + 1
 
 
-def test_dead_shards_are_shown(cluster, declare, digits, tmp_path):
-    experiment_store = cluster.submit(faulty(declare, "raise", always=True), digits)
-    dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker", FAULT_FOLDER=str(tmp_path))
-    cluster.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3])
-    cluster.until(lambda: states(scrape(dispatcher), experiment_store.name) == {"dead": TRIALS})
+def test_dead_shards_are_shown(living, declare, digits):
+    experiment_store = living.submit(faulty(declare, "raise", always=True, name="dead"), digits)
+    (dispatcher,), workers = living.kinds("dispatcher"), living.kinds("worker")
+    living.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3])
+    living.until(lambda: states(scrape(dispatcher), "dead") == {"dead": TRIALS})
     assert scrape(dispatcher).value("memtail_experiments", state="finished") == 1
     assert scrape(dispatcher).value("memtail_shards_outstanding") == 0
-    cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="failed") == 6)
+    failed = {"experiment": "dead", "outcome": "failed"}
+    living.until(lambda: sum(scrape(worker).value("memtail_shard_attempts_total", **failed) or 0 for worker in workers) == 6)
 
 
-def test_a_worker_that_vanishes_leaves_a_lease_that_expires(cluster, declare, digits):
+def test_a_worker_that_vanishes_leaves_a_lease_that_expires(living, declare, digits):
+    dispatcher, worker = living.kinds("dispatcher")[0], living.replace("worker")
+    before = scrape(dispatcher).value("memtail_redeliveries_total") or 0
     execution = {"trials_per_shard": TRIALS, "device": "cpu"}
-    experiment_store = cluster.submit(declare(TRIALS, training={"epochs": 20_000}, execution=execution), digits)
-    dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker")
-    cluster.until(lambda: states(scrape(dispatcher), "digits") == {"training": TRIALS})
-    cluster.until(lambda: scrape(worker).value("memtail_worker_devices_busy") == 1)
+    experiment_store = living.submit(gated(declare, name="vanishes", execution=execution), digits)
+    living.until(lambda: states(scrape(dispatcher), "vanishes") == {"training": TRIALS})
+    living.until(lambda: scrape(worker).value("memtail_worker_devices_busy") == 1)
     worker.kill()
-    cluster.until(lambda: scrape(dispatcher).value("memtail_leases_expired_total", experiment="digits") == 1)
-    cluster.until(lambda: states(scrape(dispatcher), "digits") == {"queued": TRIALS})
-    assert scrape(dispatcher).value("memtail_redeliveries_total") == 1
+    living.until(lambda: scrape(dispatcher).value("memtail_leases_expired_total", experiment="vanishes") == 1)
+    living.until(lambda: states(scrape(dispatcher), "vanishes") == {"queued": TRIALS})
+    assert scrape(dispatcher).value("memtail_redeliveries_total") == before + 1
     experiment_store.set_control(Control("paused"))
-    cluster.until(lambda: states(scrape(dispatcher), "digits") == {"waiting": TRIALS})
+    living.until(lambda: states(scrape(dispatcher), "vanishes") == {"waiting": TRIALS})
     assert scrape(dispatcher).value("memtail_experiments", state="paused") == 1
 
 
-def test_the_time_of_completion_is_shown_while_trials_come_and_a_dispatcher_that_waits_shows_none(cluster, declare, digits):
+def test_the_time_of_completion_is_shown_while_trials_come_and_a_dispatcher_that_waits_shows_none(living, declare, digits):
     execution = {"trials_per_shard": 1, "device": "cpu"}
-    cluster.submit(declare(500, training={"epochs": 20}, execution=execution), digits)
-    dispatcher, _ = cluster.start("dispatcher"), cluster.start("worker")
-    cluster.until(lambda: (scrape(dispatcher).value("memtail_completion_timestamp_seconds") or 0) > time.time())
-    second = cluster.start("dispatcher")
-    cluster.until(lambda: cluster.serves(second))
+    living.submit(declare(500, name="long", training={"epochs": 20}, execution=execution), digits)
+    (dispatcher,) = living.kinds("dispatcher")
+    living.until(lambda: (scrape(dispatcher).value("memtail_completion_timestamp_seconds") or 0) > time.time())
+    second = living.start("dispatcher")
+    living.until(lambda: living.serves(second))
     assert scrape(second).value("memtail_dispatcher_leader") == 0
     assert not scrape(second).experiments()
     assert scrape(second).value("memtail_experiments") is None
     dispatcher.stop()
-    cluster.until(lambda: scrape(second).value("memtail_dispatcher_leader") == 1 and scrape(second).experiments() == {"digits"})
+    living.until(lambda: scrape(second).value("memtail_dispatcher_leader") == 1 and scrape(second).experiments() == {"long"})
 
 
-def test_an_experiment_that_is_removed_from_the_bucket_goes_from_the_metrics(cluster, declare, digits):
+def test_an_experiment_that_is_removed_from_the_bucket_goes_from_the_metrics(living, declare, digits):
     for name in ("stays", "goes"):
-        cluster.submit(declare(TRIALS, name=name), digits)
-    services = [cluster.start(name) for name in ("dispatcher", "aggregator")]
+        living.submit(gated(declare, name=name), digits)
+    services = [*living.kinds("dispatcher"), *living.kinds("aggregator")]
     for service in services:
-        cluster.until(lambda service=service: cluster.serves(service) and scrape(service).experiments() == {"stays", "goes"})
-    cluster.store.delete(keys.experiment("goes"))
+        living.until(lambda service=service: living.serves(service) and scrape(service).experiments() == {"stays", "goes"})
+    living.store.delete(keys.experiment("goes"))
     for service in services:
-        cluster.until(lambda service=service: scrape(service).experiments() == {"stays"})
+        living.until(lambda service=service: scrape(service).experiments() == {"stays"})
 
 
-def test_two_services_with_one_port_say_so(cluster):
-    first = cluster.start("aggregator")
-    cluster.until(lambda: cluster.serves(first))
+def test_two_services_with_one_port_say_so(living):
+    (first,) = living.kinds("aggregator")
+    living.until(lambda: living.serves(first))
     for name in ("aggregator", "dispatcher", "worker"):
-        second = cluster.start(name, MEMTAIL_PORT=first.port)
+        second = living.start(name, MEMTAIL_PORT=first.port)
         assert second.process.wait(90) == 2
         text = f"MEMTAIL_PORT is {first.port}, which cannot be had (Address already in use): give each service here a port of its own"
         assert [(line["level"], line["event"]) for line in logged(second.log.read_text())] == [("critical", text)]
@@ -249,12 +204,12 @@ def test_the_series_of_an_experiment_go_away_when_it_has_ended_and_come_back_whe
 
 
 def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_shard_a_fault_is(cluster, experiment, digits):
-    experiment_store = cluster.submit(experiment, digits)
+    experiment_store, name = cluster.submit(experiment, digits), experiment.name
     broker, fingerprint = Broker(ServiceSettings(store="-", broker=cluster.redis.url)), experiment_store.read_record().fingerprint
 
     def train(numbers):
         shards = [Shard(first, first + PER_SHARD - 1) for first in range(numbers.start * PER_SHARD, numbers.stop * PER_SHARD, PER_SHARD)]
-        broker.send([Assignment(experiment="digits", fingerprint=fingerprint, first=each.first, last=each.last) for each in shards])
+        broker.send([Assignment(experiment=name, fingerprint=fingerprint, first=each.first, last=each.last) for each in shards])
         cluster.until(lambda: len(list(cluster.events(worker, "shard ended"))) == numbers.stop)
         return [str(shard) for shard in shards]
 
@@ -263,16 +218,16 @@ def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_sh
         shards = train(range(SHARDS - 1))
         lines = logged(worker.log.read_text())
         assert [(line["level"], line["event"], line["experiment"], line["shard"]) for line in lines] == [
-            ("info", "shard ended", "digits", shard) for shard in shards
+            ("info", "shard ended", name, shard) for shard in shards
         ]
-        proxy.cuts += [(f"PUT /{cluster.bucket}/{keys.trials('digits')}".encode(), 0)] * 2
+        proxy.cuts += [(f"PUT /{cluster.bucket}/{keys.trials(name)}".encode(), 0)] * 2
         (last,) = train(range(SHARDS - 1, SHARDS))
         faults = logged(worker.log.read_text())[len(shards) : -1]
     assert faults
     for line in faults:
-        assert (line["level"], line["event"], line["experiment"]) == ("warning", "store fails, trying again", "digits")
+        assert (line["level"], line["event"], line["experiment"]) == ("warning", "store fails, trying again", name)
         assert line["shard"] == last
-        assert line["key"].startswith(keys.trials("digits"))
+        assert line["key"].startswith(keys.trials(name))
 
 
 def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, digits, tmp_path):
@@ -331,8 +286,9 @@ raise RuntimeError("at the end")
         assert error in line["exception"]
 
 
-def test_what_is_no_message_is_dropped_logged_and_counted(cluster, experiment, digits):
-    experiment_store = cluster.submit(experiment, digits)
+def test_what_is_no_message_is_dropped_logged_and_counted(living, experiment, digits):
+    living.end(*living.kinds("dispatcher"), *living.kinds("worker"))
+    experiment_store = living.submit(experiment, digits)
     properties = '{"delivery_tag": "1", "delivery_info": {}, "body_encoding": "base64"}'
     entries = [
         "no JSON",
@@ -345,11 +301,11 @@ def test_what_is_no_message_is_dropped_logged_and_counted(cluster, experiment, d
         f'{{"properties": {properties}, "headers": {{}}, "body": ""}}',
         f'{{"properties": {properties}, "headers": {{"task": "{TASK}", "id": "1"}}, "body": "x"}}',
     ]
-    cluster.redis.client().lpush("memtail:shards", *entries)
-    dispatcher = cluster.start("dispatcher")
-    cluster.until(lambda: list(cluster.events(dispatcher, "sent")))
-    worker = cluster.start("worker")
-    cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == len(entries))
+    living.redis.client().lpush("memtail:shards", *entries)
+    dispatcher = living.start("dispatcher")
+    living.until(lambda: list(living.events(dispatcher, "sent")))
+    worker = living.start("worker")
+    living.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == len(entries))
     dropped = [line for line in logged(worker.log.read_text()) if line["event"] == "message dropped: it cannot be read"]
     assert len(dropped) == len(entries)
-    cluster.until(lambda: len(experiment_store.committed()) == SHARDS)
+    living.until(lambda: len(experiment_store.committed()) == SHARDS)

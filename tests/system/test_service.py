@@ -15,49 +15,45 @@ from memtail.storage import keys
 from services.common.broker import TASK, Assignment, Broker, celery_app
 from services.common.settings import ServiceSettings
 from tests.support.cluster import RedisServer
-from tests.system.conftest import PER_SHARD, TRIALS
-from tests.system.test_metrics import scrape
+from tests.support.experiments import PER_SHARD, TRIALS
+from tests.support.metrics import scrape
 
 
-def test_the_service_publishes_the_bits_of_an_embedded_run(cluster, experiment, digits, expected):
-    experiment_store = cluster.submit(experiment, digits)
-    for name in ("dispatcher", "worker", "worker", "aggregator"):
-        cluster.start(name)
-    cluster.until_published(experiment_store, TRIALS)
-    assert cluster.scores(experiment.name) == expected(experiment)
-    cluster.until(lambda: latest_report(cluster.store, "digits"))
+def test_the_service_publishes_the_bits_of_an_embedded_run(living, experiment, digits, expected):
+    experiment_store = living.submit(experiment, digits)
+    living.until_published(experiment_store, TRIALS)
+    assert living.scores(experiment.name) == expected(experiment)
+    living.until(lambda: latest_report(living.store, experiment.name))
     # the bits of the report that anyone makes of these scores
-    assert latest_report(cluster.store, "digits") == publish_report(cluster.store, "digits")
+    assert latest_report(living.store, experiment.name) == publish_report(living.store, experiment.name)
     assert not experiment_store.attempts()
-    assert not list(experiment_store.store.list("experiments/digits/checkpoints/"))
+    assert not list(experiment_store.store.list(keys.checkpoints(experiment.name)))
 
 
-def test_an_experiment_goes_on_until_its_scores_are_sharp_as_an_embedded_run_does(cluster, declare, digits, expected):
+def test_an_experiment_goes_on_until_its_scores_are_sharp_as_an_embedded_run_does(living, declare, digits, expected):
     execution = {"trials_per_shard": 16, "device": "cpu"}
     experiment = declare(64, name="sharp", subsets={"until": {"standard_error": 0.05, "quantile": 0.9}}, execution=execution)
     scores = expected(experiment)
-    experiment_store = cluster.submit(experiment, digits)
-    for name in ("dispatcher", "worker", "aggregator"):
-        cluster.start(name)
+    experiment_store = living.submit(experiment, digits)
     trials = int(json.loads(scores["summary.json"])["trials"])
     assert trials > 64
-    cluster.until_published(experiment_store, trials)
+    living.until_published(experiment_store, trials)
     assert experiment_store.read_record().experiment.subsets.trials == trials
-    assert cluster.scores("sharp") == scores
+    assert living.scores("sharp") == scores
 
 
-def test_priorities_pauses_and_cancelling_decide_what_is_trained(cluster, declare, digits):
+def test_priorities_pauses_and_cancelling_decide_what_is_trained(living, declare, digits):
+    living.end(*living.kinds("dispatcher"))
     execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
     paused, cancelled, low, high = (
-        cluster.submit(declare(TRIALS, name=name, execution=execution), digits) for name in ("paused", "cancelled", "low", "high")
+        living.submit(declare(TRIALS, name=name, execution=execution), digits) for name in ("paused", "cancelled", "low", "high")
     )
     paused.set_control(Control("paused"))
     cancelled.set_control(Control("cancelled"))
     high.set_control(Control(priority=1))
-    for name in ("dispatcher", "aggregator", "worker"):
-        cluster.start(name)
-    cluster.until_published(high, TRIALS)
-    cluster.until_published(low, TRIALS)
+    living.start("dispatcher")
+    living.until_published(high, TRIALS)
+    living.until_published(low, TRIALS)
     began = [
         min(experiment_store.batch(shard, experiment_store.read_record()).provenance["started"] for shard in experiment_store.committed())
         for experiment_store in (high, low)
@@ -66,28 +62,27 @@ def test_priorities_pauses_and_cancelling_decide_what_is_trained(cluster, declar
     assert not paused.committed()
     assert not cancelled.committed()
     paused.set_control(Control())
-    cluster.until_published(paused, TRIALS)
+    living.until_published(paused, TRIALS)
     assert not cancelled.committed()
 
 
-def test_forged_messages_train_nothing_and_end_no_worker(cluster, declare, digits):
-    execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
-    experiment_store = cluster.submit(declare(TRIALS, execution=execution), digits)
-    broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
-    fields = {"experiment": "digits", "fingerprint": experiment_store.read_record().fingerprint, "first": 0, "last": 3}
+def test_forged_messages_train_nothing_and_end_no_worker(living, experiment, digits):
+    living.end(*living.kinds("dispatcher"), *living.kinds("worker"))
+    experiment_store = living.submit(experiment, digits)
+    broker = living.broker()
+    fields = {"experiment": experiment.name, "fingerprint": experiment_store.read_record().fingerprint, "first": 0, "last": 3}
     changes = ({"fingerprint": "0" * 64}, {"last": TRIALS - 1}, {"first": 3, "last": 0}, {"first": 10**9, "last": 10**9 + 1})
     broker.send([Assignment(**fields | change) for change in changes])
     for body in ({"experiment": "../digits"}, {}, {**fields, "more": 1}):
         broker._celery.send_task(TASK, kwargs=body)
     broker._celery.send_task("os.system", args=["true"])
-    worker = cluster.start("worker")
-    cluster.until(lambda: len(list(cluster.events(worker, "shard ended"))) == len(changes))
-    cluster.until(lambda: len(list(cluster.events(worker, "message dropped: it is no assignment"))) == 3)
-    cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == 4)
+    worker = living.start("worker")
+    living.until(lambda: len(list(living.events(worker, "shard ended"))) == len(changes))
+    living.until(lambda: len(list(living.events(worker, "message dropped: it is no assignment"))) == 3)
+    living.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == 4)
     assert worker.log.read_text().count('"outcome": "not wanted"') == len(changes)
-    cluster.start("dispatcher")
-    cluster.start("aggregator")
-    cluster.until_published(experiment_store, TRIALS)
+    living.start("dispatcher")
+    living.until_published(experiment_store, TRIALS)
     assert not experiment_store.attempts()
 
 
@@ -111,57 +106,49 @@ def test_a_broker_on_tls_is_trusted_only_by_its_certificate(tmp_path):
         server.stop()
 
 
-def test_cancelling_drops_what_is_being_trained_and_resuming_goes_on_from_there(cluster, declare, digits):
-    execution = {"trials_per_shard": 1, "device": "cpu"}
-    experiment_store = cluster.submit(
-        declare(40, training={"epochs": 20_000}, model={"name": "mlp", "hidden": [64]}, execution=execution), digits
-    )
-    cluster.start("dispatcher")
-    worker = cluster.start("worker")
-    broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
-    cluster.until(broker.leased)
+def test_cancelling_drops_what_is_being_trained_and_resuming_goes_on_from_there(living, slow, digits):
+    experiment_store = living.submit(slow, digits)
+    broker = living.broker()
+    living.until(broker.leased)
     experiment_store.set_control(Control("cancelled"))
-    cluster.until(lambda: list(cluster.events(worker, "shard ended")))
-    cluster.until(lambda: not broker.leased() and not broker.waiting())
-    assert '"outcome": "not wanted"' in worker.log.read_text()
+    living.until(lambda: living.told("worker", "shard ended", slow.name))
+    living.until(lambda: not broker.leased() and not broker.waiting())
+    assert all('"outcome": "not wanted"' in line for line in living.told("worker", "shard ended", slow.name))
     assert not experiment_store.committed()
     assert not experiment_store.attempts()
-    assert list(experiment_store.store.list(keys.checkpoints("digits")))
+    assert list(experiment_store.store.list(keys.checkpoints(slow.name)))
     experiment_store.set_control(Control())
-    cluster.until(broker.leased)
+    living.until(broker.leased)
 
 
-def test_the_masks_of_an_explicit_design_travel_with_the_experiment(cluster, declare, digits, expected, tmp_path):
+def test_the_masks_of_an_explicit_design_travel_with_the_experiment(living, declare, digits, expected, tmp_path):
     np.save(tmp_path / "masks.npy", np.random.default_rng(0).random((TRIALS, digits.n_train)) < 0.7)
     subsets = {"design": "explicit", "masks": tmp_path / "masks.npy"}
-    experiment = declare(TRIALS, subsets=subsets, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
+    experiment = declare(TRIALS, name="masked", subsets=subsets, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
     scores = expected(experiment)
-    submit(experiment, cluster.store)
+    submit(experiment, living.store)
     (tmp_path / "masks.npy").unlink()
-    for name in ("dispatcher", "worker", "aggregator"):
-        cluster.start(name)
-    experiment_store = ExperimentStore(cluster.store, experiment.name)
-    cluster.until_published(experiment_store, TRIALS)
-    assert cluster.scores(experiment.name) == scores
+    experiment_store = ExperimentStore(living.store, experiment.name)
+    living.until_published(experiment_store, TRIALS)
+    assert living.scores(experiment.name) == scores
     assert not experiment_store.attempts()
 
 
-def test_an_experiment_of_which_all_trials_diverge_ends_with_a_notice(cluster, declare, digits):
+def test_an_experiment_of_which_all_trials_diverge_ends_with_a_notice(living, declare, digits):
     training = {"epochs": 1, "optimizer": {"name": "sgd", "lr": 1e30}}
-    experiment_store = cluster.submit(
-        declare(TRIALS, training=training, execution={"trials_per_shard": PER_SHARD, "device": "cpu"}), digits
+    experiment_store = living.submit(
+        declare(TRIALS, name="divergent", training=training, execution={"trials_per_shard": PER_SHARD, "device": "cpu"}), digits
     )
-    for name in ("dispatcher", "worker", "aggregator"):
-        cluster.start(name)
-    cluster.until(lambda: progress_of(cluster.store, experiment_store.name).ending == "without scores")
-    assert progress_of(cluster.store, experiment_store.name).notice_lines == [
+    living.until(lambda: progress_of(living.store, experiment_store.name).ending == "without scores")
+    assert progress_of(living.store, experiment_store.name).notice_lines == [
         f"all {TRIALS} trials diverged, so there are no scores: lower the learning rate"
     ]
 
 
-def test_a_worker_of_one_experiment_takes_its_shards_only_and_ends_when_nothing_is_left(cluster, declare, digits):
+def test_a_worker_of_one_experiment_takes_its_shards_only_and_ends_when_nothing_is_left(living, declare, digits):
+    living.end(*living.kinds("dispatcher"))
     execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
-    mine, other = (cluster.submit(declare(TRIALS, name=name, execution=execution), digits) for name in ("mine", "other"))
+    mine, other = (living.submit(declare(TRIALS, name=name, execution=execution), digits) for name in ("mine", "other"))
     for experiment_store in (mine, other):
         fields = {
             "experiment": experiment_store.name,
@@ -169,8 +156,8 @@ def test_a_worker_of_one_experiment_takes_its_shards_only_and_ends_when_nothing_
             "first": 0,
             "last": PER_SHARD - 1,
         }
-        Broker(ServiceSettings(store="-", broker=cluster.redis.url, experiment=experiment_store.name)).send([Assignment(**fields)])
-    worker = cluster.start("worker", MEMTAIL_EXPERIMENT="mine", MEMTAIL_REST_SECONDS="2")
+        Broker(ServiceSettings(store="-", broker=living.redis.url, experiment=experiment_store.name)).send([Assignment(**fields)])
+    worker = living.start("worker", MEMTAIL_EXPERIMENT="mine", MEMTAIL_REST_SECONDS="2")
     assert worker.process.wait(90) == 0, worker.log.read_text()
     assert len(mine.committed()) == 1
     assert not other.committed()

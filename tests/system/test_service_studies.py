@@ -1,62 +1,57 @@
 """Studies of an experiment in a bucket, whose models the services train."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
 from memtail.report.publish import latest_report
 from memtail.studies.result import load_results
-from tests.support.cluster import Cluster
+from tests.support.cli import command
+from tests.support.cluster import LivingCluster
 
 REPEATS = "4"
 
 
-def study(cluster: Cluster, *arguments: str) -> dict[str, Any]:
+def study(cluster: LivingCluster, *arguments: str) -> dict[str, Any]:
     """What `memtail study` answers a script on a machine that has the bucket and nothing else."""
     environment = {**cluster.environment, "MEMTAIL_CACHE": str(cluster.folder / "own cache")}
-    command = [sys.executable, "-m", "memtail", "study", *arguments, "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = command("study", *arguments, "--json", env=environment)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
 
-def test_studies_in_a_bucket_are_trained_by_the_services_though_a_worker_is_killed(cluster, declare, digits):
+def test_studies_in_a_bucket_are_trained_by_the_services_though_a_worker_is_killed(living, declare, digits):
     execution = {"device": "cpu", "trials_per_shard": 16}
     experiment = declare(128, model={"name": "mlp", "hidden": [32]}, training={"epochs": 5}, execution=execution)
-    experiment_store = cluster.submit(experiment, digits)
-    for name in ("dispatcher", "aggregator"):
-        cluster.start(name)
-    worker = cluster.start("worker")
-    cluster.until_published(experiment_store, 128)
-    worker.stop()
+    experiment_store = living.submit(experiment, digits)
+    living.until_published(experiment_store, 128)
+    living.end(*living.kinds("worker"))
 
     asked = (
         ("removal", "digits", "--theta", "0.25", "--repeats", REPEATS, "--submit"),
         ("removal", "digits", "--pairs", "--repeats", REPEATS, "--submit"),
         ("last-layer", "digits", "--submit"),
     )
-    entered = [study(cluster, *arguments) for arguments in asked]
+    entered = [study(living, *arguments) for arguments in asked]
     assert [each["trained"] for each in entered] == [False] * 3
     assert [each["trials"] for each in entered] == [12, 12, 128]
-    trained = [ExperimentStore(cluster.store, each["experiment"]) for each in entered]
-    worker = cluster.start("worker")
-    cluster.until(lambda: any(each.committed() for each in trained))
+    trained = [ExperimentStore(living.store, each["experiment"]) for each in entered]
+    worker = living.start("worker")
+    living.until(lambda: any(each.committed() for each in trained))
     worker.kill()
-    cluster.start("worker")
+    living.start("worker")
     for each in trained:
-        cluster.until(lambda name=each.name: progress_of(cluster.store, name).ending == "published")
+        living.until(lambda name=each.name: progress_of(living.store, name).ending == "published")
     # the same commands again evaluate; near-duplicates are judged by the models of --pairs
-    asked += (("duplicates", "digits", "--repeats", REPEATS), ("stability", "digits"))
-    answers = [study(cluster, *arguments) for arguments in asked]
+    others = (("duplicates", "digits", "--repeats", REPEATS), ("stability", "digits"))
+    answers = [study(living, *arguments) for arguments in (*asked, *others)]
 
     assert [answer["study"] for answer in answers] == ["removal", "removal-pairs", "last-layer", "duplicates", "stability"]
     assert [answer["trials"] for answer in answers] == [12, 12, 256, 140, 128]
     assert entered[1]["experiment"] in answers[3]["experiments"]
-    assert [result.to_json() for result in load_results(cluster.store, "digits")] == sorted(answers, key=lambda answer: answer["study"])
+    assert [result.to_json() for result in load_results(living.store, "digits")] == sorted(answers, key=lambda answer: answer["study"])
     # the experiment has a report; what its studies train needs none
-    assert latest_report(cluster.store, "digits")
-    assert not any(latest_report(cluster.store, each.name) for each in trained)
+    assert latest_report(living.store, "digits")
+    assert not any(latest_report(living.store, each.name) for each in trained)

@@ -10,16 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtail.errors import ForeignObjectError, StoreError
-from memtail.trials import TrialBatch, TrialMetrics, pack, unpack
-
-
-def make(k=3, n=13, q=5, seed=0, margins=False, mistakes=True):
-    rng = np.random.default_rng(seed)
-    bits = [rng.random((k, size)) < 0.5 for size in (n, n, q)]
-    metrics = [TrialMetrics(trial, False, 0.5, 1.0, None, 0.75) for trial in range(10, 10 + k)]
-    floats = [rng.normal(size=(k, size)).astype(np.float16) if margins else None for size in (n, q)]
-    wrong = rng.integers(0, 300, (~bits[1]).sum(), np.uint16) if mistakes else None
-    return TrialBatch(np.arange(10, 10 + k, dtype=np.int32), *map(pack, bits), n, q, metrics, {"fingerprint": "f"}, *floats, wrong), bits
+from memtail.trials import TrialBatch, unpack
+from tests.support.batches import random_batch as make
 
 
 @given(

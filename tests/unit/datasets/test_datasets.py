@@ -2,12 +2,7 @@
 
 import gzip
 import re
-import signal
 import struct
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +13,7 @@ from memtail.datasets import folder as folder_module
 from memtail.datasets.folder import find_images, prepare_folder
 from memtail.errors import DatasetError
 from memtail.spec import DatasetSpec
-from tests.conftest import write_arrays
+from tests.support.arrays import write_arrays, write_tree
 
 
 def arrays(path, **parts):
@@ -155,19 +150,6 @@ def test_a_dataset_that_is_nowhere_says_where_it_looked_and_how_to_get_it(tmp_pa
         datasets.prepare(DatasetSpec(name="cifar10", root=tmp_path))
 
 
-def write_tree(root, count=5, size=(8, 8), suffix=".png"):
-    rng = np.random.default_rng(0)
-    held = {}
-    for split in ("train", "val"):
-        for label in ("cat", "dog"):
-            (root / split / label).mkdir(parents=True)
-            for index in range(count):
-                image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-                Image.fromarray(image).save(root / split / label / f"{index:03}{suffix}")
-                held[f"{split}/{label}/{index:03}{suffix}"] = image
-    return held
-
-
 def prepare_tree(root, **parts):
     return datasets.prepare(DatasetSpec(name="folder", root=root, **parts))
 
@@ -239,35 +221,6 @@ def test_images_of_16_bits_are_refused_and_hidden_folders_passed_over(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "train" / "dog" / "deep.png")
     with pytest.raises(DatasetError, match=r"deep\.png: has more than 8 bits per channel"):
         prepare_tree(tmp_path)
-
-
-def test_a_preparation_that_is_killed_leaves_no_process_and_goes_on_where_it_was(tmp_path):
-    write_tree(tmp_path / "tree", count=4000)
-    target = tmp_path / "prepared"
-    script = tmp_path / "prepare.py"
-    script.write_text(
-        "import sys; from pathlib import Path; from memtail.datasets.folder import find_images, prepare_folder\n"
-        "if __name__ == '__main__': prepare_folder(find_images(Path(sys.argv[1]), None, None), 32, Path(sys.argv[2]), None)"
-    )
-    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "tree"), str(target)])
-    children: list[str] = []
-    while process.poll() is None and not list(target.glob(".unfinished-*/journal.jsonl")):
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or children
-        time.sleep(0.005)
-    assert process.poll() is None
-    assert children
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < deadline, "a decoding process outlived its parent"
-        time.sleep(0.05)
-    steps: list[tuple[int, int]] = []
-    prepared = prepare_folder(find_images(tmp_path / "tree", None, None), 32, target, lambda *step: steps.append(step))
-    assert len(steps) < 16
-    assert steps[-1] == (16000, 16000)
-    fresh = prepare_folder(find_images(tmp_path / "tree", None, None), 32, tmp_path / "fresh", None)
-    assert prepared.name == fresh.name
 
 
 def test_an_unusable_cache_is_one_clear_error(tmp_path, monkeypatch):

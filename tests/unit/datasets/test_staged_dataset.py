@@ -14,7 +14,7 @@ from memtail.errors import DatasetError
 from memtail.spec import DatasetSpec
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
-from tests.conftest import write_arrays
+from tests.support.arrays import write_arrays
 
 
 class CountingStore(LocalStore):

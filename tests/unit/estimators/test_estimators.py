@@ -1,9 +1,5 @@
 """Estimates from packed statistics against a direct transcription of the equations."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -12,33 +8,8 @@ from hypothesis import strategies as st
 from memtail.estimators import expected_standard_error, high_influence_pairs, influence, memorization, top_influencers
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics import popcount_avx2 as lookup
-from memtail.trials import TrialBatch, TrialMetrics, pack
-
-
-def batch(first, M, C, T, diverged=(), margins=None, given=None):
-    trials = np.arange(first, first + len(M), dtype=np.int32)
-    metrics = [TrialMetrics(int(k), int(k) in diverged, 0.0, 1.0, 1.0, 1.0) for k in trials]
-    mistakes = None if given is None else given[~C & ~np.isin(trials, list(diverged))[:, None]].astype(np.uint16)
-    return TrialBatch(
-        trials,
-        pack(M),
-        pack(C),
-        pack(T),
-        M.shape[1],
-        T.shape[1],
-        metrics,
-        {},
-        margins,
-        None if margins is None else T.astype(np.float16),
-        mistakes,
-    )
-
-
-def random_bits(seed, t, n, q):
-    rng = np.random.default_rng(seed)
-    # some examples are always in or always out, so that k_out or k_in is 0
-    M = rng.random((t, n)) < rng.choice([0.0, 0.5, 0.7, 1.0], n, p=[0.1, 0.4, 0.4, 0.1])
-    return M, rng.random((t, n)) < 0.6, rng.random((t, q)) < 0.6
+from tests.support.batches import batch_of as batch
+from tests.support.batches import random_bits
 
 
 def direct_memorization(M, C):
@@ -158,7 +129,7 @@ def test_held_out_mistakes_are_counted_once_per_trial_in_any_order(t, n, classes
     statistics = Statistics(n, 3)
     for first in [*rng.permutation(range(0, t, shard)).tolist(), 0]:
         some = slice(first, first + shard)
-        statistics.accumulate(batch(first, M[some], C[some], T[some], diverged, given=given[some]))
+        statistics.accumulate(batch(first, M[some], C[some], T[some], diverged, predicted=given[some]))
     counted = ~np.isin(np.arange(t), diverged)
     most, times = statistics.held_out_mistakes.most_frequent(n)
     for i in range(n):
@@ -222,23 +193,3 @@ def test_both_ways_of_counting_pairs_count_alike(words, a, b, seed):
             found.append(cooccurrence(left, right))
     assert (found[0] == expected).all()
     assert (found[1] == expected).all()
-
-
-def test_threads_may_count_at_the_same_time_whatever_numba_has_to_run_on():
-    count = """
-import threading
-import numpy as np
-from memtail.estimators.influence import Influence
-from memtail.statistics import cooccurrence
-words = np.zeros((63, 50_000), np.uint64)
-def work():
-    for _ in range(40):
-        both = cooccurrence(words[:, :1], words)
-        Influence(both, np.ones(1, np.int64), np.ones(50_000, np.int64), 4000).value
-threads = [threading.Thread(target=work) for _ in range(3)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-"""
-    environment = {**os.environ, "NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "2"}
-    ended = subprocess.run([sys.executable, "-c", count], env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr

@@ -10,7 +10,8 @@ from memtail.estimators import convergence, false_discovery, memorization
 from memtail.estimators.convergence import memorization_by, stages
 from memtail.estimators.false_discovery import LARGEST_RATE
 from memtail.statistics import Statistics
-from tests.unit.estimators.test_estimators import batch, random_bits
+from tests.support.batches import batch_of as batch
+from tests.support.batches import random_bits
 
 
 def folded(M, C, T, first=0):

@@ -8,6 +8,7 @@ from memtail.execution import aggregation as module
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import ExperimentStore
+from memtail.scores.publish import publish
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
@@ -43,7 +44,8 @@ class Trained:
         bits = [pack(rng.random((8, size)) < share) for size, share in zip(sizes, (0.5, correct, correct), strict=True)]
         metrics = [TrialMetrics(int(trial), diverged, 0.1, 1.0, 0.5, 0.75) for trial in trials]
         provenance = {"fingerprint": fingerprint or self.record.fingerprint, "seconds": 1.0}
-        batch = TrialBatch(trials, *bits, self.record.n_train, self.record.n_test, metrics, provenance)
+        counts = self.record.n_train, self.record.n_test
+        batch = TrialBatch(trials, bits[0], bits[1], bits[2], *counts, metrics, provenance)
         self.store.store.put_if_absent(keys.trial_batch(self.store.name, first, first + 7), batch.to_bytes())
         return batch
 
@@ -106,7 +108,7 @@ def test_before_the_end_scores_are_published_by_number_of_trials_or_by_time(trai
 
 def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes_at_once(trained, monkeypatch):
     experiment = trained(40)
-    aggregation, publish = experiment.aggregation(), module.publish
+    aggregation = experiment.aggregation()
 
     def slowly(*arguments):
         experiment.clock.now += 100.0

@@ -7,7 +7,7 @@ from memtail.errors import SpecError
 from memtail.estimators import expected_standard_error, memorization
 from memtail.execution.embedded import run
 from memtail.execution.stopping import next_round
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment, UntilSpec
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore

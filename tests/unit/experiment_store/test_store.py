@@ -11,6 +11,7 @@ from memtail.experiment_store import Control, ExperimentStore, Record, missing_s
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
+from tests.support.batches import random_batch
 
 
 @given(trials=st.integers(1, 200), size=st.integers(1, 70), done=st.sets(st.integers(0, 250), max_size=60))
@@ -54,9 +55,7 @@ def test_more_trials_extend_an_experiment_on_its_own_grid_and_fewer_are_refused(
 
 
 def test_a_batch_of_other_trials_than_its_name_says_is_refused_and_foreign_files_are_passed_over(experiment_store):
-    from tests.unit.test_trials import make
-
-    batch = make()[0]
+    batch = random_batch()[0]
     held = dataclasses.replace(experiment_store.register(record()), fingerprint="f", n_train=13)
     assert experiment_store.commit(batch, "f")
     assert not experiment_store.commit(batch, "f")

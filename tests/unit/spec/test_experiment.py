@@ -1,5 +1,7 @@
 """The experiment file: defaults, fingerprints, and one clear line for whatever is wrong."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import yaml
@@ -7,7 +9,7 @@ import yaml
 from memtail.errors import SpecError
 from memtail.spec import Experiment, differences
 
-BASE = {"name": "digits", "dataset": {"name": "digits"}}
+BASE: dict[str, Any] = {"name": "digits", "dataset": {"name": "digits"}}
 
 
 def changed(path, value):

@@ -10,7 +10,7 @@ from memtail.statistics import Statistics
 from memtail.studies.agreement import PAPERS, SPLITS, Agreement, Estimates, agreements, rank_correlation
 from memtail.studies.intervals import difference, mean
 from memtail.studies.stability import _Needed, _Split, _trials_for
-from tests.unit.estimators.test_estimators import batch
+from tests.support.batches import batch_of as batch
 
 LABELS = np.zeros(9, np.int64), np.zeros(7, np.int64)
 

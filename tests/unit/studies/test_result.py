@@ -1,8 +1,5 @@
 """Results of studies in a store: written whole, read back, and named where they are damaged."""
 
-import subprocess
-import sys
-
 import pyarrow.parquet
 import pytest
 
@@ -54,16 +51,6 @@ def test_a_result_without_its_last_object_is_not_there_yet_and_a_damaged_one_is_
     store.put(key, b'{"schema": 7}')
     with pytest.raises(StoreError, match="is of schema 7"):
         load_results(store, "e")
-
-
-def test_reading_results_and_asking_what_studies_there_are_loads_neither_torch_nor_matplotlib(store):
-    write(store)
-    code = (
-        "import sys; from memtail.storage.local import LocalStore; from memtail.studies.result import load_results\n"
-        f"assert load_results(LocalStore({store.address!r}), 'e')[0].figure_svg()\n"
-        "assert not {'torch', 'matplotlib', 'pandas', 'scipy'} & sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_keys_of_studies_lie_below_the_experiment():

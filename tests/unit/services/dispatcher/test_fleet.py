@@ -56,7 +56,9 @@ def demand(name="a", outstanding=10, priority=0, state="running", **workers):
 
 
 def sets(*workers_and_running, name="a", winding_down=False):
-    return [WorkerSet(f"{name}-{number}", name, number, *pair, winding_down) for number, pair in enumerate(workers_and_running, 1)]
+    return [
+        WorkerSet(f"{name}-{number}", name, number, pair[0], pair[1], winding_down) for number, pair in enumerate(workers_and_running, 1)
+    ]
 
 
 def test_as_many_workers_as_outstanding_shards_up_to_the_maxima():

@@ -42,8 +42,10 @@ def test_queries_name_declared_metrics_only(name):
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_each_panel_says_what_it_shows_and_in_which_unit(name):
     for panel in panels(DASHBOARDS[name]):
-        assert panel["description"].endswith(".") and panel["fieldConfig"]["defaults"]["unit"], panel["title"]
-        assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"] and panel["datasource"]["uid"] == "${datasource}", panel["title"]
+        assert panel["description"].endswith("."), panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"], panel["title"]
+        assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
 
 
 def test_rates_say_of_what():

@@ -24,7 +24,7 @@ from memtail.trainers.images.schedule import learning_rate_factor
 from memtail.trainers.images.stack import is_stackable, stack_networks
 from memtail.trainers.images.stack_trainer import StackedRun
 from memtail.trials import unpack
-from tests.conftest import write_arrays
+from tests.support.arrays import write_arrays
 
 CPU = torch.device("cpu")
 SAME = ("trial", "membership", "train_correct", "test_correct", "train_mistakes")
@@ -287,7 +287,7 @@ class Memory:
         ({"name": "mlp", "hidden": [16]}, 1),
         ({"name": "mlp", "hidden": [16]}, 20),
         ({"name": "resnet9", "options": {"width": 2}}, 9),
-        ("tests.unit.trainers.images.test_shard:with_dropout", 9),
+        ("tests.support.networks:with_dropout", 9),
     ],
 )
 def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at):
@@ -367,10 +367,6 @@ def test_the_dataset_given_is_the_one_trained_on(declare, digits):
     other = dataclasses.replace(digits, train_labels=(digits.train_labels + 1) % 10)
     batches = [train_shard(experiment, dataset, range(2), CPU) for dataset in (digits, other)]
     assert (batches[0].test_correct != batches[1].test_correct).any()
-
-
-def with_dropout(image_shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(image_shape)), 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, classes))
 
 
 def test_margins_and_mistakes_are_those_of_the_final_model(declare, digits):
@@ -467,7 +463,7 @@ def test_schedules(schedule, factors):
         "densenet100",
         "inception",
         "mobilenet_v3_small",
-        "tests.unit.trainers.images.test_shard:with_dropout",
+        "tests.support.networks:with_dropout",
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,6 +1,7 @@
-"""The examples of the studies, as a newcomer runs them, but on fewer trials."""
+"""The examples of the studies, as a newcomer runs them, but with fewer and shorter trials."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from memtail.cli import study as cli_study
 from memtail.storage.local import LocalStore
 from memtail.studies.result import load_results
+from tests.support.cli import command
 
 PROJECT = Path(__file__).parents[2]
 SCRIPTS = sorted((PROJECT / "examples/studies").iterdir())
-TRIALS = 100
+TRIALS, EPOCHS = 100, 5
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +30,41 @@ def folder(own_cache, tmp_path_factory):
     for path in (folder / "examples").glob("digits*.yaml"):
         declared = yaml.safe_load(path.read_text())
         declared["subsets"]["trials"] = TRIALS
+        declared["training"]["epochs"] = EPOCHS
         path.write_text(yaml.safe_dump(declared))
     return folder
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_an_example_leaves_the_study_that_it_is_named_after(folder, script):
+def test_an_example_leaves_the_study_that_it_is_named_after(folder, script, monkeypatch):
+    monkeypatch.chdir(folder)
+    first, *commands = [shlex.split(line) for line in script.read_text().splitlines() if not line.startswith("#")]
+    assert first == ["set", "-eu"]
+    shown = ""
+    for program, *arguments in commands:
+        assert program == "memtail"
+        done = command(*arguments)
+        assert done.returncode == 0, done.stderr
+        shown += done.stdout
+    assert result_of(folder, script).findings[0] in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_an_example_is_a_script_of_a_shell(folder, script):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(PROJECT)}
     command = ["sh", script.relative_to(PROJECT)]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    results = {result.study: result for result in load_results(LocalStore(folder / "memtail-store"), "digits")}
-    assert results[script.stem].findings[0] in done.stdout
+    assert result_of(folder, script).findings[0] in done.stdout
+
+
+def result_of(folder, script):
+    return {result.study: result for result in load_results(LocalStore(folder / "memtail-store"), "digits")}[script.stem]
 
 
 def test_every_study_has_an_example():
-    assert set(get_command(cli_study.app).commands) <= {script.stem for script in SCRIPTS}
+    studies = get_command(cli_study.app)
+    assert isinstance(studies, TyperGroup)
+    assert set(studies.commands) <= {script.stem for script in SCRIPTS}

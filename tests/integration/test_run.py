@@ -1,0 +1,326 @@
+"""Whole runs through the public interface: scores, resuming, killing, two at once, failures, planted truths."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import memtail
+from memtail.errors import MemtailError, StoreError
+from memtail.experiment_store import ExperimentStore
+from memtail.scores.pointer import latest_version
+from memtail.scores.publish import publish
+from memtail.statistics import Statistics
+from memtail.storage.local import LocalStore
+from memtail.trials import unpack
+from tests.support.arrays import write_arrays, write_tree
+from tests.support.cli import batches, command, same_files, version
+from tests.support.cli import write_spec as spec
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A store with a finished run, to compare with."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = command("run", spec(folder), "--store", folder / "store")
+    assert result.returncode == 0, result.stderr
+    return folder / "store", result.stdout
+
+
+def test_a_run_prints_the_spec_the_progress_and_the_summary(finished):
+    store, text = finished
+    assert "batch_size: 64" in text
+    assert "60/60 trials" in text
+    assert "in-subset accuracy" in text
+    assert "most memorized" in text
+    assert str(version(store)) in text
+
+
+def test_a_second_run_trains_nothing_and_publishes_the_same_bits(finished, tmp_path):
+    store, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in batches(store)}
+    folder = version(store)
+    held = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = command("run", spec(tmp_path), "--store", store)
+    assert result.returncode == 0
+    assert "all from the store" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in batches(store)} == before
+    assert version(store) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == held
+
+
+def test_more_trials_extend_an_experiment_to_the_scores_of_a_whole_run(finished, tmp_path):
+    store, _ = finished
+    assert command("run", spec(tmp_path, subsets={"trials": 33}), "--store", tmp_path / "store").returncode == 0
+    assert command("run", spec(tmp_path), "--store", tmp_path / "store").returncode == 0
+    assert same_files(version(store), version(tmp_path / "store"))
+    assert len(list((tmp_path / "store" / "experiments" / "digits" / "scores").glob("0*"))) == 2
+
+
+def test_another_experiment_of_the_name_is_refused_and_nothing_is_lost(finished, tmp_path):
+    store, _ = finished
+    held = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    result = command("run", spec(tmp_path, training={"epochs": 5}), "--store", store)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "(training.epochs 4 -> 5): choose another name" in result.stderr
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == held
+
+
+def test_a_foreign_or_corrupt_batch_is_refused_by_name(finished, tmp_path):
+    store, _ = finished
+    run = spec(tmp_path, training={"epochs": 5})
+    (tmp_path / "store" / "experiments" / "digits" / "trials").mkdir(parents=True)
+    foreign = tmp_path / "store" / "experiments" / "digits" / "trials" / batches(store)[0].name
+    foreign.write_bytes(batches(store)[0].read_bytes())
+    result = command("run", run, "--store", tmp_path / "store")
+    assert result.returncode == 2
+    assert foreign.name in result.stderr
+    assert "belongs to another experiment" in result.stderr
+    foreign.write_bytes(foreign.read_bytes()[:100])
+    result = command("run", run, "--store", tmp_path / "store")
+    assert result.returncode == 2
+    assert foreign.name in result.stderr
+    assert "truncated or corrupt" in result.stderr
+
+
+def test_the_pointer_never_goes_back_to_fewer_trials(finished, digits):
+    store, _ = finished
+    experiment_store = ExperimentStore(LocalStore(store), "digits")
+    record = experiment_store.read_record()
+    behind = Statistics(digits.n_train, digits.n_test)
+    behind.accumulate(experiment_store.batch(experiment_store.committed()[0], record))
+    before = latest_version(experiment_store.store, "digits")
+    assert publish(experiment_store.store, record, behind, digits)["trials"] == 5
+    assert latest_version(experiment_store.store, "digits") == before
+    assert command("top", "--store", store).returncode == 0
+
+
+def test_damaged_scores_are_one_clear_line_and_a_run_mends_the_pointer(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "store")
+    folder = version(tmp_path / "store")
+    for damage in ("{", '{"version": "gone"}'):
+        (folder.parent / "latest.json").write_text(damage)
+        result = command("top", "--store", tmp_path / "store")
+        assert result.returncode == 2
+        assert "latest.json: is damaged" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert command("status", "--store", tmp_path / "store").returncode == 0
+    assert command("run", spec(tmp_path), "--store", tmp_path / "store").returncode == 0
+    assert same_files(version(tmp_path / "store"), version(finished[0]))
+    (folder / "memorization.parquet").write_bytes(b"PAR1")
+    result = command("top", "--store", tmp_path / "store")
+    assert result.returncode == 2
+    assert "memorization.parquet: is missing or damaged" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path):
+    write_tree(tmp_path / "images", count=6)
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "cat").rename(tmp_path / "images" / split / "a[red]")
+    few = {"trials": 8, "design": "balanced", "fraction": 0.5}
+    path = spec(tmp_path, "folder", dataset={"name": "folder", "root": "images"}, training={"epochs": 1}, subsets=few)
+    result = command("run", path, "--store", tmp_path / "st[/v1]")
+    assert result.returncode == 0
+    assert "a[red]/" in result.stdout
+    assert f"--store {tmp_path}/st[/v1]" in result.stdout
+
+
+def test_flipped_labels_come_out_memorized_and_far_above_the_rest(tmp_path, digits):
+    labels = np.array(digits.train_labels)
+    flipped = np.random.default_rng(0).choice(len(labels), 30, replace=False)
+    labels[flipped] = (labels[flipped] + 5) % 10
+    images = {"train_images": digits.train_images, "test_images": digits.test_images, "test_labels": digits.test_labels}
+    np.savez(tmp_path / "flipped.npz", train_labels=labels, **images)
+    mem = _run_arrays(tmp_path, "flipped").memorization["mem"]
+    rest = np.delete(mem, flipped)
+    # a few flipped digits do look like their new label
+    assert np.median(mem[flipped]) > 0.9
+    assert np.quantile(mem[flipped], 0.1) > 0.6
+    assert rest.mean() < 0.1
+    assert np.mean(mem[flipped][:, None] > rest) > 0.95
+
+
+def test_a_twin_under_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_path, digits):
+    # A test image that no training image tells apart: an 8 relabelled as class 10, which has few members of its own.
+    test_labels, labels, train = np.array(digits.test_labels), np.array(digits.train_labels), np.array(digits.train_images)
+    eights = np.flatnonzero(test_labels == 8)[:3]
+    test_labels[eights] = 10
+    planted = np.array([100, 200, 300])
+    train[planted], labels[planted] = digits.test_images[eights], 10
+    np.savez(tmp_path / "twins.npz", train_images=train, train_labels=labels, test_images=digits.test_images, test_labels=test_labels)
+    scores = _run_arrays(tmp_path, "twins")
+    for twin, test in zip(planted, eights, strict=True):
+        top = scores.top_influencers(int(test), 3)
+        assert top["tr_idx"][0] == twin
+        assert top["infl"][0] > 0.5
+        assert top["infl"][0] > top["infl"][1] + 0.2
+        assert scores.top_influenced(int(twin), 1)["tt_idx"][0] == test
+        assert (int(twin), int(test)) in set(zip(scores.pairs["tr_idx"].tolist(), scores.pairs["tt_idx"].tolist(), strict=True))
+
+
+def _run_arrays(tmp_path, name):
+    experiment = memtail.Experiment.parse(
+        {
+            "name": name,
+            "dataset": {"name": "arrays", "root": tmp_path / f"{name}.npz"},
+            "model": {"name": "mlp", "hidden": [256, 256]},
+            "training": {"epochs": 30, "optimizer": {"weight_decay": 0.0}},
+            "subsets": {"trials": 120},
+        }
+    )
+    memtail.run(experiment, tmp_path / "store")
+    return memtail.load_scores(tmp_path / "store" / "experiments" / name)
+
+
+def test_published_files_pass_a_consumers_check_with_plain_numpy(finished, digits):
+    store, _ = finished
+    folder = version(store)
+    stacked = [dict(np.load(path)) for path in batches(store)]
+    M, C, T = (
+        np.concatenate([unpack(part[name], count) for part in stacked]).astype(int)
+        for name, count in (("membership", digits.n_train), ("train_correct", digits.n_train), ("test_correct", digits.n_test))
+    )
+    mem = (M * C).sum(0) / M.sum(0) - ((1 - M) * C).sum(0) / (1 - M).sum(0)
+    everything = M.T @ T / M.sum(0)[:, None] - (1 - M).T @ T / (1 - M).sum(0)[:, None]
+    with np.load(folder / "infl_matrix.npz") as archive:
+        assert (archive["tr_labels"] == digits.train_labels).all()
+        assert (archive["tt_labels"] == digits.test_labels).all()
+        np.testing.assert_allclose(archive["tr_mem"], mem, atol=1e-12)
+        for label in range(10):
+            train, test = archive[f"tr_classidx_{label}"], archive[f"tt_classidx_{label}"]
+            assert (train == np.flatnonzero(digits.train_labels == label)).all()
+            assert (test == np.flatnonzero(digits.test_labels == label)).all()
+            block = archive[f"infl_matrix_class{label}"]
+            assert block.shape == (len(train), len(test))
+            np.testing.assert_allclose(block, everything[np.ix_(train, test)], atol=1e-6)
+    with np.load(folder / "high_infl_pairs_infl0.15_mem0.25.npz") as archive:
+        train, test = archive["tr_idx"], archive["tt_idx"]
+        assert train.dtype == test.dtype == np.int64
+        assert archive["infl"].dtype == archive["mem"].dtype == np.float64
+        np.testing.assert_allclose(archive["infl"], everything[train, test], atol=1e-12)
+        wanted = (mem[:, None] >= 0.25) & (everything >= 0.15) & (digits.train_labels[:, None] == digits.test_labels)
+        assert len(train) == wanted.sum() > 0
+        assert wanted[train, test].all()
+    import pandas as pd
+
+    for table in (pd.read_csv(folder / "memorization.csv"), pd.read_parquet(folder / "memorization.parquet")):
+        assert table["index"].tolist() == list(range(digits.n_train))
+        assert (table["label"] == digits.train_labels).all()
+        np.testing.assert_allclose(table["mem"], mem, atol=1e-9)
+
+
+def test_the_reader_answers_rows_columns_blocks_and_top_k(finished, digits):
+    store, _ = finished
+    scores = memtail.load_scores(store / "experiments" / "digits")
+    everything = scores.influence().value
+    assert everything.shape == (digits.n_train, digits.n_test)
+    assert (scores.influence(train=[3, 5], test=slice(0, 4)).value == everything[[3, 5], :4]).all()
+    assert (scores.influence(train=7, test=-1).value == everything[[7], -1:]).all()
+    np.testing.assert_array_equal(scores.top_influencers(8, 5)["infl"], np.sort(everything[:, 8])[::-1][:5])
+    np.testing.assert_array_equal(scores.top_influenced(8, 5)["infl"], np.sort(everything[8])[::-1][:5])
+    on_train = scores.influence(train=[1, 2], test=[1, 2], on="train").value
+    assert on_train.shape == (2, 2)
+    np.testing.assert_allclose(np.diag(on_train), scores.memorization["mem"][[1, 2]], atol=1e-12)
+    with pytest.raises(MemtailError, match="test index 359 is out of range: there are 359"):
+        scores.influence(test=359)
+    assert scores.to_pandas("pairs")["infl"].is_monotonic_decreasing
+    assert scores.summary["trials"] == 60
+    assert scores.summary["without_estimate"] == 0
+
+
+def test_filenames_go_with_the_scores_of_a_folder(tmp_path):
+    write_tree(tmp_path / "images", count=6)
+    path = spec(
+        tmp_path,
+        "folder",
+        dataset={"name": "folder", "root": "images"},
+        training={"epochs": 1},
+        subsets={"trials": 8, "design": "balanced", "fraction": 0.5},
+    )
+    assert command("run", path, "--store", tmp_path / "store").returncode == 0
+    with np.load(version(tmp_path / "store", "folder") / "index.npz") as archive:
+        assert archive["tr_filenames"][0] == b"cat/000.png"
+        assert archive["tt_filenames"][-1] == b"dog/005.png"
+        assert len(archive["tr_mem"]) == len(archive["tr_labels"]) == 12
+    top = json.loads(command("top", "--json", "-n", 2, "--store", tmp_path / "store").stdout)
+    assert len(top) == 2
+    assert top[0]["filename"].endswith(".png")
+
+
+def test_the_command_line_answers_in_text_and_json(finished, tmp_path):
+    store, _ = finished
+    (row,) = json.loads(command("status", "--json", "--store", store).stdout)
+    assert (row["experiment"], row["trials"], row["wanted"], row["published_trials"]) == ("digits", 60, 60, 60)
+    assert "digits" in command("status", "--store", store).stdout
+    top = json.loads(command("top", "digits", "--json", "-n", 3, "--store", store).stdout)
+    assert [row["mem"] for row in top] == sorted((row["mem"] for row in top), reverse=True)
+    assert len(top) == 3
+    pairs = json.loads(command("top", "--pairs", "--json", "--store", store).stdout)
+    assert pairs[0]["infl"] >= 0.15
+    influencers = json.loads(command("top", "--influencers-of", pairs[0]["tt_idx"], "-n", 2000, "--json", "--store", store).stdout)
+    assert pairs[0]["tr_idx"] in [row["tr_idx"] for row in influencers]
+    assert influencers[0]["infl"] >= pairs[0]["infl"]
+    assert command("scores", "--fetch", tmp_path / "out", "--store", store).returncode == 0
+    assert same_files(tmp_path / "out", version(store))
+    staged = json.loads(command("stage", spec(tmp_path), "--json").stdout)
+    assert staged["train"] == 1438
+    assert (Path(staged["folder"]) / "meta.json").exists()
+    checks = {check["name"]: check for check in json.loads(command("doctor", "--json", "--store", store).stdout)}
+    assert checks["conditional write"]["fine"]
+    assert checks["torch"]["fine"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["status", "--store", "nowhere"], "there is no store at nowhere"),
+        (["top", "nothing"], "there is no experiment 'nothing' in the store; there: digits"),
+        (["top", "--influencers-of", "9999"], "test index 9999 is out of range"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(finished, arguments, message):
+    store, _ = finished
+    more = [] if "--store" in arguments or arguments[0] == "run" else ["--store", store]
+    result = command(*arguments, *more)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"subsets": {"trials": 3}}, "3 trials"),
+        ({"subsets": {"fraction": 2}}, "subsets.fraction"),
+        ({"dataset": {"name": "arrays", "root": "gone.npz"}}, "gone.npz"),
+        ({"model": {"name": "resnet19"}}, "did you mean 'resnet9'?"),
+        ({"execution": {"device": "cuda:77"}}, "there is no 'cuda:77' here"),
+    ],
+)
+def test_a_bad_experiment_is_one_line_and_exit_code_2_and_leaves_no_store(tmp_path, parts, message):
+    path = spec(tmp_path, **parts)
+    if "model" in parts:
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "model": parts["model"]}))
+    result = command("run", path, "--store", tmp_path / "store")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "store" / "experiments").exists()
+
+
+def test_wrong_scores_paths_are_named(tmp_path):
+    with pytest.raises(MemtailError, match="holds no scores"):
+        memtail.load_scores(tmp_path)
+
+
+def test_enrolled_experiments_of_two_datasets_do_not_mix(finished, tmp_path):
+    store, _ = finished
+    experiment = memtail.Experiment.parse({"name": "digits", "dataset": {"name": "arrays", "root": write_arrays(tmp_path / "a.npz")}})
+    with pytest.raises(StoreError, match=r"dataset\.fingerprint"):
+        memtail.run(experiment, store)

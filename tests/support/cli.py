@@ -1,0 +1,96 @@
+"""The command line as its users see it, in this process or in one of its own, and the files of small runs."""
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import structlog
+import yaml
+
+import memtail
+from memtail.cli.app import main
+
+MEMTAIL = [sys.executable, "-m", "memtail"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: object, env: Mapping[str, str] | None = None) -> Answer:
+    """Run `memtail` in this process, which has imported already what a process of its own would import first.
+
+    Args:
+        arguments: of the command line.
+        env: the whole environment; by default this process's.
+    """
+    output, errors = io.StringIO(), io.StringIO()
+    terminate = signal.getsignal(signal.SIGTERM)
+    with (
+        mock.patch.dict(os.environ, os.environ if env is None else env, clear=True),
+        mock.patch.object(sys, "argv", ["memtail", *map(str, arguments)]),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+            structlog.reset_defaults()
+    return Answer(int(code or 0), output.getvalue(), errors.getvalue())
+
+
+def process(*arguments: object, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    """Run `memtail` in a process of its own."""
+    return subprocess.run([*MEMTAIL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300, env=env)
+
+
+def write_spec(folder: Path, name: str = "digits", **parts: Any) -> Path:
+    """Write an experiment file of 60 short trials on digits in shards of 5."""
+    content: dict[str, Any] = {
+        "name": name,
+        "dataset": {"name": "digits"},
+        "model": {"name": "mlp", "hidden": [32]},
+        "training": {"epochs": 4},
+        "subsets": {"trials": 60},
+        "execution": {"trials_per_shard": 5, "device": "cpu"},
+    }
+    for key, value in parts.items():
+        content[key] = {**content[key], **value} if isinstance(value, dict) and key in content else value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def batches(store: Path, name: str = "digits") -> list[Path]:
+    """The files of an experiment's trial batches."""
+    return sorted((Path(store) / "experiments" / name / "trials").glob("*.npz"))
+
+
+def version(store: Path, name: str = "digits") -> Path:
+    """The folder of the latest scores."""
+    return memtail.load_scores(Path(store) / "experiments" / name).folder
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold files of the same names and bytes."""
+    names = sorted(path.name for path in one.iterdir())
+    return names == sorted(path.name for path in other.iterdir()) and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names
+    )

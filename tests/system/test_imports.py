@@ -1,0 +1,126 @@
+"""What programs import: they start quickly, and work where an extra is not installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memtail.storage.local import LocalStore
+from tests.support.arrays import write_arrays
+from tests.support.cli import process as command
+from tests.support.cli import write_spec
+
+FEW = {"subsets": {"trials": 8, "design": "balanced", "fraction": 0.5}}
+
+
+def python(code: str, *arguments: object) -> None:
+    """Run code in a process of its own, which fails where an assertion does."""
+    ended = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def first(folder: Path) -> dict[str, str]:
+    """An environment in which modules are looked for in a folder first."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """An experiment file on a dataset that needs no scikit-learn."""
+    return write_spec(tmp_path, "tiny", dataset={"name": "arrays", "root": str(write_arrays(tmp_path / "tiny.npz"))}, **FEW)
+
+
+def test_scores_are_read_without_torch_or_pandas(explored: LocalStore) -> None:
+    python(
+        "import sys, memtail\n"
+        "scores = memtail.load_scores(sys.argv[1])\n"
+        "assert len(scores.most_memorized(5)['mem']) == 5 and len(scores.pairs['infl']) >= 0\n"
+        "assert not {'pandas', 'torch', 'pyarrow.dataset'} & sys.modules.keys()\n"
+        "scores.memorization; scores.top_influencers(0)\n"
+        "import memtail.scores.publish, memtail.estimators, memtail.statistics\n"
+        "assert 'torch' not in sys.modules",
+        explored.root / "experiments" / "digits",
+    )
+
+
+def test_results_of_studies_are_read_without_torch_or_matplotlib(explored: LocalStore) -> None:
+    python(
+        "import sys; from memtail.storage.local import LocalStore; from memtail.studies.result import load_results\n"
+        "assert load_results(LocalStore(sys.argv[1]), 'odd')[0].figure_svg()\n"
+        "assert not {'torch', 'matplotlib', 'pandas', 'scipy'} & sys.modules.keys()",
+        explored.root,
+    )
+
+
+def test_what_makes_reports_loads_neither_torch_nor_pandas() -> None:
+    python("import sys, memtail.report.page, memtail.report.publish; assert not {'torch', 'pandas', 'scipy'} & sys.modules.keys()")
+
+
+def test_help_is_there_at_once() -> None:
+    python(
+        "import sys; from typer.testing import CliRunner; from memtail.cli.app import app\n"
+        "assert 'removal' in CliRunner().invoke(app, ['study', '--help']).stdout\n"
+        "assert not {'torch', 'matplotlib', 'numpy', 'scipy'} & sys.modules.keys()"
+    )
+
+
+def test_the_health_check_loads_little() -> None:
+    """It is run every few seconds in each container."""
+    python("import sys, services.tools.healthcheck; assert not {'numpy', 'pydantic', 'celery'} & sys.modules.keys()")
+
+
+WITHOUT_TORCH = """
+import json, sys
+from memtail.cli.app import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["memtail", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, arguments
+    loaded = {"torch", "torchvision", "sklearn"} & sys.modules.keys()
+    assert not loaded, (arguments, loaded)
+"""
+
+
+def without_torch(store: Path, *commands: list[str]) -> None:
+    """Run commands on a store, one after the other; none may load what trains."""
+    python(WITHOUT_TORCH, json.dumps([[*arguments, "--store", str(store)] for arguments in commands]))
+
+
+def test_commands_that_do_not_train_load_no_torch(explored: LocalStore, tiny: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(explored.root, store)
+    without_torch(
+        store,
+        ["stage", str(tiny)],
+        ["status"],
+        ["status", "--json"],
+        ["watch", "digits"],
+        ["failures", "digits"],
+        ["retry", "digits"],
+        ["pause", "young"],
+        ["resume", "young"],
+        ["priority", "young", "3"],
+        ["cancel", "young"],
+        ["top", "digits"],
+        ["top", "digits", "--pairs"],
+        ["top", "digits", "--influencers-of", "0"],
+        ["scores", "digits", "--fetch", str(tmp_path / "scores")],
+        ["report", "digits", "--fetch", str(tmp_path / "report")],
+    )
+
+
+def test_submit_loads_no_torch(tiny: Path, tmp_path: Path) -> None:
+    without_torch(tmp_path / "store", ["submit", str(tiny)])
+
+
+def test_without_the_package_a_bucket_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "minio.py").write_text("raise ModuleNotFoundError(\"No module named 'minio'\", name='minio')")
+    result = command("status", "--store", "s3://bucket", env=first(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr.endswith("s3://bucket: this needs minio, which is not installed: pip install 'memtail[services]'\n")

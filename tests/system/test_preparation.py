@@ -1,0 +1,39 @@
+"""A folder of images whose preparation is killed."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from memtail.datasets.folder import find_images, prepare_folder
+from tests.support.arrays import write_tree
+
+
+def test_a_preparation_that_is_killed_leaves_no_process_and_goes_on_where_it_was(tmp_path):
+    write_tree(tmp_path / "tree", count=4000)
+    target = tmp_path / "prepared"
+    script = tmp_path / "prepare.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from memtail.datasets.folder import find_images, prepare_folder\n"
+        "if __name__ == '__main__': prepare_folder(find_images(Path(sys.argv[1]), None, None), 32, Path(sys.argv[2]), None)"
+    )
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "tree"), str(target)])
+    children: list[str] = []
+    while process.poll() is None and not list(target.glob(".unfinished-*/journal.jsonl")):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or children
+        time.sleep(0.005)
+    assert process.poll() is None
+    assert children
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a decoding process outlived its parent"
+        time.sleep(0.05)
+    steps: list[tuple[int, int]] = []
+    prepared = prepare_folder(find_images(tmp_path / "tree", None, None), 32, target, lambda *step: steps.append(step))
+    assert len(steps) < 16
+    assert steps[-1] == (16000, 16000)
+    fresh = prepare_folder(find_images(tmp_path / "tree", None, None), 32, tmp_path / "fresh", None)
+    assert prepared.name == fresh.name
