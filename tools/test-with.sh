@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 python=$1 versions=$2
 shift 2
 venv=.venv-$python-$versions
-uv=$PWD/.venv/bin/uv
+uv=$(command -v uv || echo "$PWD/.venv/bin/uv")
 requirements() { .venv/bin/python tools/requirements.py "$@"; }
 
 [ -x "$venv/bin/python" ] || "$uv" venv --quiet --python "$python" "$venv"
