@@ -9,14 +9,19 @@
 # make soak    ten minutes of random faults on the service, with real servers
 # make scale   1,000 workers and 100,000 shards that are slept through, on real servers and a real API server (an hour)
 # make dashboards  writes Grafana's dashboards, and draws them with what a small run shows in them, into out/dashboards
+# make test-node  the images and the chart on a real node, through faults (needs root; its tools take an hour to build, the first time)
+# make test-lowest  the tests with the lowest versions that pyproject.toml allows
+# make test-python  the tests with another Python (PYTHON=3.13)
+# make lock    writes constraints.txt, the versions and hashes that are installed, anew from pyproject.toml
 # make lint    ruff, mypy, hadolint, and which package may import which
-# Everything lives in .venv; nothing is installed again until pyproject.toml changes.
+# Everything lives in .venv; nothing is installed again until pyproject.toml or constraints.txt changes. Where uv is on PATH, it installs.
 
 SPEC ?= examples/digits.yaml
 STORE ?= memtail-store
+PYTHON ?= 3.13
 BIN := .venv/bin
 
-.PHONY: run test test-all test-slow coverage test-kubernetes bench e2e soak scale dashboards lint clean
+.PHONY: run test test-all test-slow coverage test-kubernetes test-node test-lowest test-python lock bench e2e soak scale dashboards lint clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
@@ -38,6 +43,20 @@ coverage: .venv/installed-dev
 
 test-kubernetes: .venv/installed-dev
 	$(BIN)/pytest tests/kubernetes -n 0 --timeout 600 $(ARGS)
+
+test-node: .venv/installed-dev
+	$(BIN)/pytest tests/node --capture=no $(ARGS)
+
+test-lowest: .venv/installed-dev
+	./tools/test-with.sh 3.11 lowest $(ARGS)
+
+test-python: .venv/installed-dev
+	./tools/test-with.sh $(PYTHON) locked $(ARGS)
+
+# One version for all Pythons, so that all compute the same. Addresses of indexes are the user's: none is written.
+lock: .venv/installed-dev
+	$(BIN)/python tools/requirements.py | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+	  --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command 'make lock' --upgrade --output-file constraints.txt -
 
 bench: .venv/installed-dev
 	$(BIN)/python -m tests.benchmarks.bench $(ROW)
@@ -62,14 +81,14 @@ lint: .venv/installed-dev
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/mypy
 
-.venv/installed-train: pyproject.toml
+.venv/installed-train: pyproject.toml constraints.txt
 	./tools/make-venv.sh .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[train]'
+	$(BIN)/python tools/requirements.py build base train | ./tools/install.sh .venv .
 	@touch $@
 
 .venv/installed-dev: .venv/installed-train
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[train,services,dev]'
+	$(BIN)/python tools/requirements.py build base train services dev | ./tools/install.sh .venv .
 	@touch $@
 
 clean:
-	rm -rf .venv .coverage* .import_linter_cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-* .coverage* .import_linter_cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with the newest Python >= 3.11 that works; on Debian it installs the package python3-venv if that is missing.
+# Where uv is on PATH, uv makes it, and may download a Python for it.
 set -euo pipefail
 target=$1
-[ -x "$target/bin/pip" ] && exit 0
+[ -x "$target/bin/python" ] && exit 0
+if command -v uv >/dev/null; then exec uv venv --quiet --python '>=3.11' "$target"; fi
 
 make_with_any_python() {
   local python

@@ -1,13 +1,31 @@
-"""Prints what pyproject.toml asks for: `requirements.py base services` for the project itself and for an extra.
+"""Prints requirements of pyproject.toml: `requirements.py base services dev` those of the project, of an extra and of a dependency group.
 
-The images install this before the code is copied, and so install it again only when it has changed.
+`build` names those of the build. Without an argument it prints all. What is named must be in constraints.txt, which `make lock` writes.
 """
 
+import re
 import sys
 import tomllib
 from pathlib import Path
 
-project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-groups = {"base": project["dependencies"], **project["optional-dependencies"]}
-for name in sys.argv[1:]:
-    print(*groups[name], sep="\n")
+PROJECT = Path(__file__).parents[1]
+
+
+def normalized(requirement: str) -> str:
+    """The name of a package, as constraints.txt spells it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+declared = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+groups = {
+    "base": declared["project"]["dependencies"],
+    "build": declared["build-system"]["requires"],
+    **declared["project"]["optional-dependencies"],
+    **declared["dependency-groups"],
+}
+requirements = [requirement for name in sys.argv[1:] or groups for requirement in groups[name]]
+if len(sys.argv) > 1:
+    locked = set(re.findall(r"^([\w.-]+)==", (PROJECT / "constraints.txt").read_text(), re.MULTILINE))
+    if missing := [requirement for requirement in requirements if normalized(requirement) not in locked]:
+        sys.exit(f"{', '.join(missing)}: not in constraints.txt: run `make lock`")
+print(*requirements, sep="\n")

@@ -39,7 +39,7 @@ def count_block(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _padded(words: Tensor) -> Tensor:
-    return torch.nn.functional.pad(words, (0, 0, 0, -len(words) % _MULTIPLE))
+    return torch.cat([words, words.new_zeros(-len(words) % _MULTIPLE, words.shape[1])])  # `pad` refuses no trials before torch 2.7
 
 
 def _bits(words: Tensor) -> Tensor:

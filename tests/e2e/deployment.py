@@ -17,6 +17,7 @@ from memtail.storage.s3 import S3Store
 
 PROJECT = Path(__file__).parents[2]
 _TOOLS = PROJECT.parent / "shared" / "tools"
+CONTROL, WORKER = "memtail-control", "memtail-worker"
 # Grafana's image is used where it can be had.
 OPTIONAL = "grafana"
 
@@ -37,12 +38,6 @@ class Deployment:
         settings = {"MEMTAIL_SPEC": str(spec), "MEMTAIL_OUT": str(out), "MEMTAIL_USER": f"{user}:{os.getgid() or 1000}"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MEMTAIL_", "COMPOSE_"))}
         self._environment = {**inherited, **settings}
-
-    def build(self) -> float:
-        """Build the images; returns the seconds it took."""
-        began = time.monotonic()
-        self.compose("build", "--quiet", "dispatcher", "worker", capture=False)
-        return time.monotonic() - began
 
     def up(self) -> None:
         names = [name for name, service in composed()["services"].items() if "profiles" not in service]
@@ -106,6 +101,14 @@ def prepare_images() -> None:
     if script.exists():
         subprocess.run([_TOOLS / "install.sh", "prometheus", "minio", "mc"], check=True)
         subprocess.run([script, "--engine", python_image(), *(_image(name) for name in _foreign() if name != OPTIONAL)], check=True)
+
+
+def build_images() -> float:
+    """Build our images; returns the seconds it took."""
+    began = time.monotonic()
+    command = ["docker", "compose", "--file", str(PROJECT / "docker-compose.yml"), "build", "--quiet", "dispatcher", "worker"]
+    subprocess.run(command, check=True)
+    return time.monotonic() - began
 
 
 def python_image() -> str:

@@ -1,0 +1,194 @@
+"""A release of the chart on a real node, with our own images, and the experiments that it trains."""
+
+import base64
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memtail.errors import MemtailError
+from memtail.execution.progress import ExperimentProgress, progress_of
+from memtail.execution.submit import submit
+from memtail.scores.fetch import fetch_scores
+from memtail.settings import S3Settings
+from memtail.spec.experiment import Experiment
+from memtail.storage.s3 import S3Store
+from tests.kubernetes.chart import CHART, as_options, helm
+from tests.kubernetes.conftest import Kubernetes
+
+NODE = "real-node"
+VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+TRIALS, PER_SHARD = 240, 20
+SPEC = {
+    "dataset": {"name": "digits"},
+    "model": {"name": "mlp", "hidden": [256]},
+    "training": {"epochs": 80, "batch_size": 64},
+    "subsets": {"trials": TRIALS},
+}
+_QUICK = [{"name": "MEMTAIL_LEASE_SECONDS", "value": "10"}, {"name": "MEMTAIL_RESYNC_SECONDS", "value": "5"}]
+VALUES = {
+    # all on two cores
+    "workers.resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}},
+    "workers.max": 4,
+    "workers.terminationGracePeriodSeconds": 30,
+    **{f"{component}.extraEnv": _QUICK for component in ("dispatcher", "aggregator", "workers")},
+}
+
+
+class RealNode(Kubernetes):
+    """A control plane with this machine as its node, which runs containers. There can be one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        del self._environment["KUBERNETES_PORT"]  # the chart lets pods reach API servers at 443 and 6443 only
+
+    def start(self) -> None:
+        self._control("real-node")
+
+    def give(self, *images: str) -> None:
+        """Give the node images of the Docker engine here."""
+        self._control("images", *images)
+
+    def stop_kubelet(self) -> None:
+        self._control("kubelet", "stop")
+
+    def start_kubelet(self) -> None:
+        self._control("kubelet", "start")
+
+    def get(self, kind: str, *arguments: str) -> Any:
+        """An object, or a list of objects."""
+        return json.loads(self.kubectl("get", kind, *arguments, "--output", "json"))
+
+
+@dataclass(frozen=True)
+class Release:
+    """The chart, installed in a namespace that admits only pods of the level "restricted"."""
+
+    node: RealNode
+    namespace: str
+    name: str = "memtail"
+
+    def helm(self, command: str, *arguments: str, **values: Any) -> str:
+        """The output of a helm command, which warns of nothing. A dot in the name of a value is written as two underscores."""
+        named = {name.replace("__", "."): value for name, value in values.items()}
+        options = [str(CHART), *as_options(VALUES | named)] if command in ("install", "upgrade") else []
+        done = helm(command, self.name, *options, *arguments, "--namespace", self.namespace, kubeconfig=self.node.kubeconfig)
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{self.situation()}"
+        assert "warning" not in (done.stdout + done.stderr).lower(), done.stderr
+        return done.stdout
+
+    def kubectl(self, *arguments: str) -> str:
+        return self.node.kubectl(*arguments, "--namespace", self.namespace)
+
+    def pods(self, component: str, experiment: str = "") -> list[dict[str, Any]]:
+        """The pods of a component that run and are not about to end."""
+        selector = f"app.kubernetes.io/component={component}" + (f",memtail/experiment={experiment}" if experiment else "")
+        pods = self.node.get("pods", "--namespace", self.namespace, "--selector", selector)["items"]
+        return [pod for pod in pods if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]]
+
+    def contents(self) -> set[str]:
+        """All objects of the namespace but events."""
+        resources = self.node.kubectl("api-resources", "--namespaced", "--verbs=list", "--output=name").split()
+        kinds = ",".join(kind for kind in resources if not kind.startswith("events"))
+        return set(self.kubectl("get", kinds, "--output", "name", "--ignore-not-found").split())
+
+    def store(self) -> S3Store:
+        """The bucket, as the node's own machine reaches it."""
+        secret = self.node.get("secret", f"{self.name}", "--namespace", self.namespace)["data"]
+        address = self.node.get("service", f"{self.name}-minio", "--namespace", self.namespace)["spec"]["clusterIP"]
+        access, secret_key = (base64.b64decode(secret[name]).decode() for name in ("s3-access-key", "s3-secret-key"))
+        return S3Store("memtail", settings=S3Settings(endpoint=f"http://{address}:9000", access_key=access, secret_key=secret_key))
+
+    def submit(self, name: str, **workers: Any) -> "Training":
+        """Submit the experiment under a name; `workers` is its `execution.workers`."""
+        store = self.store()
+        submit(Experiment.parse(declaration(name, **workers)), store)
+        return Training(self, name, store)
+
+    def until(self, what: Callable[[], Any], seconds: float = 600) -> None:
+        """Wait until something is true; what cannot be asked at present is not."""
+        end = time.monotonic() + seconds
+        while True:
+            with suppress(MemtailError):
+                if what():
+                    return
+            assert time.monotonic() < end, self.situation()
+            time.sleep(0.5)
+
+    def situation(self) -> str:
+        """What there is and what was said last, for whoever has to find out why a test failed."""
+        commands = (
+            ["get", "pods,jobs", "--output", "wide"],
+            ["get", "events", "--sort-by", ".lastTimestamp"],
+            *(
+                ["logs", "--tail", "30", "--selector", f"app.kubernetes.io/component={each}"]
+                for each in ("dispatcher", "aggregator", "worker")
+            ),
+        )
+        prefix = ["kubectl", "--kubeconfig", self.node.kubeconfig, "--namespace", self.namespace]
+        return "\n".join(subprocess.run([*prefix, *command], capture_output=True, text=True, check=False).stdout for command in commands)
+
+
+@dataclass(frozen=True)
+class Training:
+    """An experiment that a release trains."""
+
+    release: Release
+    name: str
+    store: S3Store
+
+    @property
+    def progress(self) -> ExperimentProgress:
+        return progress_of(self.store, self.name)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Its workers' pods that run."""
+        return self.release.pods("worker", self.name)
+
+    def begin(self) -> None:
+        """Wait until it is being trained: a shard is committed, another is not. A fault has its chance then."""
+        self.release.until(lambda: self.progress.committed and self.workers())
+        assert self.progress.missing, "all was done before the fault: more epochs are needed"
+
+    def finish(self) -> None:
+        """Wait until all scores are published."""
+        self.release.until(lambda: self.progress.ending)
+        assert self.progress.ending == "published", self.release.situation()
+
+    def trials(self) -> list[int]:
+        """The trials that are committed, in order."""
+        return sorted(trial for shard in self.progress.committed for trial in shard.trials)
+
+    def scores(self, folder: Path) -> dict[str, bytes]:
+        """The published files, by name."""
+        pointer = self.progress.pointer
+        assert pointer
+        fetch_scores(self.store, self.name, pointer, folder)
+        return files(folder)
+
+
+def declaration(name: str, **workers: Any) -> dict[str, Any]:
+    """The experiment file."""
+    execution: dict[str, Any] = {"trials_per_shard": PER_SHARD, "device": "cpu", "workers": {"max": 2, **workers}}
+    return {"name": name, **SPEC, "execution": execution}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def main_process(pod: dict[str, Any], command: str) -> int:
+    """The id, on this machine, of the first process of a pod that runs a command."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if pod["metadata"]["uid"] in (process / "cgroup").read_text() and command in (process / "cmdline").read_text():
+                found.append(int(process.name))
+    return min(found)
