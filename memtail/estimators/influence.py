@@ -38,13 +38,13 @@ class Influence:
     @cached_property
     def value(self) -> Floats:
         """float64 [a, b], infl_ij; NaN rows where a training example was never in or never out."""
-        from memtail.statistics import popcount as kernels  # compiles
+        from memtail.estimators import influence_kernels  # compiles
 
         out = np.empty(self.both.shape)
         if len(self.right) == 1:
-            kernels.influence_column(self.both[:, 0], self.k_in, self.right[0], self.trials, out[:, 0])
+            influence_kernels.influence_column(self.both[:, 0], self.k_in, self.right[0], self.trials, out[:, 0])
         else:
-            kernels.influence_values(self.both, self.k_in, self.right, self.trials, out)
+            influence_kernels.influence_values(self.both, self.k_in, self.right, self.trials, out)
         return out
 
     @cached_property

@@ -28,11 +28,11 @@ def top_influencers(packed: PackedTrials, k: int, on: Target = "test", device: s
 
         words, right = (packed.test_correct, packed.test_right) if on == "test" else (packed.train_correct, packed.train_right)
         return DeviceInfluence(packed.membership, packed.k_in, words, right, packed.trials, device).top(k)
-    from memtail.statistics import popcount as kernels  # compiles
+    from memtail.estimators import influence_kernels  # compiles
 
     others = packed.n_test if on == "test" else packed.n_train
     index, value = np.full((others, k), -1, np.int64), np.full((others, k), -np.inf)
     for rows, block in influence_blocks(packed, np.arange(packed.n_train), slice(None), on):
-        kernels.keep_largest(block.value, rows.start, index, value)
+        influence_kernels.keep_largest(block.value, rows.start, index, value)
     value[index < 0] = np.nan
     return index, value
