@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from memtail.estimators.memorization import Floats, Memorization, from_counts
+from memtail.estimators.binomial import Floats
+from memtail.estimators.memorization import Memorization, from_counts
 from memtail.statistics import cooccurrence
-from memtail.statistics.accumulator import PackedTrials, Words
+from memtail.statistics.accumulator import PackedTrials, Words, pack_words
 
 #: Random halves that a standard error is taken from.
 HALVES = 32
@@ -135,7 +136,7 @@ def _halves(packed: PackedTrials, number: int) -> npt.NDArray[np.bool_]:
 
 def _words(packed: PackedTrials, chosen: npt.NDArray[np.bool_]) -> Words:
     """uint64 [W, s]: the choices, at the places that the trials have in the statistics."""
-    counted = np.unpackbits(packed.counted.astype("<u8").view(np.uint8), bitorder="little").view(np.bool_)
+    counted = packed.counted_mask
     bits = np.zeros((len(chosen), len(counted)), np.bool_)
     bits[:, counted] = chosen
-    return np.ascontiguousarray(np.packbits(bits, axis=1, bitorder="little").view("<u8").astype(np.uint64).T)
+    return np.ascontiguousarray(pack_words(bits).T)

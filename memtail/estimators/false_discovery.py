@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memtail.estimators.binomial import Floats
 from memtail.estimators.influence import influence_blocks
-from memtail.estimators.memorization import Floats
 from memtail.estimators.pairs import MEM_THRESHOLD, candidates
 from memtail.statistics.accumulator import Counts, PackedTrials
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from memtail.estimators.memorization import Floats, rate, standard_error
+from memtail.estimators.binomial import Floats, difference_standard_error, share
 from memtail.statistics import cooccurrence
 from memtail.statistics.accumulator import Counts, PackedTrials
 
@@ -60,7 +60,7 @@ class Influence:
 def influence_error(both: npt.NDArray[np.int32], k_in: Counts, right: Counts, trials: int) -> Floats:
     """float64, the standard errors of influences from their counts, of shapes that broadcast: see `Influence`."""
     k_out = trials - k_in
-    return standard_error(rate(both, k_in), k_in, rate(right - both, k_out), k_out)
+    return difference_standard_error(share(both, k_in), k_in, share(right - both, k_out), k_out)
 
 
 def influence(packed: PackedTrials, train: Index, other: Index, on: Target = "test") -> Influence:
@@ -83,7 +83,7 @@ def influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: npt.N
     for seen, right in zip(packed.membership, packed.test_correct, strict=True):
         both += np.bitwise_count(seen[train] & right[test])
     k_in = packed.k_in[train]
-    return rate(both, k_in) - rate(packed.test_right[test] - both, packed.trials - k_in)
+    return share(both, k_in) - share(packed.test_right[test] - both, packed.trials - k_in)
 
 
 def influence_blocks(

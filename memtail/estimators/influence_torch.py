@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memtail.estimators.memorization import Floats
+from memtail.estimators.binomial import Floats
 from memtail.statistics.accumulator import Counts, Words
 from memtail.statistics.cooccurrence_torch import count_block, words_on
 

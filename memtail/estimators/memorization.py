@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memtail.estimators.binomial import Floats, difference_standard_error, share
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
 
-Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 
@@ -43,22 +43,8 @@ def memorization(statistics: Statistics | PackedTrials) -> Memorization:
 
 def from_counts(k_in: Counts, k_out: Counts, correct_in: Counts, correct_out: Counts) -> Memorization:
     """The same from counts of one shape: the models that saw each example and those that did not, and of either those that got it right."""
-    p_in, p_out = rate(correct_in, k_in), rate(correct_out, k_out)
-    return Memorization(p_in - p_out, standard_error(p_in, k_in, p_out, k_out), p_in, p_out, k_in, k_out)
-
-
-def rate(right: npt.NDArray[np.integer], count: npt.NDArray[np.integer]) -> Floats:
-    """Right / count; NaN where count is 0."""
-    share: Floats = np.full(np.broadcast_shapes(right.shape, count.shape), np.nan)
-    np.divide(right, count, out=share, where=count > 0)
-    return share
-
-
-def standard_error(p_in: Floats, k_in: npt.NDArray[np.integer], p_out: Floats, k_out: npt.NDArray[np.integer]) -> Floats:
-    """sqrt(p_in (1 - p_in) / k_in + p_out (1 - p_out) / k_out); NaN where either is undefined."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error: Floats = np.sqrt(p_in * (1 - p_in) / k_in + p_out * (1 - p_out) / k_out)
-    return error
+    p_in, p_out = share(correct_in, k_in), share(correct_out, k_out)
+    return Memorization(p_in - p_out, difference_standard_error(p_in, k_in, p_out, k_out), p_in, p_out, k_in, k_out)
 
 
 def expected_standard_error(trials: int, fraction: float) -> float:

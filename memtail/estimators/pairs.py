@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memtail.estimators.binomial import Floats
 from memtail.estimators.influence import influence_blocks, influence_error
-from memtail.estimators.memorization import Floats, Memorization
+from memtail.estimators.memorization import Memorization
 from memtail.statistics.accumulator import PackedTrials
 
 #: The paper's thresholds.

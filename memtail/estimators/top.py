@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from memtail.estimators.binomial import Floats
 from memtail.estimators.influence import Target, influence_blocks
-from memtail.estimators.memorization import Floats
 from memtail.statistics.accumulator import PackedTrials
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.estimators import Stage, convergence, expected_standard_error, false_discovery, influence
+from memtail.estimators.binomial import share, standard_error
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.experiment_store import Record
 from memtail.scores.files import ACCURACIES, MEM_STEPS, SE_QUANTILES
@@ -286,10 +287,10 @@ def _doubts(scores: Scores, dataset: ImageDataset) -> tuple[list[Doubt], int]:
     order = np.lexsort((-mem[doubtful], belief[doubtful], p_out[doubtful]))
     shown = []
     for index in doubtful[order][:_LABELS].tolist():
-        other = share = None
+        other = other_share = None
         if "other" in table and table["other"][index] >= 0:
             other = dataset.classes[int(table["other"][index])]
-            share = _share(round(float(table["p_other"][index]) * int(k_out[index])), int(k_out[index]))
+            other_share = _share(round(float(table["p_other"][index]) * int(k_out[index])), int(k_out[index]))
         shown.append(
             Doubt(
                 example=_example(dataset, "train", index, scores),
@@ -297,7 +298,7 @@ def _doubts(scores: Scores, dataset: ImageDataset) -> tuple[list[Doubt], int]:
                 held_out=_share(round(float(p_out[index]) * int(k_out[index])), int(k_out[index])),
                 margin=None if margin is None else float(margin[index]),
                 other=other,
-                other_share=share,
+                other_share=other_share,
             )
         )
     return shown, len(doubtful)
@@ -305,10 +306,8 @@ def _doubts(scores: Scores, dataset: ImageDataset) -> tuple[list[Doubt], int]:
 
 def _share(right: int, count: int) -> Number:
     """A share of independent models, with the standard error of a binomial share."""
-    if count == 0:
-        return Number(np.nan, np.nan)
-    share = right / count
-    return Number(share, float(np.sqrt(share * (1 - share) / count)))
+    p = share(right, count)
+    return Number(float(p), float(standard_error(p, count)))
 
 
 def image_of(example: Example, dataset: ImageDataset) -> npt.NDArray[np.uint8]:

@@ -27,7 +27,7 @@ import pyarrow.parquet
 
 from memtail.datasets import ImageDataset
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
-from memtail.estimators.memorization import rate
+from memtail.estimators.binomial import share
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, STATISTICS, SUMMARY
 from memtail.statistics import Statistics
@@ -131,7 +131,7 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
     }
     if statistics.held_out_mistakes is not None:
         other, times = statistics.held_out_mistakes.most_frequent(dataset.n_train)
-        columns |= {"other": np.where(other < len(dataset.classes), other, -1), "p_other": rate(times, mem.k_out)}
+        columns |= {"other": np.where(other < len(dataset.classes), other, -1), "p_other": share(times, mem.k_out)}
     if statistics.margin_in is not None and statistics.margin_out is not None:
         with np.errstate(invalid="ignore", divide="ignore"):
             columns["margin_in"] = statistics.margin_in / 2**24 / mem.k_in

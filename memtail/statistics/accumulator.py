@@ -72,15 +72,20 @@ class PackedTrials:
         return _column_sums(self.test_correct)
 
     @property
+    def counted_mask(self) -> npt.NDArray[np.bool_]:
+        """Bool [64 ceil(T / 64)], whether each trial counts, by index."""
+        return np.unpackbits(self.counted.astype("<u8").view(np.uint8), bitorder="little").view(np.bool_)
+
+    @property
     def counted_trials(self) -> npt.NDArray[np.int64]:
         """int64 [t], the indices of the trials that count, ascending."""
-        return np.flatnonzero(np.unpackbits(self.counted.astype("<u8").view(np.uint8), bitorder="little"))
+        return np.flatnonzero(self.counted_mask)
 
     def select(self, trials: npt.NDArray[np.int64]) -> "PackedTrials":
         """The statistics of some of the trials, given by their indices."""
         bits = np.zeros(_BITS * len(self.counted), np.bool_)
         bits[trials] = True
-        kept = self.counted & np.packbits(bits, bitorder="little").view("<u8").astype(np.uint64)
+        kept = self.counted & pack_words(bits)
         every = kept[:, None]
         return PackedTrials(self.membership & every, self.train_correct & every, self.test_correct & every, kept)
 
@@ -93,6 +98,11 @@ class PackedTrials:
     def n_test(self) -> int:
         """Q."""
         return len(self.test_correct.T)
+
+
+def pack_words(bits: npt.NDArray[np.bool_]) -> Words:
+    """Bool [..., 64 W] -> uint64 [..., W]: bit b of word w is bits[..., 64 w + b]."""
+    return np.packbits(bits, axis=-1, bitorder="little").view("<u8").astype(np.uint64)
 
 
 def _column_sums(words: Words) -> Counts:

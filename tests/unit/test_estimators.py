@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memtail.estimators import expected_standard_error, high_influence_pairs, influence, memorization, top_influencers
+from memtail.estimators.binomial import share, standard_error
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics import popcount_avx2 as lookup
 from memtail.trials import TrialBatch, TrialMetrics, pack
@@ -200,6 +202,20 @@ def test_top_influencers_are_the_largest_of_every_column(k, seed, on):
         order = [i for i in np.argsort(-everything[:, column], kind="stable") if not np.isnan(everything[i, column])][:k]
         assert index[column].tolist() == order + [-1] * (k - len(order))
         np.testing.assert_array_equal(value[column], [everything[i, column] for i in order] + [np.nan] * (k - len(order)))
+
+
+@given(count=st.integers(0, 60), seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_the_standard_error_of_a_share_is_the_binomial_one_and_nan_without_models(count, seed):
+    correct = np.random.default_rng(seed).integers(0, count + 1, (3, 4))
+    p = share(correct, count)
+    if count == 0:
+        assert np.isnan(p).all()
+        assert np.isnan(standard_error(p, count)).all()
+    else:
+        np.testing.assert_allclose(p, correct / count)
+        np.testing.assert_allclose(standard_error(p, count), scipy.stats.binom(count, p).std() / count, atol=1e-12)
+    assert standard_error(float(p[0, 0]), count) == pytest.approx(standard_error(p, count)[0, 0], nan_ok=True)
 
 
 def test_expected_standard_error_is_the_papers_worst_case():
