@@ -123,10 +123,10 @@ def run(
         state.record = experiment_store.extend(more)
         state.wanted = state.record.experiment.subsets.trials
     if state.failed:
-        summary = publish(opened, state.record, state.statistics, dataset) if state.statistics.trials else None
+        summary = publish(opened, state.record, state.statistics, dataset).to_dict() if state.statistics.trials else None
         raise ShardsFailedError(state.failed, f"{opened.address}/{keys.failures(experiment.name)}", summary)
     with _writing(state):
-        summary = publish(opened, state.record, state.statistics, dataset)
+        summary = publish(opened, state.record, state.statistics, dataset).to_dict()
     return {**summary, "profile": _profile(state, time.monotonic() - began)} if profile else summary
 
 

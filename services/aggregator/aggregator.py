@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -15,7 +14,7 @@ from memtail.execution.progress import progress_of
 from memtail.execution.stopping import next_round
 from memtail.experiment_store import ExperimentStore, Notice, Record, experiment_names
 from memtail.report.publish import is_current, publish_report
-from memtail.scores.pointer import latest_version
+from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.publish import publish
 from memtail.settings import Settings
 from memtail.statistics import Statistics
@@ -68,7 +67,7 @@ class Folded:
     publish_at: float = float("-inf")
     list_at: float = 0.0
     notice: Notice | None = None
-    pointer: dict[str, Any] | None = None
+    pointer: ScorePointer | None = None
     shown: tuple[int, int] = (-1, 0)
     show_at: float = 0.0
     came: tuple[int, float] = (-1, 0.0)
@@ -195,13 +194,13 @@ class Aggregator:
         folded.published, folded.published_at = folded.trials, time.monotonic()
         folded.publish_at = folded.published_at + _PUBLISHING_SHARE * (folded.published_at - began)
         folded.pointer = latest_version(self._store, folded.record.experiment.name)
-        log.info("published", trials=summary["trials"], complete=folded.complete)
+        log.info("published", trials=summary.trials, complete=folded.complete)
 
     def _report(self, name: str, folded: Folded) -> None:
         """Draw what is published: at the end at once, before that rarely, and after that when a study has come."""
         if folded.pointer is None or parent_of(name) in self.experiments:  # its models answer a study, which has a figure of its own
             return
-        version = folded.pointer["version"]
+        version = folded.pointer.version
         last = folded.complete and folded.published == folded.trials and version != folded.reported
         if not last and time.monotonic() < folded.report_at:
             return
