@@ -75,7 +75,7 @@ def run(
     if json_:
         print(json.dumps(summary, indent=1))
     else:
-        display.show_summary(summary, _scores_of(open_existing(store), experiment.name), progress.seconds, store)
+        display.show_summary(_scores_of(open_existing(store), experiment.name), progress.seconds, store)
         if "profile" in summary:
             display.show_profile(summary["profile"])
     _draw_report(open_existing(store), experiment.name, quiet=json_)
@@ -169,14 +169,14 @@ def scores(
     pointer = latest_version(opened, name)
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
-    place = f"{opened.address}/{keys.scores(name, pointer['version']).rstrip('/')}"
+    place = f"{opened.address}/{keys.scores(name, pointer.version).rstrip('/')}"
     if fetch is not None:
         fetch_scores(opened, name, pointer, fetch)
     if json_:
-        print(json.dumps({**pointer, "folder": str(fetch or place)}, indent=1))
+        print(json.dumps({**pointer.to_dict(), "folder": str(fetch or place)}, indent=1))
         return
-    print(f"{name}: {pointer['summary']['trials']} trials, published {pointer['published']}")
-    for file in pointer["files"]:
+    print(f"{name}: {pointer.summary.trials} trials, published {pointer.published}")
+    for file in pointer.files:
         print(fetch / file if fetch else f"{place}/{file}")
 
 

@@ -5,7 +5,7 @@ Of a large dataset only the images shown are read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,8 @@ from memtail.estimators import Stage, convergence, expected_standard_error, fals
 from memtail.estimators.binomial import share, standard_error
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.experiment_store import Record
-from memtail.scores.files import ACCURACIES, MEM_STEPS, SE_QUANTILES
 from memtail.scores.reader import Scores, largest
+from memtail.scores.summary import ACCURACIES, MEM_STEPS, SE_QUANTILES, ScoreSummary
 
 #: Edges of the histogram of memorization.
 EDGES = np.linspace(-1, 1, 41)
@@ -135,7 +135,7 @@ class Content:
     """All that the page says. `fraction` of the training examples is what a trial saw, `doubtful` the number of all doubts."""
 
     record: Record
-    summary: dict[str, Any]
+    summary: ScoreSummary
     warnings: list[str]
     accuracies: dict[str, Number]
     stages: list[Stage]
@@ -164,15 +164,16 @@ def content(record: Record, scores: Scores, dataset: ImageDataset, studies: Sequ
         ScoresError: the scores are damaged, or no example has an estimate.
     """
     packed, summary = scores.statistics, scores.summary
-    if summary["without_estimate"] == summary["n_train"]:
+    if summary.without_estimate == summary.n_train:
         raise ScoresError(
             f"experiment '{record.experiment.name}' has no training example that some models saw and others did not, so nothing to report"
         )
     fraction = float(packed.k_in.mean() / packed.trials)
     expected = expected_standard_error(packed.trials, fraction)
-    errors: dict[str, Any] = summary.get("accuracy_se") or dict.fromkeys(ACCURACIES)  # not in scores of memtail's first versions
     accuracies = {
-        key: Number(summary[key], np.nan if errors[key] is None else errors[key]) for key in ACCURACIES if summary[key] is not None
+        key: Number(summary[key], np.nan if (error := summary.accuracy_se[key]) is None else error)
+        for key in ACCURACIES
+        if summary[key] is not None
     }
     pairs, counts = _pairs(scores, dataset)
     gallery = _gallery(scores, dataset)
@@ -196,9 +197,9 @@ def content(record: Record, scores: Scores, dataset: ImageDataset, studies: Sequ
     )
 
 
-def _warnings(summary: dict[str, Any], expected: float, counts: PairCounts) -> list[str]:
+def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts) -> list[str]:
     said = []
-    trials, fitted = summary["trials"], summary["in_subset_accuracy"]
+    trials, fitted = summary.trials, summary.in_subset_accuracy
     if expected > _BLURRED:
         said.append(
             f"These scores come from {trials} trials only: a score near one half may be off by a standard error of {expected:.3f}. "
@@ -207,15 +208,15 @@ def _warnings(summary: dict[str, Any], expected: float, counts: PairCounts) -> l
             f"the more of them the lower it is, which no standard error shows. More trials sharpen everything: four times as many halve "
             f"the errors."
         )
-    if fitted < _FITTED:
+    if fitted is not None and fitted < _FITTED:
         said.append(
             f"Models got {fitted:.1%} of what they saw right. Memorization is measured on models that fit what they saw: "
             f"train longer, or with a higher learning rate, before believing these scores."
         )
-    if summary["without_estimate"]:
-        said.append(f"{summary['without_estimate']} training examples were in every subset or in none, and have no estimate.")
-    if summary["diverged"]:
-        said.append(f"{summary['diverged']} trials diverged, and are left out.")
+    if summary.without_estimate:
+        said.append(f"{summary.without_estimate} training examples were in every subset or in none, and have no estimate.")
+    if summary.diverged:
+        said.append(f"{summary.diverged} trials diverged, and are left out.")
     return said
 
 

@@ -6,7 +6,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 from memtail.estimators import Stage, expected_standard_error
 from memtail.estimators.pairs import MEM_THRESHOLD
 from memtail.figures.style import colour, drawing, encoded
-from memtail.scores.files import MEM_STEPS, SE_QUANTILES
+from memtail.scores.summary import MEM_STEPS, SE_QUANTILES
 
 
 def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:

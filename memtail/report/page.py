@@ -15,7 +15,7 @@ from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.figures.thumbnails import thumbnail
 from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM, Content, Number, image_of
 from memtail.report.figures import convergence_figure, memorization_figure
-from memtail.scores.files import MEM_STEPS
+from memtail.scores.summary import MEM_STEPS
 
 _ACCURACIES = (("in_subset_accuracy", "in-subset accuracy"), ("held_out_accuracy", "held-out accuracy"), ("test_accuracy", "test accuracy"))
 # Images of no more pixels a side are shown pixel by pixel.

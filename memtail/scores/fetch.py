@@ -1,15 +1,14 @@
 """Published scores out of any store: read where they lie in a folder, else copied to the cache first."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from memtail.errors import ScoresError
 from memtail.scores.names import LATEST, SUMMARY
-from memtail.scores.pointer import KEPT_VERSIONS, latest_version
+from memtail.scores.pointer import KEPT_VERSIONS, ScorePointer, latest_version
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
@@ -35,7 +34,7 @@ def load_scores(path: str | Path) -> Scores:
     for scores in (path, path / "scores"):
         if (scores / LATEST).is_file():
             try:
-                return Scores(scores / json.loads((scores / LATEST).read_text())["version"])
+                return Scores(scores / ScorePointer.from_json((scores / LATEST).read_bytes()).version)
             except (OSError, ValueError, KeyError, TypeError, ScoresError) as error:
                 raise ScoresError(f"{scores / LATEST}: is damaged, or names scores that are ({error}): run the experiment again") from None
     if not (path / SUMMARY).is_file():
@@ -60,13 +59,13 @@ def open_scores(store: ObjectStore, name: str, files: Sequence[str] | None = Non
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
     place = hashlib.sha256(store.address.encode()).hexdigest()[:16]
-    folder = Settings().cache / "scores" / place / keys.check(f"{name}/{pointer['version']}")
-    fetch_scores(store, name, pointer if files is None else {**pointer, "files": files}, folder, again=False)
+    folder = Settings().cache / "scores" / place / keys.check(f"{name}/{pointer.version}")
+    fetch_scores(store, name, pointer if files is None else replace(pointer, files=tuple(files)), folder, again=False)
     _remove_old(folder)
     return Scores(folder)
 
 
-def fetch_scores(store: ObjectStore, name: str, pointer: dict[str, Any], folder: Path, *, again: bool = True) -> None:
+def fetch_scores(store: ObjectStore, name: str, pointer: ScorePointer, folder: Path, *, again: bool = True) -> None:
     """Copy the files of the version that a pointer names to a folder.
 
     Args:
@@ -78,8 +77,8 @@ def fetch_scores(store: ObjectStore, name: str, pointer: dict[str, Any], folder:
     Raises:
         StoreError: the store cannot be read, or the folder not written.
     """
-    for file in pointer["files"]:
-        key = keys.check(keys.scores(name, pointer["version"]) + file)
+    for file in pointer.files:
+        key = keys.check(keys.scores(name, pointer.version) + file)
         if again or not (folder / file).is_file():
             store.download(key, folder / file)
 

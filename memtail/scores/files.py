@@ -30,17 +30,12 @@ from memtail.estimators import Memorization, Pairs, high_influence_pairs, influe
 from memtail.estimators.binomial import share
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.summary import ACCURACIES, MEM_STEPS, SCHEMA, SE_QUANTILES, PairSummary, ScoreSummary
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
 
-#: Thresholds of memorization, and quantiles of its standard errors, that summaries are made of.
-MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
-SE_QUANTILES = (0.5, 0.95, 1.0)
-#: The accuracies of a trial's `TrialMetrics`.
-ACCURACIES = ("in_subset_accuracy", "held_out_accuracy", "test_accuracy")
 
-
-def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statistics, dataset: ImageDataset) -> dict[str, Any]:
+def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statistics, dataset: ImageDataset) -> ScoreSummary:
     """Write every file of a version into a folder; returns the summary.
 
     Memory stays within a block of influences (one class of test examples by `BLOCK` training examples) beside the statistics.
@@ -68,37 +63,37 @@ def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statisti
             tr_mem=mem.value,
         )
     summary = summarize(name, fingerprint, statistics, mem, pairs)
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+    (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1))
     return summary
 
 
-def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs) -> dict[str, Any]:
-    """The figures that one looks at first; accuracies are means over the trials that count."""
+def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs) -> ScoreSummary:
+    """The summary of a version; accuracies are means over the trials that count."""
     defined = mem.value[~np.isnan(mem.value)]
     errors = mem.error[~np.isnan(mem.error)]
-
-    return {
-        "schema": 1,
-        "experiment": name,
-        "fingerprint": fingerprint,
-        "trials": statistics.trials,
-        "diverged": statistics.diverged,
-        "n_train": statistics.n_train,
-        "n_test": statistics.n_test,
-        "without_estimate": mem.undefined,
-        **{attribute: mean_accuracy(statistics, attribute) for attribute in ACCURACIES},
-        "accuracy_se": {attribute: _accuracy_error(statistics, attribute) for attribute in ACCURACIES},
-        "mem_mean": float(defined.mean()) if len(defined) else None,
-        "mem_share_at_least": {f"{step:g}": float((defined >= step).mean()) if len(defined) else None for step in MEM_STEPS},
-        "mem_se_quantiles": {f"{q:g}": float(np.quantile(errors, q)) if len(errors) else None for q in SE_QUANTILES},
-        "pairs": {
-            "mem_threshold": MEM_THRESHOLD,
-            "infl_threshold": INFL_THRESHOLD,
-            "count": len(pairs),
-            "train_examples": len(np.unique(pairs.train)),
-            "test_examples": len(np.unique(pairs.test)),
-        },
-    }
+    accuracies = {attribute: mean_accuracy(statistics, attribute) for attribute in ACCURACIES}
+    return ScoreSummary(
+        schema=SCHEMA,
+        experiment=name,
+        fingerprint=fingerprint,
+        trials=statistics.trials,
+        diverged=statistics.diverged,
+        n_train=statistics.n_train,
+        n_test=statistics.n_test,
+        without_estimate=mem.undefined,
+        **accuracies,
+        accuracy_se={attribute: _accuracy_se(statistics, attribute) for attribute in ACCURACIES},
+        mem_mean=float(defined.mean()) if len(defined) else None,
+        mem_share_at_least={f"{step:g}": float((defined >= step).mean()) if len(defined) else None for step in MEM_STEPS},
+        mem_se_quantiles={f"{q:g}": float(np.quantile(errors, q)) if len(errors) else None for q in SE_QUANTILES},
+        pairs=PairSummary(
+            mem_threshold=MEM_THRESHOLD,
+            infl_threshold=INFL_THRESHOLD,
+            count=len(pairs),
+            train_examples=len(np.unique(pairs.train)),
+            test_examples=len(np.unique(pairs.test)),
+        ),
+    )
 
 
 def mean_accuracy(statistics: Statistics, attribute: str) -> float | None:
@@ -107,7 +102,7 @@ def mean_accuracy(statistics: Statistics, attribute: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _accuracy_error(statistics: Statistics, attribute: str) -> float | None:
+def _accuracy_se(statistics: Statistics, attribute: str) -> float | None:
     """The standard error of that mean; None of fewer than two trials."""
     values = _accuracies(statistics, attribute)
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None

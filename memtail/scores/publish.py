@@ -1,22 +1,21 @@
 """Moving a version of the scores into the store, and the pointer to it afterwards."""
 
 import hashlib
-import json
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.experiment_store import Record
 from memtail.scores.files import write_scores
-from memtail.scores.pointer import KEPT_VERSIONS, accumulated_trials, latest_version
+from memtail.scores.pointer import KEPT_VERSIONS, ScorePointer, latest_version
+from memtail.scores.summary import ScoreSummary
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
 
 
-def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset: ImageDataset) -> dict[str, Any]:
+def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset: ImageDataset) -> ScoreSummary:
     """Write the scores of all trials folded so far and point readers to them; returns the summary.
 
     The version's name follows from the set of trials counted, so publishing the same trials again gives the same version.
@@ -33,22 +32,22 @@ def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset:
     name = record.experiment.name
     version = _version(record.fingerprint, statistics)
     current = latest_version(store, name)
-    if current is not None and current["version"] == version:
-        return dict(current["summary"])
+    if current is not None and current.version == version:
+        return current.summary
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
         folder = Path(temporary)
         summary = write_scores(folder, name, record.fingerprint, statistics, dataset)
         files = sorted(path.name for path in folder.iterdir())
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)
-    pointer = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "files": files, "summary": summary}
     if (
         current is not None
-        and accumulated_trials(current["summary"]) > accumulated_trials(summary)
-        and current["summary"]["fingerprint"] == record.fingerprint
+        and current.summary.accumulated_trials > summary.accumulated_trials
+        and current.summary.fingerprint == record.fingerprint
     ):
         return summary  # another run, further on, has published
-    store.put(keys.latest_scores(name), json.dumps(pointer, indent=1).encode())
+    pointer = ScorePointer(version, datetime.now(UTC).isoformat(timespec="seconds"), tuple(files), summary)
+    store.put(keys.latest_scores(name), pointer.to_json().encode())
     _remove_old(store, name, version)
     return summary
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from memtail.errors import ScoresError
 from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.summary import ScoreSummary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +39,7 @@ class Scores:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with self._reading(SUMMARY):
-            self.summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+            self.summary = ScoreSummary.from_dict(json.loads((folder / SUMMARY).read_text()))
 
     @cached_property
     def memorization(self) -> dict[str, Column]:

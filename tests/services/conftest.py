@@ -33,7 +33,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment],
             run(experiment, store.root)
             pointer = latest_version(store, experiment.name)
             assert pointer is not None
-            made[text] = {file: store.get(keys.scores(experiment.name, pointer["version"]) + file) for file in pointer["files"]}
+            made[text] = {file: store.get(keys.scores(experiment.name, pointer.version) + file) for file in pointer.files}
         return made[text]
 
     return scores

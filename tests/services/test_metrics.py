@@ -120,7 +120,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
 
     pointer = latest_version(cluster.store, "digits")
     cluster.until(lambda: scrape(aggregator).value("memtail_trials_folded") == TRIALS)
-    seen, summary = scrape(aggregator), pointer["summary"]
+    seen, summary = scrape(aggregator), pointer.summary
     assert seen.value("memtail_trials_diverged") == seen.value("memtail_trials_needed") == seen.value("memtail_batches_refused") == 0
     for examples in ("in_subset", "held_out", "test"):
         assert seen.value("memtail_accuracy_ratio", examples=examples) == pytest.approx(summary[f"{examples}_accuracy"])
@@ -134,7 +134,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_memorization_examples", bin="0.95") == (mem >= 0.95).sum()
     assert seen.value("memtail_high_influence_pairs") == summary["pairs"]["count"]
     assert seen.value("memtail_scores_published_trials") == TRIALS
-    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer["published"]).timestamp()
+    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer.published).timestamp()
     assert seen.value("memtail_fold_seconds_count") == SHARDS
     assert seen.value("memtail_publish_seconds_count") >= 1
     for service in (dispatcher, worker, aggregator):
@@ -155,8 +155,8 @@ def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(
     seen, pointer = scrape(aggregator), latest_version(cluster.store, "digits")
     assert seen.value("memtail_trials_folded") == 0
     assert seen.value("memtail_scores_published_trials") == TRIALS
-    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer["published"]).timestamp()
-    assert seen.value("memtail_high_influence_pairs") == pointer["summary"]["pairs"]["count"]
+    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer.published).timestamp()
+    assert seen.value("memtail_high_influence_pairs") == pointer.summary.pairs.count
 
 
 def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(cluster, declare, digits, tmp_path):

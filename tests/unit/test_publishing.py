@@ -45,7 +45,7 @@ def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes
         experiment_store.commit(TrialBatch(trials, *bits, record.n_train, record.n_test, metrics, provenance), record.fingerprint)
         now += seconds
         aggregator.catch_up()
-        return latest_version(store, "digits")["summary"]["trials"]
+        return latest_version(store, "digits").summary.trials
 
     assert published_after(0, 0) == 8
     assert published_after(8, 890) == 8

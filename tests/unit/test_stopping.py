@@ -49,7 +49,7 @@ def test_a_run_goes_on_until_its_scores_are_sharp_and_no_further(tmp_path):
     pointer = latest_version(store, "e")
     trials = summary["trials"]
     assert experiment.subsets.trials < trials < most_trials(0.04, 0.7)
-    assert pointer["summary"]["trials"] == trials
+    assert pointer.summary.trials == trials
     from memtail import load_scores
 
     errors = load_scores(tmp_path / "experiments" / "e").memorization["mem_se"]
