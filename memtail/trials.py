@@ -11,8 +11,8 @@ import io
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,47 @@ class TrialMetrics:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Origin of a trial batch; what is None is left out of the batch.
+
+    Attributes:
+        fingerprint: of the experiment.
+        memtail, torch, python: versions of the software.
+        host: name of the machine.
+        device: name of the device.
+        started: ISO 8601, UTC.
+        seconds: wall-clock time of the shard.
+        phases: seconds by phase of the training, of profiled shards.
+    """
+
+    fingerprint: str | None = None
+    memtail: str | None = None
+    torch: str | None = None
+    python: str | None = None
+    host: str | None = None
+    device: str | None = None
+    started: str | None = None
+    seconds: float | None = None
+    phases: dict[str, float] | None = None
+
+    def to_json(self) -> str:
+        """The text in a batch: an object with sorted keys."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the text; unknown keys are ignored.
+
+        Raises:
+            ValueError: the text is no JSON object.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("its provenance is no JSON object")
+        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
+
+
+@dataclass(frozen=True)
 class TrialBatch:
     """The outcome of k trials on n training and q test examples. Immutable; arrays as in the module's schema."""
 
@@ -68,7 +109,7 @@ class TrialBatch:
     n_train: int
     n_test: int
     metrics: Sequence[TrialMetrics]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = Provenance()
     train_margin: npt.NDArray[np.float16] | None = None
     test_margin: npt.NDArray[np.float16] | None = None
     train_mistakes: npt.NDArray[np.uint16] | None = None
@@ -113,7 +154,7 @@ class TrialBatch:
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the experiment that it belongs to."""
-        return str(self.provenance.get("fingerprint", ""))
+        return self.provenance.fingerprint or ""
 
     def to_bytes(self) -> bytes:
         """The batch in its wire format; equal batches give equal bytes."""
@@ -125,7 +166,7 @@ class TrialBatch:
             "test_correct": self.test_correct,
             "shape": np.array([self.n_train, self.n_test], dtype=np.int64),
             "metrics": json.dumps([asdict(entry) for entry in self.metrics]),
-            "provenance": json.dumps(self.provenance, sort_keys=True),
+            "provenance": self.provenance.to_json(),
         }
         if self.train_mistakes is not None:
             arrays["train_mistakes"] = self.train_mistakes
@@ -153,7 +194,7 @@ class TrialBatch:
                 raise ForeignObjectError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             n_train, n_test = (int(size) for size in arrays.pop("shape"))
             metrics = [TrialMetrics(**entry) for entry in json.loads(str(arrays.pop("metrics")))]
-            provenance = json.loads(str(arrays.pop("provenance")))
+            provenance = Provenance.from_json(str(arrays.pop("provenance")))
             return cls(n_train=n_train, n_test=n_test, metrics=metrics, provenance=provenance, **arrays)
         except ForeignObjectError:
             raise

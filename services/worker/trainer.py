@@ -146,7 +146,7 @@ class Trainer:
         checkpoints.remove()
         examples = int(np.bitwise_count(batch.membership).sum()) * record.experiment.training.epochs
         spent = batch.provenance
-        self._report("trained", assignment.experiment, len(batch.trial), committed, examples, spent["seconds"], spent.get("phases", {}))
+        self._report("trained", assignment.experiment, len(batch.trial), committed, examples, spent.seconds or 0.0, spent.phases or {})
         return Outcome.COMMITTED if committed else Outcome.LOST_RACE
 
     def _experiment_of(self, record: Record) -> Experiment:

@@ -31,7 +31,7 @@ from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
 from memtail.storage.s3 import S3Store
-from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
+from memtail.trials import Provenance, Shard, TrialBatch, TrialMetrics, pack
 from tests.conftest import write_arrays
 from tests.integration.servers import MinioServer, free_port
 from tests.integration.test_run import command
@@ -96,7 +96,7 @@ def commit(experiment_store, *shards, diverged=False):
         count = len(shard.trials)
         bits = [pack(rng.random((count, size)) < 0.5) for size in (record.n_train, record.n_train, record.n_test)]
         metrics = [TrialMetrics(trial, diverged, 0.1, 1.0, 0.5, 0.75) for trial in shard.trials]
-        trial, provenance = np.array(shard.trials, np.int32), {"fingerprint": record.fingerprint}
+        trial, provenance = np.array(shard.trials, np.int32), Provenance(record.fingerprint)
         experiment_store.commit(TrialBatch(trial, *bits, record.n_train, record.n_test, metrics, provenance), record.fingerprint)
 
 

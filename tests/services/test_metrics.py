@@ -104,8 +104,8 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_examples_trained_total") == members.sum() * experiment.training.epochs
     provenance = [experiment_store.batch(shard, experiment_store.read_record()).provenance for shard in experiment_store.committed()]
     assert seen.value("memtail_trial_seconds_count") == TRIALS
-    assert seen.value("memtail_trial_seconds_sum") == pytest.approx(sum(each["seconds"] for each in provenance))
-    (measured,) = (each["phases"] for each in provenance if "phases" in each)
+    assert seen.value("memtail_trial_seconds_sum") == pytest.approx(sum(each.seconds for each in provenance))
+    (measured,) = (each.phases for each in provenance if each.phases)
     for phase, seconds in measured.items():
         assert seen.value("memtail_trial_phase_seconds_count", phase=phase) == PER_SHARD
         assert seen.value("memtail_trial_phase_seconds_sum", phase=phase) == pytest.approx(seconds)

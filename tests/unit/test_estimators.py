@@ -14,7 +14,7 @@ from memtail.estimators import expected_standard_error, high_influence_pairs, in
 from memtail.estimators.binomial import share, standard_error
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics import popcount_avx2 as lookup
-from memtail.trials import TrialBatch, TrialMetrics, pack
+from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
 
 
 def batch(first, M, C, T, diverged=(), margins=None, given=None):
@@ -29,7 +29,7 @@ def batch(first, M, C, T, diverged=(), margins=None, given=None):
         M.shape[1],
         T.shape[1],
         metrics,
-        {},
+        Provenance(),
         margins,
         None if margins is None else T.astype(np.float16),
         mistakes,

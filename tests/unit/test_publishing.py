@@ -10,7 +10,7 @@ from memtail.execution.embedded import declare as declared
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
 from memtail.storage.local import LocalStore
-from memtail.trials import TrialBatch, TrialMetrics, pack
+from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
 from services.aggregator import aggregator as module
 from services.aggregator.aggregator import Aggregator
 from services.common.settings import ServiceSettings
@@ -41,7 +41,7 @@ def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes
         trials = np.arange(first, first + 8, dtype=np.int32)
         bits = [pack(rng.random((8, size)) < 0.5) for size in (record.n_train, record.n_train, record.n_test)]
         metrics = [TrialMetrics(int(trial), False, 0.1, 1.0, 0.5, 0.75) for trial in trials]
-        provenance = {"fingerprint": record.fingerprint}
+        provenance = Provenance(record.fingerprint)
         experiment_store.commit(TrialBatch(trials, *bits, record.n_train, record.n_test, metrics, provenance), record.fingerprint)
         now += seconds
         aggregator.catch_up()
