@@ -184,7 +184,7 @@ def _train_all(
             for finished in workers.finished(timeout=0.2):
                 state.partial.pop(finished.shard, None)
                 if finished.error is None:
-                    for phase, spent in finished.batch.provenance.get("phases", {}).items() if finished.batch else ():
+                    for phase, spent in (finished.batch.provenance.phases or {}).items() if finished.batch else ():
                         state.phases[phase] += spent
                     with _writing(state):
                         _commit(finished, store, experiment_store, state)

@@ -39,7 +39,7 @@ from memtail.storage.open import open_store
 from memtail.subsets import membership
 from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.shard_size import operations_per_trial
-from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
+from memtail.trials import Provenance, Shard, TrialBatch, TrialMetrics, pack
 
 #: Numbers of devices for which a forecast is made, beside those of this machine.
 DEVICES = (1, 8, 64)
@@ -234,7 +234,7 @@ def _measure_shard(record: Record, dataset: ImageDataset, fraction: float, devic
     with Workers(Task(short, sample.folder, str(folder / "store"), device=""), devices) as workers:
         cold, _ = _train_at_once(workers, shards)
         warm, finished = _train_at_once(workers, shards, profile=True)
-        spent = [batch.provenance["phases"] for batch, _ in finished]
+        spent = [batch.provenance.phases or {} for batch, _ in finished]
         evaluation = float(np.mean([phases["evaluation"] for phases in spent]))
         epoch = float(np.mean([sum(phases.values()) for phases in spent])) - evaluation
         fixed = max(0.0, warm - epoch - evaluation)  # building the networks, handing over
@@ -333,7 +333,7 @@ def _measure_writing(record: Record, dataset: ImageDataset, fraction: float, fol
             n_train=dataset.n_train,
             n_test=dataset.n_test,
             metrics=[TrialMetrics(int(trial), False, 0.0, 1.0, 1.0, 1.0) for trial in trials],
-            provenance={"fingerprint": record.fingerprint},
+            provenance=Provenance(record.fingerprint),
             train_margin=margins(len(trials), dataset.n_train),
             test_margin=margins(len(trials), dataset.n_test),
             train_mistakes=np.zeros(np.count_nonzero(~members & memorized), np.uint16),
