@@ -119,7 +119,7 @@ def test_example(opened: Opened, index: int) -> dict[str, Any]:
 def right_share(opened: Opened, test: int) -> Rate:
     """How many of all models got a test example right."""
     statistics = opened.scores.statistics
-    return Rate.of(float(statistics.test_right[test] / statistics.trials), statistics.trials)
+    return Rate.of(float(statistics.correct_on_test[test] / statistics.trials), statistics.trials)
 
 
 def train_tiles(opened: Opened, index: Column, value: Column, error: Column) -> list[Tile]:

@@ -258,7 +258,7 @@ def _pairs(scores: Scores, dataset: ImageDataset) -> tuple[list[Pair], PairCount
     for place in np.argsort(~found, kind="stable")[: min(max(int(found.sum()), _FEWEST_PAIRS), _MOST_PAIRS)].tolist():
         i, j = int(train[place]), int(test[place])
         one = influence(packed, np.array([i]), np.array([j]))
-        both, k_in, right, k_out = int(one.both[0, 0]), int(one.k_in[0]), int(one.right[0]), int(one.trials - one.k_in[0])
+        both, k_in, right, k_out = int(one.both[0, 0]), int(one.k_in[0]), int(one.correct[0]), int(one.trials - one.k_in[0])
         others = np.flatnonzero((train_labels == train_labels[i]) & (np.arange(len(train_labels)) != i))
         drawn = rng.choice(others, min(_RANDOM, len(others)), replace=False).tolist()
         shown.append(

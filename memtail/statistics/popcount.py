@@ -1,7 +1,8 @@
-"""Compiled loops over packed words. Importing this takes a moment; only what counts pairs does.
+"""Compiled loops that count co-occurrences in packed words by AND and population count.
 
-A vector unit does AND, population count and addition for eight words at a time. What limits it is moving words between the cache and
-registers, so each word loaded is used for several examples of the other side.
+A vector unit does AND, population count and addition for eight words at a time. The limit is moving words between cache and registers, so
+each loaded word is used for several examples of the other side. Importing numba and loading compiled code takes a moment, so callers
+import this module inside the functions that need it.
 """
 
 import numba
@@ -9,20 +10,20 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from memtail.statistics.numba_lock import one_at_a_time
+from memtail.statistics.numba_lock import with_numba_lock
 
-#: `count_pairs` takes rows and words in groups of these.
+#: `count_pairs` takes rows and words in groups of these sizes.
 ROWS = 4
 WORDS = 2
 
-_COLUMNS = 256  # of the right side, times the number of words: stays in the second-level cache
-_TILE = 64  # rows of the left side that one thread takes at a time
-_STRIPE = 4096  # examples whose running counts stay in the first-level cache
+_COLUMNS = 256  # columns of the right side at a time: their words stay in the second-level cache
+_TILE = 64  # rows of the left side in one task
+_STRIPE = 4096  # columns in one task of `count_one`: their running counts stay in the first-level cache
 
 
 @intrinsic
 def _popcount(typing_context, word):  # type: ignore[no-untyped-def]
-    """The population count instruction, which numba has no name for."""
+    """Population count of a uint64, as one instruction; numba has no name for it."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.ctpop(arguments[0])
@@ -31,10 +32,13 @@ def _popcount(typing_context, word):  # type: ignore[no-untyped-def]
     return types.uint64(types.uint64), generate
 
 
-@one_at_a_time
+@with_numba_lock
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
-    """out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b]; W and a are multiples of WORDS and ROWS."""
+    """Set int32 out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b].
+
+    W is a multiple of WORDS, and a one of ROWS.
+    """
     words, rows = left.shape
     columns = right.shape[1]
     for tile in numba.prange((rows + _TILE - 1) // _TILE):
@@ -64,10 +68,10 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
                     out[i + 3, start + j] = np.int32(count3[j])
 
 
-@one_at_a_time
+@with_numba_lock
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def count_one(one, words, out):  # type: ignore[no-untyped-def]
-    """out[j] = sum_w popcount(one[w] & words[w, j]), for uint64 [W] and [W, b]: reads every word once."""
+    """Set int32 out[j] = sum_w popcount(one[w] & words[w, j]), for uint64 [W] and [W, b]; reads every word once."""
     columns = words.shape[1]
     for stripe in numba.prange((columns + _STRIPE - 1) // _STRIPE):
         start = stripe * _STRIPE

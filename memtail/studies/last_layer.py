@@ -102,7 +102,7 @@ def _facts(scores: Scores, memorized: int) -> dict[str, Any]:
             f"experiment '{summary.experiment}' has no accuracies with standard errors to compare: that takes two trials at least, and "
             f"training examples that some of them saw and others did not"
         )
-    share_error = convergence(scores.statistics, [MEM_THRESHOLD], [0.5], np.array([-1.0, 1.0]))[-1].share_errors[0]
+    share_error = convergence(scores.statistics, [MEM_THRESHOLD], [0.5], np.array([-1.0, 1.0]))[-1].shares_se[0]
     facts = {
         "memorized": memorized,
         "memorized_error": float(share_error) * summary.n_train,

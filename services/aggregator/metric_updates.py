@@ -50,7 +50,7 @@ def show_statistics(name: str, subsets: SubsetsSpec, statistics: Statistics) -> 
         if (accuracy := mean_accuracy(statistics, attribute)) is not None:
             metrics.ACCURACY.labels(name, examples).set(accuracy)
     mem = memorization(statistics)
-    value, error = mem.value[~np.isnan(mem.value)], mem.error[~np.isnan(mem.error)]
+    value, error = mem.value[~np.isnan(mem.value)], mem.standard_error[~np.isnan(mem.standard_error)]
     for quantile in SE_QUANTILES if len(error) else ():
         metrics.STANDARD_ERROR.labels(name, f"{quantile:g}").set(np.quantile(error, quantile))
     metrics.EXPECTED_ERROR.labels(name).set(expected_standard_error(statistics.trials, subsets.fraction))

@@ -1,4 +1,4 @@
-"""Counting on a device, run on torch's CPU device: the same bits as the compiled kernels give."""
+"""Counts on a device, run on torch's CPU device: equal to the bit to those of the compiled kernels."""
 
 import subprocess
 import sys
@@ -19,14 +19,14 @@ shapes = {"t": st.integers(0, 200), "n": st.integers(1, 70), "q": st.integers(1,
 
 
 def words(bits):
-    """Bool [t, a] -> uint64 [ceil(t / 64), a]."""
+    """Pack bool [t, a] into uint64 [ceil(t / 64), a]."""
     padded = np.pad(bits, ((0, -len(bits) % 64), (0, 0)))
     octets = np.packbits(padded, axis=0, bitorder="little").T
     return np.ascontiguousarray(np.ascontiguousarray(octets).view(np.uint64).T)
 
 
 def statistics(seed, t, n, q):
-    """Some examples are always in or always out (no estimate); few distinct rates, so that there are ties."""
+    """Random statistics: some examples are in every subset or in none (no estimate), and repeated ones give ties."""
     rng = np.random.default_rng(seed)
     M = rng.random((t, n)) < rng.choice([0.0, 0.5, 0.7, 1.0], n, p=[0.1, 0.4, 0.4, 0.1])
     M[:, n // 2 :] = M[:, : n - n // 2]
@@ -37,7 +37,7 @@ def statistics(seed, t, n, q):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
-    """So that small examples cross the bounds of blocks and chunks."""
+    """Let small inputs cross the bounds of blocks and chunks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_device, "_ROWS", 16)
         patch.setattr(on_device, "_OTHERS", 24)
@@ -50,10 +50,10 @@ def small_blocks():
 def test_counts_are_those_of_the_compiled_kernel(W, a, b, seed):
     rng = np.random.default_rng(seed)
     left, right = (rng.integers(0, 2**64, (W, columns), dtype=np.uint64) for columns in (a, b))
-    found = device_counts.count_block(device_counts.words_on(left, "cpu"), device_counts.words_on(right, "cpu")).numpy()
-    assert found.dtype == np.int32
-    assert found.shape == (a, b)
-    assert (found == cooccurrence(left, right)).all()
+    result = device_counts.count_block(device_counts.words_on(left, "cpu"), device_counts.words_on(right, "cpu")).numpy()
+    assert result.dtype == np.int32
+    assert result.shape == (a, b)
+    assert (result == cooccurrence(left, right)).all()
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (17, 9), (33, 70)])
@@ -93,10 +93,10 @@ def test_high_influence_pairs_are_the_same_to_the_bit(t, n, q, seed, classes, th
     memorization = Memorization(mem, mem, mem, mem, packed.k_in, packed.trials - packed.k_in)
     labels = rng.integers(0, classes, n), rng.integers(0, classes, q)
     with_device, without = (high_influence_pairs(packed, memorization, *labels, 0.25, threshold, device) for device in ("cpu", None))
-    for name in ("train", "test", "influence", "influence_error", "mem", "mem_error"):
-        found, expected = getattr(with_device, name), getattr(without, name)
-        assert found.dtype == expected.dtype
-        np.testing.assert_array_equal(found, expected)
+    for name in ("train", "test", "influence", "influence_se", "mem", "mem_se"):
+        result, expected = getattr(with_device, name), getattr(without, name)
+        assert result.dtype == expected.dtype
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_without_a_device_torch_is_never_imported():

@@ -17,10 +17,10 @@ from memtail.statistics import popcount_avx2 as lookup
 from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
 
 
-def batch(first, M, C, T, diverged=(), margins=None, given=None):
+def batch(first, M, C, T, diverged=(), margins=None, predicted=None):
     trials = np.arange(first, first + len(M), dtype=np.int32)
     metrics = [TrialMetrics(int(k), int(k) in diverged, 0.0, 1.0, 1.0, 1.0) for k in trials]
-    mistakes = None if given is None else given[~C & ~np.isin(trials, list(diverged))[:, None]].astype(np.uint16)
+    mistakes = None if predicted is None else predicted[~C & ~np.isin(trials, list(diverged))[:, None]].astype(np.uint16)
     return TrialBatch(
         trials,
         pack(M),
@@ -60,17 +60,17 @@ def test_memorization_is_the_papers_equation(t, n, q, seed, shard):
     statistics = Statistics(n, q)
     for first in range(0, t, shard):
         statistics.accumulate(batch(first, M[first : first + shard], C[first : first + shard], T[first : first + shard]))
-    found = memorization(statistics)
+    result = memorization(statistics)
     p_in, p_out = direct_memorization(M.astype(int), C.astype(int))
     k_in, k_out = M.sum(0), t - M.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.sqrt(p_in * (1 - p_in) / k_in + p_out * (1 - p_out) / k_out)
-    np.testing.assert_allclose(found.value, p_in - p_out, atol=1e-12)
-    np.testing.assert_allclose(found.error, error, atol=1e-12)
-    assert (found.k_in == k_in).all()
-    assert (found.k_out == k_out).all()
-    assert (np.isnan(found.value) == ((k_in == 0) | (k_out == 0))).all()
-    assert found.undefined == int(((k_in == 0) | (k_out == 0)).sum())
+    np.testing.assert_allclose(result.value, p_in - p_out, atol=1e-12)
+    np.testing.assert_allclose(result.standard_error, error, atol=1e-12)
+    assert (result.k_in == k_in).all()
+    assert (result.k_out == k_out).all()
+    assert (np.isnan(result.value) == ((k_in == 0) | (k_out == 0))).all()
+    assert result.undefined == int(((k_in == 0) | (k_out == 0)).sum())
 
 
 @given(**shapes, on=st.sampled_from(["test", "train"]))
@@ -79,14 +79,15 @@ def test_influence_is_the_papers_equation(t, n, q, seed, on):
     M, C, T = random_bits(seed, t, n, q)
     statistics = Statistics(n, q)
     statistics.accumulate(batch(0, M, C, T))
-    found = influence(statistics.packed(), slice(None), slice(None), on)
+    result = influence(statistics.packed(), slice(None), slice(None), on)
     other = (T if on == "test" else C).astype(int)
     inside, outside = M.astype(int), 1 - M.astype(int)
     with np.errstate(invalid="ignore", divide="ignore"):
         p_in, p_out = inside.T @ other / inside.sum(0)[:, None], outside.T @ other / outside.sum(0)[:, None]
         error = np.sqrt(p_in * (1 - p_in) / inside.sum(0)[:, None] + p_out * (1 - p_out) / outside.sum(0)[:, None])
-    np.testing.assert_allclose(found.value, p_in - p_out, atol=1e-12)
-    np.testing.assert_allclose(found.error, error, atol=1e-12)
+    np.testing.assert_allclose(result.value, p_in - p_out, atol=1e-12)
+    np.testing.assert_allclose(result.standard_error, error, atol=1e-12)
+    assert result.error is result.standard_error  # the name in 0.1.0
 
 
 @given(t=st.integers(1, 200), a=st.integers(1, 150), b=st.integers(1, 150), seed=st.integers(0, 100))
@@ -151,23 +152,23 @@ def test_margins_are_summed_exactly_in_any_order():
 
 @given(t=st.integers(1, 60), n=st.integers(1, 20), classes=st.integers(1, 400), shard=st.integers(1, 30), seed=st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_held_out_mistakes_are_counted_once_per_trial_in_any_order(t, n, classes, shard, seed):
+def test_held_out_misclassifications_are_counted_once_per_trial_in_any_order(t, n, classes, shard, seed):
     M, C, T = random_bits(seed, t, n, 3)
     rng = np.random.default_rng(seed)
-    given = rng.integers(0, classes, (t, n)) // rng.integers(1, 9)
+    predicted = rng.integers(0, classes, (t, n)) // rng.integers(1, 9)
     diverged = tuple(np.flatnonzero(rng.random(t) < 0.1).tolist())
     C[list(diverged)] = False
     statistics = Statistics(n, 3)
     for first in [*rng.permutation(range(0, t, shard)).tolist(), 0]:
         some = slice(first, first + shard)
-        statistics.accumulate(batch(first, M[some], C[some], T[some], diverged, given=given[some]))
+        statistics.accumulate(batch(first, M[some], C[some], T[some], diverged, predicted=predicted[some]))
     counted = ~np.isin(np.arange(t), diverged)
-    most, times = statistics.held_out_mistakes.most_frequent(n)
+    most, times = statistics.held_out_misclassifications.most_frequent(n)
     for i in range(n):
-        votes = np.bincount(given[counted & ~M[:, i] & ~C[:, i], i], minlength=classes)
+        votes = np.bincount(predicted[counted & ~M[:, i] & ~C[:, i], i], minlength=classes)
         assert (most[i], times[i]) == ((votes.argmax(), votes.max()) if votes.any() else (-1, 0))
     statistics.accumulate(batch(t, M[:1], C[:1], T[:1]))
-    assert statistics.held_out_mistakes is None  # not known of all trials
+    assert statistics.held_out_misclassifications is None  # not known of all trials
 
 
 def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influence():
@@ -180,9 +181,9 @@ def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influ
     pairs = high_influence_pairs(packed, mem, train_labels, test_labels, 0.05, 0.1)
     everything = influence(packed, slice(None), slice(None)).value
     with np.errstate(invalid="ignore"):
-        wanted = (mem.value[:, None] >= 0.05) & (everything >= 0.1) & (train_labels[:, None] == test_labels)
+        expected = (mem.value[:, None] >= 0.05) & (everything >= 0.1) & (train_labels[:, None] == test_labels)
     assert set(zip(pairs.train.tolist(), pairs.test.tolist(), strict=True)) == set(
-        zip(*(x.tolist() for x in np.nonzero(wanted)), strict=True)
+        zip(*(x.tolist() for x in np.nonzero(expected)), strict=True)
     )
     assert len(pairs) > 10
     assert (np.diff(pairs.influence) <= 0).all()
@@ -229,15 +230,15 @@ def test_expected_standard_error_is_the_papers_worst_case():
 def test_both_ways_of_counting_pairs_count_alike(words, a, b, seed):
     rng = np.random.default_rng(seed)
     left, right = (rng.integers(0, 2**64, (words, count), dtype=np.uint64) for count in (a, b))
-    left[:, 0], right[:, 0] = 2**64 - 1, 2**64 - 1  # the most that there can be
+    left[:, 0], right[:, 0] = 2**64 - 1, 2**64 - 1  # the largest count
     expected = np.bitwise_count(left[:, :, None] & right[:, None, :]).sum(0, dtype=np.int32)
-    found = []
+    result = []
     for faster in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lookup, "FASTER", faster)
-            found.append(cooccurrence(left, right))
-    assert (found[0] == expected).all()
-    assert (found[1] == expected).all()
+            result.append(cooccurrence(left, right))
+    assert (result[0] == expected).all()
+    assert (result[1] == expected).all()
 
 
 def test_threads_may_count_at_the_same_time_whatever_numba_has_to_run_on():

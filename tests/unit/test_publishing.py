@@ -1,4 +1,4 @@
-"""How often the aggregator publishes, by a clock that the test sets."""
+"""The frequency of the aggregator's publications, by a clock that the test sets."""
 
 import types
 
@@ -36,7 +36,7 @@ def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes
     rng = np.random.default_rng(0)
 
     def published_after(first, seconds):
-        """The trials in the scores when eight more are committed and so much time has passed."""
+        """Return the trials in the scores after eight more are committed and this time has passed."""
         nonlocal now
         trials = np.arange(first, first + 8, dtype=np.int32)
         bits = [pack(rng.random((8, size)) < 0.5) for size in (record.n_train, record.n_train, record.n_test)]

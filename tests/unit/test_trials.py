@@ -42,7 +42,7 @@ def test_a_batch_survives_the_wire(k, n, q, seed, margins, mistakes):
     assert read.to_bytes() == batch.to_bytes()
 
 
-def test_mistakes_are_as_many_as_were_made():
+def test_there_is_one_predicted_class_per_misclassification():
     batch, _ = make()
     with pytest.raises(ForeignObjectError, match=r"train_mistakes is uint16 \[\d+\], expected is uint16 \[\d+\]"):
         replace(batch, train_mistakes=batch.train_mistakes[1:])
