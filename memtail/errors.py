@@ -3,7 +3,10 @@
 A library user catches `MemtailError`; the command line prints the line and exits with 2 (1 for `BatchesRefusedError`).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memtail.scores.summary import ScoreSummary
 
 
 class MemtailError(Exception):
@@ -45,7 +48,7 @@ class IncompleteRunError(MemtailError):
         summary: summary of the published scores, None if there are none.
     """
 
-    def __init__(self, message: str, summary: Any | None) -> None:
+    def __init__(self, message: str, summary: "ScoreSummary | None") -> None:
         super().__init__(message)
         self.summary = summary
 

@@ -1,17 +1,18 @@
-"""Which training examples each trial sees: trial index -> membership, a pure function of the declaration.
+"""Subset designs: trial index -> membership, a pure function of the experiment's declaration.
 
-Designs, for n examples and subsets of m = round(fraction * n):
+For n training examples and subsets of m = round(fraction * n) of them:
 
 * `uniform`: independent uniform subsets of size m, as in the paper.
-* `balanced`: like cards dealt from shuffled decks. The trials take m cards each, one after the other; when a deck is used up, a
-  newly shuffled one follows. In every prefix of the trials each example has then been dealt equally often, to within one.
-* `stratified`: balanced within each class, each with its own share of the subset.
-* `explicit`: masks given in a file, one row per trial.
+* `balanced`: trial k takes the k-th run of m examples from an endless sequence of random permutations of all n. In every prefix of the
+  trials all examples are members equally often, to within one.
+* `stratified`: balanced within each class, with the class's share of m.
+* `explicit`: masks from a file, one row per trial.
 
-Any machine recomputes the membership of any trial without the ones before it.
+Any machine computes the membership of any trial without that of the trials before it. Adding a design takes a function in `DESIGNS` and its
+name in `memtail.spec.SubsetsSpec.design`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,15 +25,17 @@ from memtail.spec import SubsetsSpec
 
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+#: Takes the declared design, the training labels and indices of trials; returns and raises as `membership` does.
+Design = Callable[[SubsetsSpec, Indices, Sequence[int]], Mask]
 
 
-def membership(subsets: SubsetsSpec, labels: npt.NDArray[np.int64], trials: Sequence[int]) -> Mask:
-    """Membership of the given trials.
+def membership(subsets: SubsetsSpec, labels: Indices, trials: Sequence[int]) -> Mask:
+    """Compute the membership of some trials.
 
     Args:
         subsets: the declared design.
         labels: int64 [n], the training labels in original order.
-        trials: indices of the trials, in any order.
+        trials: indices of the trials, in any order; empty to check the design only.
 
     Returns:
         bool [len(trials), n]; True where the example is in the trial's subset.
@@ -40,20 +43,7 @@ def membership(subsets: SubsetsSpec, labels: npt.NDArray[np.int64], trials: Sequ
     Raises:
         SpecError: the design does not fit the dataset.
     """
-    n = len(labels)
-    if subsets.design == "explicit":
-        assert subsets.masks is not None
-        return np.asarray(_masks(subsets.masks, n, subsets.trials)[list(trials)])
-    members = np.zeros((len(trials), n), dtype=np.bool_)
-    strata = _strata(subsets, labels)
-    for row, trial in zip(members, trials, strict=True):
-        for stratum, (examples, size) in enumerate(strata):
-            if subsets.design == "uniform":
-                keys = random_keys(n, subsets.seed, Purpose.SUBSET, trial)
-                row[np.argpartition(keys, size - 1)[:size]] = True
-            else:
-                row[examples[_balanced(subsets.seed, stratum, trial, len(examples), size)]] = True
-    return members
+    return DESIGNS[subsets.design](subsets, labels, trials)
 
 
 def subset_size(fraction: float, n: int) -> int:
@@ -61,95 +51,134 @@ def subset_size(fraction: float, n: int) -> int:
     return min(max(round(fraction * n), 1), n - 1)
 
 
-def check_trials(subsets: SubsetsSpec, labels: npt.NDArray[np.int64]) -> None:
-    """Refuse a design of too few trials, in which some example would be always in or always out and so have no estimate.
+def check_trials(subsets: SubsetsSpec, labels: Indices) -> None:
+    """Refuse a design that leaves some example without an estimate: in the subset of every trial, or of none.
 
-    `explicit` masks are exempt: a study may leave examples out on purpose.
+    Masks from a file are exempt: a study may leave examples out on purpose.
+
+    Args:
+        subsets: the declared design and number of trials.
+        labels: int64 [n], the training labels in original order.
 
     Raises:
-        SpecError: names how many examples are without an estimate, and the number of trials that mends it.
+        SpecError: the design does not fit the dataset; or there are too few trials, and then the message says how many are enough.
     """
+    membership(subsets, labels, [])
+    if subsets.masks is not None:
+        return
     n, t = len(labels), subsets.trials
     f = subset_size(subsets.fraction, n) / n
-    if subsets.design == "explicit":
-        assert subsets.masks is not None
-        _masks(subsets.masks, n, t)
-        return
-    _strata(subsets, labels)
-    if n * (f**t + (1 - f) ** t) < 1e-9:
+    if n * (f**t + (1 - f) ** t) < 1e-9:  # the expected number of such examples
         return
     counts = np.zeros(n, dtype=np.int64)
     for trial in range(t):
         counts += membership(subsets, labels, [trial])[0]
-    lacking = int(np.count_nonzero((counts == 0) | (counts == t)))
-    if lacking:
+    undefined = int(np.count_nonzero((counts == 0) | (counts == t)))
+    if undefined:
         enough = next(k for k in range(t + 1, 10**7) if n * (f**k + (1 - f) ** k) < 0.01)
         raise SpecError(
-            f"subsets.trials: with {t} trials {lacking} of {n} training examples are in every subset or in none, so that they "
+            f"subsets.trials: with {t} trials {undefined} of {n} training examples are in every subset or in none, so that they "
             f"have no estimate: {enough} trials are enough at a fraction of {f:g} (design 'balanced' needs fewer)"
         )
 
 
-def _strata(subsets: SubsetsSpec, labels: npt.NDArray[np.int64]) -> list[tuple[Indices, int]]:
-    """The groups that are dealt separately, each as (its examples, how many of them a subset takes)."""
+def _uniform(subsets: SubsetsSpec, labels: Indices, trials: Sequence[int]) -> Mask:
+    n, m = len(labels), subset_size(subsets.fraction, len(labels))
+    members = np.zeros((len(trials), n), dtype=np.bool_)
+    for row, trial in zip(members, trials, strict=True):
+        keys = random_keys(n, subsets.seed, Purpose.SUBSET, trial)
+        row[np.argpartition(keys, m - 1)[:m]] = True
+    return members
+
+
+def _balanced(subsets: SubsetsSpec, labels: Indices, trials: Sequence[int]) -> Mask:
     n = len(labels)
-    m = subset_size(subsets.fraction, n)
-    if subsets.design != "stratified":
-        return [(np.arange(n), m)]
+    return _balanced_within([(np.arange(n), subset_size(subsets.fraction, n))], n, subsets.seed, trials)
+
+
+def _stratified(subsets: SubsetsSpec, labels: Indices, trials: Sequence[int]) -> Mask:
+    return _balanced_within(_class_shares(subsets.fraction, labels), len(labels), subsets.seed, trials)
+
+
+def _explicit(subsets: SubsetsSpec, labels: Indices, trials: Sequence[int]) -> Mask:
+    return np.asarray(_masks(subsets.masks, len(labels), subsets.trials)[list(trials)])
+
+
+#: The designs by name.
+DESIGNS: dict[str, Design] = {"uniform": _uniform, "balanced": _balanced, "stratified": _stratified, "explicit": _explicit}
+
+
+def _class_shares(fraction: float, labels: Indices) -> list[tuple[Indices, int]]:
+    """Each class's examples, and the number of them in a subset; the numbers add up to m.
+
+    Raises:
+        SpecError: a class is too small to be split.
+    """
+    n = len(labels)
+    m = subset_size(fraction, n)
     classes, counts = np.unique(labels, return_counts=True)
     share = m * counts / n
     sizes = np.floor(share).astype(np.int64)
-    # the largest remainders take what flooring left over, so that the sizes add up to m
+    # what flooring leaves over goes to the largest remainders
     sizes[np.argsort(sizes - share, kind="stable")[: m - sizes.sum()]] += 1
     for label, count, size in zip(classes, counts, sizes, strict=True):
         if not 0 < size < count:
             raise SpecError(
-                f"subsets.design: 'stratified' at a fraction of {subsets.fraction:g} takes {size} of the {count} training examples "
+                f"subsets.design: 'stratified' at a fraction of {fraction:g} takes {size} of the {count} training examples "
                 f"of class {label} into every subset, which leaves them no estimate: use design 'balanced' or 'uniform'"
             )
     return [(np.flatnonzero(labels == label), int(size)) for label, size in zip(classes, sizes, strict=True)]
 
 
-def _balanced(seed: int, stratum: int, trial: int, n: int, m: int) -> Indices:
-    """The members of one trial of the balanced design: m of n indices."""
+def _balanced_within(strata: list[tuple[Indices, int]], n: int, seed: int, trials: Sequence[int]) -> Mask:
+    """Membership that is balanced within each stratum: its examples, and the number of them in a subset."""
+    members = np.zeros((len(trials), n), dtype=np.bool_)
+    for row, trial in zip(members, trials, strict=True):
+        for stratum, (examples, size) in enumerate(strata):
+            row[examples[_balanced_subset(seed, stratum, trial, len(examples), size)]] = True
+    return members
+
+
+def _balanced_subset(seed: int, stratum: int, trial: int, n: int, m: int) -> Indices:
+    """The members of one trial: m of n indices."""
     if 2 * m <= n:
-        return _dealt(seed, stratum, trial, n, m)
-    # Dealing who stays out keeps decks longer than two hands, which is what makes every boundary dealable on its own.
+        return _run(seed, stratum, trial, n, m)
+    # Choosing the non-members instead keeps runs at most half a permutation long, so that each boundary can be drawn by itself.
     mask = np.ones(n, dtype=np.bool_)
-    mask[_dealt(seed, stratum, trial, n, n - m)] = False
+    mask[_run(seed, stratum, trial, n, n - m)] = False
     return np.flatnonzero(mask)
 
 
-def _dealt(seed: int, stratum: int, trial: int, n: int, m: int) -> Indices:
-    """Hand `trial` of m <= n / 2 cards, dealt from endless shuffled decks of n cards.
+def _run(seed: int, stratum: int, trial: int, n: int, m: int) -> Indices:
+    """Run number `trial` of m <= n / 2 indices from an endless sequence of permutations of n.
 
-    A hand that straddles the boundary of two decks is the tail of one and the head of the next.
+    A run across the boundary of two permutations is the tail of one and the head of the next.
     """
-    deck, position = divmod(trial * m, n)
+    permutation, position = divmod(trial * m, n)
     if position + m > n:
-        return np.concatenate(_boundary(seed, stratum, deck, n, m))
-    head, tail = _boundary(seed, stratum, deck - 1, n, m)[1], _boundary(seed, stratum, deck, n, m)[0]
-    middle = _shuffled(_without(n, head, tail), seed, Purpose.SUBSET_DECK, stratum, deck)
+        return np.concatenate(_boundary(seed, stratum, permutation, n, m))
+    head, tail = _boundary(seed, stratum, permutation - 1, n, m)[1], _boundary(seed, stratum, permutation, n, m)[0]
+    middle = _shuffled(_without(n, head, tail), seed, Purpose.SUBSET_PERMUTATION, stratum, permutation)
     start = position - len(head)
     return middle[start : start + m]
 
 
 @lru_cache(maxsize=64)
-def _boundary(seed: int, stratum: int, deck: int, n: int, m: int) -> tuple[Indices, Indices]:
-    """(tail of `deck`, head of the next one) that make up one hand; both empty where a hand ends with the deck.
+def _boundary(seed: int, stratum: int, permutation: int, n: int, m: int) -> tuple[Indices, Indices]:
+    """The tail of a permutation and the head of the next that make up one run; both empty where a run ends with the permutation.
 
-    Within a deck head and tail must not meet, nor may the two parts of a hand. Boundaries after even decks are drawn freely,
-    those after odd ones around their two neighbours, so that none depends on more than those.
+    Head and tail of one permutation must be disjoint, and so must both parts of a run. Boundaries after even permutations are drawn freely,
+    and those after odd ones avoid their two neighbours, so none depends on more than two others.
     """
-    tail_size = ((deck + 1) * n) % m if deck >= 0 else 0
+    tail_size = ((permutation + 1) * n) % m if permutation >= 0 else 0
     if tail_size == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    draw = (seed, Purpose.SUBSET_BOUNDARY, stratum, deck)
-    if deck % 2 == 0:
-        hand = _shuffled(np.arange(n), *draw)[:m]
-        return hand[:tail_size], hand[tail_size:]
-    head_before = _boundary(seed, stratum, deck - 1, n, m)[1]
-    tail_after = _boundary(seed, stratum, deck + 1, n, m)[0]
+    draw = (seed, Purpose.SUBSET_BOUNDARY, stratum, permutation)
+    if permutation % 2 == 0:
+        run = _shuffled(np.arange(n), *draw)[:m]
+        return run[:tail_size], run[tail_size:]
+    head_before = _boundary(seed, stratum, permutation - 1, n, m)[1]
+    tail_after = _boundary(seed, stratum, permutation + 1, n, m)[0]
     tail = _shuffled(_without(n, head_before), *draw, 0)[:tail_size]
     head = _shuffled(_without(n, tail_after, tail), *draw, 1)[: m - tail_size]
     return tail, head
@@ -167,8 +196,14 @@ def _without(n: int, *taken: Indices) -> Indices:
 
 
 @lru_cache(maxsize=4)
-def _masks(path: Path, n: int, trials: int) -> Mask:
-    """The masks of an explicit design, memory-mapped, checked against the dataset and the number of trials."""
+def _masks(path: Path | None, n: int, trials: int) -> Mask:
+    """Bool [at least `trials`, n], the masks of an explicit design, memory-mapped.
+
+    Raises:
+        SpecError: the file is missing, unreadable, of another shape or type, has too few rows, or an empty one.
+    """
+    if path is None:
+        raise SpecError("subsets.masks: design 'explicit' needs a .npy file of booleans [trials, n]")
     try:
         masks = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(masks, np.ndarray):

@@ -1,18 +1,22 @@
-"""Trial batches: what one shard of trials leaves behind, and its wire format (an uncompressed .npz that plain numpy reads).
+"""Trial batches, the outcomes of one shard of trials, and their wire format: an uncompressed .npz that plain numpy reads.
 
-Schema 1: `trial` int32 [k]; `membership`, `train_correct` uint8 [k, ceil(n/8)] and `test_correct` uint8 [k, ceil(q/8)], packed in
-numpy's little bit order; `train_mistakes` uint16 [w], the classes given to the training examples that were got wrong, trial by trial in
-the order of the examples, diverged trials left out (missing in batches of memtail's first versions); with margins recorded `train_margin`
-float16 [k, n] and `test_margin` float16 [k, q]; `shape` int64 [2] (n, q); `metrics` (a list with one entry per trial) and `provenance` as
-JSON text.
+Schema 1, for k trials on n training and q test examples:
+
+* `schema` int64 and `shape` int64 [2], which is (n, q).
+* `trial` int32 [k], the trials' indices.
+* `membership`, `train_correct` uint8 [k, ceil(n/8)] and `test_correct` uint8 [k, ceil(q/8)], bits packed in numpy's little order.
+* `train_mistakes` uint16 [w], the predicted classes of the misclassified training examples, trial by trial in the order of the examples,
+  without diverged trials. Batches of memtail's first versions lack it.
+* `train_margin` float16 [k, n] and `test_margin` float16 [k, q], where margins are recorded.
+* `metrics`, a list of one object per trial, and `provenance`, an object, both as JSON text.
 """
 
 import io
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +30,19 @@ Bits = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Shard:
-    """The consecutive trials `first` to `last`, both inclusive: the unit of work."""
+    """The consecutive trials `first` to `last`, both included: the unit of work."""
 
     first: int
     last: int
 
     @property
     def trials(self) -> range:
-        """The trials' indices."""
+        """Indices of the trials."""
         return range(self.first, self.last + 1)
 
     @property
     def span(self) -> str:
-        """`FIRST-LAST`."""
+        """The text `FIRST-LAST`."""
         return f"{self.first}-{self.last}"
 
     def __str__(self) -> str:
@@ -47,7 +51,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class TrialMetrics:
-    """How one trial came out. Accuracies are fractions; `loss` is the mean training loss of the last epoch (None if not finite)."""
+    """Metrics of one trial.
+
+    Attributes:
+        trial: its index.
+        diverged: whether its loss or an output is not finite; a diverged trial does not count.
+        loss: mean training loss of the last epoch; None if not finite.
+        in_subset_accuracy, held_out_accuracy, test_accuracy: fractions of the training examples inside and outside its subset and of the
+            test examples that are classified correctly; None if no training example is outside.
+    """
 
     trial: int
     diverged: bool
@@ -58,8 +70,59 @@ class TrialMetrics:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Origin of a trial batch; what is None is left out of the batch.
+
+    Attributes:
+        fingerprint: of the experiment.
+        memtail, torch, python: versions of the software.
+        host: name of the machine.
+        device: name of the device.
+        started: ISO 8601, UTC.
+        seconds: wall-clock time of the shard.
+        phases: seconds by phase of the training, of profiled shards.
+    """
+
+    fingerprint: str | None = None
+    memtail: str | None = None
+    torch: str | None = None
+    python: str | None = None
+    host: str | None = None
+    device: str | None = None
+    started: str | None = None
+    seconds: float | None = None
+    phases: dict[str, float] | None = None
+
+    def to_json(self) -> str:
+        """The text in a batch: an object with sorted keys."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the text; unknown keys are ignored.
+
+        Raises:
+            ValueError: the text is no JSON object.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("its provenance is no JSON object")
+        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
+
+
+@dataclass(frozen=True)
 class TrialBatch:
-    """The outcome of k trials on n training and q test examples. Immutable; arrays as in the module's schema."""
+    """The outcomes of k trials on n training and q test examples; immutable.
+
+    Attributes:
+        trial, membership, train_correct, test_correct, train_margin, test_margin, train_mistakes: arrays of the module's schema.
+        n_train, n_test: n and q.
+        metrics: of each trial, in the order of `trial`.
+        provenance: of the batch.
+
+    Raises:
+        ForeignObjectError: an array has another shape or type, or the metrics belong to other trials.
+    """
 
     trial: npt.NDArray[np.int32]
     membership: Bits
@@ -68,7 +131,7 @@ class TrialBatch:
     n_train: int
     n_test: int
     metrics: Sequence[TrialMetrics]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = Provenance()
     train_margin: npt.NDArray[np.float16] | None = None
     test_margin: npt.NDArray[np.float16] | None = None
     train_mistakes: npt.NDArray[np.uint16] | None = None
@@ -84,11 +147,9 @@ class TrialBatch:
         }
         for name, shape in expected.items():
             array = getattr(self, name)
-            kind = np.float16 if name.endswith("margin") else np.uint8
-            if array is not None and (array.shape != shape or array.dtype != kind):
-                raise ForeignObjectError(
-                    f"trial batch: {name} is {array.dtype} {list(array.shape)}, expected is {np.dtype(kind)} {list(shape)}"
-                )
+            dtype = np.dtype(np.float16 if name.endswith("margin") else np.uint8)
+            if array is not None and (array.shape != shape or array.dtype != dtype):
+                raise ForeignObjectError(f"trial batch: {name} is {array.dtype} {list(array.shape)}, expected is {dtype} {list(shape)}")
         if [entry.trial for entry in self.metrics] != self.trial.tolist():
             raise ForeignObjectError(f"trial batch: its metrics are not those of its {k} trials")
         self._check_mistakes()
@@ -96,27 +157,27 @@ class TrialBatch:
     def _check_mistakes(self) -> None:
         if self.train_mistakes is None:
             return
-        array, wrong = self.train_mistakes, int(self.mistaken().sum())
-        if array.shape != (wrong,) or array.dtype != np.uint16:
-            raise ForeignObjectError(f"trial batch: train_mistakes is {array.dtype} {list(array.shape)}, expected is uint16 [{wrong}]")
+        array, count = self.train_mistakes, int(self.misclassified().sum())
+        if array.shape != (count,) or array.dtype != np.uint16:
+            raise ForeignObjectError(f"trial batch: train_mistakes is {array.dtype} {list(array.shape)}, expected is uint16 [{count}]")
 
-    def mistaken(self) -> npt.NDArray[np.bool_]:
-        """Bool [k, n]: the training examples whose classes are in `train_mistakes`."""
+    def misclassified(self) -> npt.NDArray[np.bool_]:
+        """Return bool [k, n], the places of the entries of `train_mistakes`: misclassified, in a trial that has not diverged."""
         diverged = np.array([entry.diverged for entry in self.metrics], np.bool_)
         return ~unpack(self.train_correct, self.n_train) & ~diverged[:, None]
 
     @property
     def shard(self) -> Shard:
-        """The span of its trials."""
+        """The shard from the first to the last trial."""
         return Shard(int(self.trial[0]), int(self.trial[-1]))
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the experiment that it belongs to."""
-        return str(self.provenance.get("fingerprint", ""))
+        """Fingerprint of the experiment; empty if unknown."""
+        return self.provenance.fingerprint or ""
 
     def to_bytes(self) -> bytes:
-        """The batch in its wire format; equal batches give equal bytes."""
+        """Write the wire format; equal batches give equal bytes."""
         arrays: dict[str, Any] = {
             "schema": np.int64(SCHEMA),
             "trial": self.trial,
@@ -125,7 +186,7 @@ class TrialBatch:
             "test_correct": self.test_correct,
             "shape": np.array([self.n_train, self.n_test], dtype=np.int64),
             "metrics": json.dumps([asdict(entry) for entry in self.metrics]),
-            "provenance": json.dumps(self.provenance, sort_keys=True),
+            "provenance": self.provenance.to_json(),
         }
         if self.train_mistakes is not None:
             arrays["train_mistakes"] = self.train_mistakes
@@ -139,8 +200,12 @@ class TrialBatch:
     def from_bytes(cls, data: bytes, source: str = "trial batch") -> "TrialBatch":
         """Read the wire format.
 
+        Args:
+            data: the bytes.
+            source: where they come from, for error messages.
+
         Raises:
-            ForeignObjectError: the bytes are truncated, corrupt or of a schema this version does not know; names `source`.
+            ForeignObjectError: the bytes are truncated, corrupt, or of another schema.
         """
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as entries:
@@ -153,24 +218,24 @@ class TrialBatch:
                 raise ForeignObjectError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             n_train, n_test = (int(size) for size in arrays.pop("shape"))
             metrics = [TrialMetrics(**entry) for entry in json.loads(str(arrays.pop("metrics")))]
-            provenance = json.loads(str(arrays.pop("provenance")))
+            provenance = Provenance.from_json(str(arrays.pop("provenance")))
             return cls(n_train=n_train, n_test=n_test, metrics=metrics, provenance=provenance, **arrays)
         except ForeignObjectError:
             raise
-        except Exception as error:  # whatever hostile bytes make the parsers raise
+        except Exception as error:  # hostile bytes make the parsers raise anything
             raise ForeignObjectError(f"{source}: is truncated or corrupt ({error}): delete it, then run again") from None
 
 
 def largest_batch(trials: int, n_train: int, n_test: int) -> int:
-    """Bytes that a batch may have at most: everything recorded, and a page of text for each trial."""
+    """Return the largest plausible size of a batch in bytes: all arrays of the schema, and a page of text per trial."""
     return trials * (5 * (n_train + n_test) + 4096) + (1 << 20)
 
 
 def pack(bits: npt.NDArray[np.bool_]) -> Bits:
-    """Bool [k, n] -> uint8 [k, ceil(n/8)], little bit order, padded with zeros."""
+    """Pack bool [k, n] into uint8 [k, ceil(n/8)], in little bit order, padded with zeros."""
     return np.packbits(bits, axis=1, bitorder="little")
 
 
 def unpack(packed: Bits, count: int) -> npt.NDArray[np.bool_]:
-    """uint8 [k, ceil(count/8)] -> bool [k, count]; the inverse of `pack`."""
+    """Unpack uint8 [k, ceil(count/8)] into bool [k, count], the inverse of `pack`."""
     return np.unpackbits(packed, axis=1, count=count, bitorder="little").view(np.bool_)

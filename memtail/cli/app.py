@@ -3,10 +3,11 @@
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -66,7 +67,9 @@ def run(
     failure = None
     try:
         with interruptible(), display.RunProgress(quiet=json_) as progress, preparation(quiet=json_) as on_preparation:
-            summary = run_experiment(experiment, store, on_progress=progress.update, on_preparation=on_preparation, profile=profile)
+            summary: Mapping[str, Any] = run_experiment(
+                experiment, store, on_progress=progress.update, on_preparation=on_preparation, profile=profile
+            )
     except IncompleteRunError as error:
         if error.summary is None:
             raise
@@ -74,7 +77,7 @@ def run(
     if json_:
         print(json.dumps(dict(summary), indent=1))
     else:
-        display.show_summary(summary, _scores_of(open_existing(store), experiment.name), progress.seconds, store)
+        display.show_summary(_scores_of(open_existing(store), experiment.name), progress.seconds, store)
         if "profile" in summary:
             display.show_profile(summary["profile"])
     _draw_report(open_existing(store), experiment.name, quiet=json_)
@@ -168,14 +171,14 @@ def scores(
     pointer = latest_version(opened, name)
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
-    place = f"{opened.address}/{keys.scores(name, pointer['version']).rstrip('/')}"
+    place = f"{opened.address}/{keys.scores(name, pointer.version).rstrip('/')}"
     if fetch is not None:
         fetch_scores(opened, name, pointer, fetch)
     if json_:
-        print(json.dumps({**pointer, "folder": str(fetch or place)}, indent=1))
+        print(json.dumps({**pointer.to_dict(), "folder": str(fetch or place)}, indent=1))
         return
-    print(f"{name}: {pointer['summary']['trials']} trials, published {pointer['published']}")
-    for file in pointer["files"]:
+    print(f"{name}: {pointer.summary.trials} trials, published {pointer.published}")
+    for file in pointer.files:
         print(fetch / file if fetch else f"{place}/{file}")
 
 

@@ -1,7 +1,7 @@
 """What the command line shows: progress of a run, summaries and tables."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -147,33 +147,33 @@ def _figures(state: "RunState") -> str:
     return f"in-subset {inside:.2%}, test {test:.2%}, memorized {memorized}"
 
 
-def show_summary(summary: Mapping[str, Any], scores: "Scores", seconds: float, store: str) -> None:
+def show_summary(scores: "Scores", seconds: float, store: str) -> None:
     """What came out, the five most memorized examples, and where the files are."""
     trained = f" in {seconds:.1f} s" if seconds else ", all from the store"
-    console.print(f"\n{summary['experiment']}: {summary['trials']} trials{trained}", style="bold")
-    share, errors, pairs = summary["mem_share_at_least"], summary["mem_se_quantiles"], summary["pairs"]
+    summary, pairs = scores.summary, scores.summary.pairs
+    console.print(f"\n{summary.experiment}: {summary.trials} trials{trained}", style="bold")
+    error = summary.mem_se_quantile(0.95)
     facts = [
-        ("test accuracy", _percent(summary["test_accuracy"])),
-        ("in-subset accuracy", _percent(summary["in_subset_accuracy"])),
-        ("held-out accuracy", _percent(summary["held_out_accuracy"])),
-        ("memorized (mem >= 0.25)", f"{_percent(share['0.25'])} of {summary['n_train']} training examples"),
-        ("standard error of mem", f"95% of examples at most {errors['0.95']:.3f}" if errors["0.95"] is not None else "none"),
+        ("test accuracy", _percent(summary.test_accuracy)),
+        ("in-subset accuracy", _percent(summary.in_subset_accuracy)),
+        ("held-out accuracy", _percent(summary.held_out_accuracy)),
+        ("memorized (mem >= 0.25)", f"{_percent(summary.mem_share(0.25))} of {summary.n_train} training examples"),
+        ("standard error of mem", f"95% of examples at most {error:.3f}" if error is not None else "none"),
         (
             "high-influence pairs",
-            f"{pairs['count']} (infl >= {pairs['infl_threshold']}), "
-            f"{pairs['train_examples']} training and {pairs['test_examples']} test examples",
+            f"{pairs.count} (infl >= {pairs.infl_threshold}), {pairs.train_examples} training and {pairs.test_examples} test examples",
         ),
     ]
-    if summary["without_estimate"]:
-        facts.append(("without an estimate", f"{summary['without_estimate']} examples were in every subset or in none"))
-    if summary["diverged"]:
-        facts.append(("diverged", f"{summary['diverged']} trials, left out"))
+    if summary.without_estimate:
+        facts.append(("without an estimate", f"{summary.without_estimate} examples were in every subset or in none"))
+    if summary.diverged:
+        facts.append(("diverged", f"{summary.diverged} trials, left out"))
     for name, value in facts:
         console.print(f"  {name:<24} {value}")
     console.print("\nmost memorized")
     show_table(scores.most_memorized(5))
     console.print(f"\nfiles in {scores.folder}")
-    console.print(f"next: memtail top {summary['experiment']} --pairs --store {store}")
+    console.print(f"next: memtail top {summary.experiment} --pairs --store {store}")
 
 
 def show_profile(profile: dict[str, Any]) -> None:
@@ -233,7 +233,7 @@ def show_status(found: "list[ExperimentProgress]") -> None:
             "dead": len(each.dead),
             "published": "-" if each.published_age is None else f"{each.published_trials}, {age(each.published_age)} ago",
             "std. error": "-" if each.standard_error is None else each.standard_error,
-            "test acc.": "-" if each.pointer is None else _percent(each.pointer["summary"]["test_accuracy"]),
+            "test acc.": "-" if each.pointer is None else _percent(each.pointer.summary.test_accuracy),
         }
         for each in found
     ]

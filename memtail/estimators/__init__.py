@@ -1,4 +1,4 @@
-"""From statistics to values and standard errors: the equations of Feldman and Zhang, and nothing else. Pure functions.
+"""Estimators: pure functions from statistics to values and standard errors, by the equations of Feldman and Zhang (2020).
 
 With M membership, C and T correctness on training and test examples, k_in(i) = sum_k M_ki and k_out(i) = t - k_in(i):
 
@@ -6,7 +6,7 @@ With M membership, C and T correctness on training and test examples, k_in(i) = 
     infl_ij  = (M^T T)_ij / k_in(i)       -  ((1 - M)^T T)_ij / k_out(i)
     SE^2     = p_in (1 - p_in) / k_in  +  p_out (1 - p_out) / k_out
 
-An example that was never in, or never out, has no estimate: NaN, never 0.
+p_in and p_out are the two terms of an estimate. An example in every subset, or in none, has no estimate: NaN, never 0.
 """
 
 from memtail.estimators.convergence import Stage, convergence

@@ -8,88 +8,121 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from memtail.estimators.memorization import Floats, rate, standard_error
+from memtail.estimators.binomial import Floats, difference_standard_error, share
 from memtail.statistics import cooccurrence
-from memtail.statistics.accumulator import Counts, PackedTrials
+from memtail.statistics.accumulator import Counts, PackedTrials, Words
 
 Index = npt.NDArray[np.integer] | slice
+#: The examples influenced: test examples, or training examples.
 Target = Literal["test", "train"]
 
-#: Training examples per block, which bounds the memory that a whole pass over all pairs takes.
+#: Training examples per block, which bounds the memory of a pass over all pairs.
 BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Influence:
-    """A block of influences: of a training examples on b others, as counts and the estimates that follow from them.
+    """Influences of a training examples on b other examples: counts, and the estimates that follow from them.
 
     Attributes:
-        both: int32 [a, b], trials that saw the first and got the second right.
-        k_in: int64 [a], trials that saw the first.
-        right: int64 [b], trials that got the second right.
+        both: int32 [a, b], trials trained with the training example that classify the other correctly.
+        k_in: int64 [a], trials trained with the training example.
+        correct: int64 [b], trials that classify the other example correctly.
         trials: t.
     """
 
     both: npt.NDArray[np.int32]
     k_in: Counts
-    right: Counts
+    correct: Counts
     trials: int
 
     @cached_property
     def value(self) -> Floats:
-        """float64 [a, b], infl_ij; NaN rows where a training example was never in or never out."""
-        from memtail.statistics import popcount as kernels  # compiles
+        """float64 [a, b], infl_ij; NaN in the rows of training examples in every subset or in none."""
+        from memtail.estimators import influence_kernels  # compiles
 
         out = np.empty(self.both.shape)
-        if len(self.right) == 1:
-            kernels.influence_column(self.both[:, 0], self.k_in, self.right[0], self.trials, out[:, 0])
+        if len(self.correct) == 1:
+            influence_kernels.influence_column(self.both[:, 0], self.k_in, self.correct[0], self.trials, out[:, 0])
         else:
-            kernels.influence_values(self.both, self.k_in, self.right, self.trials, out)
+            influence_kernels.influence_values(self.both, self.k_in, self.correct, self.trials, out)
         return out
 
     @cached_property
+    def standard_error(self) -> Floats:
+        """float64 [a, b], of `value`."""
+        return influence_standard_error(self.both, self.k_in[:, None], self.correct, self.trials)
+
+    @property
     def error(self) -> Floats:
-        """float64 [a, b], the standard error of every value."""
-        return influence_error(self.both, self.k_in[:, None], self.right, self.trials)
+        """Earlier name of `standard_error`."""
+        return self.standard_error
 
-    def error_at(self, i: npt.NDArray[np.integer], j: npt.NDArray[np.integer]) -> Floats:
-        """float64 [p], the standard errors at p places of the block only."""
-        return influence_error(self.both[i, j], self.k_in[i], self.right[j], self.trials)
+    def standard_error_at(self, i: npt.NDArray[np.integer], j: npt.NDArray[np.integer]) -> Floats:
+        """Return float64 [p], the standard errors at p places (i, j) of the block alone."""
+        return influence_standard_error(self.both[i, j], self.k_in[i], self.correct[j], self.trials)
 
 
-def influence_error(both: npt.NDArray[np.int32], k_in: Counts, right: Counts, trials: int) -> Floats:
-    """float64, the standard errors of influences from their counts, of shapes that broadcast: see `Influence`."""
+def influence_standard_error(both: npt.NDArray[np.int32], k_in: Counts, correct: Counts, trials: int) -> Floats:
+    """Return float64, the standard errors of influences from counts of shapes that broadcast; see `Influence` for the arguments."""
     k_out = trials - k_in
-    return standard_error(rate(both, k_in), k_in, rate(right - both, k_out), k_out)
+    return difference_standard_error(share(both, k_in), k_in, share(correct - both, k_out), k_out)
+
+
+def correctness(packed: PackedTrials, on: Target) -> tuple[Words, Counts]:
+    """Return correctness on the influenced examples: uint64 [W, b], packed, and int64 [b], the trials that are correct on each."""
+    return (packed.test_correct, packed.correct_on_test) if on == "test" else (packed.train_correct, packed.correct)
 
 
 def influence(packed: PackedTrials, train: Index, other: Index, on: Target = "test") -> Influence:
-    """Influence of the chosen training examples on the chosen others, by the equation of `memtail.estimators`.
+    """Estimate influences by the equation of `memtail.estimators`.
 
     Args:
         packed: the statistics.
-        train: which training examples (rows), a slice or indices.
-        other: which examples they act on (columns).
-        on: whether those are test examples or training examples.
+        train: the training examples (rows), a slice or indices.
+        other: the examples influenced (columns), a slice or indices.
+        on: whether these are test or training examples.
+
+    Returns:
+        The block of these rows and columns.
     """
-    words, right = (packed.test_correct, packed.test_right) if on == "test" else (packed.train_correct, packed.train_right)
+    words, correct = correctness(packed, on)
     both = cooccurrence(packed.membership[:, train], words[:, other])
-    return Influence(both, packed.k_in[train], right[other], packed.trials)
+    return Influence(both, packed.k_in[train], correct[other], packed.trials)
 
 
 def influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> Floats:
-    """float64 [p], the influence of p training examples on a test example each; NaN where there is no estimate."""
+    """Estimate the influence of p training examples on one test example each.
+
+    Args:
+        packed: the statistics.
+        train: int64 [p], training indices.
+        test: int64 [p], test indices.
+
+    Returns:
+        float64 [p]; NaN where there is no estimate.
+    """
     both = np.zeros(len(train), np.int64)
-    for seen, right in zip(packed.membership, packed.test_correct, strict=True):
-        both += np.bitwise_count(seen[train] & right[test])
+    for members, correct in zip(packed.membership, packed.test_correct, strict=True):
+        both += np.bitwise_count(members[train] & correct[test])
     k_in = packed.k_in[train]
-    return rate(both, k_in) - rate(packed.test_right[test] - both, packed.trials - k_in)
+    return share(both, k_in) - share(packed.correct_on_test[test] - both, packed.trials - k_in)
 
 
 def influence_blocks(
     packed: PackedTrials, train: npt.NDArray[np.int64], other: Index, on: Target = "test"
 ) -> Iterator[tuple[slice, Influence]]:
-    """`influence` of many training examples, a block at a time; yields each block's place among `train`."""
+    """Estimate influences of many training examples, `BLOCK` at a time.
+
+    Args:
+        packed: the statistics.
+        train: int64 [a], training indices.
+        other: the examples influenced, a slice or indices.
+        on: whether these are test or training examples.
+
+    Yields:
+        The place of each block in `train`, and the block.
+    """
     for start in range(0, len(train), BLOCK):
         rows = slice(start, min(start + BLOCK, len(train)))
         yield rows, influence(packed, train[rows], other, on)

@@ -1,30 +1,27 @@
-"""Memorization of every training example, with its standard error."""
+"""Memorization of training examples, with standard errors."""
 
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from memtail.estimators.binomial import Floats, difference_standard_error, share
 from memtail.statistics import Statistics
-from memtail.statistics.accumulator import PackedTrials
-
-Floats = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
+from memtail.statistics.accumulator import Counts, PackedTrials
 
 
 @dataclass(frozen=True)
 class Memorization:
-    """Estimates for n training examples; NaN where an example was never in or never out.
+    """Estimates for n training examples; NaN for an example in every subset or in none.
 
     Attributes:
         value: float64 [n], mem_i = p_in - p_out.
-        error: float64 [n], its standard error.
-        p_in, p_out: float64 [n], accuracy on the example of the models that saw it, and of those that did not.
-        k_in, k_out: int64 [n], how many models those are.
+        standard_error: float64 [n], of `value`.
+        p_in, p_out: float64 [n], accuracy on the example of the models trained with it, and of those trained without it.
+        k_in, k_out: int64 [n], the numbers of these models.
     """
 
     value: Floats
-    error: Floats
+    standard_error: Floats
     p_in: Floats
     p_out: Floats
     k_in: Counts
@@ -37,30 +34,26 @@ class Memorization:
 
 
 def memorization(statistics: Statistics | PackedTrials) -> Memorization:
-    """Memorization by the equation of `memtail.estimators`; needs nothing but column sums, so it costs O(n)."""
+    """Estimate memorization by the equation of `memtail.estimators`, from column sums alone: O(n)."""
     return from_counts(statistics.k_in.copy(), statistics.k_out, statistics.correct_in, statistics.correct - statistics.correct_in)
 
 
 def from_counts(k_in: Counts, k_out: Counts, correct_in: Counts, correct_out: Counts) -> Memorization:
-    """The same from counts of one shape: the models that saw each example and those that did not, and of either those that got it right."""
-    p_in, p_out = rate(correct_in, k_in), rate(correct_out, k_out)
-    return Memorization(p_in - p_out, standard_error(p_in, k_in, p_out, k_out), p_in, p_out, k_in, k_out)
+    """Estimate memorization from counts.
 
+    Args:
+        k_in: int64, the models trained with each example.
+        k_out: int64 of this shape or one that broadcasts, as all others; the models trained without it.
+        correct_in: int64, the models trained with it that classify it correctly.
+        correct_out: int64, the models trained without it that classify it correctly.
 
-def rate(right: npt.NDArray[np.integer], count: npt.NDArray[np.integer]) -> Floats:
-    """Right / count; NaN where count is 0."""
-    share: Floats = np.full(np.broadcast_shapes(right.shape, count.shape), np.nan)
-    np.divide(right, count, out=share, where=count > 0)
-    return share
-
-
-def standard_error(p_in: Floats, k_in: npt.NDArray[np.integer], p_out: Floats, k_out: npt.NDArray[np.integer]) -> Floats:
-    """sqrt(p_in (1 - p_in) / k_in + p_out (1 - p_out) / k_out); NaN where either is undefined."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error: Floats = np.sqrt(p_in * (1 - p_in) / k_in + p_out * (1 - p_out) / k_out)
-    return error
+    Returns:
+        Estimates of the common shape.
+    """
+    p_in, p_out = share(correct_in, k_in), share(correct_out, k_out)
+    return Memorization(p_in - p_out, difference_standard_error(p_in, k_in, p_out, k_out), p_in, p_out, k_in, k_out)
 
 
 def expected_standard_error(trials: int, fraction: float) -> float:
-    """The largest standard error to expect of t trials: both rates at 1/2, m = fraction * n; sqrt(1.19 / t) at 0.7."""
+    """Return the standard error of t trials in the worst case, p_in = p_out = 1/2, with m = fraction * n: sqrt(1.19 / t) at 0.7."""
     return float(np.sqrt(0.25 / (fraction * trials) + 0.25 / ((1 - fraction) * trials)))

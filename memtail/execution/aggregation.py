@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -18,8 +17,9 @@ from memtail.errors import ForeignObjectError
 from memtail.execution.stopping import next_round
 from memtail.execution.throttle import Throttle
 from memtail.experiment_store import ExperimentStore, Record
-from memtail.scores.pointer import latest_version
+from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.publish import publish
+from memtail.scores.summary import ScoreSummary
 from memtail.statistics import Statistics
 from memtail.trials import Shard
 
@@ -94,7 +94,7 @@ class Aggregation:
         self._published = 0
         self._published_at = float("-inf") if pace.first_at_once else clock()
         self._publishing = Throttle(_PUBLISHING_REST, clock=clock)
-        self.pointer: dict[str, Any] | None = latest_version(experiment_store.store, experiment_store.name)
+        self.pointer: ScorePointer | None = latest_version(experiment_store.store, experiment_store.name)
 
     @property
     def trials(self) -> int:
@@ -166,7 +166,7 @@ class Aggregation:
         self.record = self._store.extend(trials)
         log.info("extended", trials=trials)
 
-    def publish(self) -> dict[str, Any]:
+    def publish(self) -> ScoreSummary:
         """Publish the scores of all accumulated trials; returns their summary.
 
         Raises:

@@ -23,6 +23,7 @@ from memtail.execution.declare import declare
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Record, missing_shards
+from memtail.scores.summary import ScoreSummary
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
@@ -51,7 +52,7 @@ class RunResult(Mapping[str, Any]):
         profile: seconds by phase, if the run was profiled.
     """
 
-    summary: Mapping[str, Any]
+    summary: ScoreSummary
     store: str
     experiment: str
     profile: dict[str, Any] | None = None
@@ -74,7 +75,7 @@ class RunResult(Mapping[str, Any]):
 
     @cached_property
     def _items(self) -> dict[str, Any]:
-        return {**self.summary, **({"profile": self.profile} if self.profile else {})}
+        return {**self.summary.to_dict(), **({"profile": self.profile} if self.profile else {})}
 
 
 @dataclass
@@ -271,7 +272,7 @@ class _Run:
             published,
         )
 
-    def _publish(self) -> dict[str, Any]:
+    def _publish(self) -> ScoreSummary:
         with self._writing():
             return self._aggregation.publish()
 

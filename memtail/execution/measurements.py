@@ -29,7 +29,7 @@ from memtail.statistics import Statistics
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trainers.images.shard_size import operations_per_trial
-from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
+from memtail.trials import Provenance, Shard, TrialBatch, TrialMetrics, pack
 
 _MEASURED_SECONDS = 4.0
 _WRITING_SECONDS = 2.0
@@ -189,7 +189,7 @@ def measure_writing(record: Record, dataset: ImageDataset, fraction: float, fold
             n_train=dataset.n_train,
             n_test=dataset.n_test,
             metrics=[TrialMetrics(int(trial), False, 0.0, 1.0, 1.0, 1.0) for trial in trials],
-            provenance={"fingerprint": record.fingerprint},
+            provenance=Provenance(record.fingerprint),
             train_margin=margins(len(trials), dataset.n_train),
             test_margin=margins(len(trials), dataset.n_test),
             train_mistakes=np.zeros(np.count_nonzero(~members & memorized), np.uint16),

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, Notice, missing_shards
-from memtail.scores.pointer import accumulated_trials, latest_version
+from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
 
@@ -40,7 +40,7 @@ class ExperimentProgress:
     missing: list[Shard]
     attempts: Counter[Shard]
     refused: list[Shard]
-    pointer: dict[str, Any] | None
+    pointer: ScorePointer | None
     notices: dict[str, Notice]
 
     @property
@@ -61,22 +61,22 @@ class ExperimentProgress:
     @property
     def published_trials(self) -> int:
         """Number of trials in the published scores, without diverged ones."""
-        return int(self.pointer["summary"]["trials"]) if self.pointer else 0
+        return self.pointer.summary.trials if self.pointer else 0
 
     @property
     def published_age(self) -> float | None:
         """Seconds since the scores were published, by this machine's clock; None if there are none."""
-        return (datetime.now(UTC) - datetime.fromisoformat(self.pointer["published"])).total_seconds() if self.pointer else None
+        return (datetime.now(UTC) - datetime.fromisoformat(self.pointer.published)).total_seconds() if self.pointer else None
 
     @property
     def standard_error(self) -> float | None:
         """0.95 quantile of the standard errors of the published memorization scores; None if there are none."""
-        return self.pointer["summary"]["mem_se_quantiles"]["0.95"] if self.pointer else None
+        return self.pointer.summary.mem_se_quantile(0.95) if self.pointer else None
 
     @property
     def ending(self) -> Ending | None:
         """The end of the experiment; None while trials or scores are still to come."""
-        if not self.missing and self.pointer and accumulated_trials(self.pointer["summary"]) >= self.wanted:
+        if not self.missing and self.pointer and self.pointer.summary.accumulated_trials >= self.wanted:
             return "published"
         if self.control.state == "cancelled":
             return "cancelled"
@@ -112,13 +112,12 @@ class ExperimentProgress:
             "failed_attempts": self.failed_attempts,
             "dead_shards": [shard.span for shard in self.dead],
             "published_trials": self.published_trials,
-            "published": self.pointer["published"] if self.pointer else None,
+            "published": self.pointer.published if self.pointer else None,
             "published_age": self.published_age,
             "standard_error": self.standard_error,
             "notices": self.notice_lines,
-            "test_accuracy": self.pointer["summary"]["test_accuracy"] if self.pointer else None,
-            # not in scores of memtail's first versions
-            "test_accuracy_se": self.pointer["summary"].get("accuracy_se", {}).get("test_accuracy") if self.pointer else None,
+            "test_accuracy": self.pointer.summary.test_accuracy if self.pointer else None,
+            "test_accuracy_se": self.pointer.summary.accuracy_se["test_accuracy"] if self.pointer else None,
             "fingerprint": self.fingerprint,
         }
 
@@ -136,7 +135,7 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
     wanted = record.experiment.subsets.trials
     missing = missing_shards(wanted, record.trials_per_shard, committed)
     pointer = latest_version(store, name)
-    all_counted = pointer is not None and accumulated_trials(pointer["summary"]) >= wanted
+    all_counted = pointer is not None and pointer.summary.accumulated_trials >= wanted
     return ExperimentProgress(
         experiment=name,
         fingerprint=record.fingerprint,

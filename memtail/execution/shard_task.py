@@ -103,8 +103,8 @@ def run_shard(
         ShardOutcome.COMMITTED if committed else ShardOutcome.LOST_RACE,
         trials=len(batch.trial),
         examples=int(np.bitwise_count(batch.membership).sum()) * record.experiment.training.epochs,
-        seconds=batch.provenance["seconds"],
-        phases=batch.provenance.get("phases", {}),
+        seconds=batch.provenance.seconds or 0.0,
+        phases=batch.provenance.phases or {},
         commit_seconds=seconds,
     )
 

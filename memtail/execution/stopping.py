@@ -32,7 +32,7 @@ def next_round(subsets: SubsetsSpec, statistics: Statistics) -> int | None:
 
 def trials_needed(until: UntilSpec, statistics: Statistics) -> float:
     """Return the number of trials that the present standard errors call for; infinite while too many examples have no estimate."""
-    errors = memorization(statistics).error
+    errors = memorization(statistics).standard_error
     # before the first trial no example has an estimate
     error = float(np.quantile(np.where(np.isnan(errors), np.inf, errors), until.quantile, method="higher"))
     return statistics.trials * (error / until.standard_error) ** 2 if math.isfinite(error) else math.inf

@@ -201,7 +201,7 @@ class _Pages:
 
 
 def _known(opened: Opened, split: Split, index: int) -> int:
-    count = opened.scores.summary["n_train" if split == "train" else "n_test"]
+    count = opened.scores.summary.n_train if split == "train" else opened.scores.summary.n_test
     if not 0 <= index < count:
         raise HTTPException(404, f"there is no {split} example {index}: there are {count:,}, from 0")
     return index

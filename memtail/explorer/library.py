@@ -232,7 +232,7 @@ class Library:
             StoreError: the store cannot be read.
         """
         record = self._record(name)
-        version: str | None = self._fresh(name, "version", lambda: (latest_version(self._store, name) or {}).get("version"))
+        version: str | None = self._fresh(name, "version", lambda: self._published_version(name))
         with self._opening:
             opened = self._opened.get(name)
             if opened is not None and opened.record.fingerprint != record.fingerprint:
@@ -250,6 +250,10 @@ class Library:
             return reading.result(_PATIENCE)
         except TimeoutError:
             raise BeingReadError(f"the scores of experiment '{name}' are being read: look again in a moment") from None
+
+    def _published_version(self, name: str) -> str | None:
+        pointer = latest_version(self._store, name)
+        return None if pointer is None else pointer.version
 
     def _names(self) -> list[str]:
         names = [name for name in self._store.folders(keys.experiments()) if NAME.fullmatch(name)]

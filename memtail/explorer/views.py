@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 
+from memtail.estimators.binomial import standard_error
 from memtail.explorer.library import Opened
 from memtail.explorer.selection import BY_HELD_OUT, Selection, select
 from memtail.scores.reader import Column
@@ -61,14 +62,7 @@ class Rate:
     @classmethod
     def of(cls, value: float, models: int) -> "Rate":
         """With its standard error."""
-        return cls(value, float(rate_error(np.array(value), np.array(models))), models)
-
-
-def rate_error(value: Column, models: Column) -> Column:
-    """sqrt(p (1 - p) / k), the standard error of a share p of k models; NaN of none."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        error: Column = np.sqrt(value * (1 - value) / models)
-    return error
+        return cls(value, float(standard_error(value, models)), models)
 
 
 def gallery(opened: Opened, selection: Selection) -> Gallery:
@@ -80,7 +74,7 @@ def gallery(opened: Opened, selection: Selection) -> Gallery:
     value, error = (opened.memorization[name][shown] for name in ("mem", "mem_se"))
     if selection.sort in BY_HELD_OUT:
         value = opened.memorization["p_out"][shown]
-        error = rate_error(value, opened.memorization["k_out"][shown])
+        error = standard_error(value, opened.memorization["k_out"][shown])
     tiles = train_tiles(opened, shown, value, error)
     return Gallery(rows, tiles, page, pages)
 
@@ -125,7 +119,7 @@ def test_example(opened: Opened, index: int) -> dict[str, Any]:
 def right_share(opened: Opened, test: int) -> Rate:
     """How many of all models got a test example right."""
     statistics = opened.scores.statistics
-    return Rate.of(float(statistics.test_right[test] / statistics.trials), statistics.trials)
+    return Rate.of(float(statistics.correct_on_test[test] / statistics.trials), statistics.trials)
 
 
 def train_tiles(opened: Opened, index: Column, value: Column, error: Column) -> list[Tile]:
@@ -176,7 +170,7 @@ def influenced_csv(opened: Opened, train: int) -> bytes:
     """
     own: dict[str, Any] = {"tr_idx": [train], "class": _names(opened, opened.memorization["label"][[train]])}
     own |= {name: values[[train]] for name, values in opened.memorization.items() if name not in ("index", "label")}
-    own |= {f"{p}_se": rate_error(own[p], own[k]) for p, k in (("p_in", "k_in"), ("p_out", "k_out"))}
+    own |= {f"{p}_se": standard_error(own[p], own[k]) for p, k in (("p_in", "k_in"), ("p_out", "k_out"))}
     table = _joined(influenced(opened, train))
     columns = {"tt_idx": table["tt_idx"], "class": _names(opened, table["label"]), "infl": table["infl"], "infl_se": table["infl_se"]}
     if opened.test_files is not None:

@@ -5,7 +5,7 @@ Of a large dataset only the images shown are read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,11 @@ import numpy.typing as npt
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.estimators import Stage, convergence, expected_standard_error, false_discovery, influence
+from memtail.estimators.binomial import share, standard_error
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.experiment_store import Record
-from memtail.scores.files import ACCURACIES, MEM_STEPS, SE_QUANTILES
 from memtail.scores.reader import Scores, largest
+from memtail.scores.summary import ACCURACIES, MEM_STEPS, SE_QUANTILES, ScoreSummary
 
 #: Edges of the histogram of memorization.
 EDGES = np.linspace(-1, 1, 41)
@@ -134,7 +135,7 @@ class Content:
     """All that the page says. `fraction` of the training examples is what a trial saw, `doubtful` the number of all doubts."""
 
     record: Record
-    summary: dict[str, Any]
+    summary: ScoreSummary
     warnings: list[str]
     accuracies: dict[str, Number]
     stages: list[Stage]
@@ -163,15 +164,16 @@ def content(record: Record, scores: Scores, dataset: ImageDataset, studies: Sequ
         ScoresError: the scores are damaged, or no example has an estimate.
     """
     packed, summary = scores.statistics, scores.summary
-    if summary["without_estimate"] == summary["n_train"]:
+    if summary.without_estimate == summary.n_train:
         raise ScoresError(
             f"experiment '{record.experiment.name}' has no training example that some models saw and others did not, so nothing to report"
         )
     fraction = float(packed.k_in.mean() / packed.trials)
     expected = expected_standard_error(packed.trials, fraction)
-    errors: dict[str, Any] = summary.get("accuracy_se") or dict.fromkeys(ACCURACIES)  # not in scores of memtail's first versions
     accuracies = {
-        key: Number(summary[key], np.nan if errors[key] is None else errors[key]) for key in ACCURACIES if summary[key] is not None
+        key: Number(summary[key], np.nan if (error := summary.accuracy_se[key]) is None else error)
+        for key in ACCURACIES
+        if summary[key] is not None
     }
     pairs, counts = _pairs(scores, dataset)
     gallery = _gallery(scores, dataset)
@@ -195,9 +197,9 @@ def content(record: Record, scores: Scores, dataset: ImageDataset, studies: Sequ
     )
 
 
-def _warnings(summary: dict[str, Any], expected: float, counts: PairCounts) -> list[str]:
+def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts) -> list[str]:
     said = []
-    trials, fitted = summary["trials"], summary["in_subset_accuracy"]
+    trials, fitted = summary.trials, summary.in_subset_accuracy
     if expected > _BLURRED:
         said.append(
             f"These scores come from {trials} trials only: a score near one half may be off by a standard error of {expected:.3f}. "
@@ -206,15 +208,15 @@ def _warnings(summary: dict[str, Any], expected: float, counts: PairCounts) -> l
             f"the more of them the lower it is, which no standard error shows. More trials sharpen everything: four times as many halve "
             f"the errors."
         )
-    if fitted < _FITTED:
+    if fitted is not None and fitted < _FITTED:
         said.append(
             f"Models got {fitted:.1%} of what they saw right. Memorization is measured on models that fit what they saw: "
             f"train longer, or with a higher learning rate, before believing these scores."
         )
-    if summary["without_estimate"]:
-        said.append(f"{summary['without_estimate']} training examples were in every subset or in none, and have no estimate.")
-    if summary["diverged"]:
-        said.append(f"{summary['diverged']} trials diverged, and are left out.")
+    if summary.without_estimate:
+        said.append(f"{summary.without_estimate} training examples were in every subset or in none, and have no estimate.")
+    if summary.diverged:
+        said.append(f"{summary.diverged} trials diverged, and are left out.")
     return said
 
 
@@ -256,7 +258,7 @@ def _pairs(scores: Scores, dataset: ImageDataset) -> tuple[list[Pair], PairCount
     for place in np.argsort(~found, kind="stable")[: min(max(int(found.sum()), _FEWEST_PAIRS), _MOST_PAIRS)].tolist():
         i, j = int(train[place]), int(test[place])
         one = influence(packed, np.array([i]), np.array([j]))
-        both, k_in, right, k_out = int(one.both[0, 0]), int(one.k_in[0]), int(one.right[0]), int(one.trials - one.k_in[0])
+        both, k_in, right, k_out = int(one.both[0, 0]), int(one.k_in[0]), int(one.correct[0]), int(one.trials - one.k_in[0])
         others = np.flatnonzero((train_labels == train_labels[i]) & (np.arange(len(train_labels)) != i))
         drawn = rng.choice(others, min(_RANDOM, len(others)), replace=False).tolist()
         shown.append(
@@ -286,10 +288,10 @@ def _doubts(scores: Scores, dataset: ImageDataset) -> tuple[list[Doubt], int]:
     order = np.lexsort((-mem[doubtful], belief[doubtful], p_out[doubtful]))
     shown = []
     for index in doubtful[order][:_LABELS].tolist():
-        other = share = None
+        other = other_share = None
         if "other" in table and table["other"][index] >= 0:
             other = dataset.classes[int(table["other"][index])]
-            share = _share(round(float(table["p_other"][index]) * int(k_out[index])), int(k_out[index]))
+            other_share = _share(round(float(table["p_other"][index]) * int(k_out[index])), int(k_out[index]))
         shown.append(
             Doubt(
                 example=_example(dataset, "train", index, scores),
@@ -297,7 +299,7 @@ def _doubts(scores: Scores, dataset: ImageDataset) -> tuple[list[Doubt], int]:
                 held_out=_share(round(float(p_out[index]) * int(k_out[index])), int(k_out[index])),
                 margin=None if margin is None else float(margin[index]),
                 other=other,
-                other_share=share,
+                other_share=other_share,
             )
         )
     return shown, len(doubtful)
@@ -305,10 +307,8 @@ def _doubts(scores: Scores, dataset: ImageDataset) -> tuple[list[Doubt], int]:
 
 def _share(right: int, count: int) -> Number:
     """A share of independent models, with the standard error of a binomial share."""
-    if count == 0:
-        return Number(np.nan, np.nan)
-    share = right / count
-    return Number(share, float(np.sqrt(share * (1 - share) / count)))
+    p = share(right, count)
+    return Number(float(p), float(standard_error(p, count)))
 
 
 def image_of(example: Example, dataset: ImageDataset) -> npt.NDArray[np.uint8]:

@@ -6,7 +6,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 from memtail.estimators import Stage, expected_standard_error
 from memtail.estimators.pairs import MEM_THRESHOLD
 from memtail.figures.style import colour, drawing, encoded
-from memtail.scores.files import MEM_STEPS, SE_QUANTILES
+from memtail.scores.summary import MEM_STEPS, SE_QUANTILES
 
 
 def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:
@@ -14,7 +14,7 @@ def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:
     with drawing(6.4, 3.3) as figure:
         axes = figure.subplots()
         first = min(int(np.flatnonzero(stage.counts)[0]) if stage.counts.any() else len(edges), int(np.searchsorted(edges, -0.1)))
-        left, counts, errors = edges[:-1][first:], stage.counts[first:], stage.count_errors[first:]
+        left, counts, errors = edges[:-1][first:], stage.counts[first:], stage.counts_se[first:]
         width = edges[1] - edges[0]
         memorized = left > MEM_THRESHOLD - width / 2
         axes.bar(left, counts, width, align="edge", color=np.where(memorized, colour("accent"), colour("accent-soft")), edgecolor="white")
@@ -63,7 +63,7 @@ def convergence_figure(stages: list[Stage], fraction: float) -> dict[str, bytes]
         errors.legend()
         step = MEM_STEPS.index(MEM_THRESHOLD)
         shares.errorbar(
-            trials, [stage.shares[step] for stage in stages], [stage.share_errors[step] for stage in stages],
+            trials, [stage.shares[step] for stage in stages], [stage.shares_se[step] for stage in stages],
             color=colour("accent"), marker="o", markersize=3.5, capsize=2, elinewidth=0.9,
         )  # fmt: skip
         shares.set_xscale("log")

@@ -15,7 +15,7 @@ from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.figures.thumbnails import thumbnail
 from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM, Content, Number, image_of
 from memtail.report.figures import convergence_figure, memorization_figure
-from memtail.scores.files import MEM_STEPS
+from memtail.scores.summary import MEM_STEPS
 
 _ACCURACIES = (("in_subset_accuracy", "in-subset accuracy"), ("held_out_accuracy", "held-out accuracy"), ("test_accuracy", "test accuracy"))
 # Images of no more pixels a side are shown pixel by pixel.
@@ -55,9 +55,7 @@ def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Imag
     environment.tests.update({"undefined_number": math.isnan, "small": lambda example: small})
     source = files("memtail.report")
     last = content.stages[-1]
-    shares = {
-        step: Number(float(share), float(error)) for step, share, error in zip(MEM_STEPS, last.shares, last.share_errors, strict=True)
-    }
+    shares = {step: Number(float(share), float(error)) for step, share, error in zip(MEM_STEPS, last.shares, last.shares_se, strict=True)}
     return environment.from_string(source.joinpath("report.html.j2").read_text()).render(
         {field.name: getattr(content, field.name) for field in fields(content)},
         css=files("memtail.figures").joinpath("base.css").read_text() + source.joinpath("report.css").read_text(),
@@ -69,7 +67,7 @@ def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Imag
         last=last,
         memorized=shares[MEM_THRESHOLD],
         thresholds=shares.items(),
-        mean=Number(last.mean, last.mean_error),
+        mean=Number(last.mean, last.mean_se),
         mem_threshold=MEM_THRESHOLD,
         infl_threshold=INFL_THRESHOLD,
         label_mem=LABEL_MEM,

@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from memtail.errors import ScoresError
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.fetch import fetch_scores
 from memtail.scores.names import MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
-from memtail.scores.pointer import latest_version
+from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore, keys
@@ -44,7 +45,7 @@ def is_current(store: ObjectStore, name: str) -> bool:
     report, scores = latest_report(store, name), latest_version(store, name)
     if report is None or scores is None:
         return False
-    return (report["scores"], report["studies"]) == (scores["version"], _dates(load_results(store, name)))
+    return (report["scores"], report["studies"]) == (scores.version, _dates(load_results(store, name)))
 
 
 def publish_report(store: ObjectStore, name: str) -> dict[str, Any]:
@@ -71,18 +72,18 @@ def publish_report(store: ObjectStore, name: str) -> dict[str, Any]:
     with _scores(store, name, published) as scores:
         shown = content(record, scores, dataset, studies)
     figures = draw(shown)
-    made = {PAGE: render(shown, figures, dataset, published["version"]).encode()}
+    made = {PAGE: render(shown, figures, dataset, published.version).encode()}
     for figure, drawn in figures.items():
         made |= {f"{figure}.{kind}": data for kind, data in drawn.items()}
     digest = hashlib.sha256(b"".join(made[file] for file in sorted(made))).hexdigest()[:8]
-    version = f"{published['version'].partition('-')[0]}-{digest}"
+    version = f"{published.version.partition('-')[0]}-{digest}"
     for file, data in made.items():
         store.put(keys.report(name, version) + file, data)
     pointer = {
         "version": version,
         "files": sorted(made),
         "page": PAGE,
-        "scores": published["version"],
+        "scores": published.version,
         "studies": _dates(studies),
     }
     before = latest_report(store, name)
@@ -99,13 +100,13 @@ def fetch_report(store: ObjectStore, name: str, pointer: dict[str, Any], folder:
 
 
 @contextmanager
-def _scores(store: ObjectStore, name: str, pointer: dict[str, Any]) -> Iterator[Scores]:
+def _scores(store: ObjectStore, name: str, pointer: ScorePointer) -> Iterator[Scores]:
     """The scores where they lie, or for a while a copy of what is needed of them."""
     if isinstance(store, LocalStore):
-        yield Scores(store.path(keys.scores(name, pointer["version"]).rstrip("/")))
+        yield Scores(store.path(keys.scores(name, pointer.version).rstrip("/")))
         return
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
-        fetch_scores(store, name, {**pointer, "files": _NEEDED}, Path(temporary))
+        fetch_scores(store, name, replace(pointer, files=_NEEDED), Path(temporary))
         yield Scores(Path(temporary))
 
 

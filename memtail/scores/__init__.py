@@ -1,5 +1,5 @@
-"""The published files: written from statistics (`files`), moved into the store as one version (`publish`), and read back (`reader`).
+"""Published scores: written from statistics (`files`), moved into the store as one version (`publish`), and read back (`reader`, `fetch`).
 
-A version is a folder of files (`names` lists them). Readers follow the pointer `latest.json` (`pointer`), which moves only after
-everything it names is in the store. Reading needs neither torch nor numba until influences are asked for.
+A version is a folder of files, listed in `names`. Readers follow the pointer `latest.json` (`pointer`), which moves only after all files of
+its version are in the store. Reading imports neither torch nor, until influences are asked for, numba.
 """

@@ -1,15 +1,14 @@
-"""Published scores out of any store: read where they lie in a folder, else copied to the cache first."""
+"""Opens published scores in any store: in place in a folder, else copied to the cache first."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from memtail.errors import ScoresError
 from memtail.scores.names import LATEST, SUMMARY
-from memtail.scores.pointer import KEPT_VERSIONS, latest_version
+from memtail.scores.pointer import KEPT_VERSIONS, ScorePointer, latest_version
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
@@ -21,11 +20,11 @@ def load_scores(path: str | Path) -> Scores:
     """Open published scores.
 
     Args:
-        path: a folder of score files; or an experiment in a store, `STORE/experiments/NAME`, whose latest version is taken. Of a store in a
-            bucket it is copied to the cache.
+        path: a folder of score files, or `STORE/experiments/NAME` for the latest version of an experiment in a store. If the store is a
+            bucket, the files are copied to the cache.
 
     Raises:
-        ScoresError: there are none.
+        ScoresError: there are no scores, or they are damaged.
         StoreError: the bucket cannot be read.
     """
     if is_url(path):
@@ -35,7 +34,7 @@ def load_scores(path: str | Path) -> Scores:
     for scores in (path, path / "scores"):
         if (scores / LATEST).is_file():
             try:
-                return Scores(scores / json.loads((scores / LATEST).read_text())["version"])
+                return Scores(scores / ScorePointer.from_json((scores / LATEST).read_bytes()).version)
             except (OSError, ValueError, KeyError, TypeError, ScoresError) as error:
                 raise ScoresError(f"{scores / LATEST}: is damaged, or names scores that are ({error}): run the experiment again") from None
     if not (path / SUMMARY).is_file():
@@ -44,51 +43,53 @@ def load_scores(path: str | Path) -> Scores:
 
 
 def open_scores(store: ObjectStore, name: str, files: Sequence[str] | None = None) -> Scores:
-    """The latest scores of an experiment. What is in the cache is not copied again.
+    """Open the latest scores of an experiment; files in the cache are not copied again.
 
     Args:
-        store, name: where they are.
-        files: those that will be read; by default all.
+        store: with the experiment.
+        name: of the experiment.
+        files: names of those to be read; by default all.
 
     Raises:
-        ScoresError: there are none, or they are damaged.
-        StoreError: the store cannot be read, or the cache not written.
+        ScoresError: there are no scores, or they are damaged.
+        StoreError: the store cannot be read, or the cache cannot be written.
     """
     if isinstance(store, LocalStore):
         return load_scores(store.path(keys.all_scores(name).rstrip("/")))
     pointer = latest_version(store, name)
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
-    place = hashlib.sha256(store.address.encode()).hexdigest()[:16]
-    folder = Settings().cache / "scores" / place / keys.check(f"{name}/{pointer['version']}")
-    fetch_scores(store, name, pointer if files is None else {**pointer, "files": files}, folder, again=False)
+    digest = hashlib.sha256(store.address.encode()).hexdigest()[:16]
+    folder = Settings().cache / "scores" / digest / keys.check(f"{name}/{pointer.version}")
+    fetch_scores(store, name, pointer if files is None else replace(pointer, files=tuple(files)), folder, again=False)
     _remove_old(folder)
     return Scores(folder)
 
 
-def fetch_scores(store: ObjectStore, name: str, pointer: dict[str, Any], folder: Path, *, again: bool = True) -> None:
-    """Copy the files of the version that a pointer names to a folder.
+def fetch_scores(store: ObjectStore, name: str, pointer: ScorePointer, folder: Path, *, again: bool = True) -> None:
+    """Copy a pointer's files to a folder.
 
     Args:
-        store, name: where they are.
-        pointer: as `latest_version` gives it.
-        folder: where they go; each file appears whole.
-        again: whether to copy those that are there already.
+        store: with the experiment.
+        name: of the experiment.
+        pointer: from `latest_version`.
+        folder: the destination; each file appears whole.
+        again: whether to copy files that the folder has already.
 
     Raises:
-        StoreError: the store cannot be read, or the folder not written.
+        StoreError: the store cannot be read, or the folder cannot be written.
     """
-    for file in pointer["files"]:
-        key = keys.check(keys.scores(name, pointer["version"]) + file)
+    for file in pointer.files:
+        key = keys.check(keys.scores(name, pointer.version) + file)
         if again or not (folder / file).is_file():
             store.download(key, folder / file)
 
 
 def _remove_old(current: Path) -> None:
-    """Leave in the cache as many versions of an experiment as the store keeps: a reader may have begun to read the one before."""
+    """Keep as many versions in the cache as the store does, for readers that have begun to read the previous one."""
     try:
-        others = sorted(folder for folder in current.parent.iterdir() if folder.is_dir() and folder.name < current.name)
+        earlier = sorted(folder for folder in current.parent.iterdir() if folder.is_dir() and folder.name < current.name)
     except OSError as error:
         raise ScoresError(f"{current.parent} cannot be listed ({error.strerror}): set MEMTAIL_CACHE to another folder") from None
-    for folder in others[: max(0, len(others) - KEPT_VERSIONS + 1)]:
+    for folder in earlier[: max(0, len(earlier) - KEPT_VERSIONS + 1)]:
         shutil.rmtree(folder, ignore_errors=True)

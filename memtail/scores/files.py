@@ -1,17 +1,17 @@
-"""Writing one version of the scores into a folder.
+"""Writes one version of the scores into a folder.
 
-* `memorization.parquet`, `.csv`: index, label, mem, mem_se, p_in, p_out, k_in, k_out; `other` and `p_other`, the class that models that did
-  not see the example most often took it for instead of its own, and the share of them that did (-1 and 0 if none was mistaken; left out if
-  not every trial recorded it); `filename` where the dataset has one, and `margin_in`, `margin_out` (mean logit margins) where margins were
-  recorded.
-* `infl_matrix.npz`, the schema that the paper's authors published: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K
-  `infl_matrix_class{K}` [train, test], `tr_classidx_{K}`, `tt_classidx_{K}`, all in original order.
-* `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; and as parquet with standard errors.
-* `statistics.npz`: the packed statistics (see `memtail.statistics.PackedTrials`).
-* `index.npz` for datasets of files: `tr_filenames`, `tt_filenames`, `tr_labels`, `tt_labels`, `tr_mem`.
-* `summary.json`: how many trials, how accurate, how much is memorized.
+* `memorization.parquet`, `.csv`: `index`, `label`, `mem`, `mem_se`, `p_in`, `p_out`, `k_in`, `k_out`. `other` and `p_other`: the most
+  frequent misclassification by models trained without the example, and the share of these models that predict it; -1 and 0 if there is
+  none, and no columns if a trial has not recorded predicted classes. `margin_in` and `margin_out`, mean logit margins, if recorded.
+  `filename` if the dataset has file names.
+* `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
+  float32 [train, test], `tr_classidx_{K}` and `tt_classidx_{K}`, all in original order.
+* `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors.
+* `statistics.npz`: the arrays of `memtail.statistics.accumulator.PackedTrials`.
+* `index.npz`, for datasets with file names: `tr_filenames`, `tt_filenames`, `tr_labels`, `tt_labels`, `tr_mem`.
+* `summary.json`: see `memtail.scores.summary`.
 
-The files of equal statistics are equal to the byte.
+Equal statistics give equal bytes.
 """
 
 import json
@@ -27,23 +27,26 @@ import pyarrow.parquet
 
 from memtail.datasets import ImageDataset
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
-from memtail.estimators.memorization import rate
+from memtail.estimators.binomial import share
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.summary import ACCURACIES, MEM_STEPS, SCHEMA, SE_QUANTILES, PairSummary, ScoreSummary
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
 
-#: Thresholds of memorization, and quantiles of its standard errors, that summaries are made of.
-MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
-SE_QUANTILES = (0.5, 0.95, 1.0)
-#: The accuracies of a trial's `TrialMetrics`.
-ACCURACIES = ("in_subset_accuracy", "held_out_accuracy", "test_accuracy")
 
+def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statistics, dataset: ImageDataset) -> ScoreSummary:
+    """Write all files of a version into a folder, with memory for the statistics and one block of influences.
 
-def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statistics, dataset: ImageDataset) -> dict[str, Any]:
-    """Write every file of a version into a folder; returns the summary.
+    Args:
+        folder: exists.
+        name: of the experiment.
+        fingerprint: of the experiment.
+        statistics: of its trials.
+        dataset: of the experiment.
 
-    Memory stays within a block of influences (one class of test examples by `BLOCK` training examples) beside the statistics.
+    Returns:
+        The summary.
     """
     packed = statistics.packed()
     mem = memorization(statistics)
@@ -68,47 +71,55 @@ def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statisti
             tr_mem=mem.value,
         )
     summary = summarize(name, fingerprint, statistics, mem, pairs)
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+    (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1))
     return summary
 
 
-def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs) -> dict[str, Any]:
-    """The figures that one looks at first; accuracies are means over the trials that count."""
-    defined = mem.value[~np.isnan(mem.value)]
-    errors = mem.error[~np.isnan(mem.error)]
+def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs) -> ScoreSummary:
+    """Summarize a version.
 
-    return {
-        "schema": 1,
-        "experiment": name,
-        "fingerprint": fingerprint,
-        "trials": statistics.trials,
-        "diverged": statistics.diverged,
-        "n_train": statistics.n_train,
-        "n_test": statistics.n_test,
-        "without_estimate": mem.undefined,
-        **{attribute: mean_accuracy(statistics, attribute) for attribute in ACCURACIES},
-        "accuracy_se": {attribute: _accuracy_error(statistics, attribute) for attribute in ACCURACIES},
-        "mem_mean": float(defined.mean()) if len(defined) else None,
-        "mem_share_at_least": {f"{step:g}": float((defined >= step).mean()) if len(defined) else None for step in MEM_STEPS},
-        "mem_se_quantiles": {f"{q:g}": float(np.quantile(errors, q)) if len(errors) else None for q in SE_QUANTILES},
-        "pairs": {
-            "mem_threshold": MEM_THRESHOLD,
-            "infl_threshold": INFL_THRESHOLD,
-            "count": len(pairs),
-            "train_examples": len(np.unique(pairs.train)),
-            "test_examples": len(np.unique(pairs.test)),
-        },
-    }
+    Args:
+        name: of the experiment.
+        fingerprint: of the experiment.
+        statistics: of its trials.
+        mem: memorization, estimated from them.
+        pairs: high-influence pairs at the paper's thresholds.
+    """
+    defined = mem.value[~np.isnan(mem.value)]
+    errors = mem.standard_error[~np.isnan(mem.standard_error)]
+    accuracies = {attribute: mean_accuracy(statistics, attribute) for attribute in ACCURACIES}
+    return ScoreSummary(
+        schema=SCHEMA,
+        experiment=name,
+        fingerprint=fingerprint,
+        trials=statistics.trials,
+        diverged=statistics.diverged,
+        n_train=statistics.n_train,
+        n_test=statistics.n_test,
+        without_estimate=mem.undefined,
+        **accuracies,
+        accuracy_se={attribute: _accuracy_se(statistics, attribute) for attribute in ACCURACIES},
+        mem_mean=float(defined.mean()) if len(defined) else None,
+        mem_share_at_least={f"{step:g}": float((defined >= step).mean()) if len(defined) else None for step in MEM_STEPS},
+        mem_se_quantiles={f"{q:g}": float(np.quantile(errors, q)) if len(errors) else None for q in SE_QUANTILES},
+        pairs=PairSummary(
+            mem_threshold=MEM_THRESHOLD,
+            infl_threshold=INFL_THRESHOLD,
+            count=len(pairs),
+            train_examples=len(np.unique(pairs.train)),
+            test_examples=len(np.unique(pairs.test)),
+        ),
+    )
 
 
 def mean_accuracy(statistics: Statistics, attribute: str) -> float | None:
-    """The mean over the trials that count of one of their `ACCURACIES`; None if none has it."""
+    """Return the mean of one of `ACCURACIES` over the trials that count; None if no trial has it."""
     values = _accuracies(statistics, attribute)
     return float(np.mean(values)) if values else None
 
 
-def _accuracy_error(statistics: Statistics, attribute: str) -> float | None:
-    """The standard error of that mean; None of fewer than two trials."""
+def _accuracy_se(statistics: Statistics, attribute: str) -> float | None:
+    """The standard error of that mean; None for fewer than two trials."""
     values = _accuracies(statistics, attribute)
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
@@ -123,15 +134,15 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
         "index": np.arange(dataset.n_train),
         "label": dataset.train_labels,
         "mem": mem.value,
-        "mem_se": mem.error,
+        "mem_se": mem.standard_error,
         "p_in": mem.p_in,
         "p_out": mem.p_out,
         "k_in": mem.k_in,
         "k_out": mem.k_out,
     }
-    if statistics.held_out_mistakes is not None:
-        other, times = statistics.held_out_mistakes.most_frequent(dataset.n_train)
-        columns |= {"other": np.where(other < len(dataset.classes), other, -1), "p_other": rate(times, mem.k_out)}
+    if statistics.held_out_misclassifications is not None:
+        other, count = statistics.held_out_misclassifications.most_frequent(dataset.n_train)
+        columns |= {"other": np.where(other < len(dataset.classes), other, -1), "p_other": share(count, mem.k_out)}
     if statistics.margin_in is not None and statistics.margin_out is not None:
         with np.errstate(invalid="ignore", divide="ignore"):
             columns["margin_in"] = statistics.margin_in / 2**24 / mem.k_in
@@ -171,9 +182,9 @@ def _write_pairs(folder: Path, pairs: Pairs) -> None:
             "tr_idx": pairs.train,
             "tt_idx": pairs.test,
             "infl": pairs.influence,
-            "infl_se": pairs.influence_error,
+            "infl_se": pairs.influence_se,
             "mem": pairs.mem,
-            "mem_se": pairs.mem_error,
+            "mem_se": pairs.mem_se,
         }
     )
     pyarrow.parquet.write_table(table, folder / PAIRS_TABLE)

@@ -1,4 +1,4 @@
-"""The names of the published files; those of the pairs carry the paper's thresholds."""
+"""Names of the published files; those of the pairs carry the paper's thresholds."""
 
 MEMORIZATION = "memorization.parquet"
 MEMORIZATION_CSV = "memorization.csv"

@@ -1,23 +1,58 @@
-"""The pointer to the published scores, `scores/latest.json`: small, and read without what reads and writes scores."""
+"""The pointer to the published scores, `scores/latest.json`: small, and read without the modules that read and write scores."""
 
 import json
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
+from memtail.scores.summary import ScoreSummary
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
-#: Versions kept: the one that the pointer names, and the one of fewer trials before it, which a reader may have begun to read.
+#: Versions kept: the current one, and the previous one for readers that have begun to read it.
 KEPT_VERSIONS = 2
 
 
-def latest_version(store: ObjectStore, name: str) -> dict[str, Any] | None:
-    """The pointer: `version`, `published` (UTC), `files`, `summary`; None if nothing was published."""
+@dataclass(frozen=True)
+class ScorePointer:
+    """The content of `latest.json`. Its schema is that of its summary.
+
+    Attributes:
+        version: of the scores; versions sort by number of trials.
+        published: ISO 8601, UTC.
+        files: names of the version's files, ascending.
+        summary: of the version.
+    """
+
+    version: str
+    published: str
+    files: tuple[str, ...]
+    summary: ScoreSummary
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values in the order of the file, for `json.dumps`."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read the file's text; unknown keys are ignored.
+
+        Raises:
+            ValueError, KeyError, TypeError: the text is no pointer.
+        """
+        content = json.loads(text)
+        return cls(content["version"], content["published"], tuple(content["files"]), ScoreSummary.from_dict(content["summary"]))
+
+
+def latest_version(store: ObjectStore, name: str) -> ScorePointer | None:
+    """The pointer to an experiment's latest scores; None if there is none, or a damaged one, which the next publication replaces.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
     try:
-        pointer: dict[str, Any] = json.loads(store.get(keys.latest_scores(name)))
-        return pointer if {"version", "published", "files", "summary"} <= pointer.keys() else None
-    except (ObjectNotFound, ValueError, AttributeError):
-        return None  # not there, or damaged: the next publish writes it
-
-
-def accumulated_trials(summary: dict[str, Any]) -> int:
-    """The trials that scores are of, diverged ones included, by their summary."""
-    return int(summary["trials"]) + int(summary["diverged"])
+        return ScorePointer.from_json(store.get(keys.latest_scores(name)))
+    except (ObjectNotFound, ValueError, KeyError, TypeError):
+        return None

@@ -1,60 +1,67 @@
-"""Moving a version of the scores into the store, and the pointer to it afterwards."""
+"""Publishes scores: moves a version of them into the store, and then the pointer to it."""
 
 import hashlib
-import json
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.experiment_store import Record
 from memtail.scores.files import write_scores
-from memtail.scores.pointer import KEPT_VERSIONS, accumulated_trials, latest_version
+from memtail.scores.pointer import KEPT_VERSIONS, ScorePointer, latest_version
+from memtail.scores.summary import ScoreSummary
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
 
 
-def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset: ImageDataset) -> dict[str, Any]:
-    """Write the scores of all trials folded so far and point readers to them; returns the summary.
+def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset: ImageDataset) -> ScoreSummary:
+    """Write the scores of all accumulated trials and point readers to them.
 
-    The version's name follows from the set of trials counted, so publishing the same trials again gives the same version.
+    The name of the version is derived from the counted trials, so publishing equal trials twice writes one version. The pointer does not
+    move if another run of the experiment has published more trials.
+
+    Args:
+        store: for the scores.
+        record: of the experiment.
+        statistics: of its trials.
+        dataset: of the experiment.
+
+    Returns:
+        The summary of the version.
 
     Raises:
-        ScoresError: no trial has been counted.
-        StoreError: the store cannot be written.
+        ScoresError: no trial counts.
+        StoreError: the store cannot be read or written.
     """
     if statistics.trials == 0:
-        mend = "lower the learning rate" if statistics.diverged else "run it first"
-        raise ScoresError(
-            f"experiment '{record.experiment.name}' has no trial to take scores from ({statistics.diverged} diverged): {mend}"
-        )
+        fix = "lower the learning rate" if statistics.diverged else "run it first"
+        raise ScoresError(f"experiment '{record.experiment.name}' has no trial to take scores from ({statistics.diverged} diverged): {fix}")
     name = record.experiment.name
     version = _version(record.fingerprint, statistics)
     current = latest_version(store, name)
-    if current is not None and current["version"] == version:
-        return dict(current["summary"])
+    if current is not None and current.version == version:
+        return current.summary
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
         folder = Path(temporary)
         summary = write_scores(folder, name, record.fingerprint, statistics, dataset)
         files = sorted(path.name for path in folder.iterdir())
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)
-    pointer = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "files": files, "summary": summary}
     if (
         current is not None
-        and accumulated_trials(current["summary"]) > accumulated_trials(summary)
-        and current["summary"]["fingerprint"] == record.fingerprint
+        and current.summary.accumulated_trials > summary.accumulated_trials
+        and current.summary.fingerprint == record.fingerprint
     ):
-        return summary  # another run, further on, has published
-    store.put(keys.latest_scores(name), json.dumps(pointer, indent=1).encode())
+        return summary
+    pointer = ScorePointer(version, datetime.now(UTC).isoformat(timespec="seconds"), tuple(files), summary)
+    store.put(keys.latest_scores(name), pointer.to_json().encode())
     _remove_old(store, name, version)
     return summary
 
 
 def versions(store: ObjectStore, name: str) -> list[str]:
-    """The versions in the store, by number of trials."""
+    """List the versions in the store, by number of trials."""
     return list(store.folders(keys.all_scores(name)))
 
 
@@ -64,8 +71,8 @@ def _version(fingerprint: str, statistics: Statistics) -> str:
 
 
 def _remove_old(store: ObjectStore, name: str, current: str) -> None:
-    # those after it may be in the making by another run
-    others = [version for version in versions(store, name) if version < current]
-    for version in others[: max(0, len(others) - KEPT_VERSIONS + 1)]:
+    # later versions may be in the making by another run
+    earlier = [version for version in versions(store, name) if version < current]
+    for version in earlier[: max(0, len(earlier) - KEPT_VERSIONS + 1)]:
         for key in list(store.list(keys.scores(name, version))):
             store.delete(key)

@@ -1,4 +1,4 @@
-"""Reading published scores: the tables, and any influence from the packed statistics on demand."""
+"""Reads published scores: the tables, and any influence, computed from the packed statistics on demand."""
 
 import json
 import zipfile
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from memtail.errors import ScoresError
 from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.summary import ScoreSummary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,20 +26,23 @@ Choice = int | slice | list[int] | npt.NDArray[np.integer] | None
 
 
 class Scores:
-    """One version of the scores, read as it is asked for.
+    """One version of the scores; each file is read when it is first needed.
+
+    Args:
+        folder: with the version's files.
 
     Attributes:
-        folder: where the files lie.
+        folder: with the version's files.
         summary: the content of `summary.json`.
 
     Raises:
-        ScoresError: it is missing or damaged.
+        ScoresError: a file is missing or damaged; from the constructor, and from every other member.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with self._reading(SUMMARY):
-            self.summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+            self.summary = ScoreSummary.from_dict(json.loads((folder / SUMMARY).read_text()))
 
     @cached_property
     def memorization(self) -> dict[str, Column]:
@@ -47,18 +51,18 @@ class Scores:
 
     @cached_property
     def pairs(self) -> dict[str, Column]:
-        """The high-influence pairs with standard errors, by falling influence."""
+        """The columns of the table of high-influence pairs, with standard errors, by falling influence."""
         return self._table(PAIRS_TABLE)
 
     def to_pandas(self, table: Literal["memorization", "pairs"]) -> "pd.DataFrame":
-        """A table as a pandas frame."""
+        """Return a table as a pandas frame."""
         import pandas as pd
 
         return pd.DataFrame(self.memorization if table == "memorization" else self.pairs)
 
     @cached_property
     def statistics(self) -> "PackedTrials":
-        """The packed statistics."""
+        """The packed statistics of the trials that count."""
         from memtail.statistics.accumulator import PackedTrials
 
         with self._reading(STATISTICS), np.load(self.folder / STATISTICS, allow_pickle=False) as archive:
@@ -72,16 +76,16 @@ class Scores:
             return labels
 
     def influence(self, train: Choice = None, test: Choice = None, *, on: Literal["test", "train"] = "test") -> "Influence":
-        """Influences of the chosen training examples (rows) on the chosen test examples (columns), with standard errors.
+        """Estimate influences of training examples (rows) on test examples (columns), with standard errors.
 
         Args:
-            train: which training examples; None for all.
-            test: which test examples (or training examples, with `on="train"`); None for all. The whole matrix takes
-                16 n q bytes: ask for blocks of it.
+            train: index or indices of training examples; None for all.
+            test: index or indices of test examples, or of training examples with `on="train"`; None for all. The whole matrix takes
+                16 n q bytes, so compute it in blocks.
             on: "train" for the influence of training examples on training examples.
 
         Returns:
-            `value` and `error`, float64 [a, b].
+            `value` and `standard_error`, float64 [a, b].
 
         Raises:
             ScoresError: an index is out of range.
@@ -89,17 +93,26 @@ class Scores:
         from memtail.estimators import influence
 
         columns = self.statistics.n_test if on == "test" else self.statistics.n_train
-        return influence(self.statistics, _chosen(train, self.statistics.n_train, "train"), _chosen(test, columns, on), on)
+        return influence(self.statistics, _indices(train, self.statistics.n_train, "train"), _indices(test, columns, on), on)
 
     def most_memorized(self, k: int = 10) -> dict[str, Column]:
-        """The rows of the k most memorized training examples, falling."""
+        """Return the rows of the k most memorized training examples, falling."""
         rows = largest(self.memorization["mem"], k)
         return {name: values[rows] for name, values in self.memorization.items()}
 
     def top_influencers(self, test: int, k: int = 10, *, harmful: bool = False) -> dict[str, Column]:
-        """The k training examples that raise the accuracy on one test example most: `tr_idx`, `label`, `infl`, `infl_se`, `mem`.
+        """Find the k training examples with the largest influence on one test example.
 
-        With `harmful` those that lower it most, the worst first.
+        Args:
+            test: index of the test example.
+            k: at most this many.
+            harmful: find those with the smallest influence instead, ascending.
+
+        Returns:
+            Columns `tr_idx`, `label`, `infl`, `infl_se` and `mem`.
+
+        Raises:
+            ScoresError: the index is out of range.
         """
         block = self.influence(test=test)
         top = largest(-block.value[:, 0] if harmful else block.value[:, 0], k)
@@ -107,14 +120,23 @@ class Scores:
             "tr_idx": top,
             "label": self.memorization["label"][top],
             "infl": block.value[top, 0],
-            "infl_se": block.error_at(top, np.zeros_like(top)),
+            "infl_se": block.standard_error_at(top, np.zeros_like(top)),
             "mem": self.memorization["mem"][top],
         }
 
     def top_influenced(self, train: int, k: int = 10, *, harmed: bool = False) -> dict[str, Column]:
-        """The k test examples whose accuracy one training example raises most: `tt_idx`, `label`, `infl`, `infl_se`.
+        """Find the k test examples on which one training example has the largest influence.
 
-        With `harmed` those whose accuracy it lowers most, the worst first.
+        Args:
+            train: index of the training example.
+            k: at most this many.
+            harmed: find those with the smallest influence instead, ascending.
+
+        Returns:
+            Columns `tt_idx`, `label`, `infl` and `infl_se`.
+
+        Raises:
+            ScoresError: the index is out of range.
         """
         block = self.influence(train=train)
         top = largest(-block.value[0] if harmed else block.value[0], k)
@@ -122,7 +144,7 @@ class Scores:
             "tt_idx": top,
             "label": self.test_labels[top],
             "infl": block.value[0, top],
-            "infl_se": block.error_at(np.zeros_like(top), top),
+            "infl_se": block.standard_error_at(np.zeros_like(top), top),
         }
 
     def _table(self, file: str) -> dict[str, Column]:
@@ -141,14 +163,14 @@ class Scores:
 
 
 def _as_numpy(array: Any) -> Column:
-    """Without pyarrow's `to_numpy` (nor its `read_table`), which load pandas: that takes longer than the rest of `memtail top`."""
+    """Convert a column without pyarrow's `to_numpy`, which imports pandas: that takes longer than the rest of `memtail top`."""
     import pyarrow as pa
 
     return np.array(np.from_dlpack(array)) if pa.types.is_primitive(array.type) else np.array(array.to_pylist(), dtype=object)
 
 
 def largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
-    """Indices of the k largest values, falling, ties by index; NaN is left out."""
+    """Return int64 [<= k], the indices of the k largest values, falling, ties by index, without NaN."""
     undefined = int(np.isnan(values).sum())
     k = min(k, len(values) - undefined)
     if k <= 0:
@@ -158,13 +180,13 @@ def largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
     return candidates[np.argsort(-values[candidates], kind="stable")][:k]
 
 
-def _chosen(choice: Choice, count: int, what: str) -> npt.NDArray[np.integer] | slice:
+def _indices(choice: Choice, count: int, what: str) -> npt.NDArray[np.integer] | slice:
     if choice is None:
         return slice(None)
     if isinstance(choice, slice):
         return choice
     index = np.atleast_1d(np.asarray(choice))
-    wrong = index[(index < -count) | (index >= count)]
-    if len(wrong):
-        raise ScoresError(f"{what} index {int(wrong[0])} is out of range: there are {count} {what} examples")
+    outside = index[(index < -count) | (index >= count)]
+    if len(outside):
+        raise ScoresError(f"{what} index {int(outside[0])} is out of range: there are {count} {what} examples")
     return index

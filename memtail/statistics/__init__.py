@@ -1,4 +1,4 @@
-"""The sufficient statistics of all trials so far, bit-packed, and the co-occurrence counts taken from them."""
+"""Sufficient statistics of all counted trials, bit-packed, and co-occurrence counts of their bits."""
 
 from memtail.statistics.accumulator import Statistics
 from memtail.statistics.cooccurrence import cooccurrence

@@ -1,8 +1,8 @@
-"""Folding trial batches into the statistics that every estimate is taken from.
+"""Accumulates trial batches into the statistics from which every estimate is computed.
 
-Bits are kept example by example in 64-bit words: bit b of `words[w, i]` belongs to trial 64 w + b. A trial's place follows from its
-index, not from when it arrived, so the statistics of a set of trials are the same bits in whatever order they were folded. A
-trial that is missing or diverged has only zeros, and is not counted.
+Bits are stored by example in words of 64 trials: bit b of `words[w, i]` belongs to trial 64 w + b. The place of a trial follows from its
+index, so the statistics of a set of trials have equal bits in whatever order they are accumulated. A trial that is missing or diverged has
+only zeros and does not count.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import StoreError
-from memtail.statistics.misclassifications import Mistakes
+from memtail.statistics.misclassifications import Misclassifications
 from memtail.trials import TrialBatch, TrialMetrics, unpack
 
 Words = npt.NDArray[np.uint64]
@@ -23,10 +23,10 @@ _BITS = 64
 
 @dataclass(frozen=True)
 class PackedTrials:
-    """The packed statistics of t trials on n training and q test examples, as they are published.
+    """Packed statistics of t trials on n training and q test examples, as published.
 
     Attributes:
-        membership, train_correct: uint64 [ceil(T / 64), n]; bit b of word w is trial 64 w + b, T the largest index + 1.
+        membership, train_correct: uint64 [ceil(T / 64), n]; bit b of word w is trial 64 w + b, and T is the largest index + 1.
         test_correct: uint64 [ceil(T / 64), q].
         counted: uint64 [ceil(T / 64)], the trials that count; the bits of all others are 0.
     """
@@ -43,56 +43,61 @@ class PackedTrials:
 
     @cached_property
     def k_in(self) -> Counts:
-        """int64 [n], trials that saw each training example."""
+        """int64 [n], trials with each training example in their subset."""
         return _column_sums(self.membership)
 
     @property
     def k_out(self) -> Counts:
-        """int64 [n], trials that did not see each training example."""
+        """int64 [n], trials with each training example outside their subset."""
         return self.trials - self.k_in
 
     @cached_property
     def correct_in(self) -> Counts:
-        """int64 [n], of the trials that saw each training example, those that got it right."""
+        """int64 [n], trials with each training example in their subset that classify it correctly."""
         return _column_sums(self.membership & self.train_correct)
 
-    @property
-    def correct(self) -> Counts:
-        """int64 [n], the same as `train_right`, as `Statistics` calls it."""
-        return self.train_right
-
     @cached_property
-    def train_right(self) -> Counts:
-        """int64 [n], trials that got each training example right."""
+    def correct(self) -> Counts:
+        """int64 [n], trials that classify each training example correctly."""
         return _column_sums(self.train_correct)
 
     @cached_property
-    def test_right(self) -> Counts:
-        """int64 [q], trials that got each test example right."""
+    def correct_on_test(self) -> Counts:
+        """int64 [q], trials that classify each test example correctly."""
         return _column_sums(self.test_correct)
 
     @property
+    def counted_mask(self) -> npt.NDArray[np.bool_]:
+        """Bool [64 ceil(T / 64)], whether each trial counts, by index."""
+        return np.unpackbits(self.counted.astype("<u8").view(np.uint8), bitorder="little").view(np.bool_)
+
+    @property
     def counted_trials(self) -> npt.NDArray[np.int64]:
-        """int64 [t], the indices of the trials that count, ascending."""
-        return np.flatnonzero(np.unpackbits(self.counted.astype("<u8").view(np.uint8), bitorder="little"))
+        """int64 [t], indices of the trials that count, ascending."""
+        return np.flatnonzero(self.counted_mask)
 
     def select(self, trials: npt.NDArray[np.int64]) -> "PackedTrials":
-        """The statistics of some of the trials, given by their indices."""
+        """Return the statistics of some trials, by their indices."""
         bits = np.zeros(_BITS * len(self.counted), np.bool_)
         bits[trials] = True
-        kept = self.counted & np.packbits(bits, bitorder="little").view("<u8").astype(np.uint64)
-        every = kept[:, None]
-        return PackedTrials(self.membership & every, self.train_correct & every, self.test_correct & every, kept)
+        selected = self.counted & pack_words(bits)
+        mask = selected[:, None]
+        return PackedTrials(self.membership & mask, self.train_correct & mask, self.test_correct & mask, selected)
 
     @property
     def n_train(self) -> int:
-        """N."""
-        return len(self.membership.T)
+        """The number of training examples, n."""
+        return int(self.membership.shape[1])
 
     @property
     def n_test(self) -> int:
-        """Q."""
-        return len(self.test_correct.T)
+        """The number of test examples, q."""
+        return int(self.test_correct.shape[1])
+
+
+def pack_words(bits: npt.NDArray[np.bool_]) -> Words:
+    """Pack bool [..., 64 W] into uint64 [..., W]: bit b of word w is bits[..., 64 w + b]."""
+    return np.packbits(bits, axis=-1, bitorder="little").view("<u8").astype(np.uint64)
 
 
 def _column_sums(words: Words) -> Counts:
@@ -103,20 +108,21 @@ def _column_sums(words: Words) -> Counts:
 
 
 class Statistics:
-    """Statistics that grow: each trial is counted once, and the cost of a fold does not depend on what was folded before.
+    """Statistics that grow: each trial is counted once, and adding one costs O(n + q), however many there are.
 
     Args:
         n_train, n_test: n and q.
 
     Attributes:
-        k_in: int64 [n], trials that saw the example.
-        correct_in: int64 [n], of those, the trials that got it right.
-        correct: int64 [n], trials that got it right, whether or not they saw it.
-        metrics: of every folded trial, diverged ones included, by trial index.
-        diverged: how many of them diverged.
-        margin_in, margin_out: int64 [n], sums of the logit margins in units of 2^-24 (exact for float16), over the trials that saw the
-            example and those that did not; None unless margins were recorded.
-        held_out_mistakes: what the trials that did not see an example took it for; None unless all that count have recorded it.
+        k_in: int64 [n], trials with the example in their subset.
+        correct_in: int64 [n], those of them that classify it correctly.
+        correct: int64 [n], trials that classify it correctly, whether or not it is in their subset.
+        metrics: of every accumulated trial, diverged ones included, by index.
+        diverged: number of diverged trials.
+        margin_in, margin_out: int64 [n], sums of logit margins over the trials with the example inside and outside their subset, in units
+            of 2^-24, in which float16 is exact; None if margins are not recorded.
+        held_out_misclassifications: classes predicted by the trials with the example outside their subset; None if a trial that counts has
+            not recorded them.
     """
 
     def __init__(self, n_train: int, n_test: int) -> None:
@@ -128,7 +134,7 @@ class Statistics:
         self.diverged = 0
         self.margin_in: Counts | None = None
         self.margin_out: Counts | None = None
-        self.held_out_mistakes: Mistakes | None = Mistakes()
+        self.held_out_misclassifications: Misclassifications | None = Misclassifications()
         self._membership: list[Words] = []
         self._train_correct: list[Words] = []
         self._test_correct: list[Words] = []
@@ -141,14 +147,20 @@ class Statistics:
 
     @property
     def k_out(self) -> Counts:
-        """int64 [n], trials that did not see the example."""
+        """int64 [n], trials with the example outside their subset."""
         return self.trials - self.k_in
 
     def accumulate(self, batch: TrialBatch) -> int:
-        """Add the trials of a batch that are not there yet; returns how many were added.
+        """Add the trials of a batch that are not included yet.
+
+        Args:
+            batch: of any trials.
+
+        Returns:
+            The number of trials added.
 
         Raises:
-            StoreError: the batch is of a dataset of another size.
+            StoreError: the batch belongs to a dataset of another size.
         """
         if (batch.n_train, batch.n_test) != (self.n_train, self.n_test):
             raise StoreError(
@@ -158,8 +170,8 @@ class Statistics:
         members = unpack(batch.membership, self.n_train)
         train = unpack(batch.train_correct, self.n_train)
         test = unpack(batch.test_correct, self.n_test)
-        mistaken, mistakes = batch.mistaken(), batch.train_mistakes
-        ends = np.cumsum(mistaken.sum(1))
+        misclassified, predicted = batch.misclassified(), batch.train_mistakes
+        ends = np.cumsum(misclassified.sum(1))
         added = 0
         for row, trial in enumerate(batch.trial.tolist()):
             if trial in self.metrics:
@@ -173,12 +185,12 @@ class Statistics:
             self.k_in += members[row]
             self.correct_in += members[row] & train[row]
             self.correct += train[row]
-            if mistakes is None:
-                self.held_out_mistakes = None
-            elif self.held_out_mistakes is not None:
-                wrong = np.flatnonzero(mistaken[row])
-                unseen = ~members[row][wrong]
-                self.held_out_mistakes.add(wrong[unseen], mistakes[ends[row] - len(wrong) : ends[row]][unseen])
+            if predicted is None:
+                self.held_out_misclassifications = None
+            elif self.held_out_misclassifications is not None:
+                examples = np.flatnonzero(misclassified[row])
+                held_out = ~members[row][examples]
+                self.held_out_misclassifications.add(examples[held_out], predicted[ends[row] - len(examples) : ends[row]][held_out])
             if batch.train_margin is not None:
                 self._add_margin(members[row], batch.train_margin[row])
         return added
@@ -197,12 +209,12 @@ class Statistics:
     def _add_margin(self, members: npt.NDArray[np.bool_], margin: npt.NDArray[np.float16]) -> None:
         if self.margin_in is None or self.margin_out is None:
             self.margin_in, self.margin_out = np.zeros(self.n_train, np.int64), np.zeros(self.n_train, np.int64)
-        fixed = (margin.astype(np.float64) * 2**24).astype(np.int64)
-        self.margin_in += np.where(members, fixed, 0)
-        self.margin_out += np.where(members, 0, fixed)
+        fixed_point = (margin.astype(np.float64) * 2**24).astype(np.int64)
+        self.margin_in += np.where(members, fixed_point, 0)
+        self.margin_out += np.where(members, 0, fixed_point)
 
     def packed(self) -> PackedTrials:
-        """All bits so far, as arrays."""
+        """Copy the bits into arrays."""
 
         def stacked(words: list[Words], count: int) -> Words:
             return np.stack(words) if words else np.zeros((0, count), np.uint64)

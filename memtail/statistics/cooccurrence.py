@@ -1,7 +1,7 @@
-"""The co-occurrence product M^T T: in how many trials example i was seen and example j was right.
+"""The co-occurrence product M^T T: for every pair (i, j), the trials with example i in their subset that classify example j correctly.
 
-Both terms of an influence follow from it and from column sums, so it is all that influence costs. On packed words it is AND and
-population count, 64 trials at a time, or table lookups where those are faster.
+Both terms of an influence follow from it and from column sums, so it is the whole cost of influence. On packed words it takes AND and
+population count for 64 trials at a time, or table look-ups on processors where those are faster.
 """
 
 import numpy as np
@@ -18,24 +18,23 @@ def cooccurrence(left: Words, right: Words) -> npt.NDArray[np.int32]:
         right: uint64 [W, b].
 
     Returns:
-        int32 [a, b], with out[i, j] = sum_w popcount(left[w, i] & right[w, j]).
+        int32 [a, b], out[i, j] = sum_w popcount(left[w, i] & right[w, j]).
     """
-    from memtail.statistics import popcount as kernels  # compile: not for those who count no pairs
-    from memtail.statistics import popcount_avx2 as lookup
+    from memtail.statistics import popcount, popcount_avx2  # compile: not for callers that count no pairs
 
     rows, columns = left.shape[1], right.shape[1]
     if rows == 1 or columns == 1:
         one, many = (left, right) if rows == 1 else (right, left)
-        single = np.empty(many.shape[1], np.int32)
-        kernels.count_one(np.ascontiguousarray(one[:, 0]), many, single)
-        return single.reshape(rows, columns)
-    if lookup.FASTER:
-        looked_up = np.empty((rows, columns), np.int32)
-        lookup.count_pairs(left, right, looked_up)
-        return looked_up
-    padding = -len(left) % kernels.WORDS
-    left = np.pad(left, ((0, padding), (0, -rows % kernels.ROWS)))
+        counts = np.empty(many.shape[1], np.int32)
+        popcount.count_one(np.ascontiguousarray(one[:, 0]), many, counts)
+        return counts.reshape(rows, columns)
+    if popcount_avx2.FASTER:
+        out = np.empty((rows, columns), np.int32)
+        popcount_avx2.count_pairs(left, right, out)
+        return out
+    padding = -len(left) % popcount.WORDS
+    left = np.pad(left, ((0, padding), (0, -rows % popcount.ROWS)))
     right = np.pad(right, ((0, padding), (0, 0))) if padding else right
     out = np.empty((left.shape[1], columns), np.int32)
-    kernels.count_pairs(left, right, out)
+    popcount.count_pairs(left, right, out)
     return out[:rows]

@@ -1,7 +1,7 @@
-"""`cooccurrence` on a device: bits as int8, multiplied by the matrix units that quantised networks run on. Needs torch.
+"""Counts co-occurrences on a device, as int8 matrix products on the matrix units that quantised networks use. Needs torch.
 
-Words stay packed on the device; only the examples of one block are unpacked at a time, and of those only a chunk of trials, so memory
-follows from the block and not from n, q or t. Sums are taken in int32: the counts are exact, and equal to `cooccurrence`.
+Words stay packed on the device. Only a chunk of trials of the examples in one block is unpacked at a time, so memory depends on the block
+and not on n, q or t. Sums are int32, so the counts are exact and equal those of `cooccurrence`.
 """
 
 import torch
@@ -11,12 +11,12 @@ from memtail.statistics.accumulator import Words
 
 _CHUNK = 64  # words, of 64 trials each, unpacked at a time
 
-# What `torch._int_mm` asks of its shapes on CUDA: more than 16 rows, and all sides multiples of 8; more is faster.
+# On CUDA `torch._int_mm` needs more than 16 rows and sides that are multiples of 8; a larger multiple is faster.
 _MULTIPLE = 32
 
 
 def words_on(words: Words, device: str | torch.device) -> Tensor:
-    """Packed words, uint64 [W, a], on a device example by example: int64 [a, W] of the same bits."""
+    """Copy packed words, uint64 [W, a], to a device by example: int64 [a, W] with equal bits."""
     return torch.from_numpy(words.view("int64").copy()).to(device).T.contiguous()
 
 
@@ -24,10 +24,11 @@ def count_block(left: Tensor, right: Tensor) -> Tensor:
     """Count, for every pair of examples, the trials whose bit is set in both.
 
     Args:
-        left, right: int64 [a, W] and [b, W] on one CPU or CUDA device, as from `words_on`.
+        left: int64 [a, W] on a CPU or CUDA device, from `words_on`.
+        right: int64 [b, W] on the same device.
 
     Returns:
-        int32 [a, b], equal to `cooccurrence` of the same words.
+        int32 [a, b], equal to `cooccurrence` of these words.
     """
     rows, columns = len(left), len(right)
     left, right = _padded(left), _padded(right)
@@ -43,7 +44,7 @@ def _padded(words: Tensor) -> Tensor:
 
 
 def _bits(words: Tensor) -> Tensor:
-    """int64 [a, W] -> int8 [a, 64 W] of 0 and 1."""
+    """Unpack int64 [a, W] into int8 [a, 64 W] of 0 and 1."""
     places = torch.arange(8, dtype=torch.uint8, device=words.device)
     octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return (octets[..., None] >> places).bitwise_and_(1).view(torch.int8).flatten(1)

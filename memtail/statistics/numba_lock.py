@@ -1,7 +1,7 @@
-"""Compiled loops that use all cores, called by several threads: one call after the other.
+"""A lock around compiled loops that use all cores.
 
-numba's simplest threading layer, which it takes where the system has no library of another, ends the process at a second call beside the
-first. Nothing is lost by waiting: a call has all cores.
+numba's simplest threading layer, its choice where the system has no other, ends the process if two threads are in such loops at a time.
+Waiting costs nothing, since one call already uses all cores.
 """
 
 import threading
@@ -12,15 +12,15 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_running = threading.Lock()
+_lock = threading.Lock()
 
 
-def one_at_a_time(loop: Callable[P, T]) -> Callable[P, T]:
-    """A function that waits until no other thread is in one made by this."""
+def with_numba_lock(loop: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a compiled loop so that all loops decorated with this run one at a time."""
 
     @wraps(loop)
-    def call(*arguments: P.args, **named: P.kwargs) -> T:
-        with _running:
-            return loop(*arguments, **named)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _lock:
+            return loop(*args, **kwargs)
 
     return call

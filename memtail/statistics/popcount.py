@@ -1,7 +1,8 @@
-"""Compiled loops over packed words. Importing this takes a moment; only what counts pairs does.
+"""Compiled loops that count co-occurrences in packed words by AND and population count.
 
-A vector unit does AND, population count and addition for eight words at a time. What limits it is moving words between the cache and
-registers, so each word loaded is used for several examples of the other side.
+A vector unit does AND, population count and addition for eight words at a time. The limit is moving words between cache and registers, so
+each loaded word is used for several examples of the other side. Importing numba and loading compiled code takes a moment, so callers
+import this module inside the functions that need it.
 """
 
 import numba
@@ -9,20 +10,20 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from memtail.statistics.numba_lock import one_at_a_time
+from memtail.statistics.numba_lock import with_numba_lock
 
-#: `count_pairs` takes rows and words in groups of these.
+#: `count_pairs` takes rows and words in groups of these sizes.
 ROWS = 4
 WORDS = 2
 
-_COLUMNS = 256  # of the right side, times the number of words: stays in the second-level cache
-_TILE = 64  # rows of the left side that one thread takes at a time
-_STRIPE = 4096  # examples whose running counts stay in the first-level cache
+_COLUMNS = 256  # columns of the right side at a time: their words stay in the second-level cache
+_TILE = 64  # rows of the left side in one task
+_STRIPE = 4096  # columns in one task of `count_one`: their running counts stay in the first-level cache
 
 
 @intrinsic
 def _popcount(typing_context, word):  # type: ignore[no-untyped-def]
-    """The population count instruction, which numba has no name for."""
+    """Population count of a uint64, as one instruction; numba has no name for it."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.ctpop(arguments[0])
@@ -31,10 +32,13 @@ def _popcount(typing_context, word):  # type: ignore[no-untyped-def]
     return types.uint64(types.uint64), generate
 
 
-@one_at_a_time
+@with_numba_lock
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
-    """out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b]; W and a are multiples of WORDS and ROWS."""
+    """Set int32 out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b].
+
+    W is a multiple of WORDS, and a one of ROWS.
+    """
     words, rows = left.shape
     columns = right.shape[1]
     for tile in numba.prange((rows + _TILE - 1) // _TILE):
@@ -64,10 +68,10 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
                     out[i + 3, start + j] = np.int32(count3[j])
 
 
-@one_at_a_time
+@with_numba_lock
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def count_one(one, words, out):  # type: ignore[no-untyped-def]
-    """out[j] = sum_w popcount(one[w] & words[w, j]), for uint64 [W] and [W, b]: reads every word once."""
+    """Set int32 out[j] = sum_w popcount(one[w] & words[w, j]), for uint64 [W] and [W, b]; reads every word once."""
     columns = words.shape[1]
     for stripe in numba.prange((columns + _STRIPE - 1) // _STRIPE):
         start = stripe * _STRIPE
@@ -79,52 +83,3 @@ def count_one(one, words, out):  # type: ignore[no-untyped-def]
                 count[j] += _popcount(bits & row[j])  # type: ignore[call-arg]
         for j in range(n):
             out[start + j] = np.int32(count[j])
-
-
-@one_at_a_time
-@numba.njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
-def influence_values(both, k_in, right, trials, out):  # type: ignore[no-untyped-def]
-    """out[i, j] = both[i, j] / k_in[i] - (right[j] - both[i, j]) / (trials - k_in[i]); NaN where a divisor is 0."""
-    rows, columns = both.shape
-    stripes = (columns + _STRIPE - 1) // _STRIPE
-    for place in numba.prange(rows * stripes):
-        i, stripe = place // stripes, place % stripes
-        seen, unseen = np.float64(k_in[i]), np.float64(trials - k_in[i])
-        for j in range(stripe * _STRIPE, min((stripe + 1) * _STRIPE, columns)):
-            out[i, j] = both[i, j] / seen - (right[j] - both[i, j]) / unseen
-        if seen == 0 or unseen == 0:
-            out[i, stripe * _STRIPE : min((stripe + 1) * _STRIPE, columns)] = np.nan
-
-
-@one_at_a_time
-@numba.njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
-def influence_column(both, k_in, right, trials, out):  # type: ignore[no-untyped-def]
-    """`influence_values` of all training examples on one other: out[i] from both[i], k_in[i] and the scalar `right`."""
-    for i in numba.prange(len(both)):
-        seen, unseen = np.float64(k_in[i]), np.float64(trials - k_in[i])
-        value = both[i] / seen - (right - both[i]) / unseen
-        out[i] = np.nan if seen == 0 or unseen == 0 else value
-
-
-@one_at_a_time
-@numba.njit(parallel=True, cache=True, boundscheck=False)
-def keep_largest(values, first, index, value):  # type: ignore[no-untyped-def]
-    """Merge rows first, first + 1, ... of values [a, b] into each column's largest so far, [b, k] falling; NaN is passed over."""
-    rows, columns = values.shape
-    k = value.shape[1]
-    for stripe in numba.prange((columns + _COLUMNS - 1) // _COLUMNS):
-        start, stop = stripe * _COLUMNS, min((stripe + 1) * _COLUMNS, columns)
-        least = value[start:stop, k - 1].copy()
-        for i in range(rows):
-            row = values[i, start:stop]
-            for j in range(stop - start):
-                new = row[j]
-                if new > least[j]:
-                    place = k - 1
-                    while place > 0 and new > value[start + j, place - 1]:
-                        value[start + j, place] = value[start + j, place - 1]
-                        index[start + j, place] = index[start + j, place - 1]
-                        place -= 1
-                    value[start + j, place] = new
-                    index[start + j, place] = first + i
-                    least[j] = value[start + j, k - 1]

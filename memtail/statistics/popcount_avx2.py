@@ -1,9 +1,9 @@
-"""Counting pairs by table lookup, for processors that have byte shuffles (AVX2) but no vector population count.
+"""Counts co-occurrences by table look-up, for processors with byte shuffles (AVX2) but without a vector population count.
 
-Four trials of an example are one of 16 patterns. For a pattern of a left example, a table of 16 bytes holds how many trials it shares with
-each pattern of a right example; one shuffle instruction looks that up for 32 right examples at once. Tables are made for two left examples
-at a time, the count of one in the lower half of each byte and that of the other in the upper: with the three groups of trials that half a
-byte can count, that is ten instructions for 64 pairs and twelve trials, where AND and population count take ten for 32 pairs and four.
+Four trials of an example form one of 16 patterns. For a pattern of a left example, a table of 16 bytes holds the number of trials that it
+shares with each pattern of a right example; one shuffle instruction looks up 32 right examples at once. Each table serves two left
+examples, with the count of one in the lower half of a byte and that of the other in the upper half. Half a byte holds the counts of three
+groups of trials, so 64 pairs and twelve trials take ten instructions, where AND and population count take ten for 32 pairs and four trials.
 """
 
 from typing import Any
@@ -15,27 +15,27 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from memtail.statistics.numba_lock import one_at_a_time
+from memtail.statistics.numba_lock import with_numba_lock
 
 _features = llvmlite.binding.get_host_cpu_features()
 
-#: Whether the processor can, and whether it is the faster way here.
+#: Whether the processor has byte shuffles, and whether look-ups are faster on it than population counts.
 POSSIBLE = bool(_features.get("avx2"))
 FASTER = POSSIBLE and not _features.get("avx512vpopcntdq")
 
 _PATTERN_BITS = 4
 _PATTERNS = 1 << _PATTERN_BITS
-_GROUPS = 64 // _PATTERN_BITS  # groups of trials in a word
-_ROWS = 2  # of a table
+_GROUPS = 64 // _PATTERN_BITS  # groups of trials per word
+_ROWS = 2  # left examples per table
 _LANES = 32
 _VECTORS = 4
 _COLUMNS = _VECTORS * _LANES
-_BLOCK = 64  # rows whose counts, and whose patterns of a part, stay in the first-level cache
-_AT_ONCE = 15 // _PATTERN_BITS  # groups that half a byte can count
-_MOST_GROUPS = 255 // _PATTERN_BITS // _AT_ONCE * _AT_ONCE  # that a byte can count: a part
-_MOST_PARTS = 65535 // (_MOST_GROUPS * _PATTERN_BITS)  # that 16 bits can count
+_BLOCK = 64  # rows in one task: their counts, and their patterns of a part, stay in the first-level cache
+_AT_ONCE = 15 // _PATTERN_BITS  # groups that half a byte counts without overflow
+_MOST_GROUPS = 255 // _PATTERN_BITS // _AT_ONCE * _AT_ONCE  # groups that a byte counts without overflow: a part
+_MOST_PARTS = 65535 // (_MOST_GROUPS * _PATTERN_BITS)  # parts that 16 bits count without overflow
 
-# The table of the left patterns a and b begins at 16 (a + 16 b); at c it has the trials shared by a and c, and 16 times those by b and c.
+# The table of the left patterns a and b begins at 16 (a + 16 b); its entry c is |a & c| + 16 |b & c|, the numbers of shared trials.
 _SHARED = np.array(
     [[(a & c).bit_count() + 16 * (b & c).bit_count() for c in range(_PATTERNS)] for b in range(_PATTERNS) for a in range(_PATTERNS)],
     np.uint8,
@@ -57,10 +57,11 @@ def _shared_counts(
     counts: Any,
     counts_start: Any,
 ) -> Any:
-    """Add to `counts` of _ROWS rows and _COLUMNS columns what they share in at most _MOST_GROUPS groups, a multiple of _AT_ONCE.
+    """Add the trials that _ROWS rows and _COLUMNS columns share in some groups of trials to their counts; a numba intrinsic.
 
-    `tables` are uint8 [groups], each group's patterns of the two rows; `columns` uint8 [groups, _COLUMNS], patterns; `counts` uint16
-    [_ROWS, _COLUMNS].
+    All arrays are flat; a `_start` is the index of an array's first element to use. `tables`: uint8 [groups], each group's patterns of both
+    rows. `columns`: uint8 [groups, _COLUMNS], patterns. `groups`: their number, a multiple of _AT_ONCE, at most _MOST_GROUPS. `shared`:
+    _SHARED. `counts`: uint16 [_ROWS, _COLUMNS].
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -81,8 +82,8 @@ def _shared_counts(
 
         zero, lower = ir.Constant(_BYTES, [0] * _LANES), ir.Constant(_BYTES, [15] * _LANES)
         sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(_VECTORS)] for _ in range(_ROWS)]
-        for kept in (kept for row in sums for kept in row):
-            builder.store(zero, kept)
+        for total in (total for row in sums for total in row):
+            builder.store(zero, total)
         twice = ir.Constant(ir.VectorType(_LANE, _LANES), [*range(_PATTERNS)] * 2)
         with cgutils.for_range(builder, builder.udiv(groups, at(_AT_ONCE))) as loop:
             both: list[Any] = [None] * _VECTORS
@@ -93,20 +94,20 @@ def _shared_counts(
                 table = builder.shuffle_vector(table, ir.Constant(_TABLE, ir.Undefined), twice)
                 place = builder.add(columns_start, builder.mul(group, at(_COLUMNS)))
                 for v in range(_VECTORS):
-                    found = builder.call(shuffle, [table, load(columns, builder.add(place, at(v * _LANES)), _BYTES)])
-                    both[v] = found if both[v] is None else builder.add(both[v], found)
+                    counted = builder.call(shuffle, [table, load(columns, builder.add(place, at(v * _LANES)), _BYTES)])
+                    both[v] = counted if both[v] is None else builder.add(both[v], counted)
             for v, counted in enumerate(both):
                 shifted = builder.lshr(builder.bitcast(counted, _PAIRS), ir.Constant(_PAIRS, [4] * (_LANES // 2)))
-                for kept, row in ((sums[0][v], counted), (sums[1][v], builder.bitcast(shifted, _BYTES))):
-                    builder.store(builder.add(builder.load(kept), builder.and_(row, lower)), kept)
+                for total, row in ((sums[0][v], counted), (sums[1][v], builder.bitcast(shifted, _BYTES))):
+                    builder.store(builder.add(builder.load(total), builder.and_(row, lower)), total)
         for r, row in enumerate(sums):
-            for v, kept in enumerate(row):
+            for v, total in enumerate(row):
                 pointer = builder.bitcast(
                     builder.gep(counts, [builder.add(counts_start, at(r * _COLUMNS + v * _LANES))]), _COUNTS.as_pointer()
                 )
                 before = builder.load(pointer)
                 before.align = 2
-                stored = builder.store(builder.add(before, builder.zext(builder.load(kept), _COUNTS)), pointer)
+                stored = builder.store(builder.add(before, builder.zext(builder.load(total), _COUNTS)), pointer)
                 stored.align = 2
         return context.get_dummy_value()
 
@@ -119,35 +120,35 @@ _add_shared: Any = intrinsic(_shared_counts)
 
 @numba.njit(cache=True, boundscheck=False)
 def _patterns(words, first, count, out):  # type: ignore[no-untyped-def]
-    """out[g, c] = the g-th pattern of column first + c, for `count` columns; uint8 [groups, _COLUMNS], laid flat."""
+    """Set out[g, c] to pattern g of column first + c, for `count` columns; `out` is uint8 [groups, _COLUMNS], flat."""
     for w in range(len(words)):
         for g in range(_GROUPS):
             start = (w * _GROUPS + g) * _COLUMNS
             shift = np.uint64(g * _PATTERN_BITS)
-            patterns, given = out[start : start + count], words[w, first : first + count]
+            patterns, word = out[start : start + count], words[w, first : first + count]
             for c in range(count):
-                patterns[c] = np.uint8((given[c] >> shift) & np.uint64(_PATTERNS - 1))
+                patterns[c] = np.uint8((word[c] >> shift) & np.uint64(_PATTERNS - 1))
 
 
 @numba.njit(cache=True, boundscheck=False)
 def _tables(words, first, count, pairs, out):  # type: ignore[no-untyped-def]
-    """The patterns of `count` rows, two to a byte, in the order in which they are read: uint8 [parts, pairs, _MOST_GROUPS], laid flat."""
-    given = np.zeros(pairs * _ROWS, np.uint64)
+    """Set `out` to the patterns of `count` rows, two to a byte, in reading order: uint8 [parts, pairs, _MOST_GROUPS], flat."""
+    word = np.zeros(pairs * _ROWS, np.uint64)
     for w in range(len(words)):
-        given[:count] = words[w, first : first + count]
+        word[:count] = words[w, first : first + count]
         for g in range(_GROUPS):
             part, place = divmod(w * _GROUPS + g, _MOST_GROUPS)
             into = out[part * pairs * _MOST_GROUPS + place :]
             shift, one = np.uint64(g * _PATTERN_BITS), np.uint64(_PATTERNS - 1)
             for pair in range(pairs):
-                upper, lower = (given[2 * pair + 1] >> shift) & one, (given[2 * pair] >> shift) & one
+                upper, lower = (word[2 * pair + 1] >> shift) & one, (word[2 * pair] >> shift) & one
                 into[pair * _MOST_GROUPS] = np.uint8(lower | upper << np.uint64(_PATTERN_BITS))
 
 
-@one_at_a_time
+@with_numba_lock
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
-    """out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b]."""
+    """Set int32 out[i, j] = sum_w popcount(left[w, i] & right[w, j]), for uint64 [W, a] and [W, b]."""
     words, rows = left.shape
     columns = right.shape[1]
     groups = (words * _GROUPS + _AT_ONCE - 1) // _AT_ONCE * _AT_ONCE
@@ -165,7 +166,7 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
         for tile in range(tiles):
             first = tile * _COLUMNS
             count = min(_COLUMNS, columns - first)
-            for begin in range(0, max(parts, 1), _MOST_PARTS):  # of no trials at all, 0 is counted
+            for begin in range(0, max(parts, 1), _MOST_PARTS):  # without trials the counts are 0
                 counts[:] = 0
                 for part in range(begin, min(begin + _MOST_PARTS, parts)):
                     count_now = min(_MOST_GROUPS, groups - part * _MOST_GROUPS)
@@ -174,10 +175,10 @@ def count_pairs(left, right, out):  # type: ignore[no-untyped-def]
                         table = (part * pairs + pair) * _MOST_GROUPS
                         _add_shared(tables, table, patterns[tile], start, count_now, _SHARED, counts, pair * _ROWS * _COLUMNS)
                 for i in range(size):
-                    counted, wanted = counts[i * _COLUMNS : (i + 1) * _COLUMNS], out[block * _BLOCK + i, first : first + count]
+                    counted, row = counts[i * _COLUMNS : (i + 1) * _COLUMNS], out[block * _BLOCK + i, first : first + count]
                     if begin:
                         for c in range(count):
-                            wanted[c] += np.int32(counted[c])
+                            row[c] += np.int32(counted[c])
                     else:
                         for c in range(count):
-                            wanted[c] = counted[c]
+                            row[c] = counted[c]

@@ -7,7 +7,7 @@ others of its own, which differ by chance alone. The trials are split in several
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from memtail.errors import ScoresError
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
+from memtail.scores.summary import ScoreSummary
 from memtail.statistics.accumulator import PackedTrials
 from memtail.storage import ObjectStore
 from memtail.studies.agreement import (
@@ -62,8 +63,7 @@ def study_architectures(store: ObjectStore, names: list[str]) -> StudyResult:
     if trials < SMALLEST_HALF:
         fewest = min(scores, key=lambda each: each.statistics.trials).summary
         raise ScoresError(
-            f"experiment '{fewest['experiment']}' has {fewest['trials']} trials, {2 * SMALLEST_HALF} are needed to compare: "
-            f"raise subsets.trials"
+            f"experiment '{fewest.experiment}' has {fewest.trials} trials, {2 * SMALLEST_HALF} are needed to compare: raise subsets.trials"
         )
     measured: dict[str, list[_Compared]] = {}
     for split in range(SPLITS):
@@ -91,7 +91,7 @@ def study_architectures(store: ObjectStore, names: list[str]) -> StudyResult:
         "architectures",
         f"What {', '.join(names[:-1])} and {names[-1]} agree on",
         findings,
-        sum(int(summary["trials"]) for summary in summaries),
+        sum(summary.trials for summary in summaries),
         names,
         {"scores": {name: each.folder.name for name, each in zip(names, scores, strict=True)}},
         {"trials": trials, "agreement": {label: _at_papers(found) for label, found in measured.items()}},
@@ -140,11 +140,11 @@ def _spread(values: Sequence[float | None]) -> tuple[float, float, float] | None
     return (sum(defined) / len(defined), min(defined), max(defined)) if defined else None
 
 
-def _of_one(record: Record, summary: dict[str, Any]) -> str:
-    memorized, pairs = summary["mem_share_at_least"][f"{PAPERS['memorization']:g}"], summary["pairs"]["count"]
+def _of_one(record: Record, summary: ScoreSummary) -> str:
+    memorized, pairs = summary.mem_share(PAPERS["memorization"]), summary.pairs.count
     share = "none has an estimate" if memorized is None else f"{memorized:.2%} of the training examples are memorized"
     return (
-        f"{record.experiment.name} ({record.experiment.model.name}, {summary['trials']} trials): {summary['test_accuracy']:.2%} of the "
+        f"{record.experiment.name} ({record.experiment.model.name}, {summary.trials} trials): {summary.test_accuracy:.2%} of the "
         f"test examples are classified correctly, {share} (mem >= {PAPERS['memorization']}), and there are {pairs} pairs."
     )
 

@@ -158,7 +158,7 @@ def study_duplicates(
             f"Of the {len(train)} high-influence pairs {int(twins['pixels'].sum())} are near-duplicates by pixels, "
             f"{int(twins['features'].sum())} by features; {int((~either).sum())} are neither."
         )
-    trials, experiments = int(scores.summary["trials"]), [name]
+    trials, experiments = scores.summary.trials, [name]
     if removal is not None:
         loss, text = _without_duplicates(store, removal, np.unique(test[either]), test)
         findings.append(text)

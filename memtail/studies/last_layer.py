@@ -13,8 +13,8 @@ from memtail.estimators import convergence
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.fetch import open_scores
-from memtail.scores.files import ACCURACIES
 from memtail.scores.reader import Scores
+from memtail.scores.summary import ACCURACIES
 from memtail.spec import Experiment
 from memtail.storage import ObjectStore
 from memtail.studies.names import derived_name
@@ -59,7 +59,7 @@ def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment, feat
     place = int(np.flatnonzero(_THRESHOLDS == MEM_THRESHOLD)[0])
     facts = {label: _facts(scores, counts[label][place]) for label, scores in (("whole model", whole), ("last layer", alone))}
     findings = [
-        f"Training the last layer alone memorizes {_memorized(facts['last layer'])} of {whole.summary['n_train']} training examples "
+        f"Training the last layer alone memorizes {_memorized(facts['last layer'])} of {whole.summary.n_train} training examples "
         f"(mem >= {MEM_THRESHOLD}), training the whole model {_memorized(facts['whole model'])}.",
         f"High-influence pairs (infl >= {INFL_THRESHOLD}): {facts['last layer']['pairs']} of the last layer alone, "
         f"{facts['whole model']['pairs']} of the whole model.",
@@ -96,18 +96,18 @@ def _counts(scores: Scores) -> list[int]:
 
 def _facts(scores: Scores, memorized: int) -> dict[str, Any]:
     summary = scores.summary
-    errors = summary.get("accuracy_se") or dict.fromkeys(ACCURACIES)  # not in scores of memtail's first versions
+    errors = summary.accuracy_se
     if any(errors[accuracy] is None for accuracy in ACCURACIES):
         raise ScoresError(
-            f"experiment '{summary['experiment']}' has no accuracies with standard errors to compare: that takes two trials at least, and "
+            f"experiment '{summary.experiment}' has no accuracies with standard errors to compare: that takes two trials at least, and "
             f"training examples that some of them saw and others did not"
         )
-    share_error = convergence(scores.statistics, [MEM_THRESHOLD], [0.5], np.array([-1.0, 1.0]))[-1].share_errors[0]
+    share_error = convergence(scores.statistics, [MEM_THRESHOLD], [0.5], np.array([-1.0, 1.0]))[-1].shares_se[0]
     facts = {
         "memorized": memorized,
-        "memorized_error": float(share_error) * summary["n_train"],
-        "pairs": summary["pairs"]["count"],
-        "trials": summary["trials"],
+        "memorized_error": float(share_error) * summary.n_train,
+        "pairs": summary.pairs.count,
+        "trials": summary.trials,
     }
     return facts | {each: summary[each] for each in ACCURACIES} | {f"{each}_error": errors[each] for each in ACCURACIES}
 

@@ -131,7 +131,7 @@ class Aggregator:
         if step is Step.PUBLISH:
             with PUBLISH_SECONDS.time():
                 summary = aggregation.publish()
-            log.info("published", trials=summary["trials"], complete=aggregation.complete)
+            log.info("published", trials=summary.trials, complete=aggregation.complete)
         self._give_notice(experiment)
         self._update_metrics(experiment)
 
@@ -149,7 +149,7 @@ class Aggregator:
         # the experiment of a study answers the study's question, which has a figure of its own
         if aggregation.pointer is None or parent_of(name) in self._experiments:
             return
-        version = aggregation.pointer["version"]
+        version = aggregation.pointer.version
         last = aggregation.complete and aggregation.published and version != experiment.reported
         if not last and not experiment.report.due:
             return

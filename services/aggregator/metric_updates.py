@@ -2,14 +2,14 @@
 
 import math
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 
 from memtail.estimators import expected_standard_error, memorization
 from memtail.execution.stopping import trials_needed
-from memtail.scores.files import MEM_STEPS, SE_QUANTILES, mean_accuracy
-from memtail.scores.pointer import accumulated_trials
+from memtail.scores.files import mean_accuracy
+from memtail.scores.pointer import ScorePointer
+from memtail.scores.summary import MEM_STEPS, SE_QUANTILES
 from memtail.spec import SubsetsSpec
 from memtail.statistics import Statistics
 from services.aggregator import metrics
@@ -50,7 +50,7 @@ def show_statistics(name: str, subsets: SubsetsSpec, statistics: Statistics) -> 
         if (accuracy := mean_accuracy(statistics, attribute)) is not None:
             metrics.ACCURACY.labels(name, examples).set(accuracy)
     mem = memorization(statistics)
-    value, error = mem.value[~np.isnan(mem.value)], mem.error[~np.isnan(mem.error)]
+    value, error = mem.value[~np.isnan(mem.value)], mem.standard_error[~np.isnan(mem.standard_error)]
     for quantile in SE_QUANTILES if len(error) else ():
         metrics.STANDARD_ERROR.labels(name, f"{quantile:g}").set(np.quantile(error, quantile))
     metrics.EXPECTED_ERROR.labels(name).set(expected_standard_error(statistics.trials, subsets.fraction))
@@ -61,13 +61,13 @@ def show_statistics(name: str, subsets: SubsetsSpec, statistics: Statistics) -> 
         metrics.HISTOGRAM.labels(name, f"{begin:.2f}").set(count)
 
 
-def show_scores(name: str, pointer: dict[str, Any] | None) -> None:
+def show_scores(name: str, pointer: ScorePointer | None) -> None:
     """What is published, by the pointer to it."""
     if pointer is None:
         return
-    metrics.PUBLISHED.labels(name).set(datetime.fromisoformat(pointer["published"]).timestamp())
-    metrics.PUBLISHED_TRIALS.labels(name).set(accumulated_trials(pointer["summary"]))
-    metrics.PAIRS.labels(name).set(pointer["summary"]["pairs"]["count"])
+    metrics.PUBLISHED.labels(name).set(datetime.fromisoformat(pointer.published).timestamp())
+    metrics.PUBLISHED_TRIALS.labels(name).set(pointer.summary.accumulated_trials)
+    metrics.PAIRS.labels(name).set(pointer.summary.pairs.count)
 
 
 def _wanted(subsets: SubsetsSpec, statistics: Statistics) -> int:

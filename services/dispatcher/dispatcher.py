@@ -14,7 +14,7 @@ from structlog.contextvars import bound_contextvars
 
 from memtail.errors import MemtailError
 from memtail.experiment_store import ExperimentStore, experiment_names
-from memtail.scores.pointer import accumulated_trials, latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
@@ -202,7 +202,7 @@ class _Known:
     def _is_settled(self) -> bool:
         """Whether all trials are in the published scores, or a notice says that there will be none."""
         pointer = latest_version(self._experiment_store.store, self.name)
-        if pointer and accumulated_trials(pointer["summary"]) >= self._trials:
+        if pointer and pointer.summary.accumulated_trials >= self._trials:
             return True
         return any(notice.final for notice in self._experiment_store.notices().values())
 

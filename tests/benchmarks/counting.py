@@ -102,12 +102,12 @@ def row_and_column() -> list[Row]:
     def column(test: int) -> None:
         block = influence(packed, slice(None), np.array([test]))
         top = largest(block.value[:, 0], 100)
-        block.error_at(top, np.zeros_like(top))
+        block.standard_error_at(top, np.zeros_like(top))
 
     def row(train: int) -> None:
         block = influence(packed, np.array([train]), slice(None))
         top = largest(block.value[0], 100)
-        block.error_at(np.zeros_like(top), top)
+        block.standard_error_at(np.zeros_like(top), top)
 
     column(0), row(0)  # compiles, and takes the column sums, which are kept
     note = "t = 2000, n = 1.28 M, q = 50,000; top 100 with standard errors"

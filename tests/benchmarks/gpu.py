@@ -195,7 +195,7 @@ def influence(sizes: Sizes) -> list[Row]:
         began = time.perf_counter()
         top = top_influencers(packed, 10, device=device)
         pairs = high_influence_pairs(packed, memorization, train_labels, test_labels, infl_threshold=0.05, device=device)
-        return time.perf_counter() - began, (*top, pairs.train, pairs.test, pairs.influence, pairs.influence_error)
+        return time.perf_counter() - began, (*top, pairs.train, pairs.test, pairs.influence, pairs.influence_se)
 
     left, right = packed.membership[:, :600], packed.test_correct[:, :600]
     counts = count_block(words_on(left, sizes.device), words_on(right, sizes.device)).cpu().numpy()

@@ -17,7 +17,7 @@ import yaml
 from memtail.execution.embedded import run
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from tests.e2e.deployment import PROJECT, Deployment, build_images, docker, prepare_images, service_of
@@ -58,7 +58,7 @@ def deployment(spec: Path, out: Path) -> Iterator[Deployment]:
 
         def published() -> int:
             pointer = latest_version(store, "digits")
-            return pointer["summary"]["trials"] if pointer else 0
+            return pointer.summary.trials if pointer else 0
 
         deployment.until(lambda: any(experiment_store.committed()), 600)
         docker("kill", deployment.containers("worker")[0]["Id"])
@@ -87,7 +87,7 @@ def test_the_command_line_fetches_what_an_embedded_run_computes(deployment: Depl
     run(Experiment.load(spec), tmp_path)
     pointer = latest_version(LocalStore(tmp_path), "digits")
     assert pointer
-    expected = tmp_path / "experiments/digits/scores" / pointer["version"] / "memorization.parquet"
+    expected = tmp_path / "experiments/digits/scores" / pointer.version / "memorization.parquet"
     fetched = out / "memorization.parquet"
     code = f"from importlib.metadata import version; print(*map(version, {DECIDING}))"
     same = docker("run", "--rm", "memtail-worker", "python", "-c", code).split() == [version(name) for name in DECIDING]

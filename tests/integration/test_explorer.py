@@ -180,12 +180,12 @@ def test_an_example_shows_whom_it_helps_and_hurts_and_these_who_helps_and_hurts_
     assert found.links(r"/experiments/digits/test/(\d+)") == [row["tt_idx"] for row in rows]
     values = [float(row["infl"]) for row in rows]
     assert values == block.value[0, [int(row["tt_idx"]) for row in rows]].tolist()
-    assert [float(row["infl_se"]) for row in rows] == block.error[0, [int(row["tt_idx"]) for row in rows]].tolist()
+    assert [float(row["infl_se"]) for row in rows] == block.standard_error[0, [int(row["tt_idx"]) for row in rows]].tolist()
     assert values[0] == block.value.max()
     assert min(values) == block.value.min()
     test = int(rows[0]["tt_idx"])
     own, *rows = table(client, f"/experiments/digits/test/{test}.csv")
-    right = scores.statistics.test_right[test] / TRIALS
+    right = scores.statistics.correct_on_test[test] / TRIALS
     assert (int(own["tt_idx"]), own["tr_idx"], float(own["right"]), int(own["models"])) == (test, "", right, TRIALS)
     assert float(own["right_se"]) == pytest.approx(np.sqrt(right * (1 - right) / TRIALS))
     found = page(client, f"/experiments/digits/test/{test}")

@@ -101,7 +101,7 @@ def test_the_phases_of_a_run_are_its_devices_time(planned):
     assert sum(profile["phases"].values()) == pytest.approx(profile["seconds"] * profile["devices"], rel=0.01)
     assert all(profile["phases"][phase] > 0 for phase in ("data", "forward/backward", "evaluation", "writing", "rest"))
     batches = [TrialBatch.from_bytes(file.read_bytes()) for file in (planned[2] / "store").glob("experiments/digits/trials/*.npz")]
-    summed = sum(batch.provenance["phases"]["evaluation"] for batch in batches)
+    summed = sum(batch.provenance.phases["evaluation"] for batch in batches)
     assert summed == pytest.approx(profile["phases"]["evaluation"], abs=0.01)
 
 
@@ -171,10 +171,10 @@ def test_profiling_changes_no_bit_and_phases_stay_within_the_seconds(declare, di
     for name in ("membership", "train_correct", "test_correct", "train_margin", "test_margin"):
         assert np.array_equal(getattr(plain, name), getattr(profiled, name))
     assert list(plain.metrics) == list(profiled.metrics)
-    assert "phases" not in plain.provenance
-    phases = profiled.provenance["phases"]
+    assert plain.provenance.phases is None
+    phases = profiled.provenance.phases
     assert {"data", "forward/backward", "evaluation"} <= set(phases) <= set(PHASES)
-    assert 0.3 * profiled.provenance["seconds"] < sum(phases.values()) <= profiled.provenance["seconds"] + 0.01
+    assert 0.3 * profiled.provenance.seconds < sum(phases.values()) <= profiled.provenance.seconds + 0.01
 
 
 def test_phases_that_are_off_measure_nothing():

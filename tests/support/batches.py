@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from memtail.experiment_store import ExperimentStore
-from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
+from memtail.trials import Provenance, Shard, TrialBatch, TrialMetrics, pack
 
 Bits = np.ndarray[Any, Any]
 
@@ -33,7 +33,7 @@ def batch_of(
         M.shape[1],
         T.shape[1],
         metrics,
-        {},
+        Provenance(),
         margins,
         None if margins is None else T.astype(np.float16),
         mistakes,
@@ -50,7 +50,7 @@ def random_batch(
     train, test = (rng.normal(size=(k, size)).astype(np.float16) if margins else None for size in (n, q))
     wrong = rng.integers(0, 300, (~bits[1]).sum(), np.uint16) if mistakes else None
     packed = (pack(bits[0]), pack(bits[1]), pack(bits[2]))
-    return TrialBatch(np.arange(10, 10 + k, dtype=np.int32), *packed, n, q, metrics, {"fingerprint": "f"}, train, test, wrong), bits
+    return TrialBatch(np.arange(10, 10 + k, dtype=np.int32), *packed, n, q, metrics, Provenance("f"), train, test, wrong), bits
 
 
 def commit(experiment_store: ExperimentStore, *shards: Shard, diverged: bool = False) -> None:
@@ -61,7 +61,7 @@ def commit(experiment_store: ExperimentStore, *shards: Shard, diverged: bool = F
         count = len(shard.trials)
         members, train, test = (pack(rng.random((count, size)) < 0.5) for size in (record.n_train, record.n_train, record.n_test))
         metrics = [TrialMetrics(trial, diverged, 0.1, 1.0, 0.5, 0.75) for trial in shard.trials]
-        trial, provenance = np.array(shard.trials, np.int32), {"fingerprint": record.fingerprint}
+        trial, provenance = np.array(shard.trials, np.int32), Provenance(record.fingerprint)
         experiment_store.commit(
             TrialBatch(trial, members, train, test, record.n_train, record.n_test, metrics, provenance), record.fingerprint
         )

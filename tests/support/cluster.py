@@ -171,7 +171,7 @@ class Cluster:
 
         def published() -> bool:
             pointer = latest_version(self.store, experiment_store.name)
-            return pointer is not None and pointer["summary"]["trials"] + pointer["summary"]["diverged"] >= trials
+            return pointer is not None and pointer.summary.accumulated_trials >= trials
 
         return self.until(published, seconds)
 
@@ -179,7 +179,7 @@ class Cluster:
         """The published files."""
         pointer = latest_version(self.store, name)
         assert pointer is not None
-        return {file: self.store.get(keys.scores(name, pointer["version"]) + file) for file in pointer["files"]}
+        return {file: self.store.get(keys.scores(name, pointer.version) + file) for file in pointer.files}
 
     def serves(self, service: Service) -> bool:
         """Whether a service has come round once and says that it is ready."""

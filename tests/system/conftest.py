@@ -46,7 +46,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment],
                 run(nameless, store.root)
             pointer = latest_version(store, "expected")
             assert pointer is not None
-            made[text] = {file: store.get(keys.scores("expected", pointer["version"]) + file) for file in pointer["files"]}
+            made[text] = {file: store.get(keys.scores("expected", pointer.version) + file) for file in pointer.files}
         summary = made[text]["summary.json"].replace(b'"expected"', json.dumps(experiment.name).encode())
         return {**made[text], "summary.json": summary}
 

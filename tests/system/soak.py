@@ -141,7 +141,7 @@ def soak(minutes: float, seed: int) -> None:
 
 def _published(cluster: Cluster, experiment_store: ExperimentStore) -> bool:
     pointer = latest_version(cluster.store, experiment_store.name)
-    return pointer is not None and pointer["summary"]["trials"] >= TRIALS and len(experiment_store.committed()) >= TRIALS // PER_SHARD
+    return pointer is not None and pointer.summary.trials >= TRIALS and len(experiment_store.committed()) >= TRIALS // PER_SHARD
 
 
 def _state(experiment_store: ExperimentStore) -> str:
@@ -166,7 +166,7 @@ def _scores(store: Any, name: str) -> dict[str, Any]:
     """The published files; all but the summary are the same whatever the experiment is called."""
     pointer = latest_version(store, name)
     assert pointer is not None
-    files: dict[str, Any] = {file: store.get(keys.scores(name, pointer["version"]) + file) for file in pointer["files"]}
+    files: dict[str, Any] = {file: store.get(keys.scores(name, pointer.version) + file) for file in pointer.files}
     files["summary.json"] = {key: value for key, value in json.loads(files["summary.json"]).items() if key != "experiment"}
     return files
 

@@ -59,8 +59,8 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_examples_trained_total") == members.sum() * experiment.training.epochs
     provenance = [experiment_store.batch(shard, experiment_store.read_record()).provenance for shard in experiment_store.committed()]
     assert seen.value("memtail_trial_seconds_count") == TRIALS
-    assert seen.value("memtail_trial_seconds_sum") == pytest.approx(sum(each["seconds"] for each in provenance))
-    (measured,) = (each["phases"] for each in provenance if "phases" in each)
+    assert seen.value("memtail_trial_seconds_sum") == pytest.approx(sum(each.seconds for each in provenance))
+    (measured,) = (each.phases for each in provenance if each.phases)
     for phase, seconds in measured.items():
         assert seen.value("memtail_trial_phase_seconds_count", phase=phase) == PER_SHARD
         assert seen.value("memtail_trial_phase_seconds_sum", phase=phase) == pytest.approx(seconds)
@@ -75,7 +75,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
 
     pointer = latest_version(cluster.store, name)
     cluster.until(lambda: scrape(aggregator).value("memtail_trials_folded") == TRIALS)
-    seen, summary = scrape(aggregator), pointer["summary"]
+    seen, summary = scrape(aggregator), pointer.summary
     assert seen.value("memtail_trials_diverged") == seen.value("memtail_trials_needed") == seen.value("memtail_batches_refused") == 0
     for examples in ("in_subset", "held_out", "test"):
         assert seen.value("memtail_accuracy_ratio", examples=examples) == pytest.approx(summary[f"{examples}_accuracy"])
@@ -89,7 +89,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_memorization_examples", bin="0.95") == (mem >= 0.95).sum()
     assert seen.value("memtail_high_influence_pairs") == summary["pairs"]["count"]
     assert seen.value("memtail_scores_published_trials") == TRIALS
-    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer["published"]).timestamp()
+    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer.published).timestamp()
     assert seen.value("memtail_fold_seconds_count") == SHARDS
     assert seen.value("memtail_publish_seconds_count") >= 1
     for service in (dispatcher, worker, aggregator):
@@ -108,8 +108,8 @@ def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(
     seen, pointer = scrape(aggregator), latest_version(living.store, experiment.name)
     assert seen.value("memtail_trials_folded") == 0
     assert seen.value("memtail_scores_published_trials") == TRIALS
-    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer["published"]).timestamp()
-    assert seen.value("memtail_high_influence_pairs") == pointer["summary"]["pairs"]["count"]
+    assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer.published).timestamp()
+    assert seen.value("memtail_high_influence_pairs") == pointer.summary.pairs.count
 
 
 def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(living, declare, digits):

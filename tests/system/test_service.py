@@ -55,7 +55,7 @@ def test_priorities_pauses_and_cancelling_decide_what_is_trained(living, declare
     living.until_published(high, TRIALS)
     living.until_published(low, TRIALS)
     began = [
-        min(experiment_store.batch(shard, experiment_store.read_record()).provenance["started"] for shard in experiment_store.committed())
+        min(experiment_store.batch(shard, experiment_store.read_record()).provenance.started for shard in experiment_store.committed())
         for experiment_store in (high, low)
     ]
     assert began[0] <= began[1]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtail.errors import ForeignObjectError, StoreError
-from memtail.trials import TrialBatch, unpack
+from memtail.trials import Provenance, TrialBatch, unpack
 from tests.support.batches import random_batch as make
 
 
@@ -73,3 +73,17 @@ def test_a_batch_that_grows_when_unpacked_or_holds_other_types_is_refused():
         (np.savez_compressed if compressed else np.savez)(buffer, **(arrays | changes))
         with pytest.raises(ForeignObjectError, match=message):
             TrialBatch.from_bytes(buffer.getvalue())
+
+
+def test_provenance_keeps_its_text_and_ignores_keys_of_other_versions():
+    text = '{"fingerprint": "f", "phases": {"data": 0.5, "evaluation": 1.0}, "seconds": 1.25}'
+    provenance = Provenance.from_json(text)
+    assert (provenance.seconds, provenance.phases["data"], provenance.host) == (1.25, 0.5, None)
+    assert provenance.to_json() == text
+    assert Provenance.from_json('{"command": ["train.py"], "fingerprint": "f"}') == Provenance("f")
+    with np.load(io.BytesIO(make()[0].to_bytes())) as archive:
+        arrays = dict(archive)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays | {"provenance": "[]"})
+    with pytest.raises(ForeignObjectError, match="its provenance is no JSON object"):
+        TrialBatch.from_bytes(buffer.getvalue())

@@ -24,7 +24,7 @@ from memtail.trainers.images.images import device_images
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.stack import is_stackable
 from memtail.trainers.images.stack_trainer import StackedRun, StackResult, from_bytes, to_bytes
-from memtail.trials import TrialBatch, TrialMetrics, pack
+from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
 
 log = structlog.get_logger()
 
@@ -272,18 +272,17 @@ def _batch(
                 test_accuracy=float(test_correct[row].mean()),
             )
         )
-    provenance = {
-        "fingerprint": fingerprint,
-        "memtail": version("memtail"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-    }
-    if phases.on:
-        provenance["phases"] = {phase: round(spent, 3) for phase, spent in phases.seconds.items()}
+    provenance = Provenance(
+        fingerprint=fingerprint,
+        memtail=version("memtail"),
+        torch=str(torch.__version__),  # a plain string: reading it elsewhere needs no torch
+        python=platform.python_version(),
+        host=platform.node(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+        phases={phase: round(spent, 3) for phase, spent in phases.seconds.items()} if phases.on else None,
+    )
     return TrialBatch(
         trial=trials.astype(np.int32),
         membership=pack(members),

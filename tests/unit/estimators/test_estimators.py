@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memtail.estimators import expected_standard_error, high_influence_pairs, influence, memorization, top_influencers
+from memtail.estimators.binomial import share, standard_error
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics import popcount_avx2 as lookup
 from tests.support.batches import batch_of as batch
@@ -29,17 +31,17 @@ def test_memorization_is_the_papers_equation(t, n, q, seed, shard):
     statistics = Statistics(n, q)
     for first in range(0, t, shard):
         statistics.accumulate(batch(first, M[first : first + shard], C[first : first + shard], T[first : first + shard]))
-    found = memorization(statistics)
+    result = memorization(statistics)
     p_in, p_out = direct_memorization(M.astype(int), C.astype(int))
     k_in, k_out = M.sum(0), t - M.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.sqrt(p_in * (1 - p_in) / k_in + p_out * (1 - p_out) / k_out)
-    np.testing.assert_allclose(found.value, p_in - p_out, atol=1e-12)
-    np.testing.assert_allclose(found.error, error, atol=1e-12)
-    assert (found.k_in == k_in).all()
-    assert (found.k_out == k_out).all()
-    assert (np.isnan(found.value) == ((k_in == 0) | (k_out == 0))).all()
-    assert found.undefined == int(((k_in == 0) | (k_out == 0)).sum())
+    np.testing.assert_allclose(result.value, p_in - p_out, atol=1e-12)
+    np.testing.assert_allclose(result.standard_error, error, atol=1e-12)
+    assert (result.k_in == k_in).all()
+    assert (result.k_out == k_out).all()
+    assert (np.isnan(result.value) == ((k_in == 0) | (k_out == 0))).all()
+    assert result.undefined == int(((k_in == 0) | (k_out == 0)).sum())
 
 
 @given(**shapes, on=st.sampled_from(["test", "train"]))
@@ -48,14 +50,15 @@ def test_influence_is_the_papers_equation(t, n, q, seed, on):
     M, C, T = random_bits(seed, t, n, q)
     statistics = Statistics(n, q)
     statistics.accumulate(batch(0, M, C, T))
-    found = influence(statistics.packed(), slice(None), slice(None), on)
+    result = influence(statistics.packed(), slice(None), slice(None), on)
     other = (T if on == "test" else C).astype(int)
     inside, outside = M.astype(int), 1 - M.astype(int)
     with np.errstate(invalid="ignore", divide="ignore"):
         p_in, p_out = inside.T @ other / inside.sum(0)[:, None], outside.T @ other / outside.sum(0)[:, None]
         error = np.sqrt(p_in * (1 - p_in) / inside.sum(0)[:, None] + p_out * (1 - p_out) / outside.sum(0)[:, None])
-    np.testing.assert_allclose(found.value, p_in - p_out, atol=1e-12)
-    np.testing.assert_allclose(found.error, error, atol=1e-12)
+    np.testing.assert_allclose(result.value, p_in - p_out, atol=1e-12)
+    np.testing.assert_allclose(result.standard_error, error, atol=1e-12)
+    assert result.error is result.standard_error  # the name in 0.1.0
 
 
 @given(t=st.integers(1, 200), a=st.integers(1, 150), b=st.integers(1, 150), seed=st.integers(0, 100))
@@ -120,23 +123,23 @@ def test_margins_are_summed_exactly_in_any_order():
 
 @given(t=st.integers(1, 60), n=st.integers(1, 20), classes=st.integers(1, 400), shard=st.integers(1, 30), seed=st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_held_out_mistakes_are_counted_once_per_trial_in_any_order(t, n, classes, shard, seed):
+def test_held_out_misclassifications_are_counted_once_per_trial_in_any_order(t, n, classes, shard, seed):
     M, C, T = random_bits(seed, t, n, 3)
     rng = np.random.default_rng(seed)
-    given = rng.integers(0, classes, (t, n)) // rng.integers(1, 9)
+    predicted = rng.integers(0, classes, (t, n)) // rng.integers(1, 9)
     diverged = tuple(np.flatnonzero(rng.random(t) < 0.1).tolist())
     C[list(diverged)] = False
     statistics = Statistics(n, 3)
     for first in [*rng.permutation(range(0, t, shard)).tolist(), 0]:
         some = slice(first, first + shard)
-        statistics.accumulate(batch(first, M[some], C[some], T[some], diverged, predicted=given[some]))
+        statistics.accumulate(batch(first, M[some], C[some], T[some], diverged, predicted=predicted[some]))
     counted = ~np.isin(np.arange(t), diverged)
-    most, times = statistics.held_out_mistakes.most_frequent(n)
+    most, times = statistics.held_out_misclassifications.most_frequent(n)
     for i in range(n):
-        votes = np.bincount(given[counted & ~M[:, i] & ~C[:, i], i], minlength=classes)
+        votes = np.bincount(predicted[counted & ~M[:, i] & ~C[:, i], i], minlength=classes)
         assert (most[i], times[i]) == ((votes.argmax(), votes.max()) if votes.any() else (-1, 0))
     statistics.accumulate(batch(t, M[:1], C[:1], T[:1]))
-    assert statistics.held_out_mistakes is None  # not known of all trials
+    assert statistics.held_out_misclassifications is None  # not known of all trials
 
 
 def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influence():
@@ -149,9 +152,9 @@ def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influ
     pairs = high_influence_pairs(packed, mem, train_labels, test_labels, 0.05, 0.1)
     everything = influence(packed, slice(None), slice(None)).value
     with np.errstate(invalid="ignore"):
-        wanted = (mem.value[:, None] >= 0.05) & (everything >= 0.1) & (train_labels[:, None] == test_labels)
+        expected = (mem.value[:, None] >= 0.05) & (everything >= 0.1) & (train_labels[:, None] == test_labels)
     assert set(zip(pairs.train.tolist(), pairs.test.tolist(), strict=True)) == set(
-        zip(*(x.tolist() for x in np.nonzero(wanted)), strict=True)
+        zip(*(x.tolist() for x in np.nonzero(expected)), strict=True)
     )
     assert len(pairs) > 10
     assert (np.diff(pairs.influence) <= 0).all()
@@ -173,6 +176,20 @@ def test_top_influencers_are_the_largest_of_every_column(k, seed, on):
         np.testing.assert_array_equal(value[column], [everything[i, column] for i in order] + [np.nan] * (k - len(order)))
 
 
+@given(count=st.integers(0, 60), seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_the_standard_error_of_a_share_is_the_binomial_one_and_nan_without_models(count, seed):
+    correct = np.random.default_rng(seed).integers(0, count + 1, (3, 4))
+    p = share(correct, count)
+    if count == 0:
+        assert np.isnan(p).all()
+        assert np.isnan(standard_error(p, count)).all()
+    else:
+        np.testing.assert_allclose(p, correct / count)
+        np.testing.assert_allclose(standard_error(p, count), scipy.stats.binom(count, p).std() / count, atol=1e-12)
+    assert standard_error(float(p[0, 0]), count) == pytest.approx(standard_error(p, count)[0, 0], nan_ok=True)
+
+
 def test_expected_standard_error_is_the_papers_worst_case():
     assert expected_standard_error(1000, 0.7) == pytest.approx(np.sqrt(1.19 / 1000), rel=1e-3)
 
@@ -184,12 +201,12 @@ def test_expected_standard_error_is_the_papers_worst_case():
 def test_both_ways_of_counting_pairs_count_alike(words, a, b, seed):
     rng = np.random.default_rng(seed)
     left, right = (rng.integers(0, 2**64, (words, count), dtype=np.uint64) for count in (a, b))
-    left[:, 0], right[:, 0] = 2**64 - 1, 2**64 - 1  # the most that there can be
+    left[:, 0], right[:, 0] = 2**64 - 1, 2**64 - 1  # the largest count
     expected = np.bitwise_count(left[:, :, None] & right[:, None, :]).sum(0, dtype=np.int32)
-    found = []
+    result = []
     for faster in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lookup, "FASTER", faster)
-            found.append(cooccurrence(left, right))
-    assert (found[0] == expected).all()
-    assert (found[1] == expected).all()
+            result.append(cooccurrence(left, right))
+    assert (result[0] == expected).all()
+    assert (result[1] == expected).all()

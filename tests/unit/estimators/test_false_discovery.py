@@ -14,7 +14,7 @@ from tests.support.batches import batch_of as batch
 from tests.support.batches import random_bits
 
 
-def folded(M, C, T, first=0):
+def statistics_of(M, C, T, first=0):
     statistics = Statistics(M.shape[1], T.shape[1])
     statistics.accumulate(batch(first, M, C, T))
     return statistics
@@ -35,26 +35,26 @@ def test_rates_are_those_of_fishers_test_and_benjamini_and_hochberg_over_all_pai
     rng = np.random.default_rng(seed)
     labels, test_labels, mem = rng.integers(0, 3, n), rng.integers(0, 3, q), rng.choice([0.1, 0.25, 0.9, np.nan], n)
     train, test = np.nonzero((mem >= 0.25)[:, None] & (labels[:, None] == test_labels))
-    both, seen, right = (M[:, train] & T[:, test]).sum(0), M.sum(0)[train], T.sum(0)[test]
-    tails = scipy.stats.hypergeom.sf(both - 1, t, right, seen)
+    both, k_in, correct = (M[:, train] & T[:, test]).sum(0), M.sum(0)[train], T.sum(0)[test]
+    tails = scipy.stats.hypergeom.sf(both - 1, t, correct, k_in)
     expected = scipy.stats.false_discovery_control(tails) if len(tails) else tails
     order = rng.permutation(len(train))[: max(1, len(train) // 2)]
-    found = false_discovery(folded(M, C, T).packed(), mem, labels, test_labels, train[order], test[order])
-    assert found.tested == len(train)
-    np.testing.assert_allclose(found.rate, np.where(expected <= LARGEST_RATE, expected, 1)[order], rtol=1e-7)
-    np.testing.assert_allclose(found.kept, np.sort(expected[expected <= LARGEST_RATE]), rtol=1e-7)
+    result = false_discovery(statistics_of(M, C, T).packed(), mem, labels, test_labels, train[order], test[order])
+    assert result.tested == len(train)
+    np.testing.assert_allclose(result.rate, np.where(expected <= LARGEST_RATE, expected, 1)[order], rtol=1e-7)
+    np.testing.assert_allclose(result.kept, np.sort(expected[expected <= LARGEST_RATE]), rtol=1e-7)
 
 
-def test_without_influence_hardly_anything_is_found_and_with_it_what_was_planted():
+def test_without_influence_hardly_any_pair_is_kept_and_with_it_the_planted_ones():
     labels = np.zeros(60, np.int64)
     M, C, T = planted(1, 150, 60, 60, 0)
     everything = [part.ravel() for part in np.indices((60, 60))]
-    assert (false_discovery(folded(M, C, T).packed(), np.ones(60), labels, labels, *everything).rate > 0.05).all()
+    assert (false_discovery(statistics_of(M, C, T).packed(), np.ones(60), labels, labels, *everything).rate > 0.05).all()
     M, C, T = planted(1, 150, 60, 60, 12)
-    rate = false_discovery(folded(M, C, T).packed(), np.ones(60), labels, labels, *everything).rate.reshape(60, 60)
-    found = np.argwhere(rate <= 0.05).tolist()
-    assert {(i, i) for i in range(12)} <= {(i, j) for i, j in found}
-    assert len(found) <= 15
+    rate = false_discovery(statistics_of(M, C, T).packed(), np.ones(60), labels, labels, *everything).rate.reshape(60, 60)
+    result = np.argwhere(rate <= 0.05).tolist()
+    assert {(i, i) for i in range(12)} <= {(i, j) for i, j in result}
+    assert len(result) <= 15
 
 
 @given(t=st.integers(1, 150), n=st.integers(1, 40), seed=st.integers(0, 10**6), first=st.integers(0, 70))
@@ -62,22 +62,22 @@ def test_without_influence_hardly_anything_is_found_and_with_it_what_was_planted
 def test_memorization_by_some_trials_is_that_of_statistics_of_these_alone(t, n, seed, first):
     M, C, T = random_bits(seed, t, n, 3)
     chosen = np.random.default_rng(seed).random((4, t)) < 0.6
-    ((_, found),) = memorization_by(folded(M, C, T, first).packed(), chosen)
+    ((_, result),) = memorization_by(statistics_of(M, C, T, first).packed(), chosen)
     for row, some in enumerate(chosen):
-        expected = memorization(folded(M[some], C[some], T[some]))
-        for name in ("value", "error", "k_in", "k_out"):
-            np.testing.assert_array_equal(getattr(found, name)[row], getattr(expected, name))
+        expected = memorization(statistics_of(M[some], C[some], T[some]))
+        for name in ("value", "standard_error", "k_in", "k_out"):
+            np.testing.assert_array_equal(getattr(result, name)[row], getattr(expected, name))
 
 
 def test_the_last_stage_is_of_all_trials_and_each_earlier_one_of_the_first_half():
     M, C, T = random_bits(3, 100, 30, 4)
-    found = convergence(folded(M, C, T, first=7).packed(), (0.1, 0.25), (0.5, 1.0), np.linspace(-1, 1, 41))
-    assert [stage.trials for stage in found] == stages(100) == [25, 50, 100]
-    for stage in found:
-        mem = memorization(folded(M[: stage.trials], C[: stage.trials], T[: stage.trials]))
+    result = convergence(statistics_of(M, C, T, first=7).packed(), (0.1, 0.25), (0.5, 1.0), np.linspace(-1, 1, 41))
+    assert [stage.trials for stage in result] == stages(100) == [25, 50, 100]
+    for stage in result:
+        mem = memorization(statistics_of(M[: stage.trials], C[: stage.trials], T[: stage.trials]))
         value = mem.value[~np.isnan(mem.value)]
         np.testing.assert_allclose(stage.shares, [(value >= step).mean() for step in (0.1, 0.25)])
-        np.testing.assert_allclose(stage.standard_errors, np.nanquantile(mem.error, (0.5, 1.0)))
+        np.testing.assert_allclose(stage.standard_errors, np.nanquantile(mem.standard_error, (0.5, 1.0)))
         assert stage.mean == pytest.approx(value.mean())
         assert stage.counts.sum() == len(value)
 
@@ -91,7 +91,7 @@ def test_the_standard_error_of_a_share_is_how_far_it_is_off_between_repetitions(
     for _ in range(60):
         M, bad = rng.random((200, 300)) < 0.7, rng.random((200, 1)) < together
         C = M | ((rng.random((200, 300)) >= truth) & ~bad)
-        last = convergence(folded(M, C, C[:, :1]).packed(), (0.25,), (0.5,), np.linspace(-1, 1, 3))[-1]
+        last = convergence(statistics_of(M, C, C[:, :1]).packed(), (0.25,), (0.5,), np.linspace(-1, 1, 3))[-1]
         shares.append(last.shares[0])
-        errors.append(last.share_errors[0])
+        errors.append(last.shares_se[0])
     assert 0.75 < np.mean(errors) / np.std(shares, ddof=1) < 1.35

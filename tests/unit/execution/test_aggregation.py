@@ -11,7 +11,7 @@ from memtail.experiment_store import ExperimentStore
 from memtail.scores.publish import publish
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
-from memtail.trials import Shard, TrialBatch, TrialMetrics, pack
+from memtail.trials import Provenance, Shard, TrialBatch, TrialMetrics, pack
 
 AT_ONCE = Pace(trials=1, seconds=1, first_at_once=True)
 
@@ -43,7 +43,7 @@ class Trained:
         sizes = self.record.n_train, self.record.n_train, self.record.n_test
         bits = [pack(rng.random((8, size)) < share) for size, share in zip(sizes, (0.5, correct, correct), strict=True)]
         metrics = [TrialMetrics(int(trial), diverged, 0.1, 1.0, 0.5, 0.75) for trial in trials]
-        provenance = {"fingerprint": fingerprint or self.record.fingerprint, "seconds": 1.0}
+        provenance = Provenance(fingerprint or self.record.fingerprint, seconds=1.0)
         counts = self.record.n_train, self.record.n_test
         batch = TrialBatch(trials, bits[0], bits[1], bits[2], *counts, metrics, provenance)
         self.store.store.put_if_absent(keys.trial_batch(self.store.name, first, first + 7), batch.to_bytes())
@@ -69,7 +69,7 @@ def test_every_batch_is_accumulated_once_in_any_order_and_published_scores_have_
     assert whole.publish() == stepwise.publish()
     (version,) = experiment.store.store.folders(keys.all_scores("digits"))
     assert whole.pointer == stepwise.pointer
-    assert whole.pointer["version"] == version
+    assert whole.pointer.version == version
 
 
 def test_steps_lead_from_nothing_over_waiting_and_publishing_to_the_end(trained):
@@ -123,7 +123,7 @@ def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes
         aggregation.accumulate_new()
         if aggregation.next_step() is Step.PUBLISH:
             aggregation.publish()
-        return aggregation.pointer["summary"]["trials"]
+        return aggregation.pointer.summary.trials
 
     assert published_after(0, 0) == 8
     assert published_after(8, 890) == 8

@@ -1,4 +1,4 @@
-"""Experiments that end when their scores are sharp enough."""
+"""Experiments that end at a standard error."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_a_run_goes_on_until_its_scores_are_sharp_and_no_further(tmp_path):
     pointer = latest_version(store, "e")
     trials = summary["trials"]
     assert experiment.subsets.trials < trials < most_trials(0.04, 0.7)
-    assert pointer["summary"]["trials"] == trials
+    assert pointer.summary.trials == trials
     from memtail import load_scores
 
     errors = load_scores(tmp_path / "experiments" / "e").memorization["mem_se"]
@@ -62,6 +62,6 @@ def test_examples_without_an_estimate_keep_it_going_to_the_worst_case_at_most():
     experiment = spec(until={"standard_error": 0.1}, trials=10)
     nothing = Statistics(5, 5)
     assert 10 < next_round(experiment.subsets, nothing) <= most_trials(0.1, 0.7)
-    assert np.isnan(memorization(nothing).error).all()
+    assert np.isnan(memorization(nothing).standard_error).all()
     assert next_round(spec(until={"standard_error": 0.1}, trials=most_trials(0.1, 0.7)).subsets, nothing) is None
     assert next_round(spec(trials=10).subsets, nothing) is None

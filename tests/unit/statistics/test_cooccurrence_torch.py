@@ -90,7 +90,7 @@ def test_high_influence_pairs_are_the_same_to_the_bit(t, n, q, seed, classes, th
     memorization = Memorization(mem, mem, mem, mem, packed.k_in, packed.trials - packed.k_in)
     labels = rng.integers(0, classes, n), rng.integers(0, classes, q)
     with_device, without = (high_influence_pairs(packed, memorization, *labels, 0.25, threshold, device) for device in ("cpu", None))
-    for name in ("train", "test", "influence", "influence_error", "mem", "mem_error"):
+    for name in ("train", "test", "influence", "influence_se", "mem", "mem_se"):
         found, expected = getattr(with_device, name), getattr(without, name)
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)

@@ -1,4 +1,4 @@
-"""What two sets of trials agree on, and how sure a mean of models is."""
+"""Agreement of two sets of trials, and confidence intervals of means over models."""
 
 import numpy as np
 import pytest
@@ -17,9 +17,9 @@ LABELS = np.zeros(9, np.int64), np.zeros(7, np.int64)
 
 def statistics(seed, trials, first=0):
     rng = np.random.default_rng(seed)
-    found = Statistics(9, 7)
-    found.accumulate(batch(first, *(rng.random((trials, size)) < 0.6 for size in (9, 9, 7))))
-    return found
+    result = Statistics(9, 7)
+    result.accumulate(batch(first, *(rng.random((trials, size)) < 0.6 for size in (9, 9, 7))))
+    return result
 
 
 @given(seed=st.integers(0, 10**6), trials=st.integers(1, 150), share=st.floats(0, 1))
@@ -49,15 +49,15 @@ def test_agreement_counts_what_either_and_both_select():
     first, second = (Estimates.of(statistics(seed, 60).packed(), *LABELS) for seed in (1, 2))
     for each in agreements(first, second):
         if each.score == "memorization":
-            chosen = [set(np.flatnonzero(found.mem.value >= each.threshold)) for found in (first, second)]
+            chosen = [set(np.flatnonzero(result.mem.value >= each.threshold)) for result in (first, second)]
             apart = {i: abs(first.mem.value[i] - second.mem.value[i]) for i in range(9)}
         else:
             chosen = [
-                {pair for pair, infl in zip(zip(found.pairs.train, found.pairs.test, strict=True), found.pairs.influence, strict=True)
+                {pair for pair, infl in zip(zip(result.pairs.train, result.pairs.test, strict=True), result.pairs.influence, strict=True)
                  if infl >= each.threshold}
-                for found in (first, second)
+                for result in (first, second)
             ]  # fmt: skip
-            matrices = [influence(found.packed, slice(None), slice(None)).value for found in (first, second)]
+            matrices = [influence(result.packed, slice(None), slice(None)).value for result in (first, second)]
             apart = {(i, j): abs(matrices[0][i, j] - matrices[1][i, j]) for i in range(9) for j in range(7)}
         either, both = chosen[0] | chosen[1], chosen[0] & chosen[1]
         assert (each.first, each.second) == (len(chosen[0]), len(chosen[1]))
@@ -88,7 +88,7 @@ def test_intervals_are_those_of_the_tables():
 
 
 def splits(overlaps):
-    """As many trials as the keys say, most first, of the overlaps of memorized examples that follow them."""
+    """Splits by number of trials, most first, each with its overlap of memorized examples."""
     at = ("memorization", PAPERS["memorization"], 10, 10)
     return [
         _Split(trials, number, [Agreement(*at, overlap[number] if isinstance(overlap, list) else overlap, 0.1)], 0.5)
@@ -98,7 +98,7 @@ def splits(overlaps):
 
 
 @pytest.mark.parametrize(
-    ("overlaps", "wanted", "needed"),
+    ("overlaps", "overlap", "needed"),
     [
         ({800: 0.95, 400: 0.93, 200: 0.7}, 0.9, _Needed(400, measured=True)),
         ({800: 0.95, 400: 0.952}, 0.9, _Needed(400, measured=True)),
@@ -111,8 +111,8 @@ def splits(overlaps):
         ({800: None, 400: None}, 0.9, _Needed()),
     ],
 )
-def test_trials_for_an_overlap_are_measured_or_continued_by_a_power_law(overlaps, wanted, needed):
-    found = _trials_for(wanted, splits(overlaps), "memorization")
-    assert (found.measured, found.beyond) == (needed.measured, needed.beyond)
-    for own, expected in zip((found.trials, found.fewest, found.most), (needed.trials, needed.fewest, needed.most), strict=True):
+def test_trials_for_an_overlap_are_measured_or_continued_by_a_power_law(overlaps, overlap, needed):
+    result = _trials_for(overlap, splits(overlaps), "memorization")
+    assert (result.measured, result.beyond) == (needed.measured, needed.beyond)
+    for own, expected in zip((result.trials, result.fewest, result.most), (needed.trials, needed.fewest, needed.most), strict=True):
         assert own is expected is None or own == pytest.approx(expected, abs=1)

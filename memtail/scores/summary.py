@@ -1,0 +1,105 @@
+"""The summary of one version of the scores, `summary.json`: numbers of trials, accuracies, shares of memorized examples, pairs.
+
+Read with nothing but the standard library, since `memtail status` and the services look at summaries only.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+SCHEMA = 1
+#: Thresholds of memorization, and quantiles of its standard errors, in a summary.
+MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
+SE_QUANTILES = (0.5, 0.95, 1.0)
+#: The accuracies of a trial's `TrialMetrics`.
+ACCURACIES = ("in_subset_accuracy", "held_out_accuracy", "test_accuracy")
+
+
+@dataclass(frozen=True)
+class PairSummary:
+    """The high-influence pairs: their thresholds, their number, and the numbers of distinct examples in them."""
+
+    mem_threshold: float
+    infl_threshold: float
+    count: int
+    train_examples: int
+    test_examples: int
+
+
+@dataclass(frozen=True)
+class ScoreSummary(Mapping[str, Any]):
+    """The content of `summary.json`; also a mapping of the file's keys to its values: `summary["trials"]`, `summary["pairs"]["count"]`.
+
+    Attributes:
+        schema: of the file.
+        experiment, fingerprint: the experiment's name and fingerprint.
+        trials: trials that count.
+        diverged: trials that diverged, which do not count.
+        n_train, n_test: sizes of the dataset.
+        without_estimate: training examples in every subset or in none.
+        in_subset_accuracy, held_out_accuracy, test_accuracy: means over the trials that count; None if no trial has one.
+        accuracy_se: standard errors of these means, by name; None for fewer than two trials.
+        mem_mean: mean memorization of the examples with an estimate; None if there is none, as in the next two.
+        mem_share_at_least: share of these examples with mem_i at or above each of `MEM_STEPS`; the keys are numbers as text.
+        mem_se_quantiles: quantiles of the standard errors of mem_i, for each of `SE_QUANTILES`; the keys are numbers as text.
+        pairs: the high-influence pairs.
+    """
+
+    schema: int
+    experiment: str
+    fingerprint: str
+    trials: int
+    diverged: int
+    n_train: int
+    n_test: int
+    without_estimate: int
+    in_subset_accuracy: float | None
+    held_out_accuracy: float | None
+    test_accuracy: float | None
+    accuracy_se: dict[str, float | None]
+    mem_mean: float | None
+    mem_share_at_least: dict[str, float | None]
+    mem_se_quantiles: dict[str, float | None]
+    pairs: PairSummary
+
+    @property
+    def accumulated_trials(self) -> int:
+        """Trials in the statistics, diverged ones included."""
+        return self.trials + self.diverged
+
+    def mem_share(self, threshold: float) -> float | None:
+        """Share of the examples with mem_i at or above one of `MEM_STEPS`."""
+        return self.mem_share_at_least[f"{threshold:g}"]
+
+    def mem_se_quantile(self, quantile: float) -> float | None:
+        """Standard error of mem_i that this share of the examples, one of `SE_QUANTILES`, does not exceed."""
+        return self.mem_se_quantiles[f"{quantile:g}"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values in the order of the file, for `json.dumps`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Read the file's content; unknown keys are ignored.
+
+        Raises:
+            KeyError, TypeError: the content is no summary.
+        """
+        # memtail's first versions wrote no standard errors of accuracies
+        content = {"accuracy_se": dict.fromkeys(ACCURACIES), **content}
+        return cls(**{**_known(cls, content), "pairs": PairSummary(**_known(PairSummary, content["pairs"]))})
+
+    def __getitem__(self, key: str) -> Any:
+        return self.to_dict()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __len__(self) -> int:
+        return len(fields(self))
+
+
+def _known(kind: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields."""
+    return {field.name: content[field.name] for field in fields(kind)}
