@@ -1,13 +1,12 @@
 """The explorer beside the aggregator: a process of its own, so that neither a long fold nor a large page makes the other wait."""
 
 import multiprocessing
-import os
 import socket
-import threading
 
 import structlog
 
 from memtail.explorer.server import listen, serve
+from memtail.processes import follow_parent
 from memtail.settings import ExplorerSettings
 from memtail.storage import ObjectStore
 from memtail.storage.open import is_url, open_bucket, open_store
@@ -51,16 +50,9 @@ class Explorer:
 
 def _serve(address: str, token: str | None, listening: socket.socket) -> None:
     configure_logs()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     serve(_open(address), token, listening)
 
 
 def _open(address: str) -> ObjectStore:
     return open_bucket(address, _PATIENCE, timeout=_PATIENCE / 2) if is_url(address) else open_store(address)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(0)  # nothing is left to be written
