@@ -219,7 +219,7 @@ class Aggregator:
 
     def _show(self, folded: Folded) -> None:
         name = folded.record.experiment.name
-        self._series.note(name, self._has_ended(folded))
+        self._series.update(name, self._has_ended(folded))
         if name not in self._series.shown:
             folded.shown = (-1, 0)
             return

@@ -18,7 +18,7 @@ from kubernetes import client, config
 
 from memtail.errors import StoreError
 from memtail.storage import ObjectStore, keys
-from services.common.broker import Assignment, Broker, _assignment
+from services.common.broker import Assignment, Broker, decode_assignment
 from services.common.settings import ServiceSettings
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 
@@ -151,7 +151,7 @@ class _Worker:
                 if message is None:
                     self._stopped.wait(min(1.0, self._pods.rest / 10))
                     continue
-                self._train(broker, _assignment(message))
+                self._train(broker, decode_assignment(message))
                 idle_since = time.monotonic()
             except (redis.RedisError, StoreError):
                 self._stopped.wait(1)

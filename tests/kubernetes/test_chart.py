@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from memtail.spec import WorkersSpec
-from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
+from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job
 from tests.integration.conftest import minio  # noqa: F401 - a fixture
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
 from tests.kubernetes.conftest import install_tools
@@ -244,7 +244,7 @@ def test_the_fleets_file_is_read_and_makes_valid_jobs(rendered, schemas, tmp_pat
     owner = {"apiVersion": "apps/v1", "kind": "Deployment", "name": settings.owner, "uid": "1", "controller": True}
     asked = WorkersSpec.model_validate({"gpus": 4, "memory": "64Gi", "cpu": 8})
     for workers in (None, asked):
-        job = job_of(settings, Demand("cifar.10", "running", 0, 100, workers), 1, 7, owner)
+        job = build_job(settings, Demand("cifar.10", "running", 0, 100, workers), 1, 7, owner)
         assert job["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
         assert job["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
         assert "completions" not in job["spec"]
@@ -260,7 +260,7 @@ def test_the_fleets_file_is_read_and_makes_valid_jobs(rendered, schemas, tmp_pat
 
 def test_kueue_admits_jobs_that_are_made_suspended(tmp_path):
     (tmp_path / "fleet.yaml").write_text(Rendered(MATRIX["kueue"]).get("ConfigMap", "-fleet")["data"]["fleet.yaml"])
-    job = job_of(FleetSettings.load(str(tmp_path / "fleet.yaml")), Demand("a", "running", 0, 1), 1, 1, {})
+    job = build_job(FleetSettings.load(str(tmp_path / "fleet.yaml")), Demand("a", "running", 0, 1), 1, 1, {})
     assert job["spec"]["suspend"] is True
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
+from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job
 from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes, install_tools
 
@@ -126,7 +126,7 @@ def test_the_dispatchers_jobs_are_admitted_run_and_go_with_the_release(namespace
     }
     account = tmp_path / "dispatcher"
     namespace.kubernetes.kubeconfig_of(namespace.name, settings.owner, account)
-    job = job_of(settings, Demand("digits", "running", 0, 9), 1, 2, owner)
+    job = build_job(settings, Demand("digits", "running", 0, 9), 1, 2, owner)
     command = ["kubectl", "--kubeconfig", str(account), "create", "--filename", "-"]
     done = subprocess.run(command, input=yaml.safe_dump(job), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr

@@ -82,7 +82,7 @@ def test_forged_messages_train_nothing_and_end_no_worker(cluster, declare, digit
     broker._celery.send_task("os.system", args=["true"])
     worker = cluster.start("worker")
     cluster.until(lambda: len(list(cluster.events(worker, "shard ended"))) == len(changes))
-    cluster.until(lambda: len(list(cluster.events(worker, "message dropped: it is no assignment"))) == 3)
+    cluster.until(lambda: len(list(cluster.events(worker, "message dropped: not an assignment"))) == 3)
     cluster.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == 4)
     assert worker.log.read_text().count('"outcome": "not wanted"') == len(changes)
     cluster.start("dispatcher")
