@@ -71,7 +71,10 @@ def test_higher_priorities_are_served_first_but_take_no_running_workers():
     demands = [demand("low", 80), demand("high", 80, priority=1)]
     assert target_workers(demands, {}, 100, {}) == {"high": 80, "low": 20}
     assert target_workers(demands, {"low": 60}, 100, {}) == {"high": 40, "low": 60}
-    assert target_workers([demand("low", 80, state="paused"), demand("high", 80, priority=1)], {"low": 60}, 100, {}) == {"high": 40, "low": 0}
+    assert target_workers([demand("low", 80, state="paused"), demand("high", 80, priority=1)], {"low": 60}, 100, {}) == {
+        "high": 40,
+        "low": 0,
+    }
 
 
 def test_missing_workers_are_created_as_one_job():
