@@ -50,4 +50,4 @@ def test_real_services_are_scraped_under_their_names_and_all_rules_are_evaluated
         # classic and native histograms
         for series in ('memtail_pass_seconds_bucket{le="+Inf"}', "histogram_count(memtail_pass_seconds)"):
             cluster.until(lambda series=series: targets(series) >= {("memtail", "dispatcher"), ("memtail", "aggregator")})
-        cluster.until(lambda: {rule["health"] for group in prometheus.ask("rules")["groups"] for rule in group["rules"]} == {"ok"})
+        cluster.until(lambda: {rule["health"] for group in prometheus.get("rules")["groups"] for rule in group["rules"]} == {"ok"})

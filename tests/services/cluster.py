@@ -1,4 +1,4 @@
-"""The whole service as real processes on the loopback interface: Redis, MinIO, a dispatcher, workers, an aggregator."""
+"""The complete system as real processes on the loopback interface: Redis, MinIO, dispatcher, workers, aggregator."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ from memtail.storage.s3 import S3Store
 from tests.integration.servers import MinioServer, free_port, server_binary
 
 PROJECT = Path(__file__).parents[2]
-# Everything that takes time in real use takes little here.
+# Short intervals instead of the defaults.
 QUICK = {
     "MEMTAIL_LEASE_SECONDS": "3",
     "MEMTAIL_RECONCILE_SECONDS": "0.2",
@@ -35,7 +35,11 @@ QUICK = {
 
 
 class RedisServer:
-    """A Redis server with a random password that keeps nothing on disk; with `certificates` (public.crt, private.key, ca.pem) on TLS."""
+    """A Redis server with a random password and without persistence.
+
+    Args:
+        certificates: folder with public.crt, private.key and ca.pem, to serve TLS.
+    """
 
     def __init__(self, certificates: Path | None = None) -> None:
         self.port, self.password = free_port(), secrets.token_hex(16)
@@ -72,7 +76,7 @@ class RedisServer:
 
 
 class Service:
-    """One service process with its log."""
+    """A service process and its log."""
 
     def __init__(self, name: str, environment: dict[str, str], log: Path, prefix: tuple[str, ...] = ()) -> None:
         self.name, self._environment, self.log, self._prefix = name, environment, log, prefix
@@ -92,27 +96,27 @@ class Service:
         return self._process
 
     def kill(self) -> None:
-        """All of it at once, as when its container is killed."""
+        """Kill the process and its children, as the death of a container does."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def stop(self, patience: float = 30) -> None:
-        """As a cluster does: SIGTERM, then SIGKILL."""
+    def stop(self, timeout: float = 30) -> None:
+        """Stop it like a cluster: SIGTERM, then SIGKILL after a timeout."""
         self.process.terminate()
         try:
-            self.process.wait(patience)
+            self.process.wait(timeout)
         finally:
             self.kill()
 
     def children(self) -> list[int]:
-        """The processes it has forked."""
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False).stdout
-        return [int(line) for line in found.split()]
+        """Return the ids of the forked processes."""
+        output = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False).stdout
+        return [int(line) for line in output.split()]
 
 
 class Cluster:
-    """A bucket, a broker and the services; what a test starts is stopped when it ends."""
+    """A bucket, a broker and services, which are stopped at the end."""
 
     def __init__(self, folder: Path, minio: MinioServer, **settings: str) -> None:
         self.folder, self.minio, self.redis = folder, minio, RedisServer()
@@ -151,16 +155,16 @@ class Cluster:
         experiment_store.register(declare(experiment, dataset))
         return experiment_store
 
-    def until(self, what: Callable[[], Any], seconds: float = 90) -> float:
-        """Wait for something to become true; returns the seconds it took."""
+    def until(self, condition: Callable[[], Any], seconds: float = 90) -> float:
+        """Wait until a condition is true; returns the seconds waited."""
         began = time.monotonic()
-        while not what():
+        while not condition():
             assert time.monotonic() - began < seconds, self.logs()
             time.sleep(0.05)
         return time.monotonic() - began
 
     def until_published(self, experiment_store: ExperimentStore, trials: int, seconds: float = 90) -> float:
-        """Wait for scores of so many trials."""
+        """Wait until the published scores count a number of trials."""
 
         def published() -> bool:
             pointer = latest_version(self.store, experiment_store.name)
@@ -169,13 +173,13 @@ class Cluster:
         return self.until(published, seconds)
 
     def scores(self, name: str) -> dict[str, bytes]:
-        """The published files."""
+        """Return the published score files."""
         pointer = latest_version(self.store, name)
         assert pointer is not None
         return {file: self.store.get(keys.scores(name, pointer["version"]) + file) for file in pointer["files"]}
 
     def serves(self, service: Service) -> bool:
-        """Whether a service has come round once and says that it is ready."""
+        """Whether a service is ready."""
         http = urllib3.PoolManager(retries=False)
         with contextlib.suppress(urllib3.exceptions.HTTPError):
             return http.request("GET", f"http://127.0.0.1:{service.port}/readyz", timeout=5).status == 200
@@ -185,5 +189,5 @@ class Cluster:
         return "\n".join(f"== {service.log.name}\n{service.log.read_text()[-4000:]}" for service in self.services)
 
     def events(self, service: Service, event: str) -> Iterator[str]:
-        """The lines of a service's log with an event."""
+        """Iterate over the lines of a service's log with an event."""
         return (line for line in service.log.read_text().splitlines() if f'"event": "{event}"' in line)

@@ -1,4 +1,4 @@
-"""What the services show and log, compared with what happened: real services, scraped as Prometheus does it."""
+"""Metrics and logs of real services, compared with the work that they did."""
 
 import io
 import json
@@ -31,22 +31,22 @@ SHARDS = TRIALS // PER_SHARD
 
 
 class Scrape:
-    """One scrape of a service."""
+    """Metrics of a service at one time."""
 
     def __init__(self, text: str) -> None:
         self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
     def values(self, name: str, **labels: str) -> list[float]:
-        """The values of the series with these labels, and perhaps others."""
+        """Return the values of all series with these labels."""
         return [sample.value for sample in self._samples if sample.name == name and labels.items() <= sample.labels.items()]
 
     def value(self, name: str, **labels: str) -> float | None:
-        """The sum of those; None if there are none."""
-        found = self.values(name, **labels)
-        return sum(found) if found else None
+        """Return the sum of `values`; None without series."""
+        values = self.values(name, **labels)
+        return sum(values) if values else None
 
     def experiments(self) -> set[str]:
-        """All that have series."""
+        """Return the experiments that have series."""
         return {sample.labels["experiment"] for sample in self._samples if "experiment" in sample.labels}
 
 
@@ -58,7 +58,7 @@ def scrape(service: Service) -> Scrape:
 
 
 def logged(log: str) -> list[dict[str, Any]]:
-    """The lines of a log, each of which is JSON; but for Celery's warning to those who are root, as no container is."""
+    """Parse the lines of a log, without Celery's warning about root, which no container runs as."""
     return [line for line in map(json.loads, log.splitlines()) if "SecurityWarning" not in line["event"]]
 
 
@@ -70,7 +70,7 @@ def states(scraped: Scrape, experiment: str) -> dict[str, float]:
     }
 
 
-def test_each_service_shows_what_was_done(cluster, experiment, digits):
+def test_metrics_match_the_work_done(cluster, experiment, digits):
     experiment_store = cluster.submit(experiment, digits)
     dispatcher, worker, aggregator = (cluster.start(name) for name in ("dispatcher", "worker", "aggregator"))
     cluster.until_published(experiment_store, TRIALS)
@@ -90,7 +90,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_passes_total", outcome="given up") == 0
     assert seen.value("memtail_pass_seconds_count") == seen.value("memtail_passes_total")
 
-    # on a slow machine a shard may be sent twice
+    # a slow machine may send a shard twice
     cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total") == len(list(cluster.events(worker, "shard ended"))))
     seen = scrape(worker)
     attempts = {outcome: seen.value("memtail_shard_attempts_total", outcome=outcome) for outcome in Outcome}
@@ -142,7 +142,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
         assert scrape(service).value("memtail_store_requests_total", operation="get", outcome="ok") > 0
 
 
-def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(cluster, experiment, digits):
+def test_a_new_aggregator_exports_the_published_scores_before_accumulating(cluster, experiment, digits):
     experiment_store = cluster.submit(experiment, digits)
     others = [cluster.start(name) for name in ("dispatcher", "worker", "aggregator")]
     cluster.until_published(experiment_store, TRIALS)
@@ -159,7 +159,7 @@ def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(
     assert seen.value("memtail_high_influence_pairs") == pointer["summary"]["pairs"]["count"]
 
 
-def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(cluster, declare, digits, tmp_path):
+def test_a_dead_process_is_counted_and_the_worker_continues_to_export_metrics(cluster, declare, digits, tmp_path):
     experiment_store = cluster.submit(faulty(declare, "segfault"), digits)
     dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker", FAULT_FOLDER=str(tmp_path))
     cluster.until(lambda: len(experiment_store.committed()) == SHARDS)
@@ -169,7 +169,7 @@ def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(c
     assert scrape(dispatcher).value("memtail_redeliveries_total") >= 1
 
 
-def test_dead_shards_are_shown(cluster, declare, digits, tmp_path):
+def test_dead_shards_are_exported(cluster, declare, digits, tmp_path):
     experiment_store = cluster.submit(faulty(declare, "raise", always=True), digits)
     dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker", FAULT_FOLDER=str(tmp_path))
     cluster.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3])
@@ -179,7 +179,7 @@ def test_dead_shards_are_shown(cluster, declare, digits, tmp_path):
     cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="failed") == 6)
 
 
-def test_a_worker_that_vanishes_leaves_a_lease_that_expires(cluster, declare, digits):
+def test_the_lease_of_a_killed_worker_expires(cluster, declare, digits):
     execution = {"trials_per_shard": TRIALS, "device": "cpu"}
     experiment_store = cluster.submit(declare(TRIALS, training={"epochs": 20_000}, execution=execution), digits)
     dispatcher, worker = cluster.start("dispatcher"), cluster.start("worker")
@@ -194,7 +194,7 @@ def test_a_worker_that_vanishes_leaves_a_lease_that_expires(cluster, declare, di
     assert scrape(dispatcher).value("memtail_experiments", state="paused") == 1
 
 
-def test_the_time_of_completion_is_shown_while_trials_come_and_a_dispatcher_that_waits_shows_none(cluster, declare, digits):
+def test_only_the_leader_exports_experiments_and_their_estimated_completion(cluster, declare, digits):
     execution = {"trials_per_shard": 1, "device": "cpu"}
     cluster.submit(declare(500, training={"epochs": 20}, execution=execution), digits)
     dispatcher, _ = cluster.start("dispatcher"), cluster.start("worker")
@@ -208,7 +208,7 @@ def test_the_time_of_completion_is_shown_while_trials_come_and_a_dispatcher_that
     cluster.until(lambda: scrape(second).value("memtail_dispatcher_leader") == 1 and scrape(second).experiments() == {"digits"})
 
 
-def test_an_experiment_that_is_removed_from_the_bucket_goes_from_the_metrics(cluster, declare, digits):
+def test_series_of_an_experiment_deleted_from_the_bucket_are_removed(cluster, declare, digits):
     for name in ("stays", "goes"):
         cluster.submit(declare(TRIALS, name=name), digits)
     services = [cluster.start(name) for name in ("dispatcher", "aggregator")]
@@ -219,17 +219,17 @@ def test_an_experiment_that_is_removed_from_the_bucket_goes_from_the_metrics(clu
         cluster.until(lambda service=service: scrape(service).experiments() == {"stays"})
 
 
-def test_two_services_with_one_port_say_so(cluster):
+def test_a_second_service_on_the_same_port_ends_with_a_message(cluster):
     first = cluster.start("aggregator")
     cluster.until(lambda: cluster.serves(first))
     for name in ("aggregator", "dispatcher", "worker"):
         second = cluster.start(name, MEMTAIL_PORT=first.port)
         assert second.process.wait(90) == 2
-        text = f"MEMTAIL_PORT is {first.port}, which cannot be had (Address already in use): give each service here a port of its own"
+        text = f"MEMTAIL_PORT {first.port} is unavailable (Address already in use): give each service on this machine a different port"
         assert [(line["level"], line["event"]) for line in logged(second.log.read_text())] == [("critical", text)]
 
 
-def test_the_series_of_an_experiment_go_away_when_it_has_ended_and_come_back_when_it_is_extended(cluster, declare, digits):
+def test_series_of_an_experiment_are_removed_after_its_end_and_return_after_an_extension(cluster, declare, digits):
     def submit(name, trials):
         execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
         return cluster.submit(declare(trials, name=name, training={"epochs": 4}, execution=execution), digits)
@@ -247,7 +247,7 @@ def test_the_series_of_an_experiment_go_away_when_it_has_ended_and_come_back_whe
     cluster.until(lambda: (scrape(services[2]).value("memtail_trials_folded", experiment="ends") or 0) > TRIALS)
 
 
-def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_shard_a_fault_is(cluster, experiment, digits):
+def test_a_worker_logs_a_line_per_shard_and_the_experiment_and_shard_of_each_fault(cluster, experiment, digits):
     experiment_store = cluster.submit(experiment, digits)
     broker, fingerprint = Broker(ServiceSettings(store="-", broker=cluster.redis.url)), experiment_store.read_record().fingerprint
 
@@ -274,7 +274,7 @@ def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_sh
         assert line["key"].startswith(keys.trials("digits"))
 
 
-def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, digits, tmp_path):
+def test_logs_are_json_and_contain_no_secrets(cluster, declare, digits, tmp_path):
     experiment_store = cluster.submit(faulty(declare, "segfault"), digits)
     services = [cluster.start(name, FAULT_FOLDER=str(tmp_path)) for name in ("dispatcher", "worker", "aggregator")]
     cluster.until(experiment_store.attempts)  # a training process has died
@@ -294,7 +294,7 @@ def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, dig
     for name in ("dispatcher", "worker"):
         malformed = cluster.start(name, MEMTAIL_BROKER=f"redis://:{cluster.redis.password}/more@127.0.0.1:{cluster.redis.port}/0")
         assert malformed.process.wait(90) == 2
-        assert ["MEMTAIL_BROKER is no Redis URL" in line["event"] for line in logged(malformed.log.read_text())] == [True]
+        assert ["MEMTAIL_BROKER is not a Redis URL" in line["event"] for line in logged(malformed.log.read_text())] == [True]
 
     for service in cluster.services:
         log = service.log.read_text()
@@ -305,7 +305,7 @@ def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, dig
     assert {"shard ended", "training process died"} < events
 
 
-def test_warnings_and_what_nobody_catches_are_json():
+def test_warnings_and_uncaught_exceptions_are_logged_as_json():
     code = """
 import threading, warnings
 from services.common.process import configure_logs
@@ -330,7 +330,7 @@ raise RuntimeError("at the end")
         assert error in line["exception"]
 
 
-def test_what_is_no_message_is_dropped_logged_and_counted(cluster, experiment, digits):
+def test_malformed_messages_are_dropped_logged_and_counted(cluster, experiment, digits):
     experiment_store = cluster.submit(experiment, digits)
     properties = '{"delivery_tag": "1", "delivery_info": {}, "body_encoding": "base64"}'
     entries = [
