@@ -68,7 +68,7 @@ class Assignment(BaseModel):
 
     @property
     def shard(self) -> Shard:
-        """The shard."""
+        """Shard to train."""
         return Shard(self.first, self.last)
 
     @property

@@ -111,7 +111,7 @@ class Heartbeat:
 
     @property
     def alive(self) -> bool:
-        """Whether the last heartbeat is younger than the timeout."""
+        """Return whether the last heartbeat is younger than the timeout."""
         return time.monotonic() - self._last < self._timeout
 
 

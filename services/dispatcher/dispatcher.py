@@ -199,7 +199,7 @@ class _TrackedExperiment:
         self._workers = record.experiment.execution.workers
 
     def _is_settled(self) -> bool:
-        """Whether the published scores count all trials, or a final notice says that there will be no scores."""
+        """Return whether the published scores count all trials, or a final notice says that there will be no scores."""
         pointer = latest_version(self._experiment_store.store, self.name)
         if pointer and accumulated_trials(pointer["summary"]) >= self._trials:
             return True

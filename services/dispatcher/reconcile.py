@@ -127,7 +127,7 @@ def reconcile(
 
 
 def _is_more_urgent(send: list[Assignment], queued: list[Assignment], priorities: dict[str, int]) -> bool:
-    """Whether an assignment to send has a higher priority than one in the queue."""
+    """Return whether an assignment to send has a higher priority than one in the queue."""
     if not queued or not send:
         return False
     return priorities[send[0].experiment] > min(priorities.get(assignment.experiment, 0) for assignment in queued)

@@ -76,5 +76,5 @@ class Fleet:
         return "\n".join(progress_of(self.cluster.store, name).notice_lines)
 
     def done(self, experiment_store: ExperimentStore, shards: int) -> bool:
-        """Whether all shards are committed and no worker is left."""
+        """Return whether all shards are committed and no worker is left."""
         return len(experiment_store.committed()) == shards and not self.running()

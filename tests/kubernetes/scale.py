@@ -11,6 +11,7 @@ import multiprocessing
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.kubernetes.simulation import Pods
 from tests.services.cluster import Cluster
 
 GPUS_PER_NODE, NODES_LOST = 8, 5
+TICKS = 100  # per second, in /proc/PID/stat
 # Number of processes for the light workers, since Python's threads share one core.
 PROCESSES = 3
 BODY = bytes(1024)
@@ -81,9 +83,14 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
     fleet.cluster.until(lambda: len(retrying(fleet.running)()) >= workers, 600)
     print(f"{workers} workers running after {time.monotonic() - began:.1f} s", flush=True)
     start = _snapshot(fleet, pipes)
-    faults = {
+
+    def restart_dispatcher() -> None:
+        dispatcher.kill()
+        dispatcher.start()
+
+    faults: dict[int, tuple[str, Callable[[], object]]] = {
         shards // 4: ("Redis flushed", lambda: fleet.cluster.redis.client().flushall()),
-        shards // 2: ("dispatcher killed and started", lambda: (dispatcher.kill(), dispatcher.start())),
+        shards // 2: ("dispatcher killed and started", restart_dispatcher),
         3 * shards // 4: (f"{NODES_LOST} nodes lost", lambda: fleet.kubernetes.kubectl("delete", *fleet.names("node")[:NODES_LOST])),
     }
     last = start
@@ -100,7 +107,7 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
     _print_rates(start, end, dispatcher)
     fleet.cluster.until(lambda: retrying(fleet.done)(experiment_store, shards), 600)
     print(f"no worker is left after {time.monotonic() - began:.0f} s")
-    counted = sum(_ask(pipes, "committed"), Counter())
+    counted: Counter[str] = sum(_ask(pipes, "committed"), Counter())
     assert len(counted) == shards
     assert set(counted.values()) == {1}
     events = json.loads(fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace, "--output", "json"))["items"]
@@ -147,11 +154,11 @@ def _snapshot(fleet: Fleet, pipes: list[Connection]) -> Snapshot:
     for family in text_string_to_metric_families(retrying(fleet.kubernetes.kubectl)("get", "--raw", "/metrics")):
         for sample in family.samples:
             if sample.name == "apiserver_request_total":
-                snapshot.api[f"{sample.labels['verb'].lower()} {sample.labels['resource'] or 'other'}"] += sample.value
+                snapshot.api[f"{sample.labels['verb'].lower()} {sample.labels['resource'] or 'other'}"] += int(sample.value)
     for path in Path("/proc").glob("[0-9]*"):
         if name := _name_of(path):
             fields = (path / "stat").read_text().rpartition(")")[2].split()
-            snapshot.processor[name] += (int(fields[11]) + int(fields[12])) / 100
+            snapshot.processor[name] += int(fields[11]) + int(fields[12])  # in ticks
     return snapshot
 
 
@@ -172,11 +179,11 @@ def _name_of(process: Path) -> str:
 def _print_rates(before: Snapshot, now: Snapshot, dispatcher: Any) -> Snapshot:
     seconds = now.seconds - before.seconds
     print(f"{now.shards:,} shards, {(now.shards - before.shards) / seconds:.1f}/s")
-    for component in ("redis", "store", "api", "processor"):
+    for component, units in (("redis", 1), ("store", 1), ("api", 1), ("processor", TICKS)):
         increase = Counter(getattr(now, component))
         increase.subtract(getattr(before, component))
-        largest = ", ".join(f"{name} {count / seconds:.2f}" for name, count in increase.most_common(8) if count > 0)
-        print(f"  {component}: {increase.total() / seconds:.2f} ({largest})")
+        largest = ", ".join(f"{name} {count / units / seconds:.2f}" for name, count in increase.most_common(8) if count > 0)
+        print(f"  {component}: {increase.total() / units / seconds:.2f} ({largest})")
     resident = next(line for line in Path(f"/proc/{dispatcher.process.pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
     print(f"  dispatcher: {int(resident.split()[1]) / 1024:.0f} MiB", flush=True)
     return now

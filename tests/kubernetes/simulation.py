@@ -111,8 +111,8 @@ class Pods:
 
     def _list(self, **options: Any) -> Any:
         """Return the list, or with `watch` the response to read lines from. Bypasses the client's models, which are slow."""
-        selector = {"label_selector": EXPERIMENT_LABEL, "_preload_content": False, "_request_timeout": 10}
-        response = self._core.list_namespaced_pod(self.namespace, **selector, **options)
+        selector: dict[str, Any] = {"label_selector": EXPERIMENT_LABEL, "_preload_content": False, "_request_timeout": 10}
+        response: Any = self._core.list_namespaced_pod(self.namespace, **selector, **options)
         return response if options else json.loads(response.data)
 
     def _watch(self, version: str) -> Iterator[dict[str, Any]]:

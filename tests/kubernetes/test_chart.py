@@ -429,7 +429,7 @@ def test_network_policies_allow_only_the_required_connections():
 
 
 def reachable(rendered: Rendered, component: str, server: str) -> bool:
-    """Whether policies allow connections from a component to a server, on both ends."""
+    """Return whether policies allow connections from a component to a server, on both ends."""
 
     def selects(selector: dict[str, Any], name: str) -> bool:
         values = [each["values"] for each in selector.get("matchExpressions", [])] or [

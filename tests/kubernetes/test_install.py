@@ -66,7 +66,7 @@ class Namespace:
         return set(self.kubernetes.kubectl("get", kinds, "--namespace", self.name, "--output", "name", "--ignore-not-found").split())
 
     def may(self, account: str, action: str) -> bool:
-        """Whether a service account may do something, asked with its token."""
+        """Return whether a service account may do something, asked with its token."""
         kubeconfig = Path(self.kubernetes.kubeconfig).parent / f"{self.name}-{account}"
         if not kubeconfig.exists():
             self.kubernetes.kubeconfig_of(self.name, account, kubeconfig)
@@ -91,7 +91,7 @@ def namespace(kubernetes: Kubernetes) -> Iterator[Namespace]:
     kubernetes.kubectl("delete", "persistentvolume,storageclass", name, "--wait=false")
 
 
-def test_a_release_is_installed_upgraded_and_uninstalled_leaving_only_the_bucket(namespace):
+def test_a_release_is_installed_upgraded_and_uninstalled_leaving_only_the_bucket(namespace: Namespace) -> None:
     before = namespace.contents()
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
     assert namespace.components() == ["aggregator", "dispatcher", "minio", "redis"]
@@ -111,7 +111,7 @@ def test_a_release_is_installed_upgraded_and_uninstalled_leaving_only_the_bucket
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
 
 
-def test_the_dispatchers_jobs_are_admitted_run_and_are_deleted_with_the_release(namespace, tmp_path):
+def test_the_dispatchers_jobs_are_admitted_run_and_are_deleted_with_the_release(namespace: Namespace, tmp_path: Path) -> None:
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
     [fleet] = [each for each in namespace.get("configmaps") if each["metadata"]["name"] == f"{RELEASE}-memtail-fleet"]
     (tmp_path / "fleet.yaml").write_text(fleet["data"]["fleet.yaml"])
@@ -136,7 +136,7 @@ def test_the_dispatchers_jobs_are_admitted_run_and_are_deleted_with_the_release(
     namespace.kubernetes.wait(lambda: not namespace.get("jobs") and not namespace.get("pods"))
 
 
-def test_fixed_workers_and_other_stores_are_admitted_too(namespace):
+def test_fixed_workers_and_other_stores_are_admitted_too(namespace: Namespace) -> None:
     values = {
         "redis.enabled": False,
         "externalRedis.existingSecret": "their-redis",
@@ -149,7 +149,7 @@ def test_fixed_workers_and_other_stores_are_admitted_too(namespace):
     assert namespace.components() == ["aggregator", "dispatcher", "worker", "worker", "worker"]
 
 
-def test_the_dispatcher_has_only_the_rights_it_needs(namespace):
+def test_the_dispatcher_has_only_the_rights_it_needs(namespace: Namespace) -> None:
     namespace.helm("install", RELEASE, str(CHART))
     dispatcher = f"{RELEASE}-memtail-dispatcher"
     allowed = {
@@ -168,8 +168,11 @@ def test_the_dispatcher_has_only_the_rights_it_needs(namespace):
         f"deployments.apps/{dispatcher}",
         "secrets",
         "configmaps",
+        "serviceaccounts --subresource=token",
+        "roles.rbac.authorization.k8s.io",
+        "cronjobs.batch",
+        "nodes",
     )
-    resources += ("serviceaccounts --subresource=token", "roles.rbac.authorization.k8s.io", "cronjobs.batch", "nodes")
     questions = {f"{verb} {resource}" for verb in verbs for resource in resources}
     assert allowed < questions
     assert {question for question in questions if namespace.may(dispatcher, question)} == allowed
@@ -179,7 +182,7 @@ def test_the_dispatcher_has_only_the_rights_it_needs(namespace):
 
 
 @pytest.mark.parametrize(("exit_code", "word"), [("0", "Succeeded"), ("1", "Failed")])
-def test_helm_test_reports_the_result_of_the_doctor(namespace, exit_code, word):
+def test_helm_test_reports_the_result_of_the_doctor(namespace: Namespace, exit_code: str, word: str) -> None:
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
     command = ["helm", "test", RELEASE, "--namespace", namespace.name, "--kubeconfig", namespace.kubernetes.kubeconfig, "--timeout", "1m"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as testing:

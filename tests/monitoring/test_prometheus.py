@@ -47,7 +47,7 @@ def test_real_services_are_scraped_under_their_names_and_all_rules_are_evaluated
 
         names = {("memtail", name) for name in ("dispatcher", "aggregator", "worker", "minio")}
         cluster.until(lambda: targets('up{release!=""} == 1') == names)
-        # classic and native histograms
-        for series in ('memtail_pass_seconds_bucket{le="+Inf"}', "histogram_count(memtail_pass_seconds)"):
-            cluster.until(lambda series=series: targets(series) >= {("memtail", "dispatcher"), ("memtail", "aggregator")})
+        looping = {("memtail", "dispatcher"), ("memtail", "aggregator")}
+        cluster.until(lambda: targets('memtail_pass_seconds_bucket{le="+Inf"}') >= looping)  # classic histogram
+        cluster.until(lambda: targets("histogram_count(memtail_pass_seconds)") >= looping)  # native histogram
         cluster.until(lambda: {rule["health"] for group in prometheus.get("rules")["groups"] for rule in group["rules"]} == {"ok"})

@@ -18,7 +18,7 @@ from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage
 from memtail.execution.embedded import declare
 from memtail.experiment_store import ExperimentStore
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.s3 import S3Store
@@ -179,7 +179,7 @@ class Cluster:
         return {file: self.store.get(keys.scores(name, pointer["version"]) + file) for file in pointer["files"]}
 
     def serves(self, service: Service) -> bool:
-        """Whether a service is ready."""
+        """Return whether a service is ready."""
         http = urllib3.PoolManager(retries=False)
         with contextlib.suppress(urllib3.exceptions.HTTPError):
             return http.request("GET", f"http://127.0.0.1:{service.port}/readyz", timeout=5).status == 200

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, DateFormatter
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
@@ -192,8 +193,8 @@ def _draw_table(axes: Axes, panel: dict[str, Any], series_list: list[tuple[str, 
 
 def _format_times(axes: Axes, times: tuple[float, float]) -> None:
     axes.set_xlim(*(datetime.fromtimestamp(moment, UTC) for moment in times))  # type: ignore[arg-type]
-    axes.xaxis.set_major_formatter(mpl.dates.DateFormatter("%H:%M:%S"))
-    axes.xaxis.set_major_locator(mpl.dates.AutoDateLocator(maxticks=6))
+    axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))
+    axes.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
 
 
 def _points(series: Series) -> tuple[np.ndarray, np.ndarray]:

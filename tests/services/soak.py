@@ -13,13 +13,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from memtail import datasets
 from memtail.execution.embedded import run
 from memtail.experiment_store import ExperimentStore
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
@@ -130,7 +131,7 @@ def soak(minutes: float, seed: int) -> None:
                 time.sleep(rng.uniform(1, 10))
                 experiment_stores[-1].clear_failures()  # faults may fail a shard three times
         for experiment_store in experiment_stores:
-            cluster.until(lambda experiment_store=experiment_store: _published(cluster, experiment_store), 300)
+            cluster.until(partial(_published, cluster, experiment_store), 300)
         _check(cluster, experiment_stores, Path(folder, "expected"))
     summary = ", ".join(f"{count} x {name.replace('_', ' ')}" for name, count in injected.most_common())
     print(

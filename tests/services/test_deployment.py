@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def test_a_service_is_healthy_until_it_is_killed(cluster: Cluster) -> None:
 def test_a_worker_sends_heartbeats_before_during_and_after_an_outage_of_redis(cluster: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "heartbeat"
     worker = cluster.start("worker", MEMTAIL_HEARTBEAT_FILE=str(file))
-    for event in (lambda: None, cluster.redis.kill, cluster.redis.start):
+    events: tuple[Callable[[], None], ...] = (lambda: None, cluster.redis.kill, cluster.redis.start)
+    for event in events:
         event()
         file.unlink(missing_ok=True)
         cluster.until(file.exists)

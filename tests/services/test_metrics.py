@@ -15,7 +15,7 @@ import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 
 from memtail.experiment_store import Control
-from memtail.scores.publish import latest_version
+from memtail.scores.pointer import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership
 from memtail.trials import Shard
