@@ -1,5 +1,5 @@
-"""The deployed processes: a dispatcher, workers and an aggregator, which walk the same road as an embedded run on many machines.
+"""Deployed processes: a dispatcher, workers and an aggregator, which distribute an embedded run over many machines.
 
-They hold no science: what they do to trials is done by `memtail`. The bucket is the only memory; the broker (Redis) may be emptied or
-replaced at any moment.
+Training, aggregation and estimation are implemented in `memtail`; the services only call it. All state is in the bucket, so the broker
+(Redis) may be flushed or replaced at any time.
 """

@@ -1,4 +1,4 @@
-"""`python -m services.healthy`, the name of `services.tools.healthcheck` in 0.1.0."""
+"""`python -m services.healthy`: the name of `services.tools.healthcheck` in 0.1.0, kept for old deployments."""
 
 import runpy
 

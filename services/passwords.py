@@ -1,4 +1,4 @@
-"""`python -m services.passwords`, the name of `services.tools.make_passwords` in 0.1.0."""
+"""`python -m services.passwords`: the name of `services.tools.make_passwords` in 0.1.0, kept for old deployments."""
 
 import runpy
 

@@ -1,1 +1,1 @@
-"""The aggregator: folds trial batches as they arrive, each once, and publishes scores that sharpen meanwhile. It needs no torch."""
+"""The aggregator: accumulates each committed trial batch once, and publishes scores, reports and the explorer. It needs no torch."""

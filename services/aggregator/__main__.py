@@ -9,19 +9,19 @@ from services.common.settings import ServiceSettings
 
 
 def _aggregate(settings: ServiceSettings) -> None:
-    heartbeat = Heartbeat(patience=900)
+    heartbeat = Heartbeat(timeout=900)
     serve(settings.port, heartbeat)
-    beats = [heartbeat.beat]
+    after_pass = [heartbeat.record]
     if settings.explorer_port:
         explorer = Explorer(settings.store, settings.explorer_port)
-        explorer.keep()
-        beats.append(explorer.keep)
+        explorer.ensure_running()
+        after_pass.append(explorer.ensure_running)
 
-    def beat() -> None:
-        for each in beats:
-            each()
+    def end_pass() -> None:
+        for action in after_pass:
+            action()
 
-    Aggregator(open_store(settings.store, observe=count_request), settings).run(beat)
+    Aggregator(open_store(settings.store, observe=count_request), settings).run(end_pass)
 
 
 if __name__ == "__main__":

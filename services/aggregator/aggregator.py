@@ -166,7 +166,7 @@ class Aggregator:
 
     def _update_metrics(self, experiment: _Experiment) -> None:
         name, aggregation = experiment.store.name, experiment.aggregation
-        self._series.note(name, experiment.ended)
+        self._series.update(name, experiment.ended)
         if name not in self._series.shown:
             experiment.shown = (-1, 0)
             return

@@ -1,13 +1,12 @@
-"""The explorer beside the aggregator: a process of its own, so that neither a long fold nor a large page makes the other wait."""
+"""Runs the explorer in a child process of the aggregator, so that aggregation and page requests do not delay each other."""
 
 import multiprocessing
-import os
 import socket
-import threading
 
 import structlog
 
 from memtail.explorer.server import listen, serve
+from memtail.processes import follow_parent
 from memtail.settings import ExplorerSettings
 from memtail.storage import ObjectStore
 from memtail.storage.open import is_url, open_bucket, open_store
@@ -16,20 +15,20 @@ from services.common.process import configure_logs
 
 log = structlog.get_logger()
 
-# Seconds for which somebody who looks at a page waits for a bucket that does not answer.
-_PATIENCE = 20.0
+# Seconds until a page request fails when the bucket does not answer.
+_STORE_TIMEOUT = 20.0
 
 
 class Explorer:
-    """Serves the explorer until this process ends. It is started again if it ends before.
+    """The explorer's process. Listens from construction on, and ends with the aggregator.
 
     Args:
-        address: of the store.
-        port: where it listens, from now on.
+        address: address of the store.
+        port: port to listen on.
 
     Raises:
-        AddressError: the port cannot be had.
-        StoreError: the file that holds the token cannot be read.
+        AddressError: the port is unavailable.
+        StoreError: the file with the token cannot be read.
     """
 
     def __init__(self, address: str, port: int) -> None:
@@ -37,8 +36,8 @@ class Explorer:
         self._listening = listen("", port)
         self._process: multiprocessing.process.BaseProcess | None = None
 
-    def keep(self) -> None:
-        """Start it unless it runs."""
+    def ensure_running(self) -> None:
+        """Start the process if it is not running, also after a crash."""
         if self._process is not None and self._process.is_alive():
             return
         if self._process is not None:
@@ -51,16 +50,9 @@ class Explorer:
 
 def _serve(address: str, token: str | None, listening: socket.socket) -> None:
     configure_logs()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     serve(_open(address), token, listening)
 
 
 def _open(address: str) -> ObjectStore:
-    return open_bucket(address, _PATIENCE, timeout=_PATIENCE / 2) if is_url(address) else open_store(address)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(0)  # nothing is left to be written
+    return open_bucket(address, _STORE_TIMEOUT, timeout=_STORE_TIMEOUT / 2) if is_url(address) else open_store(address)

@@ -1,33 +1,39 @@
-"""The metrics of the aggregator. Those of an experiment go away some time after it has ended."""
+"""Metrics of the aggregator. The series of an experiment are removed some time after its end."""
 
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.common.metrics import LONG_BUCKETS
 
-FOLDED = Gauge("memtail_trials_folded", "Trials folded into the statistics, diverged ones included", ["experiment"])
-DIVERGED = Gauge("memtail_trials_diverged", "Of those, trials that diverged and are left out of the estimates", ["experiment"])
-NEEDED = Gauge("memtail_trials_needed", "Trials still needed: of those asked for, or for the standard error asked for", ["experiment"])
+FOLDED = Gauge("memtail_trials_folded", "Trials accumulated in the statistics, including diverged trials", ["experiment"])
+DIVERGED = Gauge("memtail_trials_diverged", "Accumulated trials that diverged, which the estimates exclude", ["experiment"])
+NEEDED = Gauge("memtail_trials_needed", "Trials still needed for the declared number of trials or standard error", ["experiment"])
 ACCURACY = Gauge(
-    "memtail_accuracy_ratio", "Mean accuracy of the trials, 0 to 1: in_subset, held_out, or on the test set", ["experiment", "examples"]
+    "memtail_accuracy_ratio",
+    "Mean accuracy of the trials, 0 to 1: on the subset, on the held-out training examples, or on the test set",
+    ["experiment", "examples"],
 )
 STANDARD_ERROR = Gauge(
-    "memtail_memorization_standard_error", "A quantile of the memorization scores' standard errors", ["experiment", "quantile"]
+    "memtail_memorization_standard_error",
+    "Quantile of the standard errors of memorization",
+    ["experiment", "quantile"],
 )
 EXPECTED_ERROR = Gauge(
-    "memtail_memorization_standard_error_bound", "The largest standard error that so many trials lead one to expect", ["experiment"]
+    "memtail_memorization_standard_error_bound", "Upper bound of the expected standard error, by the number of trials", ["experiment"]
 )
 MEMORIZED = Gauge(
-    "memtail_memorized_examples", "Training examples whose memorization is at least the threshold", ["experiment", "threshold"]
+    "memtail_memorized_examples", "Training examples with a memorization of at least the threshold", ["experiment", "threshold"]
 )
-HISTOGRAM = Gauge("memtail_memorization_examples", "Training examples by memorization, from `bin` on, 0.05 wide", ["experiment", "bin"])
+HISTOGRAM = Gauge(
+    "memtail_memorization_examples",
+    "Training examples by memorization, in bins of width 0.05 from `bin` on",
+    ["experiment", "bin"],
+)
 PAIRS = Gauge("memtail_high_influence_pairs", "High-influence pairs in the published scores", ["experiment"])
-PUBLISHED = Gauge("memtail_scores_published_timestamp_seconds", "When scores were published last; a Unix time", ["experiment"])
-PUBLISHED_TRIALS = Gauge(
-    "memtail_scores_published_trials", "Trials that the published scores are of, diverged ones included", ["experiment"]
-)
-REFUSED = Gauge("memtail_batches_refused", "Trial batches that cannot be counted", ["experiment"])
-FOLD_SECONDS = Histogram("memtail_fold_seconds", "Seconds to read a trial batch and fold it", buckets=LONG_BUCKETS)
-PUBLISH_SECONDS = Histogram("memtail_publish_seconds", "Seconds to write and publish a version of the scores", buckets=LONG_BUCKETS)
-REPORT_SECONDS = Histogram("memtail_report_seconds", "Seconds to draw and publish a report", buckets=LONG_BUCKETS)
-REPORT_FAILURES = Counter("memtail_report_failures_total", "Reports that could not be drawn or published")
-EXPLORER_RESTARTS = Counter("memtail_explorer_restarts_total", "Times that the explorer's process ended and was started again")
+PUBLISHED = Gauge("memtail_scores_published_timestamp_seconds", "Time of the last publication of scores, as Unix time", ["experiment"])
+PUBLISHED_TRIALS = Gauge("memtail_scores_published_trials", "Trials in the published scores, including diverged trials", ["experiment"])
+REFUSED = Gauge("memtail_batches_refused", "Trial batches that were refused: damaged, or of another experiment", ["experiment"])
+FOLD_SECONDS = Histogram("memtail_fold_seconds", "Duration of reading and accumulating a trial batch", buckets=LONG_BUCKETS)
+PUBLISH_SECONDS = Histogram("memtail_publish_seconds", "Duration of writing and publishing a version of the scores", buckets=LONG_BUCKETS)
+REPORT_SECONDS = Histogram("memtail_report_seconds", "Duration of rendering and publishing a report", buckets=LONG_BUCKETS)
+REPORT_FAILURES = Counter("memtail_report_failures_total", "Reports that failed to render or publish")
+EXPLORER_RESTARTS = Counter("memtail_explorer_restarts_total", "Restarts of the explorer's process after a crash")

@@ -1,1 +1,1 @@
-"""Code that all services share: the broker, settings, metrics, and the start and end of a process."""
+"""Shared code of the services: broker, settings, metrics, process startup and shutdown."""

@@ -1,4 +1,4 @@
-"""How long the series of an experiment are there: until some time after it has ended, so that the last scrapes see how."""
+"""Lifetime of the metric series of experiments: until some time after their end, so that Prometheus scrapes the final values."""
 
 import time
 from collections.abc import Collection, Iterable
@@ -7,23 +7,23 @@ from prometheus_client.metrics import MetricWrapperBase
 
 
 class ExperimentSeries:
-    """The series of experiments in some metrics.
+    """Removes the series of ended and deleted experiments from metrics.
 
     Args:
-        metrics: which have a label `experiment`.
-        linger: seconds for which the series of an experiment that has ended stay.
+        metrics: metrics with a label `experiment`.
+        linger: seconds after the end of an experiment until its series are removed.
 
     Attributes:
-        shown: the experiments that have series.
+        shown: names of the experiments that have series.
     """
 
     def __init__(self, metrics: Iterable[MetricWrapperBase], linger: float) -> None:
         self._metrics, self._linger = tuple(metrics), linger
-        self._ended: dict[str, float] = {}  # when it was found of each
+        self._ended: dict[str, float] = {}  # when the end was first noticed, by experiment
         self.shown: set[str] = set()
 
-    def note(self, experiment: str, ended: bool = False) -> None:
-        """An experiment goes on, or has ended."""
+    def update(self, experiment: str, ended: bool = False) -> None:
+        """Register an experiment, or its end."""
         if not ended:
             self._ended.pop(experiment, None)
         elif experiment in self._ended:
@@ -33,12 +33,12 @@ class ExperimentSeries:
         self.shown.add(experiment)
 
     def expire(self) -> None:
-        """Remove the series of experiments that ended long enough ago."""
+        """Remove the series of experiments that ended more than `linger` seconds ago."""
         now = time.monotonic()
         self._remove({name for name in self.shown if now - self._ended.get(name, now) >= self._linger})
 
     def keep_only(self, experiments: Collection[str]) -> None:
-        """Remove those of all other experiments, and forget that there were any."""
+        """Remove the series of all other experiments."""
         self._remove(self.shown.difference(experiments))
         self._ended = {name: when for name, when in self._ended.items() if name in experiments}
 

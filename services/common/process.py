@@ -1,4 +1,4 @@
-"""What the service processes have in common: how they start, say that they live, and end."""
+"""Startup, logging, main loop, health checks and shutdown of the service processes."""
 
 import logging
 import os
@@ -21,7 +21,11 @@ log = structlog.get_logger()
 
 
 def start(service: Callable[[ServiceSettings], int | None]) -> None:
-    """Run a service to its end, with structured logs; what a user can mend ends it with one line and 2, all else with a traceback and 1."""
+    """Run a service with structured logs, and exit.
+
+    Exit codes: 2 and one log line for a `MemtailError`, which the operator can fix; 1 and a traceback for any other exception; 0 after
+    SIGTERM or Ctrl-C.
+    """
     configure_logs()
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -34,7 +38,7 @@ def start(service: Callable[[ServiceSettings], int | None]) -> None:
 
 
 def configure_logs() -> None:
-    """One line an event on standard error: JSON, or readable on a terminal. Libraries' warnings and what nobody catches, too."""
+    """Log one line per event on standard error: JSON, or text on a terminal. Includes libraries' warnings and uncaught exceptions."""
     terminal = sys.stderr.isatty()
     processors: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -49,67 +53,70 @@ def configure_logs() -> None:
     handler.setFormatter(formatter(foreign_pre_chain=processors, processors=[formatter.remove_processors_meta, renderer]))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
-    sys.excepthook = lambda *caught: log.critical("not caught", exc_info=caught)
-    threading.excepthook = lambda caught: log.critical("not caught", exc_info=caught[:3])
-    sys.unraisablehook = lambda caught: log.error("not caught", exc_info=(caught.exc_type, caught.exc_value, caught.exc_traceback))
+    sys.excepthook = lambda *caught: log.critical("uncaught exception", exc_info=caught)
+    threading.excepthook = lambda caught: log.critical("uncaught exception", exc_info=caught[:3])
+    sys.unraisablehook = lambda caught: log.error("uncaught exception", exc_info=(caught.exc_type, caught.exc_value, caught.exc_traceback))
 
 
 class _TerminatedError(BaseException):
-    """SIGTERM came."""
+    """The process received SIGTERM."""
 
 
 def _terminated(*_: Any) -> None:
     raise _TerminatedError
 
 
-def repeat(one_pass: Callable[[], object], seconds: float, beat: Callable[[], None], *outages: type[Exception]) -> NoReturn:
-    """Run a pass of a service's loop for ever, and call `beat` after each.
+def repeat(run_pass: Callable[[], object], seconds: float, heartbeat: Callable[[], None], *outages: type[Exception]) -> NoReturn:
+    """Run a service's main loop forever.
 
     Args:
-        one_pass: may raise `MemtailError`, `OSError` or one of `outages`: then it is given up, and made up for by the next.
-        seconds: from the beginning of one to that of the next, at least.
-        beat: the loop has come round.
-        outages: what else is waited out.
+        run_pass: one pass. A pass that raises `MemtailError`, `OSError` or one of `outages` is given up; the next pass catches up.
+        seconds: minimum time between the starts of two passes.
+        heartbeat: called after each pass.
+        outages: further exceptions that end a pass but not the loop.
     """
     for outcome in ("completed", "given up"):
         PASSES.labels(outcome)
-    waited_out: tuple[type[Exception], ...] = (MemtailError, OSError, *outages)
+    tolerated: tuple[type[Exception], ...] = (MemtailError, OSError, *outages)
     while True:
         began, outcome = time.monotonic(), "completed"
         try:
-            one_pass()
-        except waited_out as error:
+            run_pass()
+        except tolerated as error:
             log.warning("pass given up", error=str(error) or type(error).__name__)
             outcome = "given up"
         PASSES.labels(outcome).inc()
         PASS_SECONDS.observe(time.monotonic() - began)
-        beat()
+        heartbeat()
         time.sleep(max(0.0, began + seconds - time.monotonic()))
 
 
 class Heartbeat:
-    """When a service's loop last came round; healthy if that was not long ago.
+    """Liveness and readiness of a service, by the time of the last pass of its main loop.
 
     Args:
-        patience: seconds without a beat after which it counts as dead.
+        timeout: seconds without a heartbeat after which the service counts as dead.
+
+    Attributes:
+        ready: whether the first pass has ended.
     """
 
-    def __init__(self, patience: float) -> None:
-        self._patience, self._last = patience, time.monotonic()
+    def __init__(self, timeout: float) -> None:
+        self._timeout, self._last = timeout, time.monotonic()
         self.ready = False
 
-    def beat(self) -> None:
-        """The loop has come round; the service is ready from its first beat on."""
+    def record(self) -> None:
+        """Record the end of a pass."""
         self._last, self.ready = time.monotonic(), True
 
     @property
     def alive(self) -> bool:
-        """Whether it has come round lately."""
-        return time.monotonic() - self._last < self._patience
+        """Return whether the last heartbeat is younger than the timeout."""
+        return time.monotonic() - self._last < self._timeout
 
 
 def serve(port: int, heartbeat: Heartbeat) -> None:
-    """Answer /metrics, /healthz and /readyz from a thread of its own. Raises: ServiceError: the port cannot be had."""
+    """Serve /metrics, /healthz and /readyz from a background thread. Raises: ServiceError: the port is unavailable."""
     metrics = make_wsgi_app()
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -120,20 +127,20 @@ def serve(port: int, heartbeat: Heartbeat) -> None:
             return page
         if path not in checks:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
-            return [b"there are /metrics, /healthz and /readyz\n"]
-        fine = checks[path]()
-        start_response("200 OK" if fine else "503 Service Unavailable", [("Content-Type", "text/plain")])
-        return [b"ok\n" if fine else b"no pass for too long\n"]
+            return [b"paths: /metrics, /healthz, /readyz\n"]
+        healthy = checks[path]()
+        start_response("200 OK" if healthy else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ok\n" if healthy else b"no recent heartbeat\n"]
 
     try:
         server = make_server("", port, answer, handler_class=_Quiet)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ServiceError(f"MEMTAIL_PORT is {port}, which cannot be had ({reason}): give each service here a port of its own") from None
-    os.register_at_fork(after_in_child=server.server_close)  # a child that outlives its parent must not keep the port
+        raise ServiceError(f"MEMTAIL_PORT {port} is unavailable ({reason}): give each service on this machine a different port") from None
+    os.register_at_fork(after_in_child=server.server_close)  # a child that outlives its parent must not occupy the port
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
 class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name it has in the base class
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         pass

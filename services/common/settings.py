@@ -1,4 +1,4 @@
-"""The environment variables that the services read; those of the store are in `memtail.settings`."""
+"""Environment variables of the services; those of the object store are in `memtail.settings`."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from memtail.settings import BROKER_VARIABLE, STORE_VARIABLE, secret
 
 
 class ServiceError(MemtailError):
-    """A service cannot work as it is set up."""
+    """A service is configured wrongly."""
 
 
 def _variable(name: str, default: Any, **options: Any) -> Any:
@@ -19,28 +19,28 @@ def _variable(name: str, default: Any, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """How the services work together; every one of them is started with the same.
+    """Settings of the services. All services of a deployment share the same values.
 
     Attributes:
-        store: `MEMTAIL_STORE`, the bucket's address.
-        broker: `MEMTAIL_BROKER` (or the file named by `MEMTAIL_BROKER_FILE`), Redis's URL with its password; not shown when printed.
-        lease_seconds: how long a worker that says nothing keeps its shard.
-        shard_seconds: the longest that a shard may train before its process is killed.
-        max_starts: a shard whose worker has vanished (killed with its whole container) this often is given up too.
-        reconcile_seconds: between two looks of the dispatcher at what is to be done.
-        resync_seconds: between two listings of all that is committed.
-        max_queued: messages that wait in the broker at most.
-        publish_trials, publish_seconds: scores are published when so many new trials have been folded, or so much time has passed; more
-            rarely where publishing would take more than a tenth of the time.
-        devices: of a worker, one process for each, with commas between: "auto", "cpu", or "cuda:0,cuda:1".
-        port: of the metrics and health checks of a service.
-        linger_seconds: for how long the metrics of an experiment that has ended stay: several intervals between scrapes.
-        explorer_port: of the aggregator, where it serves the explorer; not at all if not set.
-        fleet: of the dispatcher, the file that says how it makes workers in a Kubernetes cluster (see `services.dispatcher.worker_jobs`).
-            It makes none if not set.
-        experiment: of a worker, the only experiment that it trains; all if not set.
-        rest_seconds: of a worker, for how long there is nothing to do before it ends; it never does if not set.
-        heartbeat_file: of a worker, which it touches while it lives; none if not set.
+        store: `MEMTAIL_STORE`: address of the bucket.
+        broker: `MEMTAIL_BROKER` (or the file named by `MEMTAIL_BROKER_FILE`): Redis's URL with its password; not in the repr.
+        lease_seconds: duration of a lease; a worker that stops renewing it loses its shard.
+        shard_seconds: maximum training time of a shard, after which its process is killed.
+        max_starts: number of workers lost on a shard that counts as one failed attempt.
+        reconcile_seconds: interval between passes of the dispatcher and of the aggregator.
+        resync_seconds: interval between complete listings of the committed batches.
+        max_queued: maximum number of messages in the broker.
+        publish_trials, publish_seconds: number of new trials, and interval, after which scores are published; less often where publishing
+            would take more than a tenth of the time.
+        devices: devices of a worker, separated by commas, with one process each: "auto", "cpu", or "cuda:0,cuda:1".
+        port: port of a service's metrics and health checks.
+        linger_seconds: time after the end of an experiment until its metrics are removed: several scrape intervals.
+        explorer_port: port on which the aggregator serves the explorer; 0: no explorer.
+        fleet: file that describes how the dispatcher starts workers in a Kubernetes cluster (see `services.dispatcher.worker_jobs`);
+            empty: the dispatcher starts no workers.
+        experiment: the only experiment that a worker trains; empty: all experiments.
+        rest_seconds: idle time after which a worker ends; by default it never ends.
+        heartbeat_file: file that a worker touches while it is alive; empty: none.
     """
 
     store: str = _variable(STORE_VARIABLE, "")
@@ -64,7 +64,7 @@ class ServiceSettings:
 
     @classmethod
     def from_environment(cls) -> "ServiceSettings":
-        """Those that the environment holds. Raises: ServiceError: a value is no number above 0, or there is no store."""
+        """Read the environment. Raises: ServiceError: a number is not positive, or `MEMTAIL_STORE` is not set."""
         values: dict[str, Any] = {}
         for entry in fields(cls):
             variable = entry.metadata["variable"]
@@ -73,7 +73,7 @@ class ServiceSettings:
                 values[entry.name] = _parsed(variable, text, type(entry.default))
         settings = cls(**values)
         if not settings.store:
-            raise ServiceError(f"{STORE_VARIABLE} is not set: set it to the bucket's address, s3://BUCKET/PREFIX")
+            raise ServiceError(f"{STORE_VARIABLE} is not set: set it to the address of the bucket, s3://BUCKET/PREFIX")
         return settings
 
 
@@ -84,4 +84,4 @@ def _parsed(variable: str, text: str, kind: type) -> Any:
             return value
     except ValueError:
         pass
-    raise ServiceError(f"{variable} is '{text}': give a {'whole ' if kind is int else ''}number above 0")
+    raise ServiceError(f"{variable} must be a {'whole ' if kind is int else ''}number above 0, got '{text}'")

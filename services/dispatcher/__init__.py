@@ -1,1 +1,1 @@
-"""The dispatcher: looks again and again at what is wanted and what there is, and sends out what is missing."""
+"""The dispatcher: compares the declared trials with the committed ones in each pass, and queues the missing shards."""

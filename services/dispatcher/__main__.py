@@ -12,12 +12,12 @@ from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
 
 
 def _dispatch(settings: ServiceSettings) -> None:
-    heartbeat = Heartbeat(patience=300)
+    heartbeat = Heartbeat(timeout=300)
     serve(settings.port, heartbeat)
     store = open_store(settings.store, observe=count_request)
     dispatcher = Dispatcher(store, Broker(settings), settings, _fleet(settings, store) if settings.fleet else None)
     try:
-        dispatcher.run(heartbeat.beat)
+        dispatcher.run(heartbeat.record)
     finally:
         dispatcher.stop()
 

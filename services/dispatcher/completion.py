@@ -1,34 +1,35 @@
-"""When an experiment will be complete, as the last minutes went."""
+"""Estimates when an experiment will be complete, from its recent rate of commits."""
 
 from collections import deque
 
-#: Seconds of the past by which the future is judged.
+#: Length in seconds of the period over which the rate is measured.
 WINDOW = 900.0
 
 
 class Completion:
-    """The rate at which trials are committed, and what follows from it.
+    """Extrapolates the rate at which an experiment's trials are committed.
 
-    Where trials are not trained for a while on purpose, make a new one: what was before says nothing then.
+    Create a new object after an interruption (a pause, for one), since the rate would include it.
     """
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque()  # when how many were committed
+        self._history: deque[tuple[float, int]] = deque()  # (time, committed trials)
 
-    def after(self, now: float, committed: int, left: int) -> float | None:
-        """How long it will be until all trials are committed.
+    def seconds_left(self, now: float, committed: int, missing: int) -> float | None:
+        """Estimate the time until all trials are committed.
 
         Args:
-            now: seconds since any fixed moment, not before that of the call before.
-            committed: trials that are committed now.
-            left: trials that are still to be committed.
+            now: monotonic time in seconds, not before that of the previous call.
+            committed: number of committed trials.
+            missing: number of trials still to be committed.
 
-        Returns: seconds from now on; None while none was committed in the time looked at, and when none is left.
+        Returns:
+            Seconds from `now`; None if no trial was committed in the window, or none is missing.
         """
-        self._seen.append((now, committed))
-        while now - self._seen[0][0] > WINDOW:
-            self._seen.popleft()
-        began, before = self._seen[0]
-        if not left or committed <= before:
+        self._history.append((now, committed))
+        while now - self._history[0][0] > WINDOW:
+            self._history.popleft()
+        began, before = self._history[0]
+        if not missing or committed <= before:
             return None
-        return left * (now - began) / (committed - before)
+        return missing * (now - began) / (committed - before)

@@ -1,4 +1,4 @@
-"""The loop around `reconcile`: reads the bucket and the broker, does what is decided, again and again."""
+"""Main loop of the dispatcher: reads the bucket and the broker, and carries out the decisions of `reconcile`."""
 
 import socket
 import time
@@ -18,59 +18,58 @@ from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
 from memtail.storage import ObjectStore
 from memtail.trials import Shard
-from services.common.broker import Assignment, Broker, parse_id, queue_of
+from services.common.broker import Assignment, Broker, parse_id, queue_name
 from services.common.process import repeat
 from services.common.settings import ServiceSettings
 from services.dispatcher import metrics
 from services.dispatcher.fleet import Fleet
-from services.dispatcher.metric_updates import Measures, Standing
-from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
+from services.dispatcher.metric_updates import ExperimentMetrics, ExperimentStatus
+from services.dispatcher.reconcile import Actions, View, reconcile, shards_missing
 from services.dispatcher.worker_jobs import Demand
 
 log = structlog.get_logger()
 
-# Part of a lease's duration that a worker may take from receiving a message to holding the lease. What takes longer is sent once more, and
-# dropped by the worker that finds it leased.
-_ON_THE_WAY = 0.25
-# Batches that a pass lists; a listing of more goes on in the next passes.
-_LISTED_AT_ONCE = 5000
-# Single batches that a pass looks for; when more shards end at once, as when Redis comes back empty, batches are listed.
-_LOOKED_FOR_AT_ONCE = 500
+# Time from the receipt of a message to the lease, as a share of the lease's duration. After it the assignment is sent again; the worker
+# that then receives it second finds the shard leased and drops the message.
+_TRANSIT_SHARE = 0.25
+# Batches listed per pass; a longer listing continues in the next passes.
+_LISTING_CHUNK = 5000
+# Single batches looked up per pass. When more shards end at once, as after a flush of Redis, all batches are listed instead.
+_MAX_LOOKUPS = 500
 
 
 class Dispatcher:
-    """Keeps the queue filled with what is missing.
+    """Keeps the queues filled with missing shards.
 
-    What it remembers between passes only saves requests: a new dispatcher starts from the bucket and the broker.
+    State kept between passes only saves requests: a new dispatcher starts from the bucket and the broker.
 
     Args:
         store: the bucket.
-        broker: the queue and the leases.
+        broker: queues and leases.
         settings: of the services.
-        fleet: the workers of a Kubernetes cluster, if it is to keep the right number of them.
+        fleet: workers in a Kubernetes cluster, if the dispatcher starts them.
     """
 
     def __init__(self, store: ObjectStore, broker: Broker, settings: ServiceSettings, fleet: Fleet | None = None) -> None:
         self._store, self._broker, self._settings, self._fleet = store, broker, settings, fleet
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
-        self._experiments: dict[str, _Known] = {}
+        self._experiments: dict[str, _TrackedExperiment] = {}
         self._unreadable: set[str] = set()
-        self._waited: dict[str, float] = {}  # when each assignment was last seen in the queue
+        self._last_queued: dict[str, float] = {}  # when each assignment was last seen in a queue
         self._leased: set[str] = set()
         self._starts: dict[str, int] = {}
-        self._measures = Measures(settings.linger_seconds)
-        self.plan: Plan | None = None
+        self._metrics = ExperimentMetrics(settings.linger_seconds)
 
-    def run(self, beat: Callable[[], None]) -> None:
-        """Reconcile for ever, and call `beat` after each pass; an outage of the bucket or the broker is waited out."""
-        repeat(self._act_if_leader, self._settings.reconcile_seconds, beat, redis.RedisError, OperationalError)
+    def run(self, heartbeat: Callable[[], None]) -> None:
+        """Reconcile forever, and call `heartbeat` after each pass. Outages of the bucket and the broker only end the pass."""
+        repeat(self._reconcile_if_leader, self._settings.reconcile_seconds, heartbeat, redis.RedisError, OperationalError)
 
     def stop(self) -> None:
-        """Let another dispatcher lead at once."""
+        """Release the leadership, so that another dispatcher can take over immediately."""
         with suppress(redis.RedisError):
             self._broker.step_down(self._holder)
 
-    def _act_if_leader(self) -> None:
+    def _reconcile_if_leader(self) -> None:
         leads = False
         try:
             leads = self._broker.lead(self._holder)
@@ -83,92 +82,92 @@ class Dispatcher:
         if leads:
             self.reconcile()
         else:
-            self._measures.hide()
+            self._metrics.clear()
             if self._fleet:
-                self._fleet.hide()
+                self._fleet.clear_metrics()
 
-    def reconcile(self) -> Plan:
-        """One pass."""
-        waiting = {queue: list(self._broker.queued(queue)) for queue in self._broker.queues()}
-        queued = [assignment for queue in waiting.values() for assignment in queue]
+    def reconcile(self) -> Actions:
+        """Run one pass, and return its actions."""
+        queues = {queue: list(self._broker.queued(queue)) for queue in self._broker.queues()}
+        queued = [assignment for assignments in queues.values() for assignment in assignments]
         leased, starts = self._broker.leased(), self._broker.starts()
         ended = self._leased - leased
-        taken = self._taken({assignment.id for assignment in queued}, leased, ended)
-        self._measures.expired(id_ for id_ in ended if starts.get(id_, 0) >= self._starts.get(id_, 1))
-        self._read_bucket(taken | ended)
+        in_transit = self._in_transit({assignment.id for assignment in queued}, leased, ended)
+        self._metrics.count_expired_leases(id_ for id_ in ended if starts.get(id_, 0) >= self._starts.get(id_, 1))
+        self._read_bucket(in_transit | ended)
         self._leased, self._starts = leased, starts
-        views: dict[str, list[View]] = {queue: [] for queue in waiting}
-        for known in self._experiments.values():
-            views.setdefault(queue_of(self._settings, known.name), []).append(known.view)
+        views: dict[str, list[View]] = {queue: [] for queue in queues}
+        for experiment in self._experiments.values():
+            views.setdefault(queue_name(self._settings, experiment.name), []).append(experiment.view)
         limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, len(views)))}
-        plans = {queue: reconcile(views[queue], waiting.get(queue, []), leased | taken, starts, **limits) for queue in views}
-        for queue, plan in plans.items():
-            for assignment in plan.lost:
+        by_queue = {queue: reconcile(views[queue], queues.get(queue, []), leased | in_transit, starts, **limits) for queue in views}
+        for queue, actions in by_queue.items():
+            for assignment in actions.lost:
                 self._record_lost(assignment, starts[assignment.id])
-            if plan.clear:
+            if actions.clear:
                 self._broker.clear(queue)
-                self._measures.taken_back(waiting.pop(queue, []))
-            self._broker.send(plan.send)
-            self._measures.sent(plan.send)
-        self.plan = Plan.of_all(plans.values())
-        if self.plan.send or self.plan.lost:
-            counts = {"shards": len(self.plan.send), "lost": len(self.plan.lost), "queued": len(queued), "leased": len(leased)}
-            log.info("sent", **counts, cleared=self.plan.clear)
-        still_queued = {assignment.id for queue in (*waiting.values(), self.plan.send) for assignment in queue}
-        standings = [known.standing(self.plan) for known in self._experiments.values()]
-        self._measures.show(standings, self._unreadable, leased, still_queued | taken)
+                self._metrics.discount_cleared(queues.pop(queue, []))
+            self._broker.send(actions.send)
+            self._metrics.count_sent(actions.send)
+        merged = Actions.merge(by_queue.values())
+        if merged.send or merged.lost:
+            counts = {"shards": len(merged.send), "lost": len(merged.lost), "queued": len(queued), "leased": len(leased)}
+            log.info("sent", **counts, cleared=merged.clear)
+        still_queued = {assignment.id for assignments in (*queues.values(), merged.send) for assignment in assignments}
+        statuses = [experiment.status(merged) for experiment in self._experiments.values()]
+        self._metrics.update(statuses, self._unreadable, leased, still_queued | in_transit)
         if self._fleet:
-            self._fleet.reconcile([known.demand(self.plan) for known in self._experiments.values()], self._unreadable)
-        return self.plan
+            self._fleet.reconcile([experiment.demand(merged) for experiment in self._experiments.values()], self._unreadable)
+        return merged
 
-    def _taken(self, waiting: set[str], leased: set[str], ended: set[str]) -> set[str]:
-        """What waited in the queue a moment ago and now neither waits nor is leased: a worker has just taken it, or it is done."""
-        now, most = time.monotonic(), _ON_THE_WAY * self._settings.lease_seconds
-        recent = {name: seen for name, seen in self._waited.items() if now - seen < most and name not in ended}
-        self._waited = recent | dict.fromkeys(waiting, now)
-        return self._waited.keys() - waiting - leased
+    def _in_transit(self, queued: set[str], leased: set[str], ended: set[str]) -> set[str]:
+        """Ids that left the queue recently and are not leased: a worker has just received them, or their shard is done."""
+        now, longest = time.monotonic(), _TRANSIT_SHARE * self._settings.lease_seconds
+        recent = {id_: seen for id_, seen in self._last_queued.items() if now - seen < longest and id_ not in ended}
+        self._last_queued = recent | dict.fromkeys(queued, now)
+        return self._last_queued.keys() - queued - leased
 
     def _read_bucket(self, ended: set[str]) -> None:
         names = experiment_names(self._store)
-        self._experiments = {name: self._experiments.get(name) or _Known(self._store, name) for name in names}
+        self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in names}
         self._unreadable = set()
-        for known in list(self._experiments.values()):
-            with bound_contextvars(experiment=known.name):
+        for experiment in list(self._experiments.values()):
+            with bound_contextvars(experiment=experiment.name):
                 try:
-                    known.refresh(self._settings.resync_seconds, ended)
+                    experiment.refresh(self._settings.resync_seconds, ended)
                 except MemtailError as error:
                     log.error("experiment passed over", error=str(error))
-                    del self._experiments[known.name]
-                    self._unreadable.add(known.name)
+                    del self._experiments[experiment.name]
+                    self._unreadable.add(experiment.name)
 
     def _record_lost(self, assignment: Assignment, starts: int) -> None:
-        error = f"{starts} workers vanished while they trained it: killed with their whole container, or cut off"
+        error = f"{starts} workers were lost while they trained the shard: killed with their container, or disconnected"
         failure = ExperimentStore(self._store, assignment.experiment).record_failure(assignment.shard, error)
-        self._broker.forget_starts([assignment.id])
+        self._broker.clear_starts([assignment.id])
         log.error("shard failed", experiment=assignment.experiment, shard=str(assignment.shard), attempt=failure.attempt, error=error)
 
 
-class _Known:
-    """What the dispatcher remembers of an experiment."""
+class _TrackedExperiment:
+    """State of an experiment that is kept between passes."""
 
     def __init__(self, store: ObjectStore, name: str) -> None:
         self.name = name
         self._experiment_store = ExperimentStore(store, name)
         self._trials = 0
-        self._missing: dict[Shard, None] = {}  # in order, and quick to find and to remove
+        self._missing: dict[Shard, None] = {}  # an ordered set
         self._missing_trials = 0
-        self._settled = 0  # of so many trials it is known that the scores are published, or will never be
-        self._listed = float("-inf")
-        self._listing: Iterator[Shard] | None = None  # in progress, with what it has found
-        self._found: set[Shard] = set()
+        self._settled_trials = 0  # number of trials whose scores are published, or will never be
+        self._listed_at = float("-inf")
+        self._listing: Iterator[Shard] | None = None  # a listing that continues in the next passes
+        self._committed: set[Shard] = set()  # shards seen by the last listing, or since
         self.view = View(name, "", ())
         self._workers: WorkersSpec | None = None
 
     def refresh(self, resync_seconds: float, ended: set[str]) -> None:
-        """Read what may have changed: the declaration, what its owner asks, failures, and batches.
+        """Read the declaration, the control object, the failures and the committed batches.
 
-        All batches are listed now and then only, and of many a part in each pass but the first; in between, those of the shards that may
-        have `ended` are looked for.
+        Batches are listed every `resync_seconds`: completely in the first pass, later in chunks. Between listings only the batches of
+        the assignments in `ended` are looked up.
         """
         record, control, attempts = (
             self._experiment_store.read_record(),
@@ -176,43 +175,43 @@ class _Known:
             self._experiment_store.attempts(),
         )
         trials = record.experiment.subsets.trials
-        theirs = [shard for name, shard in filter(None, map(parse_id, ended)) if name == self.name]
-        if len(theirs) > _LOOKED_FOR_AT_ONCE:
-            self._listed = float("-inf")
-            theirs = []
-        for shard in theirs:
+        ended_shards = [shard for name, shard in filter(None, map(parse_id, ended)) if name == self.name]
+        if len(ended_shards) > _MAX_LOOKUPS:
+            self._listed_at = float("-inf")
+            ended_shards = []
+        for shard in ended_shards:
             if shard in self._missing and self._experiment_store.is_committed(shard):
                 del self._missing[shard]
                 self._missing_trials -= len(shard.trials)
-                self._found.add(shard)
-        if self._listing is None and (time.monotonic() - self._listed >= resync_seconds or trials != self._trials):
-            self._listing, self._found = self._experiment_store.iterate_committed(), set()
+                self._committed.add(shard)
+        if self._listing is None and (time.monotonic() - self._listed_at >= resync_seconds or trials != self._trials):
+            self._listing, self._committed = self._experiment_store.iterate_committed(), set()
         if self._listing is not None:
-            part = list(islice(self._listing, _LISTED_AT_ONCE if self._trials else None))
-            self._found.update(part)
-            if not self._trials or len(part) < _LISTED_AT_ONCE:
-                self._missing = dict.fromkeys(shards_missing(trials, record.trials_per_shard, self._found))
+            chunk = list(islice(self._listing, _LISTING_CHUNK if self._trials else None))
+            self._committed.update(chunk)
+            if not self._trials or len(chunk) < _LISTING_CHUNK:
+                self._missing = dict.fromkeys(shards_missing(trials, record.trials_per_shard, self._committed))
                 self._missing_trials = sum(len(shard.trials) for shard in self._missing)
-                self._listing, self._listed, self._trials = None, time.monotonic(), trials
-        if not self._missing and self._settled != self._trials and self._is_settled():
-            self._settled = self._trials
+                self._listing, self._listed_at, self._trials = None, time.monotonic(), trials
+        if not self._missing and self._settled_trials != self._trials and self._is_settled():
+            self._settled_trials = self._trials
         self.view = View(self.name, record.fingerprint, self._missing, control, attempts)
         self._workers = record.experiment.execution.workers
 
     def _is_settled(self) -> bool:
-        """Whether all trials are in the published scores, or a notice says that there will be none."""
+        """Return whether the published scores count all trials, or a final notice says that there will be no scores."""
         pointer = latest_version(self._experiment_store.store, self.name)
         if pointer and pointer.summary.accumulated_trials >= self._trials:
             return True
         return any(notice.final for notice in self._experiment_store.notices().values())
 
-    def standing(self, plan: Plan) -> Standing:
-        """How it stands after a pass."""
-        outstanding, dead = plan.outstanding[self.name], plan.dead[self.name]
-        finished = not outstanding and (bool(dead) or self._settled == self._trials)
-        return Standing(self.view, self._trials, self._missing_trials, outstanding, dead, finished)
+    def status(self, actions: Actions) -> ExperimentStatus:
+        """Summarize the experiment after a pass."""
+        outstanding, dead = actions.outstanding[self.name], actions.dead[self.name]
+        finished = not outstanding and (bool(dead) or self._settled_trials == self._trials)
+        return ExperimentStatus(self.view, self._trials, self._missing_trials, outstanding, dead, finished)
 
-    def demand(self, plan: Plan) -> Demand:
-        """The workers that it could use."""
+    def demand(self, actions: Actions) -> Demand:
+        """Describe the workers that the experiment can use."""
         control = self.view.control
-        return Demand(self.name, control.state, control.priority, plan.outstanding[self.name], self._workers)
+        return Demand(self.name, control.state, control.priority, actions.outstanding[self.name], self._workers)

@@ -1,7 +1,7 @@
-"""The workers of a Kubernetes cluster: as many as there is work for, in Jobs of the work-queue kind, whose workers end when none is left.
+"""Scales the workers of a Kubernetes cluster: work-queue Jobs whose pods end when nothing is left to train.
 
-Like the queue they are reconciled: each pass compares the workers that experiments could use with the Jobs that there are, whoever made
-them. A busy worker is never taken away; there are fewer when workers end by themselves, or when an experiment is cancelled.
+Each pass compares the target number of workers per experiment with the existing Jobs, whoever created them. Running workers are never
+removed to scale down: their number falls when they end by themselves. Only the workers of cancelled and deleted experiments are removed.
 """
 
 from collections import Counter
@@ -14,20 +14,22 @@ from memtail.errors import StoreError
 from memtail.experiment_store import ExperimentStore, Notice
 from memtail.storage import ObjectStore
 from services.dispatcher import metrics
-from services.dispatcher.cluster import Cluster, ClusterError, Job, Pod
-from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, NUMBER_LABEL, Demand, FleetSettings, job_of, shards_per_worker
+from services.dispatcher.cluster import Cluster
+from services.dispatcher.kubernetes_objects import Job, Pod
+from services.dispatcher.watch_cache import ClusterError
+from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, NUMBER_LABEL, Demand, FleetSettings, build_job, shards_per_worker
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class WorkerSet:
-    """A Job and its pods, as far as their number matters.
+    """Numbers of workers of a Job.
 
     Attributes:
-        workers: pods that it has or is about to have.
-        running: those that run.
-        winding_down: whether one has ended because nothing was left; then no more are started.
+        workers: pods that the Job has or is about to create.
+        running: pods that run.
+        winding_down: whether a pod has ended because nothing was left to train; the Job then creates no more pods.
     """
 
     name: str
@@ -40,140 +42,146 @@ class WorkerSet:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a pass does: Jobs to make, as workers by experiment; Jobs to remove; and those to have fewer workers."""
+    """Changes of a pass.
+
+    Attributes:
+        create: workers of a Job to create, by experiment.
+        delete: names of Jobs to delete.
+        shrink: new number of workers by name of the Job.
+    """
 
     create: dict[str, int] = field(default_factory=dict)
     delete: list[str] = field(default_factory=list)
     shrink: dict[str, int] = field(default_factory=dict)
 
 
-def wanted(demands: Iterable[Demand], running: dict[str, int], max_workers: int, per_worker: dict[str, int]) -> dict[str, int]:
-    """How many workers each experiment is to have: min(its maximum, its outstanding shards), while the fleet's maximum lasts.
+def target_workers(demands: Iterable[Demand], running: dict[str, int], max_workers: int, per_worker: dict[str, int]) -> dict[str, int]:
+    """Divide the fleet among experiments: each gets min(its maximum, its outstanding shards) workers while the fleet's maximum lasts.
 
-    Experiments of a higher priority are served first; workers that run are not taken from the others for them.
+    Experiments with a higher priority are served first, but take no running workers from the others.
 
     Args:
-        demands: of all experiments.
-        running: the workers that run, by experiment.
-        max_workers: of all together.
-        per_worker: the shards that a worker trains at a time, by experiment.
+        demands: demands of all experiments.
+        running: running workers, by experiment.
+        max_workers: maximum of all experiments together.
+        per_worker: shards that a worker trains at a time, by experiment.
     """
     left = max_workers - sum(running.values())
-    result = {}
+    targets = {}
     for demand in sorted(demands, key=lambda demand: (-demand.priority, demand.experiment)):
-        name, runs = demand.experiment, running.get(demand.experiment, 0)
-        could_use = -(-demand.outstanding // per_worker.get(name, 1)) if demand.state == "running" else 0
-        most = (demand.workers and demand.workers.max) or max_workers
-        result[name] = min(most, could_use, runs + max(0, left))
-        left -= max(0, result[name] - runs)
-    return result
+        name, already = demand.experiment, running.get(demand.experiment, 0)
+        usable = -(-demand.outstanding // per_worker.get(name, 1)) if demand.state == "running" else 0
+        maximum = (demand.workers and demand.workers.max) or max_workers
+        targets[name] = min(maximum, usable, already + max(0, left))
+        left -= max(0, targets[name] - already)
+    return targets
 
 
 def worker_sets(jobs: Iterable[Job], pods: Iterable[Pod]) -> list[WorkerSet]:
-    """The Jobs that have not ended, with what their pods say of them: what a Job counts itself is often behind its pods."""
+    """Count the workers of unfinished Jobs by their pods, since the status of a Job lags behind."""
     phases = Counter((pod.job, pod.phase) for pod in pods)
     sets = []
     for job in jobs:
         if job.ended or EXPERIMENT_LABEL not in job.labels:
             continue
         running, winding_down = phases[job.name, "Running"], bool(job.succeeded or phases[job.name, "Succeeded"])
-        # one that winds down has no more than it has
+        # a Job that winds down replaces no pods
         workers = running + phases[job.name, "Pending"] if winding_down else job.parallelism
         number = int(job.labels.get(NUMBER_LABEL, 0))
         sets.append(WorkerSet(job.name, job.labels[EXPERIMENT_LABEL], number, workers, min(workers, running), winding_down))
     return sets
 
 
-def scale(goal: dict[str, int], sets: Iterable[WorkerSet], cancelled: Iterable[str], elastic: bool) -> Changes:
-    """The changes that bring the workers there are to those that are wanted.
+def scale(targets: dict[str, int], sets: Iterable[WorkerSet], cancelled: Iterable[str], elastic: bool) -> Changes:
+    """Compute the changes from the existing workers to the target.
 
     Args:
-        goal: the workers each experiment is to have.
-        sets: the Jobs that have not ended.
-        cancelled: the experiments whose workers are to go at once.
-        elastic: whether a Job may be given fewer workers; else only whole Jobs are removed.
+        targets: target number of workers, by experiment.
+        sets: unfinished Jobs.
+        cancelled: experiments whose workers are removed at once.
+        elastic: whether the parallelism of a Job may be reduced; otherwise only whole Jobs are deleted.
     """
     changes = Changes()
-    by_experiment: dict[str, list[WorkerSet]] = {name: [] for name in goal}
-    for each in sets:
-        by_experiment.setdefault(each.experiment, []).append(each)
-    gone = set(cancelled)
-    for name, theirs in by_experiment.items():
-        if name in gone or name not in goal:
-            changes.delete.extend(each.name for each in theirs)
+    by_experiment: dict[str, list[WorkerSet]] = {name: [] for name in targets}
+    for worker_set in sets:
+        by_experiment.setdefault(worker_set.experiment, []).append(worker_set)
+    removed = set(cancelled)
+    for name, own_sets in by_experiment.items():
+        if name in removed or name not in targets:
+            changes.delete.extend(worker_set.name for worker_set in own_sets)
             continue
-        surplus = sum(each.workers for each in theirs) - goal[name]
+        surplus = sum(worker_set.workers for worker_set in own_sets) - targets[name]
         if surplus < 0:
             changes.create[name] = -surplus
-        # workers that do not run yet are not needed any more
-        for each in sorted(theirs, key=lambda each: -each.number):
-            waiting = each.workers - each.running
-            if surplus <= 0 or waiting <= 0:
+        # only workers that are not running yet are removed, the newest Jobs' first
+        for worker_set in sorted(own_sets, key=lambda worker_set: -worker_set.number):
+            pending = worker_set.workers - worker_set.running
+            if surplus <= 0 or pending <= 0:
                 continue
-            if each.running == 0 and each.workers <= surplus:
-                changes.delete.append(each.name)
-                surplus -= each.workers
-            elif elastic and not each.winding_down:
-                fewer = min(waiting, surplus)
-                changes.shrink[each.name] = each.workers - fewer
+            if worker_set.running == 0 and worker_set.workers <= surplus:
+                changes.delete.append(worker_set.name)
+                surplus -= worker_set.workers
+            elif elastic and not worker_set.winding_down:
+                fewer = min(pending, surplus)
+                changes.shrink[worker_set.name] = worker_set.workers - fewer
                 surplus -= fewer
     return changes
 
 
 class Fleet:
-    """Keeps the right number of workers.
+    """Keeps the number of workers at its target.
 
     Args:
         settings: of the fleet.
-        cluster: where they run.
-        store: where notices are left.
+        cluster: runs the workers.
+        store: receives notices.
     """
 
     def __init__(self, settings: FleetSettings, cluster: Cluster, store: ObjectStore) -> None:
         self._settings, self._cluster, self._store = settings, cluster, store
         self._notices: dict[str, Notice | None] = {}
-        self._shown: set[str] = set()  # the experiments whose workers the metrics show
+        self._exported: set[str] = set()  # experiments with series
 
-    def reconcile(self, demands: list[Demand], unknown: set[str]) -> None:
-        """One pass. What the API server refuses now is tried again by the next.
+    def reconcile(self, demands: list[Demand], unreadable: set[str]) -> None:
+        """Run one pass. After an error of the API server the next pass tries again.
 
         Args:
-            demands: of the experiments in the bucket.
-            unknown: experiments that cannot be read at present; their workers are left alone.
+            demands: demands of the experiments in the bucket.
+            unreadable: names of experiments that cannot be read; their workers are left alone.
         """
         try:
             jobs, pods = self._cluster.jobs(), self._cluster.pods()
             sets = worker_sets(jobs, pods)
-            refused = {
+            violations = {
                 demand.experiment: f"execution.workers: {violation}"
                 for demand in demands
                 if demand.workers and (violation := self._settings.limits.violation(demand.workers))
             }
             per_worker = {demand.experiment: shards_per_worker(self._settings, demand.workers) for demand in demands}
-            running = dict.fromkeys((each.experiment for each in sets), 0)
-            for each in sets:
-                running[each.experiment] += each.running
-            allowed = [demand for demand in demands if demand.experiment not in refused]
-            goal = dict.fromkeys(refused, 0) | wanted(allowed, running, self._settings.max_workers, per_worker)
-            known = [each for each in sets if each.experiment not in unknown]
+            running = dict.fromkeys((worker_set.experiment for worker_set in sets), 0)
+            for worker_set in sets:
+                running[worker_set.experiment] += worker_set.running
+            allowed = [demand for demand in demands if demand.experiment not in violations]
+            targets = dict.fromkeys(violations, 0) | target_workers(allowed, running, self._settings.max_workers, per_worker)
+            readable = [worker_set for worker_set in sets if worker_set.experiment not in unreadable]
             cancelled = [demand.experiment for demand in demands if demand.state == "cancelled"]
-            changes = scale(goal, known, cancelled, elastic=not self._settings.queue_name)
-            self._change(changes, {each.experiment: each for each in demands})
-            self._tell(demands, goal, sets, pods, refused)
-            self._keep_only({demand.experiment for demand in demands} | unknown)
+            changes = scale(targets, readable, cancelled, elastic=not self._settings.queue_name)
+            self._apply(changes, {demand.experiment: demand for demand in demands})
+            self._report(demands, targets, sets, pods, violations)
+            self._keep_metrics_of({demand.experiment for demand in demands} | unreadable)
         except ClusterError as error:
             log.warning("workers left as they are", error=str(error))
 
-    def hide(self) -> None:
-        """Another dispatcher acts, and shows the workers."""
-        self._keep_only(set())
+    def clear_metrics(self) -> None:
+        """Remove all series, because another dispatcher leads and exports them."""
+        self._keep_metrics_of(set())
 
-    def _keep_only(self, experiments: set[str]) -> None:
-        for name in self._shown - experiments:
+    def _keep_metrics_of(self, experiments: set[str]) -> None:
+        for name in self._exported - experiments:
             metrics.WORKERS.remove_by_labels({"experiment": name})
-        self._shown &= experiments
+        self._exported &= experiments
 
-    def _change(self, changes: Changes, demands: dict[str, Demand]) -> None:
+    def _apply(self, changes: Changes, demands: dict[str, Demand]) -> None:
         for name in changes.delete:
             self._cluster.delete_job(name)
         for name, workers in changes.shrink.items():
@@ -182,39 +190,40 @@ class Fleet:
             numbers = [int(job.labels[NUMBER_LABEL]) for job in self._cluster.jobs() if job.labels.get(EXPERIMENT_LABEL) == experiment]
             number = max(numbers, default=0) + 1
             owner = self._cluster.owner(self._settings.owner)
-            self._cluster.create_job(job_of(self._settings, demands[experiment], number, workers, owner))
+            self._cluster.create_job(build_job(self._settings, demands[experiment], number, workers, owner))
         if changes != Changes():
-            log.info("workers changed", made=changes.create, removed=changes.delete, fewer=changes.shrink)
+            log.info("workers changed", created=changes.create, deleted=changes.delete, shrunk=changes.shrink)
 
-    def _tell(
+    def _report(
         self,
         demands: list[Demand],
-        goal: dict[str, int],
+        targets: dict[str, int],
         sets: list[WorkerSet],
         pods: list[Pod],
-        refused: dict[str, str],
+        violations: dict[str, str],
     ) -> None:
-        pods_of: dict[str, list[Pod]] = {}
+        """Update the metrics and the notice of each experiment."""
+        by_experiment: dict[str, list[Pod]] = {}
         for pod in pods:
-            pods_of.setdefault(pod.labels.get(EXPERIMENT_LABEL, ""), []).append(pod)
+            by_experiment.setdefault(pod.labels.get(EXPERIMENT_LABEL, ""), []).append(pod)
         for name in [demand.experiment for demand in demands]:
-            theirs = [each for each in sets if each.experiment == name]
-            troubles = Counter(pod.trouble for pod in pods_of.get(name, []) if pod.trouble)
-            running, workers = sum(each.running for each in theirs), sum(each.workers for each in theirs)
-            failed = sum(pod.phase == "Failed" for pod in pods_of.get(name, []))
-            if goal[name] or workers or failed:
-                self._shown.add(name)
-                for state, count in (("wanted", goal[name]), ("running", running), ("pending", workers - running), ("failed", failed)):
+            own_sets, own_pods = [worker_set for worker_set in sets if worker_set.experiment == name], by_experiment.get(name, [])
+            problems = Counter(pod.problem for pod in own_pods if pod.problem)
+            running, workers = sum(each.running for each in own_sets), sum(each.workers for each in own_sets)
+            failed = sum(pod.phase == "Failed" for pod in own_pods)
+            if targets[name] or workers or failed:
+                self._exported.add(name)
+                for state, count in (("wanted", targets[name]), ("running", running), ("pending", workers - running), ("failed", failed)):
                     metrics.WORKERS.labels(name, state).set(count)
             else:
-                self._keep_only(self._shown - {name})
-            lines = [refused[name]] if name in refused else []
-            if goal[name] or workers:
-                lines.append(f"{running} workers run, {workers - running} are to start, {goal[name]} are wanted")
-            lines += [f"{trouble} ({count} workers)" for trouble, count in troubles.items()]
-            self._give_notice(name, Notice(tuple(lines)) if lines else None)
+                self._keep_metrics_of(self._exported - {name})
+            lines = [violations[name]] if name in violations else []
+            if targets[name] or workers:
+                lines.append(f"workers: {running} running, {workers - running} pending, target {targets[name]}")
+            lines += [f"{problem} ({count} workers)" for problem, count in problems.items()]
+            self._set_notice(name, Notice(tuple(lines)) if lines else None)
 
-    def _give_notice(self, name: str, notice: Notice | None) -> None:
+    def _set_notice(self, name: str, notice: Notice | None) -> None:
         try:
             experiment_store = ExperimentStore(self._store, name)
             if name not in self._notices:
@@ -223,4 +232,4 @@ class Fleet:
                 experiment_store.set_notice("fleet", notice)
                 self._notices[name] = notice
         except StoreError as error:
-            log.warning("notice not given", experiment=name, error=str(error))
+            log.warning("notice not written", experiment=name, error=str(error))

@@ -1,4 +1,4 @@
-"""What a pass of the dispatcher shows of its experiments: the state of their trials, when they will be complete, what was sent and lost."""
+"""Updates the dispatcher's metrics of experiments: trials by state, estimated completion, shards sent and leases expired."""
 
 import time
 from collections import Counter, defaultdict
@@ -17,112 +17,113 @@ _STATES = ("running", "paused", "cancelled", "finished", "unreadable")
 
 
 @dataclass(frozen=True)
-class Standing:
-    """An experiment after a pass.
+class ExperimentStatus:
+    """Status of an experiment after a pass.
 
     Attributes:
-        view: as the pass found it.
-        wanted, missing: trials it is to have, and those of them that are not committed.
-        outstanding: shards neither committed nor dead.
-        dead: shards that failed too often.
-        finished: whether there is nothing to wait for any more.
+        view: state of the experiment in the bucket.
+        trials: number of declared trials.
+        missing: number of trials that are not committed.
+        outstanding: number of shards that are neither committed nor dead.
+        dead: shards without attempts left.
+        finished: whether no further progress is expected.
     """
 
     view: View
-    wanted: int
+    trials: int
     missing: int
     outstanding: int
     dead: Collection[Shard]
     finished: bool
 
 
-class Measures:
-    """Sets the metrics of experiments.
+class ExperimentMetrics:
+    """Updates the metrics of all experiments.
 
-    What it remembers of the passes before is only counted by; a new one begins from what there is.
+    Its memory of previous passes only serves for counting; a new object starts from the current state.
 
     Args:
-        linger: seconds for which the series of an experiment that has ended stay.
+        linger: seconds after the end of an experiment until its series are removed.
     """
 
     def __init__(self, linger: float) -> None:
         self._series = ExperimentSeries((metrics.TRIALS, metrics.OUTSTANDING, metrics.COMPLETION, *_COUNTERS), linger)
-        self._sent: dict[str, set[Shard]] = {}  # of what is still missing
+        self._sent: dict[str, set[Shard]] = {}  # missing shards that were sent, by experiment
         self._completion: dict[str, Completion] = {}
 
-    def show(self, standings: list[Standing], unreadable: Collection[str], leased: Iterable[str], queued: Iterable[str]) -> None:
-        """The state of all experiments.
+    def update(self, statuses: list[ExperimentStatus], unreadable: Collection[str], leased: Iterable[str], queued: Iterable[str]) -> None:
+        """Export the state of all experiments.
 
         Args:
-            standings: those that could be read.
-            unreadable: those that could not; what is known of them stays.
-            leased: the ids of the assignments that are being trained.
-            queued: of those that wait in the broker, or are on their way to a worker.
+            statuses: experiments that could be read.
+            unreadable: names of experiments that could not be read; their series keep their values.
+            leased: ids of the assignments in training.
+            queued: ids of the assignments in the broker, or in transit to a worker.
         """
-        names = {standing.view.name for standing in standings}.union(unreadable)
+        names = {status.view.name for status in statuses}.union(unreadable)
         self._series.keep_only(names)
         self._sent = {name: sent for name, sent in self._sent.items() if name in names}
         self._completion = {name: completion for name, completion in self._completion.items() if name in names}
-        for standing in standings:
-            self._series.note(standing.view.name, ended=standing.finished or standing.view.control.state == "cancelled")
+        for status in statuses:
+            self._series.update(status.view.name, ended=status.finished or status.view.control.state == "cancelled")
         self._series.expire()
-        states = Counter("finished" if each.finished else str(each.view.control.state) for each in standings)
+        states = Counter("finished" if status.finished else str(status.view.control.state) for status in statuses)
         states["unreadable"] = len(unreadable)
         for state in _STATES:
             metrics.EXPERIMENTS.labels(state).set(states[state])
         training, waiting = _by_experiment(leased), _by_experiment(queued)
-        for standing in standings:
-            name = standing.view.name
+        for status in statuses:
+            name = status.view.name
             if name in self._series.shown:
-                self._show(standing, training[name], waiting[name] - training[name])
+                self._update_experiment(status, training[name], waiting[name] - training[name])
 
-    def hide(self) -> None:
-        """Another dispatcher acts, and shows them."""
+    def clear(self) -> None:
+        """Remove all series, because another dispatcher leads and exports them."""
         self._series.keep_only(())
         metrics.EXPERIMENTS.clear()
         self._sent, self._completion = {}, {}
 
-    def sent(self, assignments: list[Assignment]) -> None:
-        """Count what was put into a queue."""
+    def count_sent(self, assignments: list[Assignment]) -> None:
+        """Count assignments that were sent to a queue."""
         for assignment in assignments:
             metrics.SENT.labels(assignment.experiment).inc()
             before = self._sent.setdefault(assignment.experiment, set())
             metrics.REDELIVERIES.labels(assignment.experiment).inc(assignment.shard in before)
             before.add(assignment.shard)
 
-    def taken_back(self, assignments: list[Assignment]) -> None:
-        """What waited in a queue and was taken out of it; to be sent again is no redelivery then."""
+    def discount_cleared(self, assignments: list[Assignment]) -> None:
+        """Register assignments that were removed from a queue, so that sending them again does not count as a redelivery."""
         for assignment in assignments:
             self._sent.get(assignment.experiment, set()).discard(assignment.shard)
 
-    def expired(self, ids: Iterable[str]) -> None:
-        """Count leases that ended without being given back, by the assignments' ids."""
+    def count_expired_leases(self, ids: Iterable[str]) -> None:
+        """Count leases that ended without a release, by the ids of their assignments."""
         for name, shards in _by_experiment(ids).items():
             if name in self._series.shown:
                 metrics.LEASES_EXPIRED.labels(name).inc(len(shards))
 
-    def _show(self, standing: Standing, training: set[Shard], queued: set[Shard]) -> None:
-        name, view, dead = standing.view.name, standing.view, set(standing.dead)
+    def _update_experiment(self, status: ExperimentStatus, training: set[Shard], queued: set[Shard]) -> None:
+        name, view, dead = status.view.name, status.view, set(status.dead)
         trials = {
-            "committed": standing.wanted - standing.missing,
+            "committed": status.trials - status.missing,
             "training": _trials(shard for shard in training - dead if shard in view.missing),
             "queued": _trials(shard for shard in queued - dead if shard in view.missing),
             "dead": _trials(dead),
         }
-        trials["waiting"] = standing.wanted - sum(trials.values())
+        trials["waiting"] = status.trials - sum(trials.values())
         for state, count in trials.items():
             metrics.TRIALS.labels(name, state).set(count)
-        runs = view.control.state == "running"
-        metrics.OUTSTANDING.labels(name).set(standing.outstanding if runs else 0)
+        running = view.control.state == "running"
+        metrics.OUTSTANDING.labels(name).set(status.outstanding if running else 0)
         for counter in _COUNTERS:
             counter.labels(name)
         if name in self._sent:
             self._sent[name].intersection_update([shard for shard in self._sent[name] if shard in view.missing])
-        self._show_completion(name, trials["committed"], standing.missing - trials["dead"] if runs else 0)
+        self._update_completion(name, trials["committed"], status.missing - trials["dead"] if running else 0)
 
-    def _show_completion(self, name: str, committed: int, left: int) -> None:
-        seconds = self._completion.setdefault(name, Completion()).after(time.monotonic(), committed, left)
-        if not left:
+    def _update_completion(self, name: str, committed: int, missing: int) -> None:
+        seconds = self._completion.setdefault(name, Completion()).seconds_left(time.monotonic(), committed, missing)
+        if not missing:
             del self._completion[name]
         if seconds is None:
             metrics.COMPLETION.remove(name)
@@ -131,11 +132,12 @@ class Measures:
 
 
 def _by_experiment(ids: Iterable[str]) -> dict[str, set[Shard]]:
-    """The shards of assignments, by experiment; what is no id of an assignment is passed over."""
+    """Group the shards of assignment ids by experiment; malformed ids are skipped."""
     shards: dict[str, set[Shard]] = defaultdict(set)
     for id_ in ids:
-        if named := parse_id(id_):
-            shards[named[0]].add(named[1])
+        if parsed := parse_id(id_):
+            experiment, shard = parsed
+            shards[experiment].add(shard)
     return shards
 
 

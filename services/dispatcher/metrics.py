@@ -1,27 +1,31 @@
-"""The metrics of the dispatcher. Those of an experiment go away some time after it has ended."""
+"""Metrics of the dispatcher. The series of an experiment are removed some time after its end."""
 
 from prometheus_client import Counter, Gauge
 
-EXPERIMENTS = Gauge("memtail_experiments", "Experiments: running, paused, cancelled, finished, or unreadable", ["state"])
-TRIALS = Gauge("memtail_trials", "Trials of an experiment: waiting, queued, training, committed, or dead", ["experiment", "state"])
+EXPERIMENTS = Gauge("memtail_experiments", "Experiments by state: running, paused, cancelled, finished or unreadable", ["state"])
+TRIALS = Gauge("memtail_trials", "Trials of an experiment by state: waiting, queued, training, committed or dead", ["experiment", "state"])
 OUTSTANDING = Gauge(
     "memtail_shards_outstanding",
-    "Shards to be trained, or being trained: neither committed nor given up; 0 while an experiment is paused or cancelled",
+    "Shards that are neither committed nor given up, including those in training; 0 while an experiment is paused or cancelled",
     ["experiment"],
 )
 COMPLETION = Gauge(
-    "memtail_completion_timestamp_seconds", "When all trials will be committed, as the last minutes went; a Unix time", ["experiment"]
+    "memtail_completion_timestamp_seconds",
+    "Estimated time at which all trials are committed, from the rate of the last minutes, as Unix time",
+    ["experiment"],
 )
-SENT = Counter("memtail_shards_sent_total", "Shards put into the queue", ["experiment"])
-REDELIVERIES = Counter("memtail_redeliveries_total", "Shards put into the queue once more", ["experiment"])
-LEASES_EXPIRED = Counter("memtail_leases_expired_total", "Leases whose worker vanished without giving them back", ["experiment"])
-LEADER = Gauge("memtail_dispatcher_leader", "1 for the dispatcher that acts, 0 for one that waits to take over")
+SENT = Counter("memtail_shards_sent_total", "Shards sent to the queue", ["experiment"])
+REDELIVERIES = Counter("memtail_redeliveries_total", "Shards sent to the queue that had been sent before", ["experiment"])
+LEASES_EXPIRED = Counter("memtail_leases_expired_total", "Leases that expired because their worker was lost", ["experiment"])
+LEADER = Gauge("memtail_dispatcher_leader", "1 for the dispatcher that leads, 0 for a standby")
 
-QUEUED = Gauge("memtail_broker_queued_messages", "Messages that wait in the broker")
-BROKER_MEMORY = Gauge("memtail_broker_memory_bytes", "Memory that the broker uses")
+QUEUED = Gauge("memtail_broker_queued_messages", "Messages in the broker's queues")
+BROKER_MEMORY = Gauge("memtail_broker_memory_bytes", "Memory in use by the broker")
 BROKER_CLIENTS = Gauge("memtail_broker_clients", "Connections to the broker")
 
 WORKERS = Gauge(
-    "memtail_fleet_workers", "Workers of an experiment in the cluster: wanted, running, pending or failed", ["experiment", "state"]
+    "memtail_fleet_workers",
+    "Workers of an experiment in the cluster by state: wanted (the target), running, pending or failed",
+    ["experiment", "state"],
 )
-POD_TROUBLES = Counter("memtail_fleet_pod_troubles_total", "Pods of workers that failed, were taken away, or do not start", ["reason"])
+POD_TROUBLES = Counter("memtail_fleet_pod_troubles_total", "Pods of workers that failed, were disrupted or cannot start", ["reason"])

@@ -1,7 +1,7 @@
-"""What is to be done, from what is wanted and what there is: pure functions, without a broker or a store.
+"""Decides which shards to send, from the declared experiments and the state of the bucket and the broker. Pure functions, no I/O.
 
-Every pass starts from the state of things, not from what happened since the last one. Whatever was lost on the way (a message, a worker,
-all of Redis, the dispatcher itself) is therefore made good by the next pass.
+Each pass compares states and does not depend on the events before it. Whatever was lost (a message, a worker, all of Redis, the dispatcher
+itself) is therefore repaired by the next pass.
 """
 
 from collections import Counter
@@ -15,11 +15,11 @@ from services.common.broker import Assignment
 
 @dataclass
 class View:
-    """One experiment as a pass finds it.
+    """State of an experiment in the bucket, as read by a pass.
 
     Attributes:
-        missing: the shards still to be trained, dead ones included, by first trial.
-        attempts: the failed attempts that are on record, by shard.
+        missing: shards that are not committed, including dead ones, ordered by first trial.
+        attempts: recorded failed attempts per shard.
     """
 
     name: str
@@ -29,30 +29,33 @@ class View:
     attempts: Counter[Shard] = field(default_factory=Counter)
 
     def assignment(self, shard: Shard) -> Assignment:
-        """The message that has a shard trained."""
+        """Create the message that assigns a shard to a worker."""
         return Assignment(experiment=self.name, fingerprint=self.fingerprint, first=shard.first, last=shard.last)
 
 
 def shards_missing(trials: int, trials_per_shard: int, committed: set[Shard]) -> list[Shard]:
-    """What is not committed of trials 0 to `trials` - 1, by first trial; as `missing_shards`, but quick where all is cut alike."""
+    """List the shards to train of trials 0 to `trials` - 1, ordered by first trial.
+
+    Equals `missing_shards`, but is faster where all committed shards lie on the grid of `trials_per_shard`.
+    """
     grid = [Shard(first, min(first + trials_per_shard, trials) - 1) for first in range(0, trials, trials_per_shard)]
     absent = [shard for shard in grid if shard not in committed]
     if len(grid) - len(absent) == len(committed):
         return absent
-    # batches of another length, from before the experiment was extended
+    # the last shard before an extension may be shorter than the grid's
     return missing_shards(trials, trials_per_shard, sorted(committed, key=lambda shard: shard.first))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a pass does.
+class Actions:
+    """Decisions of a pass.
 
     Attributes:
-        send: assignments to put into the queue, the most urgent first.
-        clear: whether to empty the queue before, since what waits in it is no longer wanted, or not so soon.
-        lost: shards whose worker has vanished so often that it counts as a failure.
-        outstanding: of each experiment, how many shards are neither committed nor dead.
-        dead: of each experiment, the shards that failed too often.
+        send: assignments to queue, most urgent first.
+        clear: whether to clear the queue before, because its messages are obsolete or less urgent than those in `send`.
+        lost: assignments that lost so many workers that this counts as a failed attempt.
+        outstanding: number of shards that are neither committed nor dead, by experiment.
+        dead: shards without attempts left, by experiment.
     """
 
     send: list[Assignment]
@@ -62,18 +65,18 @@ class Plan:
     dead: dict[str, list[Shard]]
 
     @classmethod
-    def of_all(cls, plans: Iterable["Plan"]) -> "Plan":
-        """The plans for several queues as one."""
-        joined = cls([], False, [], {}, {})
-        for plan in plans:
-            joined = cls(
-                joined.send + plan.send,
-                joined.clear or plan.clear,
-                joined.lost + plan.lost,
-                joined.outstanding | plan.outstanding,
-                joined.dead | plan.dead,
+    def merge(cls, parts: Iterable["Actions"]) -> "Actions":
+        """Combine the actions of several queues."""
+        merged = cls([], False, [], {}, {})
+        for part in parts:
+            merged = cls(
+                merged.send + part.send,
+                merged.clear or part.clear,
+                merged.lost + part.lost,
+                merged.outstanding | part.outstanding,
+                merged.dead | part.dead,
             )
-        return joined
+        return merged
 
 
 def reconcile(
@@ -84,47 +87,47 @@ def reconcile(
     *,
     max_starts: int,
     max_queued: int,
-) -> Plan:
-    """Decide what a pass does.
+) -> Actions:
+    """Decide on the actions for one queue.
 
     Args:
-        views: the experiments that share a queue.
-        queued: what waits in their queue, in its order.
-        busy: ids of the assignments that are leased, or on their way from the queue to a lease.
-        starts: how often each was begun and did not end in order, by id; of a busy one that is one more than its worker vanished.
-        max_starts: vanished workers that count as one failure.
-        max_queued: assignments in the queue at most.
+        views: experiments that share the queue.
+        queued: assignments in the queue, in its order.
+        busy: ids of assignments that are leased, or in transit from the queue to a lease.
+        starts: unfinished starts per assignment id (for a leased assignment: lost workers + 1).
+        max_starts: number of lost workers that counts as one failed attempt.
+        max_queued: maximum length of the queue.
     """
-    wanted: list[Assignment] = []
+    ready: list[Assignment] = []
     lost: list[Assignment] = []
     outstanding: dict[str, int] = {}
     dead: dict[str, list[Shard]] = {}
-    priority: dict[str, int] = {}  # of those that run
-    waiting = {assignment.id for assignment in queued}
+    priorities: dict[str, int] = {}  # of running experiments
+    queued_ids = {assignment.id for assignment in queued}
     for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):
-        failed = {shard for shard, attempts in view.attempts.items() if attempts >= MAX_ATTEMPTS}
-        dead[view.name] = sorted((shard for shard in failed if shard in view.missing), key=lambda shard: shard.first)
+        exhausted = {shard for shard, attempts in view.attempts.items() if attempts >= MAX_ATTEMPTS}
+        dead[view.name] = sorted((shard for shard in exhausted if shard in view.missing), key=lambda shard: shard.first)
         outstanding[view.name] = len(view.missing) - len(dead[view.name])
         if view.control.state != "running":
             continue
-        priority[view.name] = view.control.priority
+        priorities[view.name] = view.control.priority
         for shard in view.missing:
-            if len(wanted) >= max_queued + len(queued):
+            if len(ready) >= max_queued + len(queued):
                 break
             assignment = view.assignment(shard)
-            if shard in failed or assignment.id in busy:
+            if shard in exhausted or assignment.id in busy:
                 continue
             if starts.get(assignment.id, 0) >= max_starts:
                 lost.append(assignment)
             else:
-                wanted.append(assignment)
-    send = [assignment for assignment in wanted if assignment.id not in waiting][: max(0, max_queued - len(queued))]
-    clear = any(assignment.experiment not in priority for assignment in queued) or _more_urgent(send, queued, priority)
-    return Plan(wanted[:max_queued] if clear else send, clear, lost, outstanding, dead)
+                ready.append(assignment)
+    send = [assignment for assignment in ready if assignment.id not in queued_ids][: max(0, max_queued - len(queued))]
+    clear = any(assignment.experiment not in priorities for assignment in queued) or _is_more_urgent(send, queued, priorities)
+    return Actions(ready[:max_queued] if clear else send, clear, lost, outstanding, dead)
 
 
-def _more_urgent(send: list[Assignment], queued: list[Assignment], priority: dict[str, int]) -> bool:
-    """Whether something to be sent would wait behind something less urgent."""
+def _is_more_urgent(send: list[Assignment], queued: list[Assignment], priorities: dict[str, int]) -> bool:
+    """Return whether an assignment to send has a higher priority than one in the queue."""
     if not queued or not send:
         return False
-    return priority[send[0].experiment] > min(priority.get(assignment.experiment, 0) for assignment in queued)
+    return priorities[send[0].experiment] > min(priorities.get(assignment.experiment, 0) for assignment in queued)

@@ -1,4 +1,4 @@
-"""The Jobs of the fleet: what its file says, what an experiment may ask for instead, and the Job that comes of both."""
+"""Job manifests of the fleet, from the fleet's settings file and an experiment's `execution.workers`."""
 
 import copy
 import hashlib
@@ -15,18 +15,18 @@ from pydantic.alias_generators import to_camel
 from memtail.spec import WorkersSpec
 from services.common.settings import ServiceError
 
-#: Labels of Jobs and pods: the experiment they work for, and the number of the Job among those of the experiment.
+#: Labels of Jobs and pods: the experiment's name, and the number of the Job within the experiment.
 EXPERIMENT_LABEL, NUMBER_LABEL = "memtail/experiment", "memtail/number"
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _MIN_PARALLELISM = "kueue.x-k8s.io/job-min-parallelism"
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel, coerce_numbers_to_str=True)
 
 
-class Limits(_Part):
-    """What an experiment may ask for in its `execution.workers`; of lists and tables, what they name."""
+class Limits(_Section):
+    """Limits on an experiment's `execution.workers`: maxima of numbers, and lists of allowed values."""
 
     max_workers: int
     gpus: int
@@ -38,39 +38,39 @@ class Limits(_Part):
     priority_classes: list[str]
     toleration_keys: list[str]
 
-    def violation(self, asked: WorkersSpec) -> str | None:
-        """What is asked for and not allowed, in words."""
-        for key, most in (("max", self.max_workers), ("gpus", self.gpus), ("cpu", self.cpu), ("memory", self.memory)):
-            value = getattr(asked, key)
-            if value is not None and parse_quantity(value) > parse_quantity(most):
-                return f"{key} is {value}, at most {most} is allowed"
+    def violation(self, requested: WorkersSpec) -> str | None:
+        """Describe the first violated limit; None if the request is allowed."""
+        for key, maximum in (("max", self.max_workers), ("gpus", self.gpus), ("cpu", self.cpu), ("memory", self.memory)):
+            value = getattr(requested, key)
+            if value is not None and parse_quantity(value) > parse_quantity(maximum):
+                return f"{key} is {value}, at most {maximum} is allowed"
         for key, allowed in (
             ("image", self.images),
             ("gpu_resource", self.gpu_resources),
             ("priority_class", self.priority_classes),
         ):
-            value = getattr(asked, key)
+            value = getattr(requested, key)
             if value is not None and value not in allowed:
                 return f"{key} is {value}, allowed: {', '.join(allowed) or 'none'}"
-        for label, value in asked.node_selector.items():
+        for label, value in requested.node_selector.items():
             if value not in self.node_selectors.get(label, []):
                 return f"node_selector {label} is {value}, allowed: {', '.join(self.node_selectors.get(label, [])) or 'none'}"
-        for toleration in asked.tolerations:
+        for toleration in requested.tolerations:
             if toleration.key not in self.toleration_keys:
                 return f"tolerations name {toleration.key}, allowed: {', '.join(self.toleration_keys) or 'none'}"
         return None
 
 
-class FleetSettings(_Part):
-    """The file that `MEMTAIL_FLEET` names (YAML, keys in camelCase).
+class FleetSettings(_Section):
+    """Settings file of the fleet, named by `MEMTAIL_FLEET` (YAML, keys in camelCase).
 
     Attributes:
-        namespace: where Jobs are made.
-        owner: the Deployment that owns them, so that they go with it.
-        instance: begins their names, and is their label `app.kubernetes.io/instance`.
-        max_workers: of all experiments together.
-        queue_name: Kueue's local queue, which admits them; none if empty.
-        limits: of what experiments may ask for.
+        namespace: namespace of the Jobs.
+        owner: Deployment that owns the Jobs, so that they are deleted with it.
+        instance: prefix of the Jobs' names, and value of their label `app.kubernetes.io/instance`.
+        max_workers: maximum number of workers of all experiments together.
+        queue_name: Kueue's LocalQueue that admits the Jobs; empty: no Kueue.
+        limits: limits on the requests of experiments.
         job: `metadata` and `spec` of a Job, with a container called `worker`.
     """
 
@@ -84,11 +84,11 @@ class FleetSettings(_Part):
 
     @classmethod
     def load(cls, path: str) -> "FleetSettings":
-        """Read the file. Raises: ServiceError."""
+        """Read the settings file. Raises: ServiceError: the file is unreadable or invalid."""
         try:
             return cls.model_validate(yaml.safe_load(Path(path).read_text()))
         except (OSError, yaml.YAMLError) as error:
-            raise ServiceError(f"MEMTAIL_FLEET names {path}, which cannot be read ({error}): name the fleet's YAML file") from None
+            raise ServiceError(f"MEMTAIL_FLEET file {path} is unreadable ({error}): set it to the fleet's YAML file") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise ServiceError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -96,7 +96,12 @@ class FleetSettings(_Part):
 
 @dataclass(frozen=True)
 class Demand:
-    """The workers that an experiment could use; `outstanding` shards are neither committed nor dead: they wait, or are being trained."""
+    """Demand of an experiment for workers.
+
+    Attributes:
+        outstanding: number of shards that are neither committed nor dead, including those in training.
+        workers: the experiment's `execution.workers`.
+    """
 
     experiment: str
     state: Literal["running", "paused", "cancelled"]
@@ -105,15 +110,15 @@ class Demand:
     workers: WorkersSpec | None = None
 
 
-def job_of(settings: FleetSettings, demand: Demand, number: int, workers: int, owner: dict[str, Any]) -> dict[str, Any]:
-    """The Job that gives an experiment so many more workers.
+def build_job(settings: FleetSettings, demand: Demand, number: int, workers: int, owner: dict[str, Any]) -> dict[str, Any]:
+    """Build the manifest of a Job with workers for an experiment.
 
     Args:
         settings: of the fleet.
-        demand: the experiment's.
-        number: of the Job among those of the experiment; its name follows from it, so that two dispatchers cannot make it twice.
-        workers: how many.
-        owner: the owner reference.
+        demand: demand of the experiment.
+        number: number of the Job within the experiment. It is part of the Job's name, so two dispatchers cannot create the Job twice.
+        workers: number of workers.
+        owner: owner reference.
     """
     job = copy.deepcopy(settings.job)
     name = demand.experiment
@@ -128,7 +133,7 @@ def job_of(settings: FleetSettings, demand: Demand, number: int, workers: int, o
     if settings.queue_name:
         spec["suspend"] = True
         metadata["labels"][_QUEUE_LABEL] = settings.queue_name
-        if workers > 1:  # fewer of them may start when there is no room for all
+        if workers > 1:  # Kueue may admit a part of the pods
             metadata["annotations"] = {**metadata.get("annotations", {}), _MIN_PARALLELISM: "1"}
     pod = spec["template"]
     pod_labels = pod.setdefault("metadata", {}).get("labels", {})
@@ -138,43 +143,43 @@ def job_of(settings: FleetSettings, demand: Demand, number: int, workers: int, o
     return {"apiVersion": "batch/v1", "kind": "Job", **job}
 
 
-def shards_per_worker(settings: FleetSettings, asked: WorkersSpec | None) -> int:
-    """How many shards a worker trains at a time: one on each of its devices."""
-    if asked and asked.gpus is not None:
-        return max(1, asked.gpus)
+def shards_per_worker(settings: FleetSettings, requested: WorkersSpec | None) -> int:
+    """Count the shards that a worker trains at a time: one per device."""
+    if requested and requested.gpus is not None:
+        return max(1, requested.gpus)
     variables = _worker(settings.job["spec"]["template"]["spec"]).get("env", [])
     return next((len(entry["value"].split(",")) for entry in variables if entry["name"] == "MEMTAIL_DEVICES"), 1)
 
 
-def _apply(asked: WorkersSpec, limits: Limits, pod: dict[str, Any]) -> None:
+def _apply(requested: WorkersSpec, limits: Limits, pod: dict[str, Any]) -> None:
     container = _worker(pod)
-    if asked.image:
-        container["image"] = asked.image
+    if requested.image:
+        container["image"] = requested.image
     resources = container.setdefault("resources", {})
-    for key, value in (("cpu", asked.cpu), ("memory", asked.memory)):
+    for key, value in (("cpu", requested.cpu), ("memory", requested.memory)):
         if value:
             resources.setdefault("requests", {})[key] = value
             if key in resources.get("limits", {}):
                 resources["limits"][key] = value
-    if asked.gpus is not None or asked.gpu_resource is not None:
-        _give_gpus(asked, limits, container, resources)
+    if requested.gpus is not None or requested.gpu_resource is not None:
+        _set_gpus(requested, limits, container, resources)
     for kind, amounts in resources.items():
         resources[kind] = {key: str(amount) for key, amount in amounts.items()}
-    pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **asked.node_selector}
-    pod["tolerations"] = pod.get("tolerations", []) + [each.model_dump(exclude_none=True) for each in asked.tolerations]
-    if asked.priority_class:
-        pod["priorityClassName"] = asked.priority_class
+    pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **requested.node_selector}
+    pod["tolerations"] = pod.get("tolerations", []) + [each.model_dump(exclude_none=True) for each in requested.tolerations]
+    if requested.priority_class:
+        pod["priorityClassName"] = requested.priority_class
 
 
-def _give_gpus(asked: WorkersSpec, limits: Limits, container: dict[str, Any], resources: dict[str, Any]) -> None:
-    given = resources.setdefault("limits", {})
-    there = next((key for key in given if key in limits.gpu_resources), None)
-    resource = asked.gpu_resource or there or next(iter(limits.gpu_resources), "nvidia.com/gpu")
-    gpus = asked.gpus if asked.gpus is not None else int(given.get(there, 1))
-    for amounts in resources.values():
-        amounts.pop(there, None)
+def _set_gpus(requested: WorkersSpec, limits: Limits, container: dict[str, Any], resources: dict[str, Any]) -> None:
+    amounts = resources.setdefault("limits", {})
+    default_resource = next((key for key in amounts if key in limits.gpu_resources), None)
+    resource = requested.gpu_resource or default_resource or next(iter(limits.gpu_resources), "nvidia.com/gpu")
+    gpus = requested.gpus if requested.gpus is not None else int(amounts.get(default_resource, 1))
+    for each in resources.values():
+        each.pop(default_resource, None)
     if gpus:
-        given[resource] = gpus
+        amounts[resource] = gpus
     _set_variable(container, "MEMTAIL_DEVICES", ",".join(f"cuda:{index}" for index in range(gpus)) or "cpu")
 
 

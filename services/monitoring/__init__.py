@@ -1,1 +1,1 @@
-"""What watches the services: Prometheus's and Grafana's configuration, and the dashboards."""
+"""Monitoring of the services: configuration of Prometheus and Grafana, and the dashboards."""

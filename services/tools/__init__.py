@@ -1,1 +1,1 @@
-"""Commands that deployments run beside the services: health checks, a bucket, passwords."""
+"""Commands for deployments: health check, creation of the bucket, generation of passwords."""

@@ -1,7 +1,7 @@
-"""`python -m services.tools.healthcheck WHAT`: exit code 0 if a service lives, for the health checks of containers.
+"""`python -m services.tools.healthcheck TARGET`: health check of a container, with exit code 0 if the service is healthy.
 
-WHAT is the URL of a service's /healthz, or a worker's heartbeat file, which is to have been touched lately. It is run every few seconds,
-so it loads nothing that takes long to load.
+TARGET is the URL of a service's /healthz, or the heartbeat file of a worker. Containers run it every few seconds, so it imports only
+modules that load quickly.
 """
 
 import sys
@@ -9,20 +9,20 @@ import time
 import urllib.request
 from pathlib import Path
 
-#: Seconds; a worker beats much more often.
-PATIENCE = 60.0
+#: Maximum age of a heartbeat in seconds; workers send one every few seconds.
+HEARTBEAT_TIMEOUT = 60.0
 
 
-def main(what: str) -> str | None:
-    """What is wrong with a service; None if nothing is."""
+def main(target: str) -> str | None:
+    """Return the reason why a service is unhealthy, or None if it is healthy."""
     try:
-        if what.startswith("http"):
-            with urllib.request.urlopen(what, timeout=5):
+        if target.startswith("http"):
+            with urllib.request.urlopen(target, timeout=5):  # noqa: S310 - the deployment's own URL
                 return None
-        age = time.time() - Path(what).stat().st_mtime
+        age = time.time() - Path(target).stat().st_mtime
     except OSError as error:
-        return f"{what}: {error}"
-    return None if age < PATIENCE else f"{what}: no beat for {age:.0f} s"
+        return f"{target}: {error}"
+    return None if age < HEARTBEAT_TIMEOUT else f"{target}: last heartbeat {age:.0f} s ago"
 
 
 if __name__ == "__main__":

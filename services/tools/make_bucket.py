@@ -1,4 +1,4 @@
-"""`python -m services.tools.make_bucket`: makes the bucket that MEMTAIL_STORE names, unless it is there."""
+"""`python -m services.tools.make_bucket`: creates the bucket of MEMTAIL_STORE if it does not exist."""
 
 import structlog
 
@@ -11,7 +11,7 @@ log = structlog.get_logger()
 
 def _make(settings: ServiceSettings) -> None:
     store = open_bucket(settings.store)
-    log.info("bucket made" if store.make_bucket() else "bucket was there", store=store.address)
+    log.info("bucket created" if store.make_bucket() else "bucket exists", store=store.address)
 
 
 if __name__ == "__main__":

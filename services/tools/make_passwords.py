@@ -1,6 +1,6 @@
-"""`python -m services.tools.make_passwords FOLDER`: makes the random passwords of a deployment once, in files that services read.
+"""`python -m services.tools.make_passwords FOLDER`: generates the random passwords of a deployment, in files that the services read.
 
-`python -m services.tools.make_passwords FOLDER --show` prints those that people need. To change one, remove its file and run it again.
+Existing passwords are kept: to change a password, delete its file and run the command again. `--show` prints the passwords for logins.
 """
 
 import os
@@ -8,7 +8,7 @@ import secrets
 import sys
 from pathlib import Path
 
-#: The files with a password each, and whose it is.
+#: File of each password, and its purpose.
 PASSWORDS = {
     "s3-access-key": "access key of the S3 server, and user of its console",
     "s3-secret-key": "secret key of the S3 server, and password of its console",
@@ -18,7 +18,7 @@ PASSWORDS = {
 
 
 def make(folder: Path) -> None:
-    """Make the passwords that are missing, and the files that Redis and its clients read."""
+    """Generate missing passwords, and write the configuration files of Redis and its clients."""
     for name in PASSWORDS:
         if not (folder / name).exists():
             _write(folder / name, secrets.token_hex(20))
@@ -28,16 +28,16 @@ def make(folder: Path) -> None:
 
 
 def show(folder: Path) -> None:
-    """Print the passwords that people need."""
+    """Print the passwords for logins."""
     for name, meaning in PASSWORDS.items():
         print(f"{(folder / name).read_text()}  {meaning}")
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that its group may read, whole or not at all."""
+    """Write a file atomically, readable by its owner and group."""
     unfinished = path.with_suffix(".new")
     unfinished.unlink(missing_ok=True)
-    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o440), "w") as file:  # noqa: PTH123 - with its mode from the start
+    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o440), "w") as file:  # noqa: PTH123 - created with its final mode
         file.write(text)
     unfinished.replace(path)
 

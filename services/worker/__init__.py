@@ -1,1 +1,1 @@
-"""Workers: each trains shards on its devices, one warm process per device, and commits what they give to the bucket."""
+"""Workers: train shards in one long-lived process per device, and commit the trial batches to the bucket."""

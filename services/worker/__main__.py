@@ -12,5 +12,5 @@ def _work(settings: ServiceSettings) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # training on a CPU computes on one thread; processes fill the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # CPU training uses one thread per process, and one process per core
     start(_work)

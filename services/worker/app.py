@@ -1,8 +1,8 @@
-"""The Celery worker: messages to `Trainer`, one process per device, and what happens when a process dies.
+"""The Celery worker: passes assignments to a `Trainer` in one process per device, and handles the death of a process.
 
-The parent process never imports torch, since a CUDA context does not survive a fork. Children cannot tell that the worker is told to stop
-(SIGTERM comes to the parent), so the parent raises a flag in shared memory, which they look at between steps. Metrics and health checks are
-the parent's; its threads log nothing, since a lock of theirs might be held while a process is forked.
+The parent process never imports torch, because a CUDA context does not survive a fork. SIGTERM reaches only the parent, which then sets a
+flag in shared memory that training processes check between steps. The parent also serves metrics and health checks; its threads do not log,
+because a fork could copy a held lock of the logger.
 """
 
 import os
@@ -33,9 +33,9 @@ from memtail.storage.open import open_store
 from services.common.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
 from services.common.process import Heartbeat, serve
 from services.common.settings import ServiceSettings
-from services.tools.healthcheck import PATIENCE
+from services.tools.healthcheck import HEARTBEAT_TIMEOUT
 from services.worker.heartbeat import ConsumerHeartbeat
-from services.worker.metric_updates import DIED, Measures
+from services.worker.metric_updates import DIED, WorkerMetrics
 from services.worker.reports import Reports
 from services.worker.trainer import Trainer
 from services.worker.transport import register
@@ -45,11 +45,11 @@ log = structlog.get_logger()
 
 
 class Worker:
-    """A Celery worker and its processes.
+    """A Celery worker and its training processes.
 
     Args:
         settings: of the services.
-        devices: one per process.
+        devices: device of each process.
     """
 
     def __init__(self, settings: ServiceSettings, devices: list[str]) -> None:
@@ -57,18 +57,18 @@ class Worker:
         self._name = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._stopping = Value("b", 0)
         self._reports = Reports()
-        self._health = Heartbeat(PATIENCE)
+        self._health = Heartbeat(HEARTBEAT_TIMEOUT)
         self._store: ObjectStore = open_store(settings.store, observe=partial(self._reports.send, "store"))
-        self._measures = Measures(len(devices), settings.linger_seconds)
-        self._trainer: Trainer | None = None
-        self._lost = ""
+        self._metrics = WorkerMetrics(len(devices), settings.linger_seconds)
+        self._trainer: Trainer  # in training processes only
+        self._last_lost = ""  # id of the last Celery task whose process died
         register()
         self.celery = celery_app(settings)
         self.celery.task(name=TASK)(self._run)
         watchdog = Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6, settings.rest_seconds)
         self.celery.steps["consumer"].add(watchdog.step())
-        self.celery.steps["consumer"].add(ConsumerHeartbeat(self._beat).step())
-        # kept by weak reference otherwise
+        self.celery.steps["consumer"].add(ConsumerHeartbeat(self._send_heartbeat).step())
+        # by default signals hold only weak references
         signals.setup_logging.connect(_keep_logs, weak=False)
         signals.worker_process_init.connect(self._start_process, weak=False)
         signals.worker_shutting_down.connect(self._stop, weak=False)
@@ -76,17 +76,18 @@ class Worker:
         signals.task_unknown.connect(self._count_unknown, weak=False)
 
     def run(self) -> int:
-        """Work until told to stop.
+        """Train assignments until the worker is stopped.
 
-        Returns: the exit code.
+        Returns:
+            The exit code.
 
         Raises:
-            ServiceError: the port of the metrics cannot be had.
+            ServiceError: the port of the metrics is unavailable.
         """
         serve(self._settings.port, self._health)
-        self._measures.follow(self._reports)
-        left_out = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
-        program = _Program(app=self.celery, pool_cls="prefork", concurrency=len(self._devices), quiet=True, **left_out)
+        self._metrics.follow(self._reports)
+        disabled = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
+        program = _Program(app=self.celery, pool_cls="prefork", concurrency=len(self._devices), quiet=True, **disabled)
         program.start()
         return int(program.exitcode or 0)
 
@@ -101,23 +102,22 @@ class Worker:
         self._trainer = Trainer(self._store, broker, self._name, device, lease, stopping, self._reports.send)
 
     def _run(self, **fields: Any) -> None:
-        assert self._trainer is not None
         try:
             assignment = Assignment.model_validate(fields)
         except ValidationError as error:
             self._reports.send("dropped")
-            log.warning("message dropped: it is no assignment", errors=error.error_count())
+            log.warning("message dropped: not an assignment", errors=error.error_count())
             return
         sent = (self.celery.current_task.request.headers or {}).get(SENT_HEADER)
         if self._stopping.value or self._trainer.train(assignment, sent) == ShardOutcome.HANDED_BACK:
-            # where the worker itself is at fault (its disk, its clock, its way to the store), another is to have a chance first
+            # if the fault is this worker's (disk, clock, connection to the store), another worker should receive the message first
             until = time.monotonic() + self._settings.lease_seconds / 4
             while not self._stopping.value and time.monotonic() < until:
                 time.sleep(0.1)
             raise Reject("handed back", requeue=True)
 
-    def _beat(self) -> None:
-        self._health.beat()
+    def _send_heartbeat(self) -> None:
+        self._health.record()
         if self._settings.heartbeat_file:
             Path(self._settings.heartbeat_file).touch()
 
@@ -128,10 +128,10 @@ class Worker:
         self._reports.send("dropped")
 
     def _record_loss(self, task_id: str, exception: BaseException, kwargs: Any, **_: Any) -> None:
-        """In the parent: a process died, or was killed at its time limit, and can say nothing itself."""
-        if isinstance(exception, Reject) or task_id == self._lost:  # a time limit is reported twice
+        """Record a failure for a training process that died or was killed at its time limit; runs in the parent."""
+        if isinstance(exception, Reject) or task_id == self._last_lost:  # Celery reports a time limit twice
             return
-        self._lost = task_id
+        self._last_lost = task_id
         try:
             assignment = Assignment.model_validate(kwargs)
             self._reports.send("ended", assignment.experiment, DIED)
@@ -141,11 +141,11 @@ class Worker:
                 Broker(self._settings, self.celery).release(assignment, self._name)
             log.error("training process died", experiment=assignment.experiment, shard=str(assignment.shard), error=str(exception))
         except (ValidationError, MemtailError) as problem:
-            log.error("training process died, and that could not be recorded", error=str(problem))
+            log.error("training process died, and the failure could not be recorded", error=str(problem))
 
 
 class _Program(CeleryWorker):  # type: ignore[misc]
-    """Celery's worker, without what it says on standard output when it is told to stop."""
+    """Celery's worker without its shutdown message on standard output."""
 
     def install_platform_tweaks(self, worker: Any) -> None:
         super().install_platform_tweaks(worker)
@@ -153,5 +153,5 @@ class _Program(CeleryWorker):  # type: ignore[misc]
 
 
 def _keep_logs(**_: Any) -> None:
-    """Celery sets up no logs of its own where somebody takes this signal; what its pool logs goes where all else goes."""
+    """Keep the service's logging: Celery configures none if this signal has a receiver. Its pool then logs to the same handlers."""
     get_multiprocessing_logger().propagate = True

@@ -1,4 +1,4 @@
-"""The GPUs of a worker's machine, as NVIDIA's library sees them when metrics are asked for. Where there are none, nothing is shown."""
+"""GPU metrics of a worker's machine, read through NVML at each scrape. Machines without NVIDIA GPUs export none."""
 
 import math
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import Any
 from services.worker import metrics
 
 
-def show() -> None:
-    """Have the metrics show every GPU that this process may see, and of each what it can tell."""
+def register_gpu_metrics() -> None:
+    """Export memory and utilization of each GPU that is visible to this process, as far as NVML reports them."""
     try:
         import pynvml
     except ModuleNotFoundError:
@@ -16,7 +16,7 @@ def show() -> None:
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:  # no driver, or one that does not answer
+    except pynvml.NVMLError:  # no driver, or a driver that does not respond
         return
     for index, handle in enumerate(handles):
         for gauge, read in (
@@ -25,7 +25,7 @@ def show() -> None:
             (metrics.DEVICE_UTILIZATION, lambda handle=handle: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
         ):
             reading = _or_nan(read, pynvml.NVMLError)
-            if not math.isnan(reading()):  # a part of a GPU, for one, does not know how busy it is
+            if not math.isnan(reading()):  # a MIG instance, for one, has no utilization
                 gauge.labels(str(index)).set_function(reading)
 
 

@@ -1,10 +1,11 @@
-"""Signs of life of a worker: beats as long as its parent process comes round.
+"""Heartbeat of a worker's parent process.
 
-While Redis is away the consumer has no loop that could come round; then a thread beats, so that an outage of Redis does not have workers
-killed that train on.
+The timer of Celery's consumer sends it while Redis is connected. During an outage of Redis the consumer's loop does not run; a thread then
+sends the heartbeat, so that workers that still train are not killed.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,29 +13,29 @@ from celery import bootsteps
 
 
 class ConsumerHeartbeat:
-    """Beats.
+    """Sends heartbeats from the consumer, or from a thread while the consumer is disconnected.
 
     Args:
-        beat: called now and then, from either thread.
-        seconds: between two beats.
+        send: records a heartbeat; called from both threads.
+        seconds: interval between heartbeats.
     """
 
-    def __init__(self, beat: Callable[[], None], seconds: float = 5.0) -> None:
-        self._beat, self._seconds = beat, seconds
+    def __init__(self, send: Callable[[], None], seconds: float = 5.0) -> None:
+        self._send, self._seconds = send, seconds
         self._connected = False
 
     def step(self) -> type[bootsteps.StartStopStep]:
-        """The part of a Celery consumer that beats."""
+        """Create the bootstep for Celery's consumer, and start the thread."""
         heartbeat = self
-        threading.Thread(target=self._stand_in, daemon=True).start()
+        threading.Thread(target=self._send_while_disconnected, daemon=True).start()
 
         class Step(bootsteps.StartStopStep):  # type: ignore[misc]
             requires = ("celery.worker.consumer.tasks:Tasks",)
 
             def start(self, parent: Any) -> None:
                 heartbeat._connected = True
-                heartbeat._beat()
-                self._timer = parent.timer.call_repeatedly(heartbeat._seconds, heartbeat._beat)
+                heartbeat._send()
+                self._timer = parent.timer.call_repeatedly(heartbeat._seconds, heartbeat._send)
 
             def stop(self, parent: Any) -> None:
                 self._timer.cancel()
@@ -42,8 +43,8 @@ class ConsumerHeartbeat:
 
         return Step
 
-    def _stand_in(self) -> None:
-        never = threading.Event()
-        while not never.wait(self._seconds):
+    def _send_while_disconnected(self) -> None:
+        while True:
+            time.sleep(self._seconds)
             if not self._connected:
-                self._beat()
+                self._send()

@@ -1,7 +1,4 @@
-"""What a worker shows: it counts what its training processes report, and looks at its devices when it is asked for metrics.
-
-Nothing here is called in a training process.
-"""
+"""Updates a worker's metrics from the reports of its training processes. Runs in the parent process only."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,18 +12,18 @@ from services.worker import gpus, metrics
 from services.worker.reports import Reports
 from services.worker.trainer import LEASED, NOT_WANTED
 
-#: The outcome of an assignment whose process died.
+#: Outcome of an assignment whose training process died.
 DIED = "died"
 #: All outcomes of an assignment.
 OUTCOMES = (*(outcome.value for outcome in ShardOutcome if outcome is not ShardOutcome.STOPPED), LEASED, NOT_WANTED, DIED)
 
 
-class Measures:
-    """The metrics of a worker.
+class WorkerMetrics:
+    """Updates the metrics of a worker.
 
     Args:
-        devices: how many it trains on.
-        linger: seconds for which the series of an experiment stay that is not trained here any more.
+        devices: number of devices.
+        linger: seconds after the last training of an experiment until its series are removed.
     """
 
     def __init__(self, devices: int, linger: float) -> None:
@@ -39,31 +36,31 @@ class Measures:
             metrics.QUEUE_SECONDS,
         )
         self._series = ExperimentSeries(of_experiments, linger)
-        self._training: Counter[str] = Counter()  # assignments in training, by experiment
+        self._training: Counter[str] = Counter()  # number of assignments in training, by experiment
         metrics.DEVICES.set(devices)
         metrics.DEVICES_BUSY.set_function(lambda: len(state.active_requests))
-        gpus.show()
+        gpus.register_gpu_metrics()
 
     def follow(self, reports: Reports) -> None:
-        """Count what processes report from now on."""
-        take: dict[str, Callable[..., None]] = {
+        """Count the reports of training processes in a background thread."""
+        handlers: dict[str, Callable[..., None]] = {
             "store": count_request,
-            "taken": self.taken,
-            "trained": self.trained,
-            "ended": self.ended,
+            "taken": self.count_taken,
+            "trained": self.count_trained,
+            "ended": self.count_ended,
             "dropped": metrics.DROPPED.inc,
         }
-        reports.follow(take, self._series.expire, seconds=5)
+        reports.follow(handlers, self._series.expire, seconds=5)
 
-    def _note(self, experiment: str, begun: int) -> None:
-        """So many more of its assignments are in training here; when none is left, this may be the last that is heard of it."""
-        self._training[experiment] = max(0, self._training[experiment] + begun)
-        self._series.note(experiment)
-        self._series.note(experiment, ended=not self._training[experiment])
+    def _update_series(self, experiment: str, started: int = 0) -> None:
+        """Track the assignments in training; an experiment without any counts as ended, until its next assignment."""
+        self._training[experiment] = max(0, self._training[experiment] + started)
+        self._series.update(experiment)
+        self._series.update(experiment, ended=not self._training[experiment])
 
-    def taken(self, experiment: str, queue_seconds: float | None) -> None:
-        """A process took an assignment, which was so long on its way."""
-        self._note(experiment, 1)
+    def count_taken(self, experiment: str, queue_seconds: float | None) -> None:
+        """Count a received assignment, and the time since it was sent."""
+        self._update_series(experiment, started=1)
         for outcome in OUTCOMES:
             metrics.ATTEMPTS.labels(experiment, outcome)
         for counter in (metrics.TRIALS, metrics.EXAMPLES):
@@ -71,17 +68,26 @@ class Measures:
         if queue_seconds is not None:
             metrics.QUEUE_SECONDS.labels(experiment).observe(queue_seconds)
 
-    def trained(self, experiment: str, trials: int, committed: bool, examples: int, seconds: float, phases: dict[str, float]) -> None:
-        """A shard was trained: so many trials, examples (once an epoch), and seconds, also by phase where that was measured."""
-        self._note(experiment, 0)
+    def count_trained(self, experiment: str, trials: int, committed: bool, examples: int, seconds: float, phases: dict[str, float]) -> None:
+        """Count a trained shard.
+
+        Args:
+            experiment: name of the experiment.
+            trials: number of trials.
+            committed: whether this worker committed the trial batch.
+            examples: training examples processed, counted once per epoch.
+            seconds: training time of the shard.
+            phases: training time by phase, empty if not measured.
+        """
+        self._update_series(experiment)
         metrics.TRIALS.labels(experiment).inc(trials if committed else 0)
         metrics.EXAMPLES.labels(experiment).inc(examples)
         for _ in range(trials):
             metrics.TRIAL_SECONDS.labels(experiment).observe(seconds / trials)
-            for phase, spent in phases.items():
-                metrics.PHASE_SECONDS.labels(experiment, phase).observe(spent / trials)
+            for phase, duration in phases.items():
+                metrics.PHASE_SECONDS.labels(experiment, phase).observe(duration / trials)
 
-    def ended(self, experiment: str, outcome: str) -> None:
-        """What became of an assignment."""
-        self._note(experiment, -1)
+    def count_ended(self, experiment: str, outcome: str) -> None:
+        """Count the outcome of an assignment."""
+        self._update_series(experiment, started=-1)
         metrics.ATTEMPTS.labels(experiment, outcome).inc()

@@ -1,7 +1,7 @@
-"""What training processes report to their parent, which owns the metrics: lines of JSON in a pipe.
+"""Reports from training processes to their parent, which exports the metrics: lines of JSON in a pipe.
 
-A line as short as these is written whole or not at all, so that there is no lock that a killed process could keep. Where the parent is
-behind, a line is dropped: training never waits.
+Writes of at most PIPE_BUF bytes are atomic, so no lock is needed that a killed process could hold. While the pipe is full, reports are
+dropped: training never waits.
 """
 
 import json
@@ -14,36 +14,36 @@ from typing import Any
 
 
 class Reports:
-    """A pipe, made before processes are forked."""
+    """A pipe, created before the training processes are forked."""
 
     def __init__(self) -> None:
         self._source, self._sink = os.pipe()
         os.set_blocking(self._sink, False)
 
     def send(self, kind: str, *values: Any) -> None:
-        """Report something, from any process and thread; what does not fit is dropped."""
+        """Send a report, from any process and thread; dropped if the pipe is full or the report too long."""
         line = json.dumps([kind, *values]).encode() + b"\n"
         if len(line) <= select.PIPE_BUF:
             with suppress(BlockingIOError):
                 os.write(self._sink, line)
 
-    def follow(self, take: Mapping[str, Callable[..., None]], tidy: Callable[[], None], seconds: float) -> None:
-        """From a thread of its own, give each report to the function for its kind, and call `tidy` now and then.
+    def follow(self, handlers: Mapping[str, Callable[..., None]], tick: Callable[[], None], seconds: float) -> None:
+        """Handle reports in a background thread.
 
         Args:
-            take: the functions.
-            tidy: called after reports came, and when none came for so many seconds.
-            seconds: those.
+            handlers: function for each kind of report.
+            tick: called after reports were handled, and at least every `seconds`.
+            seconds: maximum interval between calls of `tick`.
         """
-        threading.Thread(target=self._follow, args=(take, tidy, seconds), daemon=True).start()
+        threading.Thread(target=self._follow, args=(handlers, tick, seconds), daemon=True).start()
 
-    def _follow(self, take: Mapping[str, Callable[..., None]], tidy: Callable[[], None], seconds: float) -> None:
+    def _follow(self, handlers: Mapping[str, Callable[..., None]], tick: Callable[[], None], seconds: float) -> None:
         rest = b""
         while True:
-            tidy()
+            tick()
             if not select.select([self._source], [], [], seconds)[0]:
                 continue
             *lines, rest = (rest + os.read(self._source, 1 << 16)).split(b"\n")
             for line in lines:
                 kind, *values = json.loads(line)
-                take[kind](*values)
+                handlers[kind](*values)

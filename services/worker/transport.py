@@ -1,6 +1,6 @@
-"""Kombu's Redis transport, except that an entry of a queue that is no message is dropped and counted, instead of ending the worker.
+"""Kombu's Redis transport, which drops and counts malformed queue entries instead of ending the worker.
 
-Kombu and Celery pass on what is a message with an unfit body or an unknown task to those who log and drop it; what is none, they raise.
+Kombu and Celery have hooks for messages with an invalid body or an unknown task, but raise an exception for entries that are not messages.
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
 
-from services.common.broker import UNREADABLE
+from services.common.broker import MALFORMED
 from services.worker import metrics
 
 log = structlog.get_logger()
@@ -19,7 +19,7 @@ class _Message(virtual.Message):
         try:
             super().__init__(payload, channel=channel, **options)  # type: ignore[no-untyped-call]
             self.headers["task"], self.headers["id"]
-        except UNREADABLE as error:
+        except MALFORMED as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
@@ -29,19 +29,19 @@ class _Channel(redis.Channel):
     def _brpop_read(self, **options: Any) -> bool:
         try:
             return bool(super()._brpop_read(**options))  # type: ignore[no-untyped-call]
-        except (ValueError, RecursionError) as error:  # it is out of the queue already
+        except (ValueError, RecursionError) as error:  # the entry has already left the queue
             metrics.DROPPED.inc()
             log.warning("message dropped: it cannot be read", error=str(error))
             return True
 
 
 class Transport(redis.Transport):
-    """The transport."""
+    """Redis transport that tolerates malformed entries."""
 
     Channel = _Channel
 
 
 def register() -> None:
-    """Have this process use it wherever a URL names Redis."""
+    """Make this process use the transport for all Redis URLs."""
     for scheme in ("redis", "rediss"):
         TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"

@@ -1,8 +1,8 @@
-"""A remedy for consumers that fall silent, and the end of those that have nothing left to do.
+"""Restarts stalled consumers, and ends idle workers.
 
-When a message cannot be acknowledged because Redis went away, Celery's consumer may come back without ever asking for another: it
-believes that it still holds as many as it may. Idle processes beside a queue with messages are the sign, whatever the cause; then the
-consumer is made to connect anew.
+When an outage of Redis prevents the acknowledgement of a message, Celery's consumer may reconnect without receiving messages again: it
+still counts the message against its prefetch limit. The symptom is an idle worker while its queue is not empty. Whatever the cause, the
+remedy is a new connection.
 """
 
 import time
@@ -19,49 +19,49 @@ log = structlog.get_logger()
 
 
 class Watchdog:
-    """Looks every few seconds whether the consumer takes what there is.
+    """Checks periodically whether the consumer receives the messages in its queue.
 
     Args:
         broker: the queue.
-        seconds: between two looks; being idle at two in a row is one too many.
-        rest: seconds of nothing to do after which the worker ends.
+        seconds: interval between checks; a consumer counts as stalled after two in a row.
+        rest: idle time in seconds after which the worker ends.
     """
 
     def __init__(self, broker: Broker, seconds: float, rest: float) -> None:
         self._broker, self._seconds, self._rest = broker, seconds, rest
-        self._idle = 0
-        self._busy_at = time.monotonic()
+        self._stalled_checks = 0
+        self._last_busy = time.monotonic()
 
     def step(self) -> type[bootsteps.StartStopStep]:
-        """The part of a Celery consumer that runs this watchdog."""
+        """Create the bootstep for Celery's consumer."""
         watchdog = self
 
         class Step(bootsteps.StartStopStep):  # type: ignore[misc]
             requires = ("celery.worker.consumer.tasks:Tasks",)
 
             def start(self, parent: Any) -> None:
-                watchdog._idle = 0
-                self._timer = parent.timer.call_repeatedly(watchdog._seconds, watchdog.look)
+                watchdog._stalled_checks = 0
+                self._timer = parent.timer.call_repeatedly(watchdog._seconds, watchdog.check)
 
             def stop(self, parent: Any) -> None:
                 self._timer.cancel()
 
         return Step
 
-    def look(self) -> None:
-        """Raises: redis.ConnectionError, at which the consumer connects anew."""
+    def check(self) -> None:
+        """Check once. Raises: redis.ConnectionError: the consumer is stalled; Celery reconnects it."""
         try:
             waiting = self._broker.waiting()
         except redis.RedisError:
             return
         idle = not state.reserved_requests and not state.should_stop
         if waiting or not idle:
-            self._busy_at = time.monotonic()
-        elif time.monotonic() - self._busy_at > self._rest:
-            log.info("nothing left to do")
-            state.should_stop = 0  # the exit code
-        self._idle = self._idle + 1 if waiting and idle else 0
-        if self._idle >= 2:
-            self._idle = 0
-            log.warning("consumer fell silent, connecting anew", waiting=waiting)
-            raise redis.ConnectionError("the consumer fell silent")
+            self._last_busy = time.monotonic()
+        elif time.monotonic() - self._last_busy > self._rest:
+            log.info("worker idle, ending")
+            state.should_stop = 0  # exit code
+        self._stalled_checks = self._stalled_checks + 1 if waiting and idle else 0
+        if self._stalled_checks >= 2:
+            self._stalled_checks = 0
+            log.warning("consumer stalled, reconnecting", waiting=waiting)
+            raise redis.ConnectionError("the consumer is stalled")

@@ -1,4 +1,4 @@
-"""Renders the chart, and finds what is in it."""
+"""Renders the chart, and looks up objects in the manifests."""
 
 import json
 import subprocess
@@ -13,18 +13,18 @@ RELEASE, NAMESPACE = "trial", "research"
 
 
 def helm(*arguments: str, kubeconfig: str = "") -> "subprocess.CompletedProcess[str]":
-    """What helm says."""
+    """Run helm."""
     options = ["--kubeconfig", kubeconfig] if kubeconfig else []
     return subprocess.run(["helm", *arguments, *options], capture_output=True, text=True, check=False)
 
 
 def as_options(values: dict[str, Any]) -> list[str]:
-    """Values (`{"workers.gpus": 1}`) as options of helm."""
+    """Convert values (`{"workers.gpus": 1}`) to options of helm."""
     return [option for name, value in values.items() for option in ("--set-json", f"{name}={json.dumps(value)}")]
 
 
 class Rendered:
-    """The manifests that come of some values."""
+    """Manifests rendered with some values."""
 
     def __init__(self, values: dict[str, Any], chart: Path = CHART) -> None:
         done = helm("template", RELEASE, str(chart), "--namespace", NAMESPACE, *as_options(values))
@@ -36,34 +36,34 @@ class Rendered:
         return [each for each in self.objects if each["kind"] == kind]
 
     def get(self, kind: str, name: str) -> dict[str, Any]:
-        """The object of a name, without the release's before it."""
+        """Return an object by its name, without the release's prefix."""
         return next(each for each in self.of(kind) if each["metadata"]["name"] == f"{RELEASE}-memtail{name}")
 
     def env(self, kind: str, name: str) -> dict[str, str]:
-        """The variables of its first container."""
+        """Return the environment variables of the first container of an object."""
         return variables(self.get(kind, name)["spec"]["template"]["spec"])
 
     def fleet(self) -> dict[str, Any]:
-        """The file that the dispatcher makes workers from."""
+        """Return the settings file of the fleet."""
         parsed: dict[str, Any] = yaml.safe_load(self.get("ConfigMap", "-fleet")["data"]["fleet.yaml"])
         return parsed
 
     def worker(self) -> dict[str, Any]:
-        """A worker's pod, whoever makes it."""
+        """Return the pod template of a worker, in any mode."""
         for kind, path in (("ConfigMap", []), ("Deployment", ["template"]), ("ScaledJob", ["jobTargetRef", "template"])):
-            for found in self.of(kind):
-                if kind == "ConfigMap" and "fleet.yaml" in found["data"]:
+            for each in self.of(kind):
+                if kind == "ConfigMap" and "fleet.yaml" in each["data"]:
                     pod: dict[str, Any] = self.fleet()["job"]["spec"]["template"]
                     return pod
-                if kind != "ConfigMap" and found["metadata"]["name"].endswith("-worker"):
-                    pod = found["spec"]
+                if kind != "ConfigMap" and each["metadata"]["name"].endswith("-worker"):
+                    pod = each["spec"]
                     for key in path:
                         pod = pod[key]
                     return pod
-        raise AssertionError("nobody makes workers")
+        raise AssertionError("no object starts workers")
 
     def pods(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(component, spec) of all pods that come of it."""
+        """Iterate over (component, spec) of all pods, including workers'."""
         for each in self.objects:
             if each["kind"] == "Pod":
                 yield each["metadata"]["labels"]["app.kubernetes.io/component"], each["spec"]
@@ -75,5 +75,5 @@ class Rendered:
 
 
 def variables(pod: dict[str, Any]) -> dict[str, str]:
-    """The variables of a pod's first container."""
+    """Return the environment variables of a pod's first container."""
     return {each["name"]: each["value"] for each in pod["containers"][0].get("env", [])}

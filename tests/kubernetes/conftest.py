@@ -1,4 +1,4 @@
-"""A real Kubernetes API server with controllers, scheduler and simulated nodes, for all tests of a run."""
+"""Session-scoped Kubernetes control plane: API server, controllers, scheduler, and simulated nodes."""
 
 import os
 import shutil
@@ -17,10 +17,10 @@ CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-sche
 
 
 class Kubernetes:
-    """A control plane of its own; pods become Running, but nothing executes."""
+    """A control plane with simulated nodes: pods become Running, but their containers do not execute."""
 
     def __init__(self, folder: Path) -> None:
-        # three ports beside each other
+        # the script uses this port and the next two
         self._environment = {**os.environ, "KUBERNETES_STATE": str(folder), "KUBERNETES_PORT": str(free_port())}
         self.kubeconfig = str(folder / "kubeconfig")
 
@@ -31,7 +31,7 @@ class Kubernetes:
         self._control("stop")
 
     def nodes(self, count: int, gpus: int = 0) -> None:
-        """Add so many nodes."""
+        """Add nodes."""
         self._control("nodes", str(count), str(gpus))
 
     def stop_apiserver(self) -> None:
@@ -41,14 +41,14 @@ class Kubernetes:
         self._control("apiserver", "start")
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        """The output of kubectl, as administrator."""
+        """Run kubectl as administrator, and return its output."""
         command = ["kubectl", "--kubeconfig", self.kubeconfig, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, input=stdin, check=False)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
     def namespace(self, prefix: str, restricted: bool = True) -> str:
-        """A new namespace, in which only pods of the level "restricted" are admitted."""
+        """Create a namespace, by default with the Pod Security level "restricted"."""
         name = f"{prefix}-{uuid.uuid4().hex[:6]}"
         self.kubectl("create", "namespace", name)
         if restricted:
@@ -56,19 +56,19 @@ class Kubernetes:
             self.kubectl("label", "namespace", name, *levels)
         return name
 
-    def wait(self, what: Callable[[], bool], seconds: float = 60) -> None:
-        """Until something is true."""
+    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """Wait until a condition is true."""
         end = time.monotonic() + seconds
-        while not what():
+        while not condition():
             assert time.monotonic() < end
             time.sleep(0.5)
 
     def token(self, namespace: str, account: str) -> str:
-        """A token of a service account."""
+        """Create a token of a service account."""
         return self.kubectl("create", "token", account, "--namespace", namespace, "--duration", "1h").strip()
 
     def kubeconfig_of(self, namespace: str, account: str, path: Path, server: str | None = None) -> Path:
-        """A kubeconfig file with the rights of a service account; perhaps for a proxy in front of the API server."""
+        """Write a kubeconfig with the rights of a service account; `server` may be a proxy in front of the API server."""
         address = server or self.kubectl("config", "view", "--minify", "--output", "jsonpath={.clusters[0].cluster.server}").strip()
         cluster = f'{{name: c, cluster: {{server: "{address}", insecure-skip-tls-verify: true}}}}'
         user = f"{{name: u, user: {{token: {self.token(namespace, account)}}}}}"
@@ -80,7 +80,7 @@ class Kubernetes:
         return path
 
     def _control(self, *arguments: str) -> None:
-        # not through pipes: what is started keeps them open
+        # to a file instead of a pipe, which the started daemons would keep open
         log = Path(self._environment["KUBERNETES_STATE"] + ".log")
         with log.open("ab") as output:
             done = subprocess.run(["bash", str(SCRIPT), *arguments], env=self._environment, stdout=output, stderr=output, check=False)
@@ -88,7 +88,7 @@ class Kubernetes:
 
 
 def install_tools(*names: str) -> None:
-    """Put what is missing on this machine (many minutes, the first time)."""
+    """Install missing tools; the first time takes many minutes."""
     if missing := [name for name in names if shutil.which(name) is None]:
         subprocess.run(["bash", str(TOOLS / "install.sh"), *missing], check=True)
 

@@ -1,4 +1,4 @@
-"""A namespace with what a dispatcher needs to keep workers, and the broker and bucket it works with."""
+"""A release of the chart in a namespace, and a real dispatcher with a broker and a bucket."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,52 +26,55 @@ _VALUES = {
 
 
 class Fleet:
-    """A release of the chart, whose own pods execute nothing, and a real dispatcher beside it.
+    """A release of the chart with simulated pods, and a real dispatcher as a process beside it.
 
     Args:
-        declare: makes experiments (see the fixture).
-        most: workers.
+        kubernetes: the control plane.
+        cluster: broker, bucket and processes.
+        declare: creates experiments (see the fixture).
+        digits: dataset of the experiments.
+        max_workers: maximum of the fleet.
     """
 
     def __init__(
-        self, kubernetes: Kubernetes, cluster: Cluster, declare: Callable[..., Experiment], digits: ImageDataset, most: int = 300
+        self, kubernetes: Kubernetes, cluster: Cluster, declare: Callable[..., Experiment], digits: ImageDataset, max_workers: int = 300
     ) -> None:
         self.kubernetes, self.cluster, self._declare, self._digits = kubernetes, cluster, declare, digits
         self.namespace = kubernetes.namespace("fleet")
-        options = as_options({**_VALUES, "workers.max": most})
+        options = as_options({**_VALUES, "workers.max": max_workers})
         done = helm("install", "memtail", str(CHART), "--namespace", self.namespace, *options, kubeconfig=kubernetes.kubeconfig)
         assert done.returncode == 0, done.stderr
         self.kubeconfig = kubernetes.kubeconfig_of(self.namespace, ACCOUNT, cluster.folder / "kubeconfig")
 
     def dispatcher(self, kubeconfig: Path | None = None) -> Service:
-        """A dispatcher with the settings of the chart, and the rights of its account."""
+        """Start a dispatcher with the settings of the chart and the rights of its service account."""
         path = self.cluster.folder / "fleet.yaml"
         config = ("get", "configmap/memtail-fleet", "--namespace", self.namespace, "--output", r"jsonpath={.data.fleet\.yaml}")
         path.write_text(self.kubernetes.kubectl(*config))
         return self.cluster.start("dispatcher", MEMTAIL_FLEET=str(path), KUBECONFIG=str(kubeconfig or self.kubeconfig))
 
     def submit(self, shards: int, name: str = "a", per_shard: int = 20, **workers: Any) -> ExperimentStore:
-        """An experiment of so many shards."""
+        """Submit an experiment."""
         execution = {"trials_per_shard": per_shard, "device": "cpu", "workers": workers or None}
         design = {"design": "balanced"} if per_shard % 20 == 0 else {}
         return self.cluster.submit(self._declare(per_shard * shards, name=name, execution=execution, subsets=design), self._digits)
 
     def pods(self, seconds: float = 1.0) -> Pods:
-        """What stands for the workers' containers."""
+        """Create the stand-in for the workers' containers."""
         return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster.redis.url, self.cluster.store, seconds)
 
-    def found(self, kind: str, *more: str) -> list[str]:
-        """The names of objects."""
-        return self.kubernetes.kubectl("get", kind, "--namespace", self.namespace, "--output", "name", *more).split()
+    def names(self, kind: str, *options: str) -> list[str]:
+        """Return the names of objects."""
+        return self.kubernetes.kubectl("get", kind, "--namespace", self.namespace, "--output", "name", *options).split()
 
     def running(self) -> list[str]:
-        """The workers' pods that run."""
-        return self.found("pods", "--selector", WORKERS, "--field-selector", "status.phase=Running")
+        """Return the names of the workers' running pods."""
+        return self.names("pods", "--selector", WORKERS, "--field-selector", "status.phase=Running")
 
     def notice(self, name: str = "a") -> str:
-        """What `memtail status` shows of the workers."""
+        """Return the notice that `memtail status` shows."""
         return "\n".join(progress_of(self.cluster.store, name).notice_lines)
 
     def done(self, experiment_store: ExperimentStore, shards: int) -> bool:
-        """Whether all is committed and no worker is left."""
+        """Return whether all shards are committed and no worker is left."""
         return len(experiment_store.committed()) == shards and not self.running()

@@ -1,8 +1,8 @@
-"""A large experiment, compressed in time: `make scale`, or `make scale ARGS="--workers 100 --shards 2000"`.
+"""Scale test with short shards: `make scale`, or `make scale ARGS="--workers 100 --shards 2000"`.
 
-A real dispatcher, Redis, MinIO and API server; a thousand simulated pods, each with a light worker that takes shards and sleeps instead of
-training. On the way Redis is flushed, the dispatcher is killed, and some nodes vanish. At the end every shard is committed once, and no
-worker is left; what it took is printed.
+A real dispatcher, Redis, MinIO and API server; a thousand simulated pods, each with a light worker that sleeps instead of training.
+Meanwhile Redis is flushed, the dispatcher is killed, and nodes are lost. At the end each shard must be committed once, and no worker be
+left; prints the load of each component.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import multiprocessing
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,17 +32,18 @@ from tests.support.cluster import Cluster
 from tests.support.servers import MinioServer
 
 GPUS_PER_NODE, NODES_LOST = 8, 5
-# Light workers are spread over processes, since Python's threads share one core.
+TICKS = 100  # per second, in /proc/PID/stat
+# Number of processes for the light workers, since Python's threads share one core.
 PROCESSES = 3
 BODY = bytes(1024)
 
-# The API server of a busy machine breaks off an answer now and then.
-patient = retry(stop=stop_after_attempt(20), wait=wait_fixed(5), reraise=True)
+# On a busy machine the API server closes connections now and then.
+retrying = retry(stop=stop_after_attempt(20), wait=wait_fixed(5), reraise=True)
 
 
 @dataclass
-class Moment:
-    """What had been done at some moment, summed up from the beginning."""
+class Snapshot:
+    """Cumulative counts of work at one time."""
 
     shards: int
     seconds: float = field(default_factory=time.monotonic)
@@ -52,20 +54,20 @@ class Moment:
 
 
 def scale(workers: int, shards: int, seconds: float) -> None:
-    """Run, print, and check that nothing is lost or done twice. Raises: AssertionError."""
+    """Run the test. Raises: AssertionError: a shard was lost or committed twice."""
     install_tools(*CONTROL_PLANE, "helm")
     with tempfile.TemporaryDirectory() as folder:
         kubernetes = Kubernetes(Path(folder, "state"))
         try:
             kubernetes.start()
             kubernetes.nodes(-(-workers // GPUS_PER_NODE) + NODES_LOST, GPUS_PER_NODE)
-            with MinioServer(Path(folder)) as minio, Cluster(Path(folder), minio, **_AS_IN_REAL_USE) as cluster:
+            with MinioServer(Path(folder)) as minio, Cluster(Path(folder), minio, **_DEFAULTS) as cluster:
                 _run(Fleet(kubernetes, cluster, _declare, datasets.prepare(_declare(2).dataset), workers), workers, shards, seconds)
         finally:
             kubernetes.stop()
 
 
-_AS_IN_REAL_USE = {"MEMTAIL_LEASE_SECONDS": "60", "MEMTAIL_RECONCILE_SECONDS": "2", "MEMTAIL_RESYNC_SECONDS": "60"}
+_DEFAULTS = {"MEMTAIL_LEASE_SECONDS": "60", "MEMTAIL_RECONCILE_SECONDS": "2", "MEMTAIL_RESYNC_SECONDS": "60"}
 
 
 def _declare(trials: int, **parts: Any) -> Experiment:
@@ -78,29 +80,34 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
     fleet.cluster.until(lambda: fleet.cluster.serves(dispatcher))
     began = time.monotonic()
     experiment_store = fleet.submit(shards, per_shard=1)
-    fleet.cluster.until(lambda: len(patient(fleet.running)()) >= workers, 600)
-    print(f"{workers} workers run after {time.monotonic() - began:.1f} s", flush=True)
-    start = _moment(fleet, pipes)
-    faults = {
+    fleet.cluster.until(lambda: len(retrying(fleet.running)()) >= workers, 600)
+    print(f"{workers} workers running after {time.monotonic() - began:.1f} s", flush=True)
+    start = _snapshot(fleet, pipes)
+
+    def restart_dispatcher() -> None:
+        dispatcher.kill()
+        dispatcher.start()
+
+    faults: dict[int, tuple[str, Callable[[], object]]] = {
         shards // 4: ("Redis flushed", lambda: fleet.cluster.redis.client().flushall()),
-        shards // 2: ("dispatcher killed and started", lambda: (dispatcher.kill(), dispatcher.start())),
-        3 * shards // 4: (f"{NODES_LOST} nodes vanish", lambda: fleet.kubernetes.kubectl("delete", *fleet.found("node")[:NODES_LOST])),
+        shards // 2: ("dispatcher killed and started", restart_dispatcher),
+        3 * shards // 4: (f"{NODES_LOST} nodes lost", lambda: fleet.kubernetes.kubectl("delete", *fleet.names("node")[:NODES_LOST])),
     }
     last = start
     while (done := sum(_ask(pipes, "count"))) < shards:
         for due in [due for due in faults if done >= due]:
-            what, fault = faults.pop(due)
+            name, fault = faults.pop(due)
             fault()
-            print(f"{what} at {done:,} shards", flush=True)
+            print(f"{name} at {done:,} shards", flush=True)
         if time.monotonic() - last.seconds > 60:
-            last = _told(last, _moment(fleet, pipes), dispatcher)
+            last = _print_rates(last, _snapshot(fleet, pipes), dispatcher)
         time.sleep(1)
-    end = _moment(fleet, pipes)
-    print(f"all {shards:,} shards committed after {time.monotonic() - began:.0f} s; in all, per second:", flush=True)
-    _told(start, end, dispatcher)
-    fleet.cluster.until(lambda: patient(fleet.done)(experiment_store, shards), 600)
+    end = _snapshot(fleet, pipes)
+    print(f"all {shards:,} shards committed after {time.monotonic() - began:.0f} s; average rates per second:", flush=True)
+    _print_rates(start, end, dispatcher)
+    fleet.cluster.until(lambda: retrying(fleet.done)(experiment_store, shards), 600)
     print(f"no worker is left after {time.monotonic() - began:.0f} s")
-    counted = sum(_ask(pipes, "committed"), Counter())
+    counted: Counter[str] = sum(_ask(pipes, "committed"), Counter())
     assert len(counted) == shards
     assert set(counted.values()) == {1}
     events = json.loads(fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace, "--output", "json"))["items"]
@@ -113,11 +120,11 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
 def _start_pods(fleet: Fleet, seconds: float) -> tuple[list[Any], list[Connection]]:
     spawn = multiprocessing.get_context("spawn")
     settings = fleet.cluster.minio.settings()
-    where = (fleet.kubernetes.kubeconfig, fleet.namespace, fleet.cluster.redis.url, fleet.cluster.bucket, settings, seconds)
+    arguments = (fleet.kubernetes.kubeconfig, fleet.namespace, fleet.cluster.redis.url, fleet.cluster.bucket, settings, seconds)
     processes, pipes = [], []
     for part in range(PROCESSES):
         pipe, other = spawn.Pipe()
-        processes.append(spawn.Process(target=_pods, args=(*where, part, other), daemon=True))
+        processes.append(spawn.Process(target=_pods, args=(*arguments, part, other), daemon=True))
         processes[-1].start()
         pipes.append(pipe)
     return processes, pipes
@@ -137,26 +144,26 @@ def _ask(pipes: list[Connection], question: str) -> list[Any]:
     return [pipe.recv() for pipe in pipes]
 
 
-def _moment(fleet: Fleet, pipes: list[Connection]) -> Moment:
-    moment = Moment(sum(_ask(pipes, "count")))
+def _snapshot(fleet: Fleet, pipes: list[Connection]) -> Snapshot:
+    snapshot = Snapshot(sum(_ask(pipes, "count")))
     commands = fleet.cluster.redis.client().info("commandstats")
-    moment.redis.update({name.removeprefix("cmdstat_"): entry["calls"] for name, entry in commands.items()})
+    snapshot.redis.update({name.removeprefix("cmdstat_"): entry["calls"] for name, entry in commands.items()})
     page = urllib3.request("GET", f"{fleet.cluster.minio.endpoint}/minio/v2/metrics/cluster").data.decode()
     for family in text_string_to_metric_families(page):
-        moment.store.update({s.labels["api"]: s.value for s in family.samples if s.name == "minio_s3_requests_total"})
-    for family in text_string_to_metric_families(patient(fleet.kubernetes.kubectl)("get", "--raw", "/metrics")):
+        snapshot.store.update({s.labels["api"]: s.value for s in family.samples if s.name == "minio_s3_requests_total"})
+    for family in text_string_to_metric_families(retrying(fleet.kubernetes.kubectl)("get", "--raw", "/metrics")):
         for sample in family.samples:
             if sample.name == "apiserver_request_total":
-                moment.api[f"{sample.labels['verb'].lower()} {sample.labels['resource'] or 'other'}"] += sample.value
+                snapshot.api[f"{sample.labels['verb'].lower()} {sample.labels['resource'] or 'other'}"] += int(sample.value)
     for path in Path("/proc").glob("[0-9]*"):
         if name := _name_of(path):
             fields = (path / "stat").read_text().rpartition(")")[2].split()
-            moment.processor[name] += (int(fields[11]) + int(fields[12])) / 100
-    return moment
+            snapshot.processor[name] += int(fields[11]) + int(fields[12])  # in ticks
+    return snapshot
 
 
 def _name_of(process: Path) -> str:
-    """Which of those that matter a process is, by its command."""
+    """Name the component that a process belongs to, by its command; empty for other processes."""
     try:
         program, *arguments = (process / "cmdline").read_bytes().decode().split("\0")
     except OSError:
@@ -169,14 +176,14 @@ def _name_of(process: Path) -> str:
     return name if name in ("redis-server", "minio", *CONTROL_PLANE) else ""
 
 
-def _told(before: Moment, now: Moment, dispatcher: Any) -> Moment:
+def _print_rates(before: Snapshot, now: Snapshot, dispatcher: Any) -> Snapshot:
     seconds = now.seconds - before.seconds
     print(f"{now.shards:,} shards, {(now.shards - before.shards) / seconds:.1f}/s")
-    for what in ("redis", "store", "api", "processor"):
-        grown = Counter(getattr(now, what))
-        grown.subtract(getattr(before, what))
-        most = ", ".join(f"{name} {count / seconds:.2f}" for name, count in grown.most_common(8) if count > 0)
-        print(f"  {what}: {grown.total() / seconds:.2f} ({most})")
+    for component, units in (("redis", 1), ("store", 1), ("api", 1), ("processor", TICKS)):
+        increase = Counter(getattr(now, component))
+        increase.subtract(getattr(before, component))
+        largest = ", ".join(f"{name} {count / units / seconds:.2f}" for name, count in increase.most_common(8) if count > 0)
+        print(f"  {component}: {increase.total() / units / seconds:.2f} ({largest})")
     resident = next(line for line in Path(f"/proc/{dispatcher.process.pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
     print(f"  dispatcher: {int(resident.split()[1]) / 1024:.0f} MiB", flush=True)
     return now
@@ -186,6 +193,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=20, help="that a shard takes")
+    parser.add_argument("--seconds", type=float, default=20, help="duration of a shard")
     arguments = parser.parse_args()
     scale(arguments.workers, arguments.shards, arguments.seconds)

@@ -1,4 +1,4 @@
-"""What stands for the containers of pods that nobody runs: light workers that take assignments, sleep, and commit."""
+"""Stand-ins for the containers of simulated pods: light workers that receive assignments, sleep, and commit."""
 
 import contextlib
 import json
@@ -18,24 +18,28 @@ from kubernetes import client, config
 
 from memtail.errors import StoreError
 from memtail.storage import ObjectStore, keys
-from services.common.broker import Assignment, Broker, _assignment
+from services.common.broker import Assignment, Broker, decode_assignment
 from services.common.settings import ServiceSettings
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 
 
 class Pods:
-    """Runs a light worker for each pod that is Running, until the pod is gone or the worker finds nothing to do.
+    """Runs a light worker for each running pod, until the pod is deleted or the worker is idle.
 
     Args:
-        kubeconfig: of an administrator.
-        namespace: of the pods.
-        broker: Redis's URL.
+        kubeconfig: kubeconfig of an administrator.
+        namespace: namespace of the pods.
+        broker: URL of Redis.
         store: the bucket.
-        seconds: that a shard takes.
-        rest: seconds of nothing to do after which a worker ends.
-        lease: seconds that a lease lasts.
-        part: (i, k): only those pods that are in part i of k; several processes may share the work.
-        body: of a batch.
+        seconds: duration of a shard.
+        rest: idle time in seconds after which a worker ends.
+        lease: duration of a lease in seconds.
+        part: (i, k): runs only part i of k of the pods, to divide them among processes.
+        body: content of each trial batch.
+
+    Attributes:
+        committed: number of commits by assignment id.
+        peak: maximum number of workers at a time.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Pods:
         self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._follow, self._end)]
         self.committed: Counter[str] = Counter()
-        self.most = 0
+        self.peak = 0
 
     def __enter__(self) -> "Pods":
         for thread in self._threads:
@@ -74,11 +78,11 @@ class Pods:
             worker.stop()
 
     def end(self, name: str) -> None:
-        """Have a pod succeed, before long."""
+        """Make a pod succeed, asynchronously."""
         self._ended.put(name)
 
     def _end(self) -> None:
-        """One after another: a thousand at once would be all that the API server does."""
+        """End pods one after another, so that a thousand at once do not overload the API server."""
         patch = {"metadata": {"annotations": {"memtail-test/exit-code": "0"}}}
         while not self._over.is_set():
             try:
@@ -95,40 +99,40 @@ class Pods:
     def _follow(self) -> None:
         while not self._over.is_set():
             try:
-                listed = self._asked()
+                listed = self._list()
                 for name in self._workers.keys() - {item["metadata"]["name"] for item in listed["items"]}:
                     self._workers.pop(name).stop()
                 for item in listed["items"]:
-                    self._see(item)
-                for event in self._watched(listed["metadata"]["resourceVersion"]):
-                    self._see(event["object"], gone=event["type"] == "DELETED")
+                    self._update(item)
+                for event in self._watch(listed["metadata"]["resourceVersion"]):
+                    self._update(event["object"], deleted=event["type"] == "DELETED")
             except (client.ApiException, urllib3.exceptions.HTTPError, KeyError, ValueError):
                 self._over.wait(0.5)
 
-    def _asked(self, **options: Any) -> Any:
-        """A list, or with `watch` a response to read lines from; without the client's models, which take long."""
+    def _list(self, **options: Any) -> Any:
+        """Return the list, or with `watch` the response to read lines from. Bypasses the client's models, which are slow."""
         selector: dict[str, Any] = {"label_selector": EXPERIMENT_LABEL, "_preload_content": False, "_request_timeout": 10}
         response: Any = self._core.list_namespaced_pod(self.namespace, **selector, **options)
         return response if options else json.loads(response.data)
 
-    def _watched(self, version: str) -> Iterator[dict[str, Any]]:
+    def _watch(self, version: str) -> Iterator[dict[str, Any]]:
         rest = b""
-        with self._asked(watch=True, resource_version=version, timeout_seconds=5) as response:
+        with self._list(watch=True, resource_version=version, timeout_seconds=5) as response:
             for data in response.stream(1 << 16):
                 *lines, rest = (rest + data).split(b"\n")
                 yield from map(json.loads, lines)
                 if self._over.is_set():
                     return
 
-    def _see(self, pod: dict[str, Any], gone: bool = False) -> None:
+    def _update(self, pod: dict[str, Any], deleted: bool = False) -> None:
         name = pod["metadata"]["name"]
         if zlib.crc32(name.encode()) % self._part[1] != self._part[0]:
             return
-        runs = pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"] and not gone
-        if runs and name not in self._workers:
+        running = pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"] and not deleted
+        if running and name not in self._workers:
             self._workers[name] = _Worker(name, pod["metadata"]["labels"][EXPERIMENT_LABEL], self)
-            self.most = max(self.most, len(self._workers))
-        elif not runs and name in self._workers:
+            self.peak = max(self.peak, len(self._workers))
+        elif not running and name in self._workers:
             self._workers.pop(name).stop()
 
 
@@ -151,7 +155,7 @@ class _Worker:
                 if message is None:
                     self._stopped.wait(min(1.0, self._pods.rest / 10))
                     continue
-                self._train(broker, _assignment(message))
+                self._train(broker, decode_assignment(message))
                 idle_since = time.monotonic()
             except (redis.RedisError, StoreError):
                 self._stopped.wait(1)
@@ -174,10 +178,12 @@ class _Worker:
 
 
 class FaultyApiServer:
-    """Passes requests on to the API server, and answers some of them itself, or not at all.
+    """Proxy of the API server that returns errors for some requests, or loses their responses.
 
-    `answers` holds what is still to be answered so: (method, part of the path, status). With a status of 0 the request reaches the server,
-    and `lost` is set instead of an answer.
+    Attributes:
+        answers: pending faults as (method, part of the path, status). With status 0 the request reaches the server, but the response
+            is lost.
+        lost: set when a response was lost.
     """
 
     def __init__(self, kubeconfig: str) -> None:

@@ -1,7 +1,7 @@
-"""Tests of the manifests that the chart makes of its values, without a cluster.
+"""Manifests that the chart renders, without a cluster.
 
-Manifests are checked against Kubernetes' own schemas, those of the oldest and of
-the newest version that is supported; ScaledJob, ServiceMonitor, PodMonitor and PrometheusRule have none there, and tests of their own here.
+They are validated against Kubernetes' schemas of the oldest and the newest supported version. The custom resources (ScaledJob,
+ServiceMonitor, PodMonitor, PrometheusRule) have no schema there; separate tests check them.
 """
 
 import json
@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from memtail.spec import WorkersSpec
-from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
+from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
 from tests.kubernetes.conftest import install_tools
 from tests.support.cluster import RedisServer
@@ -100,7 +100,7 @@ def rendered(request: pytest.FixtureRequest) -> Rendered:
 
 @pytest.fixture(scope="module")
 def schemas(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kubernetes' schemas where kubeconform finds them: their references lead from file to file, not to a web site."""
+    """Kubernetes' schemas in kubeconform's layout, with references to local files instead of a web site."""
     folder = tmp_path_factory.mktemp("schemas")
     for packed in files("kubernetes-validate") or []:
         version = packed.parent.name
@@ -113,7 +113,7 @@ def schemas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def conforms(text: str, schemas: Path, version: str) -> str:
-    """What kubeconform finds wrong in manifests; each kind but those without a schema must have one."""
+    """Return kubeconform's errors; a kind without a schema is one, except for the custom resources."""
     location = f"{schemas}/{{{{.NormalizedKubernetesVersion}}}}-local{{{{.StrictSuffix}}}}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json"
     options = ["-strict", "-kubernetes-version", version, "-schema-location", location, "-skip", ",".join(WITHOUT_SCHEMA)]
     done = subprocess.run(["kubeconform", *options], input=text, capture_output=True, text=True, check=False)
@@ -121,7 +121,7 @@ def conforms(text: str, schemas: Path, version: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_helm_finds_nothing_to_complain_about():
+def test_helm_lint_has_no_warnings():
     done = helm("lint", "--strict", str(CHART))
     assert done.returncode == 0, done.stdout
     assert "[WARNING]" not in done.stdout, done.stdout
@@ -137,7 +137,7 @@ def test_a_misspelt_key_is_not_valid(schemas):
     assert "imagePullPolicies" in conforms(text, schemas, VERSIONS[-1])
 
 
-def test_every_container_obeys_the_level_restricted(rendered):
+def test_every_container_meets_the_level_restricted(rendered):
     pods = list(rendered.pods())
     assert {"dispatcher", "aggregator", "worker", "test"} <= {component for component, _ in pods}
     for component, pod in pods:
@@ -153,7 +153,7 @@ def test_every_container_obeys_the_level_restricted(rendered):
             }
             assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
             assert "memory" in container["resources"]["limits"]
-            assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
+            assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]  # noqa: S108 - a path in the container
             assert not any("valueFrom" in variable for variable in container.get("env", []))
         kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
         assert kinds <= {"emptyDir", "projected", "secret", "configMap", "persistentVolumeClaim"} | (
@@ -169,7 +169,7 @@ def test_every_container_obeys_the_level_restricted(rendered):
         assert with_token == (["dispatcher"] if component == "dispatcher" and "MEMTAIL_FLEET" in variables(pod) else [])
 
 
-def test_names_and_labels_agree(rendered):
+def test_names_labels_and_selectors_match(rendered):
     for each in rendered.objects:
         labels = each["metadata"]["labels"]
         assert (labels["app.kubernetes.io/name"], labels["app.kubernetes.io/instance"]) == ("memtail", RELEASE)
@@ -184,7 +184,7 @@ def test_names_and_labels_agree(rendered):
         assert each["kind"] == "Service" or each["spec"]["maxUnavailable"] == 1
 
 
-def test_a_long_name_is_shortened_so_that_all_that_follows_from_it_is_valid():
+def test_a_long_release_name_is_shortened_to_valid_names():
     done = helm("template", "a" * 53, str(CHART))
     names = [each["metadata"]["name"] for each in yaml.safe_load_all(done.stdout) if each]
     assert max(map(len, names)) <= 63
@@ -212,13 +212,13 @@ def test_a_long_name_is_shortened_so_that_all_that_follows_from_it_is_valid():
         ({"externalS3.bucket": "theirs"}, "set minio.enabled to false"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(values, message):
+def test_invalid_values_are_refused(values, message):
     done = helm("template", RELEASE, str(CHART), *as_options(values))
     assert done.returncode != 0
     assert message in done.stderr
 
 
-def test_every_value_of_a_pod_has_its_effect_on_every_component():
+def test_every_pod_value_affects_every_component():
     for component, pod in Rendered(MATRIX["everything-of-a-pod"]).pods():
         container = pod["containers"][0]
         for key in ("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName", "runtimeClassName"):
@@ -234,7 +234,7 @@ def test_every_value_of_a_pod_has_its_effect_on_every_component():
         assert each["annotations"]["note"] == "b"
 
 
-def test_the_fleets_file_is_read_and_makes_valid_jobs(rendered, schemas, tmp_path):
+def test_the_fleets_settings_file_is_readable_and_yields_valid_jobs(rendered, schemas, tmp_path):
     if not any(each["metadata"]["name"].endswith("-fleet") for each in rendered.of("ConfigMap")):
         assert "MEMTAIL_FLEET" not in rendered.env("Deployment", "-dispatcher")
         assert not rendered.of("Role")
@@ -244,9 +244,9 @@ def test_the_fleets_file_is_read_and_makes_valid_jobs(rendered, schemas, tmp_pat
     settings = FleetSettings.load(str(tmp_path / "fleet.yaml"))
     assert (settings.namespace, settings.instance, settings.owner) == (NAMESPACE, RELEASE, f"{RELEASE}-memtail-dispatcher")
     owner = {"apiVersion": "apps/v1", "kind": "Deployment", "name": settings.owner, "uid": "1", "controller": True}
-    asked = WorkersSpec.model_validate({"gpus": 4, "memory": "64Gi", "cpu": 8})
-    for workers in (None, asked):
-        job = job_of(settings, Demand("cifar.10", "running", 0, 100, workers), 1, 7, owner)
+    requested = WorkersSpec.model_validate({"gpus": 4, "memory": "64Gi", "cpu": 8})
+    for workers in (None, requested):
+        job = build_job(settings, Demand("cifar.10", "running", 0, 100, workers), 1, 7, owner)
         assert job["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
         assert job["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
         assert "completions" not in job["spec"]
@@ -260,14 +260,14 @@ def test_the_fleets_file_is_read_and_makes_valid_jobs(rendered, schemas, tmp_pat
     assert limits == {"memory": "64Gi", settings.limits.gpu_resources[0]: "4"}
 
 
-def test_kueue_admits_jobs_that_are_made_suspended(tmp_path):
+def test_jobs_for_kueue_are_created_suspended(tmp_path):
     (tmp_path / "fleet.yaml").write_text(Rendered(MATRIX["kueue"]).get("ConfigMap", "-fleet")["data"]["fleet.yaml"])
-    job = job_of(FleetSettings.load(str(tmp_path / "fleet.yaml")), Demand("a", "running", 0, 1), 1, 1, {})
+    job = build_job(FleetSettings.load(str(tmp_path / "fleet.yaml")), Demand("a", "running", 0, 1), 1, 1, {})
     assert job["spec"]["suspend"] is True
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
 
 
-def test_workers_have_gpus_and_know_them_or_train_on_what_there_is():
+def test_workers_train_on_their_gpus_or_select_a_device():
     without, pod = Rendered({}), Rendered(MATRIX["gpus"])
     assert variables(without.worker()["spec"])["MEMTAIL_DEVICES"] == "auto"
     assert variables(pod.worker()["spec"])["MEMTAIL_DEVICES"] == "cuda:0,cuda:1"
@@ -275,7 +275,7 @@ def test_workers_have_gpus_and_know_them_or_train_on_what_there_is():
     assert pod.fleet()["limits"]["gpuResources"] == ["nvidia.com/mig-1g.10gb", "nvidia.com/gpu"]
 
 
-def test_who_makes_workers():
+def test_the_mode_determines_how_workers_are_started():
     assert [each["metadata"]["name"] for each in Rendered({}).of("Role")] == [f"{RELEASE}-memtail-dispatcher"]
     for values in (MATRIX["deployment"], MATRIX["no-rights"]):
         fixed = Rendered(values)
@@ -290,7 +290,7 @@ def test_who_makes_workers():
     assert not by_hand.of("Role")
 
 
-def test_keda_counts_what_is_being_trained_and_never_takes_a_worker_away():
+def test_keda_counts_shards_in_training_and_never_removes_a_running_worker():
     scaled = Rendered({"workers.mode": "keda", "workers.gpus": 2, "workers.max": 7}).get("ScaledJob", "-worker")["spec"]
     assert scaled["scalingStrategy"] == {"strategy": "default"}
     assert scaled["rollout"] == {"strategy": "gradual"}
@@ -314,7 +314,7 @@ def test_the_jobs_of_keda_are_valid(schemas, version):
     assert conforms(json.dumps(job), schemas, version) == ""
 
 
-def test_caches_are_where_the_values_say():
+def test_the_cache_has_the_type_of_the_values():
     def cache(values):
         pod = Rendered(values).worker()["spec"]
         return next(volume for volume in pod["volumes"] if volume["name"] == "cache"), variables(pod).get("MEMTAIL_CACHE_LIMIT")
@@ -324,7 +324,7 @@ def test_caches_are_where_the_values_say():
     assert cache(MATRIX["claimed-cache"]) == ({"name": "cache", "persistentVolumeClaim": {"claimName": "datasets"}}, "0.5")
 
 
-def test_other_stores_are_reached_as_the_values_say():
+def test_external_redis_and_s3_are_configured_by_the_values():
     other = Rendered(EXTERNAL)
     assert not other.of("StatefulSet")
     assert not other.of("Secret")
@@ -332,8 +332,8 @@ def test_other_stores_are_reached_as_the_values_say():
     assert env["MEMTAIL_STORE"] == "s3://theirs/a/b"
     assert env["MEMTAIL_S3_ENDPOINT"] == "https://s3.example.com:8443"
     assert (env["MEMTAIL_S3_REGION"], env["MEMTAIL_S3_ADDRESSING"]) == ("north-1", "path")
-    given = {name: path for name, path in env.items() if name.endswith("_FILE")}
-    assert given == {
+    files = {name: path for name, path in env.items() if name.endswith("_FILE")}
+    assert files == {
         "MEMTAIL_BROKER_FILE": "/run/memtail/broker",
         "MEMTAIL_S3_ACCESS_KEY_FILE": "/run/memtail/s3-access-key",
         "MEMTAIL_S3_SECRET_KEY_FILE": "/run/memtail/s3-secret-key",
@@ -342,12 +342,12 @@ def test_other_stores_are_reached_as_the_values_say():
     pod = other.get("Deployment", "-dispatcher")["spec"]["template"]["spec"]
     sources = next(volume for volume in pod["volumes"] if volume["name"] == "connections")["projected"]["sources"]
     paths = {f"/run/memtail/{item['path']}" for source in sources for part in source.values() for item in part["items"]}
-    assert paths == set(given.values())
+    assert paths == set(files.values())
     assert "initContainers" not in pod
     assert [next(iter(source.values()))["name"] for source in sources] == ["their-redis", "their-keys", "authority"]
 
 
-def test_the_doctor_of_helm_test_reaches_what_the_values_name(minio, tmp_path):
+def test_the_doctor_of_helm_test_connects_to_the_external_servers(minio, tmp_path):
     redis, bucket = RedisServer(), minio.new_bucket()
     redis.start()
     keys = {"broker": redis.url, "access-key": minio.access_key, "secret-key": minio.secret_key}
@@ -368,14 +368,14 @@ def test_the_doctor_of_helm_test_reaches_what_the_values_name(minio, tmp_path):
     assert {"store", "conditional write", "broker"} <= checks.keys(), checks
 
 
-def test_the_aggregator_has_nothing_of_redis():
+def test_the_aggregator_has_no_access_to_redis():
     for values in ({}, EXTERNAL, IDENTITY):
-        found = Rendered(values)
-        assert "MEMTAIL_BROKER_FILE" not in found.env("Deployment", "-aggregator")
-        assert '"broker"' not in json.dumps(found.get("Deployment", "-aggregator"))
+        chart = Rendered(values)
+        assert "MEMTAIL_BROKER_FILE" not in chart.env("Deployment", "-aggregator")
+        assert '"broker"' not in json.dumps(chart.get("Deployment", "-aggregator"))
 
 
-def test_the_explorer_is_reached_by_nobody_or_by_whom_the_values_name_with_the_token_that_they_name():
+def test_only_the_clients_of_the_values_can_reach_the_explorer_with_the_configured_token():
     trial, other = Rendered({}), Rendered(MATRIX["explorer"])
     assert "MEMTAIL_EXPLORER_TOKEN_FILE" not in trial.env("Deployment", "-aggregator")
     assert not [each for each in trial.of("NetworkPolicy") if 8080 in ports(each, "ingress")]
@@ -395,7 +395,7 @@ def test_the_explorer_is_reached_by_nobody_or_by_whom_the_values_name_with_the_t
     assert volume == {"secretName": "look", "defaultMode": 0o440, "items": [{"key": "token", "path": "token"}]}
 
 
-def test_pods_with_an_identity_have_no_key():
+def test_pods_with_a_cloud_identity_have_no_keys():
     other = Rendered(IDENTITY)
     assert not [name for name in other.env("Deployment", "-dispatcher") if "KEY" in name]
     accounts = [each["metadata"] for each in other.of("ServiceAccount")]
@@ -409,7 +409,7 @@ def ports(policy: dict[str, Any], direction: str) -> list[int]:
     return [port["port"] for rule in policy["spec"].get(direction, []) for port in rule["ports"]]
 
 
-def test_network_policies_let_through_what_is_needed_and_nothing_else():
+def test_network_policies_allow_only_the_required_connections():
     trial, other, identity = Rendered({"networkPolicy.metricsFrom": [{"namespaceSelector": {}}]}), Rendered(EXTERNAL), Rendered(IDENTITY)
     for rendered in (trial, other, identity):
         deny = rendered.get("NetworkPolicy", "")["spec"]
@@ -423,12 +423,12 @@ def test_network_policies_let_through_what_is_needed_and_nothing_else():
     assert ports(identity.get("NetworkPolicy", "-to-s3"), "egress") == [443, 443, 80, 988]
     assert not Rendered(MATRIX["no-policies"]).of("NetworkPolicy")
     for mode, there in (("jobs", 1), ("deployment", 0), ("keda", 0)):
-        found = Rendered({"workers.mode": mode}).of("NetworkPolicy")
-        assert sum(each["metadata"]["name"].endswith("-to-api-server") for each in found) == there
+        policies = Rendered({"workers.mode": mode}).of("NetworkPolicy")
+        assert sum(each["metadata"]["name"].endswith("-to-api-server") for each in policies) == there
 
 
 def reachable(rendered: Rendered, component: str, server: str) -> bool:
-    """Whether policies let a component's pods go out to a server's, and the server's be reached by them."""
+    """Return whether policies allow connections from a component to a server, on both ends."""
 
     def selects(selector: dict[str, Any], name: str) -> bool:
         values = [each["values"] for each in selector.get("matchExpressions", [])] or [
@@ -453,14 +453,14 @@ def reachable(rendered: Rendered, component: str, server: str) -> bool:
     return out
 
 
-def test_network_policies_of_both_ends_agree():
+def test_network_policies_of_both_ends_match():
     trial = Rendered({})
     reached = {(client, server) for client in (*COMPONENTS, "test") for server in COMPONENTS if reachable(trial, client, server)}
     to_redis = {(client, "redis") for client in ("dispatcher", "worker", "test")}
     assert reached == to_redis | {(client, "minio") for client in ("dispatcher", "aggregator", "worker", "test")}
 
 
-def test_pods_are_started_anew_when_what_they_read_has_changed():
+def test_pods_restart_when_their_settings_or_passwords_change():
     def annotations(values):
         return Rendered(values).get("Deployment", "-dispatcher")["spec"]["template"]["metadata"]["annotations"]
 
@@ -479,9 +479,9 @@ def relabelings(found_by: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_what_is_scraped_says_its_service_and_its_release():
-    found = Rendered(MONITORING)
-    service, pods = found.get("ServiceMonitor", ""), found.get("PodMonitor", "-worker")
+def test_scraped_series_have_the_labels_service_and_release():
+    chart = Rendered(MONITORING)
+    service, pods = chart.get("ServiceMonitor", ""), chart.get("PodMonitor", "-worker")
     assert service["metadata"]["labels"]["release"] == "prometheus"
     [endpoint], [pod_endpoint] = service["spec"]["endpoints"], pods["spec"]["podMetricsEndpoints"]
     assert endpoint == {"port": "metrics", "interval": "15s", "relabelings": relabelings("service")}
@@ -492,37 +492,36 @@ def test_what_is_scraped_says_its_service_and_its_release():
 
 
 @pytest.mark.parametrize("policy", [{"networkPolicy.metricsFrom": [{"namespaceSelector": {}}]}, {"networkPolicy.enabled": False}])
-def test_the_s3_server_is_scraped_by_those_that_may_reach_it(policy):
-    found = Rendered({**MONITORING, **policy})
-    monitor = found.get("ServiceMonitor", "")["spec"]
+def test_the_s3_server_is_scraped_only_by_allowed_clients(policy):
+    chart = Rendered({**MONITORING, **policy})
+    monitor = chart.get("ServiceMonitor", "")["spec"]
     endpoint = {"port": "s3", "path": "/minio/v2/metrics/cluster", "interval": "15s", "relabelings": relabelings("service")}
     assert monitor["endpoints"][1:] == [endpoint]
     assert "minio" in monitor["selector"]["matchExpressions"][0]["values"]
-    assert "s3" in [port["name"] for port in found.get("Service", "-minio")["spec"]["ports"]]
-    assert found.env("StatefulSet", "-minio")["MINIO_PROMETHEUS_AUTH_TYPE"] == "public"
-    for rendered in (found, Rendered(policy)):
+    assert "s3" in [port["name"] for port in chart.get("Service", "-minio")["spec"]["ports"]]
+    assert chart.env("StatefulSet", "-minio")["MINIO_PROMETHEUS_AUTH_TYPE"] == "public"
+    for rendered in (chart, Rendered(policy)):
         rules = [
             rule for each in rendered.of("NetworkPolicy") if each["metadata"]["name"].endswith("-minio") for rule in each["spec"]["ingress"]
         ]
-        opened = [{"ports": [{"port": 9000}], "from": [{"namespaceSelector": {}}]}] if rendered is found and rules else []
+        opened = [{"ports": [{"port": 9000}], "from": [{"namespaceSelector": {}}]}] if rendered is chart and rules else []
         assert rules[1:] == opened
 
 
-def test_the_prometheus_rule_holds_the_rules_file_and_leads_to_the_runbook():
+def test_the_prometheus_rule_has_the_rules_file_and_links_to_the_runbook():
     text = (CHART / "files/rules.yaml").read_text()
     assert Rendered(MONITORING).get("PrometheusRule", "")["spec"] == yaml.safe_load(text)
     elsewhere = "https://git.example.com/runbook.md"
-    found = Rendered({**MONITORING, "monitoring.prometheusRule.runbook": elsewhere}).get("PrometheusRule", "")["spec"]
-    urls = [rule["annotations"]["runbook_url"] for group in found["groups"] for rule in group["rules"] if "alert" in rule]
+    rules = Rendered({**MONITORING, "monitoring.prometheusRule.runbook": elsewhere}).get("PrometheusRule", "")["spec"]
+    urls = [rule["annotations"]["runbook_url"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
     assert urls
     assert all(url.startswith(f"{elsewhere}#memtail") for url in urls)
 
 
-def test_dashboards_are_taken_as_they_are(tmp_path):
-    found = Rendered(MONITORING)
-    boards = {name: text for each in found.of("ConfigMap") for name, text in each["data"].items() if name.endswith(".json")}
+def test_dashboards_are_included_unchanged(tmp_path):
+    boards = {name: text for each in Rendered(MONITORING).of("ConfigMap") for name, text in each["data"].items() if name.endswith(".json")}
     assert boards == {path.name: path.read_text() for path in (CHART / "files/dashboards").iterdir()}
-    assert all(len(text) < 1 << 20 for text in boards.values())  # what a ConfigMap holds
+    assert all(len(text) < 1 << 20 for text in boards.values())  # the maximum size of a ConfigMap
     chart = Path(shutil.copytree(CHART, tmp_path / "memtail"))
     shutil.rmtree(chart / "files/dashboards", ignore_errors=True)
     without = Rendered(MONITORING, chart)
@@ -536,10 +535,10 @@ def test_dashboards_are_taken_as_they_are(tmp_path):
     assert json.loads(maps[1]["data"]["one.json"]) == {"title": "{{ instance }}"}
 
 
-def test_images_are_pulled_from_where_the_values_say():
-    found = Rendered(MATRIX["images"])
-    dispatcher, worker = found.get("Deployment", "-dispatcher")["spec"]["template"]["spec"], found.worker()["spec"]
+def test_images_have_the_registry_tag_and_digest_of_the_values():
+    chart = Rendered(MATRIX["images"])
+    dispatcher, worker = chart.get("Deployment", "-dispatcher")["spec"]["template"]["spec"], chart.worker()["spec"]
     assert dispatcher["containers"][0]["image"] == "r.example.com/memtail-control:2"
     assert worker["containers"][0]["image"] == f"r.example.com/memtail-worker@sha256:{'0' * 64}"
-    assert all(pod["imagePullSecrets"] == [{"name": "pull"}] for _, pod in found.pods())
+    assert all(pod["imagePullSecrets"] == [{"name": "pull"}] for _, pod in chart.pods())
     assert Rendered({}).worker()["spec"]["containers"][0]["image"] == "memtail-worker:0.1.0"

@@ -1,4 +1,4 @@
-"""The fleet on a real API server: simulated nodes and pods, a real dispatcher with the rights of its own account, real Redis and bucket."""
+"""The fleet on a real API server with simulated nodes and pods: a real dispatcher with its service account's rights, Redis and a bucket."""
 
 import json
 import time
@@ -17,9 +17,9 @@ from tests.support.cluster import Cluster
 @pytest.fixture
 def fleet(kubernetes, tmp_path_factory, minio, declare, digits) -> Iterator[Fleet]:
     with Cluster(tmp_path_factory.mktemp("cluster"), minio, MEMTAIL_LEASE_SECONDS="30") as cluster:
-        made = Fleet(kubernetes, cluster, declare, digits)
-        yield made
-        kubernetes.kubectl("delete", "namespace", made.namespace, "--wait=false")
+        release = Fleet(kubernetes, cluster, declare, digits)
+        yield release
+        kubernetes.kubectl("delete", "namespace", release.namespace, "--wait=false")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,23 +28,23 @@ def nodes(kubernetes: Kubernetes) -> None:
     kubernetes.nodes(25, 8)
 
 
-def test_workers_come_with_the_work_and_go_with_it(fleet):
+def test_workers_start_with_the_work_and_end_with_it(fleet):
     fleet.dispatcher()
     with fleet.pods(seconds=5) as pods:
         began = time.monotonic()
         experiment_store = fleet.submit(400)
-        fleet.cluster.until(lambda: pods.most == 200, 120)
+        fleet.cluster.until(lambda: pods.peak == 200, 120)
         print(f"\n200 workers after {time.monotonic() - began:.1f} s")
         fleet.cluster.until(lambda: fleet.done(experiment_store, 400), 300)
         print(f"all shards committed and no worker left after {time.monotonic() - began:.1f} s")
     assert set(pods.committed.values()) == {1}
-    assert pods.most == 200
-    # the 300 that were wanted and the 200 there was room for
+    assert pods.peak == 200
+    # the target was 300, of which the nodes had room for 200
     fleet.cluster.until(lambda: not fleet.notice())
     assert "WorkerUnschedulable" in fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace)
 
 
-def test_workers_that_cannot_be_scheduled_are_told_of_and_taken_back_when_the_work_is_done(fleet):
+def test_unschedulable_workers_have_a_notice_and_are_removed_when_the_work_is_done(fleet):
     fleet.dispatcher()
     with fleet.pods():
         experiment_store = fleet.submit(20, max=10, gpus=4)
@@ -52,17 +52,17 @@ def test_workers_that_cannot_be_scheduled_are_told_of_and_taken_back_when_the_wo
         fleet.cluster.until(lambda: "cannot be scheduled" in fleet.notice("never"), 60)
         fleet.cluster.until(lambda: fleet.done(experiment_store, 20), 120)
         ExperimentStore(fleet.cluster.store, "never").set_control(Control("cancelled"))
-        fleet.cluster.until(lambda: not fleet.found("pods", "--selector", "memtail/experiment=never"), 60)
+        fleet.cluster.until(lambda: not fleet.names("pods", "--selector", "memtail/experiment=never"), 60)
 
 
-def test_more_than_is_allowed_is_refused_with_a_notice(fleet):
+def test_a_request_beyond_the_limits_is_refused_with_a_notice(fleet):
     fleet.dispatcher()
     fleet.submit(2, gpus=5)
     fleet.cluster.until(lambda: fleet.notice() == "execution.workers: gpus is 5, at most 4 is allowed")
-    assert not fleet.found("jobs")
+    assert not fleet.names("jobs")
 
 
-def test_an_evicted_worker_and_one_that_fails_are_replaced_and_told_of(fleet):
+def test_evicted_and_failed_workers_are_replaced_with_a_notice(fleet):
     fleet.dispatcher()
     with fleet.pods(seconds=3) as pods:
         experiment_store = fleet.submit(12, max=3)
@@ -80,7 +80,7 @@ def test_an_evicted_worker_and_one_that_fails_are_replaced_and_told_of(fleet):
     assert "WorkerFailed" in events
 
 
-def test_a_killed_node_takes_its_workers_and_nothing_else(fleet):
+def test_a_lost_node_costs_its_workers_and_nothing_else(fleet):
     fleet.dispatcher()
     with fleet.pods(seconds=4) as pods:
         experiment_store = fleet.submit(60, max=16)
@@ -92,7 +92,7 @@ def test_a_killed_node_takes_its_workers_and_nothing_else(fleet):
     fleet.kubernetes.nodes(1, 8)
 
 
-def test_an_experiment_that_cannot_be_read_for_a_while_keeps_its_workers(fleet):
+def test_a_temporarily_unreadable_experiment_keeps_its_workers(fleet):
     dispatcher = fleet.dispatcher()
     with fleet.pods(seconds=2) as pods:
         experiment_store = fleet.submit(40, max=4)
@@ -107,7 +107,7 @@ def test_an_experiment_that_cannot_be_read_for_a_while_keeps_its_workers(fleet):
     assert set(pods.committed.values()) == {1}
 
 
-def test_an_api_server_that_refuses_and_one_that_is_gone(fleet):
+def test_errors_and_an_outage_of_the_api_server_are_survived(fleet):
     with FaultyApiServer(fleet.kubernetes.kubeconfig) as proxy, fleet.pods() as pods:
         path = fleet.cluster.folder / "through-proxy"
         fleet.kubernetes.kubeconfig_of(fleet.namespace, ACCOUNT, path, proxy.address)
@@ -129,10 +129,10 @@ def test_an_api_server_that_refuses_and_one_that_is_gone(fleet):
         assert set(pods.committed.values()) == {1}
         assert dispatcher.process.poll() is None
         assert "Traceback" not in dispatcher.log.read_text()
-    assert pods.most == 5
+    assert pods.peak == 5
 
 
-def test_a_dispatcher_killed_between_making_a_job_and_knowing_it_leaves_one_that_the_next_adopts(fleet):
+def test_a_job_whose_dispatcher_was_killed_before_the_response_is_adopted_by_the_next(fleet):
     with FaultyApiServer(fleet.kubernetes.kubeconfig) as proxy, fleet.pods() as pods:
         path = fleet.cluster.folder / "through-proxy"
         fleet.kubernetes.kubeconfig_of(fleet.namespace, ACCOUNT, path, proxy.address)
@@ -145,13 +145,13 @@ def test_a_dispatcher_killed_between_making_a_job_and_knowing_it_leaves_one_that
         fleet.dispatcher()
         fleet.dispatcher()
         fleet.cluster.until(lambda: fleet.done(experiment_store, 8), 120)
-    assert len(fleet.found("jobs", "--selector", WORKERS)) == 1
-    assert pods.most == 4
+    assert len(fleet.names("jobs", "--selector", WORKERS)) == 1
+    assert pods.peak == 4
     cancelled = fleet.submit(8, name="b")
-    fleet.cluster.until(lambda: fleet.found("jobs", "--selector", "memtail/experiment=b"), 60)
+    fleet.cluster.until(lambda: fleet.names("jobs", "--selector", "memtail/experiment=b"), 60)
     cancelled.set_control(Control("cancelled"))
-    fleet.cluster.until(lambda: not fleet.found("jobs", "--selector", "memtail/experiment=b"), 60)
-    assert "job.batch/stranger" in fleet.found("jobs")
+    fleet.cluster.until(lambda: not fleet.names("jobs", "--selector", "memtail/experiment=b"), 60)
+    assert "job.batch/stranger" in fleet.names("jobs")
 
 
 SECURITY = "{allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, runAsNonRoot: true, seccompProfile: {type: RuntimeDefault}}"

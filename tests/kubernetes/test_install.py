@@ -1,4 +1,4 @@
-"""The chart on a real API server with Pod Security, whose nodes are simulated: pods become Running, but nothing in them does."""
+"""The chart on a real API server with Pod Security and simulated nodes, on which containers do not execute."""
 
 import json
 import subprocess
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of
+from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job
 from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes, install_tools
 
 RELEASE = "trial"
-# There is nobody to make volumes: one is there, in a class of its own.
+# The control plane has no volume provisioner: each namespace gets one volume in a separate storage class.
 VOLUME = """
 apiVersion: storage.k8s.io/v1
 kind: StorageClass
@@ -35,13 +35,13 @@ spec:
 
 @dataclass(frozen=True)
 class Namespace:
-    """A namespace of the level "restricted", and what is in it."""
+    """A namespace with the Pod Security level "restricted"."""
 
     kubernetes: Kubernetes
     name: str
 
     def helm(self, *arguments: str, **values: Any) -> str:
-        """What helm says, which is no warning."""
+        """Run helm in the namespace; fails on errors and warnings."""
         options = as_options({"minio.storageClass": self.name, **values}) if arguments[0] in ("install", "upgrade") else []
         done = helm(*arguments, *options, "--namespace", self.name, kubeconfig=self.kubernetes.kubeconfig)
         assert done.returncode == 0, done.stderr
@@ -55,22 +55,22 @@ class Namespace:
         return items
 
     def components(self) -> list[str]:
-        """Of the pods that run."""
+        """Return the components of all running pods."""
         pods = self.get("pods")
         return sorted(pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods if pod["status"].get("phase") == "Running")
 
     def contents(self) -> set[str]:
-        """All that is in it, but for what Kubernetes tells about it."""
+        """Return the names of all objects except events and pod metrics."""
         resources = self.kubernetes.kubectl("api-resources", "--namespaced", "--verbs=list", "--output=name").split()
         kinds = ",".join(kind for kind in resources if not kind.startswith(("events", "podmetrics", "pods.metrics")))
         return set(self.kubernetes.kubectl("get", kinds, "--namespace", self.name, "--output", "name", "--ignore-not-found").split())
 
-    def may(self, account: str, what: str) -> bool:
-        """Whether a service account may, as the API server says to its own token."""
+    def may(self, account: str, action: str) -> bool:
+        """Return whether a service account may do something, asked with its token."""
         kubeconfig = Path(self.kubernetes.kubeconfig).parent / f"{self.name}-{account}"
         if not kubeconfig.exists():
             self.kubernetes.kubeconfig_of(self.name, account, kubeconfig)
-        command = ["kubectl", "--kubeconfig", str(kubeconfig), "auth", "can-i", *what.split()]
+        command = ["kubectl", "--kubeconfig", str(kubeconfig), "auth", "can-i", *action.split()]
         answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
         assert answer
         assert answer[0] in ("yes", "no")
@@ -84,14 +84,14 @@ def namespace(kubernetes: Kubernetes) -> Iterator[Namespace]:
         kubernetes.nodes(2)
     name = kubernetes.namespace("chart")
     kubernetes.kubectl("apply", "--filename", "-", stdin=VOLUME.format(name=name))
-    # a pod whose claim finds none yet may not be looked at again for minutes
+    # a pod without a matching volume may not be retried for minutes
     kubernetes.kubectl("wait", "--for=jsonpath={.status.phase}=Available", f"persistentvolume/{name}", "--timeout=60s")
     yield Namespace(kubernetes, name)
     kubernetes.kubectl("delete", "namespace", name, "--wait=false")
     kubernetes.kubectl("delete", "persistentvolume,storageclass", name, "--wait=false")
 
 
-def test_a_release_comes_is_upgraded_and_goes_without_a_trace_but_for_the_bucket(namespace):
+def test_a_release_is_installed_upgraded_and_uninstalled_leaving_only_the_bucket(namespace: Namespace) -> None:
     before = namespace.contents()
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
     assert namespace.components() == ["aggregator", "dispatcher", "minio", "redis"]
@@ -111,7 +111,7 @@ def test_a_release_comes_is_upgraded_and_goes_without_a_trace_but_for_the_bucket
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
 
 
-def test_the_dispatchers_jobs_are_admitted_run_and_go_with_the_release(namespace, tmp_path):
+def test_the_dispatchers_jobs_are_admitted_run_and_are_deleted_with_the_release(namespace: Namespace, tmp_path: Path) -> None:
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
     [fleet] = [each for each in namespace.get("configmaps") if each["metadata"]["name"] == f"{RELEASE}-memtail-fleet"]
     (tmp_path / "fleet.yaml").write_text(fleet["data"]["fleet.yaml"])
@@ -126,7 +126,7 @@ def test_the_dispatchers_jobs_are_admitted_run_and_go_with_the_release(namespace
     }
     account = tmp_path / "dispatcher"
     namespace.kubernetes.kubeconfig_of(namespace.name, settings.owner, account)
-    job = job_of(settings, Demand("digits", "running", 0, 9), 1, 2, owner)
+    job = build_job(settings, Demand("digits", "running", 0, 9), 1, 2, owner)
     command = ["kubectl", "--kubeconfig", str(account), "create", "--filename", "-"]
     done = subprocess.run(command, input=yaml.safe_dump(job), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -136,7 +136,7 @@ def test_the_dispatchers_jobs_are_admitted_run_and_go_with_the_release(namespace
     namespace.kubernetes.wait(lambda: not namespace.get("jobs") and not namespace.get("pods"))
 
 
-def test_fixed_workers_and_other_stores_are_admitted_too(namespace):
+def test_fixed_workers_and_other_stores_are_admitted_too(namespace: Namespace) -> None:
     values = {
         "redis.enabled": False,
         "externalRedis.existingSecret": "their-redis",
@@ -149,7 +149,7 @@ def test_fixed_workers_and_other_stores_are_admitted_too(namespace):
     assert namespace.components() == ["aggregator", "dispatcher", "worker", "worker", "worker"]
 
 
-def test_the_dispatcher_may_do_what_it_does_and_no_more(namespace):
+def test_the_dispatcher_has_only_the_rights_it_needs(namespace: Namespace) -> None:
     namespace.helm("install", RELEASE, str(CHART))
     dispatcher = f"{RELEASE}-memtail-dispatcher"
     allowed = {
@@ -159,7 +159,7 @@ def test_the_dispatcher_may_do_what_it_does_and_no_more(namespace):
         f"get deployments.apps/{dispatcher}",
     }
     verbs = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection")
-    things = (
+    resources = (
         "jobs.batch",
         "pods",
         "pods --subresource=exec",
@@ -173,22 +173,22 @@ def test_the_dispatcher_may_do_what_it_does_and_no_more(namespace):
         "cronjobs.batch",
         "nodes",
     )
-    asked = {f"{verb} {thing}" for verb in verbs for thing in things}
-    assert allowed < asked
-    assert {question for question in asked if namespace.may(dispatcher, question)} == allowed
+    questions = {f"{verb} {resource}" for verb in verbs for resource in resources}
+    assert allowed < questions
+    assert {question for question in questions if namespace.may(dispatcher, question)} == allowed
     assert not namespace.may(dispatcher, "list jobs.batch --namespace default")
     others = {question for question in allowed if namespace.may(f"{RELEASE}-memtail", question)}
     assert not others
 
 
 @pytest.mark.parametrize(("exit_code", "word"), [("0", "Succeeded"), ("1", "Failed")])
-def test_helm_test_tells_what_the_doctor_says(namespace, exit_code, word):
+def test_helm_test_reports_the_result_of_the_doctor(namespace: Namespace, exit_code: str, word: str) -> None:
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
     command = ["helm", "test", RELEASE, "--namespace", namespace.name, "--kubeconfig", namespace.kubernetes.kubeconfig, "--timeout", "1m"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as testing:
         namespace.kubernetes.wait(lambda: "test" in namespace.components())
         annotation = f"memtail-test/exit-code={exit_code}"
         namespace.kubernetes.kubectl("annotate", "pod", f"{RELEASE}-memtail-test", annotation, "--namespace", namespace.name)
-        said = testing.communicate(timeout=60)[0]
-    assert f"Phase:          {word}" in said, said
-    assert testing.returncode == int(exit_code), said
+        output = testing.communicate(timeout=60)[0]
+    assert f"Phase:          {word}" in output, output
+    assert testing.returncode == int(exit_code), output

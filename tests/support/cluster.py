@@ -1,4 +1,4 @@
-"""The whole service as real processes on the loopback interface: Redis, MinIO, a dispatcher, workers, an aggregator."""
+"""The complete system as real processes on the loopback interface: Redis, MinIO, dispatcher, workers, aggregator."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ from tests.support.faulty_models import Gate
 from tests.support.servers import MinioServer, free_port, server_binary
 
 PROJECT = Path(__file__).parents[2]
-# Everything that takes time in real use takes little here.
+# Short intervals instead of the defaults.
 QUICK = {
     "MEMTAIL_LEASE_SECONDS": "3",
     "MEMTAIL_RECONCILE_SECONDS": "0.2",
@@ -39,7 +39,11 @@ QUICK = {
 
 
 class RedisServer:
-    """A Redis server with a random password that keeps nothing on disk; with `certificates` (public.crt, private.key, ca.pem) on TLS."""
+    """A Redis server with a random password and without persistence.
+
+    Args:
+        certificates: folder with public.crt, private.key and ca.pem, to serve TLS.
+    """
 
     def __init__(self, certificates: Path | None = None) -> None:
         self.port, self.password = free_port(), secrets.token_hex(16)
@@ -97,27 +101,27 @@ class Service:
         return self._process
 
     def kill(self) -> None:
-        """All of it at once, as when its container is killed."""
+        """Kill the process and its children, as the death of a container does."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def stop(self, patience: float = 30) -> None:
-        """As a cluster does: SIGTERM, then SIGKILL."""
+    def stop(self, timeout: float = 30) -> None:
+        """Stop it like a cluster: SIGTERM, then SIGKILL after a timeout."""
         self.process.terminate()
         try:
-            self.process.wait(patience)
+            self.process.wait(timeout)
         finally:
             self.kill()
 
     def children(self) -> list[int]:
-        """The processes it has forked."""
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False).stdout
-        return [int(line) for line in found.split()]
+        """Return the ids of the forked processes."""
+        output = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False).stdout
+        return [int(line) for line in output.split()]
 
 
 class Cluster:
-    """A bucket, a broker and the services; what a test starts is stopped when it ends."""
+    """A bucket, a broker and services, which are stopped at the end."""
 
     def __init__(self, folder: Path, minio: MinioServer, **settings: str) -> None:
         self.folder, self.minio, self.redis = folder, minio, RedisServer()
@@ -158,16 +162,16 @@ class Cluster:
         experiment_store.register(declare(experiment, dataset, checked_shard_size(experiment, dataset)))
         return experiment_store
 
-    def until(self, what: Callable[[], Any], seconds: float = 90) -> float:
-        """Wait for something to become true; returns the seconds it took."""
+    def until(self, condition: Callable[[], Any], seconds: float = 90) -> float:
+        """Wait until a condition is true; returns the seconds waited."""
         began = time.monotonic()
-        while not what():
+        while not condition():
             assert time.monotonic() - began < seconds, self.logs()
             time.sleep(0.05)
         return time.monotonic() - began
 
     def until_published(self, experiment_store: ExperimentStore, trials: int, seconds: float = 90) -> float:
-        """Wait for scores of so many trials."""
+        """Wait until the published scores count a number of trials."""
 
         def published() -> bool:
             pointer = latest_version(self.store, experiment_store.name)
@@ -176,13 +180,13 @@ class Cluster:
         return self.until(published, seconds)
 
     def scores(self, name: str) -> dict[str, bytes]:
-        """The published files."""
+        """Return the published score files."""
         pointer = latest_version(self.store, name)
         assert pointer is not None
         return {file: self.store.get(keys.scores(name, pointer.version) + file) for file in pointer.files}
 
     def serves(self, service: Service) -> bool:
-        """Whether a service has come round once and says that it is ready."""
+        """Return whether a service is ready."""
         http = urllib3.PoolManager(retries=False)
         with contextlib.suppress(urllib3.exceptions.HTTPError):
             return http.request("GET", f"http://127.0.0.1:{service.port}/readyz", timeout=5).status == 200
@@ -192,7 +196,7 @@ class Cluster:
         return "\n".join(f"== {service.log.name}\n{service.log.read_text()[-4000:]}" for service in self.services)
 
     def events(self, service: Service, event: str) -> Iterator[str]:
-        """The lines of a service's log with an event."""
+        """Iterate over the lines of a service's log with an event."""
         return (line for line in service.log.read_text().splitlines() if f'"event": "{event}"' in line)
 
     def told(self, name: str, event: str, experiment: str) -> list[str]:

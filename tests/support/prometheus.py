@@ -1,4 +1,4 @@
-"""A real Prometheus on the loopback interface that asks services every second."""
+"""A real Prometheus on the loopback interface that scrapes services every second."""
 
 import contextlib
 import subprocess
@@ -15,7 +15,7 @@ from tests.support.servers import MinioServer, free_port, server_binary
 
 
 class PrometheusServer:
-    """Does what services/monitoring/prometheus.yml says every second, with services and an S3 server that are on this machine."""
+    """Prometheus with services/monitoring/prometheus.yml, but local targets and intervals of one second."""
 
     def __init__(self, folder: Path, services: Iterable[Service], minio: MinioServer) -> None:
         self._folder, self._services, self._minio = folder, services, minio
@@ -59,24 +59,24 @@ class PrometheusServer:
             return self._http.request("GET", f"{self._url}/-/ready", timeout=5).status == 200
         return False
 
-    def ask(self, what: str, **parameters: Any) -> Any:
-        """An answer of its API; an expression that does not parse fails the test."""
-        answer = self._http.request("GET", f"{self._url}/api/v1/{what}", fields=parameters).json()
-        assert answer["status"] == "success", f"{parameters}: {answer['error']}"
-        return answer["data"]
+    def get(self, endpoint: str, **parameters: Any) -> Any:
+        """Query the API; an error, such as an invalid expression, fails the test."""
+        response = self._http.request("GET", f"{self._url}/api/v1/{endpoint}", fields=parameters).json()
+        assert response["status"] == "success", f"{parameters}: {response['error']}"
+        return response["data"]
 
     def at(self, moment: float, expression: str) -> list[dict[str, Any]]:
-        """The value, or histogram, of each series at a moment, as of a query that takes the time from then."""
-        found = self.ask("query", query=expression, time=moment)
-        assert found["resultType"] == "vector", expression
-        return [{"metric": series["metric"], "values": [series.get("value") or series["histogram"]]} for series in found["result"]]
+        """Evaluate an expression at one time; returns a value or histogram per series."""
+        result = self.get("query", query=expression, time=moment)
+        assert result["resultType"] == "vector", expression
+        return [{"metric": series["metric"], "values": [series.get("value") or series["histogram"]]} for series in result["result"]]
 
     def during(self, times: tuple[float, float], expression: str) -> list[dict[str, Any]]:
-        """The values of each series at each second."""
-        result: list[dict[str, Any]] = self.ask("query_range", query=expression, start=times[0], end=times[1], step=1)["result"]
+        """Evaluate an expression at each second of a period."""
+        result: list[dict[str, Any]] = self.get("query_range", query=expression, start=times[0], end=times[1], step=1)["result"]
         return result
 
     def label_values(self, times: tuple[float, float], selector: str, label: str) -> list[str]:
-        """The values that a label of some series takes."""
-        values: list[str] = self.ask(f"label/{label}/values", **{"match[]": selector}, start=times[0], end=times[1])
+        """Return the values of a label."""
+        values: list[str] = self.get(f"label/{label}/values", **{"match[]": selector}, start=times[0], end=times[1])
         return values

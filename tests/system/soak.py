@@ -1,7 +1,7 @@
-"""Ten minutes of random faults: `make soak`, or `make soak ARGS="--minutes 2 --seed 7"`.
+"""Soak test with ten minutes of random faults: `make soak`, or `make soak ARGS="--minutes 2 --seed 7"`.
 
-Experiments follow one upon the other while Redis, the bucket, the dispatcher, the aggregator and the workers fail at random. At the end
-each has every trial once, and scores equal to the bit to those of an undisturbed run.
+Experiments run one after another while Redis, the bucket, the dispatcher, the aggregator and the workers fail at random. At the end each
+experiment must have every trial once, and scores that are bit-identical to those of an undisturbed run.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,19 @@ SPEC: dict[str, Any] = {
 
 
 class Faults:
-    """What may go wrong, one method each."""
+    """Faults to inject, with one public method each."""
 
-    def __init__(self, cluster: Cluster, chance: random.Random) -> None:
-        self._cluster, self._chance = cluster, chance
+    def __init__(self, cluster: Cluster, rng: random.Random) -> None:
+        self._cluster, self._rng = cluster, rng
         self.experiment_store: ExperimentStore | None = None
 
     def all(self) -> list[Callable[[], None]]:
-        """Every fault."""
+        """Return all faults."""
         return [getattr(self, name) for name in sorted(vars(type(self))) if not name.startswith("_") and name != "all"]
 
     def redis_killed(self) -> None:
         self._cluster.redis.kill()
-        time.sleep(self._chance.uniform(0, 3))
+        time.sleep(self._rng.uniform(0, 3))
         self._cluster.redis.start()
 
     def redis_flushed(self) -> None:
@@ -59,7 +60,7 @@ class Faults:
 
     def store_down(self) -> None:
         self._cluster.minio.stop()
-        time.sleep(self._chance.uniform(0, 6))
+        time.sleep(self._rng.uniform(0, 6))
         self._cluster.minio.start()
 
     def child_killed(self) -> None:
@@ -75,33 +76,33 @@ class Faults:
     def aggregator_killed(self) -> None:
         self._restarted("aggregator")
 
-    def worker_told_to_stop(self) -> None:
+    def worker_stopped(self) -> None:
         worker = self._one("worker")
         worker.stop(60)
         worker.start()
 
     def worker_frozen(self) -> None:
-        """Longer than its lease lasts, so that its shard is trained twice."""
+        """Freeze a worker longer than its lease, so that its shard is trained twice."""
         group = self._one("worker").process.pid
         os.killpg(group, signal.SIGSTOP)
-        time.sleep(self._chance.uniform(4, 6))
+        time.sleep(self._rng.uniform(4, 6))
         os.killpg(group, signal.SIGCONT)
 
     def batch_deleted(self) -> None:
         assert self.experiment_store is not None
         if committed := self.experiment_store.committed():
-            shard = self._chance.choice(committed)
+            shard = self._rng.choice(committed)
             self._cluster.store.delete(keys.trial_batch(self.experiment_store.name, shard.first, shard.last))
 
     def messages_repeated(self) -> None:
         assert self.experiment_store is not None
-        first = self._chance.randrange(0, TRIALS, PER_SHARD)
+        first = self._rng.randrange(0, TRIALS, PER_SHARD)
         fingerprint = self.experiment_store.read_record().fingerprint
         assignment = Assignment(experiment=self.experiment_store.name, fingerprint=fingerprint, first=first, last=first + PER_SHARD - 1)
         Broker(ServiceSettings(store="-", broker=self._cluster.redis.url)).send([assignment] * 5)
 
     def _one(self, name: str) -> Service:
-        return self._chance.choice([service for service in self._cluster.services if service.name == name])
+        return self._rng.choice([service for service in self._cluster.services if service.name == name])
 
     def _restarted(self, name: str) -> None:
         service = self._one(name)
@@ -110,31 +111,31 @@ class Faults:
 
 
 def soak(minutes: float, seed: int) -> None:
-    """Run, and check all that must hold. Raises: AssertionError: something was lost or counted twice."""
-    chance = random.Random(seed)
-    happened: Counter[str] = Counter()
+    """Run the test. Raises: AssertionError: a trial was lost or counted twice, or scores differ."""
+    rng = random.Random(seed)
+    injected: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder, MinioServer(Path(folder)) as minio, Cluster(Path(folder), minio) as cluster:
         dataset = datasets.prepare(Experiment.parse({"name": "soak", **SPEC}).dataset)
         for name in ("dispatcher", "worker", "worker", "aggregator"):
             cluster.start(name)
-        faults, experiment_stores = Faults(cluster, chance), list[ExperimentStore]()
+        faults, experiment_stores = Faults(cluster, rng), list[ExperimentStore]()
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end:
             experiment_stores.append(cluster.submit(Experiment.parse({"name": f"soak-{len(experiment_stores)}", **SPEC}), dataset))
             faults.experiment_store = experiment_stores[-1]
             while time.monotonic() < end and not _published(cluster, experiment_stores[-1]):
-                fault = chance.choice(faults.all())
+                fault = rng.choice(faults.all())
                 fault()
-                happened[fault.__name__] += 1
+                injected[fault.__name__] += 1
                 print(f"{end - time.monotonic():4.0f} s left, {fault.__name__}: {_state(experiment_stores[-1])}", flush=True)
-                time.sleep(chance.uniform(1, 10))
-                experiment_stores[-1].clear_failures()  # a shard may be hit three times
+                time.sleep(rng.uniform(1, 10))
+                experiment_stores[-1].clear_failures()  # faults may fail a shard three times
         for experiment_store in experiment_stores:
-            cluster.until(lambda experiment_store=experiment_store: _published(cluster, experiment_store), 300)
+            cluster.until(partial(_published, cluster, experiment_store), 300)
         _check(cluster, experiment_stores, Path(folder, "expected"))
-    faults_made = ", ".join(f"{count} x {name.replace('_', ' ')}" for name, count in happened.most_common())
+    summary = ", ".join(f"{count} x {name.replace('_', ' ')}" for name, count in injected.most_common())
     print(
-        f"{happened.total()} faults ({faults_made}); "
+        f"{injected.total()} faults ({summary}); "
         f"{len(experiment_stores) * TRIALS} trials of {len(experiment_stores)} experiments, each counted once"
     )
 
@@ -163,7 +164,7 @@ def _check(cluster: Cluster, experiment_stores: list[ExperimentStore], folder: P
 
 
 def _scores(store: Any, name: str) -> dict[str, Any]:
-    """The published files; all but the summary are the same whatever the experiment is called."""
+    """Return the published files, without the experiment's name in the summary."""
     pointer = latest_version(store, name)
     assert pointer is not None
     files: dict[str, Any] = {file: store.get(keys.scores(name, pointer.version) + file) for file in pointer.files}
@@ -175,5 +176,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    soak(given.minutes, given.seed)
+    arguments = parser.parse_args()
+    soak(arguments.minutes, arguments.seed)

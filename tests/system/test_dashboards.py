@@ -1,7 +1,7 @@
-"""Every query of Grafana's dashboards, and every rule, asked of a real Prometheus that watched a real experiment.
+"""Evaluates every query of Grafana's dashboards, and every rule, on a real Prometheus that scraped a real experiment.
 
-With DASHBOARD_PICTURES=FOLDER in the environment the dashboards of that run are drawn into a folder; the results of all queries are
-beside them as text, and what each service answers to Prometheus.
+With DASHBOARD_PICTURES=FOLDER in the environment, the dashboards of that run are rendered into the folder, together with the results of all
+queries and the metrics of each service as text.
 """
 
 import json
@@ -28,38 +28,38 @@ from tests.support.prometheus import PrometheusServer
 TRIALS, PER_SHARD = 96, 4
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.iterdir())}
 RULES = yaml.safe_load((FOLDER.parent / "rules.yaml").read_text())
-# What a machine without a GPU and without a Kubernetes cluster has no values of.
+# Queries without data on a machine without GPU and Kubernetes cluster.
 EMPTY = {
-    "memtail_device_": "there is no GPU",
-    "memtail_fleet_": "there is no cluster",
-    "kubelet_": "there is no cluster",
-    "label_values(memtail_build_info, namespace)": "only a cluster has namespaces",
+    "memtail_device_": "no GPU",
+    "memtail_fleet_": "no cluster",
+    "kubelet_": "no cluster",
+    "label_values(memtail_build_info, namespace)": "namespaces exist only in a cluster",
 }
 SELECTED = {"$namespace": ".*", "${namespace}": ".*", "$experiment": "digits", "$__rate_interval": "10s"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What Prometheus has seen of an experiment, and from when to when it went."""
+    """A Prometheus that scraped an experiment, and the period of the experiment."""
 
     prometheus: PrometheusServer
     services: list[Service]
     times: tuple[float, float]
 
     def series(self, query: str, instant: bool = False) -> list[dict[str, Any]]:
-        """The series of a query, with its variables filled in, that have a value at all."""
+        """Evaluate a query after substituting its variables; returns the series with finite values."""
         for name, value in SELECTED.items():
             query = query.replace(name, value)
         if names := re.fullmatch(r"label_values\((.+), (\w+)\)", query):
             values = self.prometheus.label_values(self.times, names[1], names[2])
             return [{"metric": {names[2]: value}, "values": [[self.times[1], "1"]]} for value in values]
-        found = self.prometheus.at(self.times[1], query) if instant else self.prometheus.during(self.times, query)
-        return [series for series in found if any(math.isfinite(float(value)) for _, value in series["values"])]
+        result = self.prometheus.at(self.times[1], query) if instant else self.prometheus.during(self.times, query)
+        return [series for series in result if any(math.isfinite(float(value)) for _, value in series["values"])]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> Iterator[Run]:
-    """An experiment of which a shard fails once and a worker vanishes."""
+    """An experiment in which a shard fails once and a worker is killed."""
     folder, faults = tmp_path_factory.mktemp("cluster"), tmp_path_factory.mktemp("faults")
     spec = {
         "name": "digits",
@@ -75,7 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
             began = time.time()
             experiment_store = cluster.submit(Experiment.parse(spec), digits)
             broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
-            # whichever worker had the failure, Prometheus is to have seen it before one is killed
+            # Prometheus must scrape the failure before its worker may be killed
             cluster.until(lambda: prometheus.at(time.time(), "memtail_shard_attempts_total{outcome='failed'} > 0"), 300)
             cluster.until(lambda: len(experiment_store.committed()) > 2 and len(broker.leased()) == 2, 300)
             services[-1].kill()
@@ -84,17 +84,17 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
             recorded = "and on() experiment:memtail_standard_error_per_bound:ratio"
             ended = began
 
-            def seen() -> bool:
+            def recorded_all() -> bool:
                 nonlocal ended
                 ended = time.time()
                 return bool(prometheus.at(ended, f"{counted} {recorded}"))
 
-            cluster.until(seen, 300)
+            cluster.until(recorded_all, 300)
             yield Run(prometheus, services[:-1], (ended - math.ceil(ended - began), ended))
 
 
 def queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """(what it is of, the query, whether it asks for one moment) of each query of a dashboard."""
+    """Iterate over the queries of a dashboard as (origin, query, whether it is instant)."""
     for panel in dashboard["panels"]:
         for target in panel.get("targets", []):
             yield f"{panel['id']} {panel['title']} {target['refId']}", target["expr"], target["instant"]
@@ -106,22 +106,22 @@ def queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_every_query_of_a_dashboard_has_data_or_a_reason_to_have_none(run: Run, name: str) -> None:
-    with_data = {what: bool(run.series(query)) for what, query, _ in queries(DASHBOARDS[name])}
-    expected = {what: not any(part in query for part in EMPTY) for what, query, _ in queries(DASHBOARDS[name])}
+def test_every_query_of_a_dashboard_has_data_unless_exempted(run: Run, name: str) -> None:
+    with_data = {origin: bool(run.series(query)) for origin, query, _ in queries(DASHBOARDS[name])}
+    expected = {origin: not any(part in query for part in EMPTY) for origin, query, _ in queries(DASHBOARDS[name])}
     assert with_data == expected
 
 
-def test_every_series_that_a_rule_looks_at_or_records_is_there_or_has_a_reason_not_to_be(run: Run) -> None:
+def test_every_series_that_a_rule_reads_or_records_exists_unless_exempted(run: Run) -> None:
     rules = [rule for group in RULES["groups"] for rule in group["rules"]]
-    looked_at = {selector for rule in rules for selector in selectors(run.prometheus.ask("parse_query", query=rule["expr"]))}
-    looked_at |= {rule["record"] for rule in rules if "record" in rule}
-    with_data = {selector: bool(run.series(selector)) for selector in looked_at}
-    assert with_data == {selector: not any(part in selector for part in EMPTY) for selector in looked_at}
+    selected = {selector for rule in rules for selector in selectors(run.prometheus.get("parse_query", query=rule["expr"]))}
+    selected |= {rule["record"] for rule in rules if "record" in rule}
+    with_data = {selector: bool(run.series(selector)) for selector in selected}
+    assert with_data == {selector: not any(part in selector for part in EMPTY) for selector in selected}
 
 
 def selectors(node: Any) -> Iterator[str]:
-    """The selectors in an expression as Prometheus has parsed it."""
+    """Iterate over the selectors in an expression that Prometheus has parsed."""
     if isinstance(node, list):
         for part in node:
             yield from selectors(part)
@@ -146,12 +146,12 @@ if "DASHBOARD_PICTURES" in os.environ:  # as `make dashboards` sets it
         }
         pictures.draw(dashboard, results, run.times, folder / f"{name}.png")
         with (folder / f"{name}.txt").open("w") as file:
-            for what, query, instant in queries(dashboard):
-                print(f"\n{what}\n  {query}", file=file)
+            for origin, query, instant in queries(dashboard):
+                print(f"\n{origin}\n  {query}", file=file)
                 for series in run.series(query, instant):
                     print(f"    {series['metric']} {len(series['values'])} values, the last {series['values'][-1][1]}", file=file)
 
-    def test_what_services_answer(run: Run) -> None:
+    def test_write_the_metrics_of_each_service(run: Run) -> None:
         for service in run.services:
             page = urllib3.request("GET", f"http://127.0.0.1:{service.port}/metrics").data
             (PROJECT / os.environ["DASHBOARD_PICTURES"] / f"{service.name}.metrics").write_bytes(page)

@@ -1,4 +1,4 @@
-"""What a deployment on one machine needs beside the services: passwords, a bucket, and signs of life."""
+"""Deployment tools: passwords, creation of the bucket, health checks; and the files that compose mounts."""
 
 import json
 import os
@@ -14,20 +14,19 @@ import pytest
 import yaml
 
 from memtail.storage.s3 import S3Store
-from services.tools import healthcheck as healthy
-from services.tools import make_passwords as passwords
+from services.tools import healthcheck, make_passwords
 from tests.support.cluster import PROJECT, LivingCluster
 from tests.support.servers import REGION, MinioServer
 
 
 def mounted(service: dict[str, Any]) -> dict[str, Path]:
-    """The files and folders of this project that a service of docker-compose.yml sees, by their paths in its container."""
+    """Files and folders of the project that docker-compose.yml mounts into a service, by their paths in its container."""
     entries = [entry.split(":") for entry in service["volumes"] if entry.startswith("./")]
     assert all(mode == "ro" for *_, mode in entries)
     return {target: PROJECT / source for source, target, _ in entries}
 
 
-def test_prometheus_and_grafana_find_in_their_containers_what_they_are_told_to_read() -> None:
+def test_the_configurations_of_prometheus_and_grafana_name_mounted_files() -> None:
     services = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
     prometheus, grafana = mounted(services["prometheus"]), mounted(services["grafana"])
     config = yaml.safe_load(prometheus["/etc/prometheus/prometheus.yml"].read_text())
@@ -45,37 +44,37 @@ def test_prometheus_and_grafana_find_in_their_containers_what_they_are_told_to_r
     assert titles[services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]] == "memtail: Experiment"
     assert len(titles) == 3
     for path in (*prometheus.values(), *grafana.values(), *dashboards.iterdir()):
-        wanted = 0o005 if path.is_dir() else 0o004  # their users are none of this machine's
-        assert path.stat().st_mode & wanted == wanted, path
+        readable = 0o005 if path.is_dir() else 0o004  # their users do not exist on this machine
+        assert path.stat().st_mode & readable == readable, path
 
 
-def test_passwords_are_made_once_and_only_their_group_may_read_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    passwords.make(tmp_path)
-    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    passwords.make(tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == made
-    assert len({made[name] for name in passwords.PASSWORDS}) == len(passwords.PASSWORDS)
+def test_passwords_are_generated_once_and_readable_only_by_owner_and_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_passwords.make(tmp_path)
+    generated = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    make_passwords.make(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == generated
+    assert len({generated[name] for name in make_passwords.PASSWORDS}) == len(make_passwords.PASSWORDS)
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o440 for path in tmp_path.iterdir())
-    assert made["redis"] in made["redis.conf"]
-    assert made["redis"] in made["broker"]
-    passwords.show(tmp_path)
-    assert made["grafana"] in capsys.readouterr().out
+    assert generated["redis"] in generated["redis.conf"]
+    assert generated["redis"] in generated["broker"]
+    make_passwords.show(tmp_path)
+    assert generated["grafana"] in capsys.readouterr().out
 
 
-def test_a_password_whose_file_is_removed_is_made_anew(tmp_path: Path) -> None:
-    passwords.make(tmp_path)
+def test_a_password_is_regenerated_after_its_file_is_deleted(tmp_path: Path) -> None:
+    make_passwords.make(tmp_path)
     before = (tmp_path / "redis").read_text()
     (tmp_path / "redis").unlink()
-    passwords.make(tmp_path)
+    make_passwords.make(tmp_path)
     assert (tmp_path / "redis").read_text() != before
     assert before not in (tmp_path / "broker").read_text() + (tmp_path / "redis.conf").read_text()
 
 
-def test_a_bucket_is_made_unless_it_is_there(minio: MinioServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bucket_is_created_unless_it_exists(minio: MinioServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in minio.environment().items():
         monkeypatch.setenv(name, value)
     for module, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
-        monkeypatch.setattr(module, hook, getattr(module, hook))  # which a service takes for itself
+        monkeypatch.setattr(module, hook, getattr(module, hook))  # services replace them
     monkeypatch.setenv("MEMTAIL_STORE", "s3://made-by-test/prefix")
     monkeypatch.setenv("MEMTAIL_S3_REGION", REGION)
     for _ in range(2):
@@ -85,22 +84,22 @@ def test_a_bucket_is_made_unless_it_is_there(minio: MinioServer, monkeypatch: py
     S3Store("made-by-test", settings=minio.settings()).verify_contract()
 
 
-def test_a_heartbeat_file_is_healthy_while_it_is_young(tmp_path: Path) -> None:
+def test_a_heartbeat_file_is_healthy_while_it_is_recent(tmp_path: Path) -> None:
     file = tmp_path / "heartbeat"
-    assert "heartbeat" in (healthy.main(str(file)) or "")
+    assert "heartbeat" in (healthcheck.main(str(file)) or "")
     file.touch()
-    assert healthy.main(str(file)) is None
-    long_ago = time.time() - 2 * healthy.PATIENCE
+    assert healthcheck.main(str(file)) is None
+    long_ago = time.time() - 2 * healthcheck.HEARTBEAT_TIMEOUT
     os.utime(file, (long_ago, long_ago))
-    assert "no beat" in (healthy.main(str(file)) or "")
+    assert "last heartbeat 1" in (healthcheck.main(str(file)) or "")
 
 
 def test_a_service_is_healthy_while_it_says_so(living: LivingCluster) -> None:
     (dispatcher,) = living.kinds("dispatcher")
     url = f"http://127.0.0.1:{dispatcher.port}/healthz"
-    living.until(lambda: healthy.main(url) is None)
+    living.until(lambda: healthcheck.main(url) is None)
     dispatcher.kill()
-    assert url in (healthy.main(url) or "")
+    assert url in (healthcheck.main(url) or "")
 
 
 def test_a_worker_beats_before_and_after_redis_goes_away(living: LivingCluster, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the services show and log, compared with what happened: real services, scraped as Prometheus does it."""
+"""Metrics and logs of real services, compared with the work that they did."""
 
 import io
 import subprocess
@@ -45,7 +45,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
     assert seen.value("memtail_passes_total", outcome="given up") == 0
     assert seen.value("memtail_pass_seconds_count") == seen.value("memtail_passes_total")
 
-    # on a slow machine a shard may be sent twice
+    # a slow machine may send a shard twice
     cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total") == len(list(cluster.events(worker, "shard ended"))))
     seen = scrape(worker)
     attempts = {outcome: seen.value("memtail_shard_attempts_total", outcome=outcome) for outcome in OUTCOMES}
@@ -181,11 +181,11 @@ def test_two_services_with_one_port_say_so(living):
     for name in ("aggregator", "dispatcher", "worker"):
         second = living.start(name, MEMTAIL_PORT=first.port)
         assert second.process.wait(90) == 2
-        text = f"MEMTAIL_PORT is {first.port}, which cannot be had (Address already in use): give each service here a port of its own"
+        text = f"MEMTAIL_PORT {first.port} is unavailable (Address already in use): give each service on this machine a different port"
         assert [(line["level"], line["event"]) for line in logged(second.log.read_text())] == [("critical", text)]
 
 
-def test_the_series_of_an_experiment_go_away_when_it_has_ended_and_come_back_when_it_is_extended(cluster, declare, digits):
+def test_series_of_an_experiment_are_removed_after_its_end_and_return_after_an_extension(cluster, declare, digits):
     def submit(name, trials):
         execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
         return cluster.submit(declare(trials, name=name, training={"epochs": 4}, execution=execution), digits)
@@ -230,7 +230,7 @@ def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_sh
         assert line["key"].startswith(keys.trials(name))
 
 
-def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, digits, tmp_path):
+def test_logs_are_json_and_contain_no_secrets(cluster, declare, digits, tmp_path):
     experiment_store = cluster.submit(faulty(declare, "segfault"), digits)
     services = [cluster.start(name, FAULT_FOLDER=str(tmp_path)) for name in ("dispatcher", "worker", "aggregator")]
     cluster.until(experiment_store.attempts)  # a training process has died
@@ -250,7 +250,7 @@ def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, dig
     for name in ("dispatcher", "worker"):
         malformed = cluster.start(name, MEMTAIL_BROKER=f"redis://:{cluster.redis.password}/more@127.0.0.1:{cluster.redis.port}/0")
         assert malformed.process.wait(90) == 2
-        assert ["MEMTAIL_BROKER is no Redis URL" in line["event"] for line in logged(malformed.log.read_text())] == [True]
+        assert ["MEMTAIL_BROKER is not a Redis URL" in line["event"] for line in logged(malformed.log.read_text())] == [True]
 
     for service in cluster.services:
         log = service.log.read_text()
@@ -261,7 +261,7 @@ def test_all_that_services_say_is_json_and_holds_no_secret(cluster, declare, dig
     assert {"shard ended", "training process died"} < events
 
 
-def test_warnings_and_what_nobody_catches_are_json():
+def test_warnings_and_uncaught_exceptions_are_logged_as_json():
     code = """
 import threading, warnings
 from services.common.process import configure_logs

@@ -1,4 +1,4 @@
-"""Prometheus as compose starts it: its configuration, its rules, and what it finds at real services."""
+"""Prometheus with the configuration of compose: configuration, rules, and scraping of real services."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ from tests.support.servers import MinioServer, server_binary
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """The configuration, in a folder with all that compose puts beside it."""
+    """Configuration file, in a folder with the files that compose mounts beside it."""
     for volume in yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]["prometheus"]["volumes"]:
         source, _, target = volume.partition(":")
         if target.startswith("/etc/prometheus/"):
@@ -36,18 +36,18 @@ def test_each_alert_fires_when_it_is_to_and_at_no_other_time() -> None:
     promtool("test", "rules", PROJECT / "tests/support/alerts.yaml")
 
 
-def test_real_services_are_found_under_their_names_and_all_rules_can_be_evaluated(
+def test_real_services_are_scraped_under_their_names_and_all_rules_are_evaluated(
     cluster: Cluster, minio: MinioServer, tmp_path: Path
 ) -> None:
     services = [cluster.start(name) for name in ("dispatcher", "aggregator", "worker")]
     with PrometheusServer(tmp_path, services, minio) as prometheus:
 
-        def found(query: str) -> set[tuple[str, str]]:
+        def targets(query: str) -> set[tuple[str, str]]:
             return {(each["metric"]["release"], each["metric"]["service"]) for each in prometheus.at(time.time(), query)}
 
         names = {("memtail", name) for name in ("dispatcher", "aggregator", "worker", "minio")}
-        cluster.until(lambda: found('up{release!=""} == 1') == names)
-        # classic, and as one series
-        for series in ('memtail_pass_seconds_bucket{le="+Inf"}', "histogram_count(memtail_pass_seconds)"):
-            cluster.until(lambda series=series: found(series) >= {("memtail", "dispatcher"), ("memtail", "aggregator")})
-        cluster.until(lambda: {rule["health"] for group in prometheus.ask("rules")["groups"] for rule in group["rules"]} == {"ok"})
+        cluster.until(lambda: targets('up{release!=""} == 1') == names)
+        looping = {("memtail", "dispatcher"), ("memtail", "aggregator")}
+        cluster.until(lambda: targets('memtail_pass_seconds_bucket{le="+Inf"}') >= looping)  # classic histogram
+        cluster.until(lambda: targets("histogram_count(memtail_pass_seconds)") >= looping)  # native histogram
+        cluster.until(lambda: {rule["health"] for group in prometheus.get("rules")["groups"] for rule in group["rules"]} == {"ok"})

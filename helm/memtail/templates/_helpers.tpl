@@ -1,10 +1,10 @@
-{{/* What names begin with: the release's, and the chart's if that is not in it. */}}
+{{/* Prefix of names: the release's name, followed by the chart's unless it contains that. */}}
 {{- define "memtail.fullname" -}}
 {{- $name := contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) -}}
 {{- $name | trunc 40 | trimSuffix "-" -}}
 {{- end }}
 
-{{/* Labels that select pods. Takes (root, component); all of the release if component is empty. */}}
+{{/* Labels that select pods. Takes (root, component); if component is empty, all pods of the release. */}}
 {{- define "memtail.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ $root.Chart.Name }}
@@ -14,7 +14,7 @@ app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* All labels of an object. Takes (root, component). */}}
+{{/* Labels of an object. Takes (root, component). */}}
 {{- define "memtail.labels" -}}
 {{- $root := index . 0 -}}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
@@ -23,7 +23,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{ include "memtail.selector" . }}
 {{- end }}
 
-{{/* Labels of pods, with those of the user. Takes (root, component, its values). */}}
+{{/* Labels of pods, including the user's. Takes (root, component, its values). */}}
 {{- define "memtail.podLabels" -}}
 {{- include "memtail.selector" . }}
 {{- with (index . 2).labels }}
@@ -31,19 +31,19 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* An image's reference. Takes (its values, the default tag). */}}
+{{/* Reference of an image. Takes (its values, the default tag). */}}
 {{- define "memtail.image" -}}
 {{- $image := index . 0 -}}
 {{- with $image.registry }}{{ . }}/{{ end }}{{ $image.repository }}
 {{- if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $image.tag | default (index . 1) }}{{ end }}
 {{- end }}
 
-{{/* Who makes workers. */}}
+{{/* Mode of starting workers: jobs, deployment or keda. */}}
 {{- define "memtail.mode" -}}
 {{- .Values.workers.mode | default (.Values.rbac.create | ternary "jobs" "deployment") -}}
 {{- end }}
 
-{{/* The passwords, as (redis, s3-access-key, s3-secret-key): those that the cluster holds, else new ones, once in a rendering. */}}
+{{/* Password: the cluster's existing one, else a new one, generated once per rendering. Takes (root, key in the Secret). */}}
 {{- define "memtail.password" -}}
 {{- $root := index . 0 -}}
 {{- if not (hasKey $root.Values "passwords") -}}
@@ -57,7 +57,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- get $root.Values.passwords (index . 1) -}}
 {{- end }}
 
-{{/* The Secret that holds the URL of Redis, and the key in it, as YAML. */}}
+{{/* Secret and key of Redis's URL, as YAML. */}}
 {{- define "memtail.brokerSecret" -}}
 {{- if and .Values.externalRedis.existingSecret (not .Values.redis.enabled) -}}
 {name: {{ .Values.externalRedis.existingSecret }}, items: [{key: {{ .Values.externalRedis.existingSecretKey }}, path: broker}]}
@@ -66,7 +66,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end -}}
 {{- end }}
 
-{{/* The Secret that holds the keys of the bucket, as YAML; nothing where pods have an identity of their own. */}}
+{{/* Secret with the keys of the bucket, as YAML; empty if pods use the identity of their service account. */}}
 {{- define "memtail.s3Secret" -}}
 {{- if .Values.minio.enabled -}}
 {name: {{ include "memtail.fullname" . }}, items: [{key: s3-access-key, path: s3-access-key}, {key: s3-secret-key, path: s3-secret-key}]}
@@ -75,7 +75,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end -}}
 {{- end }}
 
-{{/* How Redis and the bucket are reached, as variables. Takes (root, whether Redis is). */}}
+{{/* Environment variables for connections to the bucket and to Redis. Takes (root, whether Redis is used). */}}
 {{- define "memtail.connections" -}}
 {{- $root := index . 0 -}}
 {{- if index . 1 }}
@@ -107,7 +107,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* The files that those variables name, as a volume; none if there are none. Takes (root, whether Redis is reached). */}}
+{{/* Volume of the files named by these variables; empty without files. Takes (root, whether Redis is used). */}}
 {{- define "memtail.connectionFiles" -}}
 {{- $root := index . 0 -}}
 {{- $ca := $root.Values.externalS3.ca -}}
@@ -135,12 +135,12 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* Restarts pods when the passwords change. */}}
+{{/* Annotation that restarts pods when passwords change. */}}
 {{- define "memtail.secretChecksum" -}}
 checksum/secret: {{ include (print .Template.BasePath "/secret.yaml") . | sha256sum }}
 {{- end }}
 
-{{/* Of every pod: no root, and no volume that uid 1000 cannot use. */}}
+{{/* Security of every pod: not root, and volumes accessible to uid 1000. */}}
 {{- define "memtail.podSecurity" -}}
 securityContext:
   runAsNonRoot: true
@@ -152,7 +152,7 @@ securityContext:
 enableServiceLinks: false
 {{- end }}
 
-{{/* Of every container. */}}
+{{/* Security of every container. */}}
 {{- define "memtail.containerSecurity" -}}
 securityContext:
   allowPrivilegeEscalation: false
@@ -160,7 +160,7 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Of pods: what pulls their images, and where they run. Takes (root, their values). */}}
+{{/* Pull secrets and scheduling of pods. Takes (root, their values). */}}
 {{- define "memtail.placement" -}}
 {{- $values := index . 1 -}}
 {{- with (index . 0).Values.image.pullSecrets }}
@@ -173,7 +173,7 @@ imagePullSecrets: {{ toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* Drains are never blocked: one pod may always go. Takes (root, component). */}}
+{{/* Disruption budget that never blocks a drain: one pod may always be evicted. Takes (root, component). */}}
 {{- define "memtail.disruptionBudget" -}}
 apiVersion: policy/v1
 kind: PodDisruptionBudget
@@ -186,7 +186,7 @@ spec:
     matchLabels: {{ include "memtail.selector" . | nindent 6 }}
 {{- end }}
 
-{{/* A worker's pod: metadata and spec. Takes (root, restartPolicy). */}}
+{{/* Pod template of a worker. Takes (root, restartPolicy). */}}
 {{- define "memtail.worker" -}}
 {{- $root := index . 0 -}}
 {{- $values := $root.Values.workers -}}
@@ -273,7 +273,7 @@ spec:
     {{- end }}
 {{- end }}
 
-{{/* The spec of a Job of workers, but for how many: lost nodes are nobody's fault, and pods that are gone are replaced when they are. */}}
+{{/* Spec of a Job of workers, without parallelism. Disruptions do not count as failures, and terminating pods are replaced only when they are gone. */}}
 {{- define "memtail.workerJob" -}}
 backoffLimit: 2147483647
 ttlSecondsAfterFinished: 600
@@ -285,14 +285,14 @@ podFailurePolicy:
 template: {{ include "memtail.worker" (list . "Never") | nindent 2 }}
 {{- end }}
 
-{{/* Selects the pods of some components. Takes (root, components). */}}
+{{/* Selector of the pods of some components. Takes (root, components). */}}
 {{- define "memtail.components" -}}
 matchLabels: {{ include "memtail.selector" (list (index . 0) "") | nindent 2 }}
 matchExpressions:
   - {key: app.kubernetes.io/component, operator: In, values: {{ index . 1 | toJson }}}
 {{- end }}
 
-{{/* The port of a URL. Takes (URL, the port if there is no URL). */}}
+{{/* Port of a URL. Takes (URL, default port). */}}
 {{- define "memtail.port" -}}
 {{- $parts := index . 0 | urlParse -}}
 {{- $port := regexFind ":[0-9]+$" $parts.host | trimPrefix ":" -}}
@@ -303,13 +303,13 @@ matchExpressions:
 {{- end -}}
 {{- end }}
 
-{{/* What all series of a target say: its service and its release. Takes what Prometheus finds targets by, service or pod. */}}
+{{/* Relabelings that set the labels service and release. Takes the kind of object that Prometheus discovers, service or pod. */}}
 {{- define "memtail.relabelings" -}}
 - {sourceLabels: [__meta_kubernetes_{{ . }}_label_app_kubernetes_io_component], targetLabel: service}
 - {sourceLabels: [__meta_kubernetes_{{ . }}_label_app_kubernetes_io_instance], targetLabel: release}
 {{- end }}
 
-{{/* Whether the S3 server is scraped. Its metrics are on the port of the objects, which is not opened to everybody for that. */}}
+{{/* Whether the S3 server is scraped. Its metrics share the port of the objects, which must not be opened to all clients. */}}
 {{- define "memtail.minioScraped" -}}
 {{- $policy := .Values.networkPolicy -}}
 {{- if and .Values.minio.enabled .Values.monitoring.serviceMonitor.enabled (or $policy.metricsFrom (not $policy.enabled)) -}}

@@ -1,7 +1,7 @@
-"""Grafana's dashboards as code. `python -m services.monitoring.dashboards` writes them as JSON to where compose and the chart take them.
+"""Grafana dashboards as code. `python -m services.monitoring.dashboards` writes them as JSON into the chart, from where compose reads them.
 
-Each answers its questions from the top down: "Experiment" whether it goes on, when it is done and whether its scores can be trusted yet;
-"Fleet" what workers do; "Service" how the services, the store and the broker are.
+"Experiment" shows the progress of an experiment, its estimated completion and the precision of its scores; "Fleet" the workers, their
+devices and the queue; "Service" the health of the services, the store and the broker.
 """
 
 import json
@@ -20,7 +20,7 @@ _BUILDERS: dict[str, Callable[[], dashboard.Dashboard]] = {"experiment": experim
 
 
 def rendered() -> dict[Path, str]:
-    """The text of each dashboard's file."""
+    """Render the JSON of each dashboard, by file."""
     return {FOLDER / f"{name}.json": _text(builder()) for name, builder in _BUILDERS.items()}
 
 

@@ -1,70 +1,84 @@
-"""The dashboard of one experiment: is it going, when is it done, can it be trusted yet?"""
+"""Dashboard of one experiment: progress, estimated completion, precision of the scores."""
 
 from grafana_foundation_sdk.builders import dashboard
 
-from services.monitoring.dashboards.parts import BLUE, GRAY, GREEN, ORANGE, RED, Rows, bars, course, density, number, page, share, words
+from services.monitoring.dashboards.layout import build_dashboard
+from services.monitoring.dashboards.panels import (
+    BLUE,
+    GRAY,
+    GREEN,
+    ORANGE,
+    RED,
+    Rows,
+    bar_chart_panel,
+    gauge_panel,
+    heatmap_panel,
+    stat_panel,
+    text_panel,
+    time_series_panel,
+)
 
 _OUTSTANDING = 'sum(memtail_trials{EXPERIMENT, state=~"waiting|queued|training"})'
 _TRAINING = 'sum(memtail_trials{EXPERIMENT, state="training"})'
 _DEAD = 'sum(memtail_trials{EXPERIMENT, state="dead"})'
 _RESULTS = """\
-`memtail scores ${experiment} --fetch DIR` copies the score files, `memtail top ${experiment}` shows the most memorized examples. \
-Score files in a browser: ${files}  Explorer and report: ${pages}/experiments/${experiment}
+`memtail scores ${experiment} --fetch DIR` downloads the score files, `memtail top ${experiment}` lists the most memorized examples. \
+Score files in the browser: ${files}  Explorer and report: ${pages}/experiments/${experiment}
 """
 
 
 def experiment() -> dashboard.Dashboard:
-    """Builds it."""
+    """Build the dashboard."""
     rows: Rows = {
-        "Is it going, and when is it done?": [
-            number(
+        "Status": [
+            stat_panel(
                 "State",
-                "Whether trials are being trained, wait for a worker (or the experiment is paused or cancelled), or are all done. Why "
-                "some are given up says `memtail failures`.",
+                "Whether trials are in training, are waiting (for a worker, or because the experiment is paused or cancelled), or have "
+                "all ended. `memtail failures` explains why trials were given up.",
                 "none",
                 (f"({_OUTSTANDING} == bool 0) * (2 + ({_DEAD} > bool 0)) + ({_OUTSTANDING} > bool 0) * ({_TRAINING} > bool 0)", ""),
-                names={
+                mappings={
                     "0": ("waiting", ORANGE),
                     "1": ("training", GREEN),
-                    "2": ("all trained", BLUE),
+                    "2": ("all committed", BLUE),
                     "3": ("ended, some given up", RED),
                 },
-                none="not known",
-                now=True,
+                no_value="unknown",
+                instant=True,
             ),
-            share(
+            gauge_panel(
                 "Progress",
-                "Trials that are committed, of all that are asked for.",
+                "Committed trials as a share of the declared trials.",
                 ('sum(memtail_trials{EXPERIMENT, state="committed"}) / sum(memtail_trials{EXPERIMENT})', ""),
                 ((None, BLUE), (1, GREEN)),
             ),
-            number(
+            stat_panel(
                 "Time left",
-                "Until all trials are committed, as the last minutes went. Not known while none were committed lately.",
+                "Estimated time until all trials are committed, from the rate of the last minutes. Unknown while no trials are committed.",
                 "s",
                 (f"clamp_min(max(memtail_completion_timestamp_seconds{{EXPERIMENT}}) - time(), 0) or {_OUTSTANDING} == 0", ""),
-                names={"0": ("done", BLUE)},
-                none="not known",
-                now=True,
+                mappings={"0": ("done", BLUE)},
+                no_value="unknown",
+                instant=True,
                 thresholds=((None, GREEN), (86400, BLUE), (604800, ORANGE)),
             ),
-            number(
-                "Done at",
-                "When all trials will be committed, as the last minutes went.",
+            stat_panel(
+                "Estimated completion",
+                "Estimated time at which all trials are committed, from the rate of the last minutes.",
                 "dateTimeAsLocalNoDateIfToday",
                 ("1000 * max(memtail_completion_timestamp_seconds{EXPERIMENT})", ""),
-                now=True,
+                instant=True,
             ),
-            number(
+            stat_panel(
                 "Trials per second",
-                "Trials committed by all workers, over the last five minutes.",
+                "Trials committed by all workers, averaged over five minutes.",
                 "count:trials/s",
                 ("sum(rate(memtail_trials_trained_total{EXPERIMENT}[5m]))", ""),
             ),
-            number(
+            stat_panel(
                 "Given up, diverged, refused",
-                "Trials whose shard failed too often; trials whose loss was not a number, which are left out of the estimates; batches "
-                "that could not be counted.",
+                "Trials of shards that failed three times; trials with a non-finite loss, which the estimates exclude; trial batches that "
+                "were refused.",
                 "none",
                 (_DEAD, "given up"),
                 ("sum(memtail_trials_diverged{EXPERIMENT})", "diverged"),
@@ -72,27 +86,27 @@ def experiment() -> dashboard.Dashboard:
                 thresholds=((None, GREEN), (1, RED)),
             ),
         ],
-        "Can it be trusted yet?": [
-            number(
+        "Precision": [
+            stat_panel(
                 "Standard error of memorization",
-                "95% of the training examples have a memorization with at most this standard error; beside it the largest that so many "
-                "trials lead one to expect. Memorization counts from 0.25 on: at 0.05 that is five standard errors from 0.",
+                "95% quantile over the training examples, and the upper bound of the expected standard error for this number of trials. "
+                "Examples count as memorized from 0.25 on: at a standard error of 0.05 that is five standard errors.",
                 "none",
-                ('max(memtail_memorization_standard_error{EXPERIMENT, quantile="0.95"})', "95% at most"),
+                ('max(memtail_memorization_standard_error{EXPERIMENT, quantile="0.95"})', "95% quantile"),
                 ("max(memtail_memorization_standard_error_bound{EXPERIMENT})", "bound"),
                 thresholds=((None, GREEN), (0.05, ORANGE), (0.1, RED)),
                 decimals=3,
             ),
-            number(
+            stat_panel(
                 "Trials still needed",
-                "For the number of trials, or the standard error, that the experiment asks for.",
+                "Trials until the declared number of trials, or the declared standard error, is reached.",
                 "none",
                 ("max(memtail_trials_needed{EXPERIMENT})", ""),
                 thresholds=((None, GREEN), (1, ORANGE)),
             ),
-            number(
-                "Scores behind",
-                "Age of the published scores while there are trials that they do not count; 0 when they count all.",
+            stat_panel(
+                "Age of stale scores",
+                "Age of the published scores while they do not count all accumulated trials; else 0.",
                 "s",
                 (
                     "(time() - max(memtail_scores_published_timestamp_seconds{EXPERIMENT})) "
@@ -100,66 +114,70 @@ def experiment() -> dashboard.Dashboard:
                     "",
                 ),
                 thresholds=((None, GREEN), (600, ORANGE), (3600, RED)),
-                none="none yet",
+                no_value="none yet",
             ),
-            number(
+            stat_panel(
                 "In-subset accuracy",
-                "Mean accuracy of models on the examples that they were trained on. Memorization is measured on models that fit.",
+                "Mean accuracy of the models on their own subsets. Models that do not fit their subsets memorize little.",
                 "percentunit",
                 ('max(memtail_accuracy_ratio{EXPERIMENT, examples="in_subset"})', ""),
                 thresholds=((None, RED), (0.9, ORANGE), (0.98, GREEN)),
                 decimals=1,
             ),
-            number(
+            stat_panel(
                 "Memorized examples",
                 "Training examples with a memorization of at least 0.25.",
                 "short",
                 ('max(memtail_memorized_examples{EXPERIMENT, threshold="0.25"})', ""),
             ),
-            number(
+            stat_panel(
                 "High-influence pairs",
-                "Pairs of a training and a test example of one class in the published scores, with memorization and influence that count.",
+                "Pairs of a training and a test example of one class in the published scores, with memorization and influence above the "
+                "thresholds.",
                 "short",
                 ("max(memtail_high_influence_pairs{EXPERIMENT})", ""),
             ),
         ],
         "Progress": [
-            course(
+            time_series_panel(
                 "Trials by state",
-                "Where all trials that are asked for stand; it is done when all are committed.",
+                "All declared trials by state.",
                 "short",
                 ("max by (state) (memtail_trials{EXPERIMENT})", "{{state}}"),
                 stacked=True,
                 colors={"committed": GREEN, "training": BLUE, "queued": ORANGE, "waiting": GRAY, "dead": RED},
             ),
-            course(
+            time_series_panel(
                 "Trials per second",
                 "Trials committed by all workers.",
                 "count:trials/s",
                 ("sum(rate(memtail_trials_trained_total{EXPERIMENT}[$__rate_interval]))", "trials"),
             ),
-            course(
+            time_series_panel(
                 "Seconds per trial",
-                "Seconds of a shard's training for each of its trials, on one device.",
+                "Training time of a shard divided by its number of trials, on one device.",
                 "s",
-                ("histogram_quantile(0.95, sum by (le) (rate(memtail_trial_seconds_bucket{EXPERIMENT}[$__rate_interval])))", "95% at most"),
+                (
+                    "histogram_quantile(0.95, sum by (le) (rate(memtail_trial_seconds_bucket{EXPERIMENT}[$__rate_interval])))",
+                    "95% quantile",
+                ),
                 ("histogram_quantile(0.5, sum by (le) (rate(memtail_trial_seconds_bucket{EXPERIMENT}[$__rate_interval])))", "median"),
             ),
         ],
-        "Accuracy and error": [
-            course(
+        "Accuracy and standard error": [
+            time_series_panel(
                 "Accuracy",
-                "Mean accuracy of the models: on what they were trained on, on what they were not, and on the test set. What separates the "
-                "first two is memorization.",
+                "Mean accuracy of the models on their own subsets, on the held-out training examples, and on the test set. The difference "
+                "between the first two is the mean memorization.",
                 "percentunit",
                 ("max by (examples) (memtail_accuracy_ratio{EXPERIMENT})", "{{examples}}"),
-                least=None,
-                most=1,
+                minimum=None,
+                maximum=1,
             ),
-            course(
+            time_series_panel(
                 "Standard error of memorization",
-                "Quantiles over the training examples. All fall as one over the root of the number of trials; the bound is the largest "
-                "that so many trials lead one to expect.",
+                "Quantiles over the training examples, and the upper bound of the expected standard error. All decrease with the inverse "
+                "square root of the number of trials.",
                 "none",
                 ("max by (quantile) (memtail_memorization_standard_error{EXPERIMENT})", "quantile {{quantile}}"),
                 ("max(memtail_memorization_standard_error_bound{EXPERIMENT})", "bound"),
@@ -167,46 +185,46 @@ def experiment() -> dashboard.Dashboard:
                 limit=0.05,
                 dashed="bound",
             ),
-            course(
+            time_series_panel(
                 "Trials in the scores",
-                "Trials that the statistics hold, and those that the published scores count.",
+                "Trials accumulated in the statistics, and trials counted by the published scores.",
                 "short",
-                ("max(memtail_trials_folded{EXPERIMENT})", "folded"),
+                ("max(memtail_trials_folded{EXPERIMENT})", "accumulated"),
                 ("max(memtail_scores_published_trials{EXPERIMENT})", "published"),
             ),
         ],
         "Memorization and influence": [
-            density(
+            heatmap_panel(
                 "Training examples by memorization, over time",
-                "How the distribution grows sharp as trials arrive: the many at 0 and the few at 1 move apart.",
+                "Distribution of memorization. With more trials, the modes near 0 and 1 separate.",
                 "short",
                 ("max by (bin) (memtail_memorization_examples{EXPERIMENT})", "{{bin}}"),
                 "memorization",
             ),
-            bars(
-                "Training examples by memorization, now",
-                "The same at the end of the time shown, on a logarithmic scale; a bar stands for 0.05 from the value below it.",
+            bar_chart_panel(
+                "Training examples by memorization, latest",
+                "Distribution at the end of the time range, on a logarithmic scale. Each bar is a bin of width 0.05 from its label on.",
                 "short",
                 ("max by (bin) (memtail_memorization_examples{EXPERIMENT})", "{{bin}}"),
                 "bin",
             ),
-            course(
+            time_series_panel(
                 "Memorized examples by threshold",
-                "Training examples whose memorization is at least so much.",
+                "Training examples with a memorization of at least the threshold.",
                 "short",
-                ("max by (threshold) (memtail_memorized_examples{EXPERIMENT})", "from {{threshold}} on"),
+                ("max by (threshold) (memtail_memorized_examples{EXPERIMENT})", "at least {{threshold}}"),
                 width=12,
             ),
-            course(
+            time_series_panel(
                 "High-influence pairs",
-                "In the published scores. With few trials chance makes many, which go as the standard error falls.",
+                "In the published scores. With few trials many pairs are false positives, which disappear as the standard error decreases.",
                 "short",
                 ("max(memtail_high_influence_pairs{EXPERIMENT})", "pairs"),
                 width=12,
             ),
         ],
-        "Results": [words("Where the results are", _RESULTS)],
+        "Results": [text_panel("Where to find the results", _RESULTS)],
     }
-    made = page("Experiment", "How one experiment goes, and how sharp its scores are.", rows, experiments="one")
-    made.with_variable(dashboard.TextBoxVariable("files").label("Score files at").default_value("http://localhost:9001"))
-    return made.with_variable(dashboard.TextBoxVariable("pages").label("Pages at").default_value("http://localhost:8080"))
+    built = build_dashboard("Experiment", "Progress of one experiment, and precision of its scores.", rows, experiments="one")
+    built.with_variable(dashboard.TextBoxVariable("files").label("URL of the score files").default_value("http://localhost:9001"))
+    return built.with_variable(dashboard.TextBoxVariable("pages").label("URL of the explorer").default_value("http://localhost:8080"))

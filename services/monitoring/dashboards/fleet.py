@@ -1,8 +1,9 @@
-"""The dashboard of the workers: are there enough, are they busy, and what goes wrong?"""
+"""Dashboard of the workers: number, utilization, queue and failures."""
 
 from grafana_foundation_sdk.builders import dashboard
 
-from services.monitoring.dashboards.parts import GREEN, ORANGE, RED, Rows, course, grown, number, page, share
+from services.monitoring.dashboards.layout import build_dashboard
+from services.monitoring.dashboards.panels import GREEN, ORANGE, RED, Rows, gauge_panel, increase, stat_panel, time_series_panel
 
 _BUSY = "sum(memtail_worker_devices_busy{NAMESPACE}) / sum(memtail_worker_devices{NAMESPACE})"
 _FAILED = 'memtail_shard_attempts_total{EXPERIMENT, outcome=~"failed|died"}'
@@ -10,152 +11,152 @@ _BY_PHASE = "sum by (phase) (memtail_trial_phase_seconds_{}{{EXPERIMENT}})"
 
 
 def fleet() -> dashboard.Dashboard:
-    """Builds it."""
+    """Build the dashboard."""
     rows: Rows = {
-        "Is there work, and who does it?": [
-            number(
+        "Status": [
+            stat_panel(
                 "Workers",
-                "Workers that are scraped. A panel below has the pods of a cluster, those that do not start too.",
+                "Workers that Prometheus scrapes. 'Workers in the cluster' below also counts pods that do not start.",
                 "none",
                 ("count(memtail_worker_devices{NAMESPACE})", ""),
                 thresholds=((None, RED), (1, GREEN)),
-                none="0",
+                no_value="0",
             ),
-            share(
-                "Devices that train",
-                "Of all devices of all workers. Idle ones beside outstanding shards are a fault.",
+            gauge_panel(
+                "Busy devices",
+                "Share of all workers' devices that are training. Idle devices while shards are outstanding indicate a fault.",
                 (_BUSY, ""),
                 ((None, ORANGE), (0.5, GREEN)),
             ),
-            share(
-                "GPUs compute",
-                "Mean share of the time in which GPUs computed. Nothing where there are none.",
+            gauge_panel(
+                "Mean GPU utilization",
+                "Mean share of time in which GPUs computed. Empty without GPUs.",
                 ("avg(memtail_device_utilization_ratio{NAMESPACE})", ""),
                 ((None, ORANGE), (0.5, GREEN)),
             ),
-            number(
+            stat_panel(
                 "Shards outstanding",
-                "Neither committed nor given up: they wait, or are being trained.",
+                "Shards that are neither committed nor given up, including those in training.",
                 "short",
                 ("sum(max by (experiment) (memtail_shards_outstanding{EXPERIMENT}))", ""),
-                none="0",
+                no_value="0",
             ),
-            number(
+            stat_panel(
                 "Time in the queue",
-                "95% of the shards of the last five minutes waited at most so long from the dispatcher to a worker.",
+                "95% quantile of the time from the dispatcher to a worker, over five minutes.",
                 "s",
                 ("histogram_quantile(0.95, sum by (le) (rate(memtail_shard_queue_seconds_bucket{EXPERIMENT}[5m])))", ""),
             ),
-            number(
+            stat_panel(
                 "Failed attempts",
-                "Attempts at a shard in the last hour that failed, or whose process died. Each is tried three times.",
+                "Attempts of the last hour that failed or whose process died. Each shard has three attempts.",
                 "short",
-                (f"sum{grown(_FAILED, '1h')}", ""),
+                (f"sum{increase(_FAILED, '1h')}", ""),
                 decimals=0,
                 thresholds=((None, GREEN), (1, RED)),
-                none="0",
+                no_value="0",
             ),
         ],
         "Workers and devices": [
-            course(
+            time_series_panel(
                 "Workers in the cluster",
-                "Pods that the dispatcher wants, and those that there are. Pending ones wait for a node or an image. Nothing where the "
-                "dispatcher makes no workers.",
+                "Target number of workers, and existing pods by state. Pending pods wait for a node or an image. Empty unless the "
+                "dispatcher starts the workers.",
                 "short",
                 ("sum by (state) (max by (experiment, state) (memtail_fleet_workers{EXPERIMENT}))", "{{state}}"),
                 dashed="wanted",
             ),
-            course(
+            time_series_panel(
                 "Workers and devices",
-                "Workers that are scraped, the devices that they have, and the devices that train.",
+                "Workers that Prometheus scrapes, their devices, and the devices that are training.",
                 "short",
                 ("count(memtail_worker_devices{NAMESPACE})", "workers"),
                 ("sum(memtail_worker_devices{NAMESPACE})", "devices"),
-                ("sum(memtail_worker_devices_busy{NAMESPACE})", "devices that train"),
+                ("sum(memtail_worker_devices_busy{NAMESPACE})", "busy devices"),
                 dashed="^devices$",
             ),
-            course(
-                "Pods in trouble",
-                "Pods of workers that failed, were taken away, or do not start, by the reason that the cluster gives.",
+            time_series_panel(
+                "Pod problems",
+                "Pods of workers that failed, were disrupted or cannot start, by Kubernetes's reason.",
                 "short",
-                (f"sum by (reason) {grown('memtail_fleet_pod_troubles_total{NAMESPACE}', '$__rate_interval')}", "{{reason}}"),
+                (f"sum by (reason) {increase('memtail_fleet_pod_troubles_total{NAMESPACE}', '$__rate_interval')}", "{{reason}}"),
                 stacked=True,
             ),
-            course(
+            time_series_panel(
                 "GPU utilization",
-                "Share of the time in which a GPU computed. Low while it trains: shards too small, or images that do not come fast enough.",
+                "Share of time in which a GPU computed. If it is low during training, shards are too small or loading images is too slow.",
                 "percentunit",
                 ("max by (instance, device) (memtail_device_utilization_ratio{NAMESPACE})", "{{instance}} {{device}}"),
                 width=12,
-                most=1,
+                maximum=1,
             ),
-            course(
+            time_series_panel(
                 "GPU memory in use",
-                "Of what a GPU has, whoever uses it.",
+                "Share of a GPU's memory in use, by all processes.",
                 "percentunit",
                 (
                     "max by (instance, device) (memtail_device_memory_used_bytes{NAMESPACE} / memtail_device_memory_size_bytes{NAMESPACE})",
                     "{{instance}} {{device}}",
                 ),
                 width=12,
-                most=1,
+                maximum=1,
                 limit=0.95,
             ),
         ],
         "Queue": [
-            course(
-                "Shards outstanding, and in the queue",
-                "What is to be done, by experiment, and the messages that wait in the broker: a part of it, since the dispatcher sends no "
-                "more than workers will soon take.",
+            time_series_panel(
+                "Shards outstanding and queued",
+                "Outstanding shards by experiment, and messages in the broker. The dispatcher limits the length of the queue, so the queue "
+                "holds a part of the shards.",
                 "short",
                 ("max by (experiment) (memtail_shards_outstanding{EXPERIMENT})", "{{experiment}}"),
                 ("max(memtail_broker_queued_messages{NAMESPACE})", "messages in the broker"),
                 dashed="^messages",
             ),
-            course(
+            time_series_panel(
                 "Time in the queue",
-                "Seconds from the dispatcher to a worker.",
+                "Time from the dispatcher to a worker.",
                 "s",
                 (
                     "histogram_quantile(0.95, sum by (le) (rate(memtail_shard_queue_seconds_bucket{EXPERIMENT}[$__rate_interval])))",
-                    "95% at most",
+                    "95% quantile",
                 ),
                 ("histogram_quantile(0.5, sum by (le) (rate(memtail_shard_queue_seconds_bucket{EXPERIMENT}[$__rate_interval])))", "median"),
             ),
-            course(
-                "Sent, sent again, leases expired",
-                "Shards put into the queue; those put there once more, since they failed or went astray; leases whose worker vanished.",
+            time_series_panel(
+                "Sent, redelivered, leases expired",
+                "Shards sent to the queue; shards sent again after a failure or a loss; leases that expired because their worker was lost.",
                 "count:shards/s",
                 ("sum(rate(memtail_shards_sent_total{EXPERIMENT}[$__rate_interval]))", "sent"),
-                ("sum(rate(memtail_redeliveries_total{EXPERIMENT}[$__rate_interval]))", "sent again"),
+                ("sum(rate(memtail_redeliveries_total{EXPERIMENT}[$__rate_interval]))", "redelivered"),
                 ("sum(rate(memtail_leases_expired_total{EXPERIMENT}[$__rate_interval]))", "leases expired"),
             ),
         ],
         "Training": [
-            course(
+            time_series_panel(
                 "Attempts by outcome",
-                "What became of the assignments that workers took. A lost race is one that another had committed meanwhile: harmless, but "
-                "work done twice.",
+                "Outcomes of the assignments that workers received. Lost race: another worker had committed the shard first, so that the "
+                "work was done twice.",
                 "count:shards/s",
                 ("sum by (outcome) (rate(memtail_shard_attempts_total{EXPERIMENT}[$__rate_interval]))", "{{outcome}}"),
                 stacked=True,
                 colors={"committed": GREEN, "failed": RED, "died": RED},
             ),
-            course(
+            time_series_panel(
                 "Phases of a trial",
-                "Mean seconds of each phase since the workers started, of the shards in which they are measured. What is missing to the "
-                "seconds of a trial goes into building networks and starting up.",
+                "Mean time of each phase since the workers started, on the measured shards. The remaining time of a trial is spent on "
+                "building networks and on startup.",
                 "s",
                 (f"{_BY_PHASE.format('sum')} / {_BY_PHASE.format('count')}", "{{phase}}"),
                 stacked=True,
             ),
-            course(
+            time_series_panel(
                 "Examples per second",
-                "Training examples that went through networks, by experiment.",
+                "Training examples processed, by experiment.",
                 "count:examples/s",
                 ("sum by (experiment) (rate(memtail_examples_trained_total{EXPERIMENT}[$__rate_interval]))", "{{experiment}}"),
                 stacked=True,
             ),
         ],
     }
-    return page("Fleet", "What workers do: devices, queue, attempts, phases.", rows, experiments="many")
+    return build_dashboard("Fleet", "Workers: devices, queue, attempts, phases.", rows, experiments="many")

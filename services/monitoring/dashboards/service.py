@@ -1,51 +1,57 @@
-"""The dashboard of the services: do they run, and is what they lean on well?"""
+"""Dashboard of the services: their health, and that of the store and the broker."""
 
 from grafana_foundation_sdk.builders import dashboard
 
-from services.monitoring.dashboards.parts import GREEN, RED, Rows, course, listing, number, page
+from services.monitoring.dashboards.layout import build_dashboard
+from services.monitoring.dashboards.panels import GREEN, RED, Query, Rows, stat_panel, table_panel, time_series_panel
 
-_OURS = '{NAMESPACE, service=~"dispatcher|aggregator|worker"}'
-_NAME = "{{service}} {{instance}}"
+_SERVICES = '{NAMESPACE, service=~"dispatcher|aggregator|worker"}'
+_LEGEND = "{{service}} {{instance}}"
 _LEADERS = "sum(memtail_dispatcher_leader{NAMESPACE})"
 
 
-def _quantile(share: float, metric: str, by: str = "") -> str:
+def _quantile(quantile: float, metric: str, by: str = "") -> str:
     labels = f"le, {by}" if by else "le"
-    return f"histogram_quantile({share}, sum by ({labels}) (rate({metric}_bucket{{NAMESPACE}}[$__rate_interval])))"
+    return f"histogram_quantile({quantile}, sum by ({labels}) (rate({metric}_bucket{{NAMESPACE}}[$__rate_interval])))"
+
+
+def _quantiles(metric: str, by: str = "") -> tuple[Query, Query]:
+    prefix = f"{{{{{by}}}}} " if by else ""
+    return (_quantile(0.95, metric, by), f"{prefix}95% quantile"), (_quantile(0.5, metric, by), f"{prefix}median")
 
 
 def service() -> dashboard.Dashboard:
-    """Builds it."""
+    """Build the dashboard."""
     rows: Rows = {
-        "Does all run?": [
-            number(
+        "Status": [
+            stat_panel(
                 "Services down",
-                "Dispatchers, aggregators and workers that Prometheus looks for, and that do not answer.",
+                "Dispatchers, aggregators and workers that do not respond to Prometheus.",
                 "none",
-                (f"sum(1 - up{_OURS})", ""),
-                now=True,
+                (f"sum(1 - up{_SERVICES})", ""),
+                instant=True,
                 thresholds=((None, GREEN), (1, RED)),
             ),
-            number(
-                "Dispatcher that leads",
-                "One acts; others wait to take over.",
+            stat_panel(
+                "Leading dispatcher",
+                "One dispatcher leads; others stand by.",
                 "none",
                 (_LEADERS, ""),
-                now=True,
-                names={"0": ("none", RED), "1": ("one", GREEN)},
-                none="none",
+                instant=True,
+                mappings={"0": ("none", RED), "1": ("one", GREEN)},
+                no_value="none",
             ),
-            number(
+            stat_panel(
                 "Passes given up",
-                "In the last hour, by the dispatcher and the aggregator; the next pass makes up for it.",
+                "Passes that the dispatcher and the aggregator gave up in the last hour because of an outage. The next pass catches up.",
                 "short",
                 ('sum(increase(memtail_passes_total{NAMESPACE, outcome="given up"}[1h]))', ""),
                 decimals=0,
                 thresholds=((None, GREEN), (1, RED)),
             ),
-            number(
-                "Store requests that fail",
-                "Share of the requests of the last five minutes that did not do what was asked, retries included.",
+            stat_panel(
+                "Failed store requests",
+                "Share of requests that failed or were refused, including retries, over five minutes.",
                 "percentunit",
                 (
                     '(sum(rate(memtail_store_requests_total{NAMESPACE, outcome=~"refused|failed"}[5m])) or vector(0)) '
@@ -54,136 +60,133 @@ def service() -> dashboard.Dashboard:
                 ),
                 thresholds=((None, GREEN), (0.01, RED)),
             ),
-            number(
-                "Slowest store requests",
-                "95% of the requests of the last five minutes took at most so long.",
+            stat_panel(
+                "Store request duration",
+                "95% quantile over five minutes.",
                 "s",
                 ("histogram_quantile(0.95, sum by (le) (rate(memtail_store_request_seconds_bucket{NAMESPACE}[5m])))", ""),
                 thresholds=((None, GREEN), (5, RED)),
             ),
-            number(
-                "Memory of the broker",
-                "What Redis uses. It holds the queue and leases only, so it stays small.",
+            stat_panel(
+                "Broker memory",
+                "Memory in use by Redis. It holds only queues and leases, so it stays small.",
                 "bytes",
                 ("max(memtail_broker_memory_bytes{NAMESPACE})", ""),
                 thresholds=((None, GREEN), (268435456, RED)),
             ),
         ],
         "Experiments, dispatcher and aggregator": [
-            course(
+            time_series_panel(
                 "Experiments by state",
-                "All experiments in the bucket. One that is unreadable is passed over: see the dispatcher's log.",
+                "All experiments in the bucket. The dispatcher skips unreadable experiments; its log has the reason.",
                 "short",
                 ("max by (state) (memtail_experiments{NAMESPACE})", "{{state}}"),
                 stacked=True,
             ),
-            course(
+            time_series_panel(
                 "Passes",
-                "Rounds of the services' loops: what is missing is looked for and sent, what has arrived is counted.",
+                "Passes of the main loops: the dispatcher sends missing shards, the aggregator accumulates committed batches.",
                 "count:passes/s",
                 ("sum by (service, outcome) (rate(memtail_passes_total{NAMESPACE}[$__rate_interval]))", "{{service}} {{outcome}}"),
             ),
-            course(
-                "Seconds of a pass",
-                "Of 95%, and of half of the passes. The dispatcher is to look every few seconds.",
+            time_series_panel(
+                "Pass duration",
+                "95% quantile and median. The dispatcher should complete a pass every few seconds.",
                 "s",
-                (_quantile(0.95, "memtail_pass_seconds", "service"), "{{service}} 95% at most"),
-                (_quantile(0.5, "memtail_pass_seconds", "service"), "{{service}} median"),
+                *_quantiles("memtail_pass_seconds", "service"),
                 logarithmic=True,
                 limit=30,
             ),
-            course(
-                "Seconds to fold a trial batch",
-                "To read it from the store and count it.",
+            time_series_panel(
+                "Accumulation of a trial batch",
+                "Duration of reading a batch from the store and accumulating it.",
                 "s",
-                (_quantile(0.95, "memtail_fold_seconds"), "95% at most"),
-                (_quantile(0.5, "memtail_fold_seconds"), "median"),
+                *_quantiles("memtail_fold_seconds"),
                 width=12,
             ),
-            course(
-                "Seconds to publish scores",
-                "To write and publish a version of the scores, all files of it.",
+            time_series_panel(
+                "Publication of scores",
+                "Duration of writing and publishing all files of a version of the scores.",
                 "s",
-                (_quantile(0.95, "memtail_publish_seconds"), "95% at most"),
-                (_quantile(0.5, "memtail_publish_seconds"), "median"),
+                *_quantiles("memtail_publish_seconds"),
                 width=12,
             ),
         ],
         "Object store and broker": [
-            course(
+            time_series_panel(
                 "Requests",
-                "By operation, of all services and workers.",
+                "Requests of all services and workers, by operation.",
                 "reqps",
                 ("sum by (operation) (rate(memtail_store_requests_total{NAMESPACE}[$__rate_interval]))", "{{operation}}"),
                 stacked=True,
             ),
-            course(
+            time_series_panel(
                 "Requests by outcome",
-                "That an object is there already (exists), or is not there (absent), is an answer; what was refused or failed is a fault.",
+                "Absent and exists are regular responses; refused and failed are errors.",
                 "reqps",
                 ("sum by (outcome) (rate(memtail_store_requests_total{NAMESPACE}[$__rate_interval]))", "{{outcome}}"),
                 stacked=True,
             ),
-            course(
-                "Seconds of a request",
-                "95% of the requests took at most so long, by operation.",
+            time_series_panel(
+                "Request duration",
+                "95% quantile, by operation.",
                 "s",
                 (_quantile(0.95, "memtail_store_request_seconds", "operation"), "{{operation}}"),
                 logarithmic=True,
                 limit=5,
             ),
-            course(
+            time_series_panel(
                 "Bytes",
-                "Objects read and written.",
+                "Bytes of objects read and written.",
                 "Bps",
                 ("sum by (direction) (rate(memtail_store_bytes_total{NAMESPACE}[$__rate_interval]))", "{{direction}}"),
             ),
-            course(
+            time_series_panel(
                 "Free disk of the S3 server",
-                "When none is left no trial can be committed. Only of a server that says so in MinIO's way.",
+                "Free share of the disk. On a full disk no trial can be committed. Empty unless the server exports MinIO's metrics.",
                 "percentunit",
                 (
                     "min(minio_cluster_capacity_usable_free_bytes{NAMESPACE} / minio_cluster_capacity_usable_total_bytes{NAMESPACE})",
                     "free",
                 ),
-                most=1,
+                maximum=1,
                 limit=0.1,
             ),
-            course(
+            time_series_panel(
                 "Broker",
-                "Connections to Redis, and messages that wait there.",
+                "Connections to Redis, and messages in its queues.",
                 "short",
                 ("max(memtail_broker_clients{NAMESPACE})", "connections"),
                 ("max(memtail_broker_queued_messages{NAMESPACE})", "messages"),
             ),
         ],
         "Processes": [
-            course(
+            time_series_panel(
                 "Up",
-                "1 while a service answers Prometheus, 0 while it does not.",
+                "1 while a service responds to Prometheus, else 0.",
                 "none",
-                (f"up{_OURS}", _NAME),
-                most=1,
+                (f"up{_SERVICES}", _LEGEND),
+                maximum=1,
             ),
-            course(
+            time_series_panel(
                 "Memory",
-                "Of each process that Prometheus asks; a worker's training processes are not in it.",
+                "Resident memory of each scraped process, without the training processes of workers.",
                 "bytes",
-                (f"process_resident_memory_bytes{_OURS}", _NAME),
+                (f"process_resident_memory_bytes{_SERVICES}", _LEGEND),
             ),
-            course(
+            time_series_panel(
                 "CPU",
-                "Cores that each process keeps busy; a worker's training processes are not in it.",
+                "Busy cores of each scraped process, without the training processes of workers.",
                 "none",
-                (f"rate(process_cpu_seconds_total{_OURS}[$__rate_interval])", _NAME),
+                (f"rate(process_cpu_seconds_total{_SERVICES}[$__rate_interval])", _LEGEND),
             ),
-            listing(
+            table_panel(
                 "Builds",
-                "What runs. Services of several versions work together only while an upgrade lasts.",
+                "Running versions. Mixed versions are supported only during an upgrade.",
                 "none",
                 ("count by (version, python) (memtail_build_info{NAMESPACE})", ""),
                 {"version": "memtail", "python": "Python", "Value": "processes"},
             ),
         ],
     }
-    return page("Service", "How the services are, and what they lean on: store and broker.", rows, experiments="none")
+    return build_dashboard("Service", "Health of the services, the store and the broker.", rows, experiments="none")

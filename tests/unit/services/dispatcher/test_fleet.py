@@ -1,11 +1,11 @@
-"""How many workers there are to be, and what a Job of them looks like; the cluster itself is in tests/kubernetes."""
+"""Number of workers and manifests of their Jobs, without a cluster (see tests/kubernetes)."""
 
 import pytest
 
 from memtail.spec import WorkersSpec
-from services.dispatcher.cluster import Job, Pod
-from services.dispatcher.fleet import Changes, WorkerSet, scale, wanted, worker_sets
-from services.dispatcher.worker_jobs import Demand, FleetSettings, job_of, shards_per_worker
+from services.dispatcher.fleet import Changes, WorkerSet, scale, target_workers, worker_sets
+from services.dispatcher.kubernetes_objects import Job, Pod
+from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job, shards_per_worker
 
 OWNER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "memtail-dispatcher", "uid": "u"}
 SETTINGS = {
@@ -62,27 +62,30 @@ def sets(*workers_and_running, name="a", winding_down=False):
 
 
 def test_as_many_workers_as_outstanding_shards_up_to_the_maxima():
-    assert wanted([demand(outstanding=7)], {}, 100, {}) == {"a": 7}
-    assert wanted([demand(outstanding=700)], {}, 100, {}) == {"a": 100}
-    assert wanted([demand(outstanding=700, max=30)], {}, 100, {}) == {"a": 30}
-    assert wanted([demand(outstanding=7)], {}, 100, {"a": 4}) == {"a": 2}
-    assert wanted([demand(state="paused"), demand("b", state="cancelled")], {}, 100, {}) == {"a": 0, "b": 0}
+    assert target_workers([demand(outstanding=7)], {}, 100, {}) == {"a": 7}
+    assert target_workers([demand(outstanding=700)], {}, 100, {}) == {"a": 100}
+    assert target_workers([demand(outstanding=700, max=30)], {}, 100, {}) == {"a": 30}
+    assert target_workers([demand(outstanding=7)], {}, 100, {"a": 4}) == {"a": 2}
+    assert target_workers([demand(state="paused"), demand("b", state="cancelled")], {}, 100, {}) == {"a": 0, "b": 0}
 
 
 def test_higher_priorities_are_served_first_but_take_no_running_workers():
     demands = [demand("low", 80), demand("high", 80, priority=1)]
-    assert wanted(demands, {}, 100, {}) == {"high": 80, "low": 20}
-    assert wanted(demands, {"low": 60}, 100, {}) == {"high": 40, "low": 60}
-    assert wanted([demand("low", 80, state="paused"), demand("high", 80, priority=1)], {"low": 60}, 100, {}) == {"high": 40, "low": 0}
+    assert target_workers(demands, {}, 100, {}) == {"high": 80, "low": 20}
+    assert target_workers(demands, {"low": 60}, 100, {}) == {"high": 40, "low": 60}
+    assert target_workers([demand("low", 80, state="paused"), demand("high", 80, priority=1)], {"low": 60}, 100, {}) == {
+        "high": 40,
+        "low": 0,
+    }
 
 
-def test_what_is_missing_is_made_as_one_job():
+def test_missing_workers_are_created_as_one_job():
     assert scale({"a": 5}, [], [], True) == Changes(create={"a": 5})
     assert scale({"a": 5}, sets((3, 2)), [], True) == Changes(create={"a": 2})
     assert scale({"a": 5}, sets((3, 2), (2, 0)), [], True) == Changes()
 
 
-def test_running_workers_are_never_taken_away():
+def test_running_workers_are_never_removed():
     assert scale({"a": 0}, sets((3, 3), (2, 2)), [], True) == Changes()
     assert scale({"a": 1}, sets((3, 2), (4, 0)), [], True) == Changes(delete=["a-2"], shrink={"a-1": 2})
     assert scale({"a": 6}, sets((3, 2), (4, 0)), [], True) == Changes(shrink={"a-2": 3})
@@ -90,7 +93,7 @@ def test_running_workers_are_never_taken_away():
     assert scale({"a": 0}, sets((3, 1), winding_down=True), [], True) == Changes()
 
 
-def test_a_job_whose_own_count_is_behind_its_pods_is_left_to_end_by_itself():
+def test_a_job_whose_status_lags_behind_its_pods_is_left_to_end():
     labels = {"memtail/experiment": "a", "memtail/number": "1"}
     job = Job("a-1", "uid", labels, parallelism=4, succeeded=0, ended=False)
 
@@ -104,14 +107,14 @@ def test_a_job_whose_own_count_is_behind_its_pods_is_left_to_end_by_itself():
         assert scale({"a": 0}, worker_sets([job], pods(*phases)), [], True) == Changes()
 
 
-def test_the_workers_of_cancelled_and_removed_experiments_go():
+def test_workers_of_cancelled_and_deleted_experiments_are_removed():
     assert scale({"a": 0}, sets((3, 3)), ["a"], True) == Changes(delete=["a-1"])
     assert scale({"b": 1}, sets((3, 3)), [], True) == Changes(create={"b": 1}, delete=["a-1"])
 
 
 def test_a_job_is_named_by_its_experiment_and_number_and_owned():
     name = "an_experiment.with-a-very-long-name-that-goes-on-and-on"
-    job = job_of(fleet(), demand(name), 3, 7, OWNER)
+    job = build_job(fleet(), demand(name), 3, 7, OWNER)
     assert job["metadata"]["name"].startswith("memtail-an-experiment-with-a-ver-")
     assert job["metadata"]["name"].endswith("-3")
     assert len(job["metadata"]["name"]) <= 60
@@ -123,20 +126,20 @@ def test_a_job_is_named_by_its_experiment_and_number_and_owned():
     pod = job["spec"]["template"]
     assert pod["metadata"]["labels"]["memtail/experiment"] == name
     assert {"name": "MEMTAIL_EXPERIMENT", "value": name} in pod["spec"]["containers"][0]["env"]
-    assert job["metadata"]["name"] != job_of(fleet(), demand(name.replace("_", "-")), 3, 7, OWNER)["metadata"]["name"]
+    assert job["metadata"]["name"] != build_job(fleet(), demand(name.replace("_", "-")), 3, 7, OWNER)["metadata"]["name"]
     assert "memtail/experiment" not in SETTINGS["job"]["spec"]["template"]["metadata"]["labels"]
 
 
-def test_kueue_admits_suspended_jobs_in_part():
-    job = job_of(fleet(queueName="team"), demand(), 1, 7, OWNER)
+def test_kueue_admits_suspended_jobs_partially():
+    job = build_job(fleet(queueName="team"), demand(), 1, 7, OWNER)
     assert job["spec"]["suspend"]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
     assert job["metadata"]["annotations"] == {"kueue.x-k8s.io/job-min-parallelism": "1"}
 
 
-def test_an_experiment_gets_the_resources_it_asks_for():
-    asked = {"gpus": 2, "memory": "32Gi", "image": "other:1", "node_selector": {"gpu": "h100"}, "priority_class": "low"}
-    job = job_of(fleet(), demand(**asked, tolerations=[{"key": "spot"}]), 1, 1, OWNER)
+def test_a_job_has_the_requested_resources():
+    requested = {"gpus": 2, "memory": "32Gi", "image": "other:1", "node_selector": {"gpu": "h100"}, "priority_class": "low"}
+    job = build_job(fleet(), demand(**requested, tolerations=[{"key": "spot"}]), 1, 1, OWNER)
     pod = job["spec"]["template"]["spec"]
     worker = pod["containers"][0]
     assert worker["resources"] == {
@@ -151,15 +154,15 @@ def test_an_experiment_gets_the_resources_it_asks_for():
 
 
 @pytest.mark.parametrize(
-    ("asked", "limits", "devices"),
+    ("requested", "limits", "devices"),
     [
         ({"gpus": 0}, {"memory": "8Gi"}, "cpu"),
         ({"gpu_resource": "nvidia.com/mig-1g.10gb"}, {"memory": "8Gi", "nvidia.com/mig-1g.10gb": "1"}, "cuda:0"),
         ({"cpu": 4}, {"memory": "8Gi", "nvidia.com/gpu": "1"}, "cuda:0"),
     ],
 )
-def test_gpus_are_replaced_by_those_that_are_asked_for(asked, limits, devices):
-    worker = job_of(fleet(), demand(**asked), 1, 1, OWNER)["spec"]["template"]["spec"]["containers"][0]
+def test_requested_gpus_replace_the_default_ones(requested, limits, devices):
+    worker = build_job(fleet(), demand(**requested), 1, 1, OWNER)["spec"]["template"]["spec"]["containers"][0]
     assert worker["resources"]["limits"] == limits
     assert {"name": "MEMTAIL_DEVICES", "value": devices} in worker["env"]
 
@@ -171,7 +174,7 @@ def test_a_worker_trains_a_shard_on_each_of_its_devices():
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         ({"max": 51}, "max is 51, at most 50 is allowed"),
         ({"gpus": 5}, "gpus is 5, at most 4 is allowed"),
@@ -185,6 +188,6 @@ def test_a_worker_trains_a_shard_on_each_of_its_devices():
         ({"tolerations": [{"key": "x"}]}, "tolerations name x, allowed: spot"),
     ],
 )
-def test_more_than_the_operator_allows_is_refused_in_words(asked, message):
-    assert fleet().limits.violation(WorkersSpec(**asked)) == message
+def test_a_request_beyond_the_limits_is_refused_with_a_message(requested, message):
+    assert fleet().limits.violation(WorkersSpec(**requested)) == message
     assert fleet().limits.violation(WorkersSpec(max=50, gpus=4, memory="64Gi", cpu="16", image="other:1")) is None

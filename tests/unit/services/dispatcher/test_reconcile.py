@@ -1,4 +1,4 @@
-"""What the dispatcher decides, without servers."""
+"""Decisions of the dispatcher, without servers."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from memtail.experiment_store import Control, missing_shards
 from memtail.trials import Shard
-from services.dispatcher.reconcile import Plan, View, reconcile, shards_missing
+from services.dispatcher.reconcile import Actions, View, reconcile, shards_missing
 
 LIMITS = {"max_starts": 3, "max_queued": 100}
 
@@ -16,7 +16,7 @@ def view(name="a", trials=40, per_shard=4, committed=(), **parts):
     return View(name, "0" * 64, dict.fromkeys(shards_missing(trials, per_shard, set(committed))), **parts)
 
 
-def decide(views, queued=(), busy=(), starts=None, **limits) -> Plan:
+def decide(views, queued=(), busy=(), starts=None, **limits) -> Actions:
     return reconcile(views, list(queued), set(busy), starts or {}, **(LIMITS | limits))
 
 
@@ -24,15 +24,15 @@ def spans(assignments):
     return [(assignment.experiment, assignment.first, assignment.last) for assignment in assignments]
 
 
-def test_what_is_neither_committed_nor_dead_nor_leased_nor_queued_is_sent():
+def test_shards_are_sent_unless_committed_dead_leased_or_queued():
     one = view(committed=[Shard(0, 3)], attempts=Counter({Shard(4, 7): 3, Shard(8, 11): 2}))
     queued, leased = one.assignment(Shard(12, 15)), one.assignment(Shard(16, 19))
-    plan = decide([one], [queued], {leased.id})
-    assert spans(plan.send) == [("a", first, first + 3) for first in (8, 20, 24, 28, 32, 36)]
-    assert not plan.clear
-    assert not plan.lost
-    assert plan.dead == {"a": [Shard(4, 7)]}
-    assert plan.outstanding == {"a": 8}
+    actions = decide([one], [queued], {leased.id})
+    assert spans(actions.send) == [("a", first, first + 3) for first in (8, 20, 24, 28, 32, 36)]
+    assert not actions.clear
+    assert not actions.lost
+    assert actions.dead == {"a": [Shard(4, 7)]}
+    assert actions.outstanding == {"a": 8}
 
 
 def test_the_last_shard_may_be_shorter():
@@ -42,17 +42,17 @@ def test_the_last_shard_may_be_shorter():
 def test_no_more_are_queued_than_allowed():
     one = view(trials=4000)
     queued = [one.assignment(Shard(first, first + 3)) for first in range(0, 360, 4)]
-    plan = decide([one], queued)
-    assert spans(plan.send) == [("a", first, first + 3) for first in range(360, 400, 4)]
+    actions = decide([one], queued)
+    assert spans(actions.send) == [("a", first, first + 3) for first in range(360, 400, 4)]
 
 
 def test_urgent_experiments_go_first_and_overtake_what_waits():
     low, high = view("low"), view("high", trials=8, control=Control(priority=1))
     queued = [low.assignment(shard) for shard in low.missing]
-    plan = decide([low, high], queued)
-    assert plan.clear
-    assert spans(plan.send)[:3] == [("high", 0, 3), ("high", 4, 7), ("low", 0, 3)]
-    again = decide([low, high], plan.send)
+    actions = decide([low, high], queued)
+    assert actions.clear
+    assert spans(actions.send)[:3] == [("high", 0, 3), ("high", 4, 7), ("low", 0, 3)]
+    again = decide([low, high], actions.send)
     assert not again.clear
     assert not again.send
 
@@ -60,21 +60,21 @@ def test_urgent_experiments_go_first_and_overtake_what_waits():
 def test_paused_and_cancelled_experiments_leave_the_queue():
     for state in ("paused", "cancelled"):
         stopped, going = view("stopped", control=Control(state)), view("going", trials=4)
-        plan = decide([stopped, going], [stopped.assignment(Shard(0, 3))])
-        assert plan.clear
-        assert spans(plan.send) == [("going", 0, 3)]
-        assert plan.outstanding["stopped"] == 10
+        actions = decide([stopped, going], [stopped.assignment(Shard(0, 3))])
+        assert actions.clear
+        assert spans(actions.send) == [("going", 0, 3)]
+        assert actions.outstanding["stopped"] == 10
     gone = decide([view("going", trials=4)], [view("gone").assignment(Shard(0, 3))])
     assert gone.clear
     assert spans(gone.send) == [("going", 0, 3)]
 
 
-def test_workers_that_vanish_count_as_a_failure_in_the_end():
+def test_repeatedly_lost_workers_count_as_a_failure():
     one = view(trials=8)
     first, second = (one.assignment(shard) for shard in one.missing)
-    plan = decide([one], [], {second.id}, {first.id: 3, second.id: 3})
-    assert spans(plan.lost) == [("a", 0, 3)]
-    assert not plan.send
+    actions = decide([one], [], {second.id}, {first.id: 3, second.id: 3})
+    assert spans(actions.lost) == [("a", 0, 3)]
+    assert not actions.send
     assert spans(decide([one], [], set(), {first.id: 2}).send) == [("a", 0, 3), ("a", 4, 7)]
 
 
@@ -84,6 +84,6 @@ def test_workers_that_vanish_count_as_a_failure_in_the_end():
     extended=st.integers(0, 30),
     kept=st.sets(st.integers(0, 60)),
 )
-def test_missing_is_what_the_general_rule_says_also_after_an_extension(trials, per_shard, extended, kept):
+def test_missing_shards_equal_those_of_the_general_rule_also_after_an_extension(trials, per_shard, extended, kept):
     grid = [shard for i, shard in enumerate(missing_shards(trials, per_shard, [])) if i in kept]
     assert shards_missing(trials + extended, per_shard, set(grid)) == missing_shards(trials + extended, per_shard, grid)

@@ -1,4 +1,4 @@
-"""Grafana's dashboards, as far as they can be judged without data."""
+"""Grafana's dashboards, checked without data."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 import services.aggregator.metrics
 import services.common.metrics
 import services.dispatcher.metrics
-import services.worker.metrics  # noqa: F401 - all are declared by being imported
+import services.worker.metrics  # noqa: F401 - the import declares them
 from services.monitoring.dashboards import FOLDER, rendered
 
 SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_count", "_sum"], "info": ["_info"]}
@@ -26,21 +26,21 @@ def expressions(dashboard):
     yield from (variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query")
 
 
-def test_the_files_are_those_that_the_code_makes():
-    found = {path: path.read_text() for path in FOLDER.iterdir()}
-    assert found == rendered(), "run python -m services.monitoring.dashboards"
+def test_the_files_are_up_to_date():
+    files = {path: path.read_text() for path in FOLDER.iterdir()}
+    assert files == rendered(), "run python -m services.monitoring.dashboards"
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_queries_name_declared_metrics_only(name):
     declared = {family.name + suffix for family in REGISTRY.collect() for suffix in SUFFIXES.get(family.type, [])}
-    named = {found for text in expressions(DASHBOARDS[name]) for found in re.findall(r"\b(?:memtail|process)_\w+", text)}
+    named = {metric for text in expressions(DASHBOARDS[name]) for metric in re.findall(r"\b(?:memtail|process)_\w+", text)}
     assert named
     assert named <= declared
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_each_panel_says_what_it_shows_and_in_which_unit(name):
+def test_each_panel_has_a_description_a_unit_thresholds_and_a_data_source(name):
     for panel in panels(DASHBOARDS[name]):
         assert panel["description"].endswith("."), panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
@@ -48,7 +48,7 @@ def test_each_panel_says_what_it_shows_and_in_which_unit(name):
         assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
 
 
-def test_rates_say_of_what():
+def test_rates_have_a_unit_that_names_the_counted_thing():
     counted = {panel["title"]: panel["fieldConfig"]["defaults"]["unit"] for each in DASHBOARDS.values() for panel in panels(each)}
     rates = {"Trials per second": "trials/s", "Examples per second": "examples/s", "Attempts by outcome": "shards/s", "Passes": "passes/s"}
     assert {title: counted[title] for title in rates} == {title: f"count:{unit}" for title, unit in rates.items()}

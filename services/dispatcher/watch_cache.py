@@ -1,0 +1,138 @@
+"""Local copy of Kubernetes objects, kept current by a list and a watch in a background thread."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import structlog
+import urllib3
+from kubernetes import client, watch
+from kubernetes.client.exceptions import ApiException
+from tenacity import wait_random_exponential
+
+from memtail.errors import MemtailError
+from services.dispatcher.kubernetes_objects import Job, Pod
+
+log = structlog.get_logger()
+
+#: Timeout of a request to the API server in seconds.
+TIMEOUT = 10
+# Seconds until a watch is restarted with a list, and read timeout of a watch, longer than the interval between bookmarks.
+_RESYNC, _READ_TIMEOUT = 300, 120
+
+KubernetesObject = TypeVar("KubernetesObject", bound=Job | Pod)
+
+
+class ClusterError(MemtailError):
+    """A request to the Kubernetes API server failed."""
+
+
+class WatchCache(threading.Thread, Generic[KubernetesObject]):
+    """All objects of a kind that match a selector.
+
+    Args:
+        list_objects: method of the Kubernetes client that lists the objects.
+        namespace: namespace of the objects.
+        selector: label selector.
+        parse: parses an object of the API server.
+        on_change: called with the previous and the new version of an object; the previous version is None for a new object.
+    """
+
+    def __init__(
+        self,
+        list_objects: Callable[..., Any],
+        namespace: str,
+        selector: str,
+        parse: Callable[[dict[str, Any]], KubernetesObject],
+        on_change: Callable[[KubernetesObject | None, KubernetesObject], None] | None = None,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._list, self._parse, self._on_change = list_objects, parse, on_change
+        self._scope = {"namespace": namespace, "label_selector": selector}
+        self._objects: dict[str, tuple[int, KubernetesObject]] = {}  # (resource version, object) by name
+        self._lock = threading.Lock()
+        self._error = "not listed yet"
+        self.start()
+
+    def objects(self) -> list[KubernetesObject]:
+        """Return all objects. Raises: ClusterError: the watch is interrupted, so the objects are unknown."""
+        if self._error:
+            raise ClusterError(f"watch of the API server interrupted: {self._error}")
+        with self._lock:
+            return [parsed for _, parsed in self._objects.values()]
+
+    def get(self, name: str) -> KubernetesObject | None:
+        """Return the last known version of an object."""
+        with self._lock:
+            cached = self._objects.get(name)
+        return cached[1] if cached else None
+
+    def put(self, response: Any) -> None:
+        """Store an object from the response to a request, before the watch reports it."""
+        self._store(client.ApiClient().sanitize_for_serialization(response))
+
+    def remove(self, name: str) -> None:
+        """Remove an object, before the watch reports its deletion."""
+        with self._lock:
+            self._objects.pop(name, None)
+
+    def run(self) -> None:
+        """Follow the API server forever; the thread's main function."""
+        backoff, failures = wait_random_exponential(multiplier=0.5, max=30), 0
+        while True:
+            try:
+                for _ in self._follow():
+                    failures, self._error = 0, ""
+            except (ApiException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                if getattr(error, "status", None) == 410:  # the resource version has expired: list again
+                    continue
+                failures += 1
+                self._error = short_message(error)
+                log.warning("watch interrupted", error=self._error)
+                time.sleep(backoff(_Attempt(failures)))  # type: ignore[arg-type]
+
+    def _follow(self) -> Iterator[None]:
+        """List once, then watch until the watch ends; yields after the list and after each event."""
+        listed = client.ApiClient().sanitize_for_serialization(self._list(**self._scope, _request_timeout=(TIMEOUT, _READ_TIMEOUT)))
+        names = {item["metadata"]["name"] for item in listed["items"]}
+        for item in listed["items"]:
+            self._store(item)
+        with self._lock:
+            self._objects = {name: cached for name, cached in self._objects.items() if name in names}
+        yield
+        options = {"resource_version": listed["metadata"]["resourceVersion"], "allow_watch_bookmarks": True}
+        timeouts = {"timeout_seconds": _RESYNC, "_request_timeout": (TIMEOUT, _READ_TIMEOUT)}
+        for event in watch.Watch().stream(self._list, **self._scope, **options, **timeouts):
+            if event["type"] == "DELETED":
+                self._store(event["raw_object"])  # for `on_change`: the final state
+                self.remove(event["raw_object"]["metadata"]["name"])
+            elif event["type"] != "BOOKMARK":
+                self._store(event["raw_object"])
+            yield
+
+    def _store(self, item: dict[str, Any]) -> None:
+        name, version = item["metadata"]["name"], int(item["metadata"]["resourceVersion"])
+        parsed = self._parse(item)
+        with self._lock:
+            cached = self._objects.get(name)
+            if cached and cached[1].uid == parsed.uid and cached[0] >= version:
+                return
+            self._objects[name] = version, parsed
+        if self._on_change:
+            self._on_change(cached[1] if cached and cached[1].uid == parsed.uid else None, parsed)
+
+
+def short_message(error: Exception) -> str:
+    """Summarize an error of the Kubernetes client in one line."""
+    if isinstance(error, ApiException):
+        return f"{error.status} {error.reason}: {' '.join(str(error.body or '').split())[:300]}"
+    return str(error) or type(error).__name__
+
+
+@dataclass
+class _Attempt:
+    """The part of tenacity's retry state that its wait strategies read."""
+
+    attempt_number: int
