@@ -1,0 +1,197 @@
+"""`PYTHONPATH=. python tools/reference-pages.py`: writes the pages of docs/reference that are made from the code.
+
+* `experiment-file.md` from the JSON schema of `memtail.Experiment`,
+* `cli.md` from the Typer application,
+* `environment.md` from the dataclasses in `memtail.settings` and `services.common.settings`.
+
+`make docs` runs it; the pages are not under version control.
+"""
+
+import dataclasses
+import inspect
+import json
+import math
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import typer
+from typer.cli import get_docs_for_click
+
+import memtail.settings
+import services.common.settings
+from memtail.cli.app import app
+from memtail.spec.experiment import Experiment
+
+FOLDER = Path(__file__).parents[1] / "docs" / "reference"
+_VARIABLE = re.compile(r"MEMTAIL_[A-Z0-9_]*[A-Z0-9]")
+
+_EXPERIMENT = """# Experiment file
+
+One YAML file declares an experiment; relative paths in it start from the file's folder. Only `name` and `dataset` are required. An unknown
+key is an error, and so is a value outside the documented range. See [Write an experiment](../guides/experiments.md) for an introduction.
+"""
+_CLI = """`--store` names the folder or bucket with the results; `MEMTAIL_STORE` sets its default. Most commands print JSON with `--json`.
+
+| exit code | meaning |
+|---|---|
+| 0 | success |
+| 1 | `doctor`: a check failed; `watch`: an experiment cannot be finished without help; other commands: an unexpected error |
+| 2 | invalid input, or a store or a dataset that cannot be used; one line on standard error names the value and the fix |
+| 130, 143 | interrupted, terminated; nothing committed is lost |
+
+"""
+_ENVIRONMENT = """# Environment variables
+
+A variable that holds a secret can be replaced by one with `_FILE` at its end, which names a file that holds the value.
+[Compose](../guides/compose.md) has variables of its own for ports and images.
+"""
+
+
+def experiment_page() -> str:
+    """The keys of the experiment file, one section for each of its parts."""
+    schema = Experiment.model_json_schema()
+    parts = {"Experiment": schema, **schema["$defs"]}
+    done: list[str] = []
+    waiting = ["Experiment"]
+    while waiting:  # a part follows the one that first refers to it
+        done.append(waiting.pop(0))
+        waiting = [name for name in dict.fromkeys(_references(parts[done[-1]]["properties"])) if name not in done + waiting] + waiting
+    return "\n".join([_EXPERIMENT, *(_part(name, parts) for name in done)])
+
+
+def _references(schema: Any) -> list[str]:
+    """The names of the parts that a schema refers to, in order."""
+    if isinstance(schema, dict):
+        own = [schema["$ref"].rpartition("/")[2]] if "$ref" in schema else []
+        return own + [name for value in schema.values() for name in _references(value)]
+    return [name for each in schema for name in _references(each)] if isinstance(schema, list) else []
+
+
+def _path_to(name: str, parts: dict[str, Any]) -> str:
+    """Where in the file a part stands, such as `training.optimizer`."""
+    for parent, part in parts.items():
+        for key, schema in part["properties"].items():
+            if name in _references(schema):
+                above = _path_to(parent, parts)
+                return f"{above}.{key}" if above else str(key)
+    return ""
+
+
+def _kind(part: dict[str, Any]) -> str | None:
+    """The `name` by which a part is chosen among several, as code; None if there is one only."""
+    kind = part["properties"].get("name", {}).get("const")
+    return kind and f"`{kind}`"
+
+
+def _part(name: str, parts: dict[str, Any]) -> str:
+    part, path = parts[name], _path_to(name, parts)
+    text, meanings = _docstring(part.get("description", ""))
+    title = ": ".join(filter(None, [f"`{path}`", _kind(part)])) if path else "Top level"
+    if not path:
+        text = ""  # what the page begins with
+    rows = []
+    for key, schema in part["properties"].items():
+        meaning = " ".join((schema.get("description") or meanings.get(key) or "").split())
+        required = key in part.get("required", ())
+        rows.append(f"| `{key}` | {_type_of(schema, parts)} | {'required' if required else _default(schema)} | {meaning} |")
+    heading = f"## {title} {{ #{name.lower()} }}"
+    return "\n".join([heading, "", *([text, ""] if text else []), "| key | value | default | |", "|---|---|---|---|", *rows, ""])
+
+
+def _type_of(schema: dict[str, Any], parts: dict[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{_kind(parts[name]) or 'mapping'}](#{name.lower()})"
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " or ".join(_type_of(each, parts) for each in schema[key] if each.get("type") != "null")
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return ", ".join(f"`{each}`" for each in schema["enum"])
+    if schema["type"] == "array":
+        return f"list of {_type_of(schema['items'], parts)}"
+    if schema["type"] == "object":
+        return "mapping"
+    words = {"string": "text", "number": "number", "integer": "integer", "boolean": "`true`, `false`"}[schema["type"]]
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    return "path" if schema.get("format") == "path" else " ".join([words, ", ".join(limits)]).strip()
+
+
+def _default(schema: dict[str, Any]) -> str:
+    default = schema.get("default")
+    if default is None or default == {} or "$ref" in schema or "discriminator" in schema or isinstance(default, dict):
+        return ""
+    return f"`{default if isinstance(default, str) else json.dumps(default)}`"
+
+
+def _docstring(text: str) -> tuple[str, dict[str, str]]:
+    """A Google-style docstring as its prose, and the meanings under Attributes by name."""
+    prose, _, rest = inspect.cleandoc(text).partition("\n\nAttributes:\n")
+    section = re.split(r"\n(?=\S)", rest)[0]
+    meanings: dict[str, str] = {}
+    for entry in re.split(r"^ {4}(?=\S)", section, flags=re.MULTILINE)[1:]:
+        names, _, meaning = entry.partition(":")
+        meanings |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
+    return prose, meanings
+
+
+def cli_page() -> str:
+    """The commands, as Typer documents them."""
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="memtail", title="Command line")
+    title, rest = text.split("\n", 1)
+    return f"{title}\n\n{_CLI}{rest.lstrip()}".rstrip() + "\n"
+
+
+def environment_page() -> str:
+    """The environment variables. Raises: ValueError: one of them has no meaning."""
+    page = "\n".join([_ENVIRONMENT, *(_settings(module) for module in (memtail.settings, services.common.settings))])
+    read = {name for module in (memtail.settings, services.common.settings) for name in _VARIABLE.findall(inspect.getsource(module))}
+    if missing := sorted(name for name in read if name not in page and name.removesuffix("_FILE") not in page):
+        raise ValueError(f"{', '.join(missing)}: not on the page: describe it in the docstring of its settings class")
+    return page
+
+
+def _settings(module: ModuleType) -> str:
+    classes = [
+        each for each in vars(module).values() if dataclasses.is_dataclass(each) and getattr(each, "__module__", "") == module.__name__
+    ]
+    return "\n".join(_settings_class(each) for each in classes)
+
+
+def _settings_class(settings: Any) -> str:
+    text, meanings = _docstring(settings.__doc__ or "")
+    title = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", settings.__name__).capitalize().replace("S3 settings", "S3")
+    lines = [f"## {title}", "", text, ""]
+    rows = [
+        f"| `{entry.metadata['variable']}` | {_default_of(entry.default)} | {' '.join(_meaning(entry.name, meanings).split())} |"
+        for entry in dataclasses.fields(settings)
+        if "variable" in entry.metadata
+    ]
+    return "\n".join([*lines, *(["| variable | default | |", "|---|---|---|", *rows, ""] if rows else [])])
+
+
+def _meaning(name: str, meanings: dict[str, str]) -> str:
+    if not meanings.get(name):
+        raise ValueError(f"{name} has no meaning: describe it under Attributes in the docstring of its settings class")
+    return meanings[name]
+
+
+def _default_of(value: Any) -> str:
+    return "" if value in ("", 0, None) or value == math.inf else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def main() -> None:
+    """Write the pages."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, page in {"experiment-file": experiment_page, "cli": cli_page, "environment": environment_page}.items():
+        (FOLDER / f"{name}.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()
