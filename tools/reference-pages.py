@@ -141,11 +141,24 @@ def _docstring(text: str) -> tuple[str, dict[str, str]]:
 
 
 def cli_page() -> str:
-    """The commands, as Typer documents them."""
-    command = typer.main.get_command(app)
+    """The commands, as Typer documents them; its lists of commands, which cut sentences short, are replaced by lists of links."""
+    command: Any = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="memtail", title="Command line")
-    title, rest = text.split("\n", 1)
-    return f"{title}\n\n{_CLI}{rest.lstrip()}".rstrip() + "\n"
+    title, text = text.split("\n", 1)
+    for path, group in (("memtail", command), *((f"memtail {name}", each) for name, each in command.commands.items() if _is_group(each))):
+        lines = [f"* [`{name}`](#{f'{path} {name}'.replace(' ', '-')}): {_summary(each)}" for name, each in group.commands.items()]
+        typers = r"\*\*Commands\*\*:\n\n(?:\* .*\n)+"
+        text = re.sub(typers, "\n".join(["**Commands:**", "", *lines, ""]).replace("\\", r"\\"), text, count=1)
+    return f"{title}\n\n{_CLI}{text.lstrip()}".rstrip() + "\n"
+
+
+def _is_group(command: Any) -> bool:
+    return hasattr(command, "commands")
+
+
+def _summary(command: Any) -> str:
+    """The first sentence of a command's help."""
+    return re.split(r"(?<=\.)\s", command.help.strip())[0]
 
 
 def environment_page() -> str:
@@ -166,24 +179,29 @@ def _settings(module: ModuleType) -> str:
 
 def _settings_class(settings: Any) -> str:
     text, meanings = _docstring(settings.__doc__ or "")
-    title = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", settings.__name__).capitalize().replace("S3 settings", "S3")
-    lines = [f"## {title}", "", text, ""]
-    rows = [
-        f"| `{entry.metadata['variable']}` | {_default_of(entry.default)} | {' '.join(_meaning(entry.name, meanings).split())} |"
-        for entry in dataclasses.fields(settings)
-        if "variable" in entry.metadata
-    ]
-    return "\n".join([*lines, *(["| variable | default | |", "|---|---|---|", *rows, ""] if rows else [])])
+    title = {"Settings": "Folders", "S3Settings": "S3", "ExplorerSettings": "Explorer", "ServiceSettings": "Services"}[settings.__name__]
+    rows = [_variable_row(entry, meanings.get(entry.name, "")) for entry in dataclasses.fields(settings)]
+    return "\n".join([f"## {title}", "", text, "", "| variable | default | |", "|---|---|---|", *rows, ""])
 
 
-def _meaning(name: str, meanings: dict[str, str]) -> str:
-    if not meanings.get(name):
-        raise ValueError(f"{name} has no meaning: describe it under Attributes in the docstring of its settings class")
-    return meanings[name]
+def _variable_row(entry: Any, meaning: str) -> str:
+    """A row of the table. Raises: ValueError: the variable has no name or no meaning."""
+    # "`MEMTAIL_X` (a remark): the meaning"; the name may also be in the field's metadata
+    named = re.fullmatch(r"((?:`[A-Z0-9_]+`(?:, )?)+)(?: \([^)]*\))?[:,] (.+)", meaning)
+    variable = f"`{entry.metadata['variable']}`" if "variable" in entry.metadata else named and named[1]
+    if not variable or not meaning:
+        raise ValueError(f"{entry.name} has no meaning: describe its variable under Attributes in the docstring of its settings class")
+    return f"| {variable} | {_default_of(entry.default)} | {named[2] if named else meaning} |"
 
 
 def _default_of(value: Any) -> str:
-    return "" if value in ("", 0, None) or value == math.inf else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+    return (
+        ""
+        if value in ("", 0, None, dataclasses.MISSING) or value == math.inf
+        else f"`{value:g}`"
+        if isinstance(value, float)
+        else f"`{value}`"
+    )
 
 
 def main() -> None:

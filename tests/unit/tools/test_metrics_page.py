@@ -26,11 +26,11 @@ def test_each_service_that_declares_metrics_is_on_the_page(tool):
 def test_a_metric_is_named_as_prometheus_sees_it(tool):
     registry = CollectorRegistry()
     attempts = Counter("attempts_total", "How many", ["experiment"], registry=registry)
-    assert tool["row"](attempts) == "| `attempts_total` | counter | `experiment` |  | How many |"
+    assert tool["row"](attempts) == "| `attempts_total` | counter | `experiment` | How many |"
     size = Gauge("size_bytes", "How large", registry=registry)
-    assert tool["row"](size) == "| `size_bytes` | gauge |  | bytes | How large |"
+    assert tool["row"](size) == "| `size_bytes` | gauge, bytes |  | How large |"
     spent = Histogram("spent_seconds", "How long", ["a", "b"], registry=registry)
-    assert tool["row"](spent) == "| `spent_seconds` | histogram | `a`, `b` | seconds | How long |"
+    assert tool["row"](spent) == "| `spent_seconds` | histogram, seconds | `a`, `b` | How long |"
 
 
 def test_a_metric_without_a_meaning_is_refused(tool):
