@@ -45,7 +45,7 @@ _CLI = """`--store` names the folder or bucket with the results; `MEMTAIL_STORE`
 _ENVIRONMENT = """# Environment variables
 
 A variable that holds a secret can be replaced by one with `_FILE` at its end, which names a file that holds the value.
-[Compose](../guides/compose.md) has variables of its own for ports and images.
+[Compose](../guides/compose.md) has further variables for ports and images.
 """
 
 
@@ -97,7 +97,7 @@ def _part(name: str, parts: dict[str, Any]) -> str:
         required = key in part.get("required", ())
         rows.append(f"| `{key}` | {_type_of(schema, parts)} | {'required' if required else _default(schema)} | {meaning} |")
     heading = f"## {title} {{ #{name.lower()} }}"
-    return "\n".join([heading, "", *([text, ""] if text else []), "| key | value | default | |", "|---|---|---|---|", *rows, ""])
+    return "\n".join([heading, "", *([text, ""] if text else []), "| key | value | default | meaning |", "|---|---|---|---|", *rows, ""])
 
 
 def _type_of(schema: dict[str, Any], parts: dict[str, Any]) -> str:
@@ -181,7 +181,7 @@ def _settings_class(settings: Any) -> str:
     text, meanings = _docstring(settings.__doc__ or "")
     title = {"Settings": "Folders", "S3Settings": "S3", "ExplorerSettings": "Explorer", "ServiceSettings": "Services"}[settings.__name__]
     rows = [_variable_row(entry, meanings.get(entry.name, "")) for entry in dataclasses.fields(settings)]
-    return "\n".join([f"## {title}", "", text, "", "| variable | default | |", "|---|---|---|", *rows, ""])
+    return "\n".join([f"## {title}", "", text, "", "| variable | default | meaning |", "|---|---|---|", *rows, ""])
 
 
 def _variable_row(entry: Any, meaning: str) -> str:
