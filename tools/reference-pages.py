@@ -37,7 +37,7 @@ _CLI = """`--store` names the folder or bucket with the results; `MEMTAIL_STORE`
 | exit code | meaning |
 |---|---|
 | 0 | success |
-| 1 | `doctor`: a check failed; `watch`: an experiment cannot be finished without help; other commands: an unexpected error |
+| 1 | `run`: trial batches were refused; `doctor`: a check failed; `watch`: an experiment needs help; or an unexpected error |
 | 2 | invalid input, or a store or a dataset that cannot be used; one line on standard error names the value and the fix |
 | 130, 143 | interrupted, terminated; nothing committed is lost |
 
