@@ -14,6 +14,7 @@
 # make test-python  the tests with another Python (PYTHON=3.13)
 # make lock    writes constraints.txt, the versions and hashes that are installed, anew from pyproject.toml
 # make lint    ruff, mypy, hadolint, and which package may import which
+# make docs    the documentation, into site/: warnings are errors, and no page may load anything from another host
 # Everything lives in .venv; nothing is installed again until pyproject.toml or constraints.txt changes. Where uv is on PATH, it installs.
 
 SPEC ?= examples/digits.yaml
@@ -21,7 +22,7 @@ STORE ?= memtail-store
 PYTHON ?= 3.13
 BIN := .venv/bin
 
-.PHONY: run test test-all test-slow coverage test-kubernetes test-node test-lowest test-python lock bench e2e soak scale dashboards lint clean
+.PHONY: run test test-all test-slow coverage test-kubernetes test-node test-lowest test-python lock bench e2e soak scale dashboards lint docs clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
@@ -81,6 +82,17 @@ lint: .venv/installed-dev
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/mypy
 
+docs: .venv-docs/installed
+	PYTHONPATH=. .venv-docs/bin/python tools/reference-pages.py
+	NO_COLOR=1 .venv-docs/bin/zensical build --clean --strict
+	.venv-docs/bin/python tools/check-site.py site README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CODE_OF_CONDUCT.md
+
+# Neither torch nor development tools, which would take longer than the documentation.
+.venv-docs/installed: pyproject.toml constraints.txt
+	./tools/make-venv.sh .venv-docs
+	.venv-docs/bin/python tools/requirements.py base docs | ./tools/install.sh .venv-docs
+	@touch $@
+
 .venv/installed-train: pyproject.toml constraints.txt
 	./tools/make-venv.sh .venv
 	$(BIN)/python tools/requirements.py build base train | ./tools/install.sh .venv .
@@ -91,4 +103,4 @@ lint: .venv/installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* .coverage* .import_linter_cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-* .cache site .coverage* .import_linter_cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

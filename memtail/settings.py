@@ -1,4 +1,4 @@
-"""The environment variables that the library reads."""
+"""Environment variables of the library and of the command line."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,11 +8,11 @@ from platformdirs import user_cache_path
 
 from memtail.errors import StoreError
 
-#: The folder or bucket that holds the results, as the command line's --store.
+#: Folder or bucket with the results: the default of --store.
 STORE_VARIABLE = "MEMTAIL_STORE"
-#: Redis's URL with its password, or with `_FILE` at its end the file that holds it: of the services, and looked at by the doctor.
+#: URL of Redis with its password, for the services and for `memtail doctor`; with `_FILE` at its end, the file that holds it.
 BROKER_VARIABLE = "MEMTAIL_BROKER"
-#: What whoever looks at the explorer must give.
+#: Token of the explorer.
 EXPLORER_TOKEN_VARIABLE = "MEMTAIL_EXPLORER_TOKEN"
 
 
@@ -33,10 +33,12 @@ def _bytes_from_environment(variable: str) -> int | None:
 
 @dataclass(frozen=True)
 class Settings:
-    """Read anew at each construction, so that a process may change its environment.
+    """Folders on this machine. Each construction reads the environment, so that a process may change it.
 
-    `MEMTAIL_DATA`: a folder in which datasets are looked for. `MEMTAIL_CACHE`: where downloads and prepared datasets are kept.
-    `MEMTAIL_CACHE_LIMIT`: GiB that the datasets brought from a bucket may take there.
+    Attributes:
+        cache: `MEMTAIL_CACHE`: folder of downloads, prepared datasets and fetched scores; the user's cache folder by default.
+        data: `MEMTAIL_DATA`: folder in which datasets are searched before the cache.
+        cache_limit: `MEMTAIL_CACHE_LIMIT`: maximum size in GiB of datasets fetched from a bucket, as bytes; no limit by default.
     """
 
     cache: Path = field(default_factory=lambda: _from_environment("MEMTAIL_CACHE", None) or user_cache_path("memtail"))
@@ -50,13 +52,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class S3Settings:
-    """How an S3 server is reached. No key is shown when it is printed.
+    """Access to an S3 server. Keys are not in the repr.
 
-    `MEMTAIL_S3_ENDPOINT`: its URL. `MEMTAIL_S3_ACCESS_KEY`, `MEMTAIL_S3_SECRET_KEY` and, with temporary keys,
-    `MEMTAIL_S3_SESSION_TOKEN`; else `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and `AWS_SESSION_TOKEN`. Each of these may be given as
-    the name of a file that holds it, in the variable with `_FILE` at its end. `MEMTAIL_S3_REGION`, `AWS_REGION`: asked from the server if
-    not set. `MEMTAIL_S3_CA_FILE`: the certificate of the authority that signed the server's, if this machine does not trust it.
-    `MEMTAIL_S3_ADDRESSING`: `path` (ENDPOINT/BUCKET) or `virtual` (BUCKET.ENDPOINT), which is how AWS is addressed if not set.
+    Each key can be replaced by a file: a variable with `_FILE` at its end names it. Without a key, credentials come from AWS's
+    configuration file, or from the identity of the pod, container or instance.
+
+    Attributes:
+        endpoint: `MEMTAIL_S3_ENDPOINT`: URL of the server; AWS by default.
+        access_key: `MEMTAIL_S3_ACCESS_KEY`, `AWS_ACCESS_KEY_ID`: access key.
+        secret_key: `MEMTAIL_S3_SECRET_KEY`, `AWS_SECRET_ACCESS_KEY`: secret key.
+        session_token: `MEMTAIL_S3_SESSION_TOKEN`, `AWS_SESSION_TOKEN`: session token of temporary keys.
+        region: `MEMTAIL_S3_REGION`, `AWS_REGION`: region of the bucket; requested from the server by default.
+        ca_file: `MEMTAIL_S3_CA_FILE`: certificate of a private certificate authority.
+        addressing: `MEMTAIL_S3_ADDRESSING`: `path` (ENDPOINT/BUCKET) or `virtual` (BUCKET.ENDPOINT); `virtual` for AWS and `path` for other
+            servers by default.
     """
 
     endpoint: str = "https://s3.amazonaws.com"
@@ -91,9 +100,10 @@ class S3Settings:
 
 @dataclass(frozen=True)
 class ExplorerSettings:
-    """How the explorer is reached. The token is not shown when it is printed.
+    """Access to the explorer. The token is not in the repr.
 
-    `MEMTAIL_EXPLORER_TOKEN`, or the file that `MEMTAIL_EXPLORER_TOKEN_FILE` names: what whoever looks must give; nothing if not set.
+    Attributes:
+        token: `MEMTAIL_EXPLORER_TOKEN`: token that browsers and scripts must send; `MEMTAIL_EXPLORER_TOKEN_FILE` names a file with it.
     """
 
     token: str | None = field(default=None, repr=False)

@@ -46,7 +46,7 @@ def _at(values: Any, path: list[tuple[int, str]]) -> Any:
 def table(text: str) -> str:
     """The values in the text of a values.yaml, as a table in Markdown."""
     lines = [f"| `{name}` | `{json.dumps(default)}` | {meaning} |" for name, default, meaning in rows(text)]
-    return "\n".join(["| value | default | |", "|---|---|---|", *lines, ""])
+    return "\n".join(["| value | default | meaning |", "|---|---|---|", *lines, ""])
 
 
 def with_table(readme: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""`python tools/metrics-page.py`: writes docs/metrics.md, the list of all metrics, from their declarations."""
+"""`PYTHONPATH=. python tools/metrics-page.py`: writes docs/metrics.md, the list of all metrics, from their declarations."""
 
 import importlib
 from pathlib import Path
@@ -16,14 +16,14 @@ MODULES = {
 }
 _INTRODUCTION = """# Metrics
 
-Every service answers `/metrics` on the port `MEMTAIL_PORT` (9100), in the format of Prometheus; `/healthz` and `/readyz` beside it.
-`python tools/metrics-page.py` writes this page from the declarations.
+Every service serves Prometheus metrics at `/metrics` on the port `MEMTAIL_PORT` (9100), and health checks at `/healthz` and `/readyz`.
 
-The series of an experiment go away ten minutes (`MEMTAIL_LINGER_SECONDS`) after it has ended, or when it is removed from the bucket; at a
-worker, as long after the worker last trained it. A dispatcher that waits to take over has none. Histograms have the series `_bucket`,
-`_sum` and `_count`.
+The series of an experiment are removed ten minutes (`MEMTAIL_LINGER_SECONDS`) after it has ended, when it is deleted from the bucket, or,
+at a worker, ten minutes after its last shard. A standby dispatcher has none. Histograms have the series `_bucket`, `_sum` and `_count`.
+
+`PYTHONPATH=. python tools/metrics-page.py` writes this page from the declarations.
 """
-# What the ends of names mean.
+# Units by the ends of names.
 _UNITS = {"timestamp_seconds": "Unix time", "seconds": "seconds", "bytes": "bytes", "ratio": "0 to 1"}
 
 
@@ -40,7 +40,8 @@ def row(metric: MetricWrapperBase) -> str:
     name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
     unit = next((unit for end, unit in _UNITS.items() if family.name.endswith(end)), "")
     labels = ", ".join(f"`{label}`" for label in metric._labelnames)
-    return f"| `{name}` | {family.type} | {labels} | {unit} | {family.documentation} |"
+    kind = ", ".join(filter(None, [family.type, unit]))
+    return f"| `{name}` | {kind} | {labels} | {family.documentation} |"
 
 
 def page() -> str:
@@ -48,7 +49,7 @@ def page() -> str:
     parts = [_INTRODUCTION]
     for name, title in MODULES.items():
         rows = [row(metric) for metric in declared(importlib.import_module(name))]
-        parts.append("\n".join([f"## {title}", "", "| name | type | labels | unit | |", "|---|---|---|---|---|", *rows, ""]))
+        parts.append("\n".join([f"## {title}", "", "| name | type, unit | labels | meaning |", "|---|---|---|---|", *rows, ""]))
     return "\n".join(parts)
 
 

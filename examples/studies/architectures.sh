@@ -1,6 +1,6 @@
 #!/bin/sh
-# What another model, a small CNN, also memorizes of what an MLP does. Run it in the folder of memtail's README:
-# sh examples/studies/architectures.sh
+# Agreement of the memorization scores of two models: an MLP and a small CNN.
+# Run it from the root of the repository: sh examples/studies/architectures.sh
 set -eu
 memtail run examples/digits.yaml
 memtail run examples/digits-cnn.yaml

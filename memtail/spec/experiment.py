@@ -31,7 +31,15 @@ _SMALLEST_ROUND = 64
 
 
 class DatasetSpec(Part):
-    """Which images: a name known to `memtail.datasets`, where to look, and how much of it to use."""
+    """The dataset: its name, its location, and how much of it is used.
+
+    Attributes:
+        name: a named dataset, `folder` for a tree of images, or `arrays` for an `.npz` file.
+        root: the folder, or the file of `arrays`; required for these two. Other datasets are also searched in `MEMTAIL_DATA` and the cache.
+        max_train: use at most this many training examples: the first ones; of a folder, evenly spaced ones.
+        max_test: likewise, test examples.
+        resolution: of a folder, the side in pixels to which images are resized and cropped; required if they differ in size.
+    """
 
     name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays"]
     root: Path | None = None
@@ -49,14 +57,25 @@ class DatasetSpec(Part):
 
 
 class Mlp(Part):
-    """Fully connected layers of the given widths with ReLU between them; of none, a linear model."""
+    """Fully connected layers with ReLU between them.
+
+    Attributes:
+        name: the architecture.
+        hidden: widths of the hidden layers; an empty list is a linear model.
+    """
 
     name: Literal["mlp"] = "mlp"
     hidden: list[Annotated[int, Field(ge=1)]] = [256]
 
 
 class Cnn(Part):
-    """3x3 convolutions with ReLU and 2x2 max pooling, one per entry of `channels`, then one hidden layer."""
+    """3x3 convolutions, each followed by ReLU and 2x2 max pooling, then one hidden layer.
+
+    Attributes:
+        name: the architecture.
+        channels: output channels of the convolutions.
+        hidden: width of the hidden layer.
+    """
 
     name: Literal["cnn"] = "cnn"
     channels: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [16, 32]
@@ -64,7 +83,13 @@ class Cnn(Part):
 
 
 class NamedModel(Part):
-    """A larger architecture by name, a torchvision classification model, or `package.module:function` of the user's own."""
+    """A larger architecture.
+
+    Attributes:
+        name: `resnet9`, `resnet18`, `resnet50`, `densenet100`, `inception`, a torchvision classification model, or a function of your own,
+            `package.module:function`.
+        options: keyword arguments of the model's builder.
+    """
 
     name: str
     options: dict[str, Any] = {}
@@ -82,7 +107,15 @@ ModelSpec = Annotated[
 
 
 class Sgd(Part):
-    """Stochastic gradient descent as in `torch.optim.SGD`."""
+    """Stochastic gradient descent as in `torch.optim.SGD`.
+
+    Attributes:
+        name: the optimizer.
+        lr: learning rate at the peak of the schedule.
+        momentum: momentum.
+        weight_decay: weight decay, of all parameters.
+        nesterov: whether to use Nesterov momentum.
+    """
 
     name: Literal["sgd"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.1
@@ -98,14 +131,26 @@ class Sgd(Part):
 
 
 class Constant(Part):
-    """The same learning rate throughout, after a linear warm-up over the first `warmup` of all steps."""
+    """A constant learning rate after the warm-up.
+
+    Attributes:
+        name: the schedule.
+        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
+    """
 
     name: Literal["constant"]
     warmup: Fraction = 0.0
 
 
 class Step(Part):
-    """The learning rate is multiplied by `gamma` at each of `milestones` (fractions of all steps)."""
+    """A learning rate that is multiplied by `gamma` at each milestone.
+
+    Attributes:
+        name: the schedule.
+        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
+        milestones: fractions of all steps.
+        gamma: the factor.
+    """
 
     name: Literal["step"]
     warmup: Fraction = 0.0
@@ -114,14 +159,24 @@ class Step(Part):
 
 
 class Cosine(Part):
-    """Half a cosine down to 0, after a linear warm-up."""
+    """Half a cosine down to 0 after the warm-up.
+
+    Attributes:
+        name: the schedule.
+        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
+    """
 
     name: Literal["cosine"]
     warmup: Fraction = 0.0
 
 
 class Linear(Part):
-    """A triangle: a linear warm-up, then linearly down to 0."""
+    """A linear decay to 0 after the warm-up.
+
+    Attributes:
+        name: the schedule.
+        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
+    """
 
     name: Literal["linear"]
     warmup: Fraction = 0.0
@@ -131,7 +186,17 @@ ScheduleSpec = Annotated[Constant | Step | Cosine | Linear, Field(discriminator=
 
 
 class TrainingSpec(Part):
-    """The recipe by which every trial is trained."""
+    """The training recipe of every trial.
+
+    Attributes:
+        epochs: passes over the subset.
+        batch_size: examples per step.
+        optimizer: the optimizer.
+        schedule: the learning rate over the steps.
+        label_smoothing: share of the target distribution that is spread over all classes.
+        augmentation: `flip` mirrors images at random; `crop-flip` also shifts them.
+        precision: `auto` is `bfloat16` on CUDA and `float32` elsewhere.
+    """
 
     epochs: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -143,7 +208,12 @@ class TrainingSpec(Part):
 
 
 class UntilSpec(Part):
-    """How sharp the scores are to be: `quantile` of all examples' memorization with a standard error of at most `standard_error`."""
+    """The precision at which an experiment ends.
+
+    Attributes:
+        standard_error: the largest standard error of memorization accepted.
+        quantile: the share of training examples that must reach it.
+    """
 
     standard_error: Annotated[float, Field(gt=0, lt=0.5)]
     quantile: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -159,9 +229,15 @@ class UntilSpec(Part):
 
 
 class SubsetsSpec(Part):
-    """Subset design and number of trials: see `memtail.subsets` for the designs, `memtail.execution.stopping` for `until`.
+    """The subset design and the number of trials.
 
-    With `until`, `trials` is the number to begin with, chosen if it is not given.
+    Attributes:
+        design: the rule that maps a trial to its subset (see `memtail.subsets`).
+        fraction: share of the training examples in a subset.
+        trials: number of trials; with `until`, the number to begin with, which has a suitable default.
+        seed: seed of the experiment: of subsets, initial weights, batch order and augmentation.
+        masks: of the design `explicit`, a `.npy` file of booleans [trials, n].
+        until: continue in rounds of trials until the scores have this precision.
     """
 
     design: Literal["uniform", "balanced", "stratified", "explicit"] = "uniform"
@@ -196,13 +272,23 @@ class SubsetsSpec(Part):
 
 
 class RecordSpec(Part):
-    """What is kept of each trial beside correctness."""
+    """Additional outcomes recorded in each trial.
+
+    Attributes:
+        margins: record the logit margin of every example.
+    """
 
     margins: bool = False
 
 
 class ExecutionSpec(Part):
-    """What only changes how fast it runs."""
+    """Settings that affect speed and not results.
+
+    Attributes:
+        device: `auto`, `cpu`, `mps`, `cuda` (all GPUs) or `cuda:INDEX`.
+        trials_per_shard: trials that are trained together and committed as one trial batch.
+        workers: workers requested from a Kubernetes cluster.
+    """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     trials_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -210,7 +296,17 @@ class ExecutionSpec(Part):
 
 
 class Experiment(Part):
-    """One declared experiment. Immutable; equal declarations have equal fingerprints."""
+    """One declared experiment. Immutable; equal declarations have equal fingerprints.
+
+    Attributes:
+        name: name of the experiment in the store: lower-case letters, digits, `.`, `_` and `-`, at most 63.
+        dataset: the images.
+        model: the architecture.
+        training: the training recipe.
+        subsets: the subset design and the number of trials.
+        record: additional outcomes.
+        execution: settings that affect speed only.
+    """
 
     name: Annotated[str, Field(pattern=NAME.pattern)]
     dataset: DatasetSpec

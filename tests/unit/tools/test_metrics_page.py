@@ -26,11 +26,11 @@ def test_the_page_has_all_modules_that_declare_metrics(tool):
 def test_a_metric_has_the_name_that_prometheus_stores(tool):
     registry = CollectorRegistry()
     attempts = Counter("attempts_total", "Attempts", ["experiment"], registry=registry)
-    assert tool["row"](attempts) == "| `attempts_total` | counter | `experiment` |  | Attempts |"
+    assert tool["row"](attempts) == "| `attempts_total` | counter | `experiment` | Attempts |"
     size = Gauge("size_bytes", "Size", registry=registry)
-    assert tool["row"](size) == "| `size_bytes` | gauge |  | bytes | Size |"
+    assert tool["row"](size) == "| `size_bytes` | gauge, bytes |  | Size |"
     spent = Histogram("spent_seconds", "Duration", ["a", "b"], registry=registry)
-    assert tool["row"](spent) == "| `spent_seconds` | histogram | `a`, `b` | seconds | Duration |"
+    assert tool["row"](spent) == "| `spent_seconds` | histogram, seconds | `a`, `b` | Duration |"
 
 
 def test_a_metric_without_a_help_text_is_refused(tool):
