@@ -267,8 +267,8 @@ class _Run:
                 published,
             )
         raise BatchesRefusedError(
-            f"{len(refused)} trial batches are refused and missing from the scores ({next(iter(refused.values()))}): "
-            f"failures are recorded in {records}",
+            f"{len(refused)} trial batch{'es' if len(refused) > 1 else ''} refused and missing from the scores "
+            f"({next(iter(refused.values()))}): recorded in {records}",
             published,
         )
 
