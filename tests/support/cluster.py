@@ -216,7 +216,7 @@ class LivingCluster(Cluster):
     def __init__(self, folder: Path, minio: MinioServer) -> None:
         self.gate, self.faults = Gate(folder / "gate"), folder / "faults"
         self.faults.mkdir()
-        quick = {"MEMTAIL_LEASE_SECONDS": "1", "MEMTAIL_RESYNC_SECONDS": "1", "MEMTAIL_PUBLISH_SECONDS": "1"}
+        quick = {"MEMTAIL_RESYNC_SECONDS": "1", "MEMTAIL_PUBLISH_SECONDS": "1"}
         super().__init__(folder, minio, GATE_FOLDER=str(folder / "gate"), FAULT_FOLDER=str(self.faults), **quick)
 
     def kinds(self, name: str) -> list[Service]:

@@ -13,7 +13,7 @@ from memtail.settings import S3Settings
 class FakeS3(ThreadingHTTPServer):
     """Enough of S3 for one bucket, with what a server may do wrong.
 
-    Faults are `ignores-condition`, `drops-metadata`, `repeats`, `refuses`, `fails-late` (an upload in parts ends with an error, but status 200).
+    Faults: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`, `fails-late` (an upload in parts ends with an error, status 200).
     `failures` are answered first, as (status, code); `clock` is how many seconds it is ahead.
     """
 

@@ -179,6 +179,7 @@ def test_a_task_that_goes_wrong_once(how, living, declare, digits, expected):
 
 @pytest.mark.parametrize("how", [pytest.param("segfault", marks=pytest.mark.slow), "raise"])
 def test_a_task_that_always_goes_wrong_is_given_up_and_tried_again_when_asked(how, living, declare, digits, expected):
+    living.replace("worker")
     experiment = faulty(declare, how, always=True, name=f"always-{how}")
     experiment_store = living.submit(experiment, digits)
     living.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3], 120)
@@ -192,7 +193,7 @@ def test_a_task_that_always_goes_wrong_is_given_up_and_tried_again_when_asked(ho
 
 
 def test_a_task_that_hangs_past_its_time_limit(living, declare, digits, expected):
-    living.replace("worker", MEMTAIL_SHARD_SECONDS="15")
+    living.replace("worker", MEMTAIL_SHARD_SECONDS="20")
     experiment = faulty(declare, "hang")
     experiment_store = living.submit(experiment, digits)
     with recovery(living, experiment_store, experiment, expected, "task that hangs"):
