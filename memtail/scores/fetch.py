@@ -8,7 +8,7 @@ from pathlib import Path
 
 from memtail.errors import ScoresError
 from memtail.scores.names import LATEST, SUMMARY
-from memtail.scores.pointer import KEPT_VERSIONS, ScorePointer, latest_version
+from memtail.scores.pointer import ScorePointer, latest_version, superseded
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
@@ -88,8 +88,8 @@ def fetch_scores(store: ObjectStore, name: str, pointer: ScorePointer, folder: P
 def _remove_old(current: Path) -> None:
     """Keep as many versions in the cache as the store does, for readers that have begun to read the previous one."""
     try:
-        earlier = sorted(folder for folder in current.parent.iterdir() if folder.is_dir() and folder.name < current.name)
+        cached = [folder.name for folder in current.parent.iterdir() if folder.is_dir()]
     except OSError as error:
         raise ScoresError(f"{current.parent} cannot be listed ({error.strerror}): set MEMTAIL_CACHE to another folder") from None
-    for folder in earlier[: max(0, len(earlier) - KEPT_VERSIONS + 1)]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for version in superseded(cached, current.name):
+        shutil.rmtree(current.parent / version, ignore_errors=True)
