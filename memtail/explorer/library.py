@@ -25,7 +25,7 @@ from memtail.scores.reader import Column, Scores
 from memtail.settings import Settings
 from memtail.spec import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, UnreachableError, keys
-from memtail.studies.names import parent_of
+from memtail.studies.experiment_names import parent_of
 from memtail.studies.result import StudyResult, load_results
 
 log = structlog.get_logger()
