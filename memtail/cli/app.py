@@ -201,8 +201,8 @@ def report(
         pointer = publish_report(opened, name)
     if fetch is not None:
         fetch_report(opened, name, pointer, fetch)
-    place = str(fetch or f"{opened.address}/{keys.report(name, pointer['version']).rstrip('/')}")
-    print(json.dumps({**pointer, "folder": place}, indent=1) if json_ else f"{place}/{PAGE}")
+    place = str(fetch or f"{opened.address}/{keys.report(name, pointer.version).rstrip('/')}")
+    print(json.dumps({**pointer.to_dict(), "folder": place}, indent=1) if json_ else f"{place}/{PAGE}")
 
 
 @app.command()
@@ -249,7 +249,8 @@ def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
 def _draw_report(store: "ObjectStore", name: str, quiet: bool) -> None:
     """Make the report at the end of a run, without failing the run."""
     from memtail.cli import display
-    from memtail.report.publish import PAGE, is_current, latest_report, publish_report
+    from memtail.report.pointer import latest_report
+    from memtail.report.publish import PAGE, is_current, publish_report
     from memtail.storage import keys
 
     try:
@@ -259,7 +260,7 @@ def _draw_report(store: "ObjectStore", name: str, quiet: bool) -> None:
         print(f"memtail: the report failed ({error}): retry with memtail report {name}", file=sys.stderr)
         return
     if pointer is not None and not quiet:
-        print(f"report: {store.address}/{keys.report(name, pointer['version'])}{PAGE}")
+        print(f"report: {store.address}/{keys.report(name, pointer.version)}{PAGE}")
 
 
 def _scores_of(store: "ObjectStore", name: str | None) -> "Scores":

@@ -129,7 +129,8 @@ def _counts(scores: Scores) -> list[int]:
 
 def _facts(scores: Scores, counts: list[int]) -> _Facts:
     summary = scores.summary
-    if any(summary.accuracy_se[accuracy] is None for accuracy in ACCURACIES):
+    errors = {accuracy: se for accuracy, se in summary.accuracy_se.items() if se is not None}
+    if not errors.keys() >= {*ACCURACIES}:
         raise ScoresError(
             f"experiment '{summary.experiment}' has no accuracies with standard errors to compare: train at least two trials, and "
             f"choose subsets so that some trials see a training example and others do not"
@@ -141,7 +142,7 @@ def _facts(scores: Scores, counts: list[int]) -> _Facts:
         pairs=summary.pairs.count,
         trials=summary.trials,
         **{accuracy: summary[accuracy] for accuracy in ACCURACIES},
-        **{f"{accuracy}_error": summary.accuracy_se[accuracy] for accuracy in ACCURACIES},
+        **{f"{accuracy}_error": errors[accuracy] for accuracy in ACCURACIES},
     )
 
 

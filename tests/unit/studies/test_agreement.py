@@ -53,9 +53,8 @@ def test_agreement_counts_what_either_and_both_select():
             apart = {i: abs(first.mem.value[i] - second.mem.value[i]) for i in range(9)}
         else:
             chosen = [
-                {pair for pair, infl in zip(zip(estimates.pairs.train, estimates.pairs.test, strict=True), estimates.pairs.influence, strict=True)
-                 if infl >= each.threshold}
-                for estimates in (first, second)
+                {(i, j) for i, j, infl in zip(pairs.train, pairs.test, pairs.influence, strict=True) if infl >= each.threshold}
+                for pairs in (first.pairs, second.pairs)
             ]  # fmt: skip
             matrices = [influence(estimates.packed, slice(None), slice(None)).value for estimates in (first, second)]
             apart = {(i, j): abs(matrices[0][i, j] - matrices[1][i, j]) for i in range(9) for j in range(7)}
