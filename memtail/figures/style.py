@@ -37,10 +37,7 @@ GREY = colour("muted")
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Figure]:
-    """Create a figure of `width` x `height` inches in the common style.
-
-    Draw and call `encoded` inside the context: matplotlib reads the style at both times.
-    """
+    """Create a figure of `width` x `height` inches in the common style, to be drawn inside the context."""
     style = mpl.rc_context(
         {
             "axes.axisbelow": True,
@@ -62,8 +59,6 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
             "text.color": colour("ink"),
             "xtick.color": colour("muted"),
             "ytick.color": colour("muted"),
-            # ids inside an SVG are derived from a salt, by default a random one
-            "svg.hashsalt": "memtail",
         }
     )
     with style:
@@ -73,6 +68,7 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
 def encoded(figure: Figure) -> dict[str, bytes]:
     """Encode a figure as files, under the keys "svg" and "png"; equal figures give equal bytes."""
     svg, png = io.BytesIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    with mpl.rc_context({"svg.hashsalt": "memtail"}):  # ids inside an SVG are derived from a salt, by default a random one
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
     return {"svg": svg.getvalue(), "png": png.getvalue()}
