@@ -1,4 +1,4 @@
-"""The environment variables that the library reads."""
+"""Environment variables of the library and of the command line."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,12 +8,12 @@ from platformdirs import user_cache_path
 
 from memtail.errors import StoreError
 
-#: The folder or bucket that holds the results, as the command line's --store.
+#: Folder or bucket with the results: the default of --store.
 STORE_VARIABLE = "MEMTAIL_STORE"
-#: Redis's URL with its password, or with `_FILE` at its end the file that holds it: of the services, and looked at by the doctor.
+#: URL of Redis with its password, for the services and for `memtail doctor`; with `_FILE` at its end, the file that holds it.
 BROKER_VARIABLE = "MEMTAIL_BROKER"
-#: What whoever looks at the explorer must give.
-EXPLORER_TOKEN_VARIABLE = "MEMTAIL_EXPLORER_TOKEN"
+#: Token of the explorer.
+EXPLORER_TOKEN_VARIABLE = "MEMTAIL_EXPLORER_TOKEN"  # noqa: S105 - the name of a variable
 
 
 def _from_environment(variable: str, default: Path | None) -> Path | None:
@@ -33,10 +33,12 @@ def _bytes_from_environment(variable: str) -> int | None:
 
 @dataclass(frozen=True)
 class Settings:
-    """Read anew at each construction, so that a process may change its environment.
+    """Folders on this machine. Each construction reads the environment, so that a process may change it.
 
-    `MEMTAIL_DATA`: a folder in which datasets are looked for. `MEMTAIL_CACHE`: where downloads and prepared datasets are kept.
-    `MEMTAIL_CACHE_LIMIT`: GiB that the datasets brought from a bucket may take there.
+    Attributes:
+        cache: `MEMTAIL_CACHE`: folder of downloads, prepared datasets and fetched scores; the user's cache folder by default.
+        data: `MEMTAIL_DATA`: folder in which datasets are searched before the cache.
+        cache_limit: `MEMTAIL_CACHE_LIMIT`: maximum size in GiB of the datasets fetched from a bucket; no limit by default. Here in bytes.
     """
 
     cache: Path = field(default_factory=lambda: _from_environment("MEMTAIL_CACHE", None) or user_cache_path("memtail"))
@@ -44,19 +46,26 @@ class Settings:
     cache_limit: int | None = field(default_factory=lambda: _bytes_from_environment("MEMTAIL_CACHE_LIMIT"))
 
     def places(self, root: Path | None) -> list[Path]:
-        """The folders in which a dataset is looked for, in order."""
+        """Return the folders that are searched for a dataset, in order; `root` is the first."""
         return [place for place in (root, self.data, self.cache) if place is not None]
 
 
 @dataclass(frozen=True)
 class S3Settings:
-    """How an S3 server is reached. No key is shown when it is printed.
+    """Access to an S3 server. Keys are not in the repr.
 
-    `MEMTAIL_S3_ENDPOINT`: its URL. `MEMTAIL_S3_ACCESS_KEY`, `MEMTAIL_S3_SECRET_KEY` and, with temporary keys,
-    `MEMTAIL_S3_SESSION_TOKEN`; else `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and `AWS_SESSION_TOKEN`. Each of these may be given as
-    the name of a file that holds it, in the variable with `_FILE` at its end. `MEMTAIL_S3_REGION`, `AWS_REGION`: asked from the server if
-    not set. `MEMTAIL_S3_CA_FILE`: the certificate of the authority that signed the server's, if this machine does not trust it.
-    `MEMTAIL_S3_ADDRESSING`: `path` (ENDPOINT/BUCKET) or `virtual` (BUCKET.ENDPOINT), which is how AWS is addressed if not set.
+    Each key can be replaced by a file: a variable with `_FILE` at its end names it. Without a key, credentials come from AWS's
+    configuration file, or from the identity of the pod, container or instance.
+
+    Attributes:
+        endpoint: `MEMTAIL_S3_ENDPOINT`: URL of the server; AWS by default.
+        access_key: `MEMTAIL_S3_ACCESS_KEY`, `AWS_ACCESS_KEY_ID`: access key.
+        secret_key: `MEMTAIL_S3_SECRET_KEY`, `AWS_SECRET_ACCESS_KEY`: secret key.
+        session_token: `MEMTAIL_S3_SESSION_TOKEN`, `AWS_SESSION_TOKEN`: session token of temporary keys.
+        region: `MEMTAIL_S3_REGION`, `AWS_REGION`: region of the bucket; requested from the server by default.
+        ca_file: `MEMTAIL_S3_CA_FILE`: certificate of a private certificate authority.
+        addressing: `MEMTAIL_S3_ADDRESSING`: `path` (ENDPOINT/BUCKET) or `virtual` (BUCKET.ENDPOINT); `virtual` for AWS and `path` for other
+            servers by default.
     """
 
     endpoint: str = "https://s3.amazonaws.com"
@@ -69,15 +78,19 @@ class S3Settings:
 
     @classmethod
     def from_environment(cls) -> "S3Settings":
-        """Those that the environment holds. Raises: StoreError: half of a key is missing, or a file that holds one."""
+        """Return the environment's settings.
+
+        Raises:
+            StoreError: half of a key is missing, or a file that should hold it cannot be read.
+        """
         variables = ("MEMTAIL_S3_ACCESS_KEY", "MEMTAIL_S3_SECRET_KEY", "MEMTAIL_S3_SESSION_TOKEN")
         access, key, token = map(secret, variables)
         if access is key is None:
             variables = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
             access, key, token = map(secret, variables)
         if (access is None) != (key is None):
-            there, missing = variables[:2] if access else variables[1::-1]
-            raise StoreError(f"{there} is set, but {missing} is not: set both or neither")
+            present, missing = variables[:2] if access else variables[1::-1]
+            raise StoreError(f"{present} is set, but {missing} is not: set both or neither")
         return cls(
             endpoint=os.environ.get("MEMTAIL_S3_ENDPOINT") or cls.endpoint,
             access_key=access,
@@ -91,21 +104,30 @@ class S3Settings:
 
 @dataclass(frozen=True)
 class ExplorerSettings:
-    """How the explorer is reached. The token is not shown when it is printed.
+    """Access to the explorer. The token is not in the repr.
 
-    `MEMTAIL_EXPLORER_TOKEN`, or the file that `MEMTAIL_EXPLORER_TOKEN_FILE` names: what whoever looks must give; nothing if not set.
+    Attributes:
+        token: `MEMTAIL_EXPLORER_TOKEN`: token that browsers and scripts must send; `MEMTAIL_EXPLORER_TOKEN_FILE` names a file with it.
     """
 
     token: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_environment(cls) -> "ExplorerSettings":
-        """Those that the environment holds. Raises: StoreError: the file cannot be read."""
+        """Return the environment's settings.
+
+        Raises:
+            StoreError: the token's file cannot be read.
+        """
         return cls(token=secret(EXPLORER_TOKEN_VARIABLE))
 
 
 def secret(variable: str) -> str | None:
-    """A variable's value, or the content of the file that the variable with `_FILE` at its end names."""
+    """Return a variable's value, or the content of the file named by the variable with the suffix `_FILE`; None if neither is set.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
     path = os.environ.get(f"{variable}_FILE")
     if os.environ.get(variable) or not path:
         return os.environ.get(variable) or None
@@ -113,3 +135,8 @@ def secret(variable: str) -> str | None:
         return Path(path).read_text().strip() or None
     except (OSError, UnicodeDecodeError):
         raise StoreError(f"{variable}_FILE names {path}, which cannot be read: name a file that holds {variable}") from None
+
+
+def use_deterministic_cublas() -> None:
+    """Set cuBLAS to a fixed workspace, which equal bits need, unless the environment sets it. cuBLAS reads it at its first use."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
