@@ -6,12 +6,19 @@ from pydantic import Field, field_validator
 
 from memtail.spec.base import Part
 
-# How Kubernetes writes an amount of something.
+# Quantities as Kubernetes writes them.
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 
 
 class Toleration(Part):
-    """A taint of nodes that workers are to tolerate, as Kubernetes declares it."""
+    """A toleration of node taints, as in a Kubernetes pod.
+
+    Attributes:
+        key: key of the taint.
+        operator: `Exists` tolerates every value, `Equal` only `value`.
+        value: value of the taint.
+        effect: effect of the taint; every effect by default.
+    """
 
     key: str
     operator: Literal["Exists", "Equal"] = "Exists"
@@ -20,14 +27,18 @@ class Toleration(Part):
 
 
 class WorkersSpec(Part):
-    """The workers that it asks for in a Kubernetes cluster; what is left out is as the cluster's operator has set it.
+    """Workers requested from a Kubernetes cluster. Defaults are those of the chart's values.
 
     Attributes:
-        max: how many at most.
-        gpus: of each worker, one process for each; 0: train on the CPU.
-        gpu_resource: what GPUs are called there, such as `nvidia.com/gpu` or `nvidia.com/mig-1g.10gb`.
-        cpu, memory: of each worker, as Kubernetes writes quantities (`"8"`, `32Gi`).
-        image, node_selector, tolerations, priority_class: as in a pod.
+        max: maximum number of workers.
+        gpus: GPUs of a worker, each with one training process; 0 trains on the CPU.
+        gpu_resource: resource name of a GPU, such as `nvidia.com/gpu` or `nvidia.com/mig-1g.10gb`.
+        cpu: CPU cores of a worker, as a Kubernetes quantity such as `"8"` or `500m`.
+        memory: memory of a worker, as a Kubernetes quantity such as `32Gi`.
+        image: container image; one of those that the chart's `workers.limits.images` allows.
+        node_selector: labels of the nodes that may run workers.
+        tolerations: taints that workers tolerate.
+        priority_class: priority class of the pods.
     """
 
     max: Annotated[int, Field(ge=1)] | None = None

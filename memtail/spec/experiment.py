@@ -1,8 +1,8 @@
-"""The experiment: one declaration (YAML) of dataset, model, training recipe, subset design and number of trials.
+"""Experiment: one declaration (YAML) of dataset, model, training recipe, subset design and number of trials.
 
-`Experiment.load(path)` reads and validates a file; `experiment.fingerprint(dataset_fingerprint)` names what it computes. Two
-things are left out of the fingerprint because no trial depends on them: `execution` (how fast), and `subsets.trials` and `subsets.until`
-(how many: an experiment is extended by asking for more of the same trials). So are `name` and the places where files lie.
+`Experiment.load(path)` reads and validates a file; `experiment.fingerprint(dataset_fingerprint)` identifies its computation. The
+fingerprint omits everything that no trial depends on: `name`, the paths of files, `execution` (speed), and `subsets.trials` and
+`subsets.until` (number of trials: more trials extend an experiment).
 """
 
 import hashlib
@@ -15,23 +15,32 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from memtail.digests import file_digest
 from memtail.errors import SpecError
 from memtail.spec.base import Fraction, Part
 from memtail.spec.cluster import WorkersSpec
 from memtail.spec.errors import describe
 
-#: Part of every fingerprint: raised when a change in memtail changes what a trial computes.
+#: Part of every fingerprint; raised when a change in memtail changes the computation of a trial.
 RECIPE_VERSION = 2
 
-#: Names of experiments: they are parts of object keys.
+#: Pattern of experiment names, which are parts of object keys.
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 
-# Trials of the first round of an experiment that ends when its scores are sharp enough.
+# Fewest trials in the first round of an experiment that stops at a standard error.
 _SMALLEST_ROUND = 64
 
 
 class DatasetSpec(Part):
-    """Which images: a name known to `memtail.datasets`, where to look, and how much of it to use."""
+    """The dataset: its name, its location, and how much of it is used.
+
+    Attributes:
+        name: a named dataset, `folder` for a tree of images, or `arrays` for an `.npz` file.
+        root: the folder, or the file of `arrays`; required for these two. Other datasets are also searched in `MEMTAIL_DATA` and the cache.
+        max_train: use at most this many training examples: the first ones; of a folder, evenly spaced ones.
+        max_test: likewise, test examples.
+        resolution: of a folder, the side in pixels to which images are resized and cropped; required if they differ in size.
+    """
 
     name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays"]
     root: Path | None = None
@@ -49,14 +58,25 @@ class DatasetSpec(Part):
 
 
 class Mlp(Part):
-    """Fully connected layers of the given widths with ReLU between them; of none, a linear model."""
+    """Fully connected layers with ReLU between them.
+
+    Attributes:
+        name: the architecture.
+        hidden: widths of the hidden layers; an empty list is a linear model.
+    """
 
     name: Literal["mlp"] = "mlp"
     hidden: list[Annotated[int, Field(ge=1)]] = [256]
 
 
 class Cnn(Part):
-    """3x3 convolutions with ReLU and 2x2 max pooling, one per entry of `channels`, then one hidden layer."""
+    """3x3 convolutions, each followed by ReLU and 2x2 max pooling, then one hidden layer.
+
+    Attributes:
+        name: the architecture.
+        channels: output channels of the convolutions.
+        hidden: width of the hidden layer.
+    """
 
     name: Literal["cnn"] = "cnn"
     channels: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [16, 32]
@@ -64,7 +84,13 @@ class Cnn(Part):
 
 
 class NamedModel(Part):
-    """A larger architecture by name, a torchvision classification model, or `package.module:function` of the user's own."""
+    """A larger architecture.
+
+    Attributes:
+        name: `resnet9`, `resnet18`, `resnet50`, `densenet100`, `inception`, a torchvision classification model, or a function of your own,
+            `package.module:function`.
+        options: keyword arguments of the model's builder.
+    """
 
     name: str
     options: dict[str, Any] = {}
@@ -82,7 +108,15 @@ ModelSpec = Annotated[
 
 
 class Sgd(Part):
-    """Stochastic gradient descent as in `torch.optim.SGD`."""
+    """Stochastic gradient descent as in `torch.optim.SGD`.
+
+    Attributes:
+        name: the optimizer.
+        lr: learning rate at the peak of the schedule.
+        momentum: momentum.
+        weight_decay: weight decay, of all parameters.
+        nesterov: whether to use Nesterov momentum.
+    """
 
     name: Literal["sgd"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.1
@@ -98,14 +132,26 @@ class Sgd(Part):
 
 
 class Constant(Part):
-    """The same learning rate throughout, after a linear warm-up over the first `warmup` of all steps."""
+    """A constant learning rate after the warm-up.
+
+    Attributes:
+        name: the schedule.
+        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
+    """
 
     name: Literal["constant"]
     warmup: Fraction = 0.0
 
 
 class Step(Part):
-    """The learning rate is multiplied by `gamma` at each of `milestones` (fractions of all steps)."""
+    """A learning rate that is multiplied by `gamma` at each milestone.
+
+    Attributes:
+        name: the schedule.
+        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
+        milestones: fractions of all steps.
+        gamma: the factor.
+    """
 
     name: Literal["step"]
     warmup: Fraction = 0.0
@@ -114,14 +160,24 @@ class Step(Part):
 
 
 class Cosine(Part):
-    """Half a cosine down to 0, after a linear warm-up."""
+    """Half a cosine down to 0 after the warm-up.
+
+    Attributes:
+        name: the schedule.
+        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
+    """
 
     name: Literal["cosine"]
     warmup: Fraction = 0.0
 
 
 class Linear(Part):
-    """A triangle: a linear warm-up, then linearly down to 0."""
+    """A linear decay to 0 after the warm-up.
+
+    Attributes:
+        name: the schedule.
+        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
+    """
 
     name: Literal["linear"]
     warmup: Fraction = 0.0
@@ -131,7 +187,17 @@ ScheduleSpec = Annotated[Constant | Step | Cosine | Linear, Field(discriminator=
 
 
 class TrainingSpec(Part):
-    """The recipe by which every trial is trained."""
+    """The training recipe of every trial.
+
+    Attributes:
+        epochs: passes over the subset.
+        batch_size: examples per step.
+        optimizer: the optimizer.
+        schedule: the learning rate over the steps.
+        label_smoothing: share of the target distribution that is spread over all classes.
+        augmentation: `flip` mirrors images at random; `crop-flip` also shifts them.
+        precision: `auto` is `bfloat16` on CUDA and `float32` elsewhere.
+    """
 
     epochs: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -143,25 +209,46 @@ class TrainingSpec(Part):
 
 
 class UntilSpec(Part):
-    """How sharp the scores are to be: `quantile` of all examples' memorization with a standard error of at most `standard_error`."""
+    """The precision at which an experiment ends.
+
+    Attributes:
+        standard_error: the largest standard error of memorization accepted.
+        quantile: the share of training examples that must reach it.
+    """
 
     standard_error: Annotated[float, Field(gt=0, lt=0.5)]
     quantile: Annotated[float, Field(gt=0, le=1)] = 0.95
 
     def most_trials(self, fraction: float) -> int:
-        """The trials that no example needs more than: the worst case, p_in = p_out = 1/2 (see `expected_standard_error`)."""
+        """Return the number of trials that suffices for every example: the worst case, p_in = p_out = 1/2.
+
+        See `memtail.estimators.expected_standard_error`.
+
+        Args:
+            fraction: of the training examples in each subset.
+        """
         return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / self.standard_error**2)
 
     def first_round(self, fraction: float) -> int:
-        """The trials to begin with: a twentieth of the worst case, and enough for standard errors to mean something."""
+        """Return the number of trials of the first round: a twentieth of the worst case, but enough to estimate standard errors from.
+
+        Args:
+            fraction: of the training examples in each subset.
+        """
         most = self.most_trials(fraction)
         return max(2, min(most, max(_SMALLEST_ROUND, most // 20)))
 
 
 class SubsetsSpec(Part):
-    """Subset design and number of trials: see `memtail.subsets` for the designs, `memtail.execution.stopping` for `until`.
+    """The subset design and the number of trials.
 
-    With `until`, `trials` is the number to begin with, chosen if it is not given.
+    Attributes:
+        design: the rule that maps a trial to its subset (see `memtail.subsets`).
+        fraction: share of the training examples in a subset.
+        trials: number of trials; with `until`, the number to begin with, which has a suitable default.
+        seed: seed of the experiment: of subsets, initial weights, batch order and augmentation.
+        masks: of the design `explicit`, a `.npy` file of booleans [trials, n].
+        until: continue in rounds of trials until the scores have this precision.
     """
 
     design: Literal["uniform", "balanced", "stratified", "explicit"] = "uniform"
@@ -179,7 +266,7 @@ class SubsetsSpec(Part):
                 until = UntilSpec.model_validate(data["until"])
                 return {**data, "trials": until.first_round(float(data.get("fraction", 0.7)))}
         except (KeyError, TypeError, ValueError, ArithmeticError):  # a ValidationError is a ValueError
-            pass  # there is no `until`, or it is reported as what it is
+            pass  # there is no `until`, or its own validation reports it
         return data
 
     @model_validator(mode="after")
@@ -195,14 +282,24 @@ class SubsetsSpec(Part):
         return self
 
 
-class RecordSpec(Part):
-    """What is kept of each trial beside correctness."""
+class RecordedOutcomes(Part):
+    """Additional outcomes recorded in each trial.
+
+    Attributes:
+        margins: record the logit margin of every example.
+    """
 
     margins: bool = False
 
 
 class ExecutionSpec(Part):
-    """What only changes how fast it runs."""
+    """Settings that affect speed and not results.
+
+    Attributes:
+        device: `auto`, `cpu`, `mps`, `cuda` (all GPUs) or `cuda:INDEX`.
+        trials_per_shard: trials that are trained together and committed as one trial batch.
+        workers: workers requested from a Kubernetes cluster.
+    """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     trials_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -210,14 +307,24 @@ class ExecutionSpec(Part):
 
 
 class Experiment(Part):
-    """One declared experiment. Immutable; equal declarations have equal fingerprints."""
+    """One declared experiment. Immutable; equal declarations have equal fingerprints.
+
+    Attributes:
+        name: name of the experiment in the store: lower-case letters, digits, `.`, `_` and `-`, at most 63.
+        dataset: the images.
+        model: the architecture.
+        training: the training recipe.
+        subsets: the subset design and the number of trials.
+        record: additional outcomes.
+        execution: settings that affect speed only.
+    """
 
     name: Annotated[str, Field(pattern=NAME.pattern)]
     dataset: DatasetSpec
     model: ModelSpec = Mlp()
     training: TrainingSpec = TrainingSpec()
     subsets: SubsetsSpec = SubsetsSpec()
-    record: RecordSpec = RecordSpec()
+    record: RecordedOutcomes = RecordedOutcomes()
     execution: ExecutionSpec = ExecutionSpec()
 
     @field_validator("name", mode="before")
@@ -227,10 +334,13 @@ class Experiment(Part):
 
     @classmethod
     def load(cls, path: str | Path) -> "Experiment":
-        """Read and validate a YAML file; relative paths in it are relative to the file.
+        """Read and validate a YAML file.
+
+        Args:
+            path: of the file; relative paths in the file are relative to it.
 
         Raises:
-            SpecError: the file is not there, is not YAML, or does not validate; one line says where and what.
+            SpecError: the file cannot be read, is not YAML, or does not validate; one line names each place and fault.
         """
         path = Path(path)
         try:
@@ -245,10 +355,15 @@ class Experiment(Part):
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, base: Path | None = None, source: str = "experiment") -> "Experiment":
-        """Validate an already loaded declaration; `base` is the folder that relative paths start from.
+        """Validate a loaded declaration.
+
+        Args:
+            data: keys and values, as in the YAML file.
+            base: folder of relative paths; by default they stay relative.
+            source: name of the declaration in errors.
 
         Raises:
-            SpecError: see `load`.
+            SpecError: the declaration does not validate; one line names each place and fault.
         """
         try:
             experiment = cls.model_validate(data)
@@ -268,32 +383,45 @@ class Experiment(Part):
         )
 
     def with_masks(self, masks: Path) -> "Experiment":
-        """The same with the masks in another file of the same content."""
+        """Return this experiment with its masks in another file of equal content."""
         return self.model_copy(update={"subsets": self.subsets.model_copy(update={"masks": masks})})
 
     def canonical(self, dataset_fingerprint: str) -> dict[str, Any]:
-        """What the fingerprint is taken of: the resolved spec without what no trial depends on, and the dataset's fingerprint."""
+        """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
+
+        Args:
+            dataset_fingerprint: replaces the dataset's declaration.
+
+        Raises:
+            SpecError: the masks cannot be read.
+        """
         spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})
         spec["dataset"] = {"fingerprint": dataset_fingerprint}
         if self.subsets.masks is not None:
-            spec["subsets"]["masks"] = _file_digest(self.subsets.masks)
+            spec["subsets"]["masks"] = _masks_digest(self.subsets.masks)
             del spec["subsets"]["fraction"]
         return {"recipe_version": RECIPE_VERSION, **spec}
 
     def fingerprint(self, dataset_fingerprint: str) -> str:
-        """SHA-256 (hex) of the canonical declaration."""
+        """Return the SHA-256 (hex) of the canonical declaration.
+
+        Args:
+            dataset_fingerprint: of the prepared dataset.
+
+        Raises:
+            SpecError: the masks cannot be read.
+        """
         text = json.dumps(self.canonical(dataset_fingerprint), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The resolved declaration, defaults filled in, as YAML."""
+        """Return the resolved declaration, with its defaults, as YAML."""
         text: str = yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=120)
         return text
 
 
-def _file_digest(path: Path) -> str:
+def _masks_digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except OSError as error:
         raise SpecError(f"subsets.masks: {path} cannot be read ({error.strerror})") from None
