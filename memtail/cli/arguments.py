@@ -26,13 +26,13 @@ _PATIENCE = 20.0
 
 def open_existing(store: str) -> "ObjectStore":
     """A store that is there, to read from."""
-    from memtail.storage.open import is_url, open_bucket, open_store
+    from memtail.storage.open import is_url, open_store
 
     if is_url(store):
         from memtail import logs  # slow to import, and a folder has nothing to log
 
         logs.configure()
-        return open_bucket(store, patience=_PATIENCE)
+        return open_store(store, verify=False, patience=_PATIENCE)
     if not Path(store).is_dir():
         raise StoreError(f"there is no store at {store}: memtail run SPEC makes one, --store names another")
     return open_store(store)

@@ -104,9 +104,9 @@ def watch(name: Name = None, store: Store = DEFAULT_STORE) -> None:
     """Follow experiments until they are published. Exit code 1 if one cannot be without help."""
     from memtail.cli.watch import PATIENCE, TIMEOUT, follow
     from memtail.experiment_store import experiment_names
-    from memtail.storage.open import is_url, open_bucket
+    from memtail.storage.open import is_url, open_store
 
-    opened = open_bucket(store, PATIENCE, TIMEOUT) if is_url(store) else open_existing(store)
+    opened = open_store(store, verify=False, patience=PATIENCE, timeout=TIMEOUT) if is_url(store) else open_existing(store)
     names = [name] if name else experiment_names(opened)
     if not names:
         raise StoreError(f"there is no experiment in {store}: memtail submit SPEC enters one")

@@ -26,7 +26,6 @@ from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Record, miss
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
-from memtail.storage.local import LocalStore
 from memtail.storage.open import open_store
 from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.profiling import PHASES
@@ -157,8 +156,7 @@ def run(
         BatchesRefusedError: trial batches are damaged; the scores are published without them.
     """
     opened = open_store(store)
-    if isinstance(opened, LocalStore):
-        opened.remove_abandoned()
+    opened.sweep()
     dataset = dataset or datasets.prepare(experiment.dataset, on_preparation)
     experiment_store = ExperimentStore(opened, experiment.name)
     devices = available_devices(experiment.execution.device)

@@ -21,7 +21,6 @@ from memtail.scores.pointer import latest_version
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectNotFound, ObjectStore, keys
-from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult, load_results
 
 #: The page's file.
@@ -101,8 +100,8 @@ def fetch_report(store: ObjectStore, name: str, pointer: dict[str, Any], folder:
 @contextmanager
 def _scores(store: ObjectStore, name: str, pointer: dict[str, Any]) -> Iterator[Scores]:
     """The scores where they lie, or for a while a copy of what is needed of them."""
-    if isinstance(store, LocalStore):
-        yield Scores(store.path(keys.scores(name, pointer["version"]).rstrip("/")))
+    if folder := store.local_path(keys.scores(name, pointer["version"]).rstrip("/")):
+        yield Scores(folder)
         return
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
         fetch_scores(store, name, {**pointer, "files": _NEEDED}, Path(temporary))

@@ -10,7 +10,7 @@ import structlog
 from memtail.explorer.server import listen, serve
 from memtail.settings import ExplorerSettings
 from memtail.storage import ObjectStore
-from memtail.storage.open import is_url, open_bucket, open_store
+from memtail.storage.open import open_store
 from services.aggregator.metrics import EXPLORER_RESTARTS
 from services.common.process import configure_logs
 
@@ -56,7 +56,7 @@ def _serve(address: str, token: str | None, listening: socket.socket) -> None:
 
 
 def _open(address: str) -> ObjectStore:
-    return open_bucket(address, _PATIENCE, timeout=_PATIENCE / 2) if is_url(address) else open_store(address)
+    return open_store(address, verify=False, patience=_PATIENCE, timeout=_PATIENCE / 2)
 
 
 def _end_with_parent() -> None:

@@ -60,7 +60,7 @@ def study(store, *arguments):
 def rows(store, result):
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(store.path(result.prefix + "result.parquet")).to_pandas()
+    return pyarrow.parquet.read_table(store.local_path(result.prefix + "result.parquet")).to_pandas()
 
 
 def result_of(store, study_name, name="digits"):
@@ -104,7 +104,7 @@ def test_removal_trains_without_the_memorized_and_without_as_many_random_ones(st
     assert len(np.unique(right[4:8], axis=0)) == 4  # the models differ, though their subset is one
 
     # it goes on where it was, and trains nothing twice
-    folder = store.path(f"experiments/{result.experiments[0]}/trials")
+    folder = store.local_path(f"experiments/{result.experiments[0]}/trials")
     held = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     min(held).unlink()
     study(store, "removal", "digits", "--theta", 0.25, "--theta", 0.5, "--repeats", 4)
