@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import memtail
 from memtail import datasets
 from memtail.cli.app import app
-from memtail.datasets.staged_dataset import fetch, fetch_masks
+from memtail.datasets.staged_dataset import fetch
+from memtail.datasets.staged_masks import fetch_masks
 from memtail.errors import MemtailError
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.embedded import run
