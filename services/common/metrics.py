@@ -37,7 +37,7 @@ BUILD.info({"version": version("memtail"), "python": platform.python_version()})
 
 
 def count_request(operation: str, outcome: str, seconds: float, size: int) -> None:
-    """Count a request to the object store, as `memtail.storage.s3.Observer` is told of it."""
+    """Count a request to the object store, as `memtail.storage.Observer` is told of it."""
     STORE_REQUESTS.labels(operation, outcome).inc()
     STORE_SECONDS.labels(operation).observe(seconds)
     if size:
