@@ -1,4 +1,4 @@
-"""Stores: the conformance suite for each, and what only a folder does."""
+"""Stores: the conformance suite of each, the files of a folder, and the table of openers."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Datasets: what is read is what was there, prepared once, and what is wrong is named."""
+"""Datasets: read as they are on the disk, prepared once; faults are named."""
 
 import gzip
 import hashlib

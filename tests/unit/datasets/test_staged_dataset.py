@@ -1,4 +1,4 @@
-"""Datasets go to a store once, and come from it whole, once, and into a cache that does not grow without end."""
+"""Staged datasets: uploaded once, downloaded whole and once, into a cache of limited size."""
 
 import json
 import multiprocessing
