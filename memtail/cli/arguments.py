@@ -26,13 +26,13 @@ _TIMEOUT = 20.0
 
 def open_existing(store: str) -> "ObjectStore":
     """Open an existing store for reading. Raises: StoreError: there is none, or it cannot be read."""
-    from memtail.storage.open import is_url, open_bucket, open_store
+    from memtail.storage.open import is_url, open_store
 
     if is_url(store):
         from memtail import logs  # slow to import, and only a bucket logs
 
         logs.configure()
-        return open_bucket(store, patience=_TIMEOUT)
+        return open_store(store, verify=False, patience=_TIMEOUT)
     if not Path(store).is_dir():
         raise StoreError(f"there is no store at {store}: memtail run SPEC makes one, --store names another")
     return open_store(store)

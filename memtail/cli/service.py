@@ -105,9 +105,9 @@ def watch(name: Name = None, store: Store = DEFAULT_STORE) -> None:
     """Follow experiments until their scores are published. Exits with 1 if one needs help."""
     from memtail.cli.watch import RETRY_SECONDS, TIMEOUT, follow
     from memtail.experiment_store import experiment_names
-    from memtail.storage.open import is_url, open_bucket
+    from memtail.storage.open import is_url, open_store
 
-    opened = open_bucket(store, RETRY_SECONDS, TIMEOUT) if is_url(store) else open_existing(store)
+    opened = open_store(store, verify=False, patience=RETRY_SECONDS, timeout=TIMEOUT) if is_url(store) else open_existing(store)
     names = [name] if name else experiment_names(opened)
     if not names:
         raise StoreError(f"there is no experiment in {store}: submit one with memtail submit SPEC")

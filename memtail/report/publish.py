@@ -21,7 +21,6 @@ from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
-from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult, load_results
 
 #: File name of the page.
@@ -86,8 +85,8 @@ def fetch_report(store: ObjectStore, name: str, pointer: ReportPointer, folder: 
 @contextmanager
 def _scores(store: ObjectStore, name: str, pointer: ScorePointer) -> Iterator[Scores]:
     """Open the scores in a local store, or a temporary copy of the files needed."""
-    if isinstance(store, LocalStore):
-        yield Scores(store.path(keys.scores(name, pointer.version).rstrip("/")))
+    if folder := store.local_path(keys.scores(name, pointer.version).rstrip("/")):
+        yield Scores(folder)
         return
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
         fetch_scores(store, name, replace(pointer, files=_SCORE_FILES), Path(temporary))

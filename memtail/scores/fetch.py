@@ -12,7 +12,6 @@ from memtail.scores.pointer import ScorePointer, latest_version, superseded
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
-from memtail.storage.local import LocalStore
 from memtail.storage.open import is_url, open_store
 
 
@@ -54,8 +53,8 @@ def open_scores(store: ObjectStore, name: str, files: Sequence[str] | None = Non
         ScoresError: there are no scores, or they are damaged.
         StoreError: the store cannot be read, or the cache cannot be written.
     """
-    if isinstance(store, LocalStore):
-        return load_scores(store.path(keys.all_scores(name).rstrip("/")))
+    if local := store.local_path(keys.all_scores(name).rstrip("/")):
+        return load_scores(local)
     pointer = latest_version(store, name)
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")

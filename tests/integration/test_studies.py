@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import memtail
 from memtail import datasets
 from memtail.cli.app import app
-from memtail.datasets.staged_dataset import fetch, fetch_masks
+from memtail.datasets.staged_dataset import fetch
+from memtail.datasets.staged_masks import fetch_masks
 from memtail.errors import MemtailError
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.embedded import run
@@ -63,7 +64,7 @@ def study(store, *arguments):
 def rows(store, result):
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(store.path(result.prefix + "result.parquet")).to_pandas()
+    return pyarrow.parquet.read_table(store.local_path(result.prefix + "result.parquet")).to_pandas()
 
 
 def result_of(store, study_name, name="digits"):
@@ -107,7 +108,7 @@ def test_removal_trains_without_the_memorized_examples_and_without_equally_many_
     assert len(np.unique(correct[4:8], axis=0)) == 4  # one subset, but different models
 
     # running it again resumes it, and trains no trial twice
-    folder = store.path(f"experiments/{result.experiments[0]}/trials")
+    folder = store.local_path(f"experiments/{result.experiments[0]}/trials")
     held = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     min(held).unlink()
     study(store, "removal", "digits", "--theta", 0.25, "--theta", 0.5, "--repeats", 4)

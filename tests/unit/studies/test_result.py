@@ -31,7 +31,10 @@ def test_results_are_read_back_as_they_were_written_by_name(store):
     assert written[0].figure_svg().lstrip().startswith(b"<?xml")
     assert b"</svg>" in written[0].figure_svg()
     assert store.get(written[0].prefix + "figure.png").startswith(b"\x89PNG")
-    assert pyarrow.parquet.read_table(store.path(written[0].prefix + "result.parquet")).to_pydict() == {"t": [1, 2], "jaccard": [0.5, 0.75]}
+    assert pyarrow.parquet.read_table(store.local_path(written[0].prefix + "result.parquet")).to_pydict() == {
+        "t": [1, 2],
+        "jaccard": [0.5, 0.75],
+    }
 
 
 def test_a_study_run_again_replaces_the_first_and_draws_equal_bytes(store):
