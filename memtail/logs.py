@@ -1,4 +1,4 @@
-"""Structured logs on standard error, one line an event."""
+"""Structured logs on standard error, one line per event."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ import structlog
 
 
 def configure() -> None:
-    """Readable lines; the stream is looked up at every event, so that a progress bar may take it over."""
+    """Set up readable lines. The stream is looked up at every event, so that a progress bar may replace it."""
 
     def to_stderr(*_: Any) -> structlog.PrintLogger:
         return structlog.PrintLogger(sys.stderr)

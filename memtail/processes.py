@@ -1,4 +1,4 @@
-"""What every process that memtail starts does first, and how many there should be."""
+"""Number of processes to start, and the set-up of each."""
 
 import ctypes
 import multiprocessing
@@ -12,18 +12,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 def cores() -> int:
-    """The processor cores that this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def follow_parent() -> None:
-    """Leave Ctrl-C, which reaches the whole group, to the parent; and end when the parent ends, also if it was killed."""
+    """Leave Ctrl-C, which reaches the whole process group, to the parent; end when the parent ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory for the next step, which would otherwise fault in every page of it again."""
+    """Have the C library keep freed memory for the next training step, which would otherwise fault in every page again."""
     with suppress(OSError, AttributeError):  # only glibc has mallopt
         library = ctypes.CDLL(None)
         for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):

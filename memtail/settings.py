@@ -13,7 +13,7 @@ STORE_VARIABLE = "MEMTAIL_STORE"
 #: URL of Redis with its password, for the services and for `memtail doctor`; with `_FILE` at its end, the file that holds it.
 BROKER_VARIABLE = "MEMTAIL_BROKER"
 #: Token of the explorer.
-EXPLORER_TOKEN_VARIABLE = "MEMTAIL_EXPLORER_TOKEN"
+EXPLORER_TOKEN_VARIABLE = "MEMTAIL_EXPLORER_TOKEN"  # noqa: S105 - the name of a variable
 
 
 def _from_environment(variable: str, default: Path | None) -> Path | None:
@@ -46,7 +46,7 @@ class Settings:
     cache_limit: int | None = field(default_factory=lambda: _bytes_from_environment("MEMTAIL_CACHE_LIMIT"))
 
     def places(self, root: Path | None) -> list[Path]:
-        """The folders in which a dataset is looked for, in order."""
+        """Return the folders that are searched for a dataset, in order; `root` is the first."""
         return [place for place in (root, self.data, self.cache) if place is not None]
 
 
@@ -78,15 +78,19 @@ class S3Settings:
 
     @classmethod
     def from_environment(cls) -> "S3Settings":
-        """Those that the environment holds. Raises: StoreError: half of a key is missing, or a file that holds one."""
+        """Return the environment's settings.
+
+        Raises:
+            StoreError: half of a key is missing, or a file that should hold it cannot be read.
+        """
         variables = ("MEMTAIL_S3_ACCESS_KEY", "MEMTAIL_S3_SECRET_KEY", "MEMTAIL_S3_SESSION_TOKEN")
         access, key, token = map(secret, variables)
         if access is key is None:
             variables = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
             access, key, token = map(secret, variables)
         if (access is None) != (key is None):
-            there, missing = variables[:2] if access else variables[1::-1]
-            raise StoreError(f"{there} is set, but {missing} is not: set both or neither")
+            present, missing = variables[:2] if access else variables[1::-1]
+            raise StoreError(f"{present} is set, but {missing} is not: set both or neither")
         return cls(
             endpoint=os.environ.get("MEMTAIL_S3_ENDPOINT") or cls.endpoint,
             access_key=access,
@@ -110,12 +114,20 @@ class ExplorerSettings:
 
     @classmethod
     def from_environment(cls) -> "ExplorerSettings":
-        """Those that the environment holds. Raises: StoreError: the file cannot be read."""
+        """Return the environment's settings.
+
+        Raises:
+            StoreError: the token's file cannot be read.
+        """
         return cls(token=secret(EXPLORER_TOKEN_VARIABLE))
 
 
 def secret(variable: str) -> str | None:
-    """A variable's value, or the content of the file that the variable with `_FILE` at its end names."""
+    """Return a variable's value, or the content of the file named by the variable with the suffix `_FILE`; None if neither is set.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
     path = os.environ.get(f"{variable}_FILE")
     if os.environ.get(variable) or not path:
         return os.environ.get(variable) or None
@@ -123,3 +135,8 @@ def secret(variable: str) -> str | None:
         return Path(path).read_text().strip() or None
     except (OSError, UnicodeDecodeError):
         raise StoreError(f"{variable}_FILE names {path}, which cannot be read: name a file that holds {variable}") from None
+
+
+def use_deterministic_cublas() -> None:
+    """Set cuBLAS to a fixed workspace, which equal bits need, unless the environment sets it. cuBLAS reads it at its first use."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -47,7 +47,7 @@ def membership(subsets: SubsetsSpec, labels: Indices, trials: Sequence[int]) -> 
 
 
 def subset_size(fraction: float, n: int) -> int:
-    """m, the number of examples in a subset of the given fraction of n: at least 1, at most n - 1."""
+    """Return m, the size of a subset with this fraction of n examples: at least 1, at most n - 1."""
     return min(max(round(fraction * n), 1), n - 1)
 
 

@@ -1,1 +1,1 @@
-"""The command line: `app` holds the commands for experiments and scores, `service` those for the services, `study` the studies."""
+"""Command line: `app` has the commands for experiments and scores, `service` those for the services, `study` those for studies."""

@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait until a command needs them, so that `--help` and `top` answer at once."""
+"""Command line. Commands import what they need themselves, so that `--help` and `top` start fast."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from memtail.storage import ObjectStore
 
 app = typer.Typer(
-    help="What neural networks memorize, and which examples they owe it to.",
+    help="Measure what neural networks memorize, and which training examples influence which predictions.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,7 +30,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line: exit code 2 and one line on bad input, 130 when interrupted, 143 when terminated."""
+    """Run the command line; exits with 2 and one line on invalid input, 130 when interrupted, 143 when terminated."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
@@ -43,7 +43,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "torchvision", "sklearn", "scipy"):
             raise
-        print(f"memtail: this needs {error.name}, which is not installed: pip install 'memtail[train]'", file=sys.stderr)
+        print(f"memtail: {error.name} is not installed: pip install 'memtail[train]'", file=sys.stderr)
         sys.exit(2)
 
 
@@ -51,12 +51,13 @@ def main() -> None:
 def run(
     spec: SpecFile,
     store: Store = DEFAULT_STORE,
-    profile: Annotated[bool, typer.Option("--profile", help="Also show where the time of the trials went.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also show a profile of the trials.")] = False,
     json_: Json = False,
 ) -> None:
-    """Run an experiment to its scores, or go on with it where it stopped."""
+    """Run an experiment until its scores are published, or resume it."""
     from memtail import logs
     from memtail.cli import display
+    from memtail.cli.run_progress import RunProgress
     from memtail.execution.embedded import run as run_experiment
     from memtail.spec import Experiment
 
@@ -66,7 +67,7 @@ def run(
         display.show_spec(experiment)
     failure = None
     try:
-        with interruptible(), display.RunProgress(quiet=json_) as progress, preparation(quiet=json_) as on_preparation:
+        with interruptible(), RunProgress(quiet=json_) as progress, preparation(quiet=json_) as on_preparation:
             summary: Mapping[str, Any] = run_experiment(
                 experiment, store, on_progress=progress.update, on_preparation=on_preparation, profile=profile
             )
@@ -89,39 +90,39 @@ def run(
 def plan(
     spec: SpecFile,
     store: Store = DEFAULT_STORE,
-    price: Annotated[float | None, typer.Option(help="What a device costs per hour.", metavar="P")] = None,
-    standard_error: Annotated[float | None, typer.Option(help="The standard error wanted of every score.", metavar="E")] = None,
+    price: Annotated[float | None, typer.Option(help="Cost of one device per hour.", metavar="P")] = None,
+    standard_error: Annotated[float | None, typer.Option(help="Standard error that no score should exceed.", metavar="E")] = None,
     json_: Json = False,
 ) -> None:
-    """Train for a few seconds, then say what a run would take: time, memory, bytes, cost, and how exact its scores will be."""
+    """Forecast the time, memory, cost and standard errors of a run from a few seconds of training."""
     from memtail import logs
     from memtail.cli import display
-    from memtail.execution.forecast import forecast
+    from memtail.execution.forecast import forecast as make_forecast
     from memtail.spec import Experiment
 
     logs.configure()
     experiment = Experiment.load(spec)
     with preparation(quiet=json_) as on_preparation:
-        made = forecast(experiment, store, price=price, standard_error=standard_error, on_preparation=on_preparation)
+        forecast = make_forecast(experiment, store, price=price, standard_error=standard_error, on_preparation=on_preparation)
     if json_:
-        print(json.dumps(asdict(made), indent=1))
+        print(json.dumps(asdict(forecast), indent=1))
     else:
-        display.show_plan(made)
+        display.show_forecast(forecast)
 
 
 @app.command()
 def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False) -> None:
-    """Show how far the experiments in a store are."""
+    """Show the progress of the experiments in a store."""
     from memtail.cli import display
     from memtail.execution.progress import progress_of
     from memtail.experiment_store import experiment_names
 
     opened = open_existing(store)
-    found = [progress_of(opened, each) for each in ([name] if name else experiment_names(opened))]
+    experiments = [progress_of(opened, each) for each in ([name] if name else experiment_names(opened))]
     if json_:
-        print(json.dumps([progress.to_json() for progress in found], indent=1))
-    elif found:
-        display.show_status(found)
+        print(json.dumps([progress.to_json() for progress in experiments], indent=1))
+    elif experiments:
+        display.show_status(experiments)
     else:
         print(f"no experiment in {store}")
 
@@ -130,14 +131,14 @@ def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False)
 def top(
     name: Name = None,
     store: Store = DEFAULT_STORE,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many to show.")] = 10,
-    pairs: Annotated[bool, typer.Option("--pairs", help="The high-influence pairs instead.")] = False,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of rows.")] = 10,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Show the high-influence pairs instead.")] = False,
     influencers_of: Annotated[
-        int | None, typer.Option(min=0, help="The training examples that help test example J most.", metavar="J")
+        int | None, typer.Option(min=0, help="Show the training examples of highest influence on test example J.", metavar="J")
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Show the most memorized training examples, or the pairs of greatest influence."""
+    """Show the most memorized training examples, or the high-influence pairs."""
     opened = open_existing(store)
     scores = _scores_of(opened, name)
     if influencers_of is not None:
@@ -161,7 +162,7 @@ def scores(
     fetch: Annotated[Path | None, typer.Option(help="Copy the latest files into this folder.", metavar="DIR")] = None,
     json_: Json = False,
 ) -> None:
-    """List the published score files, or copy them out."""
+    """List the published score files, or copy them to a folder."""
     from memtail.scores.fetch import fetch_scores
     from memtail.scores.pointer import latest_version
     from memtail.storage import keys
@@ -189,7 +190,7 @@ def report(
     fetch: Annotated[Path | None, typer.Option(help="Copy the page and its figures into this folder.", metavar="DIR")] = None,
     json_: Json = False,
 ) -> None:
-    """Make the page that shows what an experiment found, and its figures."""
+    """Make the report of an experiment: a page and its figures."""
     from memtail.cli import display
     from memtail.report.publish import PAGE, fetch_report, publish_report
     from memtail.storage import keys
@@ -200,18 +201,18 @@ def report(
         pointer = publish_report(opened, name)
     if fetch is not None:
         fetch_report(opened, name, pointer, fetch)
-    place = str(fetch or f"{opened.address}/{keys.report(name, pointer['version']).rstrip('/')}")
-    print(json.dumps({**pointer, "folder": place}, indent=1) if json_ else f"{place}/{PAGE}")
+    place = str(fetch or f"{opened.address}/{keys.report(name, pointer.version).rstrip('/')}")
+    print(json.dumps({**pointer.to_dict(), "folder": place}, indent=1) if json_ else f"{place}/{PAGE}")
 
 
 @app.command()
 def explore(
     store: Store = DEFAULT_STORE,
-    host: Annotated[str, typer.Option(help="The address to listen on. Others than this machine's own need a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: any that is free.")] = 8080,
-    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but the loopback address needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any free port.")] = 8080,
+    open_: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
 ) -> None:
-    """Look at the experiments in a store in a browser: images, scores, who helps and hurts whom."""
+    """Serve the explorer: images, scores and influences in a browser."""
     import webbrowser
 
     from memtail import logs
@@ -230,7 +231,7 @@ def explore(
 
 @app.command()
 def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
-    """Show what is installed, which devices there are, and what is missing."""
+    """Check the installation, the devices, the store and the broker."""
     from memtail import logs
     from memtail.cli import display
     from memtail.cli.doctor import examine
@@ -246,26 +247,27 @@ def doctor(store: Store = DEFAULT_STORE, json_: Json = False) -> None:
 
 
 def _draw_report(store: "ObjectStore", name: str, quiet: bool) -> None:
-    """The last step of a run, whose scores are there whatever becomes of it."""
+    """Make the report at the end of a run, without failing the run."""
     from memtail.cli import display
-    from memtail.report.publish import PAGE, is_current, latest_report, publish_report
+    from memtail.report.pointer import latest_report
+    from memtail.report.publish import PAGE, is_current, publish_report
     from memtail.storage import keys
 
     try:
         with display.working("drawing the report", quiet=quiet):
             pointer = latest_report(store, name) if is_current(store, name) else publish_report(store, name)
     except Exception as error:
-        print(f"memtail: the report could not be made ({error}): memtail report {name} tries again", file=sys.stderr)
+        print(f"memtail: the report failed ({error}): retry with memtail report {name}", file=sys.stderr)
         return
     if pointer is not None and not quiet:
-        print(f"report: {store.address}/{keys.report(name, pointer['version'])}{PAGE}")
+        print(f"report: {store.address}/{keys.report(name, pointer.version)}{PAGE}")
 
 
 def _scores_of(store: "ObjectStore", name: str | None) -> "Scores":
     from memtail.scores.fetch import open_scores
 
     if name is not None:
-        with suppress(ScoresError):  # quick: the experiment's declaration is not looked at
+        with suppress(ScoresError):  # fast path: does not read the experiment's record
             return open_scores(store, name)
     return open_scores(store, resolve_name(store, name))
 

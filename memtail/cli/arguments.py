@@ -1,4 +1,4 @@
-"""What the commands share: their arguments, and how a store is opened for them."""
+"""Arguments and helpers that several commands share."""
 
 import sys
 from collections.abc import Iterator
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
     from memtail.storage import ObjectStore
 
 SpecFile = Annotated[Path, typer.Argument(help="The experiment file (YAML).", metavar="SPEC")]
-Name = Annotated[str | None, typer.Argument(help="The experiment; may be left out if the store holds one only.")]
-Store = Annotated[str, typer.Option(help="The folder, or s3://BUCKET/PREFIX, that holds the results.", envvar=STORE_VARIABLE)]
+Name = Annotated[str | None, typer.Argument(help="The experiment; optional if the store holds only one.")]
+Store = Annotated[str, typer.Option(help="Store of the results: a folder, or s3://BUCKET/PREFIX.", envvar=STORE_VARIABLE)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 DEFAULT_STORE = "memtail-store"
 
-# Seconds for which somebody who only wants to look waits for a server that does not answer.
-_PATIENCE = 20.0
+# Timeout of read-only commands, in seconds.
+_TIMEOUT = 20.0
 
 
 def open_existing(store: str) -> "ObjectStore":
-    """A store that is there, to read from."""
-    from memtail.storage.open import is_url, open_bucket, open_store
+    """Open an existing store for reading. Raises: StoreError: there is none, or it cannot be read."""
+    from memtail.storage.open import is_url, open_store
 
     if is_url(store):
-        from memtail import logs  # slow to import, and a folder has nothing to log
+        from memtail import logs  # slow to import, and only a bucket logs
 
         logs.configure()
-        return open_bucket(store, patience=_PATIENCE)
+        return open_store(store, verify=False, patience=_TIMEOUT)
     if not Path(store).is_dir():
         raise StoreError(f"there is no store at {store}: memtail run SPEC makes one, --store names another")
     return open_store(store)
 
 
 def resolve_name(store: "ObjectStore", name: str | None) -> str:
-    """The named experiment, or the only one there is."""
+    """Return the name of an existing experiment, or of the only one in the store. Raises: StoreError: there is no such experiment."""
     from memtail.experiment_store import ExperimentStore, experiment_names
 
     if name is not None:
@@ -47,27 +47,27 @@ def resolve_name(store: "ObjectStore", name: str | None) -> str:
         return name
     names = experiment_names(store)
     if len(names) != 1:
-        raise StoreError(f"the store {store.address} holds {len(names)} experiments ({', '.join(names) or 'none'}): name one")
+        raise StoreError(f"the store {store.address} holds {len(names)} experiments ({', '.join(names) or 'none'}): give the name of one")
     return names[0]
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Training that Ctrl-C stops without loss; the exit code is then 130."""
+    """Exit with code 130 when Ctrl-C stops training, which loses nothing committed."""
     try:
         yield
     except KeyboardInterrupt:
-        print("memtail: stopped; run the same command again to go on, nothing committed is lost", file=sys.stderr)
+        print("memtail: stopped, committed trials are kept: run the same command again to resume", file=sys.stderr)
         sys.exit(130)
 
 
 @contextmanager
 def preparation(quiet: bool) -> Iterator[Any]:
-    """A progress bar for a folder of images, shown once there is something to do."""
-    from memtail.cli import display
+    """Show a progress bar while a folder of images is prepared; yields the callback, or None if quiet."""
+    from memtail.cli.run_progress import PreparationProgress
 
     if quiet:
         yield None
         return
-    with display.PreparationProgress() as progress:
+    with PreparationProgress() as progress:
         yield progress.update

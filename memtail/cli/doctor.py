@@ -1,4 +1,4 @@
-"""What is installed, which devices there are, and what is missing, each with its mend."""
+"""Checks of the installation, the devices, the store and the broker; a failed check names its fix."""
 
 import platform
 import shutil
@@ -13,16 +13,16 @@ from memtail.errors import MemtailError
 from memtail.settings import BROKER_VARIABLE, Settings, secret
 from memtail.storage.open import is_url, open_bucket
 
-# Seconds: for which an object store that does not answer is tried, for which a broker's answer is waited, and by which clocks may differ.
-_PATIENCE = 10.0
-_BROKER_SECONDS = 5.0
-_CLOCK_SECONDS = 300.0
+# Timeouts of the object store and the broker, and the largest clock difference, in seconds.
+_STORE_TIMEOUT = 10.0
+_BROKER_TIMEOUT = 5.0
+_CLOCK_TOLERANCE = 300.0
 _INSTALL = "pip install 'memtail[train]'"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at; `fine` is False where something must be mended."""
+    """Outcome of one check; `fine` is False where something must be fixed."""
 
     name: str
     fine: bool
@@ -30,13 +30,13 @@ class Check:
 
 
 def examine(store: str | Path) -> list[Check]:
-    """Look at the machine as a run would use it."""
+    """Check the machine as a run would use it."""
     settings = Settings()
     return [
         Check("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}"),
         *(_package(name) for name in ("memtail", "numpy", "numba", "pyarrow")),
         *_training(),
-        Check("datasets looked for in", True, ", ".join(str(place) for place in settings.places(None))),
+        Check("dataset folders", True, ", ".join(str(place) for place in settings.places(None))),
         _folder("cache", settings.cache),
         *(_bucket(str(store)) if is_url(store) else [_folder("store", Path(store)), *_store(Path(store))]),
         *_broker(),
@@ -51,10 +51,10 @@ def _package(name: str) -> Check:
 
 
 def _training() -> list[Check]:
-    """What trains, and on what; a machine that has none of it is one that only reads scores, or runs other services."""
+    """Check what trains; a machine without torch only reads scores, or runs other services."""
     packages = [_package(name) for name in ("torch", "torchvision", "scikit-learn")]
     if not any(package.fine for package in packages):
-        return [Check("training", True, f"not on this machine, which has no torch: {_INSTALL}")]
+        return [Check("training", True, f"not on this machine, torch is not installed: {_INSTALL}")]
     return [*packages, *_devices()]
 
 
@@ -66,22 +66,22 @@ def _devices() -> list[Check]:
     except ImportError:
         return [Check("devices", False, "unknown: torch is not installed")]
     chosen = available_devices("auto")
-    found = [Check("devices", True, f"{len(chosen)} x {chosen[0].type}")]
+    checks = [Check("devices", True, f"{len(chosen)} x {chosen[0].type}")]
     for device in chosen:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            found.append(Check(str(device), True, f"{torch.cuda.get_device_name(device)}, {free >> 20} of {total >> 20} MiB free"))
-    return found
+            checks.append(Check(str(device), True, f"{torch.cuda.get_device_name(device)}, {free >> 20} of {total >> 20} MiB free"))
+    return checks
 
 
 def _folder(name: str, folder: Path) -> Check:
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
-    return Check(name, free > 1 << 30, f"{folder} ({'is there' if folder.exists() else 'will be made'}), {free >> 30} GiB free")
+    return Check(name, free > 1 << 30, f"{folder} ({'exists' if folder.exists() else 'will be created'}), {free >> 30} GiB free")
 
 
 def _store(store: Path) -> list[Check]:
-    """Whether the store keeps its promise that the first writer wins."""
+    """Check that the first of two conditional writes wins."""
     from memtail.storage import keys
     from memtail.storage.local import LocalStore
 
@@ -99,12 +99,12 @@ def _store(store: Path) -> list[Check]:
 
 
 def _bucket(address: str) -> list[Check]:
-    """Whether a bucket can be used, and how far its server's clock is off: S3 refuses beyond 15 minutes."""
+    """Check a bucket and its server's clock; S3 refuses requests from clocks that differ by 15 minutes."""
     from memtail.storage import keys
 
     def clock() -> Check:
         ahead = opened.clock_difference()
-        return Check("clock", abs(ahead) <= _CLOCK_SECONDS, f"{abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead of'} the store's")
+        return Check("clock", abs(ahead) <= _CLOCK_TOLERANCE, f"{abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead of'} the store's")
 
     def reading() -> Check:
         next(opened.list(keys.probe()), None)
@@ -115,14 +115,14 @@ def _bucket(address: str) -> list[Check]:
         return Check("conditional write", True, "the first writer wins")
 
     try:
-        opened = open_bucket(address, patience=_PATIENCE)
+        opened = open_bucket(address, patience=_STORE_TIMEOUT)
         return [clock(), _or_error("store", reading), _or_error("conditional write", writing)]
     except MemtailError as error:
         return [Check("store", False, str(error))]
 
 
 def _broker() -> list[Check]:
-    """Whether Redis answers, where the services' broker is set. No finding holds its password."""
+    """Check the broker if it is configured. No finding contains its password."""
     try:
         url = secret(BROKER_VARIABLE)
         if url is None:
@@ -134,24 +134,22 @@ def _broker() -> list[Check]:
         return [Check("broker", False, str(error))]
     except ModuleNotFoundError:
         return [Check("broker", False, "unknown: redis is not installed: pip install 'memtail[services]'")]
-    malformed = Check("broker", False, f"{BROKER_VARIABLE} is no Redis URL: give redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS")
+    malformed = Check("broker", False, f"{BROKER_VARIABLE} is no Redis URL: use redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS")
     try:
-        if "@" in url and "@" not in urlsplit(url).netloc:  # else a part of the password would be taken, and shown, for the host
-            return [replace(malformed, finding=f"{malformed.finding}, with / # and ? in the password as %2F %23 and %3F")]
+        if "@" in url and "@" not in urlsplit(url).netloc:  # else a part of the password would be parsed, and shown, as the host
+            return [replace(malformed, finding=f"{malformed.finding}, with / # and ? in the password written as %2F %23 and %3F")]
         client = redis.Redis.from_url(
-            url, socket_timeout=_BROKER_SECONDS, socket_connect_timeout=_BROKER_SECONDS, retry=Retry(NoBackoff(), 0)
+            url, socket_timeout=_BROKER_TIMEOUT, socket_connect_timeout=_BROKER_TIMEOUT, retry=Retry(NoBackoff(), 0)
         )
         place = "{host}:{port}".format_map({"host": "localhost", "port": 6379, **client.connection_pool.connection_kwargs})
         client.ping()
     except (ValueError, TypeError):
         return [malformed]
     except redis.AuthenticationError as error:
-        return [
-            Check("broker", False, f"Redis at {place} refuses the password ({error}): set {BROKER_VARIABLE} to a URL with the right one")
-        ]
+        return [Check("broker", False, f"Redis at {place} refuses the password ({error}): correct the password in {BROKER_VARIABLE}")]
     except redis.RedisError as error:
-        mend = f"check that Redis is up, and that {BROKER_VARIABLE} is its URL"
-        return [Check("broker", False, f"Redis at {place} does not answer ({str(error).rstrip('.')}): {mend}")]
+        fix = f"check that Redis runs, and that {BROKER_VARIABLE} is its URL"
+        return [Check("broker", False, f"Redis at {place} does not answer ({str(error).rstrip('.')}): {fix}")]
     return [Check("broker", True, f"Redis at {place} answers")]
 
 

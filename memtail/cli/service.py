@@ -1,4 +1,4 @@
-"""The commands for experiments that the services train. They need the bucket only: whatever they ask of the services, they write there."""
+"""Commands for experiments that the services train. They need only the store, through which they control the services."""
 
 import json
 import sys
@@ -21,11 +21,12 @@ OneName = Annotated[str, typer.Argument(help="The experiment.")]
 def stage(
     spec: SpecFile,
     store: Annotated[
-        str | None, typer.Option(help="Also put it into this store, for workers to fetch.", envvar=STORE_VARIABLE, show_default=False)
+        str | None,
+        typer.Option(help="Also stage it to this store, for the workers.", envvar=STORE_VARIABLE, show_default=False),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Prepare an experiment's dataset, and put it into a store."""
+    """Prepare the dataset of an experiment, and stage it to a store."""
     from memtail import datasets, logs
     from memtail.cli import display
     from memtail.datasets.staged_dataset import stage as stage_dataset
@@ -48,14 +49,14 @@ def stage(
     }
     staged = False
     if opened:
-        with display.working("putting the dataset into the store", quiet=json_):
+        with display.working("staging the dataset", quiet=json_):
             staged = stage_dataset(dataset, opened)
         facts |= {"store": opened.address}
     if json_:
         print(json.dumps({**facts, "staged": staged} if opened else facts, indent=1))
         return
     if opened:
-        facts["store"] = f"{opened.address}, {'put there' if staged else 'was there'}"
+        facts["store"] = f"{opened.address}, {'staged' if staged else 'already staged'}"
     print("\n".join(f"{key:<12} {value}" for key, value in facts.items()))
 
 
@@ -63,12 +64,12 @@ def submit(
     spec: SpecFile,
     priority: Annotated[
         int | None,
-        typer.Option(help="Experiments with the highest are trained first; by default 0, or what it was.", metavar="N", show_default=False),
+        typer.Option(help="Higher priorities are trained first; by default 0, or as before.", metavar="N", show_default=False),
     ] = None,
     store: Store = DEFAULT_STORE,
     json_: Json = False,
 ) -> None:
-    """Enter an experiment and its dataset in a store. The services train it; more trials extend it."""
+    """Submit an experiment and its dataset to the services. More trials extend it."""
     from memtail import datasets, logs
     from memtail.cli import display
     from memtail.execution.submit import submit as submit_experiment
@@ -80,76 +81,76 @@ def submit(
     opened = open_store(store)
     with preparation(quiet=json_) as on_preparation:
         datasets.prepare(experiment.dataset, on_preparation)
-    with display.working("putting the dataset into the store", quiet=json_):
-        made = submit_experiment(experiment, opened, priority=priority)
+    with display.working("staging the dataset", quiet=json_):
+        submission = submit_experiment(experiment, opened, priority=priority)
     if json_:
         facts = {
             "experiment": experiment.name,
-            "fingerprint": made.record.fingerprint,
-            "new": made.trials_before is None,
-            "trials": made.record.experiment.subsets.trials,
-            "trials_before": made.trials_before or 0,
-            "shards": made.shards,
-            "trials_per_shard": made.record.trials_per_shard,
-            "dataset": made.dataset,
-            "staged": made.staged,
-            **asdict(made.control),
+            "fingerprint": submission.record.fingerprint,
+            "new": submission.trials_before is None,
+            "trials": submission.record.experiment.subsets.trials,
+            "trials_before": submission.trials_before or 0,
+            "shards": submission.shards,
+            "trials_per_shard": submission.record.trials_per_shard,
+            "dataset": submission.dataset,
+            "staged": submission.staged,
+            **asdict(submission.control),
         }
         print(json.dumps(facts, indent=1))
     else:
-        display.show_submission(made, opened.address)
+        display.show_submission(submission, opened.address)
 
 
 def watch(name: Name = None, store: Store = DEFAULT_STORE) -> None:
-    """Follow experiments until they are published. Exit code 1 if one cannot be without help."""
-    from memtail.cli.watch import PATIENCE, TIMEOUT, follow
+    """Follow experiments until their scores are published. Exits with 1 if one needs help."""
+    from memtail.cli.watch import RETRY_SECONDS, TIMEOUT, follow
     from memtail.experiment_store import experiment_names
-    from memtail.storage.open import is_url, open_bucket
+    from memtail.storage.open import is_url, open_store
 
-    opened = open_bucket(store, PATIENCE, TIMEOUT) if is_url(store) else open_existing(store)
+    opened = open_store(store, verify=False, patience=RETRY_SECONDS, timeout=TIMEOUT) if is_url(store) else open_existing(store)
     names = [name] if name else experiment_names(opened)
     if not names:
-        raise StoreError(f"there is no experiment in {store}: memtail submit SPEC enters one")
+        raise StoreError(f"there is no experiment in {store}: submit one with memtail submit SPEC")
     try:
-        well = follow(opened, names)
+        published = follow(opened, names)
     except KeyboardInterrupt:
         sys.exit(130)
-    if not well:
+    if not published:
         sys.exit(1)
 
 
 def failures(
     name: Name = None,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show each error's whole text.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show whole tracebacks.")] = False,
     store: Store = DEFAULT_STORE,
     json_: Json = False,
 ) -> None:
-    """Show failed attempts, and what became of the shards."""
+    """Show failed attempts, and the state of their shards."""
     from memtail.cli import display
     from memtail.execution.progress import progress_of
     from memtail.experiment_store import ExperimentStore
 
     opened = open_existing(store)
     name = resolve_name(opened, name)
-    found = list(ExperimentStore(opened, name).failures())
+    attempts = list(ExperimentStore(opened, name).failures())
     progress = progress_of(opened, name)
     if json_:
-        rows = [{**asdict(each), "shard": each.shard.span, "now": progress.fate(each.shard)} for each in found]
+        rows = [{**asdict(each), "shard": each.shard.span, "now": progress.fate(each.shard)} for each in attempts]
         print(json.dumps(rows, indent=1))
-    elif not found:
-        print(f"{name}: no failed attempt is on record")
+    elif not attempts:
+        print(f"{name}: no failed attempts")
     else:
-        display.show_failures(found, progress, traceback)
+        display.show_failures(attempts, progress, traceback)
 
 
 def retry(
     name: Name = None,
     shard: Annotated[
-        str | None, typer.Option(help="Only this one, as memtail failures names it.", metavar="FIRST-LAST", show_default=False)
+        str | None, typer.Option(help="Only this shard, as shown by memtail failures.", metavar="FIRST-LAST", show_default=False)
     ] = None,
     store: Store = DEFAULT_STORE,
 ) -> None:
-    """Have failed shards tried again. Their failed attempts are forgotten."""
+    """Retry failed shards. Their failed attempts are cleared."""
     from memtail.experiment_store import ExperimentStore
 
     opened = open_existing(store)
@@ -157,37 +158,37 @@ def retry(
     experiment_store = ExperimentStore(opened, name)
     count = experiment_store.clear_failures(_shard(shard) if shard else None)
     if not count:
-        print(f"{name}: no failed attempt {f'at {shard} ' if shard else ''}is on record")
+        print(f"{name}: no failed attempts{f' of shard {shard}' if shard else ''}")
         return
     state = experiment_store.control().state
-    held = "" if state == "running" else f" once memtail resume {name} lets it run: it is {state}"
-    print(f"{name}: forgot {count} failed attempt{'s' * (count > 1)}; what is missing is tried again{held}")
+    when = "" if state == "running" else f" once it runs again: it is {state}, continue with memtail resume {name}"
+    print(f"{name}: cleared {count} failed attempt{'s' * (count > 1)}, missing shards are retried{when}")
 
 
 def pause(name: OneName, store: Store = DEFAULT_STORE) -> None:
-    """Begin no more shards of an experiment. Those in training are finished."""
+    """Pause an experiment. Shards in training are finished, no others start."""
     _control(store, name, state="paused")
-    print(f"{name} is paused: what is being trained is finished, nothing new is begun; memtail resume {name} goes on")
+    print(f"{name} is paused: shards in training are finished, no others start; continue with memtail resume {name}")
 
 
 def resume(name: OneName, store: Store = DEFAULT_STORE) -> None:
-    """Go on with a paused or cancelled experiment."""
+    """Continue a paused or cancelled experiment."""
     control = _control(store, name, state="running")
     print(f"{name} is running, with priority {control.priority}")
 
 
 def cancel(name: OneName, store: Store = DEFAULT_STORE) -> None:
-    """Give an experiment up. What is committed stays."""
+    """Cancel an experiment. Committed trials are kept."""
     _control(store, name, state="cancelled")
-    print(f"{name} is cancelled: what is being trained is dropped, what is committed stays; memtail resume {name} goes on")
+    print(f"{name} is cancelled: shards in training are dropped, committed trials are kept; continue with memtail resume {name}")
 
 
 def priority(
     name: OneName,
-    level: Annotated[int, typer.Argument(help="Experiments with the highest are trained first; may be negative.", metavar="N")],
+    level: Annotated[int, typer.Argument(help="Experiments of higher priority are trained first; may be negative.", metavar="N")],
     store: Store = DEFAULT_STORE,
 ) -> None:
-    """Train an experiment before those of lower priority."""
+    """Set the priority of an experiment."""
     control = _control(store, name, priority=level)
     print(f"{name} has priority {level}" + ("" if control.state == "running" else f", and is {control.state}"))
 
@@ -211,12 +212,12 @@ def _shard(span: str) -> "Shard":
 
     first, _, last = span.partition("-")
     if not (first.isascii() and first.isdecimal() and last.isascii() and last.isdecimal()):
-        raise StoreError(f"--shard: '{span}' is no shard: give FIRST-LAST as memtail failures shows it, such as 0-49")
+        raise StoreError(f"--shard: '{span}' is no shard: use FIRST-LAST as shown by memtail failures, such as 0-49")
     return Shard(int(first), int(last))
 
 
 def register(app: typer.Typer) -> None:
-    """Add these commands."""
+    """Add these commands to an application."""
     for command in (stage, submit, watch, failures, retry, pause, resume, cancel):
         app.command()(command)
-    app.command(context_settings={"ignore_unknown_options": True})(priority)  # -1 is a level and no option
+    app.command(context_settings={"ignore_unknown_options": True})(priority)  # -1 is a priority, not an option

@@ -1,4 +1,4 @@
-"""Following experiments as their stores fill: bars on a terminal, a plain line now and then elsewhere."""
+"""Live progress of experiments: bars on a terminal, plain lines elsewhere."""
 
 import time
 from collections import deque
@@ -16,21 +16,25 @@ from memtail.errors import StoreError
 from memtail.execution.progress import ExperimentProgress, progress_of
 from memtail.storage import ObjectNotFound, ObjectStore
 
-#: Seconds for which a request is tried, and for which its answer is waited: the next look is the next attempt.
-PATIENCE, TIMEOUT = 0.0, 10.0
+#: Seconds of retries, and timeout of a request: the next refresh is the next attempt.
+RETRY_SECONDS, TIMEOUT = 0.0, 10.0
 
 _REFRESH_SECONDS = 2.0
 _PLAIN_LINE_SECONDS = 10.0
-# The rate is that of the last ten minutes, so that it follows workers that come and go, and is not that of a single shard.
+# Window of the rate: short enough to follow workers that come and go, long enough to average over shards.
 _RATE_SECONDS = 600.0
 
 
 def follow(store: ObjectStore, names: list[str]) -> bool:
-    """Show how far experiments are until all have ended; True if all are published.
+    """Show the progress of experiments until all have ended; True if all are published.
+
+    Args:
+        store: holds the experiments.
+        names: the experiments.
 
     Raises:
-        StoreError: the store cannot be read at the start. Later that is shown, and waited out.
-        ObjectNotFound: an experiment is not there, or was removed.
+        StoreError: the store cannot be read at the start. Later failures are shown and retried.
+        ObjectNotFound: an experiment does not exist, or was removed.
     """
     followed = {name: Followed(progress_of(store, name)) for name in names}
     show = _Bars() if console.is_terminal else _Lines()
@@ -49,7 +53,7 @@ def follow(store: ObjectStore, names: list[str]) -> bool:
                 except ObjectNotFound:
                     raise
                 except StoreError as error:
-                    show.show(list(followed.values()), f"store unreachable, trying again ({' '.join(str(error).split())})")
+                    show.show(list(followed.values()), f"store unreachable, retrying ({' '.join(str(error).split())})")
     for each in followed.values():
         if line := last_line(each.progress):
             console.print(line)
@@ -57,14 +61,14 @@ def follow(store: ObjectStore, names: list[str]) -> bool:
 
 
 class Followed:
-    """One experiment as it is, and how fast it has come on."""
+    """Progress and rate of one experiment."""
 
     def __init__(self, progress: ExperimentProgress) -> None:
         self.progress = progress
         self._seen = deque([(time.monotonic(), progress.trials)])
 
     def update(self, progress: ExperimentProgress) -> None:
-        """It is so far now."""
+        """Add the current progress."""
         now = time.monotonic()
         self.progress = progress
         self._seen.append((now, progress.trials))
@@ -74,11 +78,11 @@ class Followed:
     @property
     def rate(self) -> float:
         """Trials per second."""
-        (began, before), (now, trials) = self._seen[0], self._seen[-1]
-        return max(0, trials - before) / (now - began) if now > began else 0.0
+        (start, first), (end, last) = self._seen[0], self._seen[-1]
+        return max(0, last - first) / (end - start) if end > start else 0.0
 
     def pace(self) -> str:
-        """Its rate and the time left, or its state where there is none."""
+        """Describe the rate and the time left, or the state if there is no rate."""
         progress = self.progress
         if progress.ending:
             return "done" if progress.ending == "published" else progress.ending
@@ -91,11 +95,11 @@ class Followed:
         return f"{self.rate:.2f} trials/s, {duration(progress.outstanding / self.rate)} left"
 
     def facts(self) -> Iterator[str]:
-        """What has been published, and what went wrong."""
+        """Describe published scores, failures and notices."""
         progress = self.progress
         if progress.pointer and progress.published_age is not None:
-            error = "" if progress.standard_error is None else f", standard error {progress.standard_error:.3f}"
-            yield f"published {progress.published_trials} trials {age(progress.published_age)} ago{error}"
+            se = "" if progress.standard_error is None else f", standard error {progress.standard_error:.3f}"
+            yield f"published {progress.published_trials} trials {age(progress.published_age)} ago{se}"
         if progress.failed_attempts:
             yield f"{progress.failed_attempts} failed attempt{'s' * (progress.failed_attempts > 1)}"
         if progress.dead:
@@ -104,25 +108,25 @@ class Followed:
 
 
 def last_line(progress: ExperimentProgress) -> str | None:
-    """What there is to do about an experiment that ended without all its scores."""
+    """Describe how to continue an experiment that ended without all its scores; None if there is nothing to do."""
     name = progress.experiment
-    short = f"{progress.wanted - progress.trials} of {progress.wanted} trials are missing"
+    missing = f"{progress.wanted - progress.trials} of {progress.wanted} trials are missing"
     if progress.ending == "cancelled":
-        return f"{name}: {short}, it is cancelled: memtail resume {name} goes on"
+        return f"{name}: {missing}, it is cancelled: continue with memtail resume {name}"
     if progress.ending == "without scores":
         return f"{name}: {'; '.join(progress.notice_lines)}"
     if progress.ending != "dead":
         return None
-    see = f"memtail failures {name} --traceback says why, memtail retry {name} tries again"
+    fix = f"see memtail failures {name} --traceback, then memtail retry {name}"
     if progress.refused:
         shards = ", ".join(shard.span for shard in progress.refused)
-        return f"{name}: the batches of trials {shards} cannot be counted: {see} once they are removed"
+        return f"{name}: the batches of trials {shards} are damaged: remove them, {fix}"
     shards = ", ".join(shard.span for shard in progress.dead)
-    return f"{name}: {short}, their shards failed too often ({shards}): {see}"
+    return f"{name}: {missing}, their shards failed too often ({shards}): {fix}"
 
 
 class _Bars:
-    """A bar for each experiment, with what is published below it."""
+    """A bar for each experiment, above a line of facts."""
 
     def __init__(self) -> None:
         self._live = Live(console=console, refresh_per_second=4)
@@ -156,7 +160,7 @@ def _rows(followed: list[Followed]) -> Iterator[RenderableType]:
 
 
 class _Lines:
-    """A line for each experiment that has come on, at most every few seconds, and one when the store is lost."""
+    """A line for each experiment with progress, at most every few seconds, and one when the store becomes unreachable."""
 
     def __init__(self) -> None:
         self._shown: dict[str, tuple[ExperimentProgress, float]] = {}

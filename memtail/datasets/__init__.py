@@ -1,23 +1,28 @@
-"""Named datasets: found, prepared once into memory-mapped uint8 arrays, and opened from there.
+"""Named datasets: finds the source, prepares it once into memory-mapped uint8 arrays, and opens these.
 
-`prepare(spec)` takes the `dataset` part of an experiment and gives an `ImageDataset`. Datasets are looked for in the spec's `root`,
-then in `MEMTAIL_DATA`, then in `~/.cache/memtail`; prepared ones are kept under the latter (or `MEMTAIL_CACHE`), one folder each,
-named by the fingerprint of its content.
+`prepare(spec)` takes the `dataset` part of an experiment and returns an `ImageDataset`. Sources are searched in the spec's `root`, then in
+`MEMTAIL_DATA`, then in the cache (`MEMTAIL_CACHE`, by default the user's cache folder), which also keeps the prepared datasets: a folder
+each, named by the fingerprint of its content.
 
-`max_train` and `max_test` take the first so many examples of a dataset; of a folder, whose order is by class, evenly spaced ones.
+`max_train` and `max_test` take the first examples of a dataset; of a folder, whose order is by class, evenly spaced ones.
+
+A further dataset is an entry in `_SOURCES`, and its name in `memtail.spec.DatasetSpec`.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock
 
 from memtail.datasets.image_dataset import ImageDataset
 from memtail.datasets.prepared import OnProgress, write_dataset
-from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays, load_torchvision, torchvision_files
+from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays
+from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
 from memtail.errors import DatasetError
 from memtail.settings import Settings
 from memtail.spec import DatasetSpec
@@ -26,21 +31,20 @@ __all__ = ["ImageDataset", "prepare"]
 
 
 def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> ImageDataset:
-    """Find a dataset, prepare it if that has not been done, and open it.
+    """Find a dataset, prepare it unless it is prepared, and open it.
 
-    Safe to call from several processes at once: one prepares, the others wait. A preparation that was interrupted goes on where
-    it was.
+    Safe to call from several processes at once: one prepares, the others wait. An interrupted preparation of a folder is resumed.
 
     Args:
         spec: the `dataset` part of an experiment.
-        on_progress: called with (images done, images in all) while a folder is prepared.
+        on_progress: called with (images done, all images) while a folder is prepared.
 
     Raises:
-        DatasetError: it is not there (says where it looked and how to get it), or is corrupt (says which file).
+        DatasetError: the dataset is missing (the message names the places searched and how to get it) or corrupt (it names the file).
     """
     cache = Settings().cache
     try:
-        return _prepare(spec, cache, on_progress)
+        return _prepare(_SOURCES[spec.name](spec), cache, on_progress)
     except OSError as error:
         raise DatasetError(
             f"dataset '{spec.name}' cannot be prepared: {error.filename or cache}: {error.strerror}: free some space there, or set "
@@ -48,9 +52,21 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> ImageDa
         ) from error
 
 
-def _prepare(spec: DatasetSpec, cache: Path, on_progress: OnProgress | None) -> ImageDataset:
-    identity, make = _find(spec, cache, on_progress)
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+@dataclass(frozen=True)
+class _Source:
+    """A dataset as it is on the disk.
+
+    Attributes:
+        identity: JSON values that change with the files, and with every option that the prepared dataset depends on.
+        prepare: writes the prepared dataset below a folder and returns the dataset's folder.
+    """
+
+    identity: list[Any]
+    prepare: Callable[[Path, OnProgress | None], Path]
+
+
+def _prepare(source: _Source, cache: Path, on_progress: OnProgress | None) -> ImageDataset:
+    key = hashlib.sha256(json.dumps(source.identity, sort_keys=True).encode()).hexdigest()
     known = cache / "sources" / key
     known.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(known.with_suffix(".lock")):
@@ -58,34 +74,46 @@ def _prepare(spec: DatasetSpec, cache: Path, on_progress: OnProgress | None) -> 
             folder = cache / "datasets" / known.read_text()
             if (folder / "meta.json").exists():
                 return ImageDataset.open(folder)
-        folder = make()
+        folder = source.prepare(cache / "datasets", on_progress)
         known.write_text(folder.name)
     return ImageDataset.open(folder)
 
 
-def _find(spec: DatasetSpec, cache: Path, on_progress: OnProgress | None) -> tuple[list[Any], Callable[[], Path]]:
-    """What identifies the source as it lies on the disk now, and how to make a prepared folder of it."""
-    limits = [spec.max_train, spec.max_test]
-    target = cache / "datasets"
+def _in_memory(spec: DatasetSpec, files: list[Path] | None, load: Callable[[], InMemoryDataset]) -> _Source:
+    """Return a source that is loaded as a whole; `files` is None where no file of the user's is read."""
 
-    def write(dataset: InMemoryDataset) -> Path:
-        return write_dataset(dataset.limited(spec.max_train, spec.max_test), target)
+    def write(target: Path, on_progress: OnProgress | None) -> Path:
+        return write_dataset(load().limited(spec.max_train, spec.max_test), target)
 
-    if spec.name == "digits":
-        return ["digits", limits], lambda: write(digits())
-    if spec.name == "folder":
-        assert spec.root is not None
-        from memtail.datasets.folder import find_images, prepare_folder  # needs pillow, which a machine that prepares nothing may lack
+    stamps = [] if files is None else [[(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]]
+    return _Source([spec.name, *stamps, [spec.max_train, spec.max_test]], write)
 
-        images = find_images(spec.root, spec.max_train, spec.max_test)
-        return ["folder", images.identity(), spec.resolution], lambda: prepare_folder(images, spec.resolution, target, on_progress)
-    if spec.name == "arrays":
-        assert spec.root is not None
-        path = arrays_file(spec.root)
-        return ["arrays", _stamps([path]), limits], lambda: write(load_arrays(path))
+
+def _digits(spec: DatasetSpec) -> _Source:
+    return _in_memory(spec, None, digits)
+
+
+def _arrays(spec: DatasetSpec) -> _Source:
+    path = arrays_file(cast(Path, spec.root))  # required by the spec
+    return _in_memory(spec, [path], partial(load_arrays, path))
+
+
+def _torchvision(spec: DatasetSpec) -> _Source:
     files = torchvision_files(spec.name, spec.root)
-    return [spec.name, _stamps(files), limits], lambda: write(load_torchvision(spec.name, files))
+    return _in_memory(spec, files, partial(load_torchvision, spec.name, files))
 
 
-def _stamps(paths: list[Path]) -> list[tuple[str, int, int]]:
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+def _folder(spec: DatasetSpec) -> _Source:
+    # needs pillow, which a machine that prepares nothing may lack
+    from memtail.datasets.folder import find_images, prepare_folder
+
+    tree = find_images(cast(Path, spec.root), spec.max_train, spec.max_test)  # required by the spec
+    return _Source(["folder", tree.identity(), spec.resolution], partial(prepare_folder, tree, spec.resolution))
+
+
+_SOURCES: dict[str, Callable[[DatasetSpec], _Source]] = {
+    "digits": _digits,
+    "folder": _folder,
+    "arrays": _arrays,
+    **dict.fromkeys(TORCHVISION, _torchvision),
+}

@@ -1,7 +1,7 @@
-"""Trees of image files, class by class: `train/CLASS/*.png` and `test/` or `val/` beside it (ImageNet is one).
+"""Trees of image files, class by class: `train/CLASS/*.png` and `test/` or `val/` beside it, as in ImageNet.
 
-Images are decoded by several processes, chunk by chunk, straight into the memory-mapped array; memory stays bounded. A journal of
-the chunks done lets an interrupted preparation go on; a chunk whose files have changed since is done again. The order is that of
+Several processes decode the images, chunk by chunk, directly into the memory-mapped array, so memory is bounded. An interrupted
+preparation is resumed from a journal of its chunks; a chunk whose files have changed since is decoded again. The order is that of
 torchvision's ImageFolder: classes by name, then files by path.
 """
 
@@ -26,14 +26,20 @@ from memtail.processes import cores, follow_parent
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The files of one split: paths below its folder, and the index of each one's class."""
+    """Files of one split.
+
+    Attributes:
+        folder: of the split.
+        files: paths below the folder.
+        labels: int64 [N], index of each file's class.
+    """
 
     folder: Path
     files: list[str]
     labels: Labels
 
     def stamps(self, start: int, stop: int) -> str:
-        """A digest of the files' names, sizes and times of change."""
+        """Return a digest of the names, sizes and modification times of files `start` to `stop`."""
         digest = hashlib.sha256()
         for file in self.files[start:stop]:
             status = (self.folder / file).stat()
@@ -41,7 +47,7 @@ class ImageFiles:
         return digest.hexdigest()
 
     def limited(self, most: int | None) -> "ImageFiles":
-        """Evenly spaced files, `most` at the most."""
+        """Return evenly spaced files, `most` at most."""
         if most is None or most >= len(self.files):
             return self
         chosen = np.arange(most) * len(self.files) // most
@@ -50,7 +56,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class ImageTree:
-    """Both splits and the classes' names."""
+    """Both splits of a tree, and the names of its classes."""
 
     root: Path
     classes: list[str]
@@ -58,15 +64,20 @@ class ImageTree:
     test: ImageFiles
 
     def identity(self) -> list[str]:
-        """What changes when the tree changes."""
+        """Return digests that change with the tree."""
         return [str(self.root), *(split.stamps(0, len(split.files)) for split in (self.train, self.test))]
 
 
 def find_images(root: Path, max_train: int | None, max_test: int | None) -> ImageTree:
     """List a tree.
 
+    Args:
+        root: holds the splits.
+        max_train: number of training images, evenly spaced; all if None.
+        max_test: number of test images.
+
     Raises:
-        DatasetError: a folder or its images are missing, or the test split has a class of its own.
+        DatasetError: a folder or its images are missing, or the test split has a class that the training split lacks.
     """
     if not root.is_dir():
         raise DatasetError(f"dataset 'folder': there is no folder {root}: give dataset.root the folder that holds train/ and test/")
@@ -90,32 +101,35 @@ def _list_split(folder: Path, index: dict[str, int]) -> ImageFiles:
     labels: list[int] = []
     for name in _class_folders(folder):
         if name not in index:
-            raise DatasetError(f"dataset 'folder': {folder / name} is a class that train/ has not: remove it or add training images")
-        found = sorted(
+            raise DatasetError(f"dataset 'folder': {folder / name} is a class that train/ does not have: remove it or add training images")
+        paths = sorted(
             os.path.relpath(os.path.join(parent, file), folder)
             for parent, _, members in os.walk(folder / name, followlinks=True)
             for file in members
             if file.lower().endswith(extensions)
         )
-        files += found
-        labels += [index[name]] * len(found)
+        files += paths
+        labels += [index[name]] * len(paths)
     if not files:
         raise DatasetError(f"dataset 'folder': {folder} holds no images: put them into one folder per class")
     return ImageFiles(folder, files, np.array(labels, dtype=np.int64))
 
 
 def prepare_folder(tree: ImageTree, resolution: int | None, target: Path, on_progress: OnProgress | None) -> Path:
-    """Decode a tree into a prepared dataset below `target`; returns its folder.
+    """Decode a tree into a prepared dataset.
 
     Args:
         tree: the files.
-        resolution: the side in pixels to which images are resized (shorter side, bicubic) and cropped (centre); None leaves them
-            as they are, all of one size.
+        resolution: side in pixels to which images are resized (shorter side, bicubic) and cropped (centre); None for images of one size,
+            which are not changed.
         target: the folder of all prepared datasets.
-        on_progress: called with (images done, images in all).
+        on_progress: called with (images done, all images).
+
+    Returns:
+        The dataset's folder below `target`.
 
     Raises:
-        DatasetError: a file is corrupt, or images differ in size and no resolution is given.
+        DatasetError: a file is corrupt, or images differ in size without a resolution.
     """
     size = _decode(tree.train.folder / tree.train.files[0], resolution).shape[:2]
     names = hashlib.sha256(os.fsencode("\n".join([*tree.train.files, "", *tree.test.files]))).hexdigest()
@@ -175,7 +189,7 @@ def prepare_folder(tree: ImageTree, resolution: int | None, target: Path, on_pro
 
 
 class _Journal:
-    """One line of JSON per chunk done; a line that a kill cut short is passed over."""
+    """One line of JSON per decoded chunk; a line cut short by a kill is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -195,18 +209,18 @@ class _Journal:
                 continue
 
     def get(self, chunk: tuple[str, int, int], stamps: str) -> ChunkSummary | None:
-        """The summary of a chunk that was done from the very same files."""
-        held = self._entries.get(chunk)
-        return held[1] if held is not None and held[0] == stamps else None
+        """Return the summary of a chunk, if it was decoded from files with these stamps."""
+        entry = self._entries.get(chunk)
+        return entry[1] if entry is not None and entry[0] == stamps else None
 
     def add(self, chunk: tuple[str, int, int], stamps: str, summary: ChunkSummary) -> None:
-        """Enter a chunk whose images are on the disk."""
+        """Add a chunk whose images are on the disk."""
         with self.path.open("a") as file:
             file.write("\n" + json.dumps({"chunk": chunk, "stamps": stamps, "summary": asdict(summary)}))
 
 
 def _decode_chunk(target: Path, start: int, folder: Path, files: list[str], resolution: int | None) -> ChunkSummary:
-    """Decode files into their places of the memory-mapped array; runs in a process of its own."""
+    """Decode files into the memory-mapped array, from `start` on; runs in a pool's process."""
     array = np.lib.format.open_memmap(target, "r+")
     places = array[start : start + len(files)]
     for place, file in zip(places, files, strict=True):
@@ -227,7 +241,7 @@ def _decode(path: Path, resolution: int | None) -> Images:
             if image.mode.startswith(("I", "F")):
                 raise DatasetError(f"{path}: has more than 8 bits per channel: convert it to 8 bits")
             if resolution is not None:
-                image.draft("RGB", (resolution, resolution))  # lets a JPEG be decoded at a fraction of its size
+                image.draft("RGB", (resolution, resolution))  # decodes a JPEG at a fraction of its size
             rgb = image.convert("RGB")
             if resolution is not None:
                 rgb = ImageOps.fit(rgb, (resolution, resolution), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""A prepared dataset, opened: memory-mapped images in original order, labels, names and normalisation constants."""
+"""Prepared dataset, opened: memory-mapped images in original order, labels, names and normalisation constants."""
 
 import json
 from collections.abc import Callable
@@ -21,13 +21,17 @@ class ImageDataset:
     """n training and q test images of one size, in original order.
 
     Attributes:
-        train_images, test_images: uint8 [n, H, W, C] and [q, H, W, C], memory-mapped.
-        train_labels, test_labels: int64 [n] and [q], in 0 .. len(classes) - 1.
-        train_files, test_files: bytes [n] and [q], the images' paths below their split's folder; None where there are none.
-        classes: the classes' names.
-        mean, std: per channel, of the training images in units of pixel values (0 to 255).
-        fingerprint: names the content.
-        folder: where it lies.
+        folder: of the prepared files.
+        fingerprint: SHA-256 (hex) of the content.
+        classes: names of the classes.
+        mean: per channel, of the training images in units of pixel values (0 to 255).
+        std: as `mean`.
+        train_images: uint8 [n, H, W, C], memory-mapped.
+        train_labels: int64 [n], in 0 .. len(classes) - 1.
+        test_images: uint8 [q, H, W, C], memory-mapped.
+        test_labels: int64 [q].
+        train_files: bytes [n], paths of the images below their split's folder; None where images have no files.
+        test_files: bytes [q].
     """
 
     folder: Path
@@ -44,11 +48,18 @@ class ImageDataset:
 
     @classmethod
     def open(cls, folder: Path) -> "ImageDataset":
-        """Open a prepared folder. Raises: DatasetError: a file of it is missing or corrupt (says which)."""
+        """Open a prepared folder.
+
+        Args:
+            folder: the folder.
+
+        Raises:
+            DatasetError: a file is missing or corrupt; the message names it.
+        """
         meta = json.loads(_checked(folder / "meta.json", Path.read_text))
 
         def array(name: str) -> Any:
-            # Copy-on-write: nothing is copied unless written, and frameworks that insist on writable memory accept it.
+            # copy-on-write: frameworks that insist on writable memory accept it, and nothing is copied unless written
             return _checked(folder / f"{name}.npy", lambda path: np.load(path, mmap_mode="c"))
 
         return cls(
@@ -67,17 +78,17 @@ class ImageDataset:
 
     @property
     def n_train(self) -> int:
-        """N."""
+        """Number of training examples, n."""
         return len(self.train_labels)
 
     @property
     def n_test(self) -> int:
-        """Q."""
+        """Number of test examples, q."""
         return len(self.test_labels)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W), as models take it."""
+        """Shape (C, H, W) of an image, as models take it."""
         height, width, channels = self.train_images.shape[1:]
         return channels, height, width
 

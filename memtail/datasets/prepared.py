@@ -1,4 +1,4 @@
-"""Writing prepared datasets: arrays on the disk, a fingerprint of their content, and the whole moved into place in one step."""
+"""Writes prepared datasets: arrays on the disk and a fingerprint of their content, moved into place in one step."""
 
 import hashlib
 import json
@@ -16,15 +16,23 @@ from memtail.datasets.image_dataset import Images, Labels, Names
 from memtail.datasets.sources import InMemoryDataset
 from memtail.errors import DatasetError
 
-#: Images per chunk: the unit in which content is hashed, and in which a folder is decoded and resumed.
+#: Images per chunk: the unit of hashing, and of decoding and resuming a folder.
 CHUNK = 1024
 
+#: Is called with (images done, all images).
 OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ChunkSummary:
-    """What is kept of a chunk of images: its digest, and per channel the sums from which mean and deviation follow."""
+    """Summary of a chunk of images.
+
+    Attributes:
+        digest: SHA-256 (hex) of the pixels.
+        pixels: number of pixels per channel.
+        sums: per channel, sum of the pixel values.
+        squares: per channel, sum of their squares.
+    """
 
     digest: str
     pixels: int
@@ -33,7 +41,7 @@ class ChunkSummary:
 
     @classmethod
     def of(cls, images: Images) -> "ChunkSummary":
-        """Summarise uint8 [k, H, W, C]."""
+        """Summarise images uint8 [k, H, W, C]."""
         flat = images.reshape(-1, images.shape[-1])
         counts = [np.bincount(flat[:, channel], minlength=256).tolist() for channel in range(flat.shape[1])]
         return cls(
@@ -46,7 +54,14 @@ class ChunkSummary:
 
 @dataclass(frozen=True)
 class Split:
-    """Labels and names of one split, with the summaries of its chunks of images in order."""
+    """One split without its pixels.
+
+    Attributes:
+        labels: int64 [N].
+        files: bytes [N], paths of the images; None where images have no files.
+        image_shape: (H, W, C).
+        chunks: summaries of the chunks of images, in order.
+    """
 
     labels: Labels
     files: Names | None
@@ -55,7 +70,18 @@ class Split:
 
 
 def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
-    """Write a dataset that is in memory below `target`; returns its folder."""
+    """Write a dataset from memory.
+
+    Args:
+        dataset: the dataset.
+        target: the folder of all prepared datasets.
+
+    Returns:
+        The dataset's folder below `target`.
+
+    Raises:
+        DatasetError: a split is too small, or a label is out of range.
+    """
     target.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
     try:
@@ -73,7 +99,21 @@ def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
 
 
 def finish(folder: Path, target: Path, train: Split, test: Split, classes: Iterable[str]) -> Path:
-    """Add labels, names and meta data to a folder that holds the images, and move it to its name below `target`."""
+    """Add labels, names and metadata to a folder with the images, and move it to its name.
+
+    Args:
+        folder: holds `train_images.npy` and `test_images.npy`.
+        target: the folder of all prepared datasets.
+        train: the training split.
+        test: the test split.
+        classes: names of the classes.
+
+    Returns:
+        The dataset's folder below `target`.
+
+    Raises:
+        DatasetError: a split is too small, or a label is out of range.
+    """
     classes = list(classes)
     check_labels(train.labels, test.labels, len(classes))
     for name, split in (("train", train), ("test", test)):
@@ -103,7 +143,16 @@ def finish(folder: Path, target: Path, train: Split, test: Split, classes: Itera
 
 
 def check_labels(train: Labels, test: Labels, classes: int) -> None:
-    """Refuse labels outside 0 .. classes - 1, empty splits and datasets of a single class. Raises: DatasetError."""
+    """Refuse labels outside 0 .. classes - 1, splits that are too small, and datasets of a single class.
+
+    Args:
+        train: int64 [n].
+        test: int64 [q].
+        classes: number of classes.
+
+    Raises:
+        DatasetError: names the split and the first such label.
+    """
     if classes < 2:
         raise DatasetError(f"train_labels: {classes} class, at least 2 are needed")
     for name, labels, least in (("train", train, 2), ("test", test, 1)):
@@ -136,5 +185,5 @@ def _moments(chunks: list[ChunkSummary]) -> tuple[list[float], list[float]]:
     variance: npt.NDArray[np.float64] = np.array(
         [(pixels * square - total * total) / pixels**2 for total, square in zip(sums, squares, strict=True)]
     )
-    # a constant channel carries nothing; dividing by 1 keeps it at 0
+    # a constant channel carries no information; division by 1 keeps it at 0
     return [total / pixels for total in sums], np.where(variance > 0, np.sqrt(variance), 1.0).tolist()

@@ -1,21 +1,19 @@
-"""Datasets, and the masks of explicit designs, in a store: put there once, and brought to a machine's cache by everyone who needs them.
+"""Prepared datasets in a store: staged once, and fetched into the cache of each machine that needs them.
 
-A staged dataset is complete when its manifest is there, which is written last and names every file with its size and digest.
+A staged dataset is complete when its manifest exists: it is written last, and names every file with its size and digest.
 """
 
-import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from memtail.datasets.folder_lock import locked
 from memtail.datasets.image_dataset import ImageDataset
+from memtail.digests import file_digest
 from memtail.errors import DatasetError, ForeignObjectError
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
@@ -37,7 +35,14 @@ class _Manifest(BaseModel):
 
 
 def stage(dataset: ImageDataset, store: ObjectStore) -> bool:
-    """Put a prepared dataset into a store; False if it was there.
+    """Upload a prepared dataset, unless the store has it.
+
+    Args:
+        dataset: the dataset.
+        store: the store.
+
+    Returns:
+        Whether this call staged it.
 
     Raises:
         StoreError: the store cannot be written.
@@ -49,72 +54,35 @@ def stage(dataset: ImageDataset, store: ObjectStore) -> bool:
     for path in sorted(dataset.folder.iterdir()):
         if path.suffix in (".json", ".npy"):
             store.upload(keys.dataset(dataset.fingerprint, path.name), path)
-            files[path.name] = _File(size=path.stat().st_size, sha256=_digest(path))
+            files[path.name] = _File(size=path.stat().st_size, sha256=file_digest(path))
     return store.put_if_absent(manifest_key, _Manifest(files=files).model_dump_json(indent=1).encode())
 
 
 def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None = None) -> ImageDataset:
-    """Open a staged dataset, brought from the store into the folder `cache` if it is not there yet.
+    """Open a staged dataset, downloaded unless the cache has it.
 
-    Safe to call from several processes and machines that share the folder: one brings it, the others wait. If the cache would grow beyond
-    `limit` bytes, the datasets that were opened longest ago leave it; whoever has them open may go on reading.
+    Safe to call from several processes and machines that share the cache: one downloads, the others wait. Where the cache would grow beyond
+    `limit`, the datasets opened longest ago are removed; a process that has one open may continue to read it.
+
+    Args:
+        store: the store.
+        fingerprint: of the dataset.
+        cache: the folder of the cache.
+        limit: bytes that staged and prepared datasets may take in the cache, None without a limit.
 
     Raises:
-        DatasetError: it was not staged, is damaged in the store, or is larger than the cache may be; or the cache cannot be written.
+        DatasetError: the dataset is not staged, is damaged in the store, or is larger than `limit`; or the cache cannot be written.
         StoreError: the store cannot be read.
     """
     folder = cache / "datasets" / fingerprint
-    with _alone_in(folder.parent):
+    with locked(folder.parent):
         if not (folder / "meta.json").exists():
-            _bring(store, fingerprint, folder, limit)
+            _download(store, fingerprint, folder, limit)
         os.utime(folder)
     return ImageDataset.open(folder)
 
 
-def stage_masks(masks: Path, digest: str, store: ObjectStore) -> None:
-    """Put the subsets of an explicit design into a store, unless they are there.
-
-    Raises:
-        StoreError: the store cannot be written.
-    """
-    if not store.exists(keys.masks(digest)):
-        store.upload(keys.masks(digest), masks)
-
-
-def fetch_masks(store: ObjectStore, digest: str, cache: Path) -> Path:
-    """The file of an explicit design's subsets, brought from the store into the folder `cache` if it is not there yet.
-
-    Raises:
-        DatasetError: it was not staged, or is damaged in the store; or the cache cannot be written.
-        StoreError: the store cannot be read.
-    """
-    key = keys.check(keys.masks(digest))
-    path = cache / key
-    with _alone_in(path.parent):
-        if not path.exists():
-            unfinished = path.with_suffix(".unfinished")
-            try:
-                store.download(key, unfinished)
-            except ObjectNotFound:
-                raise DatasetError(f"{key} is not in {store.address}: memtail submit SPEC puts it there") from None
-            if _digest(unfinished) != digest:
-                raise DatasetError(f"{key} in {store.address} is damaged: remove it, then memtail submit SPEC")
-            unfinished.rename(path)
-    return path
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """While it lasts, no other process is in the same folder of the cache."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            yield
-    except OSError as error:
-        raise DatasetError(f"{folder} cannot be written ({error.strerror or error}): set MEMTAIL_CACHE to another folder") from None
-
-
-def _bring(store: ObjectStore, fingerprint: str, folder: Path, limit: int | None) -> None:
+def _download(store: ObjectStore, fingerprint: str, folder: Path, limit: int | None) -> None:
     try:
         data = store.get(keys.dataset(fingerprint, _MANIFEST), limit=_MOST_MANIFEST_BYTES)
         manifest = _Manifest.model_validate_json(data)
@@ -124,7 +92,7 @@ def _bring(store: ObjectStore, fingerprint: str, folder: Path, limit: int | None
         raise _damaged(store, fingerprint, "its manifest is damaged") from None
     size = sum(file.size for file in manifest.files.values())
     if limit is not None:
-        _make_room(folder.parent, limit - size, f"dataset {fingerprint[:8]}... has {size} bytes")
+        _evict(folder.parent, limit - size, f"dataset {fingerprint[:8]}... has {size} bytes")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as temporary:
         unfinished = Path(temporary) / fingerprint
         for name, file in manifest.files.items():
@@ -132,38 +100,33 @@ def _bring(store: ObjectStore, fingerprint: str, folder: Path, limit: int | None
                 store.download(keys.dataset(fingerprint, name), unfinished / name)
             except ObjectNotFound:
                 raise _damaged(store, fingerprint, f"{name} is missing") from None
-            if _digest(unfinished / name) != file.sha256:
+            if file_digest(unfinished / name) != file.sha256:
                 raise _damaged(store, fingerprint, f"{name} is damaged")
         try:
-            found = ImageDataset.open(unfinished).fingerprint
+            actual = ImageDataset.open(unfinished).fingerprint
         except (DatasetError, ValueError, KeyError, TypeError):
             raise _damaged(store, fingerprint, "its files make no dataset") from None
-        if found != fingerprint:
-            raise _damaged(store, fingerprint, f"it is {found[:8]}... in truth")
+        if actual != fingerprint:
+            raise _damaged(store, fingerprint, f"its fingerprint is {actual[:8]}...")
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
 
 
-def _damaged(store: ObjectStore, fingerprint: str, what: str) -> DatasetError:
-    """A dataset is staged again only where it has no manifest."""
+def _damaged(store: ObjectStore, fingerprint: str, fault: str) -> DatasetError:
+    """Return an error whose fix removes the manifest, without which a dataset is staged again."""
     manifest = keys.dataset(fingerprint, _MANIFEST)
-    return DatasetError(f"dataset {fingerprint[:8]}... in {store.address}: {what}: remove {manifest} there, then memtail stage SPEC")
+    return DatasetError(f"dataset {fingerprint[:8]}... in {store.address}: {fault}: remove {manifest} there, then memtail stage SPEC")
 
 
-def _make_room(folder: Path, room: int, what: str) -> None:
-    """Remove the datasets opened longest ago until those left take no more than `room` bytes."""
+def _evict(folder: Path, room: int, what: str) -> None:
+    """Remove the datasets opened longest ago until the rest takes no more than `room` bytes."""
     if room < 0:
         raise DatasetError(f"{what}, more than the cache may hold: set MEMTAIL_CACHE_LIMIT to more")
-    there = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in there}
+    cached = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in cached}
     taken = sum(sizes.values())
-    for path in there:
+    for path in cached:
         if taken <= room:
             return
         shutil.rmtree(path, ignore_errors=True)
         taken -= sizes[path]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

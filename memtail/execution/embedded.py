@@ -27,7 +27,6 @@ from memtail.scores.summary import ScoreSummary
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
-from memtail.storage.local import LocalStore
 from memtail.storage.open import open_store
 from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.profiling import PHASES
@@ -158,8 +157,7 @@ def run(
         BatchesRefusedError: trial batches are damaged; the scores are published without them.
     """
     opened = open_store(store)
-    if isinstance(opened, LocalStore):
-        opened.remove_abandoned()
+    opened.sweep()
     dataset = dataset or datasets.prepare(experiment.dataset, on_preparation)
     experiment_store = ExperimentStore(opened, experiment.name)
     devices = available_devices(experiment.execution.device)
@@ -267,8 +265,8 @@ class _Run:
                 published,
             )
         raise BatchesRefusedError(
-            f"{len(refused)} trial batches are refused and missing from the scores ({next(iter(refused.values()))}): "
-            f"failures are recorded in {records}",
+            f"{len(refused)} trial batch{'es' if len(refused) > 1 else ''} refused and missing from the scores "
+            f"({next(iter(refused.values()))}): recorded in {records}",
             published,
         )
 

@@ -201,7 +201,7 @@ def measure_writing(record: Record, dataset: ImageDataset, fraction: float, fold
     began = time.perf_counter()
     publish(store, record, statistics, dataset)
     published = time.perf_counter() - began
-    files = sum(path.stat().st_size for path in store.path(keys.all_scores(name).rstrip("/")).rglob("*") if path.is_file())
+    files = sum(path.stat().st_size for path in store.local_path(keys.all_scores(name).rstrip("/")).rglob("*") if path.is_file())
     words = -(-wanted // 64) - -(-len(statistics.metrics) // 64)
     missing = 8 * words * (2 * dataset.n_train + dataset.n_test + 1)  # of the packed statistics, which alone grow with the trials
     return WritingFigures(seconds / len(statistics.metrics), published, files + missing)

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
-from memtail.datasets.staged_dataset import stage, stage_masks
+from memtail.datasets.staged_dataset import stage
+from memtail.datasets.staged_masks import stage_masks
 from memtail.execution.declare import check_in_child, declare
 from memtail.experiment_store import Control, ExperimentStore, Record
 from memtail.spec import Experiment

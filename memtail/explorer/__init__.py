@@ -1,5 +1,5 @@
-"""The web page: experiments and how far they are, and the training set to search, sort and look into, with the images.
+"""Explorer of experiments in the browser: progress, and a training set to search, sort and look into, with its images.
 
-`app.create(store)` makes the application, which is served by `memtail explore` and by the aggregator (`server`). It reads the store and
-writes nothing there. All that a page shows follows from its address; what it shows can also be had as CSV, where each page says.
+`app.create(store)` makes the application, which `memtail explore` and the aggregator serve (`server`). It only reads the store. All that a
+page shows is determined by its URL, and most of it is also available as CSV.
 """

@@ -1,6 +1,5 @@
-"""The application: addresses, and the page or CSV at each. Every answer is to GET (or HEAD) and changes nothing."""
+"""Application of the explorer: its URLs, each a page, an image or a CSV file. All requests are GET or HEAD and change nothing."""
 
-import math
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -17,17 +16,21 @@ from memtail.errors import MemtailError
 from memtail.execution.progress import ExperimentProgress
 from memtail.explorer import views
 from memtail.explorer.access import REPORT_POLICY, guard
-from memtail.explorer.library import BeingReadError, Library, NotPublishedError, Opened
+from memtail.explorer.library import Library
+from memtail.explorer.opened import Opened
+from memtail.explorer.score_cache import BeingReadError, NotPublishedError
 from memtail.explorer.selection import BY_HELD_OUT, ORDERS, QueryError, Selection, histogram
+from memtail.figures.numbers import fixed, percent
 from memtail.figures.thumbnails import png
+from memtail.report.pointer import ReportPointer
 from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.studies.result import StudyResult
 
-# Browsers ask for an image once a day: its address names the dataset's content.
+# Images are cached for a day: their URL holds the fingerprint of the dataset.
 _IMAGE_AGE = "private, max-age=86400"
 _TYPES = {"html": "text/html; charset=utf-8", "svg": "image/svg+xml", "png": "image/png"}
 
-# Of `ExperimentProgress.to_json`.
+# Columns of `/experiments.csv`, from `ExperimentProgress.to_json`.
 _OVERVIEW = (
     "experiment",
     "state",
@@ -49,8 +52,8 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
     """Make the application.
 
     Args:
-        store: whose experiments it shows.
-        token: what whoever looks must give (see `memtail.explorer.access`).
+        store: the store whose experiments are shown.
+        token: the access token (see `memtail.explorer.access`).
     """
     app = FastAPI(title="memtail", openapi_url=None, redirect_slashes=False)
     get = partial(app.api_route, methods=["GET", "HEAD"])
@@ -60,24 +63,24 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
 
     @get("/")
     def experiments() -> Response:
-        def shown(name: str) -> tuple[ExperimentProgress, str | None, list[StudyResult]]:
+        def read(name: str) -> tuple[ExperimentProgress, ReportPointer | None, list[StudyResult]]:
             return library.progress(name), library.report(name), library.studies(name)
 
-        found, damaged = library.each(shown)
+        readable, damaged = library.read_each(read)
         own = [
-            (*found[name], [found[each][0] for each in trained if each in found])
+            (*readable[name], [readable[each][0] for each in trained if each in readable])
             for name, trained in library.own_names().items()
-            if name in found
+            if name in readable
         ]
         return pages.page("experiments.html", experiments=own, damaged=damaged, address=library.address)
 
     @get("/experiments.csv")
     def experiments_csv() -> Response:
-        found, damaged = library.each(library.progress)
-        rows = [progress.to_json() for progress in found.values()]
+        readable, damaged = library.read_each(library.progress)
+        rows = [progress.to_json() for progress in readable.values()]
         columns = {column: [row[column] for row in rows] for column in _OVERVIEW}
-        lost = [line.partition(":")[0] for line in damaged]
-        return _csv("experiments", views.csv(columns, {"experiment": lost, "state": ["damaged"] * len(lost)}))
+        names = [line.partition(":")[0] for line in damaged]
+        return _csv("experiments", views.csv(columns, {"experiment": names, "state": ["damaged"] * len(names)}))
 
     @get("/experiments/{name}")
     def gallery(name: str, request: Request) -> Response:
@@ -108,29 +111,29 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
     @get("/experiments/{name}/train/{index}.csv")
     def train_csv(name: str, index: int) -> Response:
         opened = library.open(name)
-        return _csv(f"{name}-train-{index}", views.influenced_csv(opened, _known(opened, "train", index)))
+        return _csv(f"{name}-train-{index}", views.influenced_csv(opened, _check_index(opened, "train", index)))
 
     @get("/experiments/{name}/test/{index}.csv")
     def test_csv(name: str, index: int) -> Response:
         opened = library.open(name)
-        return _csv(f"{name}-test-{index}", views.influencers_csv(opened, _known(opened, "test", index)))
+        return _csv(f"{name}-test-{index}", views.influencers_csv(opened, _check_index(opened, "test", index)))
 
     @get("/experiments/{name}/train/{index}")
     def train(name: str, index: int, request: Request) -> Response:
         opened, selection = library.open(name), Selection.of(request.query_params)
-        _known(opened, "train", index)
+        _check_index(opened, "train", index)
         return pages.page("train.html", opened=opened, selection=selection, **views.train_example(opened, index, selection))
 
     @get("/experiments/{name}/test/{index}")
     def test(name: str, index: int) -> Response:
         opened = library.open(name)
-        _known(opened, "test", index)
+        _check_index(opened, "test", index)
         return pages.page("test.html", opened=opened, **views.test_example(opened, index))
 
     @get("/experiments/{name}/images/{split}/{index}.png")
     def image(name: str, split: Split, index: int) -> Response:
         opened = library.open(name)
-        _known(opened, split, index)
+        _check_index(opened, split, index)
         if opened.dataset is None:
             raise HTTPException(404, opened.missing)
         images = opened.dataset.train_images if split == "train" else opened.dataset.test_images
@@ -168,7 +171,7 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     def unknown(request: Request, error: RequestValidationError) -> Response:
         del error
-        return pages.error(request, 404, f"there is nothing at {request.url.path[:100]}")
+        return pages.error(request, 404, f"there is no page at {request.url.path[:100]}")
 
     @app.exception_handler(MemtailError)
     def failed(request: Request, error: MemtailError) -> Response:
@@ -179,28 +182,28 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
 
 
 class _Pages:
-    """The templates, and what all of them use."""
+    """The templates, with the filters and values that all of them use."""
 
     def __init__(self) -> None:
         self._templates = Environment(
             loader=PackageLoader("memtail.explorer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        self._templates.filters |= {"decimal": _decimal, "percent": _percent, "moment": _moment}
+        self._templates.filters |= {"decimal": fixed, "percent": percent, "moment": _moment}
         self._templates.globals |= {"ORDERS": ORDERS, "release": version("memtail")}
 
     def page(self, template: str, code: int = 200, **values: Any) -> Response:
-        """A page."""
+        """Render a page."""
         return Response(self._templates.get_template(template).render(values), code, media_type="text/html; charset=utf-8")
 
     def error(self, request: Request, status: int, line: str) -> Response:
-        """The page that says what is wrong; where a token is needed, with a place to give it."""
+        """Render the page of an error; with status 401 it has a form for the token."""
         response = self.page("error.html", status, status=status, line=line)
         if status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response
 
 
-def _known(opened: Opened, split: Split, index: int) -> int:
+def _check_index(opened: Opened, split: Split, index: int) -> int:
     count = opened.scores.summary.n_train if split == "train" else opened.scores.summary.n_test
     if not 0 <= index < count:
         raise HTTPException(404, f"there is no {split} example {index}: there are {count:,}, from 0")
@@ -209,18 +212,6 @@ def _known(opened: Opened, split: Split, index: int) -> int:
 
 def _csv(name: str, data: bytes) -> Response:
     return Response(data, media_type="text/csv; charset=utf-8", headers={"Content-Disposition": f'attachment; filename="{name}.csv"'})
-
-
-def _decimal(value: float, digits: int = 2) -> str:
-    """A score with so many decimals and a true minus sign."""
-    if math.isnan(value):
-        return "none"
-    text = f"{value:.{digits}f}"
-    return text[1:] if float(text) == 0 and text[0] == "-" else text.replace("-", "−")
-
-
-def _percent(value: float, digits: int = 1) -> str:
-    return "none" if math.isnan(value) else f"{100 * value:.{digits}f}%"
 
 
 def _moment(published: str) -> str:

@@ -1,4 +1,4 @@
-"""What pages show, as plain values, and the same as CSV."""
+"""Content of the pages as plain values, and as CSV."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -12,38 +12,40 @@ import pyarrow as pa
 import pyarrow.csv
 
 from memtail.estimators.binomial import standard_error
-from memtail.explorer.library import Opened
+from memtail.explorer.opened import Opened
 from memtail.explorer.selection import BY_HELD_OUT, Selection, select
 from memtail.scores.reader import Column
 
 #: Examples on a page of the gallery.
 PER_PAGE = 60
-#: Examples helped most, hurt most, and influencers.
+#: Examples in each list of influences.
 TOP = 12
-# What spreadsheets take for the beginning of a formula.
+# First characters of a formula in a spreadsheet.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """An example in a grid: its image, one score, its class.
+    """An example in a grid.
 
     Attributes:
-        split: "train" or "test".
-        value, error: the score and its standard error; NaN where there is no estimate.
+        split, index: "train" or "test", and the index in that split.
+        label: name of the class.
+        value, se: the score shown and its standard error; NaN where there is no estimate.
+        file: file name; None if the dataset has none.
     """
 
     split: str
     index: int
     label: str
     value: float
-    error: float
+    se: float
     file: str | None
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """One page of a selection: `rows` are all chosen, of which `tiles` are on the page."""
+    """One page of a selection: `rows` are all selected examples, `tiles` those on the page."""
 
     rows: npt.NDArray[np.int64]
     tiles: list[Tile]
@@ -52,47 +54,47 @@ class Gallery:
 
 
 @dataclass(frozen=True)
-class Rate:
-    """How many of so many models were right, as a share with its standard error; NaN of none."""
+class Accuracy:
+    """Accuracy of some models on one example, with its standard error; NaN without models."""
 
     value: float
-    error: float
+    se: float
     models: int
 
     @classmethod
-    def of(cls, value: float, models: int) -> "Rate":
-        """With its standard error."""
+    def of(cls, value: float, models: int) -> "Accuracy":
+        """Add the standard error."""
         return cls(value, float(standard_error(value, models)), models)
 
 
 def gallery(opened: Opened, selection: Selection) -> Gallery:
-    """The page of a selection; the last one if there are not so many. Where it is in order of held-out accuracy, that is shown."""
+    """Return the page of a selection, or its last page. Tiles show memorization, or held-out accuracy if it decides the order."""
     rows = select(opened.memorization, opened.lower_files, selection)
     pages = max(1, -(-len(rows) // PER_PAGE))
     page = min(selection.page, pages)
     shown = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
-    value, error = (opened.memorization[name][shown] for name in ("mem", "mem_se"))
+    value, se = (opened.memorization[name][shown] for name in ("mem", "mem_se"))
     if selection.sort in BY_HELD_OUT:
         value = opened.memorization["p_out"][shown]
-        error = standard_error(value, opened.memorization["k_out"][shown])
-    tiles = train_tiles(opened, shown, value, error)
+        se = standard_error(value, opened.memorization["k_out"][shown])
+    tiles = train_tiles(opened, shown, value, se)
     return Gallery(rows, tiles, page, pages)
 
 
 def train_example(opened: Opened, index: int, selection: Selection) -> dict[str, Any]:
-    """What the page of a training example shows; `before` and `after` are its neighbours in a selection."""
+    """Return the content of a training example's page; `previous` and `next` are its neighbours in the selection."""
     row = {name: values[index].item() if hasattr(values[index], "item") else values[index] for name, values in opened.memorization.items()}
     rows = select(opened.memorization, opened.lower_files, selection)
     place = np.flatnonzero(rows == index)
-    before = int(rows[place[0] - 1]) if len(place) and place[0] > 0 else None
-    after = int(rows[place[0] + 1]) if len(place) and place[0] + 1 < len(rows) else None
+    previous_row = int(rows[place[0] - 1]) if len(place) and place[0] > 0 else None
+    next_row = int(rows[place[0] + 1]) if len(place) and place[0] + 1 < len(rows) else None
     helped, hurt = influenced(opened, index)
     return {
         "tile": train_tiles(opened, np.array([index]), opened.memorization["mem"][[index]], opened.memorization["mem_se"][[index]])[0],
-        "seen": Rate.of(row["p_in"], row["k_in"]),
-        "unseen": Rate.of(row["p_out"], row["k_out"]),
-        "before": before,
-        "after": after,
+        "accuracy_in": Accuracy.of(row["p_in"], row["k_in"]),
+        "accuracy_out": Accuracy.of(row["p_out"], row["k_out"]),
+        "previous": previous_row,
+        "next": next_row,
         "place": int(place[0]) if len(place) else None,
         "of": len(rows),
         "page": 1 + int(place[0]) // PER_PAGE if len(place) else 1,
@@ -103,59 +105,59 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
 
 
 def test_example(opened: Opened, index: int) -> dict[str, Any]:
-    """What the page of a test example shows."""
+    """Return the content of a test example's page."""
     helping, harmful = influencers(opened, index)
-    right = right_share(opened, index)
-    one, value, error = np.array([index]), np.array([right.value]), np.array([right.error])
+    accuracy = accuracy_on(opened, index)
+    one, value, se = np.array([index]), np.array([accuracy.value]), np.array([accuracy.se])
     return {
-        "tile": _tiles(opened, "test", one, opened.scores.test_labels, value, error, opened.test_files)[0],
-        "right": right,
+        "tile": _tiles(opened, "test", one, opened.scores.test_labels, value, se, opened.test_files)[0],
+        "accuracy": accuracy,
         "helping": influencer_tiles(opened, helping),
         "harmful": influencer_tiles(opened, harmful),
         "by_chance": by_chance(opened.scores.statistics.n_train),
     }
 
 
-def right_share(opened: Opened, test: int) -> Rate:
-    """How many of all models got a test example right."""
+def accuracy_on(opened: Opened, test: int) -> Accuracy:
+    """Return the accuracy of all models on a test example."""
     statistics = opened.scores.statistics
-    return Rate.of(float(statistics.correct_on_test[test] / statistics.trials), statistics.trials)
+    return Accuracy.of(float(statistics.correct_on_test[test] / statistics.trials), statistics.trials)
 
 
-def train_tiles(opened: Opened, index: Column, value: Column, error: Column) -> list[Tile]:
-    """Training examples with a score of each."""
-    return _tiles(opened, "train", index, opened.memorization["label"], value, error, opened.train_files)
+def train_tiles(opened: Opened, index: Column, value: Column, se: Column) -> list[Tile]:
+    """Make tiles of training examples with a score."""
+    return _tiles(opened, "train", index, opened.memorization["label"], value, se, opened.train_files)
 
 
 def influenced(opened: Opened, train: int) -> tuple[dict[str, Column], dict[str, Column]]:
-    """The test examples that a training example helps most, and those that it hurts most, as `Scores.top_influenced` gives them."""
+    """Return the test examples with the highest and the lowest influence of a training example (see `Scores.top_influenced`)."""
     helped, hurt = (opened.scores.top_influenced(train, TOP, harmed=harmed) for harmed in (False, True))
     return _where(helped, helped["infl"] > 0), _where(hurt, hurt["infl"] < 0)
 
 
 def influencers(opened: Opened, test: int) -> tuple[dict[str, Column], dict[str, Column]]:
-    """The training examples that help a test example most, and those that hurt it most, as `Scores.top_influencers` gives them."""
+    """Return the training examples with the highest and the lowest influence on a test example (see `Scores.top_influencers`)."""
     helping, harmful = (opened.scores.top_influencers(test, TOP, harmful=harmful) for harmful in (False, True))
     return _where(helping, helping["infl"] > 0), _where(harmful, harmful["infl"] < 0)
 
 
 def influenced_tiles(opened: Opened, table: dict[str, Column]) -> list[Tile]:
-    """The rows of `influenced` as tiles."""
+    """Make tiles of the rows of `influenced`."""
     return _tiles(opened, "test", table["tt_idx"], opened.scores.test_labels, table["infl"], table["infl_se"], opened.test_files)
 
 
 def influencer_tiles(opened: Opened, table: dict[str, Column]) -> list[Tile]:
-    """The rows of `influencers` as tiles."""
+    """Make tiles of the rows of `influencers`."""
     return train_tiles(opened, table["tr_idx"], table["infl"], table["infl_se"])
 
 
 def by_chance(count: int) -> float:
-    """How many standard errors the greatest of `count` influences reaches if all are 0 in truth: the median of the greatest normal."""
+    """Median of the maximum of `count` standard normals: the largest influence by chance alone, in standard errors."""
     return NormalDist().inv_cdf(0.5 ** (1 / count))
 
 
 def gallery_csv(opened: Opened, selection: Selection) -> bytes:
-    """All examples of a selection, on whatever page, in its order: the columns of `memorization.parquet` and `class`."""
+    """Table of all examples of a selection, in its order: the columns of `memorization.parquet` and `class`."""
     rows = select(opened.memorization, opened.lower_files, selection)
     columns: dict[str, Any] = {name: values[rows] for name, values in opened.memorization.items()}
     columns["class"] = _names(opened, columns["label"])
@@ -163,10 +165,10 @@ def gallery_csv(opened: Opened, selection: Selection) -> bytes:
 
 
 def influenced_csv(opened: Opened, train: int) -> bytes:
-    """A training example's page: a row of its own, then the test examples with `tt_idx`, `class`, `infl`, `infl_se`.
+    """Table of a training example's page.
 
-    Its own row has `tr_idx`, `class`, the columns of `memorization.parquet` and the standard errors of `p_in` and `p_out`. All have a
-    `filename` where there are any.
+    The first row is the training example: `tr_idx`, `class`, the columns of `memorization.parquet`, `p_in_se` and `p_out_se`. The others
+    are test examples: `tt_idx`, `class`, `infl`, `infl_se`. All have a `filename` if the dataset has file names.
     """
     own: dict[str, Any] = {"tr_idx": [train], "class": _names(opened, opened.memorization["label"][[train]])}
     own |= {name: values[[train]] for name, values in opened.memorization.items() if name not in ("index", "label")}
@@ -179,14 +181,15 @@ def influenced_csv(opened: Opened, train: int) -> bytes:
 
 
 def influencers_csv(opened: Opened, test: int) -> bytes:
-    """A test example's page: a row of its own, then the training examples with `tr_idx`, `class`, `infl`, `infl_se`, `mem`, `mem_se`.
+    """Table of a test example's page.
 
-    Its own row has `tt_idx`, `class`, and the share `right` of so many `models`, with its standard error `right_se`. All have a `filename`
-    where there are any.
+    The first row is the test example: `tt_idx`, `class`, its accuracy `right` with standard error `right_se`, and the number of `models`.
+    The others are training examples: `tr_idx`, `class`, `infl`, `infl_se`, `mem`, `mem_se`. All have a `filename` if the dataset has file
+    names.
     """
-    right = right_share(opened, test)
+    accuracy = accuracy_on(opened, test)
     own: dict[str, Any] = {"tt_idx": [test], "class": _names(opened, opened.scores.test_labels[[test]])}
-    own |= {"right": [right.value], "right_se": [right.error], "models": [right.models]}
+    own |= {"right": [accuracy.value], "right_se": [accuracy.se], "models": [accuracy.models]}
     if opened.test_files is not None:
         own["filename"] = [opened.test_files[test]]
     table = _joined(influencers(opened, test))
@@ -198,9 +201,9 @@ def influencers_csv(opened: Opened, test: int) -> bytes:
 
 
 def csv(*tables: dict[str, Any]) -> bytes:
-    """Tables one below the other as CSV, each of columns of equal length; what one has no column for is empty.
+    """Encode tables below each other as CSV; cells of missing columns are empty.
 
-    A text that a spreadsheet would take for a formula begins with an apostrophe.
+    Texts that a spreadsheet would read as a formula get a leading apostrophe.
     """
     safe = [pa.table({name: values if _is_numbers(values) else _inert(values) for name, values in table.items()}) for table in tables]
     buffer = io.BytesIO()
@@ -212,12 +215,10 @@ def _is_numbers(values: Any) -> bool:
     return isinstance(values, np.ndarray) and values.dtype != object
 
 
-def _tiles(
-    opened: Opened, split: str, index: Column, labels: Column, value: Column, error: Column, files: Sequence[str] | None
-) -> list[Tile]:
+def _tiles(opened: Opened, split: str, index: Column, labels: Column, value: Column, se: Column, files: Sequence[str] | None) -> list[Tile]:
     names = _names(opened, labels[index])
-    rows = zip(index.tolist(), names, value.tolist(), error.tolist(), strict=True)
-    return [Tile(split, place, name, infl, se, None if files is None else files[place]) for place, name, infl, se in rows]
+    rows = zip(index.tolist(), names, value.tolist(), se.tolist(), strict=True)
+    return [Tile(split, i, name, score, score_se, None if files is None else files[i]) for i, name, score, score_se in rows]
 
 
 def _names(opened: Opened, labels: Column) -> list[str]:

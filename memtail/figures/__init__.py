@@ -1,1 +1,1 @@
-"""The style of figures and pages, and thumbnails of images."""
+"""Style of figures and pages, numbers as text, and thumbnails."""

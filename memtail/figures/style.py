@@ -1,4 +1,7 @@
-"""How figures look: in the colours of the pages that they are on, `base.css`. Importing this takes a moment; only what draws does."""
+"""Style of all figures: the colours of the pages, from `base.css`.
+
+Importing this module loads matplotlib, so only modules that draw import it.
+"""
 
 import functools
 import io
@@ -15,21 +18,26 @@ _DOTS_PER_INCH = 150
 
 @functools.cache
 def colour(name: str) -> str:
-    """A colour of `base.css`, by its name there without the dashes, as #rrggbb."""
+    """Return the colour variable `--name` of `base.css` as #rrggbb.
+
+    Raises:
+        KeyError: `base.css` has no such colour.
+    """
     css = files("memtail.figures").joinpath("base.css").read_text()
-    found = re.search(rf"--{name}: (#[0-9a-f]{{6}});", css)
-    assert found, name
-    return found[1]
+    match = re.search(rf"--{name}: (#[0-9a-f]{{6}});", css)
+    if match is None:
+        raise KeyError(name)
+    return match[1]
 
 
-#: For lines: two of the pages' own, and others that people with any colour vision tell from them and from one another.
+#: Colours of lines, distinguishable with any colour vision.
 COLOURS = (colour("accent"), colour("warm"), "#56b4e9", "#cc79a7", "#e69f00", colour("ink"))
 GREY = colour("muted")
 
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches, in the style of all, to be filled, and saved by `encoded`, in the context."""
+    """Create a figure of `width` x `height` inches in the common style, to be drawn inside the context."""
     style = mpl.rc_context(
         {
             "axes.axisbelow": True,
@@ -51,8 +59,6 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
             "text.color": colour("ink"),
             "xtick.color": colour("muted"),
             "ytick.color": colour("muted"),
-            # names within an SVG follow from a salt, which is random if it is not given
-            "svg.hashsalt": "memtail",
         }
     )
     with style:
@@ -60,8 +66,9 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
 
 
 def encoded(figure: Figure) -> dict[str, bytes]:
-    """A figure as a file of SVG and one of PNG, by these names in lower case; equal figures give equal bytes."""
+    """Encode a figure as files, under the keys "svg" and "png"; equal figures give equal bytes."""
     svg, png = io.BytesIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    with mpl.rc_context({"svg.hashsalt": "memtail"}):  # ids inside an SVG are derived from a salt, by default a random one
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
     return {"svg": svg.getvalue(), "png": png.getvalue()}

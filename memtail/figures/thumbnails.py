@@ -1,4 +1,4 @@
-"""Images of a dataset as files that people and browsers look at."""
+"""Images of a dataset as PNG and JPEG files."""
 
 import io
 
@@ -8,16 +8,21 @@ from PIL import Image
 
 
 def png(image: npt.NDArray[np.uint8]) -> bytes:
-    """One image, uint8 [H, W, 1] or [H, W, 3], as a PNG file of the same size."""
+    """Encode an image, uint8 [H, W, 1] or [H, W, 3], as a PNG file of the same size."""
     buffer = io.BytesIO()
     Image.fromarray(np.squeeze(image, axis=2) if image.shape[2] == 1 else image).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def thumbnail(image: npt.NDArray[np.uint8], side: int = 96) -> tuple[str, bytes]:
-    """One image, uint8 [H, W, 1] or [H, W, 3], as small as a page of many needs it: a MIME type and a file.
+    """Encode an image for a page with many of them.
 
-    One of no more than `side` pixels a side is a PNG of its own size, a larger one a JPEG of that side.
+    Args:
+        image: uint8 [H, W, 1] or [H, W, 3].
+        side: largest side in pixels. A smaller image becomes a PNG of its size, a larger one a JPEG scaled down to `side`.
+
+    Returns:
+        The MIME type and the file.
     """
     if max(image.shape[:2]) <= side:
         return "image/png", png(image)

@@ -1,12 +1,13 @@
-"""Architectures by name: `build_model(spec, image_shape, classes)` gives a freshly initialised network.
+"""Architectures by name: `build_model(spec, image_shape, classes)` returns a freshly initialised network.
 
-A network takes float images [B, C, H, W] and gives logits [B, classes]. One that is a `torch.nn.Sequential` of plain layers is trained
-stacked, many trials at a time (see `memtail.trainers.images.stack`); any other is trained one trial at a time.
+A network maps float images [B, C, H, W] to logits [B, classes]. A `torch.nn.Sequential` of plain layers is trained stacked, many trials
+at a time (see `memtail.trainers.images.stack`); any other network is trained one trial at a time.
 """
 
 import difflib
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "inception": inception,
 }
 
-# Below this many pixels a side, resnet18 and resnet50 get the CIFAR stem; above it they are torchvision's.
+# Images with fewer pixels a side get the CIFAR stem of resnet18 and resnet50; from here on both are torchvision's.
 _SMALL_IMAGE = 128
 
 
 def build_model(spec: ModelSpec, image_shape: ImageShape, classes: int) -> nn.Module:
-    """A network with weights drawn from torch's global generator.
+    """Return a network with weights drawn from torch's global generator.
 
     Args:
         spec: the `model` part of an experiment.
@@ -42,7 +43,7 @@ def build_model(spec: ModelSpec, image_shape: ImageShape, classes: int) -> nn.Mo
         classes: number of logits.
 
     Raises:
-        SpecError: the name is not known, or the user's module cannot be imported.
+        SpecError: the name is unknown, or the user's module cannot be imported.
     """
     if isinstance(spec, Mlp):
         return mlp(image_shape, classes, spec.hidden)
@@ -56,25 +57,31 @@ def build_model(spec: ModelSpec, image_shape: ImageShape, classes: int) -> nn.Mo
     return _torchvision(spec.name, image_shape, classes, spec.options)
 
 
-def check_model(spec: ModelSpec, image_shape: ImageShape, classes: int) -> None:
-    """Build the network once and run one image through it.
+def check_model(spec: ModelSpec, image_shape: ImageShape, classes: int, *, within: AbstractContextManager[object] | None = None) -> None:
+    """Build the network and run one image through it.
+
+    Args:
+        spec: the `model` part of an experiment.
+        image_shape: (C, H, W).
+        classes: number of logits.
+        within: entered around building and running, to measure them.
 
     Raises:
-        SpecError: it cannot be built, does not work on such images, or gives anything but one row of logits per image.
+        SpecError: the network cannot be built, fails on images of this shape, or does not return one row of logits per image.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), within or nullcontext():
             logits = build_model(spec, image_shape, classes).eval()(torch.zeros(1, *image_shape))
     except SpecError:
         raise
-    except Exception as error:  # whatever the user's own code raises
+    except Exception as error:  # user code may raise anything
         raise SpecError(
             f"model '{spec.name}': cannot be built for images of {list(image_shape)} [C, H, W] and run on one "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): mend its options, or choose another model or other images"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): fix its options, or choose another model or other images"
         ) from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         shown = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise SpecError(f"model '{spec.name}': gives {shown} for one image, needed are logits [1, {classes}]")
+        raise SpecError(f"model '{spec.name}': gives {shown} for one image, needed are logits [1, {classes}]: fix the model")
 
 
 def _torchvision(name: str, image_shape: ImageShape, classes: int, options: dict[str, Any]) -> nn.Module:
@@ -95,7 +102,7 @@ def _torchvision(name: str, image_shape: ImageShape, classes: int, options: dict
 
 
 class _AsColour(nn.Module):
-    """Repeats a grey channel three times: torchvision's networks take colour images."""
+    """Repeats a grey channel three times, since torchvision's networks take colour images."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.expand(-1, 3, -1, -1)
@@ -104,10 +111,10 @@ class _AsColour(nn.Module):
 def _imported(path: str) -> Callable[..., nn.Module]:
     module, _, function = path.partition(":")
     try:
-        found: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the user's own module raises
+        builder: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a user's module may raise anything
         raise SpecError(
             f"model.name: '{path}' cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): "
             f"it must be package.module:function, importable from here (see PYTHONPATH)"
         ) from None
-    return found
+    return builder

@@ -4,7 +4,7 @@ from torch import nn
 
 
 def densenet100(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Three dense blocks of 16 bottleneck layers each, compression 0.5; about 0.77 M parameters."""
+    """Return three dense blocks of 16 bottleneck layers each, compression 0.5; about 0.77 M parameters."""
     from torchvision.models.densenet import DenseNet
 
     growth = 12
@@ -12,7 +12,7 @@ def densenet100(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
     stem = nn.Conv2d(image_shape[0], 2 * growth, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight)
     features: nn.Sequential = network.features  # type: ignore[assignment]
-    # the stem of torchvision's network quarters the image, which small images cannot afford
+    # torchvision's stem reduces the sides of an image to a quarter, too much for small images
     kept = [(name, layer) for name, layer in features.named_children() if name not in ("conv0", "norm0", "relu0", "pool0")]
     network.features = nn.Sequential()
     network.features.add_module("conv0", stem)

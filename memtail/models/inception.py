@@ -1,11 +1,11 @@
-"""The small Inception network of Zhang et al., "Understanding deep learning requires rethinking generalization" (2017), figure 3."""
+"""Small Inception network of Zhang et al., "Understanding deep learning requires rethinking generalization" (2017), figure 3."""
 
 import torch
 from torch import nn
 
 
 def inception(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Two-branch inception and downsample modules for 28 x 28 inputs (others of at least 12 x 12 work); about 1.65 M parameters."""
+    """Return two-branch inception and downsample modules for 28 x 28 inputs, at least 12 x 12; about 1.65 M parameters."""
     return nn.Sequential(
         _convolution(image_shape[0], 96, 3),
         *(_Branches(before, ones, threes) for before, ones, threes in ((96, 32, 32), (64, 32, 48))),

@@ -1,4 +1,4 @@
-"""The two small networks: plain sequences of layers, which train stacked."""
+"""Small networks that are plain sequences of layers, and so are trained stacked."""
 
 from itertools import pairwise
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def mlp(image_shape: tuple[int, int, int], classes: int, hidden: list[int]) -> nn.Sequential:
-    """Fully connected layers of the widths `hidden`, with ReLU between them, on flattened images."""
+    """Return fully connected layers of the widths `hidden`, with ReLU between them, on flattened images."""
     channels, height, width = image_shape
     widths = [channels * height * width, *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -16,7 +16,7 @@ def mlp(image_shape: tuple[int, int, int], classes: int, hidden: list[int]) -> n
 
 
 def cnn(image_shape: tuple[int, int, int], classes: int, channels: list[int], hidden: int) -> nn.Sequential:
-    """3x3 convolutions with ReLU and 2x2 max pooling, one per entry of `channels`, then one hidden layer."""
+    """Return 3x3 convolutions with ReLU and 2x2 max pooling, one per entry of `channels`, then one hidden layer."""
     before, height, width = image_shape
     layers: list[nn.Module] = []
     for after in channels:

@@ -1,7 +1,7 @@
 """Residual networks for small images.
 
-`resnet9` is the nine-layer network of fast CIFAR training (Page, "How to train your ResNet", 2018); `resnet18` and `resnet50` are those
-of He et al. (2016) with a stem for small images: one 3x3 convolution, no pooling.
+`resnet9` is the nine-layer network of fast CIFAR training (Page, "How to train your ResNet", 2018). `resnet18` and `resnet50` are the
+networks of He et al. (2016) with a stem for small images: one 3x3 convolution, no pooling.
 """
 
 import torch
@@ -9,9 +9,13 @@ from torch import nn
 
 
 def resnet9(image_shape: tuple[int, int, int], classes: int, width: int = 64, scale: float = 0.125) -> nn.Module:
-    """Eight convolutions and a linear layer, two residual blocks; about 6.6 M parameters at width 64.
+    """Return eight convolutions and a linear layer, with two residual blocks; about 6.6 M parameters at width 64.
 
-    `scale` multiplies the logits, which the batch-normalised features would make too large.
+    Args:
+        image_shape: (C, H, W).
+        classes: number of logits.
+        width: channels of the first convolution.
+        scale: factor of the logits, which are too large after batch normalisation.
     """
     return nn.Sequential(
         _convolution(image_shape[0], width),
@@ -31,12 +35,12 @@ def resnet9(image_shape: tuple[int, int, int], classes: int, width: int = 64, sc
 
 
 def resnet18(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Torchvision's resnet18 with a stem for small images."""
+    """Return torchvision's resnet18 with a stem for small images."""
     return _with_small_stem("resnet18", image_shape, classes)
 
 
 def resnet50(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Torchvision's resnet50 with a stem for small images."""
+    """Return torchvision's resnet50 with a stem for small images."""
     return _with_small_stem("resnet50", image_shape, classes)
 
 

@@ -1,5 +1,5 @@
-"""What an experiment found, as one self-contained page: figures, galleries of images, and every number with its standard error.
+"""Report of an experiment as one self-contained HTML page: figures, galleries of images, and every number with its standard error.
 
-`content` chooses what is shown, `figures` draws, `page` writes HTML, `publish` puts it into the store beside the scores. The colours
-and the type are those of `memtail/figures/base.css`, which `memtail.figures.style` takes its colours from too.
+`content` chooses what the page shows (`items` are its types), `figures` draws, `page` renders HTML, `publish` writes the page and its
+figures to the store. Colours and type come from `memtail/figures/base.css`, which `memtail.figures.style` also reads.
 """

@@ -1,4 +1,4 @@
-"""The report's figures: equal data give equal bytes, as SVG and as PNG."""
+"""Figures of the report, as SVG and PNG; equal data give equal bytes."""
 
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
@@ -10,7 +10,12 @@ from memtail.scores.summary import MEM_STEPS, SE_QUANTILES
 
 
 def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:
-    """How many examples have which memorization, from the lowest that there is to 1, with the standard error of each bar."""
+    """Draw the histogram of memorization, from the lowest value to 1, with the standard error of each bar.
+
+    Args:
+        stage: the counts and their standard errors.
+        edges: float [bins + 1], the edges of the bins.
+    """
     with drawing(6.4, 3.3) as figure:
         axes = figure.subplots()
         first = min(int(np.flatnonzero(stage.counts)[0]) if stage.counts.any() else len(edges), int(np.searchsorted(edges, -0.1)))
@@ -41,17 +46,22 @@ def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:
 
 
 def convergence_figure(stages: list[Stage], fraction: float) -> dict[str, bytes]:
-    """Quantiles of the standard error beside the largest to be expected, and the share memorized, by number of trials."""
+    """Draw quantiles of the standard error, the largest to expect, and the share of memorized examples, by number of trials.
+
+    Args:
+        stages: memorization by number of trials.
+        fraction: share of the training set that a trial saw.
+    """
     with drawing(9.6, 3.3) as figure:
         errors, shares = figure.subplots(1, 2)
         trials = np.array([stage.trials for stage in stages])
         expected = [expected_standard_error(number, fraction) for number in trials]
-        errors.plot(trials, expected, color=colour("warm"), linestyle="--", linewidth=1.2, label="largest to be expected")
+        errors.plot(trials, expected, color=colour("warm"), linestyle="--", linewidth=1.2, label="largest expected")
         names = {0.5: "half of the examples", 0.95: "95% of the examples", 1.0: "all examples"}
         shades = (colour("accent-soft"), colour("accent"), colour("ink"))
         for place, (quantile, shade) in reversed(list(enumerate(zip(SE_QUANTILES, shades, strict=True)))):
             values = np.array([stage.standard_errors[place] for stage in stages])
-            if not (values > 0).any():  # half of all examples are often right whoever saw them
+            if not (values > 0).any():  # often half of the examples are classified correctly by every model
                 continue
             errors.plot(trials, np.where(values > 0, values, np.nan), marker="o", markersize=3.5, color=shade, label=names[quantile])
         errors.set_xscale("log")

@@ -1,8 +1,9 @@
-"""The page itself: one HTML file that needs nothing else, neither a network nor a script."""
+"""Rendering of the report page: one HTML file without scripts that loads nothing else."""
 
 import base64
 import math
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 
@@ -12,18 +13,21 @@ from memtail.datasets import ImageDataset
 from memtail.estimators.convergence import HALVES
 from memtail.estimators.false_discovery import LARGEST_RATE
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.figures.numbers import fixed, percent
 from memtail.figures.thumbnails import thumbnail
-from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM, Content, Number, image_of
+from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM
 from memtail.report.figures import convergence_figure, memorization_figure
+from memtail.report.items import Content, Number
 from memtail.scores.summary import MEM_STEPS
 
 _ACCURACIES = (("in_subset_accuracy", "in-subset accuracy"), ("held_out_accuracy", "held-out accuracy"), ("test_accuracy", "test accuracy"))
-# Images of no more pixels a side are shown pixel by pixel.
+# Images of at most this many pixels a side are scaled up without smoothing.
 _SMALL = 64
+_MISSING = "–"
 
 
 def draw(content: Content) -> dict[str, dict[str, bytes]]:
-    """The figures by name, each as `memtail.figures.style.encoded` gives it."""
+    """Draw the figures; returns the files of `memtail.figures.style.encoded` by figure."""
     return {
         "memorization": memorization_figure(content.stages[-1], EDGES),
         "convergence": convergence_figure(content.stages, content.fraction),
@@ -31,31 +35,31 @@ def draw(content: Content) -> dict[str, dict[str, bytes]]:
 
 
 def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: ImageDataset, scores: str) -> str:
-    """The page as HTML; equal content gives equal text.
+    """Render the page as HTML; equal content gives equal text.
 
     Args:
-        content: what it shows.
-        figures: as `draw` gives them.
-        dataset: whose images it shows.
-        scores: the version of the scores that it is of.
+        content: content of the page.
+        figures: result of `draw`.
+        dataset: images of the experiment.
+        scores: version of the scores.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         {
-            "fixed": _fixed,
-            "percent": lambda value, digits: f"{_fixed(100 * value, digits)}%",
+            "fixed": partial(fixed, missing=_MISSING),
+            "percent": partial(percent, missing=_MISSING),
             "thousands": lambda value: f"{value:,}",
-            "count_of": lambda share, count: "–" if math.isnan(share) else f"{round(share * count):,}",
+            "count_of": lambda share, count: _MISSING if math.isnan(share) else f"{round(share * count):,}",
             "rate": _rate,
             "svg_uri": lambda svg: _data_uri("image/svg+xml", svg),
-            "data_uri": lambda example: _data_uri(*thumbnail(image_of(example, dataset))),
+            "data_uri": lambda example: _data_uri(*thumbnail(example.image(dataset))),
         }
     )
     small = max(dataset.image_shape[1:]) <= _SMALL
     environment.tests.update({"undefined_number": math.isnan, "small": lambda example: small})
     source = files("memtail.report")
     last = content.stages[-1]
-    shares = {step: Number(float(share), float(error)) for step, share, error in zip(MEM_STEPS, last.shares, last.shares_se, strict=True)}
+    shares = {step: Number(float(share), float(se)) for step, share, se in zip(MEM_STEPS, last.shares, last.shares_se, strict=True)}
     return environment.from_string(source.joinpath("report.html.j2").read_text()).render(
         {field.name: getattr(content, field.name) for field in fields(content)},
         css=files("memtail.figures").joinpath("base.css").read_text() + source.joinpath("report.css").read_text(),
@@ -76,13 +80,6 @@ def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Imag
         accuracy_titles=_ACCURACIES,
         halves=HALVES,
     )
-
-
-def _fixed(value: float, digits: int) -> str:
-    if math.isnan(value):
-        return "–"
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def _rate(rate: float) -> str:

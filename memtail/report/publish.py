@@ -1,65 +1,54 @@
-"""Making the report of an experiment from its published scores, and moving it into the store, with a pointer to it afterwards.
+"""Publication of an experiment's report: made from the published scores, written to the store, then pointed to.
 
-In `experiments/<name>/report/<version>/` lie `report.html` and each figure as SVG and PNG; `report/latest.json` names the version:
-`version`, `files`, `page` (one of them), `scores` (the version of the scores that it is of) and `studies` (those that it shows).
+`experiments/<name>/report/<version>/` holds `report.html` and each figure as SVG and PNG; `report/latest.json` points to the version
+(see `memtail.report.pointer`).
 """
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ScoresError
 from memtail.experiment_store import ExperimentStore
+from memtail.report.pointer import ReportPointer, latest_report
 from memtail.scores.fetch import fetch_scores
 from memtail.scores.names import MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
 from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
-from memtail.storage import ObjectNotFound, ObjectStore, keys
-from memtail.storage.local import LocalStore
+from memtail.storage import ObjectStore, keys
 from memtail.studies.result import StudyResult, load_results
 
-#: The page's file.
+#: File name of the page.
 PAGE = "report.html"
-# The score files that the report is made of.
-_NEEDED = (MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY)
-
-
-def latest_report(store: ObjectStore, name: str) -> dict[str, Any] | None:
-    """The pointer to the latest report; None if there is none."""
-    try:
-        pointer: dict[str, Any] = json.loads(store.get(keys.latest_report(name)))
-        return pointer if {"version", "files", "page", "scores", "studies"} <= pointer.keys() else None
-    except (ObjectNotFound, ValueError, AttributeError):
-        return None  # not there, or damaged: the next report writes it
+# Score files that the report is made from.
+_SCORE_FILES = (MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY)
 
 
 def is_current(store: ObjectStore, name: str) -> bool:
-    """Whether the latest report shows the latest scores and all studies."""
+    """Check whether the latest report shows the latest scores and all studies."""
     report, scores = latest_report(store, name), latest_version(store, name)
     if report is None or scores is None:
         return False
-    return (report["scores"], report["studies"]) == (scores.version, _dates(load_results(store, name)))
+    return (report.scores, report.studies) == (scores.version, _finish_times(load_results(store, name)))
 
 
-def publish_report(store: ObjectStore, name: str) -> dict[str, Any]:
-    """Make the report of the latest scores and studies, and point readers to it; returns the pointer.
+def publish_report(store: ObjectStore, name: str) -> ReportPointer:
+    """Make the report of the latest scores and studies, and point readers to it.
 
-    The version's name follows from the content: equal scores and studies give equal bytes. The pointer does not go back to
-    scores of fewer trials.
+    The version is derived from the content: equal scores and studies give equal bytes. The pointer never moves back to scores of fewer
+    trials.
 
     Raises:
         ScoresError: there are no scores, or they are damaged.
         DatasetError: the images are neither in the cache nor in the store.
         StoreError: the store cannot be read or written.
     """
-    from memtail.report.content import content  # these take a moment to import
+    from memtail.report.content import choose_content  # slow to import
     from memtail.report.page import draw, render
 
     record = ExperimentStore(store, name).read_record()
@@ -70,58 +59,51 @@ def publish_report(store: ObjectStore, name: str) -> dict[str, Any]:
     dataset = fetch(store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit)
     studies = load_results(store, name)
     with _scores(store, name, published) as scores:
-        shown = content(record, scores, dataset, studies)
-    figures = draw(shown)
-    made = {PAGE: render(shown, figures, dataset, published.version).encode()}
-    for figure, drawn in figures.items():
-        made |= {f"{figure}.{kind}": data for kind, data in drawn.items()}
-    digest = hashlib.sha256(b"".join(made[file] for file in sorted(made))).hexdigest()[:8]
+        content = choose_content(record, scores, dataset, studies)
+    figures = draw(content)
+    files = {PAGE: render(content, figures, dataset, published.version).encode()}
+    for figure, encoded in figures.items():
+        files |= {f"{figure}.{kind}": data for kind, data in encoded.items()}
+    digest = hashlib.sha256(b"".join(files[file] for file in sorted(files))).hexdigest()[:8]
     version = f"{published.version.partition('-')[0]}-{digest}"
-    for file, data in made.items():
+    for file, data in files.items():
         store.put(keys.report(name, version) + file, data)
-    pointer = {
-        "version": version,
-        "files": sorted(made),
-        "page": PAGE,
-        "scores": published.version,
-        "studies": _dates(studies),
-    }
-    before = latest_report(store, name)
-    if before is None or _trials(before["version"]) <= _trials(version):
-        store.put(keys.latest_report(name), json.dumps(pointer, indent=1).encode())
-        _remove_old(store, name, {version, before["version"]} if before else {version})
+    pointer = ReportPointer(version, sorted(files), PAGE, published.version, _finish_times(studies))
+    previous = latest_report(store, name)
+    if previous is None or previous.trials <= pointer.trials:
+        store.put(keys.latest_report(name), pointer.to_json().encode())
+        _remove_superseded(store, name, pointer, previous)
     return pointer
 
 
-def fetch_report(store: ObjectStore, name: str, pointer: dict[str, Any], folder: Path) -> None:
-    """Copy the files of the version that a pointer names to a folder. Raises: StoreError."""
-    for file in pointer["files"]:
-        store.download(keys.check(keys.report(name, pointer["version"]) + file), folder / file)
+def fetch_report(store: ObjectStore, name: str, pointer: ReportPointer, folder: Path) -> None:
+    """Copy the files of a report to a folder. Raises: StoreError."""
+    for file in pointer.files:
+        store.download(keys.check(keys.report(name, pointer.version) + file), folder / file)
 
 
 @contextmanager
 def _scores(store: ObjectStore, name: str, pointer: ScorePointer) -> Iterator[Scores]:
-    """The scores where they lie, or for a while a copy of what is needed of them."""
-    if isinstance(store, LocalStore):
-        yield Scores(store.path(keys.scores(name, pointer.version).rstrip("/")))
+    """Open the scores in a local store, or a temporary copy of the files needed."""
+    if folder := store.local_path(keys.scores(name, pointer.version).rstrip("/")):
+        yield Scores(folder)
         return
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
-        fetch_scores(store, name, replace(pointer, files=_NEEDED), Path(temporary))
+        fetch_scores(store, name, replace(pointer, files=_SCORE_FILES), Path(temporary))
         yield Scores(Path(temporary))
 
 
-def _dates(studies: list[StudyResult]) -> dict[str, str]:
+def _finish_times(studies: list[StudyResult]) -> dict[str, str]:
     return {study.study: study.finished for study in studies}
 
 
-def _trials(version: str) -> str:
-    return version.partition("-")[0]
+def _remove_superseded(store: ObjectStore, name: str, pointer: ReportPointer, previous: ReportPointer | None) -> None:
+    """Remove earlier versions, except the previous one, which a reader may still be reading.
 
-
-def _remove_old(store: ObjectStore, name: str, kept: set[str]) -> None:
-    """Leave the version before, which a reader may have begun to read, and those of more trials, which may be in the making."""
-    newest = max(map(_trials, kept))
+    Versions of more trials stay: another process may be writing them.
+    """
+    kept = {pointer.version} if previous is None else {pointer.version, previous.version}
     for version in list(store.folders(keys.all_reports(name))):
-        if version not in kept and _trials(version) <= newest:
+        if version not in kept and version.partition("-")[0] <= pointer.trials:
             for key in list(store.list(keys.report(name, version))):
                 store.delete(key)

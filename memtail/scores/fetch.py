@@ -8,11 +8,10 @@ from pathlib import Path
 
 from memtail.errors import ScoresError
 from memtail.scores.names import LATEST, SUMMARY
-from memtail.scores.pointer import KEPT_VERSIONS, ScorePointer, latest_version
+from memtail.scores.pointer import ScorePointer, latest_version, superseded
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
-from memtail.storage.local import LocalStore
 from memtail.storage.open import is_url, open_store
 
 
@@ -54,8 +53,8 @@ def open_scores(store: ObjectStore, name: str, files: Sequence[str] | None = Non
         ScoresError: there are no scores, or they are damaged.
         StoreError: the store cannot be read, or the cache cannot be written.
     """
-    if isinstance(store, LocalStore):
-        return load_scores(store.path(keys.all_scores(name).rstrip("/")))
+    if local := store.local_path(keys.all_scores(name).rstrip("/")):
+        return load_scores(local)
     pointer = latest_version(store, name)
     if pointer is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
@@ -88,8 +87,8 @@ def fetch_scores(store: ObjectStore, name: str, pointer: ScorePointer, folder: P
 def _remove_old(current: Path) -> None:
     """Keep as many versions in the cache as the store does, for readers that have begun to read the previous one."""
     try:
-        earlier = sorted(folder for folder in current.parent.iterdir() if folder.is_dir() and folder.name < current.name)
+        cached = [folder.name for folder in current.parent.iterdir() if folder.is_dir()]
     except OSError as error:
         raise ScoresError(f"{current.parent} cannot be listed ({error.strerror}): set MEMTAIL_CACHE to another folder") from None
-    for folder in earlier[: max(0, len(earlier) - KEPT_VERSIONS + 1)]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for version in superseded(cached, current.name):
+        shutil.rmtree(current.parent / version, ignore_errors=True)

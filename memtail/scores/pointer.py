@@ -1,6 +1,7 @@
 """The pointer to the published scores, `scores/latest.json`: small, and read without the modules that read and write scores."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -56,3 +57,9 @@ def latest_version(store: ObjectStore, name: str) -> ScorePointer | None:
         return ScorePointer.from_json(store.get(keys.latest_scores(name)))
     except (ObjectNotFound, ValueError, KeyError, TypeError):
         return None
+
+
+def superseded(versions: Iterable[str], current: str) -> list[str]:
+    """List the versions to remove: those before the current one, without the latest `KEPT_VERSIONS` - 1 of them."""
+    earlier = sorted(version for version in versions if version < current)
+    return earlier[: max(0, len(earlier) - KEPT_VERSIONS + 1)]

@@ -9,7 +9,7 @@ from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
 from memtail.experiment_store import Record
 from memtail.scores.files import write_scores
-from memtail.scores.pointer import KEPT_VERSIONS, ScorePointer, latest_version
+from memtail.scores.pointer import ScorePointer, latest_version, superseded
 from memtail.scores.summary import ScoreSummary
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
@@ -71,8 +71,7 @@ def _version(fingerprint: str, statistics: Statistics) -> str:
 
 
 def _remove_old(store: ObjectStore, name: str, current: str) -> None:
-    # later versions may be in the making by another run
-    earlier = [version for version in versions(store, name) if version < current]
-    for version in earlier[: max(0, len(earlier) - KEPT_VERSIONS + 1)]:
+    # not the versions after it, which another run may be writing
+    for version in superseded(versions(store, name), current):
         for key in list(store.list(keys.scores(name, version))):
             store.delete(key)

@@ -1,6 +1,6 @@
-"""The declaration of an experiment: its parts, its validation, and the fingerprint that names what it computes.
+"""Declaration of an experiment: its parts, their validation, and the fingerprint of the computation.
 
-Nothing here imports torch.
+No module of this package imports torch.
 """
 
 from memtail.spec.cluster import Toleration, WorkersSpec
@@ -18,7 +18,7 @@ from memtail.spec.experiment import (
     Mlp,
     ModelSpec,
     NamedModel,
-    RecordSpec,
+    RecordedOutcomes,
     ScheduleSpec,
     Sgd,
     Step,
@@ -40,7 +40,7 @@ __all__ = [
     "Mlp",
     "ModelSpec",
     "NamedModel",
-    "RecordSpec",
+    "RecordedOutcomes",
     "ScheduleSpec",
     "Sgd",
     "Step",

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from memtail.spec.base import Part
 
-# How Kubernetes writes an amount of something.
+# Quantities as Kubernetes writes them.
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 
 

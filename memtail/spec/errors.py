@@ -1,4 +1,4 @@
-"""Messages for people: validation errors in one line, and the differences of two declarations."""
+"""Messages for users: validation errors in one line, and differences between two declarations."""
 
 import difflib
 import json
@@ -9,7 +9,12 @@ from pydantic import BaseModel, ValidationError
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """All of a validation error in one line; unknown keys come with the nearest known one."""
+    """Return a validation error in one line, with the nearest known key for each unknown one.
+
+    Args:
+        error: raised by `model`.
+        model: the class that was validated.
+    """
     lines = []
     for item in error.errors(include_url=False):
         location, fields = _locate(item["loc"], model)
@@ -26,7 +31,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:
-    """The dotted path of an error without pydantic's union tags, and the keys known beside its last part."""
+    """Return the dotted path of an error without pydantic's union tags, and the keys known beside its last part."""
     path: list[str] = []
     candidates: list[type[BaseModel]] = [model]
     known: list[str] = []
@@ -54,15 +59,21 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two canonical declarations, as `subsets.fraction 0.7 -> 0.5`."""
-    found = []
+    """Return the differences between two canonical declarations, as `subsets.fraction 0.7 -> 0.5`.
+
+    Args:
+        old: as `Experiment.canonical` returns it.
+        new: as `old`.
+        prefix: of the keys, with a dot at its end.
+    """
+    changes = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
+            changes += differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append(f"{prefix}{key} {_short(before)} -> {_short(after)}")
-    return found
+            changes.append(f"{prefix}{key} {_short(before)} -> {_short(after)}")
+    return changes
 
 
 def _short(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""The experiment: one declaration (YAML) of dataset, model, training recipe, subset design and number of trials.
+"""Experiment: one declaration (YAML) of dataset, model, training recipe, subset design and number of trials.
 
-`Experiment.load(path)` reads and validates a file; `experiment.fingerprint(dataset_fingerprint)` names what it computes. Two
-things are left out of the fingerprint because no trial depends on them: `execution` (how fast), and `subsets.trials` and `subsets.until`
-(how many: an experiment is extended by asking for more of the same trials). So are `name` and the places where files lie.
+`Experiment.load(path)` reads and validates a file; `experiment.fingerprint(dataset_fingerprint)` identifies its computation. The
+fingerprint omits everything that no trial depends on: `name`, the paths of files, `execution` (speed), and `subsets.trials` and
+`subsets.until` (number of trials: more trials extend an experiment).
 """
 
 import hashlib
@@ -15,18 +15,19 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from memtail.digests import file_digest
 from memtail.errors import SpecError
 from memtail.spec.base import Fraction, Part
 from memtail.spec.cluster import WorkersSpec
 from memtail.spec.errors import describe
 
-#: Part of every fingerprint: raised when a change in memtail changes what a trial computes.
+#: Part of every fingerprint; raised when a change in memtail changes the computation of a trial.
 RECIPE_VERSION = 2
 
-#: Names of experiments: they are parts of object keys.
+#: Pattern of experiment names, which are parts of object keys.
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 
-# Trials of the first round of an experiment that ends when its scores are sharp enough.
+# Fewest trials in the first round of an experiment that stops at a standard error.
 _SMALLEST_ROUND = 64
 
 
@@ -219,11 +220,21 @@ class UntilSpec(Part):
     quantile: Annotated[float, Field(gt=0, le=1)] = 0.95
 
     def most_trials(self, fraction: float) -> int:
-        """The trials that no example needs more than: the worst case, p_in = p_out = 1/2 (see `expected_standard_error`)."""
+        """Return the number of trials that suffices for every example: the worst case, p_in = p_out = 1/2.
+
+        See `memtail.estimators.expected_standard_error`.
+
+        Args:
+            fraction: of the training examples in each subset.
+        """
         return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / self.standard_error**2)
 
     def first_round(self, fraction: float) -> int:
-        """The trials to begin with: a twentieth of the worst case, and enough for standard errors to mean something."""
+        """Return the number of trials of the first round: a twentieth of the worst case, but enough to estimate standard errors from.
+
+        Args:
+            fraction: of the training examples in each subset.
+        """
         most = self.most_trials(fraction)
         return max(2, min(most, max(_SMALLEST_ROUND, most // 20)))
 
@@ -255,7 +266,7 @@ class SubsetsSpec(Part):
                 until = UntilSpec.model_validate(data["until"])
                 return {**data, "trials": until.first_round(float(data.get("fraction", 0.7)))}
         except (KeyError, TypeError, ValueError, ArithmeticError):  # a ValidationError is a ValueError
-            pass  # there is no `until`, or it is reported as what it is
+            pass  # there is no `until`, or its own validation reports it
         return data
 
     @model_validator(mode="after")
@@ -271,7 +282,7 @@ class SubsetsSpec(Part):
         return self
 
 
-class RecordSpec(Part):
+class RecordedOutcomes(Part):
     """Additional outcomes recorded in each trial.
 
     Attributes:
@@ -313,7 +324,7 @@ class Experiment(Part):
     model: ModelSpec = Mlp()
     training: TrainingSpec = TrainingSpec()
     subsets: SubsetsSpec = SubsetsSpec()
-    record: RecordSpec = RecordSpec()
+    record: RecordedOutcomes = RecordedOutcomes()
     execution: ExecutionSpec = ExecutionSpec()
 
     @field_validator("name", mode="before")
@@ -323,10 +334,13 @@ class Experiment(Part):
 
     @classmethod
     def load(cls, path: str | Path) -> "Experiment":
-        """Read and validate a YAML file; relative paths in it are relative to the file.
+        """Read and validate a YAML file.
+
+        Args:
+            path: of the file; relative paths in the file are relative to it.
 
         Raises:
-            SpecError: the file is not there, is not YAML, or does not validate; one line says where and what.
+            SpecError: the file cannot be read, is not YAML, or does not validate; one line names each place and fault.
         """
         path = Path(path)
         try:
@@ -341,10 +355,15 @@ class Experiment(Part):
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, base: Path | None = None, source: str = "experiment") -> "Experiment":
-        """Validate an already loaded declaration; `base` is the folder that relative paths start from.
+        """Validate a loaded declaration.
+
+        Args:
+            data: keys and values, as in the YAML file.
+            base: folder of relative paths; by default they stay relative.
+            source: name of the declaration in errors.
 
         Raises:
-            SpecError: see `load`.
+            SpecError: the declaration does not validate; one line names each place and fault.
         """
         try:
             experiment = cls.model_validate(data)
@@ -364,32 +383,45 @@ class Experiment(Part):
         )
 
     def with_masks(self, masks: Path) -> "Experiment":
-        """The same with the masks in another file of the same content."""
+        """Return this experiment with its masks in another file of equal content."""
         return self.model_copy(update={"subsets": self.subsets.model_copy(update={"masks": masks})})
 
     def canonical(self, dataset_fingerprint: str) -> dict[str, Any]:
-        """What the fingerprint is taken of: the resolved spec without what no trial depends on, and the dataset's fingerprint."""
+        """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
+
+        Args:
+            dataset_fingerprint: replaces the dataset's declaration.
+
+        Raises:
+            SpecError: the masks cannot be read.
+        """
         spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})
         spec["dataset"] = {"fingerprint": dataset_fingerprint}
         if self.subsets.masks is not None:
-            spec["subsets"]["masks"] = _file_digest(self.subsets.masks)
+            spec["subsets"]["masks"] = _masks_digest(self.subsets.masks)
             del spec["subsets"]["fraction"]
         return {"recipe_version": RECIPE_VERSION, **spec}
 
     def fingerprint(self, dataset_fingerprint: str) -> str:
-        """SHA-256 (hex) of the canonical declaration."""
+        """Return the SHA-256 (hex) of the canonical declaration.
+
+        Args:
+            dataset_fingerprint: of the prepared dataset.
+
+        Raises:
+            SpecError: the masks cannot be read.
+        """
         text = json.dumps(self.canonical(dataset_fingerprint), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The resolved declaration, defaults filled in, as YAML."""
+        """Return the resolved declaration, with its defaults, as YAML."""
         text: str = yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=120)
         return text
 
 
-def _file_digest(path: Path) -> str:
+def _masks_digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except OSError as error:
         raise SpecError(f"subsets.masks: {path} cannot be read ({error.strerror})") from None

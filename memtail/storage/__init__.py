@@ -1,70 +1,167 @@
-"""Where results live: the contract of an object store, and the stores that keep it."""
+"""Object stores: the contract of a store, and in the modules beside the stores that keep it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from memtail.errors import ObjectNotFound, UnreachableError
 
-__all__ = ["ObjectNotFound", "ObjectStore", "UnreachableError"]
+__all__ = ["ObjectNotFound", "ObjectStore", "Observer", "UnreachableError"]
+
+#: Is called after each request to a server, retries included, with the operation (get, put, list, head, delete), its outcome (ok, absent,
+#: exists, refused, failed), its seconds, and the bytes of an object that it read or wrote. It must not raise.
+Observer = Callable[[str, str, float, int], None]
 
 
 class ObjectStore(Protocol):
-    """A flat map from keys to immutable bytes, kept on a disk or in a bucket.
+    """Flat map from keys to immutable bytes, on a disk or in a bucket.
 
-    A key is a relative path with `/` between its parts. What every store guarantees:
+    A key is a relative path with `/` between its parts (see `memtail.storage.keys.check`). Every store guarantees:
 
-    * Atomicity: a reader sees the whole of an object or none of it, also when the writer is killed half-way.
-    * Visibility: once a write has returned, every later `get`, `exists`, `list` and `folders` anywhere sees it.
+    * Atomicity: a reader sees all of an object or none of it, also when the writer is killed half-way.
+    * Visibility: once a write has returned, every later `get`, `exists`, `list` and `folders` sees it, in any process on any machine.
     * Durability: once a write has returned, the object survives a crash of the writer.
-    * `put_if_absent` is decided by the store: of any number of concurrent calls for one key exactly one returns True.
-    * `list` and `folders` yield in ascending order.
+    * First writer wins: of any number of concurrent `put_if_absent` of one key exactly one returns True. The store decides, not the caller.
+    * Order: `list` and `folders` yield in ascending order.
 
-    Every method may be called from any thread and any process. A store on a network retries what a retry may mend; what is left is
-    raised as `StoreError`: `ObjectNotFound` where the key does not exist, `UnreachableError` where the server is at fault.
+    Every method may be called from any thread and any process, also one forked from the process that opened the store. A store on a network
+    retries transient failures; the rest is raised as `StoreError`: `ObjectNotFound` where the key does not exist, `UnreachableError` where
+    the server is at fault, a plain `StoreError` for a key that is not valid. `memtail.testing.ObjectStoreContract` tests all of this.
 
     Attributes:
-        address: what `open_store` takes to open it again; `{address}/{key}` names an object to people.
+        address: opens the store again with `open_store`; `{address}/{key}` names an object in messages.
     """
 
     @property
-    def address(self) -> str: ...
+    def address(self) -> str:
+        """Address that opens the store again."""
+        ...
 
     def get(self, key: str, limit: int | None = None) -> bytes:
-        """The object's bytes, refused unread if they are more than `limit`. Raises: ObjectNotFound, StoreError."""
+        """Return an object's bytes.
+
+        Args:
+            key: of the object.
+            limit: refuse, without reading it, an object of more bytes.
+
+        Raises:
+            ObjectNotFound: no object has the key.
+            ForeignObjectError: the object is larger than `limit`.
+            StoreError: the store cannot be read.
+        """
         ...
 
     def put(self, key: str, data: bytes) -> None:
-        """Write or replace an object. Raises: StoreError."""
+        """Write or replace an object.
+
+        Args:
+            key: of the object.
+            data: its bytes.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one; True if this call wrote it. Raises: StoreError."""
+        """Write an object unless its key exists.
+
+        Args:
+            key: of the object.
+            data: its bytes.
+
+        Returns:
+            True if this call wrote the object.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
         ...
 
     def list(self, prefix: str) -> Iterator[str]:
-        """The keys that start with `prefix`, ascending. Raises: StoreError."""
+        """Yield the keys that start with a prefix, ascending.
+
+        Args:
+            prefix: of the keys; it may end within a part.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
         ...
 
     def folders(self, prefix: str) -> Iterator[str]:
-        """The names of the folders right below `prefix`: what keys go on with before their next `/`, each once, ascending.
+        """Yield the names of the folders directly below a prefix, ascending and each once, without listing their content.
 
-        What lies in them is not listed. `prefix` is empty or ends with a `/`. Raises: StoreError.
+        Args:
+            prefix: empty, or ends with `/`.
+
+        Raises:
+            StoreError: the store cannot be read.
         """
         ...
 
     def exists(self, key: str) -> bool:
-        """Whether there is an object under the key. Raises: StoreError."""
+        """Return whether an object has the key.
+
+        Args:
+            key: of the object.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object; no error if there is none. Raises: StoreError."""
+        """Remove an object, if it exists.
+
+        Args:
+            key: of the object.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
         ...
 
     def upload(self, key: str, path: Path) -> None:
-        """Write or replace an object with the content of a file, without holding it in memory. Raises: StoreError."""
+        """Write or replace an object with the content of a file, without holding it in memory.
+
+        Args:
+            key: of the object.
+            path: of the file.
+
+        Raises:
+            StoreError: the file cannot be read, or the store cannot be written.
+        """
         ...
 
     def download(self, key: str, path: Path) -> None:
-        """Write an object to a file, which appears whole or not at all. Raises: ObjectNotFound, StoreError."""
+        """Write an object to a file, which appears whole or not at all.
+
+        Args:
+            key: of the object.
+            path: of the file; its folders are made.
+
+        Raises:
+            ObjectNotFound: no object has the key.
+            StoreError: the store cannot be read, or the file cannot be written.
+        """
+        ...
+
+    def local_path(self, key: str) -> Path | None:
+        """Return the path of an object's file on this machine, so that readers need no copy; None if objects are not files.
+
+        Args:
+            key: of the object, or a prefix without its last `/` for the folder. It need not exist.
+
+        Raises:
+            StoreError: the key is not valid.
+        """
+        ...
+
+    def sweep(self) -> None:
+        """Remove temporary files of writers that were killed. Writes in progress are not affected.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
         ...

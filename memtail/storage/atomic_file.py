@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, as downloads do."""
+"""Files that appear whole or not at all."""
 
 import tempfile
 from collections.abc import Iterator
@@ -11,10 +11,13 @@ from memtail.errors import StoreError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path`, renamed to it at the end of the block and removed if the block raises.
+    """Yield a temporary file beside `path`, renamed to it at the end of the block and removed if the block raises.
+
+    Args:
+        path: of the file; its folders are made.
 
     Raises:
-        StoreError: it cannot be written.
+        StoreError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""An object store in a folder: one file per object, at the path its key spells."""
+"""Object store in a folder: one file per object, whose path is its key."""
 
 import errno
 import os
@@ -22,46 +22,47 @@ _ABANDONED_AFTER_SECONDS = 24 * 3600
 class LocalStore:
     """`ObjectStore` on a local or shared file system with hard links.
 
-    An object is written to a temporary file, flushed to the disk, and then linked or renamed to its name in one step. Files of
-    writers that were killed stay in a hidden folder and are removed a day later.
+    An object is written to a temporary file, flushed to the disk, and then linked or renamed to its name in one step. Temporary files of
+    writers that were killed stay in a hidden folder until `sweep` removes them a day later.
 
-    Raises:
-        StoreError: the folder cannot be made or written.
+    Args:
+        root: the folder; it is made by the first write.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self._unfinished = self.root / _UNFINISHED
 
-    def path(self, key: str) -> Path:
-        """The file that holds (or would hold) an object.
-
-        Raises:
-            StoreError: the key leaves the folder.
-        """
+    def local_path(self, key: str) -> Path:
+        """Return the path of an object's file, whether it exists or not."""
         return self.root.joinpath(*keys.check(key).split("/"))
 
     @property
     def address(self) -> str:
-        """The folder's absolute path."""
+        """Absolute path of the folder."""
         return str(self.root)
 
     def get(self, key: str, limit: int | None = None) -> bytes:
-        with self._reading(key), self.path(key).open("rb") as file:
+        """Return an object's bytes."""
+        with self._reading(key), self.local_path(key).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if limit is not None and size > limit:
                 raise ForeignObjectError(f"store {self.root}: '{key}' has {size} bytes, more than the {limit} that are read: remove it")
             return file.read()
 
     def put(self, key: str, data: bytes) -> None:
+        """Write or replace an object by a rename."""
         self._write(key, lambda file: file.write(data), replace=True)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        if self.path(key).exists():
+        """Write an object by a hard link, which fails if the key exists."""
+        if self.local_path(key).exists():
             return False
         return self._write(key, lambda file: file.write(data), replace=False)
 
     def upload(self, key: str, path: Path) -> None:
+        """Write or replace an object with the content of a file."""
+
         def copy(file: IO[bytes]) -> None:
             with path.open("rb") as source:
                 shutil.copyfileobj(source, file, 1 << 20)
@@ -69,42 +70,47 @@ class LocalStore:
         self._write(key, copy, replace=True)
 
     def download(self, key: str, path: Path) -> None:
-        with self._reading(key), self.path(key).open("rb") as source, atomic_file(path) as file:
+        """Write an object to a file."""
+        with self._reading(key), self.local_path(key).open("rb") as source, atomic_file(path) as file:
             shutil.copyfileobj(source, file, 1 << 20)
 
     def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that start with a prefix, from a walk of its folder."""
         folder = self.root / prefix.rpartition("/")[0]
-        found = []
+        names = []
         for parent, folders, files in os.walk(folder, onerror=self._unreadable):
             if _UNFINISHED in folders:
                 folders.remove(_UNFINISHED)
-            found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in files]
-        yield from sorted(key for key in found if key.startswith(prefix))
+            names += [(Path(parent) / name).relative_to(self.root).as_posix() for name in files]
+        yield from sorted(key for key in names if key.startswith(prefix))
 
     def folders(self, prefix: str) -> Iterator[str]:
+        """Yield the names of the folders directly below a prefix that hold an object."""
         try:
-            found = [entry.name for entry in os.scandir(self.root / prefix) if entry.is_dir(follow_symlinks=False)]
+            names = [entry.name for entry in os.scandir(self.root / prefix) if entry.is_dir(follow_symlinks=False)]
         except OSError as error:
             self._unreadable(error)
             return
-        # one that all objects have left is no folder any more
-        yield from (name for name in sorted(found) if name != _UNFINISHED and self._holds_a_file(self.root / prefix / name))
+        # `delete` leaves empty folders
+        yield from (name for name in sorted(names) if name != _UNFINISHED and self._holds_a_file(self.root / prefix / name))
 
     def exists(self, key: str) -> bool:
+        """Return whether a file has the key."""
         try:
             with self._reading(key):
-                return stat.S_ISREG(self.path(key).stat().st_mode)
+                return stat.S_ISREG(self.local_path(key).stat().st_mode)
         except ObjectNotFound:
             return False
 
     def delete(self, key: str) -> None:
+        """Remove an object, if it exists."""
         try:
-            self.path(key).unlink(missing_ok=True)
+            self.local_path(key).unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"store {self.root}: '{key}' cannot be removed ({error.strerror})") from error
 
     def _write(self, key: str, fill: Callable[[IO[bytes]], object], *, replace: bool) -> bool:
-        target = self.path(key)
+        target = self.local_path(key)
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,12 +134,15 @@ class LocalStore:
             raise StoreError(f"store {self.root}: '{key}' cannot be written ({error.strerror}){_hint(error)}") from error
         return True
 
-    def remove_abandoned(self) -> None:
-        """Remove the temporary files of writers that were killed more than a day ago."""
-        for file in self._unfinished.glob("*"):
-            with suppress(FileNotFoundError):
-                if time.time() - file.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
-                    file.unlink()
+    def sweep(self) -> None:
+        """Remove temporary files that nobody has written for a day."""
+        try:
+            for file in self._unfinished.glob("*"):
+                with suppress(FileNotFoundError):
+                    if time.time() - file.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
+                        file.unlink()
+        except OSError as error:
+            raise StoreError(f"store {self.root}: {error.filename} cannot be removed ({error.strerror})") from error
 
     def _holds_a_file(self, folder: Path) -> bool:
         return any(files for _, _, files in os.walk(folder, onerror=self._unreadable))
@@ -153,7 +162,7 @@ class LocalStore:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a new name durable; not every system lets a folder be opened."""
+    """Make a new name durable, where the system lets a folder be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

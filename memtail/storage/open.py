@@ -1,51 +1,56 @@
-"""Opening a store by its address: a folder, or `s3://BUCKET/PREFIX`."""
+"""Opens a store by its address: a folder, or the URL of a bucket."""
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from memtail.errors import StoreError
-from memtail.storage import ObjectStore
+from memtail.storage import ObjectStore, Observer
 from memtail.storage.local import LocalStore
 
 if TYPE_CHECKING:
-    from memtail.storage.s3 import Observer, S3Store
+    from memtail.storage.s3 import S3Store
 
 
-def open_store(address: str | Path, *, verify: bool = True, observe: "Observer | None" = None) -> ObjectStore:
+def open_store(
+    address: str | Path, *, verify: bool = True, patience: float = 120.0, timeout: float = 60.0, observe: Observer | None = None
+) -> ObjectStore:
     """Open a store.
 
     Args:
-        address: a folder, which need not be there yet, or `s3://BUCKET` or `s3://BUCKET/PREFIX` on the server that `S3Settings` names.
-        verify: whether to try out first that a bucket keeps the contract, by writing to it. Whoever only reads, perhaps with a key that
-            may do no more, need not.
-        observe: is told of each request to a server.
+        address: a folder, which need not exist, or the URL of a bucket on the server of `S3Settings`: `s3://BUCKET` or
+            `s3://BUCKET/PREFIX`.
+        verify: whether to verify by writing that a bucket keeps the contract. Readers, whose key may not write, need not.
+        patience: seconds for which a request to a server is retried.
+        timeout: seconds to wait for each of its responses.
+        observe: is called after each request to a server.
 
     Raises:
-        StoreError: it is no address of a store, or its server cannot be used.
+        StoreError: the address is not valid, or its server cannot be used.
     """
     if not is_url(address):
         return LocalStore(address)
-    store = open_bucket(str(address), observe=observe)
-    if verify:
-        store.verify_contract()
-    return store
+    scheme, separator, _ = str(address).partition("://")
+    if not separator or scheme not in _OPENERS:
+        raise _invalid(address)
+    return _OPENERS[scheme](str(address), verify=verify, patience=patience, timeout=timeout, observe=observe)
 
 
-def open_bucket(address: str, patience: float = 120.0, timeout: float = 60.0, observe: "Observer | None" = None) -> "S3Store":
-    """Open `s3://BUCKET/PREFIX` without asking its server.
+def open_bucket(address: str, patience: float = 120.0, timeout: float = 60.0, observe: Observer | None = None) -> "S3Store":
+    """Open `s3://BUCKET/PREFIX` without a request to its server.
 
     Args:
         address: of the bucket.
-        patience, timeout: seconds for which a request is tried, and for which each answer is waited.
-        observe: is told of each request.
+        patience: seconds for which a request is retried.
+        timeout: seconds to wait for each response.
+        observe: is called after each request.
 
     Raises:
-        StoreError: it cannot be the address of a bucket.
+        StoreError: the address is not valid.
     """
     scheme, _, rest = address.partition("://")
     if scheme != "s3":
-        raise StoreError(f"{address} is not the address of a store: give a folder, or s3://BUCKET/PREFIX as text")
+        raise _invalid(address)
     try:
         from memtail.storage.s3 import S3Store
     except ModuleNotFoundError as error:
@@ -55,5 +60,24 @@ def open_bucket(address: str, patience: float = 120.0, timeout: float = 60.0, ob
 
 
 def is_url(address: str | Path) -> bool:
-    """Whether an address is a URL, also one that lost a slash by becoming a `Path`, and not a folder."""
+    """Return whether an address is a URL rather than a folder, also a URL that lost a slash by becoming a `Path`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(address)) is not None
+
+
+def _invalid(address: str | Path) -> StoreError:
+    return StoreError(f"{address} is not the address of a store: give a folder, or s3://BUCKET/PREFIX as text")
+
+
+class _Opener(Protocol):
+    def __call__(self, address: str, *, verify: bool, patience: float, timeout: float, observe: Observer | None) -> ObjectStore: ...
+
+
+def _open_s3(address: str, *, verify: bool, patience: float, timeout: float, observe: Observer | None) -> ObjectStore:
+    store = open_bucket(address, patience, timeout, observe)
+    if verify:
+        store.verify_contract()
+    return store
+
+
+# Openers by the scheme of the URL. A further store is an entry here.
+_OPENERS: dict[str, _Opener] = {"s3": _open_s3}

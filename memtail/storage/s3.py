@@ -1,4 +1,4 @@
-"""An object store in a bucket of an S3 server: AWS, MinIO, or another that keeps to conditional writes."""
+"""Object store in a bucket of an S3 server: AWS, MinIO, or any other with conditional writes."""
 
 import base64
 import hashlib
@@ -28,26 +28,22 @@ from urllib3.exceptions import HTTPError
 
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.settings import S3Settings
-from memtail.storage import ObjectNotFound, UnreachableError, keys
+from memtail.storage import ObjectNotFound, Observer, UnreachableError, keys
 from memtail.storage.atomic_file import atomic_file
-from memtail.storage.s3_errors import KEY_MEND, PASSING_STATUS, cause_of, error_in, may_pass, mend_of, outcome_of
+from memtail.storage.s3_errors import KEY_FIX, TRANSIENT_STATUS, cause_of, error_in, fix_of, is_transient, outcome_of
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
-#: Is told of each request, repeated ones too: the operation (get, put, list, head, delete), its outcome (ok, absent, exists, refused,
-#: failed), the seconds it took, and the bytes of an object that it read or wrote.
-Observer = Callable[[str, str, float, int], None]
-
-#: Who wrote an object: a token of one call of `put_if_absent`, by which it knows its own object again.
+#: Token of one call of `put_if_absent`, stored with the object, by which the call recognises its own write.
 _WRITER = "x-amz-meta-writer"
-#: As many as the longest page of a listing holds.
+#: Length of the longest page of a listing.
 _PAGE = 1000
-#: More than the 15 minutes by which S3 lets clocks differ, so that a clock further off is reported as that.
+#: Longer than the 15 minutes by which S3 lets clocks differ, so that a larger one is reported as a difference of clocks.
 _PRESIGNED_FOR = timedelta(minutes=20)
 _LONGEST_PAUSE = 10.0
 _MOST_PARTS = 10_000
-# What requests are called by what they do.
+# Operations of an observer, by the verb of an error message.
 _OPERATIONS = {
     "read": "get",
     "written": "put",
@@ -57,7 +53,7 @@ _OPERATIONS = {
     "made": "put",
     "asked for the time": "head",
 }
-# Of what servers, connections and what came over them raise.
+# Errors raised by servers, by connections, and by parsing a response.
 _ERRORS = (MinioException, HTTPError, ParseError, ValueError, KeyError)
 
 
@@ -69,20 +65,21 @@ class _Connection(NamedTuple):
 class S3Store:
     """`ObjectStore` in a bucket, under a prefix.
 
-    What fails for a reason that may pass (no connection, no answer, a server that is overloaded or restarting) is tried again after
-    growing, random pauses, and each time logged as a warning.
+    Requests that fail for a transient reason (no connection, no response, a server that is overloaded or restarting) are retried with a
+    random exponential backoff, and each failure is logged as a warning.
 
     Args:
-        bucket: its name; it must be there.
+        bucket: its name; it must exist.
         prefix: of all keys, with a `/` after it; stores under two prefixes do not see each other, unless one is below the other.
-        settings: how the server is reached; those of the environment by default.
-        attempts, patience: how often, and for how many seconds, a request is tried before it is given up.
-        timeout: seconds to wait for a connection, and for each answer.
-        part_size: bytes; larger objects go up in parts of this size, three at a time. At least 5 MiB.
-        observe: is told of each request; it must not raise.
+        settings: address and credentials of the server, by default those of the environment.
+        attempts: requests before a retried request fails.
+        patience: seconds before a retried request fails.
+        timeout: seconds to wait for a connection, and for each response.
+        part_size: bytes; larger objects are uploaded in parts of this size, three at a time. At least 5 MiB.
+        observe: is called after each request.
 
     Raises:
-        StoreError: the names or settings cannot be those of a store. The server is not asked.
+        StoreError: the names or settings cannot be those of a store. No request is made.
     """
 
     def __init__(
@@ -116,6 +113,8 @@ class S3Store:
         return f"S3Store({self.address})"
 
     def get(self, key: str, limit: int | None = None) -> bytes:
+        """Return an object's bytes."""
+
         def read(connection: _Connection) -> bytes:
             with self._opened(connection, key) as response:
                 size = response.headers.get("Content-Length", "an unknown number of")
@@ -128,18 +127,23 @@ class S3Store:
         return self._try(key, "read", read, lambda data: ("ok", len(data)))
 
     def put(self, key: str, data: bytes) -> None:
+        """Write or replace an object."""
         self._put(key, lambda: io.BytesIO(data), len(data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write an object by a conditional request, which the server refuses if the key exists."""
         return self._put_new(key, data, uuid.uuid4().hex)
 
     def upload(self, key: str, path: Path) -> None:
+        """Write or replace an object with the content of a file."""
         try:
             self._put(key, lambda: path.open("rb"), path.stat().st_size)
         except OSError as error:
             raise StoreError(f"store {self.address}: '{key}' cannot be written ({path}: {error.strerror or error})") from error
 
     def download(self, key: str, path: Path) -> None:
+        """Write an object to a file."""
+
         def copy(connection: _Connection) -> int:
             with self._opened(connection, key) as response, atomic_file(path) as file:
                 return sum(file.write(block) for block in response.stream(1 << 20, decode_content=False))
@@ -147,6 +151,7 @@ class S3Store:
         self._try(key, "read", copy, lambda size: ("ok", size))
 
     def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that start with a prefix, page by page."""
         last: str | None = None
         while True:
 
@@ -157,37 +162,52 @@ class S3Store:
                 return [entry.object_name or "" for entry in islice(objects, _PAGE)]
 
             names = self._try(prefix, "listed", page)
-            # consoles make objects that end in a slash to show an empty folder
+            # web consoles represent an empty folder by an object whose name ends in a slash
             yield from (name.removeprefix(self._prefix) for name in names if not name.endswith("/"))
             if len(names) < _PAGE:
                 return
             last = names[-1]
 
     def folders(self, prefix: str) -> Iterator[str]:
+        """Yield the names of the folders directly below a prefix, from listings with a delimiter."""
         start = self._prefix + prefix
 
         def names(connection: _Connection) -> set[str]:
             entries = connection.s3.list_objects(bucket_name=self._bucket, prefix=start or None, recursive=False)
-            found = ((entry.object_name or "").removeprefix(start) for entry in entries)
-            return {name.removesuffix("/") for name in found if name.endswith("/")}
+            below = ((entry.object_name or "").removeprefix(start) for entry in entries)
+            return {name.removesuffix("/") for name in below if name.endswith("/")}
 
-        # the server sorts them with their slash: a-b/ before a/
+        # the server sorts names with their slash: a-b/ before a/
         yield from sorted(self._try(prefix, "listed", names))
 
     def exists(self, key: str) -> bool:
-        def there(connection: _Connection) -> bool:
+        """Return whether an object has the key."""
+
+        def head(connection: _Connection) -> bool:
             return self._writer(connection, key) is not None
 
-        return self._try(key, "looked for", there, lambda found: ("ok" if found else "absent", 0))
+        return self._try(key, "looked for", head, lambda exists: ("ok" if exists else "absent", 0))
 
     def delete(self, key: str) -> None:
+        """Remove an object, if it exists."""
         name = self._name(key)
         self._try(key, "removed", lambda connection: connection.s3.remove_object(bucket_name=self._bucket, object_name=name))
 
-    def make_bucket(self) -> bool:
-        """Make the bucket unless it is there.
+    def local_path(self, key: str) -> None:
+        """Return None: objects are not files of this machine."""
+        keys.check(key)
 
-        Returns: whether it was made.
+    def sweep(self) -> None:
+        """Do nothing: an unfinished upload is no object, and its parts are left to the bucket's lifecycle rules."""
+
+    def make_bucket(self) -> bool:
+        """Make the bucket unless it exists.
+
+        Returns:
+            Whether it was made.
+
+        Raises:
+            StoreError: the server cannot be used, or another owner has a bucket of this name.
         """
 
         def make(connection: _Connection) -> bool:
@@ -196,7 +216,7 @@ class S3Store:
             try:
                 connection.s3.make_bucket(bucket_name=self._bucket, location=self._settings.region)
             except S3Error as error:
-                if error.code != "BucketAlreadyOwnedByYou":  # by another, or by a try before this one whose answer was lost
+                if error.code != "BucketAlreadyOwnedByYou":  # made by a concurrent call, or by this one before a response was lost
                     raise
                 return False
             return True
@@ -204,14 +224,13 @@ class S3Store:
         return self._try(self._bucket, "made", make)
 
     def verify_contract(self) -> None:
-        """Try out what the contract rests on, with an object that is removed again.
+        """Verify that the server keeps the contract, with an object that is removed again.
 
         Raises:
-            StoreError: the server cannot be reached or used; or it does not refuse to write an object that is there, or does not keep
-                with an object who wrote it.
+            StoreError: the server cannot be used, overwrites an object in spite of `If-None-Match`, or does not keep an object's metadata.
         """
         key, writer = keys.probe(), uuid.uuid4().hex
-        next(self.list(key), None)  # says best what is wrong with the bucket, the key or the clock
+        next(self.list(key), None)  # its errors best name a fault of the bucket, the key or the clock
         first = self._put_new(key, b"first", writer)
         kept = self._try(key, "looked for", lambda connection: self._writer(connection, key))
         second = self.put_if_absent(key, b"second")
@@ -225,11 +244,15 @@ class S3Store:
                 raise StoreError(f"store {self.address}: the server {self._settings.endpoint} cannot be used: {what}; use another server")
 
     def clock_difference(self) -> float:
-        """Seconds by which the server's clock is ahead of ours. Raises: StoreError."""
+        """Return the seconds by which the server's clock is ahead of this machine's.
+
+        Raises:
+            StoreError: the server does not answer.
+        """
 
         def ask(connection: _Connection) -> float:
-            answer = connection.http.urlopen("HEAD", self._settings.endpoint, redirect=False)
-            return (parsedate_to_datetime(answer.headers["Date"]) - datetime.now(UTC)).total_seconds()
+            response = connection.http.urlopen("HEAD", self._settings.endpoint, redirect=False)
+            return (parsedate_to_datetime(response.headers["Date"]) - datetime.now(UTC)).total_seconds()
 
         return self._try("", "asked for the time", ask)
 
@@ -245,25 +268,26 @@ class S3Store:
                     length=size,
                     part_size=max(self._part_size, -(-size // _MOST_PARTS)),
                 )
-            if not written.etag:  # the end of an upload in parts may be an error under status 200, which minio passes over
+            if not written.etag:  # an upload in parts may end in an error with status 200, which minio does not raise
                 raise ServerError("the server did not put the parts together", 500)
 
         self._try(key, "written", write, lambda _: ("ok", size))
 
     def _put_new(self, key: str, data: bytes, writer: str) -> bool:
-        """`put_if_absent`. An object that is there after a lost answer, or refuses this one, may be this call's own: `writer` tells.
+        """Write an object unless its key exists; return whether this call wrote it.
 
-        It is asked after every refusal, since a proxy, too, may have repeated the request.
+        After a lost response, and after every refusal (a proxy may have repeated the request), the object's `writer` tells whether an
+        existing object is this call's own.
         """
         name, again = self._name(key), False
         headers = {"If-None-Match": "*", "Content-MD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
         def write(connection: _Connection) -> bool:
             nonlocal again
-            if again and (there := self._writer(connection, key)) is not None:
-                return there == writer
+            if again and (existing := self._writer(connection, key)) is not None:
+                return existing == writer
             again = True
-            # minio's put_object drops If-None-Match without a word; and unsigned x-amz- headers are refused, so that it is in the URL
+            # minio's put_object drops If-None-Match; and servers refuse unsigned x-amz- headers, so the writer is in the URL
             url = connection.s3.get_presigned_url(
                 method="PUT",
                 bucket_name=self._bucket,
@@ -281,14 +305,14 @@ class S3Store:
         return self._try(key, "written", write, lambda written: ("ok", len(data)) if written else ("exists", 0))
 
     def _writer(self, connection: _Connection, key: str) -> str | None:
-        """Who wrote an object, "" if it does not say; None if there is no object."""
+        """Return the writer of an object, "" if it names none, None if there is no object."""
         try:
-            found = connection.s3.stat_object(bucket_name=self._bucket, object_name=self._name(key))
+            head = connection.s3.stat_object(bucket_name=self._bucket, object_name=self._name(key))
         except S3Error as error:
             if error.code != "NoSuchKey":
                 raise
             return None
-        return (found.metadata or {}).get(_WRITER) or ""
+        return (head.metadata or {}).get(_WRITER) or ""
 
     @contextmanager
     def _opened(self, connection: _Connection, key: str) -> Iterator[urllib3.BaseHTTPResponse]:
@@ -303,9 +327,9 @@ class S3Store:
         return self._prefix + keys.check(key)
 
     def _connection(self) -> _Connection:
-        """This process's own: sockets must not be shared with one that it was forked from.
+        """Return the connection of this process, since sockets must not be shared with the process that it was forked from.
 
-        The parent's is kept, since to close it may wait for ever for a lock that was held when this process was forked.
+        The parent's connection is kept: closing it could wait for ever for a lock that was held during the fork.
         """
         own = self._connections.get(os.getpid())
         return own or self._connections.setdefault(os.getpid(), _connect(self._settings, self._timeout))
@@ -313,13 +337,13 @@ class S3Store:
     def _try(
         self, key: str, done: str, action: Callable[[_Connection], T], result: Callable[[T], tuple[str, int]] = lambda _: ("ok", 0)
     ) -> T:
-        """Run an action, again and again while its failure may pass.
+        """Run an action, and retry it after transient failures.
 
         Args:
             key: of the object, for the error.
-            done: what could not be done, for the error.
-            action: a request or a few, one object's.
-            result: the outcome and the bytes, for who observes, of what the action returns.
+            done: the verb of the error, of `_OPERATIONS`.
+            action: one or a few requests about one object.
+            result: from the action's value, the outcome and the bytes for the observer.
         """
 
         def observed(connection: _Connection) -> T:
@@ -347,7 +371,7 @@ class S3Store:
             )
 
         retrying = Retrying(
-            retry=retry_if_exception(may_pass),
+            retry=retry_if_exception(is_transient),
             stop=stop_after_attempt(self._attempts) | stop_after_delay(self._patience),
             wait=wait_random_exponential(multiplier=0.25, max=_LONGEST_PAUSE),
             before_sleep=warn,
@@ -358,21 +382,21 @@ class S3Store:
         except _ERRORS as error:
             if isinstance(error, S3Error) and error.code == "NoSuchKey":
                 raise ObjectNotFound(f"store {self.address}: there is no '{key}'") from None
-            cause, mend = cause_of(error, self._timeout), mend_of(error)
+            cause, fix = cause_of(error, self._timeout), fix_of(error)
             at = f"store {self.address} at {self._settings.endpoint}"
-            # what was raised below may hold a signed URL
-            kind = UnreachableError if may_pass(error) else StoreError
-            raise kind(f"{at}: '{key}' cannot be {done} ({cause}): {mend}") from None
+            # `from None`: the cause may hold a signed URL
+            kind = UnreachableError if is_transient(error) else StoreError
+            raise kind(f"{at}: '{key}' cannot be {done} ({cause}): {fix}") from None
 
 
 class _AmbientCredentials(ChainedProvider):
-    """Where no key is set: those of AWS's own configuration file, of a web identity, a container or an instance."""
+    """Credentials from AWS's configuration file, a web identity, a container or an instance, used if no key is set."""
 
     def retrieve(self) -> Credentials:
         try:
             return super().retrieve()
-        except (ValueError, KeyError, OSError, HTTPError):  # what they say may hold a token
-            raise StoreError(f"there is no key for the S3 server, here or from AWS: {KEY_MEND}") from None
+        except (ValueError, KeyError, OSError, HTTPError):  # their messages may hold a token
+            raise StoreError(f"there is no key for the S3 server, here or from AWS: {KEY_FIX}") from None
 
 
 def _connect(settings: S3Settings, timeout: float) -> _Connection:
@@ -410,7 +434,7 @@ def _connect(settings: S3Settings, timeout: float) -> _Connection:
 def _credentials(settings: S3Settings) -> StaticProvider | _AmbientCredentials:
     if settings.access_key and settings.secret_key:
         return StaticProvider(access_key=settings.access_key, secret_key=settings.secret_key, session_token=settings.session_token)
-    # an address that only AWS's machines have, elsewhere never answers
-    retries = urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=PASSING_STATUS)
+    # the address of instance credentials exists only on AWS's machines; elsewhere it does not answer
+    retries = urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=TRANSIENT_STATUS)
     http = urllib3.PoolManager(timeout=urllib3.Timeout(connect=2.0, read=10.0), retries=retries)
     return _AmbientCredentials(providers=[AWSConfigProvider(), IamAwsProvider(http_client=http)])

@@ -1,4 +1,4 @@
-"""What goes wrong with an S3 server: what may pass, what it is in a few words, and its mend."""
+"""Errors of an S3 server: whether they are transient, their cause in a few words, and their fix."""
 
 import re
 import ssl
@@ -8,35 +8,35 @@ import urllib3
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError, SSLError
 
-PASSING_STATUS = {429, 500, 502, 503, 504}
-_PASSING_CODES = {
+TRANSIENT_STATUS = {429, 500, 502, 503, 504}
+_TRANSIENT_CODES = {
     "ConditionalRequestConflict",
     "InternalError",
-    "NoSuchUpload",  # minio aborts an upload in parts whose last answer was lost, and then says only that there is none to abort
+    "NoSuchUpload",  # minio aborts an upload in parts whose last response was lost, and reports only that there is none to abort
     "OperationAborted",
     "RequestTimeout",
     "ServiceUnavailable",
     "SlowDown",
 }
-KEY_MEND = "set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY to a key of this server"
-_REGION_MEND = "set MEMTAIL_S3_REGION to the bucket's region"
-_MENDS = {
+KEY_FIX = "set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY to a key of this server"
+_REGION_FIX = "set MEMTAIL_S3_REGION to the bucket's region"
+_FIXES = {
     "AccessDenied": "let this key list the bucket, and get, put and delete objects in it",
-    "AuthorizationHeaderMalformed": _REGION_MEND,
+    "AuthorizationHeaderMalformed": _REGION_FIX,
     "ExpiredToken": "get a new session token",
-    "InvalidAccessKeyId": KEY_MEND,
-    "InvalidToken": KEY_MEND,
-    "InvalidTokenId": KEY_MEND,
-    "NoSuchBucket": "make the bucket, or name one that is there",
-    "NotImplemented": "use a server that knows conditional writes",
-    "PermanentRedirect": _REGION_MEND,
+    "InvalidAccessKeyId": KEY_FIX,
+    "InvalidToken": KEY_FIX,
+    "InvalidTokenId": KEY_FIX,
+    "NoSuchBucket": "make the bucket, or name one that exists",
+    "NotImplemented": "use a server with conditional writes",
+    "PermanentRedirect": _REGION_FIX,
     "RequestTimeTooSkewed": "set the clock of this machine",
-    "SignatureDoesNotMatch": KEY_MEND,
+    "SignatureDoesNotMatch": KEY_FIX,
 }
 
 
 def error_in(response: urllib3.BaseHTTPResponse) -> MinioException:
-    """The error that an answer reports."""
+    """Return the error that a response reports."""
     try:
         return S3Error.fromxml(response)
     except (ParseError, UnicodeDecodeError):
@@ -51,30 +51,35 @@ def _status(error: BaseException) -> int | None:
     return error._code if isinstance(error, InvalidResponseError) else None
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
+def is_transient(error: BaseException) -> bool:
+    """Return whether a retry may succeed."""
     if isinstance(error, SSLError):
         return any(isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError) for cause in error.args)
     if isinstance(error, HTTPError):
         return True
-    return _status(error) in PASSING_STATUS or (isinstance(error, S3Error) and error.code in _PASSING_CODES)
+    return _status(error) in TRANSIENT_STATUS or (isinstance(error, S3Error) and error.code in _TRANSIENT_CODES)
 
 
 def outcome_of(error: BaseException) -> str:
-    """How a request ended that raised this: "absent" (there is no such object), "refused", or "failed", which may pass."""
+    """Return the outcome of a request that raised an error: "absent" (no object has the key), "refused", or "failed" (transient)."""
     if isinstance(error, S3Error) and error.code == "NoSuchKey":
         return "absent"
     status = _status(error)
-    return "failed" if may_pass(error) or status is None or status >= 500 else "refused"
+    return "failed" if is_transient(error) or status is None or status >= 500 else "refused"
 
 
 def cause_of(error: BaseException, timeout: float) -> str:
-    """What went wrong, in a few words of one line, which hold no URL: a signature may be in it."""
+    """Return the cause of an error in a few words of one line, without URLs, which may hold a signature.
+
+    Args:
+        error: raised by a request.
+        timeout: seconds waited for a response.
+    """
     if isinstance(error, S3Error):
         return " ".join(f"{error.code}: {error.message}".split())[:300]
     if (status := _status(error)) is not None:
         return f"HTTP status {status}"
-    if isinstance(error, NewConnectionError):  # a ConnectTimeoutError, too
+    if isinstance(error, NewConnectionError):  # includes ConnectTimeoutError
         return re.sub(r"\[Errno -?\d+\] ", "", str(error).rpartition(": ")[2])
     if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
         return f"no answer within {timeout:g} s"
@@ -85,10 +90,10 @@ def cause_of(error: BaseException, timeout: float) -> str:
     return "the answer is not that of an S3 server"
 
 
-def mend_of(error: BaseException) -> str:
-    """What to do about it."""
+def fix_of(error: BaseException) -> str:
+    """Return the fix of an error."""
     if isinstance(error, S3Error):
-        return _MENDS.get(error.code or "", "see what the server's log says")
+        return _FIXES.get(error.code or "", "see what the server's log says")
     if isinstance(error, SSLError):
         return "name the certificate of the server's authority in MEMTAIL_S3_CA_FILE, and the server as its certificate does"
     if isinstance(error, HTTPError):

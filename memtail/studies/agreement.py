@@ -1,10 +1,10 @@
-"""How far two sets of trials agree on the scores of one dataset: what they select, threshold by threshold, and how they rank it.
+"""Agreement of two sets of trials on the scores of one dataset: overlap of the selections at each threshold, and rank correlation.
 
-What both select is measured by the Jaccard coefficient, the share of what either selects that both do; how far their scores are apart by
-the mean absolute difference over what either selects.
+The overlap of two selections is the Jaccard coefficient, the size of their intersection over the size of their union. The difference of
+the scores is the mean absolute difference over the union.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,26 +20,27 @@ if TYPE_CHECKING:
 
 Score = Literal["memorization", "influence"]
 
-#: Thresholds at which the two are compared; the paper's among them.
+#: Thresholds at which two sets are compared, including the paper's.
 THRESHOLDS: dict[Score, tuple[float, ...]] = {
     "memorization": (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     "influence": (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
 }
 PAPERS: dict[Score, float] = {"memorization": MEM_THRESHOLD, "influence": INFL_THRESHOLD}
 
-#: How often trials are split in two to be compared, and the fewest in a half.
+#: Number of random splits of the trials, and the fewest trials of a half.
 SPLITS = 5
 SMALLEST_HALF = 50
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two sets of trials, on one score at one threshold; the pairs' influence is of pairs of one class with mem >= 0.25.
+    """Agreement of two sets of trials on one score at one threshold; pairs are those of one class with mem >= 0.25.
 
     Attributes:
-        first, second: how many examples or pairs each selects.
-        jaccard: of the two selections; None if both are empty.
-        difference: mean absolute difference of the scores over what either selects; None if that is nothing, or has no estimate.
+        score, threshold: the score and the threshold of the selections.
+        first, second: number of examples or pairs that each set selects.
+        jaccard: overlap of the two selections; None if both are empty.
+        difference: mean absolute difference of the scores over the union; None if the union is empty or has no estimates.
     """
 
     score: Score
@@ -52,7 +53,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What one set of trials says: memorization, and the high-influence pairs."""
+    """Memorization and high-influence pairs by one set of trials."""
 
     packed: PackedTrials
     mem: Memorization
@@ -65,23 +66,49 @@ class Estimates:
         return cls(packed, mem, high_influence_pairs(packed, mem, train_labels, test_labels))
 
 
-def agreements(first: Estimates, second: Estimates) -> Iterator[Agreement]:
-    """How far the two agree on either score, threshold by threshold."""
+@dataclass(frozen=True)
+class Comparison:
+    """Agreement of two sets of trials.
+
+    Attributes:
+        agreements: agreement on both scores at each threshold.
+        rank_correlation: Spearman's, of the memorization scores that both sets have; None where it is undefined.
+    """
+
+    agreements: list[Agreement]
+    rank_correlation: float | None
+
+    def at_paper_threshold(self, score: Score) -> Agreement:
+        """Return the agreement on a score at the paper's threshold."""
+        return next(each for each in self.agreements if each.score == score and each.threshold == PAPERS[score])
+
+
+def compare(first: Estimates, second: Estimates) -> Comparison:
+    """Compare two sets of trials."""
+    return Comparison(list(_agreements(first, second)), _rank_correlation(first, second))
+
+
+def mean_defined(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are not None; None if there are none."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
+def _agreements(first: Estimates, second: Estimates) -> Iterator[Agreement]:
     mem = (first.mem.value, second.mem.value)
     for threshold in THRESHOLDS["memorization"]:
         yield _agreement("memorization", threshold, mem, (mem[0] >= threshold, mem[1] >= threshold))
     q = first.packed.n_test
-    found = [each.pairs.train * q + each.pairs.test for each in (first, second)]
-    either = np.union1d(*found)
-    infl = tuple(influence_at(each.packed, *np.divmod(either, q)) for each in (first, second))
-    theirs = [np.isin(either, each) for each in found]
+    pairs = [each.pairs.train * q + each.pairs.test for each in (first, second)]
+    union = np.union1d(*pairs)
+    infl = tuple(influence_at(each.packed, *np.divmod(union, q)) for each in (first, second))
+    members = [np.isin(union, each) for each in pairs]
     for threshold in THRESHOLDS["influence"]:
-        selected = tuple(own & (value >= threshold) for own, value in zip(theirs, infl, strict=True))
+        selected = tuple(own & (value >= threshold) for own, value in zip(members, infl, strict=True))
         yield _agreement("influence", threshold, infl, selected)
 
 
-def rank_correlation(first: Estimates, second: Estimates) -> float | None:
-    """Spearman's, of the memorization scores where both have one; None where it is not defined."""
+def _rank_correlation(first: Estimates, second: Estimates) -> float | None:
     from scipy.stats import spearmanr
 
     both = ~(np.isnan(first.mem.value) | np.isnan(second.mem.value))
@@ -92,30 +119,32 @@ def rank_correlation(first: Estimates, second: Estimates) -> float | None:
 def _agreement(
     score: Score, threshold: float, values: tuple[npt.NDArray[Any], ...], selected: tuple[npt.NDArray[np.bool_], ...]
 ) -> Agreement:
-    either = selected[0] | selected[1]
-    count = int(either.sum())
-    apart = np.abs(values[0] - values[1])[either]
-    apart = apart[~np.isnan(apart)]
+    union = selected[0] | selected[1]
+    count = int(union.sum())
+    differences = np.abs(values[0] - values[1])[union]
+    differences = differences[~np.isnan(differences)]
     return Agreement(
         score,
         threshold,
         int(selected[0].sum()),
         int(selected[1].sum()),
         float((selected[0] & selected[1]).sum() / count) if count else None,
-        float(apart.mean()) if len(apart) else None,
+        float(differences.mean()) if len(differences) else None,
     )
 
 
 def table(rows: list[tuple[dict[str, Any], Agreement]]) -> dict[str, list[Any]]:
-    """Agreements as columns, with those that say what each is of before them."""
-    flat = [{**of, **asdict(agreement)} for of, agreement in rows]
+    """Return agreements as columns, after the columns that label each of them."""
+    flat = [{**labels, **asdict(agreement)} for labels, agreement in rows]
     return {column: [row[column] for row in flat] for column in flat[0]}
 
 
-def draw_by_threshold(axes: "Axes", found: list[Agreement], score: Score, what: Literal["jaccard", "difference"], **style: Any) -> None:
-    """One line: an agreement on a score by threshold."""
-    own = [each for each in found if each.score == score]
-    values = [getattr(each, what) for each in own]
+def draw_by_threshold(
+    axes: "Axes", agreements: list[Agreement], score: Score, measure: Literal["jaccard", "difference"], **style: Any
+) -> None:
+    """Draw one line: a measure of agreement on a score by threshold."""
+    own = [each for each in agreements if each.score == score]
+    values = [getattr(each, measure) for each in own]
     axes.plot([each.threshold for each in own], [np.nan if value is None else value for value in values], marker="o", **style)
     axes.set(xlabel=f"threshold of {score}")
-    axes.set_ylim(bottom=0, top=1.02 if what == "jaccard" else None, auto=what == "difference")
+    axes.set_ylim(bottom=0, top=1.02 if measure == "jaccard" else None, auto=measure == "difference")

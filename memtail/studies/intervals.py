@@ -13,18 +13,18 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """`value`, and `half` the width of its confidence interval, both as fractions of 1."""
+    """A value and `half` the width of its confidence interval, as fractions of 1."""
 
     value: float
     half: float
 
     def __str__(self) -> str:
-        """In percent, or percentage points: `1.91 ± 0.26`."""
+        """Format in percent or percentage points: `1.91 ± 0.26`."""
         return f"{100 * self.value:z.2f} ± {100 * self.half:.2f}"
 
 
 def mean(values: Floats) -> Interval:
-    """The mean of independent values with the interval of Student's t; needs two values at least."""
+    """Mean of at least two independent values, with Student's t interval."""
     from scipy.stats import t
 
     half = t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
@@ -32,7 +32,7 @@ def mean(values: Floats) -> Interval:
 
 
 def difference(first: Floats, second: Floats) -> Interval:
-    """The mean of `first` less that of `second`, with Welch's interval (the two need not vary alike)."""
+    """Mean of `first` minus mean of `second`, with Welch's interval, which allows unequal variances."""
     from scipy.stats import t
 
     of_means = [values.var(ddof=1) / len(values) for values in (first, second)]

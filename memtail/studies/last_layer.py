@@ -1,10 +1,11 @@
-"""How much of the memorization is left if only the last layer is trained (the paper: 38 memorized examples instead of 18,099).
+"""Last-layer study: memorization with only the last layer trained (the paper: 38 memorized examples instead of 18,099).
 
-One model is trained on everything and frozen; what it makes of the images is a dataset (see `memtail.studies.features`). On that a linear
-model is trained on the very subsets of the experiment, by its recipe without augmentation: an ordinary experiment of its own.
+One model is trained on all examples and frozen, and its features of the images become a dataset (see `memtail.studies.features`). A linear
+model is trained on that dataset, on the subsets and with the recipe of the experiment but without augmentation.
 """
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +18,11 @@ from memtail.scores.reader import Scores
 from memtail.scores.summary import ACCURACIES
 from memtail.spec import Experiment
 from memtail.storage import ObjectStore
-from memtail.studies.names import derived_name
+from memtail.studies.experiment_names import derived_name
+from memtail.studies.options import ExperimentName
 from memtail.studies.result import StudyResult, write_result
+from memtail.studies.retraining import dataset_of, require_finished
+from memtail.studies.study import Prepared, Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,14 +30,54 @@ if TYPE_CHECKING:
     from memtail.studies.features import Features  # needs torch
 
 _THRESHOLDS = np.arange(0.05, 1.0, 0.05).round(2)
+_PAPER_THRESHOLD = int(np.flatnonzero(_THRESHOLDS == MEM_THRESHOLD)[0])
 
 
-def plan_last_layer(record: Record, features: "Features") -> Experiment:
-    """The experiment that trains the last layer alone, on the features of an experiment's images.
+def prepare(store: ObjectStore, name: ExperimentName) -> Prepared:
+    """Prepare the study: make the features, and declare the experiment on them.
+
+    Args:
+        store: holds the experiment.
+        name: the experiment.
 
     Raises:
-        SpecError: its name would be too long.
+        SpecError: the model does not end with a linear layer, or the derived name is too long.
+        ScoresError: the scores are not final, or the model of the features diverged.
+        StoreError: there is no such experiment, or the store cannot be read or written.
     """
+    from memtail.studies.features import features_of
+
+    record = require_finished(store, name)
+    features = features_of(store, record, lambda: dataset_of(store, record))
+    experiment = _derive(record, features)
+    return Prepared(lambda: _evaluate(store, name, experiment, features), Training(experiment, lambda: features.dataset))
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Numbers of one of the two experiments.
+
+    Attributes:
+        memorized, memorized_error: number of memorized examples, and its standard error over random halves of the trials.
+        pairs: number of high-influence pairs.
+        trials: number of trials.
+        in_subset_accuracy, held_out_accuracy, test_accuracy: mean accuracies over the trials, with their standard errors.
+    """
+
+    memorized: int
+    memorized_error: float
+    pairs: int
+    trials: int
+    in_subset_accuracy: float
+    held_out_accuracy: float
+    test_accuracy: float
+    in_subset_accuracy_error: float
+    held_out_accuracy_error: float
+    test_accuracy_error: float
+
+
+def _derive(record: Record, features: "Features") -> Experiment:
+    """Declare the experiment that trains the last layer alone."""
     experiment = record.experiment
     name = derived_name(experiment.name, "last-layer", features.dataset.fingerprint)
     declaration = experiment.model_dump(mode="json", exclude={"record"}) | {
@@ -46,32 +90,21 @@ def plan_last_layer(record: Record, features: "Features") -> Experiment:
     return Experiment.parse(declaration, source=f"experiment '{name}' of the study")
 
 
-def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment, features: "Features") -> StudyResult:
-    """Compare the scores of the last layer alone with those of the whole model, and write the result into the store.
-
-    Raises:
-        ScoresError: either has no scores, or no example has an estimate.
-        StoreError: the store cannot be read or written.
-    """
+def _evaluate(store: ObjectStore, name: str, experiment: Experiment, features: "Features") -> StudyResult:
+    """Compare the scores of the last layer alone with those of the whole model, and write the result. Raises: ScoresError, StoreError."""
     ExperimentStore(store, name).read_record()
-    whole, alone = open_scores(store, name), open_scores(store, planned.name)
-    counts = {label: _counts(scores) for label, scores in (("whole model", whole), ("last layer", alone))}
-    place = int(np.flatnonzero(_THRESHOLDS == MEM_THRESHOLD)[0])
-    facts = {label: _facts(scores, counts[label][place]) for label, scores in (("whole model", whole), ("last layer", alone))}
+    whole_scores, last_scores = open_scores(store, name), open_scores(store, experiment.name)
+    whole_counts, last_counts = _counts(whole_scores), _counts(last_scores)
+    whole, last = _facts(whole_scores, whole_counts), _facts(last_scores, last_counts)
     findings = [
-        f"Training the last layer alone memorizes {_memorized(facts['last layer'])} of {whole.summary.n_train} training examples "
-        f"(mem >= {MEM_THRESHOLD}), training the whole model {_memorized(facts['whole model'])}.",
-        f"High-influence pairs (infl >= {INFL_THRESHOLD}): {facts['last layer']['pairs']} of the last layer alone, "
-        f"{facts['whole model']['pairs']} of the whole model.",
-        *(
-            f"{what}: {_percent(each, 'test_accuracy')} of the test examples are classified correctly, "
-            f"{_percent(each, 'in_subset_accuracy')} of the training examples seen, {_percent(each, 'held_out_accuracy')} of those not "
-            f"seen, by {each['trials']} models."
-            for what, each in (("The last layer alone", facts["last layer"]), ("The whole model", facts["whole model"]))
-        ),
-        f"The features are of one model trained on all training examples, with a test accuracy of {features.test_accuracy:.2%}: those not "
-        f"seen by a last layer were seen by its features.",
-        "Behind each ± is a standard error: of accuracies over the models, of memorized examples over random halves of them.",
+        f"Training the last layer alone memorizes {_memorized(last)} of {whole_scores.summary.n_train} training examples "
+        f"(mem >= {MEM_THRESHOLD}), training the whole model {_memorized(whole)}.",
+        f"High-influence pairs (infl >= {INFL_THRESHOLD}): {last.pairs} with the last layer alone, {whole.pairs} with the whole model.",
+        _accuracies("The last layer alone", last),
+        _accuracies("The whole model", whole),
+        f"The features are those of one model trained on all training examples, with a test accuracy of {features.test_accuracy:.2%}: "
+        f"examples held out from a last layer were seen by its features.",
+        "Numbers after ± are standard errors: of accuracies over the models, of memorized examples over random halves of the models.",
     ]
     result = StudyResult(
         store,
@@ -79,56 +112,65 @@ def evaluate_last_layer(store: ObjectStore, name: str, planned: Experiment, feat
         "last-layer",
         "Memorization with only the last layer trained",
         findings,
-        facts["whole model"]["trials"] + facts["last layer"]["trials"],
-        [name, planned.name],
-        {"scores": {name: whole.folder.name, planned.name: alone.folder.name}},
-        facts,
+        whole.trials + last.trials,
+        [name, experiment.name],
+        {"scores": {name: whole_scores.folder.name, experiment.name: last_scores.folder.name}},
+        {"whole model": asdict(whole), "last layer": asdict(last)},
     )
-    table = {"threshold": _THRESHOLDS, "whole": counts["whole model"], "last_layer": counts["last layer"]}
-    write_result(result, table, _draw(name, counts, facts))
+    table = {"threshold": _THRESHOLDS, "whole": whole_counts, "last_layer": last_counts}
+    write_result(result, table, _draw(name, {"whole model": (whole_counts, whole), "last layer": (last_counts, last)}))
     return result
 
 
 def _counts(scores: Scores) -> list[int]:
-    """How many examples reach each threshold of memorization."""
+    """Count the examples that reach each threshold of memorization."""
     return [int((scores.memorization["mem"] >= threshold).sum()) for threshold in _THRESHOLDS]
 
 
-def _facts(scores: Scores, memorized: int) -> dict[str, Any]:
+def _facts(scores: Scores, counts: list[int]) -> _Facts:
     summary = scores.summary
-    errors = summary.accuracy_se
-    if any(errors[accuracy] is None for accuracy in ACCURACIES):
+    errors = {accuracy: se for accuracy, se in summary.accuracy_se.items() if se is not None}
+    if not errors.keys() >= {*ACCURACIES}:
         raise ScoresError(
-            f"experiment '{summary.experiment}' has no accuracies with standard errors to compare: that takes two trials at least, and "
-            f"training examples that some of them saw and others did not"
+            f"experiment '{summary.experiment}' has no accuracies with standard errors to compare: train at least two trials, and "
+            f"choose subsets so that some trials see a training example and others do not"
         )
     share_error = convergence(scores.statistics, [MEM_THRESHOLD], [0.5], np.array([-1.0, 1.0]))[-1].shares_se[0]
-    facts = {
-        "memorized": memorized,
-        "memorized_error": float(share_error) * summary.n_train,
-        "pairs": summary.pairs.count,
-        "trials": summary.trials,
-    }
-    return facts | {each: summary[each] for each in ACCURACIES} | {f"{each}_error": errors[each] for each in ACCURACIES}
+    return _Facts(
+        memorized=counts[_PAPER_THRESHOLD],
+        memorized_error=float(share_error) * summary.n_train,
+        pairs=summary.pairs.count,
+        trials=summary.trials,
+        **{accuracy: summary[accuracy] for accuracy in ACCURACIES},
+        **{f"{accuracy}_error": errors[accuracy] for accuracy in ACCURACIES},
+    )
 
 
-def _memorized(facts: dict[str, Any]) -> str:
-    return f"{facts['memorized']} ± {facts['memorized_error']:.0f}"
+def _memorized(facts: _Facts) -> str:
+    return f"{facts.memorized} ± {facts.memorized_error:.0f}"
 
 
-def _percent(facts: dict[str, Any], accuracy: str) -> str:
-    return f"{100 * facts[accuracy]:.2f} ± {100 * facts[f'{accuracy}_error']:.2f}%"
+def _accuracies(trained: str, facts: _Facts) -> str:
+    return (
+        f"{trained}: test accuracy {_percent(facts.test_accuracy, facts.test_accuracy_error)}, in-subset accuracy "
+        f"{_percent(facts.in_subset_accuracy, facts.in_subset_accuracy_error)}, held-out accuracy "
+        f"{_percent(facts.held_out_accuracy, facts.held_out_accuracy_error)}, of {facts.trials} models."
+    )
 
 
-def _draw(name: str, counts: dict[str, list[int]], facts: dict[str, dict[str, Any]]) -> "Figure":
+def _percent(value: float, error: float) -> str:
+    return f"{100 * value:.2f} ± {100 * error:.2f}%"
+
+
+def _draw(name: str, trained: dict[str, tuple[list[int], _Facts]]) -> "Figure":
     from memtail.figures.style import drawing
 
     with drawing(5.5, 3.5) as figure:
         axes = figure.subplots()
-        for (label, values), marker in zip(counts.items(), ("o", "s"), strict=True):
-            axes.plot(_THRESHOLDS, values, marker=marker, markersize=4, label=f"{label}: test accuracy {facts[label]['test_accuracy']:.2%}")
+        for (label, (counts, facts)), marker in zip(trained.items(), ("o", "s"), strict=True):
+            axes.plot(_THRESHOLDS, counts, marker=marker, markersize=4, label=f"{label}: test accuracy {facts.test_accuracy:.2%}")
         axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(bottom=0)
-        axes.set(xlabel="threshold θ of memorization", ylabel="training examples of mem ≥ θ", title=f"{name}: which layers are trained")
+        axes.set(xlabel="threshold θ of memorization", ylabel="training examples of mem ≥ θ", title=f"{name}: layers trained")
         axes.legend()
     return figure

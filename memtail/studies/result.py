@@ -1,11 +1,10 @@
-"""What a study leaves in the store, under `experiments/<name>/studies/<study>/`: written, and read back.
+"""Result of a study in the store, under `experiments/<name>/studies/<study>/`.
 
-* `result.json`: `study`, `title`, `findings` (sentences for people), `trials` (the trained models that it rests on), `experiments` (those
-  that hold these trials), `settings` (what was asked), `measured` (the figures of the findings) and `finished` (UTC).
-* `result.parquet`: everything measured, one row per setting.
+* `result.json`: the fields of `StudyResult`, without the store and the name.
+* `result.parquet`: all measurements, one row per setting.
 * `figure.svg`, `figure.png`.
 
-`result.json` is written last: a study without it is not there yet. Reading needs neither torch nor matplotlib.
+`result.json` is written last: a folder without it holds no result yet. Reading a result imports neither torch nor matplotlib.
 """
 
 import io
@@ -25,7 +24,7 @@ TABLE = "result.parquet"
 FIGURE = "figure.{}"
 
 SCHEMA = 1
-# Bytes of the largest result that is read.
+# Largest result read, in bytes.
 _MOST_BYTES = 1 << 22
 _FIELDS = ("study", "title", "findings", "trials", "experiments", "settings", "measured", "finished")
 
@@ -36,18 +35,18 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """The result of one study of an experiment, as `result.json` holds it.
+    """Result of one study of an experiment.
 
     Attributes:
-        store, name: where it is: the store, and the experiment.
-        study: its name.
-        title: what it is about, in a line.
-        findings: what came out, in sentences with numbers and their errors.
-        trials: how many trained models it rests on.
-        experiments: the experiments that hold them.
-        settings: what was asked of the study.
-        measured: the figures of the findings.
-        finished: when it was written, UTC, ISO 8601.
+        store, name: the store and the experiment that hold the result.
+        study: name of the result's folder.
+        title: title, one line.
+        findings: sentences with the measured numbers and their errors.
+        trials: number of trained models that the result rests on.
+        experiments: the experiments that trained them.
+        settings: arguments of the study, and the version of the scores as `scores`.
+        measured: the numbers of the findings.
+        finished: time of the result, UTC, ISO 8601.
     """
 
     store: ObjectStore = field(repr=False)
@@ -63,21 +62,21 @@ class StudyResult:
 
     @property
     def prefix(self) -> str:
-        """The prefix of its objects' keys."""
+        """Prefix of the keys of its objects."""
         return keys.study(self.name, self.study)
 
     @property
     def of_scores(self) -> str | None:
-        """The version of its experiment's scores that it rests on; None if that is not said."""
+        """Version of its experiment's scores that it rests on; None if not recorded."""
         scores = self.settings.get("scores")
         return scores.get(self.name) if isinstance(scores, dict) else scores
 
     def figure_svg(self) -> bytes:
-        """The figure, as an SVG file. Raises: ObjectNotFound, StoreError."""
+        """Read the figure as an SVG file. Raises: ObjectNotFound, StoreError."""
         return self.store.get(self.prefix + FIGURE.format("svg"))
 
     def table(self) -> dict[str, Any]:
-        """The columns of `result.parquet`. Raises: ObjectNotFound, StoreError."""
+        """Read the columns of `result.parquet`. Raises: ObjectNotFound, StoreError."""
         import pyarrow as pa
         import pyarrow.parquet
 
@@ -89,26 +88,26 @@ class StudyResult:
         return dict(columns)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `result.json`."""
+        """Return the fields of `result.json`."""
         return {"schema": SCHEMA, **{each: getattr(self, each) for each in _FIELDS}}
 
 
 def load_results(store: ObjectStore, name: str) -> list[StudyResult]:
-    """The results of all studies of an experiment, by the studies' names.
+    """Read the results of all studies of an experiment, in the order of their names.
 
     Raises:
-        StoreError: the store cannot be read, or a result is damaged (says which).
+        StoreError: the store cannot be read, or a result is damaged (the message names it).
     """
-    found = []
+    results = []
     for study in store.folders(keys.studies(name)):
         key = keys.study(name, study) + RESULT
         try:
-            found.append(_read(store, name, key))
-        except ObjectNotFound:  # it is being written
+            results.append(_read(store, name, key))
+        except ObjectNotFound:  # still being written
             continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{key}: is damaged ({error}): remove it, then run the study again") from None
-    return found
+    return results
 
 
 def _read(store: ObjectStore, name: str, key: str) -> StudyResult:
@@ -119,12 +118,12 @@ def _read(store: ObjectStore, name: str, key: str) -> StudyResult:
 
 
 def write_result(result: StudyResult, table: dict[str, Any], figure: "Figure") -> None:
-    """Write a result into its store, in place of an earlier one.
+    """Write a result to its store, replacing an earlier one.
 
     Args:
-        result: what `result.json` is to hold.
-        table: the columns of `result.parquet`, each of as many rows.
-        figure: as drawn.
+        result: content of `result.json`.
+        table: columns of `result.parquet`, of equal length.
+        figure: the drawn figure.
 
     Raises:
         StoreError: the store cannot be written.
@@ -137,6 +136,6 @@ def write_result(result: StudyResult, table: dict[str, Any], figure: "Figure") -
     columns = io.BytesIO()
     pyarrow.parquet.write_table(pa.table(table), columns)
     result.store.put(result.prefix + TABLE, columns.getvalue())
-    for kind, drawn in encoded(figure).items():
-        result.store.put(result.prefix + FIGURE.format(kind), drawn)
+    for kind, data in encoded(figure).items():
+        result.store.put(result.prefix + FIGURE.format(kind), data)
     result.store.put(result.prefix + RESULT, json.dumps(result.to_json(), indent=1).encode())

@@ -1,7 +1,6 @@
-"""Retraining on chosen subsets: an ordinary experiment of the design `explicit`, like another but for its subsets.
+"""Retraining on chosen subsets: an experiment derived from another, with an `explicit` design.
 
-It is named after what it is like, its purpose and its masks, so that the same question is the same experiment, which goes on where it was,
-and another question another one.
+The experiment's name is derived from its parent, the study and a hash of its masks, so repeating a study resumes the same experiment.
 """
 
 import hashlib
@@ -10,6 +9,8 @@ import io
 import numpy as np
 import numpy.typing as npt
 
+from memtail.datasets import ImageDataset
+from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ScoresError
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore, Record
@@ -17,18 +18,23 @@ from memtail.settings import Settings
 from memtail.spec import Experiment
 from memtail.storage import ObjectStore, keys
 from memtail.storage.atomic_file import atomic_file
-from memtail.studies.names import derived_name
+from memtail.studies.experiment_names import derived_name
 from memtail.subsets import Mask
 from memtail.trials import unpack
 
 
-def derive_experiment(record: Record, purpose: str, masks: Mask) -> Experiment:
-    """The experiment that trains trial k on the examples of masks[k], bool [trials, n], by the recipe of another.
+def derive_experiment(record: Record, study: str, masks: Mask) -> Experiment:
+    """Declare the experiment that trains trial k on the examples of masks[k], with the recipe of another experiment.
 
-    The masks are kept in the cache folder. Its seed follows from the masks, so that no trial is one of the other's again.
+    The masks are kept in the cache folder. The seed is derived from them, so that no trial repeats one of the other experiment.
+
+    Args:
+        record: the other experiment.
+        study: the study that needs the models.
+        masks: bool [trials, n].
 
     Raises:
-        SpecError: its name would be too long.
+        SpecError: the derived name is too long.
     """
     buffer = io.BytesIO()
     np.save(buffer, masks)
@@ -37,42 +43,48 @@ def derive_experiment(record: Record, purpose: str, masks: Mask) -> Experiment:
     if not path.exists():
         with atomic_file(path) as file:
             file.write(buffer.getvalue())
-    name = derived_name(record.experiment.name, purpose, digest)
+    name = derived_name(record.experiment.name, study, digest)
     subsets = {"design": "explicit", "masks": str(path), "trials": len(masks), "seed": int(digest[:8], 16)}
     declaration = record.experiment.model_dump(mode="json", exclude={"record"})
     return Experiment.parse({**declaration, "name": name, "subsets": subsets}, source=f"experiment '{name}' of the study")
 
 
 def require_finished(store: ObjectStore, name: str) -> Record:
-    """The record of an experiment that a study may start from: one whose scores are not to change any more.
+    """Read the record of an experiment whose scores will not change any more.
 
     Raises:
-        ScoresError: trials of it are still to come.
+        ScoresError: the experiment has trials left to train or publish.
         StoreError: there is no such experiment, or the store cannot be read.
     """
     record, progress = ExperimentStore(store, name).read_record(), progress_of(store, name)
     if progress.ending is None:
         raise ScoresError(
-            f"experiment '{name}' has scores of {progress.published_trials} of {progress.wanted} trials, and the study starts from the "
-            f"scores: let it finish, or give it up with memtail cancel {name}"
+            f"experiment '{name}' has scores of {progress.published_trials} of {progress.wanted} trials, and a study needs final scores: "
+            f"wait until it finishes, or stop it with memtail cancel {name}"
         )
     return record
 
 
 def is_finished(store: ObjectStore, experiment: Experiment) -> bool:
-    """Whether all trials that a study needs of an experiment are committed, and its scores published."""
+    """Check whether all trials of an experiment's declaration are committed, and its scores published."""
     if not store.exists(keys.experiment(experiment.name)):
         return False
     progress = progress_of(store, experiment.name)
     return progress.ending == "published" and progress.wanted >= experiment.subsets.trials
 
 
-def correctness(store: ObjectStore, experiment: Experiment) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """What the models of an experiment get right, all of whose trials are committed.
+def dataset_of(store: ObjectStore, record: Record) -> ImageDataset:
+    """Open the dataset of an experiment, from the cache or the store. Raises: DatasetError, StoreError."""
+    settings = Settings()
+    return fetch(store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit)
+
+
+def read_outcomes(store: ObjectStore, experiment: Experiment) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Read the test outcomes of an experiment, all of whose trials are committed.
 
     Returns:
-        bool [trials, q], whether trial k's model classifies test example j correctly; and bool [trials], which trials count: those that
-        did not diverge.
+        bool [trials, q], whether trial k classifies test example j correctly; and bool [trials], whether trial k counts: it did not
+        diverge.
 
     Raises:
         StoreError: the store cannot be read, or holds a damaged object.

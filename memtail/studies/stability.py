@@ -1,71 +1,102 @@
-"""How much of the scores another run would find again, and how many trials it takes for it to find enough.
+"""Stability study: overlap of the scores of two runs, and the number of trials needed for a given overlap.
 
-The trials of an experiment are split at random into two halves that share none, several times, and the scores of the two compared (see
-`memtail.studies.agreement`); then the same is done with ever fewer of the trials. So the halves of T trials say how far two runs of T / 2
-trials agree. Nothing is trained.
+The trials of an experiment are split at random into two disjoint halves, several times, and the scores of the halves are compared (see
+`memtail.studies.agreement`); then half as many trials are split, and so on. Two halves of t trials show how far two runs of t / 2 trials
+agree. Nothing is trained.
 
-A wanted overlap that was reached with fewer trials than there are is told from what was measured. Otherwise the overlap J of what t trials
-select is continued by a power law, 1 - J = a t^-b, fitted to the logarithms by least squares, once for each split: the share of examples
-whose score is so near the threshold that chance decides falls with their standard error, and so with a power of t.
+An overlap reached with fewer trials than there are is read from the measurements. For a higher overlap J, a power law 1 - J = a t^-b is
+fitted to the logarithms by least squares, once for each split: the share of examples whose score is so close to the threshold that chance
+decides falls with their standard error, and so with a power of t.
 """
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+import typer
 
 from memtail.errors import ScoresError
 from memtail.experiment_store import ExperimentStore
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
+from memtail.scores.reader import Scores
 from memtail.storage import ObjectStore
 from memtail.studies.agreement import (
     PAPERS,
     SMALLEST_HALF,
     SPLITS,
     THRESHOLDS,
-    Agreement,
+    Comparison,
     Estimates,
     Score,
-    agreements,
+    compare,
     draw_by_threshold,
-    rank_correlation,
+    mean_defined,
     table,
 )
+from memtail.studies.options import ExperimentName
 from memtail.studies.result import StudyResult, write_result
+from memtail.studies.study import Prepared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: What was measured is continued to so many times the largest number of trials.
+#: The power law is used up to this multiple of the largest measured number of trials.
 REACH = 8
 
-_WHAT = {"memorization": f"memorized examples (mem >= {PAPERS['memorization']})", "influence": f"pairs (infl >= {PAPERS['influence']})"}
+_SELECTED = {"memorization": f"memorized examples (mem >= {PAPERS['memorization']})", "influence": f"pairs (infl >= {PAPERS['influence']})"}
+
+
+def prepare(
+    store: ObjectStore,
+    name: ExperimentName,
+    *,
+    overlap: Annotated[
+        float,
+        typer.Option("--wanted", min=0.01, max=0.999, help="Overlap (0 to 1) for which the trials needed are estimated.", metavar="J"),
+    ] = 0.9,
+) -> Prepared:
+    """Prepare the study.
+
+    Args:
+        store: holds the experiment.
+        name: the experiment.
+        overlap: Jaccard coefficient for which the trials needed are estimated.
+
+    Raises:
+        StoreError: there is no such experiment, or the store cannot be read.
+    """
+    ExperimentStore(store, name).read_record()
+    return Prepared(lambda: _evaluate(store, name, overlap))
 
 
 @dataclass(frozen=True)
-class _Split:
-    """Two disjoint sets of t trials each."""
+class _Group:
+    """Comparisons of two disjoint sets of `trials` trials each, one for each random split."""
 
     trials: int
-    number: int
-    agreements: list[Agreement]
-    rank_correlation: float | None
+    splits: list[Comparison]
 
-    def at(self, score: Score, threshold: float) -> Agreement:
-        return next(each for each in self.agreements if each.score == score and each.threshold == threshold)
+    def overlaps(self, score: Score) -> list[float]:
+        """Overlaps at the paper's threshold, where defined."""
+        overlaps = (split.at_paper_threshold(score).jaccard for split in self.splits)
+        return [overlap for overlap in overlaps if overlap is not None]
+
+    def rank_correlations(self) -> list[float]:
+        """Rank correlations, where defined."""
+        return [split.rank_correlation for split in self.splits if split.rank_correlation is not None]
 
 
 @dataclass(frozen=True)
 class _Needed:
-    """The trials that a wanted overlap takes.
+    """Trials needed for an overlap.
 
     Attributes:
-        trials: so many; None if that cannot be told, or is too far.
-        beyond: more than so many, if it is too far.
-        fewest, most: the same as `trials` by single splits, where it was continued; None if too far.
-        measured: whether the overlap was reached by what was measured: `trials` reach it, and half as many do not, or were not tried.
+        trials: the number; None if it is unknown or beyond reach.
+        beyond: lower bound of the number if it is beyond reach.
+        fewest, most: range of the number over single splits, where it was extrapolated; None if beyond reach.
+        measured: whether the overlap was reached by the measurements: `trials` reach it, and half as many do not, or were not measured.
     """
 
     trials: int | None = None
@@ -75,164 +106,148 @@ class _Needed:
     measured: bool = False
 
 
-def study_stability(store: ObjectStore, name: str, *, wanted: float) -> StudyResult:
-    """Compare the halves of an experiment's trials, and write the result into the store.
-
-    Args:
-        store, name: the experiment.
-        wanted: the overlap (Jaccard coefficient, 0 to 1) for which the trials needed are told.
-
-    Raises:
-        ScoresError: there are no scores, or of too few trials.
-    """
-    ExperimentStore(store, name).read_record()
+def _evaluate(store: ObjectStore, name: str, overlap: float) -> StudyResult:
+    """Compare halves of the trials and write the result. Raises: ScoresError: there are no scores, or too few trials; StoreError."""
     scores = open_scores(store, name)
-    packed, labels = scores.statistics, (scores.memorization["label"], scores.test_labels)
-    if packed.trials < 2 * SMALLEST_HALF:
-        raise ScoresError(f"experiment '{name}' has {packed.trials} trials, {2 * SMALLEST_HALF} are needed to split: raise subsets.trials")
-    splits = []
-    trials = packed.trials // 2
-    while trials >= SMALLEST_HALF:
-        for number in range(SPLITS):
-            drawn = packed.counted_trials[np.argsort(random_keys(packed.trials, 0, Purpose.HALVES, trials, number))]
-            halves = [Estimates.of(packed.select(half), *labels) for half in (drawn[:trials], drawn[trials : 2 * trials])]
-            splits.append(_Split(trials, number, list(agreements(*halves)), rank_correlation(*halves)))
-        trials //= 2
-    needed = {score: _trials_for(wanted, splits, score) for score in THRESHOLDS}
+    groups = _groups(scores, name)
+    largest = groups[0]
+    needed: dict[Score, _Needed] = {score: _trials_for(overlap, groups, score) for score in THRESHOLDS}
     rows = [
-        ({"trials": split.trials, "split": split.number, "rank_correlation": split.rank_correlation}, each)
-        for split in splits
-        for each in split.agreements
+        ({"trials": group.trials, "split": number, "rank_correlation": split.rank_correlation}, agreement)
+        for group in groups
+        for number, split in enumerate(group.splits)
+        for agreement in split.agreements
     ]
     result = StudyResult(
         store,
         name,
         "stability",
-        f"What two runs of {splits[0].trials} trials would agree on",
-        _findings(splits, wanted, needed),
-        packed.trials,
+        f"Agreement of two runs of {largest.trials} trials",
+        _findings(groups, overlap, needed),
+        scores.statistics.trials,
         [name],
-        {"scores": scores.folder.name, "wanted": wanted, "splits": SPLITS},
+        {"scores": scores.folder.name, "wanted": overlap, "splits": SPLITS},
         {
-            "trials": splits[0].trials,
-            "jaccard": {score: _overlap(splits[:SPLITS], score) for score in THRESHOLDS},
-            "rank_correlation": _mean([split.rank_correlation for split in splits[:SPLITS]]),
-            "trials_needed": {score: vars(each) for score, each in needed.items()},
+            "trials": largest.trials,
+            "jaccard": {score: mean_defined(largest.overlaps(score)) for score in THRESHOLDS},
+            "rank_correlation": mean_defined(largest.rank_correlations()),
+            "trials_needed": {score: asdict(each) for score, each in needed.items()},
         },
     )
-    write_result(result, table(rows), _draw(name, splits, wanted))
+    write_result(result, table(rows), _draw(name, groups, overlap))
     return result
 
 
-def _mean(values: list[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None
+def _groups(scores: Scores, name: str) -> list[_Group]:
+    """Split and compare, largest number of trials first."""
+    packed, labels = scores.statistics, (scores.memorization["label"], scores.test_labels)
+    if packed.trials < 2 * SMALLEST_HALF:
+        raise ScoresError(
+            f"experiment '{name}' has {packed.trials} trials, a split needs at least {2 * SMALLEST_HALF}: raise subsets.trials"
+        )
+    groups = []
+    trials = packed.trials // 2
+    while trials >= SMALLEST_HALF:
+        splits = []
+        for number in range(SPLITS):
+            drawn = packed.counted_trials[np.argsort(random_keys(packed.trials, 0, Purpose.HALVES, trials, number))]
+            splits.append(compare(*(Estimates.of(packed.select(half), *labels) for half in (drawn[:trials], drawn[trials : 2 * trials]))))
+        groups.append(_Group(trials, splits))
+        trials //= 2
+    return groups
 
 
-def _overlaps(splits: list[_Split], score: Score) -> list[float]:
-    found = (split.at(score, PAPERS[score]).jaccard for split in splits)
-    return [value for value in found if value is not None]
-
-
-def _overlap(splits: list[_Split], score: Score) -> float | None:
-    return _mean(list(_overlaps(splits, score)))
-
-
-def _by_trials(splits: list[_Split]) -> list[list[_Split]]:
-    """Groups of as many trials each, most first."""
-    return [splits[start : start + SPLITS] for start in range(0, len(splits), SPLITS)]
-
-
-def _trials_for(wanted: float, splits: list[_Split], score: Score) -> _Needed:
-    groups, reached = _by_trials(splits), None
+def _trials_for(overlap: float, groups: list[_Group], score: Score) -> _Needed:
+    reached = None
     for group in groups:  # most trials first
-        overlap = _overlap(group, score)
-        if overlap is None or overlap < wanted:
+        mean = mean_defined(group.overlaps(score))
+        if mean is None or mean < overlap:
             break
-        reached = group[0].trials
+        reached = group.trials
     if reached is not None:
         return _Needed(reached, measured=True)
-    told = sorted(_continued(wanted, [group[number] for group in groups], score) for number in range(SPLITS))
-    if math.isnan(sum(told)):
+    estimates = sorted(_extrapolate(overlap, groups, number, score) for number in range(SPLITS))
+    if math.isnan(sum(estimates)):
         return _Needed()
-    fewest, middle, most = (None if math.isinf(trials) else math.ceil(trials) for trials in (told[0], told[SPLITS // 2], told[-1]))
-    return _Needed(middle, REACH * splits[0].trials if middle is None else None, fewest, most)
+    fewest, middle, most = (
+        None if math.isinf(trials) else math.ceil(trials) for trials in (estimates[0], estimates[SPLITS // 2], estimates[-1])
+    )
+    return _Needed(middle, REACH * groups[0].trials if middle is None else None, fewest, most)
 
 
-def _continued(wanted: float, of_one: list[_Split], score: Score) -> float:
-    """The trials for a wanted overlap by the power law through one split each; infinite beyond `REACH`, NaN if it cannot be fitted."""
-    points = [(each.trials, overlap) for each in of_one if (overlap := each.at(score, PAPERS[score]).jaccard) is not None and overlap < 1]
+def _extrapolate(overlap: float, groups: list[_Group], number: int, score: Score) -> float:
+    """Trials for an overlap by the power law through split `number` of each group; infinite beyond `REACH`, NaN if there is no fit."""
+    measured = [(group.trials, group.splits[number].at_paper_threshold(score).jaccard) for group in groups]
+    points = [(trials, jaccard) for trials, jaccard in measured if jaccard is not None and jaccard < 1]
     if len(points) < 2:
         return math.nan
-    slope, start = np.polyfit([math.log(trials) for trials, _ in points], [math.log(1 - overlap) for _, overlap in points], 1)
-    most = of_one[0].trials
-    exponent = (math.log(1 - wanted) - start) / slope if slope < 0 else math.inf
+    slope, intercept = np.polyfit([math.log(trials) for trials, _ in points], [math.log(1 - jaccard) for _, jaccard in points], 1)
+    most = groups[0].trials
+    exponent = (math.log(1 - overlap) - intercept) / slope if slope < 0 else math.inf
     return max(most, math.exp(exponent)) if exponent <= math.log(REACH * most) else math.inf
 
 
-def _findings(splits: list[_Split], wanted: float, needed: dict[Score, _Needed]) -> list[str]:
-    most = splits[:SPLITS]
-    trials = most[0].trials
+def _findings(groups: list[_Group], overlap: float, needed: dict[Score, _Needed]) -> list[str]:
+    largest = groups[0]
+    trials = largest.trials
     findings = []
     for score in THRESHOLDS:
-        overlaps, at = _overlaps(most, score), [split.at(score, PAPERS[score]) for split in most]
+        overlaps = largest.overlaps(score)
         if not overlaps:
-            findings.append(f"Two disjoint sets of {trials} trials select no {_WHAT[score]}.")
+            findings.append(f"Two disjoint sets of {trials} trials select no {_SELECTED[score]}.")
             continue
-        apart = _mean([each.difference for each in at])
+        difference = mean_defined(split.at_paper_threshold(score).difference for split in largest.splits)
         findings.append(
-            f"Two disjoint sets of {trials} trials select {_WHAT[score]} that overlap by {sum(overlaps) / len(overlaps):.3f} "
-            f"(Jaccard; {min(overlaps):.3f} to {max(overlaps):.3f} over {SPLITS} splits), with scores {apart:.3f} apart on average."
+            f"The {_SELECTED[score]} of two disjoint sets of {trials} trials overlap by {sum(overlaps) / len(overlaps):.3f} "
+            f"(Jaccard; {min(overlaps):.3f} to {max(overlaps):.3f} over {SPLITS} splits); on average, their scores differ by "
+            f"{difference:.3f}."
         )
-    correlation = _mean([split.rank_correlation for split in most])
+    correlation = mean_defined(largest.rank_correlations())
     if correlation is not None:
         findings.append(f"The rank correlation of their memorization scores is {correlation:.3f}.")
     for score, each in needed.items():
-        goal = f"An overlap of {wanted:g} of the {_WHAT[score]} takes"
+        goal = f"An overlap of {overlap:g} of the {_SELECTED[score]} needs"
         if each.measured:
-            smallest = splits[-1].trials == each.trials
+            smallest = groups[-1].trials == each.trials
             findings.append(f"{goal} {'at most' if smallest else 'about'} {each.trials} trials, as measured.")
         elif each.beyond is not None:
-            findings.append(f"{goal} more than {each.beyond} trials: further than what was measured can be continued.")
+            findings.append(f"{goal} more than {each.beyond} trials, which is beyond the reach of the power law.")
         elif each.trials is not None:
             by_split = f"{each.fewest} to {each.most or f'more than {REACH * trials}'} by single splits"
-            findings.append(f"{goal} about {each.trials} trials ({by_split}), by a power law that goes beyond the {trials} measured.")
+            findings.append(f"{goal} about {each.trials} trials ({by_split}), by a power law fitted to at most {trials} measured trials.")
         else:
-            findings.append(f"{goal} a number of trials that cannot be told from what was measured.")
+            findings.append(f"{goal} an unknown number of trials: the measurements do not determine a power law.")
     return findings
 
 
-def _draw(name: str, splits: list[_Split], wanted: float) -> "Figure":
+def _draw(name: str, groups: list[_Group], overlap: float) -> "Figure":
     from memtail.figures.style import COLOURS, GREY, drawing
 
-    groups = _by_trials(splits)
     curves: list[tuple[str, list[list[float]]]] = [
-        (f"memorized, mem ≥ {PAPERS['memorization']}", [_overlaps(group, "memorization") for group in groups]),
-        (f"pairs, infl ≥ {PAPERS['influence']}", [_overlaps(group, "influence") for group in groups]),
-        ("ranks of mem", [[s.rank_correlation for s in group if s.rank_correlation is not None] for group in groups]),
+        (f"memorized, mem ≥ {PAPERS['memorization']}", [group.overlaps("memorization") for group in groups]),
+        (f"pairs, infl ≥ {PAPERS['influence']}", [group.overlaps("influence") for group in groups]),
+        ("ranks of mem", [group.rank_correlations() for group in groups]),
     ]
+    counts = [group.trials for group in groups]
     with drawing(9, 3.4) as figure:
-        by_trials, overlap, apart = figure.subplots(1, 3)
-        for (label, values), colour in zip(curves, COLOURS, strict=False):
-            shown = [(group[0].trials, found) for group, found in zip(groups, values, strict=True) if found]
-            trials = [count for count, _ in shown]
-            by_trials.plot(trials, [np.mean(found) for _, found in shown], marker="o", color=colour, label=label)
-            by_trials.fill_between(
-                trials, [min(found) for _, found in shown], [max(found) for _, found in shown], color=colour, alpha=0.2, linewidth=0
-            )
-        by_trials.axhline(wanted, color=GREY, linestyle="--", linewidth=1)
+        by_trials, overlaps, differences = figure.subplots(1, 3)
+        for (label, measured), colour in zip(curves, COLOURS, strict=False):
+            points = [(trials, values) for trials, values in zip(counts, measured, strict=True) if values]
+            trials = [count for count, _ in points]
+            by_trials.plot(trials, [np.mean(values) for _, values in points], marker="o", color=colour, label=label)
+            low, high = ([bound(values) for _, values in points] for bound in (min, max))
+            by_trials.fill_between(trials, low, high, color=colour, alpha=0.2, linewidth=0)
+        by_trials.axhline(overlap, color=GREY, linestyle="--", linewidth=1)
         by_trials.set_xscale("log")
-        counts = [group[0].trials for group in groups]
         by_trials.set_xticks(counts, [str(count) for count in counts])
         by_trials.minorticks_off()
         by_trials.set(
             xlabel="trials t", ylabel="overlap (Jaccard); rank correlation", ylim=(0, 1.02), title=f"{name}: two runs of t trials"
         )
         figure.legend(loc="outside lower center", ncols=3)
-        most: Any = splits[0].agreements
         for score, colour in zip(THRESHOLDS, COLOURS, strict=False):
-            for axes, what in ((overlap, "jaccard"), (apart, "difference")):
-                draw_by_threshold(axes, most, score, what, color=colour)  # type: ignore[arg-type]
-        overlap.set(xlabel="threshold", ylabel="overlap (Jaccard)", title=f"what {counts[0]} trials select")
-        apart.set(xlabel="threshold", ylabel="mean difference", title="how far the scores are apart")
+            draw_by_threshold(overlaps, groups[0].splits[0].agreements, score, "jaccard", color=colour)
+            draw_by_threshold(differences, groups[0].splits[0].agreements, score, "difference", color=colour)
+        overlaps.set(xlabel="threshold", ylabel="overlap (Jaccard)", title=f"selections of {counts[0]} trials")
+        differences.set(xlabel="threshold", ylabel="mean difference", title="difference of the scores")
     return figure

@@ -18,7 +18,7 @@ from memtail.experiment_store import ExperimentStore, Notice, Record, experiment
 from memtail.report.publish import is_current, publish_report
 from memtail.settings import Settings
 from memtail.storage import ObjectStore
-from memtail.studies.names import parent_of
+from memtail.studies.experiment_names import parent_of
 from services.aggregator.metric_updates import experiment_series, show_scores, show_statistics
 from services.aggregator.metrics import FOLD_SECONDS, PUBLISH_SECONDS, REFUSED, REPORT_FAILURES, REPORT_SECONDS
 from services.common.process import repeat

@@ -9,7 +9,7 @@ from memtail.explorer.server import listen, serve
 from memtail.processes import follow_parent
 from memtail.settings import ExplorerSettings
 from memtail.storage import ObjectStore
-from memtail.storage.open import is_url, open_bucket, open_store
+from memtail.storage.open import open_store
 from services.aggregator.metrics import EXPLORER_RESTARTS
 from services.common.process import configure_logs
 
@@ -55,4 +55,4 @@ def _serve(address: str, token: str | None, listening: socket.socket) -> None:
 
 
 def _open(address: str) -> ObjectStore:
-    return open_bucket(address, _STORE_TIMEOUT, timeout=_STORE_TIMEOUT / 2) if is_url(address) else open_store(address)
+    return open_store(address, verify=False, patience=_STORE_TIMEOUT, timeout=_STORE_TIMEOUT / 2)

@@ -38,7 +38,7 @@ BUILD.info({"version": version("memtail"), "python": platform.python_version()})
 
 
 def count_request(operation: str, outcome: str, seconds: float, size: int) -> None:
-    """Count a request to the object store; a `memtail.storage.s3.Observer`."""
+    """Count a request to the object store; a `memtail.storage.Observer`."""
     STORE_REQUESTS.labels(operation, outcome).inc()
     STORE_SECONDS.labels(operation).observe(seconds)
     if size:

@@ -9,7 +9,8 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from memtail.datasets import ImageDataset
-from memtail.datasets.staged_dataset import fetch, fetch_masks
+from memtail.datasets.staged_dataset import fetch
+from memtail.datasets.staged_masks import fetch_masks
 from memtail.errors import StoreError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard

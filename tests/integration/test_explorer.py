@@ -1,4 +1,4 @@
-"""The explorer's answers: every view and its CSV, what it refuses, and that nothing in a store becomes markup."""
+"""Responses of the explorer: pages and CSV, refusals, and names that are never interpreted as markup."""
 
 import csv
 import io
@@ -20,7 +20,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from memtail.errors import StoreError
-from memtail.explorer import library as module
+from memtail.explorer import library as library_module
+from memtail.explorer import score_cache
 from memtail.explorer.app import create
 from memtail.explorer.library import Library
 from memtail.scores.fetch import open_scores
@@ -34,7 +35,7 @@ HERE = "http://localhost"
 
 
 class Page(HTMLParser):
-    """A page's elements as (tag, attributes), and its text."""
+    """Elements of a page as (tag, attributes), and its text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -49,14 +50,14 @@ class Page(HTMLParser):
         self.text += data
 
     def links(self, pattern: str) -> list[str]:
-        """The addresses that links lead to, as far as they match."""
+        """First groups of the links that match."""
         return [found[1] for tag, each in self.elements if tag == "a" and (found := re.fullmatch(pattern, each["href"] or ""))]
 
 
 @pytest.fixture(autouse=True)
 def _time_to_read(monkeypatch):
-    """Pages wait for scores however busy the machine is."""
-    monkeypatch.setattr(module, "_PATIENCE", 600.0)
+    """Pages wait for scores on a busy machine too."""
+    monkeypatch.setattr(score_cache, "_TIMEOUT", 600.0)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def table(client: TestClient, path: str) -> list[dict[str, str]]:
 
 
 def copied(explored: LocalStore, root: Path, *names: str, kind: Any = LocalStore) -> Any:
-    """A store of some of the experiments, to be changed."""
+    """Copy some of the experiments to a store that a test may change."""
     store = kind(root)
     for name in names:
         for key in list(explored.list(f"experiments/{name}/")):
@@ -92,7 +93,7 @@ def copied(explored: LocalStore, root: Path, *names: str, kind: Any = LocalStore
 
 
 def until(met: Callable[[], bool]) -> None:
-    """Wait for something that happens beside the pages."""
+    """Wait for a background task."""
     deadline = time.monotonic() + 300
     while not met():
         assert time.monotonic() < deadline
@@ -100,14 +101,14 @@ def until(met: Callable[[], bool]) -> None:
 
 
 def shown(client: TestClient, path: str) -> list[int]:
-    """The training examples in a gallery, page by page as its links lead."""
+    """Training examples in a gallery, on all pages."""
     found = page(client, path)
     rows = [int(index) for index in found.links(r"/experiments/digits/train/(\d+)(?:\?.*)?")]
     after = [each["href"] for tag, each in found.elements if tag == "a" and each.get("rel") == "next"]
     return rows + (shown(client, after[0]) if after else [])
 
 
-def test_the_first_page_has_every_experiment_and_how_far_it_is(client):
+def test_the_first_page_lists_every_experiment_with_its_progress(client):
     found = page(client, "/")
     assert found.links("/experiments/([a-z]+)") == ["digits", "odd", "young"]
     progress = [(each["value"], each["max"]) for tag, each in found.elements if tag == "progress"]
@@ -118,7 +119,7 @@ def test_the_first_page_has_every_experiment_and_how_far_it_is(client):
     assert [row["experiment"] for row in rows] == ["digits", "odd", "young"]
     assert 0 < float(rows[0]["test_accuracy_se"]) < float(rows[0]["test_accuracy"])
     assert rows[2]["test_accuracy_se"] == ""
-    assert "There are no scores yet" in page(client, "/experiments/young").text
+    assert "No scores published yet" in page(client, "/experiments/young").text
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_the_first_page_has_every_experiment_and_how_far_it_is(client):
         ("?q=17", lambda m: m["index"] == 17, lambda m: m["index"]),
     ],
 )
-def test_a_gallery_and_its_csv_have_the_examples_asked_for_in_the_order_asked_for(client, scores, query, chosen, order):
+def test_a_gallery_and_its_csv_hold_the_selected_examples_in_order(client, scores, query, chosen, order):
     rows = shown(client, f"/experiments/digits{query}")
     mem = scores.memorization
     assert sorted(rows) == np.flatnonzero(chosen(mem)).tolist()
@@ -158,7 +159,7 @@ def test_an_order_by_held_out_accuracy_shows_it(client, scores):
     assert f"{p:.2f} ± {np.sqrt(p * (1 - p) / k):.2f}" in found.text
 
 
-def test_each_bar_of_the_histogram_leads_to_as_many_examples_as_it_has(client):
+def test_each_bar_of_the_histogram_links_to_its_examples(client):
     found = page(client, "/experiments/digits?class=1")
     bars = [each for tag, each in found.elements if tag == "a" and "with memorization" in (each.get("aria-label") or "")]
     counts = [int(each["aria-label"].split()[0].replace(",", "")) for each in bars]
@@ -167,7 +168,7 @@ def test_each_bar_of_the_histogram_leads_to_as_many_examples_as_it_has(client):
         assert count == len(shown(client, bar["href"]))
 
 
-def test_an_example_shows_whom_it_helps_and_hurts_and_these_who_helps_and_hurts_them(client, scores):
+def test_examples_show_their_highest_and_lowest_influences(client, scores):
     train = int(scores.most_memorized(1)["index"][0])
     block = scores.influence(train=train)
     own, *rows = table(client, f"/experiments/digits/train/{train}.csv")
@@ -214,7 +215,7 @@ def test_an_example_without_an_estimate_says_so_and_comes_last(client):
     assert text.count("No estimate: every model saw it.") == 2
 
 
-def test_names_of_files_and_classes_are_text_and_no_formulas(client):
+def test_names_of_files_and_classes_are_neither_markup_nor_formulas(client):
     paths = ["", "?q=onerror", "/train/0", "/train/4", "/test/1"]
     for path in paths:
         found = page(client, f"/experiments/odd{path}")
@@ -254,7 +255,7 @@ def test_names_of_files_and_classes_are_text_and_no_formulas(client):
         "/none",
     ],
 )
-def test_what_is_not_there_is_a_page_that_says_so(client, path):
+def test_unknown_urls_give_a_not_found_page(client, path):
     answer = client.get(path)
     assert answer.status_code == 404
     assert "<h1>Not found</h1>" in answer.text
@@ -262,11 +263,11 @@ def test_what_is_not_there_is_a_page_that_says_so(client, path):
 
 
 @pytest.mark.parametrize("query", ["from=x", "to=nan", "from=3", "class=-1", "sort=best", "page=0", "page=1e99", "q=" + "x" * 300])
-def test_a_query_that_makes_no_sense_is_named(client, query):
+def test_an_invalid_query_parameter_is_named(client, query):
     assert query.partition("=")[0].capitalize() + " is" in page(client, f"/experiments/digits?{query}", 400).text
 
 
-def test_headers_keep_browsers_from_running_or_loading_anything_else(client):
+def test_headers_restrict_browsers_to_the_explorers_own_files(client):
     for path in ("/", "/experiments/digits", "/experiments/digits/images/train/0.png", "/static/explorer.js", "/none"):
         headers = client.get(path).headers
         policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
@@ -281,23 +282,23 @@ def test_headers_keep_browsers_from_running_or_loading_anything_else(client):
     assert not re.search(r"<script(?! src=)|\sstyle=|\son\w+=|<style|https?://", html.replace("http://www.w3.org", ""))
 
 
-def test_head_is_answered_as_get_is(client):
+def test_head_requests_work_as_get_requests(client):
     for path in ("/", "/experiments.csv", "/experiments/digits", "/experiments/digits/test/3.csv", "/experiments/digits/images/test/3.png"):
         answer = client.head(path)
         assert answer.status_code == 200
         assert answer.content == b""
 
 
-def test_a_defect_is_a_page_as_others_are(explored, monkeypatch):
+def test_an_internal_error_is_a_page_with_the_security_headers(explored, monkeypatch):
     monkeypatch.setattr("memtail.explorer.app.histogram", lambda *_: 1 / 0)
     answer = TestClient(create(explored), base_url=HERE).get("/experiments/digits")
     assert answer.status_code == 500
-    assert "<h1>Not possible</h1>" in answer.text
+    assert "<h1>Internal error</h1>" in answer.text
     assert "division" not in answer.text
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
 
 
-def test_without_a_token_it_answers_under_no_name_that_somebody_else_may_give_it(explored):
+def test_without_a_token_it_answers_only_at_localhost_or_an_ip_address(explored):
     app = create(explored)
     hosts = {
         "localhost": 200,
@@ -312,7 +313,7 @@ def test_without_a_token_it_answers_under_no_name_that_somebody_else_may_give_it
         assert TestClient(app, base_url=HERE).get("/", headers={"Host": host}).status_code == status, host
 
 
-def test_with_a_token_nothing_is_shown_without_it(explored):
+def test_with_a_token_every_request_needs_it(explored):
     token = "s e;c\u00fcret"
     app = create(explored, token)
     client = TestClient(app, base_url="http://memtail.example", follow_redirects=False)
@@ -349,7 +350,7 @@ def test_with_a_token_nothing_is_shown_without_it(explored):
 
 
 def test_a_newer_version_is_shown_once_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("memtail.explorer.library._FRESH", 0.0)
+    monkeypatch.setattr(library_module, "_TTL", 0.0)
     store = LocalStore(tmp_path)
     spec = {"name": "digits", "dataset": {"name": "digits"}, "model": {"name": "mlp", "hidden": [16]}, "subsets": {"trials": 40}}
     publish_random(store, Experiment.parse(spec), 20)
@@ -361,7 +362,7 @@ def test_a_newer_version_is_shown_once_it_is_read(tmp_path, monkeypatch):
     until(lambda: "Scores of 40 trials" in client.get("/experiments/digits/train/0").text)
 
 
-def test_reports_and_studies_are_led_to_where_there_are_any(explored, tmp_path):
+def test_pages_link_to_reports_and_studies(explored, tmp_path):
     store = LocalStore(tmp_path)
     for key in list(explored.list("experiments/digits/")):
         store.put(key, explored.get(key))
@@ -388,7 +389,7 @@ def test_reports_and_studies_are_led_to_where_there_are_any(explored, tmp_path):
     assert rows == [{"theta": "0.25", "arm": "chosen"}, {"theta": "0.5", "arm": f"'{FORMULA}"}]
 
 
-def test_what_studies_train_is_shown_with_what_they_are_of(explored, tmp_path):
+def test_experiments_trained_by_studies_are_listed_under_their_parent(explored, tmp_path):
     store = LocalStore(tmp_path)
     spec = json.loads(explored.get(keys.experiment("young")))
     alone = "digits.last-layer-0123abcd"
@@ -398,7 +399,7 @@ def test_what_studies_train_is_shown_with_what_they_are_of(explored, tmp_path):
     headings = [place for place, (tag, _) in enumerate(found.elements) if tag == "h2"]
     assert [found.elements[place + 1][1]["href"] for place in headings] == [
         f"/experiments/{name}"
-        for name in (alone, "young", "young.v2")  # that of nothing in this store stands for itself
+        for name in (alone, "young", "young.v2")  # its parent is not in this store, so it is listed by itself
     ]
     (training,) = [place for place, (_, each) in enumerate(found.elements) if each.get("class") == "training"]
     assert found.elements[training + 2][1]["href"] == "/experiments/young.removal-0123abcd"
@@ -421,7 +422,7 @@ def test_a_damaged_experiment_hides_no_other(explored, tmp_path):
     assert rows == {"young": "running", "broken": "damaged", "unknown": "damaged"}
 
 
-def test_scores_are_shown_where_the_images_are_lost(explored, tmp_path, monkeypatch):
+def test_scores_are_shown_without_images_where_these_are_lost(explored, tmp_path, monkeypatch):
     cache = os.environ["MEMTAIL_CACHE"]
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
     client = TestClient(create(explored), base_url=HERE)
@@ -431,12 +432,12 @@ def test_scores_are_shown_where_the_images_are_lost(explored, tmp_path, monkeypa
     assert "class 3" in found.text
     assert client.get("/experiments/digits/images/train/0.png").status_code == 404
     assert len(table(client, "/experiments/digits/train.csv")) == 1438
-    monkeypatch.setenv("MEMTAIL_CACHE", cache)  # there they are
-    monkeypatch.setattr(module, "_AGAIN", 0.0)
+    monkeypatch.setenv("MEMTAIL_CACHE", cache)  # the images are back
+    monkeypatch.setattr(score_cache, "_RETRY_AFTER", 0.0)
     until(lambda: client.get("/experiments/digits/images/train/0.png").status_code == 200)
 
 
-def test_a_cache_that_cannot_be_written_costs_the_images_only(explored, tmp_path, monkeypatch):
+def test_an_unwritable_cache_costs_only_the_images(explored, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "file" / "cache"))
     text = page(TestClient(create(explored), base_url=HERE), "/experiments/digits").text
@@ -445,7 +446,7 @@ def test_a_cache_that_cannot_be_written_costs_the_images_only(explored, tmp_path
 
 
 class Watched(LocalStore):
-    """Counts what is read, and may be away."""
+    """Counts reads, and may be unreachable."""
 
     away, reads = False, 0
 
@@ -460,8 +461,8 @@ class Watched(LocalStore):
         return super().exists(key)
 
 
-def test_an_outage_is_waited_for_once_and_hides_all(explored, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_FRESH", 600.0)
+def test_an_outage_is_cached_and_hides_all_pages(explored, tmp_path, monkeypatch):
+    monkeypatch.setattr(library_module, "_TTL", 600.0)
     store = copied(explored, tmp_path, "young", kind=Watched)
     store.away, store.reads = True, 0
     client = TestClient(create(store), base_url=HERE)
@@ -470,7 +471,7 @@ def test_an_outage_is_waited_for_once_and_hides_all(explored, tmp_path, monkeypa
     assert store.reads == 1
 
 
-def test_what_is_not_there_costs_the_store_one_listing_and_is_not_remembered(explored, tmp_path):
+def test_unknown_names_cost_one_listing_and_are_not_cached(explored, tmp_path):
     store = copied(explored, tmp_path, "young", kind=Watched)
     store.reads, library = 0, Library(store)
     client = TestClient(create(store), base_url=HERE)
@@ -479,11 +480,11 @@ def test_what_is_not_there_costs_the_store_one_listing_and_is_not_remembered(exp
         with pytest.raises(StoreError, match="there is no experiment"):
             library.progress(name)
     assert store.reads == 0
-    assert {name for name, _ in library._seen} == {""}
+    assert {name for name, _ in library._cache} == {""}
 
 
-def test_damaged_scores_are_said_to_be_so_until_they_are_mended(explored, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_AGAIN", 0.0)
+def test_damaged_scores_are_reported_until_they_are_replaced(explored, tmp_path, monkeypatch):
+    monkeypatch.setattr(score_cache, "_RETRY_AFTER", 0.0)
     store = copied(explored, tmp_path, "digits")
     for file in ("memorization.parquet", "summary.json", "statistics.npz"):
         client = TestClient(create(store), base_url=HERE)
@@ -496,19 +497,19 @@ def test_damaged_scores_are_said_to_be_so_until_they_are_mended(explored, tmp_pa
         until(lambda client=client: client.get("/experiments/digits").status_code == 200)
 
 
-def test_scores_that_take_long_to_read_are_waited_for_beside_the_page(explored, monkeypatch):
+def test_scores_that_take_long_are_read_in_the_background(explored, monkeypatch):
     arrived = threading.Event()
     opened = open_scores
-    monkeypatch.setattr(module, "open_scores", lambda *arguments: arrived.wait() and opened(*arguments))
-    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    monkeypatch.setattr(score_cache, "open_scores", lambda *arguments: arrived.wait() and opened(*arguments))
+    monkeypatch.setattr(score_cache, "_TIMEOUT", 0.0)
     client = TestClient(create(explored), base_url=HERE)
-    assert "The scores are being read." in page(client, "/experiments/digits").text
-    assert "are being read: look again" in page(client, "/experiments/digits/train/0", 503).text
+    assert "Reading the scores" in page(client, "/experiments/digits").text
+    assert "are being read: reload" in page(client, "/experiments/digits/train/0", 503).text
     arrived.set()
     until(lambda: "training examples" in client.get("/experiments/digits").text)
 
 
-def test_of_the_scores_kept_open_those_looked_at_last_stay(explored, tmp_path, monkeypatch):
+def test_scores_used_last_stay_in_the_cache(explored, tmp_path, monkeypatch):
     store = copied(explored, tmp_path, "digits", "odd")
     for key in list(store.list("experiments/odd/")):
         store.put(key.replace("odd", "third", 1), store.get(key).replace(b'"name": "odd"', b'"name": "third"'))
@@ -516,7 +517,7 @@ def test_of_the_scores_kept_open_those_looked_at_last_stay(explored, tmp_path, m
     digits, odd = library.open("digits"), library.open("odd")
     assert digits.size > odd.size > 0
     assert library.open("digits") is digits
-    monkeypatch.setattr(module, "_KEPT_BYTES", digits.size + odd.size)
+    monkeypatch.setattr(score_cache, "_CACHE_BYTES", digits.size + odd.size)
     third = library.open("third")
     assert library.open("digits") is digits
     assert library.open("third") is third
@@ -524,22 +525,22 @@ def test_of_the_scores_kept_open_those_looked_at_last_stay(explored, tmp_path, m
 
 
 class Remote:
-    """What a bucket is to a reader: no folder. Remembers what was brought from it."""
+    """A store without a local folder, as a bucket is; records downloads."""
 
     def __init__(self, store):
-        self._store, self.brought = store, []
+        self._store, self.downloaded = store, []
 
     def __getattr__(self, name):
         return getattr(self._store, name)
 
     def download(self, key, path):
-        self.brought.append(key.rpartition("/")[2])
+        self.downloaded.append(key.rpartition("/")[2])
         self._store.download(key, path)
 
 
-def test_of_a_bucket_only_what_pages_need_is_brought(explored):
+def test_from_a_bucket_only_the_files_that_pages_need_are_downloaded(explored):
     store = Remote(explored)
     client = TestClient(create(store), base_url=HERE)
     for path in ("", "/train/3", "/test/3", "/train/3.csv"):
         assert client.get(f"/experiments/digits{path}").status_code == 200
-    assert sorted(store.brought) == ["memorization.parquet", "statistics.npz", "summary.json"]
+    assert sorted(store.downloaded) == ["memorization.parquet", "statistics.npz", "summary.json"]

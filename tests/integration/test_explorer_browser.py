@@ -1,4 +1,4 @@
-"""The explorer in a real Chromium: by keyboard, at phone width, and judged by axe."""
+"""The explorer in Chromium: keyboard, phone width, and accessibility by axe."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from memtail.explorer.server import listen, serve
 from memtail.storage.local import LocalStore
 from tests.support.servers import free_port, server_binary
 
-# Of every kind of page one.
+# One page of each kind.
 PAGES = [
     "/",
     "/experiments/digits",
@@ -30,7 +30,7 @@ PAGES = [
 
 @pytest.fixture(scope="module")
 def address(explored: LocalStore) -> Iterator[str]:
-    """Of `memtail explore` as a process."""
+    """Address of a `memtail explore` process."""
     address = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "memtail", "explore", "--store", str(explored.root), "--port", address.rpartition(":")[2]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
@@ -47,7 +47,7 @@ def address(explored: LocalStore) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def closed(explored: LocalStore) -> str:
-    """The address of an explorer that asks for a token; it ends with the tests."""
+    """Address of an explorer that requires a token; it ends with the tests."""
     listening = listen("127.0.0.1", 0)
     threading.Thread(target=serve, args=(explored, "secret", listening), daemon=True).start()
     return f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -63,7 +63,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(chromium: Browser, address: str) -> Iterator[Page]:
-    """A page of whose scripts, styles and images nothing was refused, at the end."""
+    """A page; at the end, the console must hold no error about scripts, styles or images."""
     context = chromium.new_context(base_url=address)
     page = context.new_page()
     page.set_default_timeout(60_000)
@@ -76,7 +76,7 @@ def page(chromium: Browser, address: str) -> Iterator[Page]:
 
 
 def tab_to(page: Page, selector: str) -> None:
-    """Press Tab until something has the focus."""
+    """Press Tab until an element that matches has the focus."""
     for _ in range(200):
         page.keyboard.press("Tab")
         if page.evaluate("selector => document.activeElement.matches(selector)", selector):
@@ -84,7 +84,7 @@ def tab_to(page: Page, selector: str) -> None:
     pytest.fail(f"Tab does not reach {selector}")
 
 
-def test_from_the_gallery_to_who_helps_whom_and_back_by_keyboard_alone(page: Page) -> None:
+def test_gallery_and_examples_work_by_keyboard_alone(page: Page) -> None:
     page.goto("/")
     tab_to(page, "a[href='/experiments/digits']")
     page.keyboard.press("Enter")
@@ -115,7 +115,7 @@ def test_from_the_gallery_to_who_helps_whom_and_back_by_keyboard_alone(page: Pag
     page.wait_for_url("**/experiments/digits?page=*")
 
 
-def test_a_bar_and_the_form_choose_what_the_gallery_shows(page: Page) -> None:
+def test_a_bar_and_the_form_select_examples(page: Page) -> None:
     page.goto("/experiments/digits")
     bar = page.locator(".histogram a[href*='from=0.5&']")
     count = bar.get_attribute("aria-label").split()[0]
@@ -124,7 +124,7 @@ def test_a_bar_and_the_form_choose_what_the_gallery_shows(page: Page) -> None:
     assert page.locator("#shown").inner_text().startswith(f"{count} training example")
     assert page.locator(".histogram a:not(.out)").count() == 1
     page.get_by_role("spinbutton", name="Memorization from").fill("0.25")
-    page.get_by_role("spinbutton", name="Memorization to below").fill("")
+    page.get_by_role("spinbutton", name="Memorization below").fill("")
     page.locator("select[name=class]").select_option("8")
     page.locator("select[name=sort]").select_option("index")
     page.get_by_role("button", name="Show").click()
@@ -135,29 +135,29 @@ def test_a_bar_and_the_form_choose_what_the_gallery_shows(page: Page) -> None:
     assert min(values) >= 0.245
 
 
-def test_progress_is_read_anew_without_losing_the_focus(page: Page) -> None:
+def test_progress_updates_without_losing_the_focus(page: Page) -> None:
     page.goto("/")
     page.locator("a[href='/experiments/young']").focus()
-    page.evaluate("document.getElementById('experiments').querySelector('p').textContent = 'what was read long ago'")
-    expect(page.get_by_text("what was read long ago")).to_have_count(0, timeout=60_000)
+    page.evaluate("document.getElementById('experiments').querySelector('p').textContent = 'an old value'")
+    expect(page.get_by_text("an old value")).to_have_count(0, timeout=60_000)
     assert page.evaluate("document.activeElement.getAttribute('href')") == "/experiments/young"
 
 
-def test_a_page_that_cannot_be_renewed_says_since_when(page: Page) -> None:
+def test_a_page_that_cannot_update_shows_since_when(page: Page) -> None:
     page.goto("/")
     page.route("**/*", lambda route: route.fulfill(status=503))
-    expect(page.get_by_text("Not renewed since")).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("Not updated since")).to_be_visible(timeout=60_000)
     page.unroute("**/*")
-    expect(page.get_by_text("Not renewed since")).to_be_hidden(timeout=60_000)
+    expect(page.get_by_text("Not updated since")).to_be_hidden(timeout=60_000)
 
 
-def test_a_page_that_waits_becomes_the_gallery(page: Page) -> None:
+def test_a_waiting_page_becomes_the_gallery(page: Page) -> None:
     page.goto("/experiments/young")
     page.evaluate("history.replaceState(null, '', '/experiments/digits')")
     expect(page.locator(".grid li").first).to_be_visible(timeout=60_000)
 
 
-def test_arrow_keys_leave_a_page_only_from_where_nothing_else_is_chosen(page: Page) -> None:
+def test_arrow_keys_change_the_page_only_where_nothing_else_has_the_focus(page: Page) -> None:
     page.goto("/experiments/digits")
     tab_to(page, ".histogram a")
     page.keyboard.press("ArrowRight")
@@ -171,10 +171,10 @@ def test_arrow_keys_leave_a_page_only_from_where_nothing_else_is_chosen(page: Pa
     page.wait_for_url("**?page=2")
 
 
-def test_a_token_opens_the_page_that_was_asked_for(page: Page, closed: str) -> None:
+def test_a_token_opens_the_requested_page(page: Page, closed: str) -> None:
     fits_a_phone(page, f"{closed}/experiments/digits?class=3")
     page.get_by_label("Token").fill("secret")
-    page.get_by_role("button", name="Look").click()
+    page.get_by_role("button", name="Sign in").click()
     expect(page.locator("#shown")).to_be_visible(timeout=60_000)
     assert page.url == f"{closed}/experiments/digits?class=3"
 
@@ -185,7 +185,7 @@ def test_pages_fit_a_phone_and_axe_finds_nothing(page: Page, path: str) -> None:
 
 
 def fits_a_phone(page: Page, path: str) -> None:
-    """At a phone's width nothing sticks out, and axe has nothing to say."""
+    """Check that nothing overflows the width of a phone, and that axe reports nothing."""
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": 360, "height": 740})
@@ -195,7 +195,7 @@ def fits_a_phone(page: Page, path: str) -> None:
         assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
 
 
-def test_markup_in_names_runs_nothing(page: Page) -> None:
+def test_markup_in_names_is_not_executed(page: Page) -> None:
     page.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
     for path in ("/experiments/odd?q=onerror", "/experiments/odd/train/0", "/experiments/odd/test/0"):
         page.goto(path)

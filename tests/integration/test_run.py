@@ -70,21 +70,28 @@ def test_another_experiment_of_the_name_is_refused_and_nothing_is_lost(finished,
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == held
 
 
-def test_a_foreign_or_corrupt_batch_is_refused_by_name(finished, tmp_path):
+def test_a_foreign_or_corrupt_batch_is_refused_recorded_and_left_out_of_the_scores(finished, tmp_path):
     store, _ = finished
     run = spec(tmp_path, training={"epochs": 5})
     (tmp_path / "store" / "experiments" / "digits" / "trials").mkdir(parents=True)
     foreign = tmp_path / "store" / "experiments" / "digits" / "trials" / batches(store)[0].name
     foreign.write_bytes(batches(store)[0].read_bytes())
+    experiment_store = ExperimentStore(LocalStore(tmp_path / "store"), "digits")
+    for reason in ("belongs to another experiment", "truncated or corrupt"):
+        result = command("run", run, "--store", tmp_path / "store")
+        assert result.returncode == 1
+        line = result.stderr.splitlines()[-1]
+        assert line.startswith("memtail: 1 trial batch refused")
+        assert foreign.name in line
+        assert reason in line
+        assert latest_version(experiment_store.store, "digits").summary.trials == 55
+        *_, failure = experiment_store.failures()
+        assert reason in failure.error
+        foreign.write_bytes(foreign.read_bytes()[:100])
+    foreign.unlink()
     result = command("run", run, "--store", tmp_path / "store")
-    assert result.returncode == 2
-    assert foreign.name in result.stderr
-    assert "belongs to another experiment" in result.stderr
-    foreign.write_bytes(foreign.read_bytes()[:100])
-    result = command("run", run, "--store", tmp_path / "store")
-    assert result.returncode == 2
-    assert foreign.name in result.stderr
-    assert "truncated or corrupt" in result.stderr
+    assert result.returncode == 0, result.stderr
+    assert latest_version(experiment_store.store, "digits").summary.trials == 60
 
 
 def test_the_pointer_never_goes_back_to_fewer_trials(finished, digits):

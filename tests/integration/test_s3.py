@@ -1,4 +1,4 @@
-"""What only a store in a bucket can do wrong: lost answers, outages, wrong credentials, servers that are not what they should be."""
+"""Faults of a store in a bucket: lost responses, outages, wrong credentials, servers that do not keep the contract."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The commands for experiments that services train, as their users type them. Trials are made up: no test here trains."""
+"""Commands for experiments that the services train. Trials are made up: no test here trains."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def call(store):
-    """Calls a command on the store, in this process; what users are told of an error is its text."""
+    """Calls a command on the store in this process; raises the error that users would see."""
 
     def invoke(*arguments, code=0):
         result = CliRunner().invoke(app, [*map(str, arguments), "--store", store.address])
@@ -80,13 +80,13 @@ def call(store):
 
 @pytest.fixture
 def submitted(call, spec, store):
-    """An experiment that was submitted, and has no trials yet."""
+    """A submitted experiment without trials."""
     call("submit", spec())
     return ExperimentStore(store, "tiny")
 
 
 def publish_all(experiment_store):
-    """Does what the aggregator does."""
+    """Publishes the scores, as the aggregator does."""
     record = experiment_store.read_record()
     statistics = Statistics(record.n_train, record.n_test)
     for shard in experiment_store.committed():
@@ -101,14 +101,14 @@ def fail(experiment_store, shard, times, error="RuntimeError: boom"):
         )
 
 
-def test_stage_puts_a_dataset_into_the_store_once_and_says_so(call, spec, store, tmp_path):
+def test_stage_stages_a_dataset_once(call, spec, store, tmp_path):
     text = call("stage", spec())
     facts = json.loads(call("stage", spec(), "--json"))
-    assert "put there" in text
+    assert text.rstrip().endswith(", staged")
     assert facts["fingerprint"] in text
     assert facts["staged"] is False
     assert facts["store"] == store.address
-    assert "was there" in call("stage", spec())
+    assert "already staged" in call("stage", spec())
     assert fetch(store, facts["fingerprint"], tmp_path / "cache").n_train == 40
 
 
@@ -120,13 +120,13 @@ def test_stage_without_a_store_only_prepares(spec, tmp_path, monkeypatch):
     assert not (tmp_path / "memtail-store").exists()
 
 
-def test_submit_stages_and_enters_and_says_what_and_what_next(call, spec, store, tmp_path):
+def test_submit_stages_the_dataset_registers_the_experiment_and_shows_the_next_commands(call, spec, store, tmp_path):
     text = call("submit", spec(), "--priority", 5)
     experiment_store = ExperimentStore(store, "tiny")
     record = experiment_store.read_record()
-    assert f"tiny entered in {store.address}" in text
+    assert f"tiny submitted to {store.address}" in text
     assert "12 in 3 shards of 4" in text
-    assert "put into the store" in text
+    assert "staged to the store" in text
     assert f"memtail watch tiny --store {store.address}" in text
     assert f"memtail scores tiny --fetch DIR --store {store.address}" in text
     assert experiment_store.control() == Control("running", 5)
@@ -136,7 +136,7 @@ def test_submit_stages_and_enters_and_says_what_and_what_next(call, spec, store,
 def test_submitting_again_changes_nothing_and_more_trials_extend(call, spec, store):
     call("submit", spec(), "--priority", 5)
     held = {key: store.get(key) for key in store.list("")}
-    assert "is in" in call("submit", spec())
+    assert "is already in" in call("submit", spec())
     assert {key: store.get(key) for key in store.list("")} == held
     assert "extended from 12 to 20 trials" in call("submit", spec(trials=20))
     made = json.loads(call("submit", spec(trials=20), "--json"))
@@ -145,7 +145,7 @@ def test_submitting_again_changes_nothing_and_more_trials_extend(call, spec, sto
         call("submit", spec())
 
 
-def test_what_an_experiment_has_come_to_stays_when_it_is_submitted_again_with_the_trials_it_began_with(call, spec, store):
+def test_an_extended_experiment_keeps_its_trials_when_its_first_declaration_is_submitted_again(call, spec, store):
     subsets = {"trials": 12, "design": "balanced", "fraction": 0.5, "until": {"standard_error": 0.1}}
     call("submit", spec(subsets=subsets))
     ExperimentStore(store, "tiny").extend(20)
@@ -154,7 +154,7 @@ def test_what_an_experiment_has_come_to_stays_when_it_is_submitted_again_with_th
     assert (made["trials_before"], made["trials"]) == (20, 20)
 
 
-def test_submitting_something_else_under_the_name_is_refused_before_its_dataset_goes_up(call, spec, store, tmp_path):
+def test_another_experiment_under_the_name_is_refused_before_its_dataset_is_staged(call, spec, store, tmp_path):
     call("submit", spec())
     held = list(store.list(""))
     other = write_arrays(tmp_path / "other.npz", test_images=np.zeros((20, 6, 6), np.uint8))
@@ -165,7 +165,7 @@ def test_submitting_something_else_under_the_name_is_refused_before_its_dataset_
 
 def test_a_paused_experiment_stays_paused_when_submitted_again(call, spec, submitted):
     call("pause", "tiny")
-    assert "paused: memtail resume tiny lets it run" in call("submit", spec(), "--priority", 2)
+    assert "paused: continue with memtail resume tiny" in call("submit", spec(), "--priority", 2)
     assert submitted.control() == Control("paused", 2)
 
 
@@ -186,7 +186,7 @@ def test_without_torch_submit_asks_for_the_trials_per_shard_and_checks_no_model(
     assert "12 in 3 shards of 4" in result.stdout
 
 
-def test_control_is_set_and_its_other_half_kept(call, submitted):
+def test_state_and_priority_are_set_independently(call, submitted):
     call("priority", "tiny", "-3")
     assert submitted.control() == Control("running", -3)
     for name, state in (("pause", "paused"), ("cancel", "cancelled"), ("resume", "running")):
@@ -225,8 +225,8 @@ def test_status_shows_control_shards_failures_and_what_is_published(call, spec, 
     assert [row["experiment"] for row in json.loads(call("status", "tiny", "--json"))] == ["tiny"]
 
 
-def test_failures_are_a_table_or_whole_texts(call, submitted):
-    assert "no failed attempt is on record" in call("failures")
+def test_failures_are_a_table_or_tracebacks(call, submitted):
+    assert "tiny: no failed attempts" in call("failures")
     fail(submitted, SHARDS[0], 3)
     fail(submitted, SHARDS[1], 1, "MemoryError: " + "x" * 300)
     commit(submitted, SHARDS[1])
@@ -238,7 +238,7 @@ def test_failures_are_a_table_or_whole_texts(call, submitted):
     assert "given up" in text
     assert "committed" in text
     assert "Traceback" not in text
-    assert "memtail retry tiny has it tried again" in text
+    assert "retry with memtail retry tiny" in text
     assert text.count("x") >= 300
     whole = call("failures", "tiny", "--traceback")
     assert whole.count("Traceback (most recent call last):\n  in forward") == 4
@@ -249,25 +249,25 @@ def test_failures_are_a_table_or_whole_texts(call, submitted):
     ]  # fmt: skip
 
 
-def test_retry_forgets_the_failures_of_a_shard_or_of_all(call, submitted):
+def test_retry_clears_the_failures_of_one_shard_or_of_all(call, submitted):
     for shard in SHARDS:
         fail(submitted, shard, 3)
-    assert "forgot 3 failed attempts" in call("retry", "--shard", "4-7")
+    assert "cleared 3 failed attempts" in call("retry", "--shard", "4-7")
     assert set(submitted.attempts()) == {SHARDS[0], SHARDS[2]}
-    assert "no failed attempt at 4-7 is on record" in call("retry", "tiny", "--shard", "4-7")
+    assert "no failed attempts of shard 4-7" in call("retry", "tiny", "--shard", "4-7")
     call("pause", "tiny")
-    assert "forgot 6 failed attempts" in (text := call("retry", "tiny"))
+    assert "cleared 6 failed attempts" in (text := call("retry", "tiny"))
     assert "memtail resume tiny" in text
     assert not submitted.attempts()
-    assert "no failed attempt is on record" in call("retry")
+    assert "tiny: no failed attempts" in call("retry")
     for wrong in ("4", "a-b", "4-", "4:7"):
-        with pytest.raises(StoreError, match=f"--shard: '{wrong}' is no shard: give FIRST-LAST"):
+        with pytest.raises(StoreError, match=f"--shard: '{wrong}' is no shard: use FIRST-LAST"):
             call("retry", "--shard", wrong)
 
 
 @pytest.fixture
 def meanwhile(monkeypatch):
-    """Has something happen between two looks of `watch`, each time the next of some actions, instead of a pause."""
+    """Runs the next of some actions instead of each pause of `watch`."""
 
     def arrange(*actions):
         left = iter(actions)
@@ -298,29 +298,29 @@ def test_watch_follows_an_experiment_until_its_scores_are_published(call, submit
     assert "12/12 trials; done" in call("watch")
 
 
-def test_watch_ends_with_1_where_all_that_is_left_is_dead(call, submitted, meanwhile):
+def test_watch_exits_with_1_where_all_missing_shards_are_dead(call, submitted, meanwhile):
     commit(submitted, SHARDS[0])
     meanwhile(lambda: fail(submitted, SHARDS[1], 3), lambda: fail(submitted, SHARDS[2], 3))
     lines = call("watch", "tiny", code=1).splitlines()
     assert "1 shard given up" in lines[1]
     assert lines[-1] == (
         "tiny: 8 of 12 trials are missing, their shards failed too often (4-7, 8-11): "
-        "memtail failures tiny --traceback says why, memtail retry tiny tries again"
+        "see memtail failures tiny --traceback, then memtail retry tiny"
     )
 
 
-def test_watch_ends_with_1_where_an_experiment_is_cancelled_and_waits_for_a_paused_one(call, submitted, meanwhile):
+def test_watch_exits_with_1_where_an_experiment_is_cancelled_and_waits_for_a_paused_one(call, submitted, meanwhile):
     meanwhile(lambda: submitted.set_control(Control("paused")), lambda: submitted.set_control(Control("cancelled")))
     lines = call("watch", code=1).splitlines()
     assert lines[1] == "tiny: 0/12 trials; paused"
-    assert lines[-1].endswith("it is cancelled: memtail resume tiny goes on")
+    assert lines[-1].endswith("it is cancelled: continue with memtail resume tiny")
 
 
-def test_watch_ends_with_1_where_a_batch_was_refused(call, submitted, meanwhile):
+def test_watch_exits_with_1_where_a_batch_was_refused(call, submitted, meanwhile):
     commit(submitted, *SHARDS)
     key = keys.trial_batch("tiny", 4, 7)
     meanwhile(lambda: fail(submitted, SHARDS[1], 1, f"{key}: is truncated or corrupt"))
-    assert "the batches of trials 4-7 cannot be counted" in call("watch", code=1).splitlines()[-1]
+    assert "the batches of trials 4-7 are damaged" in call("watch", code=1).splitlines()[-1]
     assert "refused" in call("failures")
 
 
@@ -332,7 +332,7 @@ def test_watch_counts_diverged_trials_as_done(call, submitted, meanwhile):
     assert "12/12 trials; done; published 8 trials" in call("watch")
 
 
-def test_watch_follows_all_experiments_and_goes_on_to_the_last(call, spec, submitted, meanwhile):
+def test_watch_follows_all_experiments_until_the_last_ends(call, spec, submitted, meanwhile):
     call("submit", spec("other"))
     other = ExperimentStore(submitted.store, "other")
     meanwhile(
@@ -344,17 +344,17 @@ def test_watch_follows_all_experiments_and_goes_on_to_the_last(call, spec, submi
     assert lines[-1].startswith("tiny: 12/12 trials; done")
 
 
-def test_watch_says_what_is_wrong_at_the_start_and_when_an_experiment_is_removed(call, store, spec, submitted, meanwhile):
+def test_watch_names_the_error_at_the_start_and_when_an_experiment_is_removed(call, store, spec, submitted, meanwhile):
     with pytest.raises(StoreError, match="there is no experiment 'nobody' in the store; there: tiny"):
         call("watch", "nobody")
     meanwhile(lambda: store.delete(keys.experiment("tiny")))
     with pytest.raises(ObjectNotFound, match="there is no experiment 'tiny'"):
         call("watch", "tiny")
-    with pytest.raises(StoreError, match=r"there is no experiment in .*: memtail submit SPEC enters one"):
+    with pytest.raises(StoreError, match=r"there is no experiment in .*: submit one with memtail submit SPEC"):
         call("watch")
 
 
-def test_the_rate_is_that_of_the_last_minutes(submitted, monkeypatch):
+def test_the_rate_is_measured_over_the_last_minutes(submitted, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: clock.now))
     progress = progress_of(submitted.store, "tiny")
@@ -368,7 +368,7 @@ def test_the_rate_is_that_of_the_last_minutes(submitted, monkeypatch):
 
 @pytest.fixture
 def own_minio(tmp_path):
-    """A server that a test may stop."""
+    """A server that the test may stop."""
     folder = tmp_path / "minio-of-its-own"
     folder.mkdir()
     with MinioServer(folder) as server:
@@ -377,7 +377,7 @@ def own_minio(tmp_path):
 
 @pytest.fixture
 def in_a_bucket(minio, monkeypatch):
-    """A store in a bucket that the environment leads to."""
+    """A store in a bucket, configured in the environment."""
     for variable, value in minio.environment().items():
         monkeypatch.setenv(variable, value)
     return S3Store(minio.new_bucket(), "work", minio.settings())
@@ -391,7 +391,7 @@ def test_the_commands_work_on_a_bucket(in_a_bucket, spec, tmp_path):
 
     experiment_store = ExperimentStore(in_a_bucket, "tiny")
     assert json.loads(call("submit", spec(), "--priority", 1, "--json"))["staged"] is True
-    assert "was there" in call("stage", spec())
+    assert "already staged" in call("stage", spec())
     commit(experiment_store, *SHARDS[:2])
     fail(experiment_store, SHARDS[2], 3)
     assert "dead" in call("status")
@@ -407,7 +407,7 @@ def test_the_commands_work_on_a_bucket(in_a_bucket, spec, tmp_path):
     assert json.loads((tmp_path / "fetched" / "summary.json").read_text())["trials"] == 12
 
 
-def test_watch_waits_out_an_outage_of_the_store(own_minio, spec, meanwhile, monkeypatch):
+def test_watch_retries_during_an_outage_of_the_store(own_minio, spec, meanwhile, monkeypatch):
     for variable, value in own_minio.environment().items():
         monkeypatch.setenv(variable, value)
     store = S3Store(own_minio.new_bucket(), "work", own_minio.settings())
@@ -420,14 +420,14 @@ def test_watch_waits_out_an_outage_of_the_store(own_minio, spec, meanwhile, monk
     result = runner.invoke(app, ["watch", "--store", store.address])
     assert result.exit_code == 0, (result.output, result.exception)
     lines = result.stdout.splitlines()
-    assert lines[1].startswith("store unreachable, trying again (")
+    assert lines[1].startswith("store unreachable, retrying (")
     assert "refused" in lines[1]
     assert sum("unreachable" in line for line in lines) == 1
     assert "12/12 trials; waiting for the scores" in lines[2]
     assert "done" in lines[-1]
 
 
-def test_doctor_finds_nothing_wrong_with_a_machine_that_does_not_train_but_with_one_that_does_by_half(monkeypatch, tmp_path):
+def test_doctor_accepts_a_machine_without_torch_but_not_one_with_half_of_the_packages(monkeypatch, tmp_path):
     def examined(*missing):
         def version(name):
             if name in missing:
@@ -448,9 +448,9 @@ def _broker(monkeypatch, tmp_path, url):
     return next(check for check in examine(tmp_path) if check.name == "broker")
 
 
-def test_doctor_looks_at_the_broker_where_there_is_one_and_never_shows_its_password(monkeypatch, tmp_path):
+def test_doctor_checks_a_configured_broker_and_never_shows_its_password(monkeypatch, tmp_path):
     assert not [check for check in examine(tmp_path) if check.name == "broker"]
-    monkeypatch.setattr(doctor, "_BROKER_SECONDS", 0.2)
+    monkeypatch.setattr(doctor, "_BROKER_TIMEOUT", 0.2)
     server = RedisServer()
     server.start()
     try:
@@ -466,7 +466,7 @@ def test_doctor_looks_at_the_broker_where_there_is_one_and_never_shows_its_passw
             (f"redis://127.0.0.1:{server.port}/0", "refuses the password"),
             (f"redis://:a-secret@127.0.0.1:{free_port()}/0", "does not answer (Error 111"),
             ("redis://:a-secret@no-such-host.invalid/0", "no-such-host.invalid:6379 does not answer"),
-            ("redis://:a/secret@127.0.0.1:1/0", "is no Redis URL: give redis://:PASSWORD@HOST:PORT/0"),
+            ("redis://:a/secret@127.0.0.1:1/0", "is no Redis URL: use redis://:PASSWORD@HOST:PORT/0"),
             ("redis://secret/password@127.0.0.1:1/0", "is no Redis URL"),
             ("redis://:a#secret@127.0.0.1:1/0", "is no Redis URL"),
             ("redis://:a-secret@127.0.0.1:port/0", "is no Redis URL"),

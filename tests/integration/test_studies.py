@@ -1,6 +1,7 @@
-"""The studies as their users run them, on digits."""
+"""Studies through the command line, on digits."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 import memtail
 from memtail import datasets
 from memtail.cli.app import app
-from memtail.datasets.staged_dataset import fetch, fetch_masks
+from memtail.datasets.staged_dataset import fetch
+from memtail.datasets.staged_masks import fetch_masks
 from memtail.errors import MemtailError
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.embedded import run
@@ -20,9 +22,11 @@ from memtail.settings import Settings
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
+from memtail.studies import STUDIES
 from memtail.studies.duplicates import measure
 from memtail.studies.features import features_of
 from memtail.studies.result import load_results
+from memtail.studies.study import Study
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import unpack
 from tests.support.arrays import write_arrays
@@ -39,7 +43,7 @@ SPEC = {
 
 @pytest.fixture(scope="module")
 def store(own_cache, tmp_path_factory):
-    """A store with a finished experiment, and with the same under another name."""
+    """A store with a finished experiment, and a copy of it under another name."""
     folder = tmp_path_factory.mktemp("studies") / "store"
     run(Experiment.parse(SPEC), folder)
     shutil.copytree(folder / "experiments" / "digits", folder / "experiments" / "again")
@@ -49,7 +53,7 @@ def store(own_cache, tmp_path_factory):
 
 
 def study(store, *arguments):
-    """Runs `memtail study` in this process; what users are told of an error is its text."""
+    """Runs `memtail study` in this process; raises the error that users would see."""
     result = CliRunner().invoke(app, ["study", *map(str, arguments), "--store", store.address])
     if isinstance(result.exception, MemtailError):
         raise result.exception
@@ -60,32 +64,32 @@ def study(store, *arguments):
 def rows(store, result):
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(store.path(result.prefix + "result.parquet")).to_pandas()
+    return pyarrow.parquet.read_table(store.local_path(result.prefix + "result.parquet")).to_pandas()
 
 
 def result_of(store, study_name, name="digits"):
-    (found,) = [each for each in load_results(store, name) if each.study == study_name]
-    assert store.get(found.prefix + "figure.png").startswith(b"\x89PNG")
-    assert b"</svg>" in found.figure_svg()
-    return found
+    (result,) = [each for each in load_results(store, name) if each.study == study_name]
+    assert store.get(result.prefix + "figure.png").startswith(b"\x89PNG")
+    assert b"</svg>" in result.figure_svg()
+    return result
 
 
 def bits(store, name):
-    """Membership and test correctness of all trials of an experiment, and their metrics."""
+    """Membership and test outcomes of all trials of an experiment, and their metrics."""
     experiment_store = ExperimentStore(store, name)
     record = experiment_store.read_record()
     batches = [experiment_store.batch(shard, record) for shard in experiment_store.committed()]
     members = np.concatenate([unpack(batch.membership, record.n_train) for batch in batches])
-    right = np.concatenate([unpack(batch.test_correct, record.n_test) for batch in batches])
-    return members, right, [entry for batch in batches for entry in batch.metrics]
+    correct = np.concatenate([unpack(batch.test_correct, record.n_test) for batch in batches])
+    return members, correct, [entry for batch in batches for entry in batch.metrics]
 
 
-def test_removal_trains_without_the_memorized_and_without_as_many_random_ones(store):
+def test_removal_trains_without_the_memorized_examples_and_without_equally_many_random_ones(store):
     text = study(store, "removal", "digits", "--theta", 0.25, "--theta", 0.5, "--repeats", 4)
     result = result_of(store, "removal")
     assert result.findings[0] in text
     assert result.trials == 20
-    members, right, metrics = bits(store, result.experiments[0])
+    members, correct, metrics = bits(store, result.experiments[0])
     mem = memtail.load_scores(f"{store.address}/experiments/digits").memorization["mem"]
     assert members[:4].all()
     for place, theta in ((4, 0.25), (12, 0.5)):
@@ -101,10 +105,10 @@ def test_removal_trains_without_the_memorized_and_without_as_many_random_ones(st
     assert loss["theta"] == 0.25
     assert loss["memorized"]["value"] == pytest.approx(accuracy[:4].mean() - accuracy[4:8].mean())
     assert loss["difference"]["value"] == pytest.approx(accuracy[8:12].mean() - accuracy[4:8].mean())
-    assert len(np.unique(right[4:8], axis=0)) == 4  # the models differ, though their subset is one
+    assert len(np.unique(correct[4:8], axis=0)) == 4  # one subset, but different models
 
-    # it goes on where it was, and trains nothing twice
-    folder = store.path(f"experiments/{result.experiments[0]}/trials")
+    # running it again resumes it, and trains no trial twice
+    folder = store.local_path(f"experiments/{result.experiments[0]}/trials")
     held = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     min(held).unlink()
     study(store, "removal", "digits", "--theta", 0.25, "--theta", 0.5, "--repeats", 4)
@@ -116,19 +120,19 @@ def test_the_loss_without_the_pairs_is_split_into_the_influenced_and_the_rest(st
     study(store, "removal", "digits", "--pairs", "--repeats", 4)
     result = result_of(store, "removal-pairs")
     pairs = memtail.load_scores(f"{store.address}/experiments/digits").pairs
-    members, right, _ = bits(store, result.experiments[0])
+    members, correct, _ = bits(store, result.experiments[0])
     assert (np.flatnonzero(~members[4]) == np.unique(pairs["tr_idx"])).all()
     influenced = np.unique(pairs["tt_idx"])
     assert result.measured["removed"] == len(np.unique(pairs["tr_idx"]))
     assert result.measured["influenced"] == len(influenced)
     losses = {part: interval["value"] for part, interval in result.measured["losses"]["pairs"].items()}
     assert losses["all"] == pytest.approx(losses["influenced"] + losses["rest"])
-    lost = (right[:4].mean(0) - right[4:8].mean(0))[influenced].sum() / right.shape[1]
+    lost = (correct[:4].mean(0) - correct[4:8].mean(0))[influenced].sum() / correct.shape[1]
     assert losses["influenced"] == pytest.approx(lost)
     assert lost > 0
 
 
-def test_a_submitted_study_needs_nothing_but_the_store_and_is_evaluated_when_it_is_trained(store, tmp_path, monkeypatch):
+def test_a_submitted_study_needs_only_the_store_and_is_evaluated_once_trained(store, tmp_path, monkeypatch):
     arguments = ("removal", "digits", "--theta", 0.75, "--repeats", 2)
     entered = json.loads(study(store, *arguments, "--submit", "--json"))
     assert entered["trained"] is False
@@ -146,7 +150,7 @@ def test_a_submitted_study_needs_nothing_but_the_store_and_is_evaluated_when_it_
     assert result["experiments"] == [entered["experiment"]]
 
 
-def test_halves_agree_the_less_the_fewer_they_are_and_more_overlap_takes_more_trials(store):
+def test_a_higher_overlap_needs_more_trials(store):
     study(store, "stability", "digits", "--wanted", 0.5)
     few = result_of(store, "stability")
     study(store, "stability", "digits", "--wanted", 0.9)
@@ -164,7 +168,7 @@ def test_halves_agree_the_less_the_fewer_they_are_and_more_overlap_takes_more_tr
     assert few.measured["trials_needed"]["memorization"] == {**unknown, "trials": 64, "measured": True}
 
 
-def test_equal_experiments_agree_as_far_as_one_with_itself(store):
+def test_equal_experiments_agree_as_one_does_with_itself(store):
     study(store, "architectures", "digits", "again")
     result = result_of(store, "architectures")
     assert result.experiments == ["digits", "again"]
@@ -172,7 +176,7 @@ def test_equal_experiments_agree_as_far_as_one_with_itself(store):
     assert result.measured["trials"] == 64
     agreement = result.measured["agreement"]
     assert list(agreement) == ["digits and itself", "digits and again", "again and itself"]
-    # chance alone is between them: what is compared shares no trial, although the two have all trials in common
+    # differences by chance alone: compared sets share no trial, although the two experiments have equal trials
     assert agreement["digits and again"] == agreement["digits and itself"] == agreement["again and itself"]
     assert 0 < agreement["digits and again"]["memorization"] < 1
     assert 0 < agreement["digits and again"]["rank_correlation"] < 1
@@ -181,22 +185,22 @@ def test_equal_experiments_agree_as_far_as_one_with_itself(store):
     assert set(table["trials"]) == {64}
 
 
-def test_near_duplicates_are_found_where_they_were_planted_whatever_their_brightness():
+def test_planted_near_duplicates_are_detected_at_any_brightness():
     rng = np.random.default_rng(0)
     train, test = (rng.integers(0, 200, (count, 8, 8, 1)).astype(np.uint8) for count in (300, 300))
-    test[3] = train[7] // 2 + 40  # darker, and with less contrast
+    test[3] = train[7] // 2 + 40  # darker and with less contrast
     train[20] = np.clip(train[11] + rng.integers(-4, 5, train[11].shape), 0, 255)
-    train[30] = 17  # of one value
-    found = measure(SimpleNamespace(train_images=train, test_images=test), np.array([7, 8]), np.array([3, 3]), nearness=0.33)
-    assert np.flatnonzero(found.test <= found.threshold).tolist() == [3]
-    assert found.test_nearest[3] == 7
-    assert np.flatnonzero(found.train <= found.threshold).tolist() == [11, 20]
-    assert (found.train_nearest[11], found.train_nearest[20]) == (20, 11)
-    assert found.pairs[0] == pytest.approx(found.test[3])
-    assert found.pairs[1] > found.threshold
+    train[30] = 17  # constant
+    distances = measure(SimpleNamespace(train_images=train, test_images=test), np.array([7, 8]), np.array([3, 3]), nearness=0.33)
+    assert np.flatnonzero(distances.test <= distances.threshold).tolist() == [3]
+    assert distances.test_nearest[3] == 7
+    assert np.flatnonzero(distances.train <= distances.threshold).tolist() == [11, 20]
+    assert (distances.train_nearest[11], distances.train_nearest[20]) == (20, 11)
+    assert distances.pairs[0] == pytest.approx(distances.test[3])
+    assert distances.pairs[1] > distances.threshold
 
 
-def test_duplicates_are_looked_for_by_pixels_and_features_and_the_loss_is_split_by_them(store):
+def test_duplicates_are_detected_by_pixels_and_features_and_split_the_loss(store):
     study(store, "duplicates", "digits", "--repeats", 4, "--nearness", 2)
     result = result_of(store, "duplicates")
     table = rows(store, result)
@@ -211,7 +215,7 @@ def test_duplicates_are_looked_for_by_pixels_and_features_and_the_loss_is_split_
     assert split["duplicates"]["value"] + split["others"]["value"] == pytest.approx(whole)
 
 
-def test_the_last_layer_alone_is_trained_on_the_subsets_of_the_experiment_and_memorizes_less(store):
+def test_the_last_layer_alone_is_trained_on_the_same_subsets_and_memorizes_less(store):
     study(store, "last-layer", "digits")
     result = result_of(store, "last-layer")
     alone = ExperimentStore(store, result.experiments[1]).read_record()
@@ -224,7 +228,7 @@ def test_the_last_layer_alone_is_trained_on_the_subsets_of_the_experiment_and_me
     assert result.measured["last layer"]["test_accuracy"] > 0.9
     assert result.measured["last layer"]["memorized_error"] > 0
 
-    # more trials of the whole model take more of the last layer; the features stay
+    # more trials of the whole model need more of the last layer; the features stay
     experiment_store = ExperimentStore(store, "digits")
     run(experiment_store.read_record().with_trials(144).experiment, store.address)
     study(store, "last-layer", "digits")
@@ -233,7 +237,7 @@ def test_the_last_layer_alone_is_trained_on_the_subsets_of_the_experiment_and_me
     assert extended.trials == 288
 
 
-def test_what_a_study_starts_from_is_not_to_change_meanwhile(store):
+def test_a_study_needs_final_scores(store):
     experiment_store = ExperimentStore(store, "again")
     experiment_store.extend(1000)
     for arguments in (("removal",), ("removal", "--pairs"), ("last-layer",), ("duplicates",)):
@@ -255,7 +259,7 @@ def test_a_model_that_diverges_has_no_features(store, short):
         declare_record(diverging, datasets.prepare(diverging.dataset), checked_shard_size(diverging, datasets.prepare(diverging.dataset)))
     )
     record = ExperimentStore(store, "diverging").read_record()
-    with pytest.raises(MemtailError, match="'diverging': the model trained on everything diverged"):
+    with pytest.raises(MemtailError, match="'diverging': the model trained on all examples diverged"):
         features_of(store, record, lambda: datasets.prepare(diverging.dataset))
     assert not store.exists(keys.features("diverging"))
 
@@ -268,18 +272,38 @@ def test_a_model_that_diverges_has_no_features(store, short):
         (["removal", "digits", "--theta", "-2"], "none is left to train on"),
         (["removal", "digits", "--pairs", "--theta", "0.5"], "--theta 0.5"),
         (["architectures", "digits"], "name two experiments or more"),
-        (["stability", "short"], "has 20 trials, 100 are needed"),
+        (["stability", "short"], "has 20 trials, a split needs at least 100"),
         (["removal", "short", "--pairs"], "has no high-influence pairs"),
         (["architectures", "digits", "short"], "compare experiments on the same images"),
     ],
 )
-def test_what_cannot_be_studied_is_one_clear_line(store, short, arguments, line):
+def test_a_refused_study_is_one_line(store, short, arguments, line):
     with pytest.raises(MemtailError, match=line):
         study(store, *arguments)
 
 
 @pytest.fixture(scope="module")
 def short(store):
-    """An experiment of few trials, on a few images that are told apart at once."""
+    """An experiment of few trials on few, easy images."""
     parts = {"dataset": {"name": "arrays", "root": str(write_arrays(store.root / "few.npz"))}, "subsets": {"trials": 20}}
     run(Experiment.parse({**SPEC, "name": "short", **parts}), store.address)
+
+
+def test_a_study_of_another_module_gets_its_command_from_the_dictionary(store, monkeypatch, tmp_path):
+    (tmp_path / "own_study.py").write_text(
+        "from typing import Annotated\n"
+        "import typer\n"
+        "from memtail.studies.options import ExperimentName\n"
+        "from memtail.studies.result import StudyResult\n"
+        "from memtail.studies.study import Prepared\n"
+        "def prepare(store, name: ExperimentName, *, share: Annotated[float, typer.Option(min=0, max=1)] = 0.5):\n"
+        "    return Prepared(lambda: StudyResult(store, name, 'own', 'Own', [f'share {share}'], 1, [name], {}, {}))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(STUDIES, "own", Study("own_study", "Study something else."))
+    assert "* share 0.25" in study(store, "own", "digits", "--share", 0.25)
+    listing = CliRunner().invoke(app, ["study", "--help"]).stdout
+    assert re.search(r"own +Study something else\.", listing)
+    options = CliRunner().invoke(app, ["study", "own", "--help"]).stdout
+    assert "--share" in options
+    assert "--submit" not in options  # it trains no models

@@ -1,4 +1,4 @@
-"""A store for the explorer: `digits`, trained; `odd`, images whose names are markup and formulas, with a study; `young`, without scores."""
+"""Store of the explorer's tests: `digits`, trained; `odd`, with a study and markup and formulas as names; `young`, without scores."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def fill(store: LocalStore, images: Path) -> None:
     dataset = {"name": "folder", "root": str(images), "resolution": 8}
     odd = Experiment.parse({"name": "odd", "dataset": dataset, "model": model, "subsets": {"trials": TRIALS}})
     publish_random(store, odd, TRIALS)
-    study = StudyResult(store, "odd", "removal", "What <they> do", ["Without the 4 pairs it loses 2.5 ± 0.2 points."], 30, ["odd"], {}, {})
+    study = StudyResult(store, "odd", "removal", "The <pairs>", ["Without the 4 pairs it loses 2.5 ± 0.2 points."], 30, ["odd"], {}, {})
     store.put(study.prefix + "result.json", json.dumps(study.to_json()).encode())
     store.put(study.prefix + "figure.svg", FIGURE)
     young = Experiment.parse({"name": "young", "dataset": {"name": "digits"}, "model": model, "subsets": {"trials": TRIALS}})
@@ -53,7 +53,7 @@ def fill(store: LocalStore, images: Path) -> None:
 
 
 def publish_random(store: ObjectStore, experiment: Experiment, trials: int) -> None:
-    """Enter an experiment in a store and publish scores of random outcomes."""
+    """Register an experiment and publish scores of random outcomes."""
     dataset = datasets.prepare(experiment.dataset)
     record = ExperimentStore(store, experiment.name).register(declare(experiment, dataset, checked_shard_size(experiment, dataset)))
     rng = np.random.default_rng(trials)

@@ -10,7 +10,8 @@ from kombu.exceptions import OperationalError
 from memtail.execution.progress import progress_of
 from memtail.execution.submit import submit
 from memtail.experiment_store import Control, ExperimentStore
-from memtail.report.publish import latest_report, publish_report
+from memtail.report.pointer import latest_report
+from memtail.report.publish import publish_report
 from memtail.storage import keys
 from services.common.broker import TASK, Assignment, Broker, celery_app
 from services.common.settings import ServiceSettings

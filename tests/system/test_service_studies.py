@@ -5,7 +5,7 @@ from typing import Any
 
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
-from memtail.report.publish import latest_report
+from memtail.report.pointer import latest_report
 from memtail.studies.result import load_results
 from tests.support.cli import command
 from tests.support.cluster import LivingCluster

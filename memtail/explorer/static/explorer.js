@@ -1,36 +1,36 @@
-// Improves pages that work without it: progress is read anew, and arrow keys move in galleries and from one example to the next.
+// Optional improvements: progress updates without a reload, and arrow keys move in galleries and between examples.
 "use strict";
 
-const EVERY = 5000;
-let renewed = new Date();
+const INTERVAL_MS = 5000;
+let updated = new Date();
 
-async function renew() {
+async function update() {
   const parts = document.querySelectorAll("[data-live]");
   if (!parts.length) return;
-  const answer = await fetch(location.href, {credentials: "same-origin"});
-  if (!answer.ok) throw new Error(answer.statusText);
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const response = await fetch(location.href, {credentials: "same-origin"});
+  if (!response.ok) throw new Error(response.statusText);
+  const page = new DOMParser().parseFromString(await response.text(), "text/html");
   for (const part of parts) {
     const now = page.getElementById(part.id);
-    if (!now) return location.reload();  // it has become another page
+    if (!now) return location.reload();  // another kind of page, such as the gallery once scores are there
     if (now.innerHTML === part.innerHTML) continue;
     const focused = part.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
     part.replaceChildren(...now.childNodes);
     if (focused) part.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
   }
-  renewed = new Date();
+  updated = new Date();
 }
 
 async function watch() {
   const stale = document.getElementById("stale");
   if (!document.hidden) {
-    stale.hidden = await renew().then(() => true, () => false);
-    stale.textContent = stale.hidden ? "" : `Not renewed since ${renewed.toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"})}.`;
+    stale.hidden = await update().then(() => true, () => false);
+    stale.textContent = stale.hidden ? "" : `Not updated since ${updated.toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"})}.`;
   }
-  setTimeout(watch, EVERY);
+  setTimeout(watch, INTERVAL_MS);
 }
 
-setTimeout(watch, EVERY);
+setTimeout(watch, INTERVAL_MS);
 
 document.addEventListener("keydown", (event) => {
   if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;

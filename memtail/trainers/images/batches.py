@@ -1,4 +1,4 @@
-"""What each step of a trial trains on: batch order and augmentation, pure functions of (seed, trial, epoch)."""
+"""Batch order and augmentation of each trial: pure functions of (seed, trial, epoch)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from memtail.randomness import Purpose, stream
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How each of a stack's images is moved, one entry per position in the epoch's order.
+    """Transformations of the images of one epoch, one entry per position in the epoch's order.
 
     Attributes:
         flip: bool [S, m], mirrored left to right.
-        down, right: int64 [S, m], pixels by which the image is shifted; None where it is not.
+        down: int64 [S, m], shift in pixels; None where images are not shifted.
+        right: as `down`.
     """
 
     flip: npt.NDArray[np.bool_]
@@ -24,10 +25,10 @@ class Augmentation:
 
 
 def epoch_order(seed: int, trials: Sequence[int], epoch: int, subsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The order in which each trial sees its subset in an epoch.
+    """Return the order in which each trial sees its subset in an epoch.
 
     Args:
-        seed: the experiment's.
+        seed: the experiment's seed.
         trials: the S trials of a stack.
         epoch: from 0.
         subsets: int64 [S, m], each trial's examples.
@@ -39,9 +40,9 @@ def epoch_order(seed: int, trials: Sequence[int], epoch: int, subsets: npt.NDArr
 
 
 def batch_bounds(m: int, batch_size: int) -> list[tuple[int, int]]:
-    """Start and stop of each batch of an epoch.
+    """Return start and stop of each batch of an epoch of m examples.
 
-    The last is smaller if need be; a single left-over example joins the batch before, since it has no batch statistics.
+    The last batch may be smaller. A single left-over example joins the batch before, since it has no batch statistics.
     """
     starts = list(range(0, m, batch_size))
     if batch_size > 1 and len(starts) > 1 and m - starts[-1] == 1:
@@ -50,11 +51,14 @@ def batch_bounds(m: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 def epoch_augmentation(kind: str, seed: int, trials: Sequence[int], epoch: int, m: int, reach: int) -> Augmentation | None:
-    """The augmentation of an epoch; None where there is none.
+    """Return the augmentation of an epoch, None if there is none.
 
     Args:
         kind: "none", "flip" or "crop-flip".
-        seed, trials, epoch, m: as in `epoch_order`.
+        seed: the experiment's seed.
+        trials: the S trials of a stack.
+        epoch: from 0.
+        m: examples in each trial's subset.
         reach: the largest shift in pixels.
     """
     if kind == "none":

@@ -1,4 +1,4 @@
-"""What the final models get right: correctness, and logit margins where they are recorded."""
+"""Evaluates the final models of a stack: correctness, predicted classes, and logit margins where they are recorded."""
 
 from dataclasses import dataclass
 
@@ -9,59 +9,73 @@ from torch import Tensor, nn
 
 from memtail.trainers.images.images import DeviceImages
 
-# Small enough for what a layer gives to stay in a processor's cache.
+# Images per forward pass: few enough for a layer's outputs to stay in a processor's cache.
 _BATCH = {"cpu": 256, "cuda": 2048, "mps": 1024}
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Of S networks on one split: correctness bool [S, N], margins float16 [S, N] or None, and which gave only finite logits, [S].
+class SplitOutcomes:
+    """Outcomes of S networks on the N examples of one split.
 
-    `given` is the class that each training image was given, int32 [S, N]; None of test images.
+    Attributes:
+        correct: bool [S, N]; the predicted class is the label.
+        predicted_class: int32 [S, N].
+        margin: float16 [S, N]; None where margins are not recorded.
+        finite: bool [S]; all logits of the network are finite.
     """
 
     correct: npt.NDArray[np.bool_]
+    predicted_class: npt.NDArray[np.int32]
     margin: npt.NDArray[np.float16] | None
     finite: npt.NDArray[np.bool_]
-    given: npt.NDArray[np.int32] | None
 
 
 @torch.no_grad()
-def evaluate(stack: nn.Module, images: DeviceImages, split: str, margins: bool, autocast: torch.autocast, trained_batch: int) -> Outcome:
-    """Run a split through a stack of networks, in batches that fit where batches of `trained_batch` were trained.
+def evaluate(
+    stack: nn.Module, images: DeviceImages, split: str, margins: bool, autocast: torch.autocast, trained_batch: int
+) -> SplitOutcomes:
+    """Run a split through a stack of networks.
 
-    An image is classified correctly if its label has the largest logit (the first such, in a tie). The margin is
-    z_y - logsumexp of the other logits, clipped to what float16 holds.
+    The predicted class has the largest logit (the first of several). The margin is z_y - logsumexp of the other logits, clipped to the
+    range of float16.
+
+    Args:
+        stack: S networks; left in training mode.
+        images: the dataset on the device.
+        split: "train" or "test".
+        margins: whether to compute margins.
+        autocast: the context of the forward pass.
+        trained_batch: examples per training step. Evaluation takes at most four times as many at once, so that it fits into memory.
+
+    Returns:
+        The outcomes, in host memory.
     """
-    labels = images.train_labels if split == "train" else images.test_labels
-    stack.eval()
-    correct, margin, given, finite = [], [], [], None
+    split_labels = images.train_labels if split == "train" else images.test_labels
+    correct, predicted_class, margin, finite = [], [], [], []
     size = min(_BATCH[images.device.type], 4 * trained_batch)
-    for start in range(0, len(labels), size):
-        wanted = labels[start : start + size]
+    stack.eval()
+    for start in range(0, len(split_labels), size):
+        labels = split_labels[start : start + size]
         with autocast:
-            logits = stack(images.split(split, start, start + len(wanted))).float()
-        found = logits.argmax(-1)
-        correct.append(found == wanted)
-        if split == "train":
-            given.append(found.to(torch.int32))
-        fine = logits.isfinite().flatten(1).all(1)
-        finite = fine if finite is None else finite & fine
+            logits = stack(images.split(split, start, start + len(labels))).float()
+        predicted = logits.argmax(-1)
+        correct.append(predicted == labels)
+        predicted_class.append(predicted.to(torch.int32))
+        finite.append(logits.isfinite().flatten(1).all(1))
         if margins:
-            margin.append(_margins(logits, wanted))
+            margin.append(_margins(logits, labels))
     stack.train()
-    assert finite is not None
-    return Outcome(
+    return SplitOutcomes(
         torch.cat(correct, 1).cpu().numpy(),
+        torch.cat(predicted_class, 1).cpu().numpy(),
         torch.cat(margin, 1).cpu().numpy() if margins else None,
-        finite.cpu().numpy(),
-        torch.cat(given, 1).cpu().numpy() if given else None,
+        torch.stack(finite).all(0).cpu().numpy(),
     )
 
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    own = labels.expand(len(logits), -1)[..., None]
-    others = logits.scatter(-1, own, float("-inf")).logsumexp(-1)
-    margin = logits.gather(-1, own).squeeze(-1) - others
+    label = labels.expand(len(logits), -1)[..., None]
+    others = logits.scatter(-1, label, float("-inf")).logsumexp(-1)
+    margin = logits.gather(-1, label).squeeze(-1) - others
     largest = torch.finfo(torch.float16).max
     return margin.clamp(-largest, largest).to(torch.float16)

@@ -1,4 +1,4 @@
-"""Images on the device: batches are gathered, augmented and normalised there, for all trials of a stack in one call."""
+"""Images on the device: gathers, augments and normalises batches there, for all trials of a stack in one call."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,7 @@ from memtail.trainers.images.batches import Augmentation
 
 
 @dataclass(frozen=True)
-class _Moves:
+class _DeviceAugmentation:
     """An `Augmentation` on the device."""
 
     flip: Tensor
@@ -21,11 +21,15 @@ class _Moves:
 
 
 class DeviceImages:
-    """A dataset's images and labels, resident on the device as uint8 if they fit, else in host memory (memory-mapped).
+    """A dataset's images and labels, resident on the device as uint8 if they fit, else memory-mapped in host memory.
 
     Attributes:
-        train_labels, test_labels: int64 [n] and [q] on the device.
-        shift, scale: float32 [C]; a pixel is normalised as (pixel + shift) * scale.
+        train: uint8 [n, H, W, C].
+        test: uint8 [q, H, W, C].
+        train_labels: int64 [n], on the device.
+        test_labels: int64 [q], on the device.
+        shift: float32 [C]; a pixel is normalised as (pixel + shift) * scale.
+        scale: float32 [C].
     """
 
     def __init__(self, dataset: ImageDataset, device: torch.device) -> None:
@@ -38,57 +42,57 @@ class DeviceImages:
         self.test_labels = torch.from_numpy(np.array(dataset.test_labels)).to(device)
         self.shift = -torch.tensor(dataset.mean, dtype=torch.float32, device=device)
         self.scale = 1 / torch.tensor(dataset.std, dtype=torch.float32, device=device)
-        self._moved: tuple[Augmentation, _Moves] | None = None
+        self._epoch: tuple[Augmentation, _DeviceAugmentation] | None = None
 
     def gather(self, index: Tensor, augmentation: Augmentation | None, positions: slice) -> Tensor:
-        """Training images, augmented.
+        """Return training images, augmented.
 
         Args:
             index: int64 [S, B] on the device.
             augmentation: of the whole epoch, or None.
-            positions: the batch's place in the epoch's order.
+            positions: the batch's positions in the epoch's order.
 
         Returns:
             uint8 [S, B, H, W, C].
         """
         chosen = self.train.index_select(0, index.flatten().to(self.train.device))
         images = chosen.view(*index.shape, *self.train.shape[1:]).to(self.device)
-        return images if augmentation is None else _augment(images, self._moves(augmentation), positions)
+        return images if augmentation is None else _augment(images, self._on_device(augmentation), positions)
 
     def split(self, name: str, start: int, stop: int) -> Tensor:
-        """Images `start` to `stop` of a split, normalised: float32 [B, C, H, W]."""
+        """Return images `start` to `stop` of the split "train" or "test", normalised: float32 [B, C, H, W]."""
         images = (self.train if name == "train" else self.test)[start:stop]
         return self.normalised(images.to(self.device))
 
-    def _moves(self, augmentation: Augmentation) -> _Moves:
-        """An epoch's augmentation on the device, taken there at its first batch: each copy from the host waits for all work before it."""
-        if self._moved is None or self._moved[0] is not augmentation:
-            arrays = (augmentation.flip, augmentation.down, augmentation.right)
-            flip, down, right = (None if array is None else torch.from_numpy(array).to(self.device) for array in arrays)
-            assert flip is not None
-            self._moved = augmentation, _Moves(flip, down, right)
-        return self._moved[1]
+    def _on_device(self, augmentation: Augmentation) -> _DeviceAugmentation:
+        """Copy an epoch's augmentation at its first batch: every copy from the host waits for all work queued before it."""
+        if self._epoch is None or self._epoch[0] is not augmentation:
+            down, right = (
+                None if shifts is None else torch.from_numpy(shifts).to(self.device) for shifts in (augmentation.down, augmentation.right)
+            )
+            self._epoch = augmentation, _DeviceAugmentation(torch.from_numpy(augmentation.flip).to(self.device), down, right)
+        return self._epoch[1]
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 [..., H, W, C] -> float32 [..., C, H, W], channels last in memory."""
+        """Normalise uint8 [..., H, W, C] to float32 [..., C, H, W], channels last in memory."""
         return images.to(torch.float32).add_(self.shift).mul_(self.scale).movedim(-1, -3)
 
 
 @lru_cache(maxsize=2)
 def device_images(dataset: ImageDataset, device: torch.device) -> DeviceImages:
-    """The images of a dataset on a device, kept for the next shard that is trained on the same (identical) dataset."""
+    """Return a dataset's images on a device, kept for the next shard of the same dataset object."""
     return DeviceImages(dataset, device)
 
 
-def _augment(images: Tensor, moves: _Moves, positions: slice) -> Tensor:
-    """Shift (filling with 0) and mirror uint8 [S, B, H, W, C], each image by its own draws."""
+def _augment(images: Tensor, augmentation: _DeviceAugmentation, positions: slice) -> Tensor:
+    """Mirror and shift uint8 [S, B, H, W, C], each image by its own draws; shifts fill with 0."""
     height, width = images.shape[2:4]
     columns = torch.arange(width, device=images.device)
-    column = torch.where(moves.flip[:, positions, None], width - 1 - columns, columns)
-    if moves.down is None or moves.right is None:
+    column = torch.where(augmentation.flip[:, positions, None], width - 1 - columns, columns)
+    if augmentation.down is None or augmentation.right is None:
         return images.take_along_dim(column[:, :, None, :, None], dim=3)
-    row = torch.arange(height, device=images.device) - moves.down[:, positions, None]
-    column = column - moves.right[:, positions, None]
+    row = torch.arange(height, device=images.device) - augmentation.down[:, positions, None]
+    column = column - augmentation.right[:, positions, None]
     inside = ((row >= 0) & (row < height))[..., :, None] & ((column >= 0) & (column < width))[..., None, :]
     moved = images.take_along_dim(row.clamp(0, height - 1)[:, :, :, None, None], dim=2)
     moved = moved.take_along_dim(column.clamp(0, width - 1)[:, :, None, :, None], dim=3)

@@ -1,4 +1,4 @@
-"""Where the seconds of training go, by phase; measured only if asked for."""
+"""Seconds of training by phase, measured on request."""
 
 import time
 from collections import defaultdict
@@ -7,18 +7,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-#: What a training process does; the rest of its time goes into building networks, starting up and waiting.
+#: The phases of training; the rest of a process's time goes into building networks, starting up and waiting.
 PHASES = ("data", "forward/backward", "optimizer", "evaluation")
 
 
 class Phases:
-    """Seconds by phase, summed up; those of an accelerator include what it has been given to do.
+    """Sums of seconds by phase. Those of an accelerator include the work in its queue.
 
     Args:
-        device: where the work is done; None measures nothing, and costs nothing.
+        device: where the work is done; None measures nothing, at no cost.
 
     Attributes:
-        seconds: by phase, of `PHASES`.
+        seconds: by phase of `PHASES`.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -27,11 +27,11 @@ class Phases:
 
     @property
     def on(self) -> bool:
-        """Whether anything is measured."""
+        """Whether phases are measured."""
         return self._device is not None
 
     def measure(self, phase: str) -> AbstractContextManager[None]:
-        """Count the time inside to a phase. Phases do not nest."""
+        """Add the time of a `with` block to a phase. Phases do not nest."""
         return nullcontext() if self._device is None else self._measured(phase, self._device)
 
     @contextmanager
@@ -44,6 +44,6 @@ class Phases:
 
 
 def _finish(device: torch.device) -> None:
-    """An accelerator works through a queue: what was asked of it before must be done, else the next phase pays for it."""
+    """Wait for the work in an accelerator's queue, which the next phase would be charged for."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,20 +1,23 @@
-"""How many trials make a shard: enough to pay for starting it, few enough to lose little when one is lost."""
+"""Chooses the trials per shard: enough to outweigh its start-up, few enough to lose little with a shard."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memtail.datasets import ImageDataset
-from memtail.models import build_model, check_model
+from memtail.models import check_model
 from memtail.spec import Experiment
 from memtail.trainers.images.devices import available_devices
 
-# Floating-point operations worth one shard: about half a minute of a processor core, or of a GPU.
+# Floating-point operations of one shard: about half a minute of a processor core, or of a GPU.
 _SHARD_OPERATIONS = {"cpu": 1e12, "mps": 1e14, "cuda": 1e15}
 _MOST_TRIALS = 64
 
 
 def checked_shard_size(experiment: Experiment, dataset: ImageDataset, devices: list[torch.device] | None = None) -> int:
-    """Check that the model can be built for the dataset, and return the number of trials in a shard.
+    """Check that the model fits the dataset, and return the number of trials in a shard.
+
+    It is the declared number, or one chosen by the cost of a trial, such that no device is idle. The operations of a trial are counted in
+    the forward pass that checks the model, so that one network is built for both.
 
     Args:
         experiment: the declaration.
@@ -22,24 +25,29 @@ def checked_shard_size(experiment: Experiment, dataset: ImageDataset, devices: l
         devices: devices to train on; by default this machine's.
 
     Raises:
-        SpecError: the model cannot be built for the dataset, or the device is not here.
+        SpecError: the model does not fit the dataset, or this machine has no such device.
     """
-    check_model(experiment.model, dataset.image_shape, len(dataset.classes))
-    return trials_per_shard(experiment, dataset, devices or available_devices(experiment.execution.device))
-
-
-def trials_per_shard(experiment: Experiment, dataset: ImageDataset, devices: list[torch.device]) -> int:
-    """The declared number, or one chosen by the cost of a trial; never so many that a device would stay idle."""
-    if experiment.execution.trials_per_shard != "auto":
-        return experiment.execution.trials_per_shard
+    devices = devices or available_devices(experiment.execution.device)
+    declared = experiment.execution.trials_per_shard
+    if declared != "auto":
+        check_model(experiment.model, dataset.image_shape, len(dataset.classes))
+        return declared
     affordable = _SHARD_OPERATIONS[devices[0].type] / operations_per_trial(experiment, dataset)
     share = -(-experiment.subsets.trials // len(devices))
     return max(1, min(int(affordable), _MOST_TRIALS, share))
 
 
 def operations_per_trial(experiment: Experiment, dataset: ImageDataset) -> float:
-    """Floating-point operations of one trial: three forward passes' worth per image trained on, one per image evaluated."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        build_model(experiment.model, dataset.image_shape, len(dataset.classes)).eval()(torch.zeros(1, *dataset.image_shape))
+    """Return the floating-point operations of one trial: three forward passes per image trained on, one per image evaluated.
+
+    Args:
+        experiment: the declaration.
+        dataset: its dataset.
+
+    Raises:
+        SpecError: the model does not fit the dataset.
+    """
+    counter = FlopCounterMode(display=False)
+    check_model(experiment.model, dataset.image_shape, len(dataset.classes), within=counter)
     trained = experiment.subsets.fraction * dataset.n_train * experiment.training.epochs
     return float(counter.get_total_flops()) * (3 * trained + dataset.n_train + dataset.n_test)

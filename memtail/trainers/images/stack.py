@@ -1,10 +1,10 @@
-"""Stacking: S networks of one architecture as one network, so that one call computes all of them.
+"""Stacking: S networks of one architecture as one network, computed in one call.
 
-A `torch.nn.Sequential` of plain layers is stacked layer by layer: linear layers become batched matrix products, convolutions grouped
-ones, and batch normalisation acts on more channels. No value of one network ever meets one of another, so each trains exactly as it
-would alone, and a network that diverges leaves the others as they are. Anything else runs one network at a time.
+A `torch.nn.Sequential` of plain layers is stacked layer by layer: linear layers become batched matrix products, convolutions become
+grouped convolutions, and batch normalisation acts on more channels. No value of one network enters another, so each network is trained
+exactly as it would be alone, and one that diverges does not affect the rest. Any other network is trained one at a time.
 
-A stack takes float images [S, B, C, H, W], or [B, C, H, W] shared by all networks, and gives logits [S, B, classes].
+A stack maps float images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes].
 """
 
 from typing import cast
@@ -20,7 +20,7 @@ _VECTOR = 64
 
 
 def is_stackable(network: nn.Module) -> bool:
-    """Whether a network is a sequence of plain layers, each used once and all trained: then a stack computes the same."""
+    """Return whether a network is a sequence of plain layers, each used once and all of them trained, without hooks."""
     layers = _plain_layers(network)
     if layers is None or len({id(layer) for layer in layers}) < len(layers):
         return False
@@ -33,8 +33,8 @@ def is_stackable(network: nn.Module) -> bool:
 
 
 def _plain_layers(network: nn.Module) -> list[nn.Module] | None:
-    """The layers of a sequence in order, sequences inside it laid flat; None if it is no sequence of plain layers."""
-    if type(network) is not nn.Sequential:  # a subclass may compute something else
+    """Return the layers of a sequence in order, nested sequences flattened; None if it is no sequence of plain layers."""
+    if type(network) is not nn.Sequential:  # a subclass may override forward
         return [network] if type(network) in _PLAIN else None
     layers: list[nn.Module] = []
     for layer in network:
@@ -46,10 +46,10 @@ def _plain_layers(network: nn.Module) -> list[nn.Module] | None:
 
 
 def stack_networks(networks: list[nn.Module]) -> nn.Module:
-    """One module that computes all the given networks, with their weights.
+    """Return a module that computes all the given networks, with their weights.
 
     Raises:
-        ValueError: there are several, and they are not stackable.
+        ValueError: there are several networks, and they are not stackable.
     """
     if is_stackable(networks[0]):
         return Stacked(cast(list[nn.Sequential], networks))
@@ -59,10 +59,10 @@ def stack_networks(networks: list[nn.Module]) -> nn.Module:
 
 
 def join_parameters(stack: nn.Module) -> nn.Parameter:
-    """Move all parameters of a module into one array, of which they and their gradients become views.
+    """Move all parameters of a module, and their gradients, into one array each, of which they become views.
 
-    One update then serves them all. The array is padded to whole vectors: the loops that update it treat a remainder with other
-    instructions (and other rounding), which must not depend on how many networks are stacked.
+    One update then serves all parameters. The arrays are padded to whole vectors: the loops of the update treat a remainder with other
+    instructions, which round otherwise, and the rounding must not depend on the number of networks.
     """
     parameters = list(stack.parameters())
     total = sum(parameter.numel() for parameter in parameters)
@@ -81,7 +81,7 @@ def join_parameters(stack: nn.Module) -> nn.Parameter:
 
 
 def _view(part: Tensor, shape: torch.Size) -> Tensor:
-    """Part of an array as a parameter; convolution weights with channels last, as the images have them."""
+    """Return part of an array as a parameter; convolution weights are channels last, as images are."""
     if len(shape) != 4:
         return part.view(shape)
     out, channels, height, width = shape
@@ -101,7 +101,11 @@ class _Single(nn.Module):
 
 
 class Stacked(nn.Module):
-    """A stack of sequential networks, as the layers that compute all of them."""
+    """A stack of sequential networks as one sequence of layers.
+
+    Args:
+        networks: S stackable networks of one architecture.
+    """
 
     def __init__(self, networks: list[nn.Sequential]) -> None:
         super().__init__()
@@ -109,6 +113,7 @@ class Stacked(nn.Module):
         self.layers = nn.ModuleList(_stack_layers([_plain_layers(network) or [] for network in networks]))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Map float images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes]."""
         if images.dim() == 4:
             shared = images.flatten(1) if isinstance(self.layers[0], _Flatten) else images
             x = shared.expand(self.width, *shared.shape)
@@ -120,7 +125,7 @@ class Stacked(nn.Module):
 
 
 def _stack_layers(networks: list[list[nn.Module]]) -> list[nn.Module]:
-    """Layers between [S, B, F] (after flattening) and [B, S * C, H, W] (from the first convolution or pooling on)."""
+    """Return stacked layers, on [B, S * C, H, W] from the first convolution or pooling on and on [S, B, F] after flattening."""
     layers: list[nn.Module] = []
     grouped = False
     for copies in zip(*networks, strict=True):
@@ -165,7 +170,7 @@ class _Flatten(nn.Module):
 
 
 def _is_pooled_relu(layer: nn.Module, following: nn.Module) -> bool:
-    """Whether two layers are ReLU and plain 2 x 2 max pooling, in either order."""
+    """Return whether two layers are ReLU and plain 2 x 2 max pooling, in either order."""
     relu, pool = (layer, following) if isinstance(layer, nn.ReLU) else (following, layer)
     if not (isinstance(relu, nn.ReLU) and isinstance(pool, nn.MaxPool2d)):
         return False
@@ -183,7 +188,11 @@ class _PooledRelu(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """S linear layers: `weight` [S, out, in], `bias` [S, 1, out] or None."""
+    """S linear layers: `weight` [S, out, in], `bias` [S, 1, out] or None.
+
+    Args:
+        copies: the S layers.
+    """
 
     def __init__(self, copies: list[nn.Linear]) -> None:
         super().__init__()
@@ -191,6 +200,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in copies])[:, None]) if copies[0].bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [S, B, in] to [S, B, out]."""
         weight = self.weight.mT
         return torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias, x, weight)
 
@@ -221,7 +231,7 @@ def _stack_normalisation(copies: list[nn.BatchNorm2d]) -> nn.BatchNorm2d:
 
 @torch.no_grad()
 def _join(layer: nn.Module, copies: list[nn.Module]) -> None:
-    """Give a layer the concatenated parameters and buffers of the copies that it stands for."""
+    """Load the concatenated parameters and buffers of the stacked layers."""
     states = [copy.state_dict() for copy in copies]
     layer.load_state_dict(
         {name: torch.cat([state[name] for state in states]) if value.dim() else value for name, value in states[0].items()}

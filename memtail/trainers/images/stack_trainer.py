@@ -1,11 +1,10 @@
-"""Training the trials of one stack together, from initial weights to what the final models get right."""
+"""Trains the trials of one stack together, from initial weights to the outcomes of the final models."""
 
 import copy
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,38 +14,40 @@ from torch.nn import functional as F
 
 from memtail.models import build_model
 from memtail.randomness import Purpose, torch_seed
-from memtail.spec import Experiment, TrainingSpec
+from memtail.spec import Experiment, Sgd, TrainingSpec
 from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
-from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers, mean_over_batch
-from memtail.trainers.images.evaluation import Outcome, evaluate
+from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
+from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
+from memtail.trainers.images.optimizers import make_optimizer
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.schedule import learning_rate_factor
 from memtail.trainers.images.stack import Stacked, join_parameters, stack_networks
 
-# Pixels of a network's examples that compiled steps are given at a time: enough for their work to outweigh the call.
+# Pixels of each network per call of the compiled steps: enough for the work to outweigh the call.
 _PIXELS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
 class StackResult:
-    """Of S trials: what they get right on both splits, and their mean training loss in the last epoch, float64 [S]."""
+    """Outcomes of S trials on both splits, and their mean training loss in the last epoch, float64 [S]."""
 
-    train: Outcome
-    test: Outcome
+    train: SplitOutcomes
+    test: SplitOutcomes
     loss: npt.NDArray[np.float64]
 
 
 class StackedRun:
-    """S trials in training; its state can be saved at any step and restored to go on with the same bits.
+    """S trials in training. The state can be saved at any step; restored, it continues to equal bits.
 
     Args:
         experiment: the declaration.
         images: the dataset on the device.
+        image_shape: (C, H, W).
         classes: number of classes.
         trials: the S trials; more than one only if the network is stackable.
         subsets: int64 [S, m], the examples of each trial's subset.
-        phases: takes the seconds of each phase; compiled steps, optimizer included, are all forward/backward.
+        phases: accumulates the seconds of each phase; compiled steps count as forward/backward, their optimizer included.
     """
 
     def __init__(
@@ -68,25 +69,31 @@ class StackedRun:
             torch.default_generator.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
             networks.append(build_model(experiment.model, image_shape, classes))
         self.stack: nn.Module = stack_networks(networks).to(images.device).train()
-        # whatever the network itself draws (dropout); such networks run one at a time
+        # draws of the network itself (dropout); such networks are trained one at a time
         torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
         self.stacked = isinstance(self.stack, Stacked)
-        low = low_precision(self.recipe, images.device)
+        low = _low_precision(self.recipe, images.device)
         self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low)
         self.optimizer: torch.optim.Optimizer | None = None
         self.steps_at_once = 1
-        if images.device.type == "cpu" and not low and (layers := dense_layers(self.stack)):
+        layers = dense_layers(self.stack) if images.device.type == "cpu" and not low else None
+        if layers and isinstance(self.recipe.optimizer, Sgd):
             self.stack = DenseStack(layers, image_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
-            # the same whatever the stack's width, on which no bit may depend
+            # independent of the stack's width, on which no bit may depend
             self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(image_shape)))
         else:
-            self.optimizer = _optimizer(self.recipe, [join_parameters(self.stack)] if self.stacked else list(self.stack.parameters()))
+            parameters = [join_parameters(self.stack)] if self.stacked else list(self.stack.parameters())
+            self.optimizer = make_optimizer(self.recipe.optimizer, parameters)
         self.bounds = batch_bounds(subsets.shape[1], self.recipe.batch_size)
         self.epoch, self.step = 0, 0
         self.loss_sum = torch.zeros(len(trials), device=images.device)
 
     def train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
-        """Train to the end and evaluate; `between_steps` is called after every few steps."""
+        """Train to the end and evaluate.
+
+        Args:
+            between_steps: called after every few steps; it may save the state, or raise to stop.
+        """
         while self.epoch < self.recipe.epochs:
             self._train_epoch(between_steps)
         m = self.subsets.shape[1]
@@ -115,22 +122,21 @@ class StackedRun:
             batch = index[:, start:stop]
             with self.phases.measure("data"):
                 pixels, labels = images.gather(batch, augmentation, slice(start, stop)), images.train_labels[batch]
-            if isinstance(self.stack, DenseStack):
+            if self.optimizer is None:
                 within = [(first - start, last - start) for first, last in bounds]
                 with self.phases.measure("forward/backward"):
-                    self.loss_sum += self.stack.train_steps(pixels, labels, within, rates)
+                    self.loss_sum += cast(DenseStack, self.stack).train_steps(pixels, labels, within, rates)
             else:
-                self.loss_sum += self._descend(pixels, labels, *rates) * (stop - start)
+                self.loss_sum += self._descend(self.optimizer, pixels, labels, *rates) * (stop - start)
             self.step += len(bounds)
             if self.step < len(self.bounds):
                 between_steps(self)
         self.epoch, self.step = self.epoch + 1, 0
         between_steps(self)
 
-    def _descend(self, pixels: Tensor, labels: Tensor, rate: float) -> Tensor:
-        """One step of every trial; returns the mean losses [S]."""
-        assert self.optimizer is not None
-        for group in self.optimizer.param_groups:
+    def _descend(self, optimizer: torch.optim.Optimizer, pixels: Tensor, labels: Tensor, rate: float) -> Tensor:
+        """Take one step of every trial; return the mean losses [S]."""
+        for group in optimizer.param_groups:
             group["lr"] = rate
         with self.phases.measure("data"):
             batch = self.images.normalised(pixels)
@@ -140,15 +146,15 @@ class StackedRun:
             losses = F.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), reduction="none", label_smoothing=self.recipe.label_smoothing
             )
-            loss = mean_over_batch(losses.view(labels.shape))
-            self.optimizer.zero_grad(set_to_none=not self.stacked)
+            loss = _mean_over_batch(losses.view(labels.shape))
+            optimizer.zero_grad(set_to_none=not self.stacked)
             torch.autograd.backward(loss.sum())
         with self.phases.measure("optimizer"):
-            self.optimizer.step()
+            optimizer.step()
         return loss.detach()
 
     def state(self) -> dict[str, Any]:
-        """Everything that the remaining steps depend on."""
+        """Return a copy of everything that the remaining steps depend on."""
         state = {
             "trials": list(self.trials),
             "epoch": self.epoch,
@@ -163,7 +169,7 @@ class StackedRun:
         return copy.deepcopy(state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state of the same trials."""
+        """Restore a saved state of the same trials."""
         self.epoch, self.step = state["epoch"], state["step"]
         self.stack.load_state_dict(state["stack"])
         if self.optimizer:
@@ -174,24 +180,11 @@ class StackedRun:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.images.device)
 
 
-def to_bytes(state: dict[str, Any]) -> bytes:
-    """A state (or any nest of tensors and plain values) as bytes."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def from_bytes(data: bytes, device: torch.device) -> dict[str, Any]:
-    """The inverse of `to_bytes`, with tensors on `device`; loads no code."""
-    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    return state
-
-
-def _optimizer(recipe: TrainingSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    sgd = recipe.optimizer
-    return torch.optim.SGD(parameters, lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay, nesterov=sgd.nesterov, fused=True)
-
-
-def low_precision(recipe: TrainingSpec, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: where asked for; "auto" means on CUDA devices."""
+def _low_precision(recipe: TrainingSpec, device: torch.device) -> bool:
+    """Return whether to compute in bfloat16; "auto" does on CUDA devices."""
     return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
+
+
+def _mean_over_batch(losses: Tensor) -> Tensor:
+    """[S, B] -> [S], each mean summed in an order that does not depend on S."""
+    return losses.cumsum(1)[:, -1] / losses.shape[1]

@@ -1,6 +1,8 @@
-"""Datasets: what is read is what was there, prepared once, and what is wrong is named."""
+"""Datasets: read as they are on the disk, prepared once; faults are named."""
 
 import gzip
+import hashlib
+import pickle
 import re
 import struct
 
@@ -139,6 +141,55 @@ def test_a_truncated_mnist_file_is_named(tmp_path, compress):
         datasets.prepare(DatasetSpec(name="mnist", root=tmp_path))
 
 
+def write_cifar10(root, monkeypatch):
+    """Two training images in each of five batches and three test images in torchvision's layout, whose MD5 torchvision is told."""
+    from torchvision import datasets as torchvision_datasets
+
+    folder, rng = root / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes(), usedforsecurity=False).hexdigest()]
+
+    def batch(name, count):
+        return write(name, {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), "labels": list(range(count))})
+
+    kind = torchvision_datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [batch(f"data_batch_{number}", 2) for number in range(1, 6)])
+    monkeypatch.setattr(kind, "test_list", [batch("test_batch", 3)])
+    _, md5 = write("batches.meta", {"label_names": ["cat", "dog", "frog"]})
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5})
+    return kind(str(root), train=True).data, kind(str(root), train=False).data
+
+
+def test_cifar_is_read_as_torchvision_reads_it(tmp_path, monkeypatch):
+    train, test = write_cifar10(tmp_path, monkeypatch)
+    dataset = datasets.prepare(DatasetSpec(name="cifar10", root=tmp_path))
+    assert (dataset.train_images == train).all()
+    assert (dataset.test_images == test).all()
+    assert dataset.train_labels.tolist() == [0, 1] * 5
+    assert dataset.classes == ("cat", "dog", "frog")
+
+
+def test_a_corrupt_cifar_file_is_named_and_a_missing_one_is_downloaded(tmp_path, monkeypatch):
+    from torchvision import datasets as torchvision_datasets
+
+    write_cifar10(tmp_path, monkeypatch)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DatasetError, match=r"data_batch_3: is truncated or corrupt \(its MD5 is not"):
+        datasets.prepare(DatasetSpec(name="cifar10", root=tmp_path))
+    path.unlink()
+    monkeypatch.setattr(torchvision_datasets.CIFAR10, "__init__", lambda *_, download: pytest.fail(f"download={download}"))
+    with pytest.raises(pytest.fail.Exception, match="download=True"):
+        datasets.prepare(DatasetSpec(name="cifar10", root=tmp_path))
+
+
+def test_every_declarable_dataset_has_a_source():
+    assert datasets._SOURCES.keys() == set(DatasetSpec.model_fields["name"].annotation.__args__)
+
+
 def test_a_dataset_that_is_nowhere_says_where_it_looked_and_how_to_get_it(tmp_path, monkeypatch):
     from torchvision import datasets as torchvision_datasets
 
@@ -239,7 +290,7 @@ def test_a_missing_split_class_or_root_is_named(tmp_path):
     (tmp_path / "test" / "bird").mkdir(parents=True)
     (tmp_path / "train" / "cat").mkdir()
     Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "train" / "cat" / "a.png")
-    with pytest.raises(DatasetError, match=r"test/bird is a class that train/ has not"):
+    with pytest.raises(DatasetError, match=r"test/bird is a class that train/ does not have"):
         prepare_tree(tmp_path)
 
 

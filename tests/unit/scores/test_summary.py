@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from memtail.scores.pointer import ScorePointer, latest_version
+from memtail.scores.pointer import ScorePointer, latest_version, superseded
 from memtail.scores.summary import ScoreSummary
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
@@ -89,3 +89,10 @@ def test_a_damaged_pointer_reads_as_no_scores(tmp_path, text):
     assert latest_version(store, "digits").version == "00000998-d4c8"
     store.put(keys.latest_scores("digits"), text.encode())
     assert latest_version(store, "digits") is None
+
+
+def test_the_current_and_the_previous_version_are_kept_and_so_are_later_ones():
+    versions = ["00000004-d", "00000002-b", "00000001-a", "00000003-c", "00000005-e"]
+    assert superseded(versions, "00000004-d") == ["00000001-a", "00000002-b"]
+    assert superseded(versions, "00000002-b") == []
+    assert superseded([], "00000002-b") == []

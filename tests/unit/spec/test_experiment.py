@@ -1,4 +1,4 @@
-"""The experiment file: defaults, fingerprints, and one clear line for whatever is wrong."""
+"""Experiment file: defaults, fingerprints, and one clear line for each fault."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Agreement of two sets of trials, and confidence intervals of means over models."""
+"""Agreement of two sets of trials, and confidence intervals over models."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from memtail.estimators import influence, influence_at, memorization
 from memtail.statistics import Statistics
-from memtail.studies.agreement import PAPERS, SPLITS, Agreement, Estimates, agreements, rank_correlation
+from memtail.studies.agreement import PAPERS, SPLITS, Agreement, Comparison, Estimates, compare
 from memtail.studies.intervals import difference, mean
-from memtail.studies.stability import _Needed, _Split, _trials_for
+from memtail.studies.stability import _Group, _Needed, _trials_for
 from tests.support.batches import batch_of as batch
 
 LABELS = np.zeros(9, np.int64), np.zeros(7, np.int64)
@@ -47,17 +47,16 @@ def test_influence_at_pairs_is_that_of_the_matrix():
 
 def test_agreement_counts_what_either_and_both_select():
     first, second = (Estimates.of(statistics(seed, 60).packed(), *LABELS) for seed in (1, 2))
-    for each in agreements(first, second):
+    for each in compare(first, second).agreements:
         if each.score == "memorization":
-            chosen = [set(np.flatnonzero(result.mem.value >= each.threshold)) for result in (first, second)]
+            chosen = [set(np.flatnonzero(estimates.mem.value >= each.threshold)) for estimates in (first, second)]
             apart = {i: abs(first.mem.value[i] - second.mem.value[i]) for i in range(9)}
         else:
             chosen = [
-                {pair for pair, infl in zip(zip(result.pairs.train, result.pairs.test, strict=True), result.pairs.influence, strict=True)
-                 if infl >= each.threshold}
-                for result in (first, second)
+                {(i, j) for i, j, infl in zip(pairs.train, pairs.test, pairs.influence, strict=True) if infl >= each.threshold}
+                for pairs in (first.pairs, second.pairs)
             ]  # fmt: skip
-            matrices = [influence(result.packed, slice(None), slice(None)).value for result in (first, second)]
+            matrices = [influence(estimates.packed, slice(None), slice(None)).value for estimates in (first, second)]
             apart = {(i, j): abs(matrices[0][i, j] - matrices[1][i, j]) for i in range(9) for j in range(7)}
         either, both = chosen[0] | chosen[1], chosen[0] & chosen[1]
         assert (each.first, each.second) == (len(chosen[0]), len(chosen[1]))
@@ -67,13 +66,14 @@ def test_agreement_counts_what_either_and_both_select():
 
 def test_equal_trials_agree_in_full_and_ranks_are_those_of_spearman():
     estimates = Estimates.of(statistics(5, 60).packed(), *LABELS)
-    assert {each.jaccard for each in agreements(estimates, estimates)} <= {1.0, None}
-    assert {each.difference for each in agreements(estimates, estimates)} <= {0.0, None}
-    assert rank_correlation(estimates, estimates) == pytest.approx(1)
+    comparison = compare(estimates, estimates)
+    assert {each.jaccard for each in comparison.agreements} <= {1.0, None}
+    assert {each.difference for each in comparison.agreements} <= {0.0, None}
+    assert comparison.rank_correlation == pytest.approx(1)
     from scipy.stats import spearmanr
 
     other = Estimates.of(statistics(6, 60).packed(), *LABELS)
-    assert rank_correlation(estimates, other) == pytest.approx(spearmanr(estimates.mem.value, other.mem.value).statistic)
+    assert compare(estimates, other).rank_correlation == pytest.approx(spearmanr(estimates.mem.value, other.mem.value).statistic)
 
 
 def test_intervals_are_those_of_the_tables():
@@ -87,13 +87,15 @@ def test_intervals_are_those_of_the_tables():
     assert str(mean(np.array([0.01, 0.02, 0.03]))) == "2.00 ± 2.48"
 
 
-def splits(overlaps):
-    """Splits by number of trials, most first, each with its overlap of memorized examples."""
+def groups(overlaps):
+    """Groups of splits by number of trials, with overlaps of the memorized examples: one of all splits, or a list."""
     at = ("memorization", PAPERS["memorization"], 10, 10)
     return [
-        _Split(trials, number, [Agreement(*at, overlap[number] if isinstance(overlap, list) else overlap, 0.1)], 0.5)
+        _Group(
+            trials,
+            [Comparison([Agreement(*at, each, 0.1)], 0.5) for each in (overlap if isinstance(overlap, list) else [overlap] * SPLITS)],
+        )
         for trials, overlap in overlaps.items()
-        for number in range(SPLITS)
     ]
 
 
@@ -103,7 +105,7 @@ def splits(overlaps):
         ({800: 0.95, 400: 0.93, 200: 0.7}, 0.9, _Needed(400, measured=True)),
         ({800: 0.95, 400: 0.952}, 0.9, _Needed(400, measured=True)),
         ({800: 1.0, 400: 1.0, 200: 0.9}, 0.95, _Needed(400, measured=True)),
-        ({800: 0.5, 400: 0.95}, 0.9, _Needed(beyond=6400)),  # it falls with more trials
+        ({800: 0.5, 400: 0.95}, 0.9, _Needed(beyond=6400)),  # the overlap falls with more trials
         ({800: 0.8, 400: 0.6, 200: 0.2}, 0.9, _Needed(1600, None, 1600, 1600)),  # 1 - J halves as t doubles
         ({400: [0.5, 0.6, 0.6, 0.6, 0.7], 200: [0.0, 0.2, 0.2, 0.2, 0.4]}, 0.8, _Needed(800, None, 600, 1000)),
         ({800: 0.31, 400: 0.3}, 0.9, _Needed(beyond=6400)),
@@ -111,8 +113,8 @@ def splits(overlaps):
         ({800: None, 400: None}, 0.9, _Needed()),
     ],
 )
-def test_trials_for_an_overlap_are_measured_or_continued_by_a_power_law(overlaps, overlap, needed):
-    result = _trials_for(overlap, splits(overlaps), "memorization")
-    assert (result.measured, result.beyond) == (needed.measured, needed.beyond)
-    for own, expected in zip((result.trials, result.fewest, result.most), (needed.trials, needed.fewest, needed.most), strict=True):
+def test_trials_for_an_overlap_are_measured_or_extrapolated_by_a_power_law(overlaps, overlap, needed):
+    estimate = _trials_for(overlap, groups(overlaps), "memorization")
+    assert (estimate.measured, estimate.beyond) == (needed.measured, needed.beyond)
+    for own, expected in zip((estimate.trials, estimate.fewest, estimate.most), (needed.trials, needed.fewest, needed.most), strict=True):
         assert own is expected is None or own == pytest.approx(expected, abs=1)

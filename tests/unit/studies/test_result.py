@@ -1,4 +1,4 @@
-"""Results of studies in a store: written whole, read back, and named where they are damaged."""
+"""Results of studies in a store: written whole, read back, and named in the error if damaged."""
 
 import pyarrow.parquet
 import pytest
@@ -31,12 +31,15 @@ def test_results_are_read_back_as_they_were_written_by_name(store):
     assert written[0].figure_svg().lstrip().startswith(b"<?xml")
     assert b"</svg>" in written[0].figure_svg()
     assert store.get(written[0].prefix + "figure.png").startswith(b"\x89PNG")
-    assert pyarrow.parquet.read_table(store.path(written[0].prefix + "result.parquet")).to_pydict() == {"t": [1, 2], "jaccard": [0.5, 0.75]}
+    assert pyarrow.parquet.read_table(store.local_path(written[0].prefix + "result.parquet")).to_pydict() == {
+        "t": [1, 2],
+        "jaccard": [0.5, 0.75],
+    }
 
 
-def test_a_study_run_again_takes_the_place_of_the_first(store):
-    write(store)
-    write(store, finding="0.8 ± 0.1")
+def test_a_study_run_again_replaces_the_first_and_draws_equal_bytes(store):
+    figure = write(store).figure_svg()
+    assert write(store, finding="0.8 ± 0.1").figure_svg() == figure
     assert [result.findings for result in load_results(store, "e")] == [["0.8 ± 0.1"]]
 
 

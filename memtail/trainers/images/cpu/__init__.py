@@ -1,1 +1,1 @@
-"""Step implementations for processors: blocked matrix products, fully connected networks, max pooling with ReLU."""
+"""Compiled steps for processors: blocked matrix products, fully connected networks, max pooling with ReLU."""

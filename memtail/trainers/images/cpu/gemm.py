@@ -1,8 +1,8 @@
-"""The one compiled piece that all products are made of: a few columns of C = A B, in tiles kept in vector registers.
+"""Matrix products (GEMM) as a compiled building block: a few columns of C = A B, in tiles kept in vector registers.
 
-`product` is what a matrix library has at its heart. Having it as a building block means that a whole epoch of a small network is one
-compiled call, with nothing between the products. Every element of C is one sum, taken in the order of the depth with fused
-multiply-adds, so its bits depend neither on the size of the tiles nor on the machine's vector width.
+`product` is the micro-kernel of a matrix library. As a building block it lets a whole epoch of a small network be one compiled call,
+without work between the products. Every element of C is one sum, accumulated in the order of the depth with fused multiply-adds, so its
+bits depend neither on the tile size nor on the machine's vector width.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-#: Columns of a tile, and the width of the panels that matrices are kept in: one vector of the widest processors, two of others.
+#: Columns of a tile, and width of a panel of a matrix: one vector of the widest processors, two of others.
 COLUMNS = 16
-#: Numbers of rows that `product` takes are multiples of this.
+#: `product` takes multiples of this number of rows.
 ROWS = 4
-# Rows of a tile: as many as keep the multipliers busy without running out of registers, and fewer for what is left.
+# Rows of a tile: enough to keep the multipliers busy without running out of registers, and fewer for the remainder.
 _MOST, _FEWER = (8, 4) if llvmlite.binding.get_host_cpu_features().get("avx512f") else (6, 4)
 
 _FLOAT = ir.FloatType()
@@ -28,7 +28,7 @@ _ALIGNMENT = 4
 
 
 def _tile_of(rows: int) -> Any:
-    """`product` for so many rows, as instructions in the code that calls it."""
+    """Return `product` for a number of rows, inlined into its caller."""
 
     def tile(
         typing_context: Any,
@@ -109,7 +109,7 @@ def _transposed(typing_context: Any, source: Any, source_start: Any, source_row:
         rows = [builder.load(vector(source, source_start, source_row, row)) for row in range(COLUMNS)]
         for loaded in rows:
             loaded.align = _ALIGNMENT
-        for bit in (1, 2, 4, 8):  # exchange the quarters of ever larger squares
+        for bit in (1, 2, 4, 8):  # exchange the quarters of squares of growing size
             for row in (row for row in range(COLUMNS) if not row & bit):
                 upper, lower = rows[row], rows[row | bit]
                 first = [column if not column & bit else COLUMNS + (column ^ bit) for column in range(COLUMNS)]
@@ -124,7 +124,7 @@ def _transposed(typing_context: Any, source: Any, source_start: Any, source_row:
     return types.void(source, source_start, source_row, target, target_start), generate
 
 
-#: transpose(source, start, row, target, start): COLUMNS rows of COLUMNS float32, `row` apart, into rows next to each other.
+#: transpose(source, start, row, target, start) transposes COLUMNS rows of COLUMNS float32, `row` elements apart, into contiguous rows.
 transpose: Any = intrinsic(_transposed)
 
 _most, _fewer = _tile_of(_MOST), _tile_of(_FEWER)
@@ -134,14 +134,28 @@ _most, _fewer = _tile_of(_MOST), _tile_of(_FEWER)
 def product(  # type: ignore[no-untyped-def]
     a, a_start, a_row, a_depth, a_outer, b, b_start, b_depth, b_outer, c, c_start, c_row, rows, outer, depth, first, first_start
 ):  # fmt: skip
-    """C[r, :] = first + sum over o, d of A[r, o, d] B[o, d, :], for `rows` rows and COLUMNS columns of float32 arrays.
+    """Compute C[r, :] = first + sum over o, d of A[r, o, d] B[o, d, :], for `rows` rows and COLUMNS columns.
+
+    All arrays are contiguous float32. Starts and strides are in elements; columns of B and C have stride 1.
 
     Args:
-        a, b, c: contiguous float32 arrays, with the place of the product's first element in each.
-        a_row, a_depth, a_outer, b_depth, b_outer, c_row: strides, in elements. The columns of B and C are next to each other.
+        a: holds A.
+        a_start: index of A's first element.
+        a_row: stride of A's rows.
+        a_depth: stride of A's depth.
+        a_outer: stride of A's outer depth.
+        b: holds B.
+        b_start: index of B's first element.
+        b_depth: stride of B's depth.
+        b_outer: stride of B's outer depth.
+        c: holds C; written.
+        c_start: index of C's first element.
+        c_row: stride of C's rows.
         rows: a multiple of ROWS.
-        outer, depth: extents of the two nested sums.
-        first, first_start: a float32 array, and where in it the row lies that the sums start from: a bias, or zeros.
+        outer: extent of the outer sum.
+        depth: extent of the inner sum.
+        first: holds the row from which all sums start: a bias, or zeros.
+        first_start: index of the row's first element.
     """
     row = 0
     while row < rows:

@@ -1,7 +1,7 @@
 """2 x 2 max pooling with ReLU in one pass over memory, for float32 images in channels-last order on a CPU.
 
-Small convolutional networks spend as much time here as in their convolutions when it is done in two passes with 64-bit indices.
-ReLU and max pooling commute, so either order of the two layers is this. Ties go to the first of the four, and NaN wins, as in torch.
+In two passes with 64-bit indices it takes as much time as the convolutions of small networks. ReLU and max pooling commute, so this
+stands for either order of the two layers. The first of equal values is the largest, and NaN is larger than any number, as in torch.
 """
 
 from typing import Any
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Where the largest of four is not above 0, ReLU passes nothing on, and no gradient back.
+# Winner where the largest of four is not above 0: ReLU gives 0 there, and no gradient goes back.
 _NONE = 4
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _larger(largest, place, value, here):  # type: ignore[no-untyped-def]
-    """A comparison without a branch, so that loops of it become vector instructions."""
+    """Compare without a branch, so that loops become vector instructions."""
     taken = (value > largest) | np.isnan(value)
     return value if taken else largest, here if taken else place
 
@@ -67,16 +67,16 @@ class _PoolRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (winner,) = ctx.saved_tensors
-        given = gradients[0].permute(0, 2, 3, 1).contiguous()
+        gradient = gradients[0].permute(0, 2, 3, 1).contiguous()
         _, height, width, _ = ctx.shape
-        # a last odd row or column is in no window
+        # an odd last row or column is in no window
         out = torch.empty(ctx.shape) if height % 2 == width % 2 == 0 else torch.zeros(ctx.shape)
-        _unpool(given.numpy(), winner.numpy(), out.numpy())
+        _unpool(gradient.numpy(), winner.numpy(), out.numpy())
         return out.permute(0, 3, 1, 2)
 
 
 def pool_relu(x: Tensor) -> Tensor:
-    """float32 [B, C, H, W], channels last, on a CPU -> ReLU of 2 x 2 max pooling, [B, C, H // 2, W // 2]."""
+    """Return the ReLU of 2 x 2 max pooling: float32 [B, C, H, W], channels last, on a CPU -> [B, C, H // 2, W // 2]."""
     if torch.is_grad_enabled():
         pooled: Tensor = _PoolRelu.apply(x)
         return pooled

@@ -1,7 +1,7 @@
-"""Fully connected networks on a CPU: stacks whose training steps are compiled, with no array of torch's made on the way.
+"""Fully connected networks on a CPU: stacks with compiled training steps, which allocate no torch tensors.
 
-A small network's step is over before automatic differentiation has made its graph. Here a run of steps is one call; networks of a stack
-are trained one after another, each staying in the processor's cache meanwhile.
+The step of a small network takes less time than automatic differentiation needs for its graph. Here a run of steps is one call; the
+networks of a stack are trained one after another, each from the processor's cache.
 """
 
 from typing import NamedTuple, cast
@@ -17,16 +17,17 @@ from memtail.trainers.images.stack import Stacked, StackedLinear
 
 
 class DenseStack(nn.Module):
-    """S networks of linear layers with ReLU between them, with their momenta: float32, on a CPU.
+    """S networks of linear layers with ReLU between them, and their momenta: float32, on a CPU.
 
-    As every stack it takes normalised images and gives logits [S, B, classes]. Parameters and momenta are buffers, so that `state_dict`
-    holds all that training depends on.
+    As every stack, it maps normalised images to logits [S, B, classes]. Parameters and momenta are buffers, so `state_dict` holds
+    everything that training depends on.
 
     Args:
         layers: the linear layers of all S networks, from input to logits.
         image_shape: (C, H, W).
-        shift, scale: float32 [C], by which pixels are normalised, (pixel + shift) * scale.
-        optimizer: gradient descent's constants, but for the learning rate.
+        shift: float32 [C]; pixels are normalised as (pixel + shift) * scale.
+        scale: float32 [C].
+        optimizer: constants of gradient descent; its learning rate is not used.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
     """
 
@@ -56,8 +57,8 @@ class DenseStack(nn.Module):
         self._biases = areas.sum() + np.concatenate([[0], np.cumsum(self._sizes[1:])[:-1]])
         self.register_buffer("values", torch.zeros(self.width, int(areas.sum() + self._sizes[1:].sum())))
         self.register_buffer("momenta", torch.zeros_like(self.values))
-        self._turned = np.empty(int(areas[1:].max(initial=0)), np.float32)
-        self._room: dict[int, _Room] = {}
+        self._transposed = np.empty(int(areas[1:].max(initial=0)), np.float32)
+        self._workspaces: dict[int, _Workspace] = {}
         self._constants = (
             np.float32(optimizer.momentum),
             np.float32(optimizer.weight_decay),
@@ -66,7 +67,7 @@ class DenseStack(nn.Module):
         )
         for layer, weight_at, bias_at in zip(layers, self._weights.tolist(), self._biases.tolist(), strict=True):
             weight = layer.weight.detach()
-            if not weight_at:  # pixels come with their channels next to each other
+            if not weight_at:  # pixels are channels last
                 weight = weight.view(*weight.shape[:2], channels, height, width).movedim(2, -1).flatten(2)
             self._load(weight, cast(Tensor, layer.bias).detach(), weight_at, bias_at)
 
@@ -78,7 +79,7 @@ class DenseStack(nn.Module):
         self.values[:, bias_at : bias_at + out] = bias[:, 0]
 
     def forward(self, images: Tensor) -> Tensor:
-        """float32 images [S, B, C, H, W], or [B, C, H, W] shared by all networks -> logits [S, B, classes]."""
+        """Map float32 images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes]."""
         from memtail.trainers.images.cpu.mlp_kernels import forward  # compiles
 
         shared = images.dim() == 4
@@ -86,23 +87,25 @@ class DenseStack(nn.Module):
         count, pixels = flat.shape[-2:]
         padded = -(-count // self._rows) * self._rows
         x = F.pad(flat, (0, int(self._sizes[0]) - pixels, 0, padded - count)).contiguous().numpy()
-        room = self._for(padded)
+        workspace = self._workspace(padded)
         logits = np.empty((self.width, count, self.classes), np.float32)
         shape = (int(self._sizes[-1]) // self._columns, padded, self._columns)
         for network, values in enumerate(self.values.numpy()):
-            given = x if shared else x[network]
-            forward(given.reshape(-1), padded, values, self._sizes, self._weights, self._biases, room.work, room.outputs)
-            panels = room.outputs[room.work[-1] : room.work[-1] + np.prod(shape)].reshape(shape)
+            examples = x if shared else x[network]
+            forward(
+                examples.reshape(-1), padded, values, self._sizes, self._weights, self._biases, workspace.starts, workspace.outputs
+            )  # fmt: skip
+            panels = workspace.outputs[workspace.starts[-1] : workspace.starts[-1] + np.prod(shape)].reshape(shape)
             logits[network] = panels[:, :count].transpose(1, 0, 2).reshape(count, -1)[:, : self.classes]
         return torch.from_numpy(logits)
 
     def train_steps(self, pixels: Tensor, labels: Tensor, bounds: list[tuple[int, int]], rates: list[float]) -> Tensor:
-        """One step of gradient descent per batch, on every network.
+        """Take one step of gradient descent per batch, on every network.
 
         Args:
-            pixels: uint8 [S, B, H, W, C], the examples of all the batches.
+            pixels: uint8 [S, B, H, W, C], the examples of all batches.
             labels: int64 [S, B].
-            bounds: start and stop of each batch among them, each beginning where the last ended.
+            bounds: start and stop of each batch among the examples; each starts where the one before stops.
             rates: the learning rate of each step.
 
         Returns:
@@ -111,36 +114,36 @@ class DenseStack(nn.Module):
         from memtail.trainers.images.cpu.mlp_kernels import train_steps  # compiles
 
         places = np.array([bounds[0][0], *(stop for _, stop in bounds)])
-        room = self._for(-(-int(np.diff(places).max()) // self._rows) * self._rows)
+        workspace = self._workspace(-(-int(np.diff(places).max()) // self._rows) * self._rows)
         losses = np.empty(self.width, np.float32)
         train_steps(
             pixels.flatten(1).numpy(), labels.numpy(), self._shift, self._scale, places, np.array(rates, np.float32), self.classes,
             self.values.numpy(), self.momenta.numpy(), self._sizes, self._weights, self._biases,
-            room.work, room.x, room.outputs, room.deltas, self._turned, *self._constants, losses,
+            workspace.starts, workspace.x, workspace.outputs, workspace.deltas, self._transposed, *self._constants, losses,
         )  # fmt: skip
         return torch.from_numpy(losses)
 
-    def _for(self, padded: int) -> "_Room":
-        """Room for so many examples, made once."""
-        if padded not in self._room:
-            work = np.concatenate([[0, 0], np.cumsum(self._sizes[1:-1] * padded)])
+    def _workspace(self, padded: int) -> "_Workspace":
+        """Return the arrays for a padded number of examples, allocated once."""
+        if padded not in self._workspaces:
+            starts = np.concatenate([[0, 0], np.cumsum(self._sizes[1:-1] * padded)])
             total = int(self._sizes[1:].sum()) * padded
             x, outputs, deltas = (np.zeros(size, np.float32) for size in (self._sizes[0] * padded, total, total))
-            self._room[padded] = _Room(work, x, outputs, deltas)
-        return self._room[padded]
+            self._workspaces[padded] = _Workspace(starts, x, outputs, deltas)
+        return self._workspaces[padded]
 
 
-class _Room(NamedTuple):
-    """For a number of examples: where each layer's outputs begin, and arrays for the batch, the outputs and their gradients."""
+class _Workspace(NamedTuple):
+    """Arrays for a number of examples: starts of each layer's outputs, the batch, the outputs, and their gradients."""
 
-    work: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
     x: npt.NDArray[np.float32]
     outputs: npt.NDArray[np.float32]
     deltas: npt.NDArray[np.float32]
 
 
 def dense_layers(stack: nn.Module) -> list[StackedLinear] | None:
-    """The linear layers of a stack that is flattening, then linear layers with ReLU between them; None of any other."""
+    """Return the linear layers of a stack of flattening, then linear layers with ReLU between them; None for any other stack."""
     if not isinstance(stack, Stacked):
         return None
     layers = list(stack.layers)[1:]
@@ -148,8 +151,3 @@ def dense_layers(stack: nn.Module) -> list[StackedLinear] | None:
     between = [layer for layer in layers[1::2] if isinstance(layer, nn.ReLU)]
     whole = linear and len(linear) + len(between) == len(layers) and len(linear) == len(between) + 1
     return linear if whole and all(layer.bias is not None for layer in linear) else None
-
-
-def mean_over_batch(losses: Tensor) -> Tensor:
-    """[S, B] -> [S], each mean taken in the same order whatever S is."""
-    return losses.cumsum(1)[:, -1] / losses.shape[1]

@@ -1,12 +1,12 @@
 """Compiled training of fully connected networks: many steps of one network in one call, on one thread.
 
-A matrix with rows of features is kept in panels of COLUMNS features: element (row, feature) lies at
-[feature // COLUMNS, row, feature % COLUMNS]. That is what `tile` reads and writes in one piece, for activations (a row per example) and
-for weights (a row per input feature). Numbers of features are padded to whole panels and numbers of examples to whole tiles. Padded
-weights, biases and gradients are 0 and stay 0.
+A matrix whose rows hold features is stored in panels of COLUMNS features: element (row, feature) lies at
+[feature // COLUMNS, row, feature % COLUMNS]. `product` of `gemm` reads and writes a panel's row in one piece, for activations (a row per
+example) and for weights (a row per input feature). Numbers of features are padded to whole panels, numbers of examples to whole tiles.
+Padded weights, biases and gradients are 0 and stay 0.
 
-In the signatures: `sizes` int64 [L + 1], padded numbers of features from input to logits; `weights`, `biases` int64 [L], where each layer's
-begin in `values`; `work` int64 [L + 1], where each layer's outputs begin in `outputs` and in `deltas` (entry 0 is not used).
+In the signatures: `sizes` int64 [L + 1], padded numbers of features from input to logits; `weights`, `biases` int64 [L], starts of each
+layer's parameters in `values`; `starts` int64 [L + 1], starts of each layer's outputs in `outputs` and in `deltas` (entry 0 is unused).
 """
 
 import numba
@@ -14,27 +14,27 @@ import numpy as np
 
 from memtail.trainers.images.cpu.gemm import COLUMNS, ROWS, product, transpose
 
-# Input features whose gradients are computed before their weights are updated: a batch of them stays in the first-level cache.
+# Input features per update of the weights: their gradients stay in the first-level cache.
 _HEIGHT = 48
 
-# Loops that start from 0 are turned into vector instructions; those over places in a larger array are not.
+# The compiler vectorises loops that start from 0, and not those over a range of a larger array.
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _rectify(panel):  # type: ignore[no-untyped-def]
-    """ReLU; NaN stays."""
+    """Apply ReLU in place; NaN stays."""
     for i in range(len(panel)):
         panel[i] *= np.float32(panel[i] > 0)
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def forward(x, padded, values, sizes, weights, biases, work, outputs):  # type: ignore[no-untyped-def]
-    """Fill `outputs` with what every layer gives for the examples in `x`, `padded` to whole tiles."""
+def forward(x, padded, values, sizes, weights, biases, starts, outputs):  # type: ignore[no-untyped-def]
+    """Compute the `outputs` of every layer for the examples in `x`, `padded` to whole tiles."""
     layers = len(weights)
     for layer in range(layers):
         features, last = sizes[layer], layer == layers - 1
         for panel in range(sizes[layer + 1] // COLUMNS):
-            out = work[layer + 1] + panel * padded * COLUMNS
+            out = starts[layer + 1] + panel * padded * COLUMNS
             bias = biases[layer] + panel * COLUMNS
             weight = weights[layer] + panel * features * COLUMNS
             if layer == 0:
@@ -44,7 +44,7 @@ def forward(x, padded, values, sizes, weights, biases, work, outputs):  # type: 
             else:
                 across, down, panels = padded * COLUMNS, COLUMNS * COLUMNS, features // COLUMNS
                 product(
-                    outputs, work[layer], COLUMNS, 1, across, values, weight, COLUMNS, down, outputs, out, COLUMNS, padded,
+                    outputs, starts[layer], COLUMNS, 1, across, values, weight, COLUMNS, down, outputs, out, COLUMNS, padded,
                     panels, COLUMNS, values, bias,
                 )  # fmt: skip
             if not last:
@@ -53,7 +53,7 @@ def forward(x, padded, values, sizes, weights, biases, work, outputs):  # type: 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _exponentials(values):  # type: ignore[no-untyped-def]
-    """e^x of float32 x <= 0 in place, to the last bit or two, in arithmetic that vectors have (Cephes, expf). NaN stays."""
+    """Compute e^x of float32 x <= 0 in place, to the last bit or two, in vector arithmetic (Cephes, expf). NaN stays."""
     for i in range(len(values)):
         x = np.float32(-87) if values[i] < np.float32(-87) else values[i]
         power = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
@@ -70,7 +70,7 @@ def _exponentials(values):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _loss(logits, start, rows, padded, classes, labels, first, smoothing, deltas):  # type: ignore[no-untyped-def]
-    """The summed cross-entropy of a batch; into `deltas` goes the gradient of its mean by the logits, (softmax - target) / rows."""
+    """Return the summed cross-entropy of a batch; write the gradient of its mean, (softmax - target) / rows, into `deltas`."""
     total = 0.0
     stop = start + (classes + COLUMNS - 1) // COLUMNS * padded * COLUMNS
     deltas[start:stop] = 0
@@ -99,7 +99,7 @@ def _loss(logits, start, rows, padded, classes, labels, first, smoothing, deltas
             place = start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS
             deltas[place] = deltas[place] * scale - even
         label = labels[first + row]
-        for c in range(classes, (stop - start) // padded):  # what padding has must stay 0
+        for c in range(classes, (stop - start) // padded):  # padding must stay 0
             deltas[start + (c // COLUMNS * padded + row) * COLUMNS + c % COLUMNS] = 0
         deltas[start + (label // COLUMNS * padded + row) * COLUMNS + label % COLUMNS] -= np.float32((1 - smoothing) / rows)
     for panel in range(start, stop, padded * COLUMNS):
@@ -109,7 +109,7 @@ def _loss(logits, start, rows, padded, classes, labels, first, smoothing, deltas
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _update(values, momenta, start, gradient, count, rate, momentum, decay, nesterov):  # type: ignore[no-untyped-def]
-    """Stochastic gradient descent as in `torch.optim.SGD`, on `count` values from `start` on."""
+    """Update `count` values from `start` on by stochastic gradient descent as in `torch.optim.SGD`."""
     value, kept = values[start : start + count], momenta[start : start + count]
     ahead, along = (momentum, np.float32(1)) if nesterov else (np.float32(1), np.float32(0))
     for i in range(count):
@@ -120,14 +120,14 @@ def _update(values, momenta, start, gradient, count, rate, momentum, decay, nest
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _mask(delta, output):  # type: ignore[no-untyped-def]
-    """No gradient where ReLU gave 0."""
+    """Set the gradient to 0 where ReLU gave 0."""
     for i in range(len(delta)):
         delta[i] = delta[i] if output[i] > 0 else np.float32(0)
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _add_rows(panel, sums, out):  # type: ignore[no-untyped-def]
-    """Into the first COLUMNS of `out`, the sums of a panel's columns, four rows at a time; `sums` is room for those four."""
+    """Write the sums of a panel's columns into the first COLUMNS of `out`; `sums` accumulates four rows at a time."""
     sums[:] = 0
     for start in range(0, len(panel), 4 * COLUMNS):
         rows = panel[start : start + 4 * COLUMNS]
@@ -138,30 +138,30 @@ def _add_rows(panel, sums, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def _transpose(values, start, inputs, out, turned):  # type: ignore[no-untyped-def]
-    """A layer's weights with a row per output, in panels of inputs."""
+def _transpose(values, start, inputs, out, transposed):  # type: ignore[no-untyped-def]
+    """Transpose a layer's weights: a row per output, in panels of inputs."""
     for panel in range(out // COLUMNS):
         for i in range(0, inputs, COLUMNS):
-            transpose(values, start + (panel * inputs + i) * COLUMNS, COLUMNS, turned, (i * out // COLUMNS + panel * COLUMNS) * COLUMNS)
+            transpose(values, start + (panel * inputs + i) * COLUMNS, COLUMNS, transposed, (i * out // COLUMNS + panel * COLUMNS) * COLUMNS)
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _normalise(pixels, shift, scale, rows, padded, features, x):  # type: ignore[no-untyped-def]
-    """Into `x` [padded, features] go `rows` examples; what is padding stays 0, or becomes it."""
+    """Write `rows` normalised examples into `x` [padded, features], and 0 into its padding."""
     count = len(shift)
     for row in range(rows):
-        given, normalised = pixels[row * count : (row + 1) * count], x[row * features : row * features + count]
+        example, normalised = pixels[row * count : (row + 1) * count], x[row * features : row * features + count]
         for i in range(count):
-            normalised[i] = (np.float32(given[i]) + shift[i]) * scale[i]
+            normalised[i] = (np.float32(example[i]) + shift[i]) * scale[i]
     x[rows * features : padded * features] = 0
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _train(  # type: ignore[no-untyped-def]
-    pixels, labels, shift, scale, bounds, rates, classes, values, momenta, sizes, weights, biases, work, x, outputs, deltas, turned,
+    pixels, labels, shift, scale, bounds, rates, classes, values, momenta, sizes, weights, biases, starts, x, outputs, deltas, transposed,
     momentum, decay, nesterov, smoothing,
 ):  # fmt: skip
-    """`train_steps` of one network; returns the sum of its examples' losses."""
+    """Take the steps of `train_steps` on one network; return the sum of its examples' losses."""
     layers = len(weights)
     total = 0.0
     gradient = np.empty(_HEIGHT * COLUMNS, np.float32)
@@ -171,34 +171,34 @@ def _train(  # type: ignore[no-untyped-def]
         padded = (rows + ROWS - 1) // ROWS * ROWS
         rate = rates[step]
         _normalise(pixels[first * len(shift) :], shift, scale, rows, padded, sizes[0], x)
-        forward(x, padded, values, sizes, weights, biases, work, outputs)
-        total += _loss(outputs, work[layers], rows, padded, classes, labels, first, smoothing, deltas)
+        forward(x, padded, values, sizes, weights, biases, starts, outputs)
+        total += _loss(outputs, starts[layers], rows, padded, classes, labels, first, smoothing, deltas)
         for layer in range(layers - 1, -1, -1):
             inputs, out = sizes[layer], sizes[layer + 1]
             if layer:
-                _transpose(values, weights[layer], inputs, out, turned)
+                _transpose(values, weights[layer], inputs, out, transposed)
                 across, down = padded * COLUMNS, COLUMNS * COLUMNS
                 for panel in range(inputs // COLUMNS):
-                    place = work[layer] + panel * padded * COLUMNS
+                    place = starts[layer] + panel * padded * COLUMNS
                     product(
-                        deltas, work[layer + 1], COLUMNS, 1, across, turned, panel * out * COLUMNS, COLUMNS, down, deltas, place,
+                        deltas, starts[layer + 1], COLUMNS, 1, across, transposed, panel * out * COLUMNS, COLUMNS, down, deltas, place,
                         COLUMNS, padded, out // COLUMNS, COLUMNS, zeros, 0,
                     )  # fmt: skip
                     _mask(deltas[place : place + padded * COLUMNS], outputs[place : place + padded * COLUMNS])
             for panel in range(out // COLUMNS):
-                start = work[layer + 1] + panel * padded * COLUMNS
+                start = starts[layer + 1] + panel * padded * COLUMNS
                 _add_rows(deltas[start : start + padded * COLUMNS], four_rows, gradient)
                 bias = biases[layer] + panel * COLUMNS
                 _update(values, momenta, bias, gradient, COLUMNS, rate, momentum, decay, nesterov)
             for block in range(0, inputs, _HEIGHT):
                 height = min(_HEIGHT, inputs - block)
                 for panel in range(out // COLUMNS):
-                    start = work[layer + 1] + panel * padded * COLUMNS
+                    start = starts[layer + 1] + panel * padded * COLUMNS
                     if layer == 0:
                         product(x, block, 1, inputs, 0, deltas, start, COLUMNS, 0, gradient, 0, COLUMNS, height, 1, padded, zeros, 0)
                     else:
                         for part in range(0, height, COLUMNS):
-                            a_start = work[layer] + (block + part) * padded
+                            a_start = starts[layer] + (block + part) * padded
                             product(
                                 outputs, a_start, 1, COLUMNS, 0, deltas, start, COLUMNS, 0, gradient, part * COLUMNS, COLUMNS, COLUMNS,
                                 1, padded, zeros, 0,
@@ -210,24 +210,37 @@ def _train(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def train_steps(  # type: ignore[no-untyped-def]
-    pixels, labels, shift, scale, bounds, rates, classes, values, momenta, sizes, weights, biases, work, x, outputs, deltas, turned,
+    pixels, labels, shift, scale, bounds, rates, classes, values, momenta, sizes, weights, biases, starts, x, outputs, deltas, transposed,
     momentum, decay, nesterov, smoothing, losses,
 ):  # fmt: skip
-    """One step of gradient descent per batch, on one network after another; each stays in the processor's cache meanwhile.
+    """Take one step of gradient descent per batch, on one network after another, each from the processor's cache.
 
     Args:
-        pixels: uint8 [S, B * P], for each network the batches' examples one after another.
-        labels: int64 [S, B], of the same examples.
-        shift, scale: float32 [P]; the first layer gets (pixel + shift) * scale.
-        bounds: int64 [steps + 1], where each batch begins and the last ends.
+        pixels: uint8 [S, B * P], the examples of all batches, for each network.
+        labels: int64 [S, B], of these examples.
+        shift: float32 [P]; the first layer takes (pixel + shift) * scale.
+        scale: float32 [P].
+        bounds: int64 [steps + 1], start of each batch and stop of the last.
         rates: float32 [steps], learning rates.
-        values, momenta: float32 [S, ...], the networks' parameters and their momenta; updated.
-        x, outputs, deltas, turned: float32, room for a batch, for the layers' outputs and their gradients, and for a transposed layer.
-        momentum, decay, smoothing: float32.
-        losses: float32 [S], becomes the sums of the examples' losses.
+        classes: number of logits, without padding.
+        values: float32 [S, ...], parameters of the networks; updated.
+        momenta: float32 [S, ...], their momenta; updated.
+        sizes: see the module.
+        weights: see the module.
+        biases: see the module.
+        starts: see the module.
+        x: float32 workspace for a batch.
+        outputs: float32 workspace for the layers' outputs.
+        deltas: float32 workspace for the gradients of the outputs.
+        transposed: float32 workspace for the transposed weights of a layer.
+        momentum: float32.
+        decay: float32, the weight decay.
+        nesterov: bool.
+        smoothing: float32, the label smoothing.
+        losses: float32 [S]; receives the sums of the examples' losses.
     """
     for network in range(len(losses)):
         losses[network] = _train(
             pixels[network], labels[network], shift, scale, bounds, rates, classes, values[network], momenta[network], sizes, weights,
-            biases, work, x, outputs, deltas, turned, momentum, decay, nesterov, smoothing,
+            biases, starts, x, outputs, deltas, transposed, momentum, decay, nesterov, smoothing,
         )  # fmt: skip

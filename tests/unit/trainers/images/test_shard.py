@@ -1,8 +1,10 @@
-"""Training a shard: purity, batches, divergence, memory, checkpoints; and that it learns what torch learns."""
+"""Training a shard: purity, batches, divergence, memory, checkpoints; and equality with plain torch."""
 
 import copy
 import dataclasses
+import io
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -12,15 +14,17 @@ from torch.nn import functional as F
 
 from memtail import models, subsets
 from memtail.datasets import prepare
+from memtail.errors import SpecError
 from memtail.models import build_model, check_model
-from memtail.spec import Constant, Cosine, Linear, NamedModel, Sgd, Step
+from memtail.spec import Constant, Cosine, Linear, NamedModel, ScheduleSpec, Sgd, Step
 from memtail.trainers.images import shard as shard_module
-from memtail.trainers.images import stack_trainer as stacked_run
-from memtail.trainers.images import train_shard
+from memtail.trainers.images import stack_trainer, train_shard
 from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
 from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
 from memtail.trainers.images.images import DeviceImages
-from memtail.trainers.images.schedule import learning_rate_factor
+from memtail.trainers.images.optimizers import _OPTIMIZERS
+from memtail.trainers.images.schedule import _SCHEDULES, learning_rate_factor
+from memtail.trainers.images.shard_size import checked_shard_size, operations_per_trial
 from memtail.trainers.images.stack import is_stackable, stack_networks
 from memtail.trainers.images.stack_trainer import StackedRun
 from memtail.trials import unpack
@@ -294,7 +298,7 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 3})
-    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     model = {"name": model} if isinstance(model, str) else model
     experiment = declare(
         5,
@@ -319,7 +323,7 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
 def test_a_checkpoint_is_taken_up_by_stacks_of_another_width(declare, digits, monkeypatch):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
-    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     experiment = declare(9, training={"epochs": 1, "batch_size": 256})
     expected = train_shard(experiment, digits, range(9), CPU)
     for before, after, stop_at in ((2, 8, 13), (8, 2, 2), (3, 16, 4)):
@@ -333,7 +337,7 @@ def test_a_checkpoint_is_taken_up_by_stacks_of_another_width(declare, digits, mo
 
 def test_checkpoints_that_take_long_are_written_rarely(declare, digits, monkeypatch):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     experiment = declare(4, training={"epochs": 4})
 
     def saves(share: float) -> int:
@@ -348,7 +352,7 @@ def test_checkpoints_that_take_long_are_written_rarely(declare, digits, monkeypa
 def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digits, monkeypatch, capfd):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
-    monkeypatch.setattr(stacked_run, "_PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     experiment = declare(2, training={"epochs": 1})
     expected = train_shard(experiment, digits, range(2), CPU)
     foreign = Memory(3)
@@ -360,6 +364,33 @@ def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digit
         checkpoints.stop_at = None
         assert same_bits([expected], [train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints)])
     assert "".join(capfd.readouterr()).count("checkpoint cannot be used") == 2
+
+
+def test_a_checkpoint_of_an_older_layout_is_dropped_and_the_shard_starts_over(declare, digits, monkeypatch, capfd):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
+    experiment = declare(4, training={"epochs": 1})
+    expected = train_shard(experiment, digits, range(4), CPU)
+    checkpoints = Memory(30)
+    with pytest.raises(Memory.StopError):
+        train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)
+    state = torch.load(io.BytesIO(checkpoints.state), weights_only=True)
+    assert state.pop("layout") == 2
+    (first,) = state.pop("finished")
+    del first["test_predicted_class"]
+    first |= {"train_given": first.pop("train_predicted_class"), "test_given": None}
+    older = io.BytesIO()
+    torch.save({**state, "done": [first]}, older)  # as version 0.1.0 wrote it
+    checkpoints.state, checkpoints.stop_at, checkpoints.saves = older.getvalue(), None, 0
+    assert same_bits([expected], [train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)])
+    whole = Memory()
+    train_shard(experiment, digits, range(4), CPU, checkpoints=whole)
+    assert checkpoints.saves == whole.saves
+    shown = "".join(capfd.readouterr())
+    assert shown.count("checkpoint cannot be used, starting over") == 1
+    assert "its layout is 1, this version reads 2" in shown
 
 
 def test_the_dataset_given_is_the_one_trained_on(declare, digits):
@@ -452,6 +483,29 @@ def test_augmentation_shifts_with_zeros_and_mirrors(digits):
 )
 def test_schedules(schedule, factors):
     np.testing.assert_allclose([learning_rate_factor(schedule, step, 10) for step in range(10)], factors, atol=1e-12)
+
+
+def test_every_declarable_optimizer_and_schedule_is_implemented():
+    def names(*specs):
+        return {spec.model_fields["name"].annotation.__args__[0] for spec in specs}
+
+    assert _OPTIMIZERS.keys() == names(Sgd)
+    assert _SCHEDULES.keys() == names(*typing.get_args(typing.get_args(ScheduleSpec)[0]))
+
+
+def test_a_model_is_built_once_to_be_checked_and_to_have_its_operations_counted(declare, digits, monkeypatch):
+    built = []
+    monkeypatch.setattr(models, "build_model", lambda *args: built.append(args) or build_model(*args))
+    automatic, declared = declare(100), declare(100, execution={"trials_per_shard": 7})
+    layers = 2 * (64 * 16 + 16 * 10)
+    assert operations_per_trial(automatic, digits) == layers * (3 * 0.7 * digits.n_train * 2 + digits.n_train + digits.n_test)
+    assert len(built) == 1
+    assert checked_shard_size(automatic, digits, [CPU, CPU]) == 50
+    assert checked_shard_size(declared, digits, [CPU]) == 7
+    assert len(built) == 3
+    for execution in ({}, {"trials_per_shard": 7}):
+        with pytest.raises(SpecError, match="there is no model 'resnet8'"):
+            checked_shard_size(declare(model={"name": "resnet8"}, execution=execution), digits, [CPU])
 
 
 @pytest.mark.parametrize(

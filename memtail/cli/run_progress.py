@@ -1,0 +1,122 @@
+"""Progress of a run: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from memtail.cli.display import console
+
+if TYPE_CHECKING:
+    from memtail.execution.embedded import RunState
+
+_PLAIN_LINE_SECONDS = 5.0
+
+
+class PreparationProgress:
+    """Number of prepared images; shows nothing if there are none to prepare."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(TextColumn("preparing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+        self._task: Any = None
+        self._shown_at = time.monotonic()
+
+    def __enter__(self) -> "PreparationProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:  # a bar that was never started would print an empty line
+            self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """Show that `done` of `total` images are prepared."""
+        if not console.is_terminal:
+            if done == total or time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS:
+                console.print(f"prepared {done} of {total} images")
+                self._shown_at = time.monotonic()
+            return
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total)
+        self._bar.update(self._task, completed=done)
+        if done == total:
+            self._bar.stop()
+
+
+class RunProgress:
+    """Trials, rate and accuracies of a run.
+
+    Args:
+        quiet: show nothing, only keep `seconds`.
+
+    Attributes:
+        seconds: duration of the run so far.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.seconds = 0.0
+        self._quiet = quiet
+        self._bar = Progress(
+            TextColumn("{task.fields[name]}", style="bold", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[trials]} trials"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: Any = None
+        self._resumed_at: float | None = None
+        self._shown_at = float("-inf")
+        self._shown_trials = -1
+
+    def __enter__(self) -> "RunProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, state: "RunState") -> None:
+        """Show the state of the run."""
+        self.seconds = state.seconds
+        if self._resumed_at is None:
+            self._resumed_at = state.progress
+        if self._quiet:
+            return
+        rate = (state.progress - self._resumed_at) / state.seconds if state.seconds else 0.0
+        if console.is_terminal:
+            self._update_bar(state, rate)
+        elif time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS or (state.trials == state.total != self._shown_trials):
+            left = f", {(state.total - state.progress) / rate:.0f} s left" if rate else ""
+            line = f"{state.trials}/{state.total} trials, {rate:.2f} trials/s{left}"
+            if self._shown_at == float("-inf"):
+                images = f"{state.dataset.n_train} training and {state.dataset.n_test} test images"
+                line = f"{state.trials}/{state.total} trials in the store; {images}, {len(state.devices)} x {state.devices[0]}"
+            console.print(", ".join(part for part in (line, _figures(state)) if part))
+            self._shown_at, self._shown_trials = time.monotonic(), state.trials
+
+    def _update_bar(self, state: "RunState", rate: float) -> None:
+        fields = {
+            "trials": f"{state.trials}/{state.total}",
+            "figures": ", ".join(part for part in (f"{rate:.2f} trials/s", _figures(state)) if part),
+        }
+        if self._task is None:
+            self._bar.start()
+            name = state.record.experiment.name
+            self._task = self._bar.add_task("", total=state.total, completed=state.progress, name=name, **fields)  # type: ignore[arg-type]
+        self._bar.update(self._task, completed=state.progress, **fields)  # type: ignore[arg-type]
+
+
+def _figures(state: "RunState") -> str:
+    from memtail.estimators import memorization
+    from memtail.estimators.pairs import MEM_THRESHOLD
+
+    counted = [entry for entry in state.statistics.metrics.values() if not entry.diverged]
+    if not counted:
+        return ""
+    in_subset = np.mean([entry.in_subset_accuracy for entry in counted])
+    test = np.mean([entry.test_accuracy for entry in counted])
+    memorized = int(np.count_nonzero(memorization(state.statistics).value >= MEM_THRESHOLD))
+    return f"in-subset {in_subset:.2%}, test {test:.2%}, memorized {memorized}"

@@ -1,0 +1,137 @@
+"""Items of the report page: numbers with standard errors, examples, pairs, doubtful labels, and all of them together as `Content`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.datasets import ImageDataset
+from memtail.estimators import Stage
+from memtail.experiment_store import Record
+from memtail.scores.summary import ScoreSummary
+from memtail.studies.result import StudyResult
+
+
+@dataclass(frozen=True)
+class Number:
+    """An estimate and its standard error; NaN where there is none."""
+
+    value: float
+    se: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image: its split, index and class, its file name and its memorization where known."""
+
+    split: str
+    index: int
+    label: str
+    file: str | None = None
+    mem: Number | None = None
+
+    def image(self, dataset: ImageDataset) -> npt.NDArray[np.uint8]:
+        """Read its pixels, uint8 [H, W, C]."""
+        images = dataset.train_images if self.split == "train" else dataset.test_images
+        return np.asarray(images[self.index])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A test example and a training example of high influence on it.
+
+    Attributes:
+        test, train: the two examples.
+        influence: influence of `train` on `test`.
+        accuracy_in, accuracy_out: accuracy on `test` of the models that saw `train`, and of those that did not.
+        rate: false discovery rate at which the pair is kept; 1 if above `LARGEST_RATE`.
+        confirmed: whether `rate` is at most `DISCOVERY_RATE`.
+        others: random training examples of the same class, for comparison.
+    """
+
+    test: Example
+    train: Example
+    influence: Number
+    accuracy_in: Number
+    accuracy_out: Number
+    rate: float
+    confirmed: bool
+    others: list[Example]
+
+
+@dataclass(frozen=True)
+class DoubtfulLabel:
+    """A training example whose label most models trained without it do not predict.
+
+    Attributes:
+        example: the training example.
+        models: number of models that did not see it.
+        held_out: their accuracy on it, which is the confidence in its label.
+        margin: their mean logit margin; None where margins were not recorded.
+        other: the class they predicted most often instead; None where predictions were not recorded.
+        other_share: share of them that predicted `other`.
+    """
+
+    example: Example
+    models: int
+    held_out: Number
+    margin: float | None
+    other: str | None
+    other_share: Number | None
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """Numbers of pairs.
+
+    Attributes:
+        high: pairs above the thresholds.
+        confirmed: pairs among these that pass the test at `DISCOVERY_RATE`.
+        train, test: distinct training and test examples of the high pairs.
+        tested: pairs tested.
+        passed: tested pairs of any influence that pass the test.
+    """
+
+    high: int
+    confirmed: int
+    train: int
+    test: int
+    tested: int
+    passed: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """Content of the page.
+
+    Attributes:
+        record, summary: the experiment and the summary of its scores.
+        warnings: sentences to read before the scores are believed.
+        accuracies: mean accuracies over trials, by their key in the summary.
+        stages: memorization by number of trials.
+        fraction: share of the training set that a trial saw.
+        expected_se: largest standard error to expect of a score.
+        gallery: rows of (class, examples per step of memorization).
+        classes: number of classes, of which the gallery shows some.
+        pairs, pair_counts: the pairs shown, and how many there are.
+        labels, doubtful: the doubtful labels shown, and how many there are.
+        others_recorded: whether the classes predicted instead were recorded.
+        studies: results of the experiment's studies.
+    """
+
+    record: Record
+    summary: ScoreSummary
+    warnings: list[str]
+    accuracies: dict[str, Number]
+    stages: list[Stage]
+    fraction: float
+    expected_se: float
+    gallery: list[tuple[str, list[list[Example]]]]
+    classes: int
+    pairs: list[Pair]
+    pair_counts: PairCounts
+    labels: list[DoubtfulLabel]
+    doubtful: int
+    others_recorded: bool
+    studies: Sequence[StudyResult]

@@ -1,0 +1,88 @@
+"""Checkpoints of one unfinished shard: their format, and the protocol of the place where they are kept.
+
+A checkpoint holds the results of the stacks already trained and the state of the stack in training. Its layout has a number, and
+`decode` refuses every other one: a checkpoint that cannot be restored is dropped and costs the time since the shard began, never a result.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from memtail.trainers.images.evaluation import SplitOutcomes
+from memtail.trainers.images.stack_trainer import StackResult
+
+#: Number of the layout; raised whenever a key of a checkpoint, or of a stack's state, changes.
+LAYOUT = 2
+
+_OUTCOMES = ("correct", "predicted_class", "margin", "finite")
+
+
+class Checkpoints(Protocol):
+    """The place where the state of one unfinished shard is kept."""
+
+    def load(self) -> bytes | None:
+        """Return the state saved last, None if there is none."""
+        ...
+
+    def save(self, state: bytes) -> None:
+        """Replace the saved state."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """Everything that the remaining training of a shard depends on.
+
+    Attributes:
+        fingerprint: of the experiment.
+        finished: trials and results of the stacks already trained, in order.
+        stack: state of the stack in training (see `StackedRun.state`).
+    """
+
+    fingerprint: str
+    finished: list[tuple[list[int], StackResult]]
+    stack: dict[str, Any]
+
+
+def encode(state: ShardState) -> bytes:
+    """Return a checkpoint in the format of `torch.save`."""
+    buffer = io.BytesIO()
+    finished = [_to_tensors(trials, result) for trials, result in state.finished]
+    torch.save({"layout": LAYOUT, "fingerprint": state.fingerprint, "finished": finished, "stack": state.stack}, buffer)
+    return buffer.getvalue()
+
+
+def decode(data: bytes, fingerprint: str, device: torch.device) -> ShardState:
+    """Read a checkpoint. Its bytes run no code.
+
+    Args:
+        data: as `encode` made it.
+        fingerprint: of the experiment in training.
+        device: where the tensors of the stack go.
+
+    Raises:
+        Exception: the checkpoint is damaged, or has another layout or fingerprint. `torch.load` does not limit what it raises.
+    """
+    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    if (layout := state.get("layout", 1)) != LAYOUT:
+        raise ValueError(f"its layout is {layout}, this version reads {LAYOUT}")
+    if state["fingerprint"] != fingerprint:
+        raise ValueError("it belongs to another experiment")
+    return ShardState(fingerprint, [_from_tensors(entry) for entry in state["finished"]], state["stack"])
+
+
+def _to_tensors(trials: list[int], result: StackResult) -> dict[str, Any]:
+    state: dict[str, Any] = {"trials": trials, "loss": torch.from_numpy(result.loss)}
+    for split, outcomes in (("train", result.train), ("test", result.test)):
+        for name in _OUTCOMES:
+            array = getattr(outcomes, name)
+            state[f"{split}_{name}"] = None if array is None else torch.from_numpy(array)
+    return state
+
+
+def _from_tensors(state: dict[str, Any]) -> tuple[list[int], StackResult]:
+    arrays = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+    train, test = (SplitOutcomes(*(arrays[f"{split}_{name}"] for name in _OUTCOMES)) for split in ("train", "test"))
+    return state["trials"], StackResult(train, test, arrays["loss"])
