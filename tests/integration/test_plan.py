@@ -116,9 +116,9 @@ def test_a_profile_is_shown_in_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts", "said"),
     [
-        (["--standard-error", "0"], {}, "standard error: 0 cannot be had"),
-        (["--standard-error", "nan"], {}, "standard error: nan cannot be had"),
-        (["--price", "-1"], {}, "price: -1 is no price"),
+        (["--standard-error", "0"], {}, "--standard-error must be above 0, got 0"),
+        (["--standard-error", "nan"], {}, "--standard-error must be above 0, got nan"),
+        (["--price", "-1"], {}, "--price must be at least 0, got -1"),
         ([], {"model": {"name": "nonesuch"}}, "nonesuch"),
         ([], {"subsets": {"trials": 2}}, "trials"),
         ([], {"execution": {"device": "cuda:99"}}, "cuda:99"),
@@ -153,7 +153,7 @@ def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, mo
 
 def test_a_trial_that_fails_is_named(declare, tmp_path):
     experiment = declare(40, model={"name": "tests.support.networks:failing"}, execution={"device": "cpu", "trials_per_shard": 2})
-    with pytest.raises(MemtailError, match="a trial failed while planning: RuntimeError: not in training"):
+    with pytest.raises(MemtailError, match="a trial failed while the run was measured: RuntimeError: not in training"):
         planning.forecast(experiment, tmp_path / "store")
 
 
