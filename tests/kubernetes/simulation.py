@@ -224,7 +224,7 @@ class FaultyApiServer:
                         self.wfile.write(data)
                         self.wfile.flush()
 
-            do_GET = do_POST = do_PATCH = do_DELETE = handle_any
+            do_GET = do_POST = do_PATCH = do_DELETE = handle_any  # noqa: N815
 
             def log_message(self, *_: Any) -> None:
                 pass

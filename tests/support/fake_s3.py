@@ -95,4 +95,4 @@ class _FakeHandler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = do_any
+    do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = do_any  # noqa: N815 - the names that http.server calls

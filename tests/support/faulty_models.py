@@ -72,7 +72,7 @@ class _Gated(nn.Sequential):  # no plain sequence, so that its trials are traine
 
 def _pass(trials: int) -> bool:
     """Whether this network may go on; after a second without leave it does one step, between which shards can be stopped."""
-    global _admitted
+    global _admitted  # noqa: PLW0603 - one leave is for all trials of a shard, which one process trains
     folder = os.environ.get("GATE_FOLDER")
     if folder is None:
         return True

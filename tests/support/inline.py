@@ -40,10 +40,10 @@ def _inline(workers: pool.Workers) -> InlineExecutor:
 
 def train_here(here: bool) -> None:
     """Have embedded runs train and models be checked in this process from now on, or in processes as it is by itself."""
-    global _here
+    global _here  # noqa: PLW0603 - as the names that are replaced
     _here = here
     pool.Workers._pool = _inline if here else _processes  # type: ignore[assignment]
-    setattr(declare, "ProcessPoolExecutor", InlineExecutor if here else ProcessPoolExecutor)
+    setattr(declare, "ProcessPoolExecutor", InlineExecutor if here else ProcessPoolExecutor)  # noqa: B010 - a name that it imports
 
 
 @contextmanager
