@@ -39,6 +39,14 @@ def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _measured_quickly():
+    """Plans train for half a second instead of four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurements, "_MEASURED_SECONDS", 0.5)
+        yield
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "margins"])
 def planned(request, tmp_path_factory):
     """A plan as JSON, then a profiled run of the same experiment; margins are recorded in the second of them."""
@@ -89,7 +97,7 @@ def test_a_plan_counts_what_the_store_holds_and_leaves_it_alone(planned):
     before = {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")}
     result = command("plan", path, "--store", folder / "store")
     assert result.returncode == 0, result.stderr
-    assert "60 trials, 0 of them to be trained" in result.stdout
+    assert "60 trials, 0 of them to train" in result.stdout
     assert "64 x cpu" in result.stdout
     assert "standard error" in result.stdout
     assert {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")} == before
