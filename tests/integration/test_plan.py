@@ -39,6 +39,14 @@ def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _measured_quickly():
+    """Plans train for half a second instead of four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurements, "_MEASURED_SECONDS", 0.5)
+        yield
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "margins"])
 def planned(request, tmp_path_factory):
     """A plan as JSON, then a profiled run of the same experiment; margins are recorded in the second of them."""
@@ -89,7 +97,7 @@ def test_a_plan_counts_what_the_store_holds_and_leaves_it_alone(planned):
     before = {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")}
     result = command("plan", path, "--store", folder / "store")
     assert result.returncode == 0, result.stderr
-    assert "60 trials, 0 of them to be trained" in result.stdout
+    assert "60 trials, 0 of them to train" in result.stdout
     assert "64 x cpu" in result.stdout
     assert "standard error" in result.stdout
     assert {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")} == before
@@ -116,9 +124,9 @@ def test_a_profile_is_shown_in_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts", "said"),
     [
-        (["--standard-error", "0"], {}, "standard error: 0 cannot be had"),
-        (["--standard-error", "nan"], {}, "standard error: nan cannot be had"),
-        (["--price", "-1"], {}, "price: -1 is no price"),
+        (["--standard-error", "0"], {}, "--standard-error must be above 0, got 0"),
+        (["--standard-error", "nan"], {}, "--standard-error must be above 0, got nan"),
+        (["--price", "-1"], {}, "--price must be at least 0, got -1"),
         ([], {"model": {"name": "nonesuch"}}, "nonesuch"),
         ([], {"subsets": {"trials": 2}}, "trials"),
         ([], {"execution": {"device": "cuda:99"}}, "cuda:99"),
@@ -153,7 +161,7 @@ def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, mo
 
 def test_a_trial_that_fails_is_named(declare, tmp_path):
     experiment = declare(40, model={"name": "tests.support.networks:failing"}, execution={"device": "cpu", "trials_per_shard": 2})
-    with pytest.raises(MemtailError, match="a trial failed while planning: RuntimeError: not in training"):
+    with pytest.raises(MemtailError, match="a trial failed while the run was measured: RuntimeError: not in training"):
         planning.forecast(experiment, tmp_path / "store")
 
 

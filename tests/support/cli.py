@@ -56,9 +56,14 @@ def command(*arguments: object, env: Mapping[str, str] | None = None) -> Answer:
     return Answer(int(code or 0), output.getvalue(), errors.getvalue())
 
 
-def process(*arguments: object, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+def command_in_process(*arguments: object, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """Run `memtail` in a process of its own."""
     return subprocess.run([*MEMTAIL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300, env=env)
+
+
+def module_path(folder: Path) -> dict[str, str]:
+    """An environment in which modules are looked for in a folder first."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
 
 
 def write_spec(folder: Path, name: str = "digits", **parts: Any) -> Path:

@@ -167,7 +167,7 @@ def test_one_message_delivered_five_times_at_once(living, slow, digits, expected
         living.start("aggregator")
 
 
-@pytest.mark.parametrize("how", ["segfault", "memory", "raise", "killed"])
+@pytest.mark.parametrize("how", [pytest.param("segfault", marks=pytest.mark.slow), "memory", "raise", "killed"])
 def test_a_task_that_goes_wrong_once(how, living, declare, digits, expected):
     experiment = faulty(declare, how, name=f"once-{how}")
     with recovery(living, living.submit(experiment, digits), experiment, expected, f"task that goes wrong: {how}"):

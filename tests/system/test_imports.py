@@ -1,7 +1,6 @@
 """What programs import: they start quickly, and work where an extra is not installed."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,7 @@ import pytest
 
 from memtail.storage.local import LocalStore
 from tests.support.arrays import write_arrays
-from tests.support.cli import process as command
-from tests.support.cli import write_spec
+from tests.support.cli import command_in_process, module_path, write_spec
 
 FEW = {"subsets": {"trials": 8, "design": "balanced", "fraction": 0.5}}
 
@@ -21,11 +19,6 @@ def python(code: str, *arguments: object) -> None:
     """Run code in a process of its own, which fails where an assertion does."""
     ended = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-
-
-def first(folder: Path) -> dict[str, str]:
-    """An environment in which modules are looked for in a folder first."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
 
 
 @pytest.fixture
@@ -121,6 +114,6 @@ def test_submit_loads_no_torch(tiny: Path, tmp_path: Path) -> None:
 
 def test_without_the_package_a_bucket_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "minio.py").write_text("raise ModuleNotFoundError(\"No module named 'minio'\", name='minio')")
-    result = command("status", "--store", "s3://bucket", env=first(tmp_path))
+    result = command_in_process("status", "--store", "s3://bucket", env=module_path(tmp_path))
     assert result.returncode == 2
     assert result.stderr.endswith("s3://bucket: this needs minio, which is not installed: pip install 'memtail[services]'\n")

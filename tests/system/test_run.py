@@ -1,6 +1,5 @@
 """Runs as processes: killed, two at once, and with training processes that fail."""
 
-import os
 import signal
 import subprocess
 import time
@@ -12,8 +11,8 @@ import yaml
 from memtail.experiment_store import ExperimentStore
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
-from tests.support.cli import MEMTAIL, batches, same_files, version
-from tests.support.cli import process as command
+from tests.support import inline
+from tests.support.cli import MEMTAIL, batches, command, command_in_process, module_path, same_files, version
 from tests.support.cli import write_spec as spec
 
 
@@ -21,12 +20,22 @@ from tests.support.cli import write_spec as spec
 def finished(tmp_path_factory):
     """A store with a finished run, to compare with."""
     folder = tmp_path_factory.mktemp("finished")
-    result = command("run", spec(folder), "--store", folder / "store")
+    with inline.training():
+        result = command("run", spec(folder), "--store", folder / "store")
     assert result.returncode == 0, result.stderr
     return folder / "store", result.stdout
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM], [signal.SIGINT], [signal.SIGKILL, signal.SIGINT, signal.SIGKILL]])
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGTERM, signal.SIGINT, signal.SIGKILL],
+        *(
+            pytest.param(signals, marks=pytest.mark.slow)
+            for signals in ([signal.SIGKILL], [signal.SIGTERM], [signal.SIGINT], [signal.SIGKILL, signal.SIGINT, signal.SIGKILL])
+        ),
+    ],
+)
 def test_a_run_stopped_at_any_moment_goes_on_to_the_same_scores(finished, tmp_path, signals):
     store, _ = finished
     path = spec(tmp_path)
@@ -45,7 +54,8 @@ def test_a_run_stopped_at_any_moment_goes_on_to_the_same_scores(finished, tmp_pa
         assert "Traceback" not in errors
         _wait_until_gone(children)
     assert 0 < len(batches(tmp_path / "store")) < 12
-    assert command("run", path, "--store", tmp_path / "store").returncode == 0
+    with inline.training():
+        assert command("run", path, "--store", tmp_path / "store").returncode == 0
     assert same_files(version(store), version(tmp_path / "store"))
     assert [batch.name for batch in batches(tmp_path / "store")] == [batch.name for batch in batches(store)]
 
@@ -105,8 +115,8 @@ def test_a_shard_that_keeps_failing_becomes_failure_records_and_a_later_run_mend
     content = yaml.safe_load(path.read_text())
     content["model"] = {"name": "fragile:build"}
     path.write_text(yaml.safe_dump(content))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = command("run", path, "--store", tmp_path / "store", env={**environment, "MODE": mode})
+    environment = module_path(tmp_path)
+    result = command_in_process("run", path, "--store", tmp_path / "store", env={**environment, "MODE": mode})
     assert result.returncode == 2
     assert "Traceback" not in result.stderr.splitlines()[-1]
     assert "failures" in result.stderr
@@ -116,6 +126,6 @@ def test_a_shard_that_keeps_failing_becomes_failure_records_and_a_later_run_mend
     ]
     assert all(failure.error.startswith(error) for failure in failures)
     assert mode == "die" or all("in forward" in failure.traceback for failure in failures)
-    result = command("run", path, "--store", tmp_path / "store", env=environment)
+    result = command_in_process("run", path, "--store", tmp_path / "store", env=environment)
     assert result.returncode == 0, result.stderr
     assert len(batches(tmp_path / "store")) == 2

@@ -79,7 +79,7 @@ def test_forged_messages_train_nothing_and_end_no_worker(living, experiment, dig
     broker._celery.send_task("os.system", args=["true"])
     worker = living.start("worker")
     living.until(lambda: len(list(living.events(worker, "shard ended"))) == len(changes))
-    living.until(lambda: len(list(living.events(worker, "message dropped: it is no assignment"))) == 3)
+    living.until(lambda: len(list(living.events(worker, "message dropped: not an assignment"))) == 3)
     living.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == 4)
     assert worker.log.read_text().count('"outcome": "not wanted"') == len(changes)
     living.start("dispatcher")
