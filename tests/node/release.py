@@ -24,7 +24,7 @@ from tests.kubernetes.conftest import Kubernetes
 
 NODE = "real-node"
 VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
-TRIALS, PER_SHARD = 240, 20
+TRIALS, PER_SHARD = 240, 10
 SPEC = {
     "dataset": {"name": "digits"},
     "model": {"name": "mlp", "hidden": [256]},
@@ -84,7 +84,12 @@ class Release:
         return done.stdout
 
     def kubectl(self, *arguments: str) -> str:
-        return self.node.kubectl(*arguments, "--namespace", self.namespace)
+        return self.node.kubectl("--namespace", self.namespace, *arguments)
+
+    def execute(self, pod: str, *command: str) -> None:
+        """Run a command in a pod, whatever becomes of it, and of the pod."""
+        prefix = ["kubectl", "--kubeconfig", self.node.kubeconfig, "--namespace", self.namespace]
+        subprocess.run([*prefix, "exec", pod, "--", *command], capture_output=True, check=False)
 
     def pods(self, component: str, experiment: str = "") -> list[dict[str, Any]]:
         """The pods of a component that run and are not about to end."""

@@ -14,16 +14,25 @@ from tests.node.release import NODE, TRIALS, Release, Training, main_process
 
 # The only file that names the experiment.
 SUMMARY = "summary.json"
-# Takes memory until the kernel ends the training process, the only child of the container's first process. With cgroups of version 1 the
-# kernel ends one process, and would choose this one if it were not told otherwise; with version 2 it ends all of the container.
+# Small processes that take memory until the kernel ends a process of the container. That is the largest, which trains; with cgroups of
+# version 2 it is all of them.
 HOG = """
-import os, pathlib
+import os, pathlib, signal
 processes = [pathlib.Path("/proc", pid) for pid in os.listdir("/proc") if pid.isdigit()]
 [training] = [each for each in processes if "\\nPPid:\\t1\\n" in (each / "status").read_text()]
-(training / "oom_score_adj").write_text("1000")
-taken = []
+hogs = []
 while training.exists():
-    taken.append(bytearray(b"x") * (32 << 20))
+    reader, writer = os.pipe()
+    if hog := os.fork():
+        hogs.append(hog)
+        os.close(writer)
+        os.read(reader, 1)
+    else:
+        taken = bytearray(b"x") * (64 << 20)
+        os.write(writer, b"x")
+        signal.pause()
+for hog in hogs:
+    os.kill(hog, signal.SIGKILL)
 """
 
 
@@ -67,9 +76,9 @@ def restart_kubelet(training: Training) -> None:
 
 
 def run_out_of_memory(training: Training) -> None:
-    pod = _name(training.workers()[0])
-    training.release.kubectl("exec", pod, "--", "sh", "-c", 'python -c "$0" || true', HOG)
-    training.release.until(lambda: training.progress.failed_attempts or pod not in map(_name, training.workers()))
+    release, pod = training.release, _name(training.workers()[0])
+    release.execute(pod, "python", "-c", HOG)
+    release.until(lambda: training.progress.failed_attempts or "OOMKilled" in release.kubectl("get", "pod", pod, "--output", "yaml"))
 
 
 def upgrade_release(training: Training) -> None:
