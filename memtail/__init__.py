@@ -6,15 +6,29 @@
     >>> scores = memtail.load_scores("memtail-store/experiments/digits")
     >>> scores.to_pandas("memorization").nlargest(10, "mem")
 
-The names below are loaded when they are first used, so that a machine that only reads scores never loads torch.
+All but the exceptions are loaded at their first use, so a machine that only reads scores never loads torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from memtail.errors import (
+    BatchesRefusedError,
+    DatasetError,
+    ForeignObjectError,
+    IncompleteRunError,
+    MemtailError,
+    ObjectNotFound,
+    ScoresError,
+    ShardsFailedError,
+    SpecError,
+    StoreError,
+    TrainingStopped,
+    UnreachableError,
+)
+
 if TYPE_CHECKING:
-    from memtail.errors import MemtailError
-    from memtail.execution.embedded import run
+    from memtail.execution.embedded import RunResult, run
     from memtail.scores.fetch import load_scores
     from memtail.scores.reader import Scores
     from memtail.spec import Experiment
@@ -22,14 +36,33 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Experiment": "memtail.spec.experiment",
-    "MemtailError": "memtail.errors",
+    "RunResult": "memtail.execution.embedded",
     "Scores": "memtail.scores.reader",
     "load_scores": "memtail.scores.fetch",
     "run": "memtail.execution.embedded",
     "train_shard": "memtail.trainers.images",
 }
 
-__all__ = ["Experiment", "MemtailError", "Scores", "load_scores", "run", "train_shard"]
+__all__ = [
+    "BatchesRefusedError",
+    "DatasetError",
+    "Experiment",
+    "ForeignObjectError",
+    "IncompleteRunError",
+    "MemtailError",
+    "ObjectNotFound",
+    "RunResult",
+    "Scores",
+    "ScoresError",
+    "ShardsFailedError",
+    "SpecError",
+    "StoreError",
+    "TrainingStopped",
+    "UnreachableError",
+    "load_scores",
+    "run",
+    "train_shard",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import stage
 from memtail.datasets.staged_masks import stage_masks
-from memtail.execution.declare import check_in_child, declare
+from memtail.execution.declare import declare, shard_size_in_child
 from memtail.experiment_store import Control, ExperimentStore, Record
 from memtail.spec import Experiment
 from memtail.storage import ObjectStore, keys
@@ -51,7 +51,7 @@ def submit(experiment: Experiment, store: ObjectStore, *, dataset: ImageDataset 
     """
     experiment_store = ExperimentStore(store, experiment.name)
     dataset = dataset or datasets.prepare(experiment.dataset)
-    declared = declare(experiment, dataset, check_in_child(experiment, dataset))
+    declared = declare(experiment, dataset, shard_size_in_child(experiment, dataset))
     before = experiment_store.read_record().experiment.subsets.trials if store.exists(keys.experiment(experiment.name)) else None
     if before is not None:
         declared = experiment_store.register(declared)  # a refusal comes before a large dataset goes up

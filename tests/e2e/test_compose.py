@@ -143,8 +143,11 @@ def test_nobody_is_root_or_writes_to_its_image(deployment: Deployment) -> None:
         assert container["Config"]["User"].partition(":")[0] not in ("", "0", "root"), name
         if container["State"]["Running"]:
             status = Path(f"/proc/{container['State']['Pid']}/status").read_text()
-            assert "\nUid:\t0\t" not in status and "\nCapEff:\t0000000000000000\n" in status, name
-        assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and "no-new-privileges:true" in host["SecurityOpt"], name
+            assert "\nUid:\t0\t" not in status, name
+            assert "\nCapEff:\t0000000000000000\n" in status, name
+        assert host["ReadonlyRootfs"], name
+        assert host["CapDrop"] == ["ALL"], name
+        assert "no-new-privileges:true" in host["SecurityOpt"], name
 
 
 def test_ports_are_open_to_this_machine_only(deployment: Deployment) -> None:

@@ -61,7 +61,7 @@ def store(tmp_path_factory):
     return LocalStore(folder)
 
 
-def test_the_page_needs_nothing_but_itself(store):
+def test_the_page_is_self_contained(store):
     html = page_of(store, "digits")
     page = Page(html)
     assert not re.search(r"https?:|url\(|@import|//", re.sub(r'"data:[^"]*"', "", html))
@@ -73,7 +73,7 @@ def test_the_page_needs_nothing_but_itself(store):
     assert len(html) < 5_000_000
 
 
-def test_the_page_says_what_the_scores_say(store):
+def test_the_page_agrees_with_the_scores(store):
     page, scores = Page(page_of(store, "digits")), memtail.load_scores(store.root / "experiments/digits")
     text = " ".join(page.text.split())
     mem, error = scores.memorization["mem"], scores.memorization["mem_se"]
@@ -121,7 +121,7 @@ def test_the_pointer_ignores_unknown_fields_is_replaced_if_damaged_and_refused_i
         latest_report(other, "digits")
 
 
-def test_a_study_is_shown_once_it_is_there(store):
+def test_a_new_study_makes_the_report_outdated_and_is_shown_in_the_next(store):
     assert is_current(store, "digits")
     earlier = latest_report(store, "digits")
     result = StudyResult(store, "digits", "removal", "What <removal> costs", ["2.5 ± 0.2 points & no less"], 8, ["digits"], {}, {})
@@ -152,7 +152,7 @@ def test_a_study_of_earlier_scores_is_marked(store):
         assert ("earlier scores, version 00000020-0123abcd" in text) == marked
 
 
-def test_where_no_example_has_an_estimate_there_is_nothing_to_report(tmp_path):
+def test_scores_without_any_estimate_are_refused(tmp_path):
     np.save(tmp_path / "masks.npy", np.ones((4, 1438), np.bool_))
     subsets = {"design": "explicit", "masks": str(tmp_path / "masks.npy"), "trials": 4}
     experiment = Experiment.parse({"name": "all", "dataset": {"name": "digits"}, "training": {"epochs": 1}, "subsets": subsets})
@@ -161,7 +161,7 @@ def test_where_no_example_has_an_estimate_there_is_nothing_to_report(tmp_path):
         publish_report(LocalStore(tmp_path / "store"), "all")
 
 
-def test_names_of_classes_and_files_are_shown_as_they_are(tmp_path):
+def test_names_of_classes_and_files_are_escaped(tmp_path):
     write_tree(tmp_path / "images", count=12)
     for split in ("train", "val"):
         (tmp_path / "images" / split / "cat").rename(tmp_path / "images" / split / _MARKUP)
@@ -183,7 +183,7 @@ def test_names_of_classes_and_files_are_shown_as_they_are(tmp_path):
     assert all(image["src"].startswith("data:image/") for image in page.images())
 
 
-def test_the_command_line_makes_it_copies_it_and_has_one_line_for_what_is_missing(store, tmp_path):
+def test_the_command_makes_and_copies_the_report_and_names_missing_scores_on_one_line(store, tmp_path):
     def report(*arguments):
         command = [sys.executable, "-m", "memtail", "report", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
@@ -201,7 +201,7 @@ def test_the_command_line_makes_it_copies_it_and_has_one_line_for_what_is_missin
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_run_ends_with_a_report_and_without_one_where_it_cannot_be_drawn(tmp_path):
+def test_a_run_ends_with_a_report_unless_it_cannot_be_drawn(tmp_path):
     def run():
         command = [sys.executable, "-m", "memtail", "run", str(path), "--store", str(tmp_path / "store")]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

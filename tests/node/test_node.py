@@ -31,7 +31,8 @@ def test_an_experiment_is_trained_from_no_worker_to_none(release: Release, embed
     assert not release.pods("worker")
     training = release.submit("untroubled")
     training.finish()
-    assert training.trials() == list(range(TRIALS)) and training.progress.failed_attempts == 0
+    assert training.trials() == list(range(TRIALS))
+    assert training.progress.failed_attempts == 0
     assert training.scores(tmp_path) == embedded
     release.until(lambda: not release.pods("worker"))
 
@@ -77,7 +78,9 @@ def upgrade_release(training: Training) -> None:
     again = {"again": uuid.uuid4().hex}
     release.helm("upgrade", "--wait", "--timeout", "5m", dispatcher__annotations=again, aggregator__annotations=again)
     after = {_name(pod) for component in ("dispatcher", "aggregator") for pod in release.pods(component)}
-    assert len(before) == 2 and len(after) >= 2 and after != before
+    assert len(before) == 2
+    assert len(after) >= 2
+    assert after != before
 
 
 FAULTS = [delete_pod, kill_process, drain_node, restart_kubelet, run_out_of_memory, upgrade_release]

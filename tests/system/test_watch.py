@@ -15,7 +15,7 @@ from tests.support.cli import MEMTAIL
 
 def test_on_a_terminal_watch_draws_bars_and_ctrl_c_ends_it_quietly(declare, digits, tmp_path):
     submitted = ExperimentStore(LocalStore(tmp_path / "store"), "digits")
-    submitted.register(declare_record(declare(12, execution={"trials_per_shard": 4}), digits))
+    submitted.register(declare_record(declare(12, subsets={"design": "balanced"}), digits, 4))
     commit(submitted, Shard(0, 3))
     terminal, end = pty.openpty()
     arguments = [*MEMTAIL, "watch", "--store", submitted.store.address]

@@ -32,7 +32,7 @@ class Trained:
     def __init__(self, folder, declare, digits, trials, **subsets):
         experiment = declare(trials, execution={"trials_per_shard": 8, "device": "cpu"}, subsets={"design": "balanced", **subsets})
         self.store, self.digits, self.clock = ExperimentStore(LocalStore(folder), experiment.name), digits, Clock()
-        self.record = self.store.register(declare_record(experiment, digits))
+        self.record = self.store.register(declare_record(experiment, digits, 8))
 
     def aggregation(self, pace=AT_ONCE):
         return Aggregation(self.store, self.record, self.digits, pace, self.clock)

@@ -97,7 +97,7 @@ def caller(request, declare, digits, tmp_path, monkeypatch):
     experiment = declare(8, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
     store = FaultyStore(tmp_path / "store")
     experiment_store = ExperimentStore(store, experiment.name)
-    record = experiment_store.register(declare_record(experiment, digits))
+    record = experiment_store.register(declare_record(experiment, digits, 4))
     stage(digits, store)
     return Caller(request.param, store, experiment_store, record, digits, monkeypatch, NoBroker())
 
