@@ -228,6 +228,8 @@ class LivingCluster(Cluster):
         for service in services:
             service.kill()
             self.services.remove(service)
+        for _ in range(2):  # after the second answer Redis has seen that they are gone, and hands them no message that comes now
+            self.redis.client().ping()
 
     def replace(self, name: str, prefix: tuple[str, ...] = (), **environment: str) -> Service:
         """One service with other settings, in place of all of its name."""
