@@ -29,6 +29,8 @@ def folder(own_cache, tmp_path_factory):
         declared = yaml.safe_load(path.read_text())
         declared["subsets"]["trials"] = TRIALS
         declared["training"]["epochs"] = EPOCHS
+        if declared["model"]["name"] == "cnn":
+            declared["model"] |= {"channels": [4, 8], "hidden": 16}
         path.write_text(yaml.safe_dump(declared))
     return folder
 

@@ -207,7 +207,9 @@ def test_a_run_ends_with_a_report_unless_it_cannot_be_drawn(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
     path = tmp_path / "digits.yaml"
-    path.write_text("{name: digits, dataset: {name: digits}, training: {epochs: 1}, subsets: {trials: 40}}")
+    path.write_text(
+        "{name: digits, dataset: {name: digits}, model: {name: mlp, hidden: [16]}, training: {epochs: 1}, subsets: {trials: 40}}"
+    )
     result = run()
     page = Path(re.search(r"^report: (.+)$", result.stdout, re.MULTILINE)[1])
     assert result.returncode == 0

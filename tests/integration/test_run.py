@@ -177,7 +177,7 @@ def _run_arrays(tmp_path, name):
             "dataset": {"name": "arrays", "root": tmp_path / f"{name}.npz"},
             "model": {"name": "mlp", "hidden": [256, 256]},
             "training": {"epochs": 30, "optimizer": {"weight_decay": 0.0}},
-            "subsets": {"trials": 120},
+            "subsets": {"trials": 60},
         }
     )
     memtail.run(experiment, tmp_path / "store")

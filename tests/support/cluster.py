@@ -65,6 +65,11 @@ class RedisServer:
             assert self._process.poll() is None
             time.sleep(0.02)
 
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def client(self) -> Any:
         return redis.Redis.from_url(self.url, decode_responses=True)
 
@@ -228,6 +233,8 @@ class LivingCluster(Cluster):
         for service in services:
             service.kill()
             self.services.remove(service)
+        for _ in range(2):  # after the second answer Redis has seen that they are gone, and hands them no message that comes now
+            self.redis.client().ping()
 
     def replace(self, name: str, prefix: tuple[str, ...] = (), **environment: str) -> Service:
         """One service with other settings, in place of all of its name."""
@@ -236,6 +243,8 @@ class LivingCluster(Cluster):
 
     def restore(self) -> None:
         """Have it as a test finds it: nothing to do, and every service alive and as all tests have it."""
+        if not self.redis.running:
+            self.redis.start()
         self.end(*(service for service in self.services if service.special or service.process.poll() is not None))
         for name, count in self._KINDS.items():
             self.end(*self.kinds(name)[count:])

@@ -250,7 +250,8 @@ def test_the_answer_to_a_write_is_lost(living, slow, digits, expected):
 
 
 def test_a_worker_whose_disk_is_full_leaves_the_work_to_others(living, slow, digits, expected):
-    full = living.replace("worker", prefix=("prlimit", "--fsize=20000"), MEMTAIL_CACHE=str(living.folder / "full"))
+    # the images of the dataset do not fit, but the log of some seconds does
+    full = living.replace("worker", prefix=("prlimit", "--fsize=80000"), MEMTAIL_CACHE=str(living.folder / "full"))
     experiment_store = living.submit(slow, digits)
     living.gate.open()
     with recovery(living, experiment_store, slow, expected, "disk full"):
