@@ -1,0 +1,78 @@
+"""A store that memtail 0.1.0 wrote is read and extended: its counts, estimates and published files stay as they are."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import memtail
+from memtail.estimators import memorization
+from memtail.execution.aggregation import Aggregation, Pace, Step
+from memtail.experiment_store import ExperimentStore
+from memtail.scores.files import write_scores
+from memtail.scores.pointer import latest_version
+from memtail.spec import Experiment
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+
+OLD = Path(__file__).parents[1] / "fixtures" / "store-0.1.0"
+
+
+@pytest.fixture
+def store(tmp_path):
+    shutil.copytree(OLD, tmp_path / "store")
+    return LocalStore(tmp_path / "store")
+
+
+@pytest.fixture
+def experiment():
+    return Experiment.load(OLD / "old.yaml")
+
+
+def published(store):
+    pointer = latest_version(store, "old")
+    return {file: store.get(keys.scores("old", pointer.version) + file) for file in pointer.files}
+
+
+def test_counts_and_estimates_of_its_trials_are_equal_to_the_bit(store, experiment, tmp_path):
+    dataset = memtail.datasets.prepare(experiment.dataset)
+    experiment_store = ExperimentStore(store, "old")
+    record = experiment_store.read_record()
+    assert experiment.fingerprint(dataset.fingerprint) == record.fingerprint
+    aggregation = Aggregation(experiment_store, record, dataset, Pace(1, 1, first_at_once=True))
+    aggregation.accumulate_new()
+    assert aggregation.trials == 24
+    mem, table = (
+        memorization(aggregation.statistics),
+        pq.read_table(OLD / keys.scores("old", aggregation.pointer.version) / "memorization.parquet"),
+    )
+    for column, values in {"mem": mem.value, "mem_se": mem.standard_error, "k_in": mem.k_in, "k_out": mem.k_out}.items():
+        np.testing.assert_array_equal(table[column].to_numpy(), values)
+    (tmp_path / "again").mkdir()
+    write_scores(tmp_path / "again", "old", record.fingerprint, aggregation.statistics, dataset)
+    before = published(store)
+    for file in ("infl_matrix.npz", "high_infl_pairs_infl0.15_mem0.25.npz", "statistics.npz", "summary.json", "memorization.csv"):
+        assert (tmp_path / "again" / file).read_bytes() == before[file], file
+    assert aggregation.next_step() is Step.PUBLISH
+    aggregation.publish()
+    assert published(store) == before
+
+
+def test_its_published_scores_are_read(store):
+    scores = memtail.load_scores(store.root / "experiments" / "old")
+    assert scores.summary.trials == 24
+    assert len(scores.most_memorized(5)["mem"]) == 5
+    assert scores.influence(train=[0, 1], test=slice(0, 5)).value.shape == (2, 5)
+
+
+def test_it_is_extended_and_no_trial_is_trained_again(store, experiment):
+    held = {path.name: path.read_bytes() for path in (store.root / "experiments/old/trials").iterdir()}
+    more = experiment.model_copy(update={"subsets": experiment.subsets.model_copy(update={"trials": 40})})
+    result = memtail.run(more, store.root)
+    assert result.summary.trials == result["trials"] == 40
+    batches = {path.name: path.read_bytes() for path in (store.root / "experiments/old/trials").iterdir()}
+    assert {name: batches[name] for name in held} == held
+    assert sorted(batches.keys() - held.keys()) == ["00000024-00000031.npz", "00000032-00000039.npz"]
+    assert result.scores.summary.trials == 40
