@@ -1,21 +1,22 @@
-# make run     set up and run the digits experiment, end to end
-# make test    set up and run the quick tests: what needs no other process but servers
-# make test-all   also those of whole processes: runs, services, faults
-# make test-slow  those that take long and look once more at what a quick test has shown
-# make coverage   lines that `make test-all` and `make test-slow` reach, in all processes
-# make bench   measure against honest baselines (ROW=name: one row, ROW=list: their names)
-# make e2e     docker compose up, from a build to scores, under a name of its own (needs Docker with its compose plugin)
-# make test-kubernetes  the chart, and the workers that come and go, on a real API server with simulated nodes
-# make soak    ten minutes of random faults on the service, with real servers
-# make scale   1,000 workers and 100,000 shards that are slept through, on real servers and a real API server (an hour)
-# make dashboards  writes Grafana's dashboards, and draws them with what a small run shows in them, into out/dashboards
-# make test-node  the images and the chart on a real node, through faults (needs root; its tools take an hour to build, the first time)
-# make test-lowest  the tests with the lowest versions that pyproject.toml allows
-# make test-python  the tests with another Python (PYTHON=3.13)
-# make lock    writes constraints.txt, the versions and hashes that are installed, anew from pyproject.toml
-# make lint    ruff, mypy, hadolint, and which package may import which
-# make docs    the documentation, into site/: warnings are errors, and no page may load anything from another host
-# Everything lives in .venv; nothing is installed again until pyproject.toml or constraints.txt changes. Where uv is on PATH, it installs.
+# make run              install memtail and run the digits experiment to its scores and report
+# make test             install the development tools and run the unit and integration tests
+# make test-all         also the tests of whole processes: runs, services, faults
+# make test-slow        the slow tests, of properties that a quick test shows too
+# make coverage         line coverage of all tests, child processes included
+# make lint             ruff, import-linter, hadolint and mypy
+# make docs             the documentation in site/: warnings are errors, and no page loads anything from another host
+# make bench            measurements beside honest baselines (ROW=name: one row, ROW=list: the names)
+# make e2e              docker compose up, from the build to the scores (needs Docker with the compose plugin)
+# make test-kubernetes  the chart and the autoscaling of workers on a real API server with simulated nodes
+# make test-node        the images and the chart on a real node, through faults (needs root; building its tools takes up to an hour)
+# make test-lowest      the tests with the lowest versions that pyproject.toml allows
+# make test-python      the tests with another Python (PYTHON=3.13)
+# make lock             constraints.txt: versions and hashes of all packages that are installed
+# make soak             ten minutes of random faults on the services, with real servers
+# make scale            1,000 workers and 100,000 simulated shards on real servers and a real API server (an hour)
+# make dashboards       Grafana's dashboards, and pictures of them after a small run in out/dashboards
+#
+# Everything is installed into .venv, again only after a change of pyproject.toml or constraints.txt, and with uv if it is on PATH.
 
 SPEC ?= examples/digits.yaml
 STORE ?= memtail-store

@@ -123,7 +123,7 @@ def show_status(experiments: "list[ExperimentProgress]") -> None:
             "experiment": each.experiment,
             "state": each.ending or each.control.state,
             "prio": each.control.priority,
-            "trials": f"{each.trials}/{each.wanted}",
+            "trials": f"{each.trials}/{each.total}",
             "shards": f"{len(each.committed)}/{len(each.committed) + len(each.missing)}",
             "failed": each.failed_attempts,
             "dead": len(each.dead),

@@ -110,7 +110,7 @@ class Followed:
 def last_line(progress: ExperimentProgress) -> str | None:
     """Describe how to continue an experiment that ended without all its scores; None if there is nothing to do."""
     name = progress.experiment
-    missing = f"{progress.wanted - progress.trials} of {progress.wanted} trials are missing"
+    missing = f"{progress.total - progress.trials} of {progress.total} trials are missing"
     if progress.ending == "cancelled":
         return f"{name}: {missing}, it is cancelled: continue with memtail resume {name}"
     if progress.ending == "without scores":
@@ -146,7 +146,7 @@ class _Bars:
 
 
 def _rows(followed: list[Followed]) -> Iterator[RenderableType]:
-    counts = [f"{each.progress.trials}/{each.progress.wanted} trials" for each in followed]
+    counts = [f"{each.progress.trials}/{each.progress.total} trials" for each in followed]
     widths = max(len(each.progress.experiment) for each in followed), max(map(len, counts))
     for each, count in zip(followed, counts, strict=True):
         progress = each.progress
@@ -154,7 +154,7 @@ def _rows(followed: list[Followed]) -> Iterator[RenderableType]:
         row.add_column(no_wrap=True, width=widths[0])
         row.add_column(ratio=1)
         row.add_column(no_wrap=True, width=widths[1], justify="right")
-        row.add_row(Text(progress.experiment, "bold"), ProgressBar(total=progress.wanted, completed=progress.trials), Text(count))
+        row.add_row(Text(progress.experiment, "bold"), ProgressBar(total=progress.total, completed=progress.trials), Text(count))
         yield row
         yield Padding(Text("; ".join((each.pace(), *each.facts())), "dim"), (0, 0, 0, 2))
 
@@ -182,6 +182,6 @@ class _Lines:
             last, when = self._shown.get(progress.experiment, (None, 0.0))
             if progress == last or (last and not progress.ending and now - when < _PLAIN_LINE_SECONDS):
                 continue
-            parts = (f"{progress.trials}/{progress.wanted} trials", each.pace(), *each.facts())
+            parts = (f"{progress.trials}/{progress.total} trials", each.pace(), *each.facts())
             console.print(f"{progress.experiment}: {'; '.join(parts)}")
             self._shown[progress.experiment] = (progress, now)

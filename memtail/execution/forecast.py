@@ -169,14 +169,14 @@ def forecast(
 
 def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) -> tuple[Record, list[Shard]]:
     """The record of the run, and the shards without a batch in the store."""
-    wanted = declare(experiment, dataset, checked_shard_size(experiment, dataset))
+    declared = declare(experiment, dataset, checked_shard_size(experiment, dataset))
     experiment_store = ExperimentStore(open_store(store, verify=False), experiment.name)
     if not experiment_store.store.exists(keys.experiment(experiment.name)):
-        return wanted, missing_shards(experiment.subsets.trials, wanted.trials_per_shard, [])
+        return declared, missing_shards(experiment.subsets.trials, declared.trials_per_shard, [])
     held = experiment_store.read_record()
-    if held.fingerprint != wanted.fingerprint:
+    if held.fingerprint != declared.fingerprint:
         raise StoreError(f"experiment '{experiment.name}' is in the store {store} and differs from this spec: choose another name or store")
-    record = replace(wanted, trials_per_shard=held.trials_per_shard)
+    record = replace(declared, trials_per_shard=held.trials_per_shard)
     return record, missing_shards(experiment.subsets.trials, record.trials_per_shard, experiment_store.committed())
 
 

@@ -167,7 +167,7 @@ class WritingFigures:
 
 def measure_writing(record: Record, dataset: ImageDataset, fraction: float, folder: Path) -> WritingFigures:
     """Accumulate and publish synthetic trials of the experiment's size: all of its trials, or as many as take two seconds."""
-    name, wanted, size = record.experiment.name, record.experiment.subsets.trials, record.trials_per_shard
+    name, total, size = record.experiment.name, record.experiment.subsets.trials, record.trials_per_shard
     store = LocalStore(folder / "written")
     experiment_store, statistics = ExperimentStore(store, name), Statistics(dataset.n_train, dataset.n_test)
     rng = np.random.default_rng(0)
@@ -177,9 +177,9 @@ def measure_writing(record: Record, dataset: ImageDataset, fraction: float, fold
         return rng.normal(0, 5, shape).astype(np.float16) if record.experiment.record.margins else None
 
     seconds = 0.0
-    while len(statistics.metrics) < wanted and seconds < _WRITING_SECONDS:
+    while len(statistics.metrics) < total and seconds < _WRITING_SECONDS:
         first = len(statistics.metrics)
-        trials = np.arange(first, min(first + size, wanted), dtype=np.int32)
+        trials = np.arange(first, min(first + size, total), dtype=np.int32)
         members = rng.random((len(trials), dataset.n_train), np.float32) < fraction
         batch = TrialBatch(
             trial=trials,
@@ -202,6 +202,6 @@ def measure_writing(record: Record, dataset: ImageDataset, fraction: float, fold
     publish(store, record, statistics, dataset)
     published = time.perf_counter() - began
     files = sum(path.stat().st_size for path in store.local_path(keys.all_scores(name).rstrip("/")).rglob("*") if path.is_file())
-    words = -(-wanted // 64) - -(-len(statistics.metrics) // 64)
+    words = -(-total // 64) - -(-len(statistics.metrics) // 64)
     missing = 8 * words * (2 * dataset.n_train + dataset.n_test + 1)  # of the packed statistics, which alone grow with the trials
     return WritingFigures(seconds / len(statistics.metrics), published, files + missing)

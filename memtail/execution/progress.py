@@ -23,7 +23,7 @@ class ExperimentProgress:
         experiment, fingerprint: its name and fingerprint.
         control: its control.
         committed: the shards that have a trial batch.
-        trials, wanted: number of committed trials, and of all trials.
+        trials, total: number of committed trials, and of all trials.
         missing: the shards without a batch, dead ones included.
         attempts: number of failed attempts on record, by shard.
         refused: the committed shards whose batches cannot be counted. They are looked for only where nothing else is left to wait for.
@@ -36,7 +36,7 @@ class ExperimentProgress:
     control: Control
     committed: list[Shard]
     trials: int
-    wanted: int
+    total: int
     missing: list[Shard]
     attempts: Counter[Shard]
     refused: list[Shard]
@@ -76,7 +76,7 @@ class ExperimentProgress:
     @property
     def ending(self) -> Ending | None:
         """The end of the experiment; None while trials or scores are still to come."""
-        if not self.missing and self.pointer and self.pointer.summary.accumulated_trials >= self.wanted:
+        if not self.missing and self.pointer and self.pointer.summary.accumulated_trials >= self.total:
             return "published"
         if self.control.state == "cancelled":
             return "cancelled"
@@ -106,7 +106,7 @@ class ExperimentProgress:
             "ending": self.ending,
             "priority": self.control.priority,
             "trials": self.trials,
-            "wanted": self.wanted,
+            "wanted": self.total,
             "shards_committed": len(self.committed),
             "shards_wanted": len(self.committed) + len(self.missing),
             "failed_attempts": self.failed_attempts,
@@ -132,17 +132,17 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
     experiment_store = ExperimentStore(store, name)
     record = experiment_store.read_record()
     attempts, committed = experiment_store.attempts(), experiment_store.committed()
-    wanted = record.experiment.subsets.trials
-    missing = missing_shards(wanted, record.trials_per_shard, committed)
+    total = record.experiment.subsets.trials
+    missing = missing_shards(total, record.trials_per_shard, committed)
     pointer = latest_version(store, name)
-    all_counted = pointer is not None and pointer.summary.accumulated_trials >= wanted
+    all_counted = pointer is not None and pointer.summary.accumulated_trials >= total
     return ExperimentProgress(
         experiment=name,
         fingerprint=record.fingerprint,
         control=experiment_store.control(),
         committed=committed,
         trials=len({trial for shard in committed for trial in shard.trials}),
-        wanted=wanted,
+        total=total,
         missing=missing,
         attempts=attempts,
         refused=[] if missing or all_counted else _refused(experiment_store, set(committed) & attempts.keys()),

@@ -54,7 +54,7 @@ class ExperimentStore:
             there = ", ".join(experiment_names(self.store)) or "none"
             raise ObjectNotFound(f"there is no experiment '{self.name}' in the store; there: {there}") from None
 
-    def register(self, wanted: Record) -> Record:
+    def register(self, declared: Record) -> Record:
         """Register an experiment, unless it is registered; returns its record in the store.
 
         More trials than recorded extend the experiment; the recorded size of shards stays.
@@ -62,21 +62,21 @@ class ExperimentStore:
         Raises:
             StoreError: another experiment has the name (says what differs), or fewer trials are asked for than recorded.
         """
-        if self.store.put_if_absent(keys.experiment(self.name), wanted.to_bytes()):
-            return wanted
+        if self.store.put_if_absent(keys.experiment(self.name), declared.to_bytes()):
+            return declared
         held = self.read_record()
-        if held.fingerprint != wanted.fingerprint:
-            changes = ", ".join(differences(held.canonical, wanted.canonical)) or "an unknown part"
+        if held.fingerprint != declared.fingerprint:
+            changes = ", ".join(differences(held.canonical, declared.canonical)) or "an unknown part"
             raise StoreError(
                 f"experiment '{self.name}' is in the store with fingerprint {held.fingerprint[:8]}..., this spec has "
-                f"{wanted.fingerprint[:8]}... ({changes}): choose another name"
+                f"{declared.fingerprint[:8]}... ({changes}): choose another name"
             )
-        if wanted.experiment.subsets.until:  # it began with fewer than it has come to
-            wanted = wanted.with_trials(max(wanted.experiment.subsets.trials, held.experiment.subsets.trials))
-        more, fewer = wanted.experiment.subsets.trials, held.experiment.subsets.trials
+        if declared.experiment.subsets.until:  # it began with fewer than it has come to
+            declared = declared.with_trials(max(declared.experiment.subsets.trials, held.experiment.subsets.trials))
+        more, fewer = declared.experiment.subsets.trials, held.experiment.subsets.trials
         if more < fewer:
             raise StoreError(f"experiment '{self.name}' is in the store with {fewer} trials, this spec has {more}: ask for {fewer} or more")
-        current = Record(wanted.experiment, held.fingerprint, held.canonical, held.n_train, held.n_test, held.trials_per_shard)
+        current = Record(declared.experiment, held.fingerprint, held.canonical, held.n_train, held.n_test, held.trials_per_shard)
         if current != held:
             self.store.put(keys.experiment(self.name), current.to_bytes())
         return current
@@ -202,8 +202,8 @@ class ExperimentStore:
 
     def clear_failures(self, shard: Shard | None = None) -> int:
         """Remove the failure records of a shard, or of all shards, so that it is tried again; returns their number."""
-        wanted = None if shard is None else (shard.first, shard.last)
-        records = [key for key in self.store.list(keys.failures(self.name)) if wanted in (None, keys.parse_span(key))]
+        span = None if shard is None else (shard.first, shard.last)
+        records = [key for key in self.store.list(keys.failures(self.name)) if span in (None, keys.parse_span(key))]
         for key in records:
             self.store.delete(key)
         return len(records)

@@ -59,7 +59,7 @@ def require_finished(store: ObjectStore, name: str) -> Record:
     record, progress = ExperimentStore(store, name).read_record(), progress_of(store, name)
     if progress.ending is None:
         raise ScoresError(
-            f"experiment '{name}' has scores of {progress.published_trials} of {progress.wanted} trials, and a study needs final scores: "
+            f"experiment '{name}' has scores of {progress.published_trials} of {progress.total} trials, and a study needs final scores: "
             f"wait until it finishes, or stop it with memtail cancel {name}"
         )
     return record
@@ -70,7 +70,7 @@ def is_finished(store: ObjectStore, experiment: Experiment) -> bool:
     if not store.exists(keys.experiment(experiment.name)):
         return False
     progress = progress_of(store, experiment.name)
-    return progress.ending == "published" and progress.wanted >= experiment.subsets.trials
+    return progress.ending == "published" and progress.total >= experiment.subsets.trials
 
 
 def dataset_of(store: ObjectStore, record: Record) -> ImageDataset:

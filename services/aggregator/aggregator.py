@@ -19,8 +19,8 @@ from memtail.report.publish import is_current, publish_report
 from memtail.settings import Settings
 from memtail.storage import ObjectStore
 from memtail.studies.experiment_names import parent_of
-from services.aggregator.metric_updates import experiment_series, show_scores, show_statistics
-from services.aggregator.metrics import FOLD_SECONDS, PUBLISH_SECONDS, REFUSED, REPORT_FAILURES, REPORT_SECONDS
+from services.aggregator.metric_updates import experiment_series, update_scores, update_statistics
+from services.aggregator.metrics import ACCUMULATE_SECONDS, PUBLISH_SECONDS, REFUSED, REPORT_FAILURES, REPORT_SECONDS
 from services.common.process import repeat
 from services.common.settings import ServiceSettings
 
@@ -111,7 +111,7 @@ class Aggregator:
             with experiment.listing.working():  # many batches take long to list, and then are listed more rarely
                 shards = aggregation.new_shards()
             for shard in shards:
-                with FOLD_SECONDS.time():
+                with ACCUMULATE_SECONDS.time():
                     aggregation.accumulate(shard)
                 self._advance(experiment)
         self._advance(experiment)
@@ -146,7 +146,7 @@ class Aggregator:
     def _report(self, experiment: _Experiment) -> None:
         """Draw the published scores: at the end at once, before that rarely, and after that for new studies."""
         name, aggregation = experiment.store.name, experiment.aggregation
-        # the experiment of a study answers the study's question, which has a figure of its own
+        # a study draws the figure of the experiment it trains
         if aggregation.pointer is None or parent_of(name) in self._experiments:
             return
         version = aggregation.pointer.version
@@ -170,10 +170,10 @@ class Aggregator:
         if name not in self._series.shown:
             experiment.shown = (-1, 0)
             return
-        show_scores(name, aggregation.pointer)
+        update_scores(name, aggregation.pointer)
         REFUSED.labels(name).set(len(aggregation.refused))
         state = aggregation.trials, aggregation.total
         if state != experiment.shown and experiment.metrics.due:
             with experiment.metrics.working():
-                show_statistics(name, aggregation.record.experiment.subsets, aggregation.statistics)
+                update_statistics(name, aggregation.record.experiment.subsets, aggregation.statistics)
             experiment.shown = state

@@ -1,4 +1,4 @@
-"""What the aggregator shows of an experiment: how far it is, how accurate, how sharp, and how memorization is distributed."""
+"""Updates of the aggregator's metrics: progress, accuracies, standard errors, and the distribution of memorization."""
 
 import math
 from datetime import datetime
@@ -20,9 +20,9 @@ _ACCURACIES = {"in_subset": "in_subset_accuracy", "held_out": "held_out_accuracy
 
 
 def experiment_series(linger: float) -> ExperimentSeries:
-    """All that is shown of experiments, until `linger` seconds after their ends."""
+    """Return the series by experiment, which are removed `linger` seconds after its end."""
     of_experiments = (
-        metrics.FOLDED,
+        metrics.ACCUMULATED,
         metrics.DIVERGED,
         metrics.NEEDED,
         metrics.ACCURACY,
@@ -38,12 +38,12 @@ def experiment_series(linger: float) -> ExperimentSeries:
     return ExperimentSeries(of_experiments, linger)
 
 
-def show_statistics(name: str, subsets: SubsetsSpec, statistics: Statistics) -> None:
-    """What follows from the trials folded so far; costs O(n)."""
+def update_statistics(name: str, subsets: SubsetsSpec, statistics: Statistics) -> None:
+    """Update the metrics of the accumulated trials; costs O(n)."""
     trials = len(statistics.metrics)
-    metrics.FOLDED.labels(name).set(trials)
+    metrics.ACCUMULATED.labels(name).set(trials)
     metrics.DIVERGED.labels(name).set(statistics.diverged)
-    metrics.NEEDED.labels(name).set(max(0, _wanted(subsets, statistics) - trials))
+    metrics.NEEDED.labels(name).set(max(0, _trials_to_reach(subsets, statistics) - trials))
     if not statistics.trials:
         return
     for examples, attribute in _ACCURACIES.items():
@@ -61,8 +61,8 @@ def show_statistics(name: str, subsets: SubsetsSpec, statistics: Statistics) -> 
         metrics.HISTOGRAM.labels(name, f"{begin:.2f}").set(count)
 
 
-def show_scores(name: str, pointer: ScorePointer | None) -> None:
-    """What is published, by the pointer to it."""
+def update_scores(name: str, pointer: ScorePointer | None) -> None:
+    """Update the metrics of the published scores."""
     if pointer is None:
         return
     metrics.PUBLISHED.labels(name).set(datetime.fromisoformat(pointer.published).timestamp())
@@ -70,8 +70,8 @@ def show_scores(name: str, pointer: ScorePointer | None) -> None:
     metrics.PAIRS.labels(name).set(pointer.summary.pairs.count)
 
 
-def _wanted(subsets: SubsetsSpec, statistics: Statistics) -> int:
-    """The trials asked for, or those that the standard error asked for takes."""
+def _trials_to_reach(subsets: SubsetsSpec, statistics: Statistics) -> int:
+    """The declared number of trials, or the number that the declared standard error takes."""
     if subsets.until is None:
         return subsets.trials
     return math.ceil(min(trials_needed(subsets.until, statistics), subsets.until.most_trials(subsets.fraction)))

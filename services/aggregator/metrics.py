@@ -4,7 +4,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.common.metrics import LONG_BUCKETS
 
-FOLDED = Gauge("memtail_trials_folded", "Trials accumulated in the statistics, including diverged trials", ["experiment"])
+ACCUMULATED = Gauge("memtail_trials_folded", "Trials accumulated in the statistics, including diverged trials", ["experiment"])
 DIVERGED = Gauge("memtail_trials_diverged", "Accumulated trials that diverged, which the estimates exclude", ["experiment"])
 NEEDED = Gauge("memtail_trials_needed", "Trials still needed for the declared number of trials or standard error", ["experiment"])
 ACCURACY = Gauge(
@@ -32,7 +32,7 @@ PAIRS = Gauge("memtail_high_influence_pairs", "High-influence pairs in the publi
 PUBLISHED = Gauge("memtail_scores_published_timestamp_seconds", "Time of the last publication of scores, as Unix time", ["experiment"])
 PUBLISHED_TRIALS = Gauge("memtail_scores_published_trials", "Trials in the published scores, including diverged trials", ["experiment"])
 REFUSED = Gauge("memtail_batches_refused", "Trial batches that were refused: damaged, or of another experiment", ["experiment"])
-FOLD_SECONDS = Histogram("memtail_fold_seconds", "Duration of reading and accumulating a trial batch", buckets=LONG_BUCKETS)
+ACCUMULATE_SECONDS = Histogram("memtail_fold_seconds", "Duration of reading and accumulating a trial batch", buckets=LONG_BUCKETS)
 PUBLISH_SECONDS = Histogram("memtail_publish_seconds", "Duration of writing and publishing a version of the scores", buckets=LONG_BUCKETS)
 REPORT_SECONDS = Histogram("memtail_report_seconds", "Duration of rendering and publishing a report", buckets=LONG_BUCKETS)
 REPORT_FAILURES = Counter("memtail_report_failures_total", "Reports that failed to render or publish")

@@ -1,4 +1,4 @@
-"""What memtail is measured against: the same work as a careful user would write it. None of it imports memtail's training."""
+"""Baselines of the benchmarks: the same work as a careful user would write it. None of it imports the trainer of memtail."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How long the command line takes to start: whole processes."""
+"""Start-up times of the command line, as whole processes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What services show Prometheus and log."""
+"""Metrics and logs of services."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""What programs import: they start quickly, and work where an extra is not installed."""
+"""Imports of whole programs: they start quickly, and work where an extra is not installed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What is missing, and the rules of one name for one experiment."""
+"""Missing shards, attempts, and the rules of one name for one experiment."""
 
 import dataclasses
 
