@@ -193,7 +193,7 @@ def test_a_task_that_always_goes_wrong_is_given_up_and_tried_again_when_asked(ho
 
 
 def test_a_task_that_hangs_past_its_time_limit(living, declare, digits, expected):
-    living.replace("worker", MEMTAIL_SHARD_SECONDS="20")
+    living.replace("worker", MEMTAIL_SHARD_SECONDS="30")
     experiment = faulty(declare, "hang")
     experiment_store = living.submit(experiment, digits)
     with recovery(living, experiment_store, experiment, expected, "task that hangs"):
