@@ -131,7 +131,8 @@ def test_dead_shards_are_shown(living, declare, digits):
     living.until(lambda: states(scrape(dispatcher), "dead") == {"dead": TRIALS})
     assert scrape(dispatcher).value("memtail_experiments", state="finished") == 1
     assert scrape(dispatcher).value("memtail_shards_outstanding") == 0
-    living.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="failed") == sum(experiment_store.attempts().values()))
+    failed = sum(experiment_store.attempts().values())
+    living.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="failed") == failed)
 
 
 def test_a_worker_that_vanishes_leaves_a_lease_that_expires(living, declare, digits):
