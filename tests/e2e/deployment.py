@@ -123,7 +123,7 @@ def docker(*arguments: str) -> str:
 
 
 def service_of(container: dict[str, Any]) -> str:
-    return container["Config"]["Labels"]["com.docker.compose.service"]
+    return str(container["Config"]["Labels"]["com.docker.compose.service"])
 
 
 def _foreign() -> list[str]:

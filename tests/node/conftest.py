@@ -1,5 +1,6 @@
 """One node, and one release that lives through all faults."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -55,5 +56,5 @@ def embedded(node: RealNode, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "--store",
         "/run/memtail/store",
     )
-    [version] = [path for path in (folder / "store/experiments/untroubled/scores").iterdir() if path.is_dir()]
-    return files(version)
+    scores = folder / "store/experiments/untroubled/scores"
+    return files(scores / json.loads((scores / "latest.json").read_text())["version"])
