@@ -22,7 +22,7 @@ from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from tests.e2e.deployment import PROJECT, Deployment, build_images, docker, prepare_images, service_of
 
-TRIALS, PER_SHARD, WORKERS = 300, 10, 2
+TRIALS, PER_SHARD, WORKERS = 600, 10, 2
 # Where these agree, so do the bits.
 DECIDING = ["torch", "numba", "pyarrow", "scikit-learn"]
 
