@@ -47,7 +47,7 @@ test-kubernetes: .venv/installed-dev
 	$(BIN)/pytest tests/kubernetes -n 0 --timeout 600 $(ARGS)
 
 test-node: .venv/installed-dev
-	$(BIN)/pytest tests/node --capture=no $(ARGS)
+	$(BIN)/pytest tests/node -n 0 --timeout 3600 --capture=no $(ARGS)
 
 test-lowest: .venv/installed-dev
 	./tools/test-with.sh 3.11 lowest $(ARGS)

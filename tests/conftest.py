@@ -1,5 +1,6 @@
 """Shared by all tests: a cache, small experiments, servers, and which tests share a process of pytest-xdist."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ from tests.support import inline
 if TYPE_CHECKING:
     from tests.support.servers import MinioServer
 
+
+# A shell that runs the tests in the background ignores SIGINT, and so would every process that a test starts and then interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TESTS = Path(__file__).parent
 _SERVERS = {"living": "cluster", "cluster": "cluster", "kubernetes": "kubernetes", "chromium": "browser"}

@@ -65,13 +65,13 @@ class Scores:
         """The packed statistics of the trials that count."""
         from memtail.statistics.accumulator import PackedTrials
 
-        with self._reading(STATISTICS), np.load(self.folder / STATISTICS, allow_pickle=False) as archive:
+        with self._reading_archive(STATISTICS) as archive:
             return PackedTrials(**archive)
 
     @cached_property
     def test_labels(self) -> npt.NDArray[np.int64]:
         """int64 [q], the labels of the test examples."""
-        with self._reading(INFLUENCE_MATRIX), np.load(self.folder / INFLUENCE_MATRIX, allow_pickle=False) as archive:
+        with self._reading_archive(INFLUENCE_MATRIX) as archive:
             labels: npt.NDArray[np.int64] = archive["tt_labels"]
             return labels
 
@@ -160,6 +160,12 @@ class Scores:
             yield
         except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise ScoresError(f"{self.folder / file}: is missing or damaged ({error}): run the experiment again") from None
+
+    @contextmanager
+    def _reading_archive(self, file: str) -> Iterator[Any]:
+        # opened here, since numpy leaves a file open that turns out to be no archive
+        with self._reading(file), (self.folder / file).open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            yield archive
 
 
 def _as_numpy(array: Any) -> Column:

@@ -20,7 +20,7 @@ def test_a_preparation_that_is_killed_leaves_no_process_and_goes_on_where_it_was
     )
     process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "tree"), str(target)])
     children: list[str] = []
-    while process.poll() is None and not list(target.glob(".unfinished-*/journal.jsonl")):
+    while process.poll() is None and not any(path.stat().st_size for path in target.glob(".unfinished-*/journal.jsonl")):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or children
         time.sleep(0.005)
     assert process.poll() is None
