@@ -56,7 +56,7 @@ class Kubernetes:
             self.kubectl("label", "namespace", name, *levels)
         return name
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 180) -> None:
         """Wait until a condition is true."""
         end = time.monotonic() + seconds
         while not condition():

@@ -49,6 +49,11 @@ class Gate:
             self._tickets += 1
             (self._folder / f"ticket-{self._tickets}").touch()
 
+    @property
+    def waiting(self) -> int:
+        """Number of processes that train and have not been let pass since."""
+        return len(list(self._folder.glob("waiting-*")))
+
     def open(self) -> None:
         """Let all pass, now and later."""
         (self._folder / "open").touch()
@@ -76,12 +81,15 @@ def _pass(trials: int) -> bool:
     folder = os.environ.get("GATE_FOLDER")
     if folder is None:
         return True
+    waiting = Path(folder, f"waiting-{os.getpid()}")
+    waiting.touch()
     end = time.monotonic() + _SECONDS
     while time.monotonic() < end:
-        if (Path(folder) / "open").exists():
-            return True
-        if _admitted or _claim(Path(folder)):
+        admitted = bool(_admitted or _claim(Path(folder)))
+        if admitted:
             _admitted = (_admitted or trials) - 1
+        if admitted or Path(folder, "open").exists():
+            waiting.unlink(missing_ok=True)
             return True
         time.sleep(0.02)
     return False

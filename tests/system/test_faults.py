@@ -79,7 +79,7 @@ def test_the_store_is_down_at_start_in_the_middle_and_at_a_commit(tmp_path_facto
         cluster.gate.admit(1)
         with recovery(cluster, experiment_store, slow, expected, "store down"):
             cluster.until(trained(experiment_store))
-            cluster.until(lambda: len(cluster.broker().leased()) == 2)
+            cluster.until(lambda: len(cluster.broker().leased()) == cluster.gate.waiting == 2)
             own_minio.stop()
             cluster.gate.open()
             for worker in cluster.kinds("worker"):  # which come to their commits
