@@ -25,6 +25,8 @@ from tests.support import dashboard_pictures as pictures
 from tests.support.cluster import PROJECT, Cluster, Service
 from tests.support.prometheus import PrometheusServer
 
+pytestmark = pytest.mark.timeout(600)
+
 TRIALS, PER_SHARD = 96, 4
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.iterdir())}
 RULES = yaml.safe_load((FOLDER.parent / "rules.yaml").read_text())
@@ -81,7 +83,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
             services[-1].kill()
             cluster.until_published(experiment_store, TRIALS, 300)
             counted = f"memtail_scores_published_trials == {TRIALS} and on() sum(memtail_trials{{state='committed'}}) == {TRIALS}"
+            # the shares of shards sent have values once Prometheus has scraped that the killed worker's shard was sent again
+            shares = ("redeliveries_per_shards_sent:ratio_rate10m", "leases_expired_per_shards_sent:ratio_rate1h")
             recorded = "and on() experiment:memtail_standard_error_per_bound:ratio"
+            recorded += "".join(f" and on() (experiment:memtail_{share} >= 0)" for share in shares)
             ended = began
 
             def recorded_all() -> bool:
