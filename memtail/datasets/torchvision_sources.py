@@ -1,7 +1,12 @@
-"""Datasets of torchvision: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, read from the files that torchvision downloads."""
+"""Datasets of torchvision: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, read from the files that torchvision downloads.
+
+torchvision itself is only imported to download: what enters an experiment into a store need not have torch.
+"""
 
 import gzip
-import shutil
+import hashlib
+import pickle
+import struct
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from memtail.datasets.image_dataset import Images, Labels
 from memtail.datasets.sources import InMemoryDataset
 from memtail.errors import DatasetError
 from memtail.settings import Settings
@@ -32,7 +39,7 @@ def torchvision_files(name: str, root: Path | None) -> list[Path]:
             return files
     download_to = root or settings.cache
     try:
-        family.dataset_class()(str(download_to), download=True)
+        family.download(download_to)
     except (OSError, RuntimeError) as error:
         searched = ", ".join(str(place / family.folder) for place in places)
         raise DatasetError(
@@ -78,21 +85,28 @@ class _Family(ABC):
     def load(self, files: list[Path]) -> InMemoryDataset:
         """Read the files."""
 
-    def dataset_class(self) -> Any:
+    def download(self, root: Path) -> None:
         try:
             import torchvision
         except ImportError:
             raise DatasetError(
-                f"dataset '{self.name}' is read by torchvision, which is not installed: pip install 'memtail[train]'"
+                f"dataset '{self.name}' is downloaded by torchvision, which is not installed: pip install 'memtail[train]'"
             ) from None
-        return getattr(torchvision.datasets, self.class_name)
+        getattr(torchvision.datasets, self.class_name)(str(root), download=True)
 
 
 _MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
+@dataclass(frozen=True)
 class _Mnist(_Family):
-    """Four IDX files, each plain or compressed."""
+    """Four IDX files, each plain or compressed.
+
+    Attributes:
+        classes: their names, which no file has.
+    """
+
+    classes: tuple[str, ...]
 
     def find(self, folder: Path) -> list[Path]:
         files = [next(filter(Path.is_file, (folder / stem, folder / f"{stem}.gz")), None) for stem in _MNIST_FILES]
@@ -100,69 +114,86 @@ class _Mnist(_Family):
         return existing if len(existing) == len(files) else []
 
     def load(self, files: list[Path]) -> InMemoryDataset:
-        classes = tuple(self.dataset_class().classes)
-        from torchvision.datasets.mnist import read_image_file, read_label_file
-
-        arrays = []
-        for file in files:
-            try:
-                plain = _unpacked(file) if file.suffix == ".gz" else file
-                arrays.append((read_image_file if "images" in file.name else read_label_file)(str(plain)).numpy())
-            except (AssertionError, ValueError, TypeError, RuntimeError, KeyError, IndexError, EOFError, zlib.error, gzip.BadGzipFile):
-                raise DatasetError(
-                    f"{file}: is truncated or corrupt: replace it with a good copy, or remove it to download it again"
-                ) from None
-        train_images, train_labels, test_images, test_labels = arrays
+        train_images, train_labels, test_images, test_labels = (_read_idx(file) for file in files)
         for images, labels, file in ((train_images, train_labels, files[1]), (test_images, test_labels, files[3])):
             if len(images) != len(labels):
                 raise DatasetError(f"{file}: has {len(labels)} labels for {len(images)} images: replace it with a good copy")
-        return InMemoryDataset(train_images[..., None], train_labels, test_images[..., None], test_labels, classes)
+        return InMemoryDataset(
+            train_images[..., None], train_labels.astype(np.int64), test_images[..., None], test_labels.astype(np.int64), self.classes
+        )
 
 
-def _unpacked(file: Path) -> Path:
-    """Unpack a file into the cache, since its folder may be read-only."""
-    plain = Settings().cache / "unpacked" / file.parent.parent.name / file.stem
-    plain.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(file, "rb") as source, plain.open("wb") as target:
-        shutil.copyfileobj(source, target)
-    return plain
+def _read_idx(file: Path) -> npt.NDArray[np.uint8]:
+    """Read an array of bytes in the IDX format: two zeros, type 8, the number of dimensions, the sizes, the values, all big-endian."""
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+            zero, kind, dimensions = struct.unpack(">HBB", opened.read(4))
+            if (zero, kind, dimensions) != (0, 8, 3 if "images" in file.name else 1):
+                raise ValueError("another type or shape")
+            shape = struct.unpack(f">{dimensions}I", opened.read(4 * dimensions))
+            return np.frombuffer(opened.read(), np.uint8).reshape(shape)
+    except (ValueError, struct.error, EOFError, zlib.error, gzip.BadGzipFile):
+        raise DatasetError(f"{file}: is truncated or corrupt: replace it with a good copy, or remove it to download it again") from None
 
 
+@dataclass(frozen=True)
 class _Cifar(_Family):
-    """Pickled batches, whose MD5 torchvision knows."""
+    """Pickled batches.
+
+    Attributes:
+        digests: MD5 of each file by its name, as torchvision has them: training, then test, then the names of the classes.
+        label_kind: "" or "fine_", before the keys of labels and of their names.
+    """
+
+    digests: dict[str, str]
+    label_kind: str
 
     def find(self, folder: Path) -> list[Path]:
-        if not folder.is_dir():
-            return []
-        files = [folder / name for name in self._digests()]
+        files = [folder / name for name in self.digests]
         return files if all(file.is_file() for file in files) else []
 
     def load(self, files: list[Path]) -> InMemoryDataset:
-        from torchvision.datasets.utils import check_integrity
+        *train, test, meta = (self._unpickle(file) for file in files)
+        train_images, train_labels = self._examples(train)
+        test_images, test_labels = self._examples([test])
+        return InMemoryDataset(train_images, train_labels, test_images, test_labels, tuple(meta[f"{self.label_kind}label_names"]))
 
-        digests = self._digests()
-        for file in files:
-            if not check_integrity(str(file), digests[file.name]):
-                raise DatasetError(f"{file}: is truncated or corrupt (its MD5 is not {digests[file.name]}): replace it with a good copy")
-        root = str(files[0].parent.parent)
-        train, test = self.dataset_class()(root, train=True), self.dataset_class()(root, train=False)
-        return InMemoryDataset(
-            train.data, np.array(train.targets, np.int64), test.data, np.array(test.targets, np.int64), tuple(train.classes)
-        )
+    def _unpickle(self, file: Path) -> dict[str, Any]:
+        data, known = file.read_bytes(), self.digests[file.name]
+        if hashlib.md5(data, usedforsecurity=False).hexdigest() != known:
+            raise DatasetError(f"{file}: is truncated or corrupt (its MD5 is not {known}): replace it with a good copy")
+        content: dict[str, Any] = pickle.loads(data, encoding="latin1")  # noqa: S301 (known bytes)
+        return content
 
-    def _digests(self) -> dict[str, str]:
-        """Return the MD5 of each file, by its name."""
-        known = self.dataset_class()
-        return dict(known.train_list + known.test_list + [(known.meta["filename"], known.meta["md5"])])
+    def _examples(self, batches: list[dict[str, Any]]) -> tuple[Images, Labels]:
+        images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return images, np.concatenate([np.array(batch[f"{self.label_kind}labels"], np.int64) for batch in batches])
 
+
+_DIGITS = ("0 - zero", "1 - one", "2 - two", "3 - three", "4 - four", "5 - five", "6 - six", "7 - seven", "8 - eight", "9 - nine")
+_CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_CIFAR10 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+}
+_CIFAR100 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
 
 #: Datasets by their name in `memtail.spec`. A further one is an entry here.
 TORCHVISION: dict[str, _Family] = {
     family.name: family
     for family in (
-        _Mnist("mnist", "MNIST", "MNIST/raw"),
-        _Mnist("fashion-mnist", "FashionMNIST", "FashionMNIST/raw"),
-        _Cifar("cifar10", "CIFAR10", "cifar-10-batches-py"),
-        _Cifar("cifar100", "CIFAR100", "cifar-100-python"),
+        _Mnist("mnist", "MNIST", "MNIST/raw", _DIGITS),
+        _Mnist("fashion-mnist", "FashionMNIST", "FashionMNIST/raw", _CLOTHES),
+        _Cifar("cifar10", "CIFAR10", "cifar-10-batches-py", _CIFAR10, ""),
+        _Cifar("cifar100", "CIFAR100", "cifar-100-python", _CIFAR100, "fine_"),
     )
 }

@@ -1,5 +1,7 @@
-"""Small datasets on disk: an archive of arrays, and a folder of images."""
+"""Small datasets on disk: an archive of arrays, a folder of images, MNIST as torchvision leaves it."""
 
+import gzip
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -31,4 +33,20 @@ def write_tree(root: Path, count: int = 5, size: tuple[int, int] = (8, 8), suffi
                 image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
                 Image.fromarray(image).save(root / split / label / f"{index:03}{suffix}")
                 held[f"{split}/{label}/{index:03}{suffix}"] = image
+    return held
+
+
+def write_mnist(root: Path, compress: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+    """Eight training and four test images in torchvision's layout; return the images by the prefix of their file."""
+    rng = np.random.default_rng(0)
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    held = {}
+    for prefix, count in (("train", 8), ("t10k", 4)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8)
+        held[prefix] = images
+        for name, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels)):
+            data = struct.pack(f">{1 + array.ndim}i", magic, *array.shape) + array.tobytes()
+            path = folder / f"{prefix}-{name}-ubyte{'.gz' if compress else ''}"
+            path.write_bytes(gzip.compress(data) if compress else data)
     return held

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memtail.storage.local import LocalStore
-from tests.support.arrays import write_arrays
+from tests.support.arrays import write_arrays, write_mnist
 from tests.support.cli import command_in_process, module_path, write_spec
 
 FEW = {"subsets": {"trials": 8, "design": "balanced", "fraction": 0.5}}
@@ -109,7 +109,9 @@ def test_commands_that_do_not_train_load_no_torch(explored: LocalStore, tiny: Pa
 
 
 def test_submit_loads_no_torch(tiny: Path, tmp_path: Path) -> None:
-    without_torch(tmp_path / "store", ["submit", str(tiny)])
+    write_mnist(tmp_path / "data")
+    mnist = write_spec(tmp_path, "mnist", dataset={"name": "mnist", "root": str(tmp_path / "data")}, **FEW)
+    without_torch(tmp_path / "store", ["submit", str(tiny)], ["submit", str(mnist)])
 
 
 def test_without_the_package_a_bucket_is_refused_in_one_line(tmp_path: Path) -> None:

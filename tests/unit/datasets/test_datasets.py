@@ -1,10 +1,9 @@
 """Datasets: read as they are on the disk, prepared once; faults are named."""
 
-import gzip
 import hashlib
 import pickle
 import re
-import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +12,10 @@ from PIL import Image
 from memtail import datasets
 from memtail.datasets import folder as folder_module
 from memtail.datasets.folder import find_images, prepare_folder
+from memtail.datasets.torchvision_sources import TORCHVISION, _Cifar, _Mnist
 from memtail.errors import DatasetError
 from memtail.spec import DatasetSpec
-from tests.support.arrays import write_arrays, write_tree
+from tests.support.arrays import write_arrays, write_mnist, write_tree
 
 
 def arrays(path, **parts):
@@ -104,22 +104,6 @@ def test_missing_truncated_and_incomplete_npz_files_are_named(tmp_path):
         arrays(tmp_path / "a.npz")
 
 
-def write_mnist(root, compress):
-    """Eight training and four test images in torchvision's layout."""
-    rng = np.random.default_rng(0)
-    folder = root / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    held = {}
-    for prefix, count in (("train", 8), ("t10k", 4)):
-        images, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8)
-        held[prefix] = images
-        for name, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels)):
-            data = struct.pack(f">{1 + array.ndim}i", magic, *array.shape) + array.tobytes()
-            path = folder / f"{prefix}-{name}-ubyte{'.gz' if compress else ''}"
-            path.write_bytes(gzip.compress(data) if compress else data)
-    return held
-
-
 @pytest.mark.parametrize("compress", [False, True])
 def test_mnist_is_read_as_torchvision_leaves_it(tmp_path, compress, monkeypatch):
     held = write_mnist(tmp_path, compress)
@@ -142,7 +126,7 @@ def test_a_truncated_mnist_file_is_named(tmp_path, compress):
 
 
 def write_cifar10(root, monkeypatch):
-    """Two training images in each of five batches and three test images in torchvision's layout, whose MD5 torchvision is told."""
+    """Two training images in each of five batches and three test images in torchvision's layout, whose MD5 both readers are told."""
     from torchvision import datasets as torchvision_datasets
 
     folder, rng = root / "cifar-10-batches-py", np.random.default_rng(0)
@@ -156,10 +140,14 @@ def write_cifar10(root, monkeypatch):
         return write(name, {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), "labels": list(range(count))})
 
     kind = torchvision_datasets.CIFAR10
-    monkeypatch.setattr(kind, "train_list", [batch(f"data_batch_{number}", 2) for number in range(1, 6)])
-    monkeypatch.setattr(kind, "test_list", [batch("test_batch", 3)])
-    _, md5 = write("batches.meta", {"label_names": ["cat", "dog", "frog"]})
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5})
+    files = [batch(f"data_batch_{number}", 2) for number in range(1, 6)] + [batch("test_batch", 3)]
+    files.append(write("batches.meta", {"label_names": ["cat", "dog", "frog"]}))
+    monkeypatch.setattr(kind, "train_list", files[:5])
+    monkeypatch.setattr(kind, "test_list", files[5:6])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": files[6][1]})
+    family = TORCHVISION["cifar10"]
+    assert isinstance(family, _Cifar)
+    monkeypatch.setitem(TORCHVISION, "cifar10", replace(family, digests=dict(files)))
     return kind(str(root), train=True).data, kind(str(root), train=False).data
 
 
@@ -184,6 +172,20 @@ def test_a_corrupt_cifar_file_is_named_and_a_missing_one_is_downloaded(tmp_path,
     monkeypatch.setattr(torchvision_datasets.CIFAR10, "__init__", lambda *_, download: pytest.fail(f"download={download}"))
     with pytest.raises(pytest.fail.Exception, match="download=True"):
         datasets.prepare(DatasetSpec(name="cifar10", root=tmp_path))
+
+
+def test_digests_and_classes_are_torchvisions():
+    from torchvision import datasets as torchvision_datasets
+
+    for family in TORCHVISION.values():
+        known = getattr(torchvision_datasets, family.class_name)
+        if isinstance(family, _Cifar):
+            files = [*known.train_list, *known.test_list, [known.meta["filename"], known.meta["md5"]]]
+            assert list(family.digests.items()) == [tuple(file) for file in files]
+            assert f"{family.label_kind}label_names" == known.meta["key"]
+        else:
+            assert isinstance(family, _Mnist)
+            assert list(family.classes) == known.classes
 
 
 def test_every_declarable_dataset_has_a_source():
