@@ -102,11 +102,11 @@ class Provenance:
         """Read the text; unknown keys are ignored.
 
         Raises:
-            ValueError: the text is no JSON object.
+            ValueError: the text is not a JSON object.
         """
         content = json.loads(text)
         if not isinstance(content, dict):
-            raise ValueError("its provenance is no JSON object")
+            raise ValueError("its provenance is not a JSON object")
         return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
 
 

@@ -51,7 +51,7 @@ def _package(name: str) -> Check:
 
 
 def _training() -> list[Check]:
-    """Check what trains; a machine without torch only reads scores, or runs other services."""
+    """Check the training packages; a machine without torch only reads scores, or runs other services."""
     packages = [_package(name) for name in ("torch", "torchvision", "scikit-learn")]
     if not any(package.fine for package in packages):
         return [Check("training", True, f"not on this machine, torch is not installed: {_INSTALL}")]
@@ -134,7 +134,7 @@ def _broker() -> list[Check]:
         return [Check("broker", False, str(error))]
     except ModuleNotFoundError:
         return [Check("broker", False, "unknown: redis is not installed: pip install 'memtail[services]'")]
-    malformed = Check("broker", False, f"{BROKER_VARIABLE} is no Redis URL: use redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS")
+    malformed = Check("broker", False, f"{BROKER_VARIABLE} is not a Redis URL: use redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS")
     try:
         if "@" in url and "@" not in urlsplit(url).netloc:  # else a part of the password would be parsed, and shown, as the host
             return [replace(malformed, finding=f"{malformed.finding}, with / # and ? in the password written as %2F %23 and %3F")]

@@ -212,7 +212,7 @@ def _shard(span: str) -> "Shard":
 
     first, _, last = span.partition("-")
     if not (first.isascii() and first.isdecimal() and last.isascii() and last.isdecimal()):
-        raise StoreError(f"--shard: '{span}' is no shard: use FIRST-LAST as shown by memtail failures, such as 0-49")
+        raise StoreError(f"--shard: '{span}' is not a shard: use FIRST-LAST as shown by memtail failures, such as 0-49")
     return Shard(int(first), int(last))
 
 

@@ -247,4 +247,4 @@ def _decode(path: Path, resolution: int | None) -> Images:
                 rgb = ImageOps.fit(rgb, (resolution, resolution), Image.Resampling.BICUBIC)
             return np.asarray(rgb)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DatasetError(f"{path}: is truncated or corrupt, or no image ({error}): replace or remove it") from None
+        raise DatasetError(f"{path}: is truncated or corrupt, or not an image ({error}): replace or remove it") from None

@@ -68,10 +68,10 @@ def load_arrays(path: Path) -> InMemoryDataset:
     """
     needed = ("train_images", "train_labels", "test_images", "test_labels")
     try:
-        with path.open("rb") as file:  # numpy leaves a file open that it cannot read
+        with path.open("rb") as file:  # numpy does not close a file that it cannot read
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DatasetError(f"{path}: is no .npz file: write it with numpy.savez")
+                raise DatasetError(f"{path}: is not an .npz file: write it with numpy.savez")
             if missing := [name for name in needed if name not in archive]:
                 raise DatasetError(f"{path}: holds no {', '.join(missing)}; there: {', '.join(archive.files) or 'nothing'}")
             arrays = {name: archive[name] for name in needed}

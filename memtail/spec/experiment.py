@@ -272,13 +272,13 @@ class SubsetsSpec(Part):
     @model_validator(mode="after")
     def _masks_are_given_in_full(self) -> Self:
         if self.masks is not None and self.until is not None:
-            raise ValueError("until cannot go with masks, which are of a number of trials")
+            raise ValueError("until cannot be combined with masks, which fix the number of trials")
         return self
 
     @model_validator(mode="after")
     def _masks_belong_to_explicit(self) -> Self:
         if (self.design == "explicit") != (self.masks is not None):
-            raise ValueError("masks (a .npy file of booleans [trials, n]) goes with design 'explicit', and only with it")
+            raise ValueError("masks (a .npy file of booleans [trials, n]) are required for design 'explicit', and refused for others")
         return self
 
 

@@ -39,7 +39,7 @@ T = TypeVar("T")
 _WRITER = "x-amz-meta-writer"
 #: Length of the longest page of a listing.
 _PAGE = 1000
-#: Longer than the 15 minutes by which S3 lets clocks differ, so that a larger one is reported as a difference of clocks.
+#: Longer than the clock difference of 15 minutes that S3 tolerates: a larger one is reported as such, not as an expired URL.
 _PRESIGNED_FOR = timedelta(minutes=20)
 _LONGEST_PAUSE = 10.0
 _MOST_PARTS = 10_000
@@ -198,7 +198,7 @@ class S3Store:
         keys.check(key)
 
     def sweep(self) -> None:
-        """Do nothing: an unfinished upload is no object, and its parts are left to the bucket's lifecycle rules."""
+        """Do nothing: an unfinished upload is not an object, and its parts are left to the bucket's lifecycle rules."""
 
     def make_bucket(self) -> bool:
         """Make the bucket unless it exists.
@@ -230,7 +230,7 @@ class S3Store:
             StoreError: the server cannot be used, overwrites an object in spite of `If-None-Match`, or does not keep an object's metadata.
         """
         key, writer = keys.probe(), uuid.uuid4().hex
-        next(self.list(key), None)  # its errors best name a fault of the bucket, the key or the clock
+        next(self.list(key), None)  # of all requests, its errors name faults of the bucket, the key and the clock most clearly
         first = self._put_new(key, b"first", writer)
         kept = self._try(key, "looked for", lambda connection: self._writer(connection, key))
         second = self.put_if_absent(key, b"second")
@@ -403,7 +403,7 @@ def _connect(settings: S3Settings, timeout: float) -> _Connection:
     if settings.addressing not in (None, "path", "virtual"):
         raise StoreError(f"MEMTAIL_S3_ADDRESSING is '{settings.addressing}': set it to path or virtual")
     if settings.ca_file is not None and not settings.ca_file.is_file():
-        raise StoreError(f"MEMTAIL_S3_CA_FILE names {settings.ca_file}, which is no file: name the certificate of the server's authority")
+        raise StoreError(f"MEMTAIL_S3_CA_FILE names {settings.ca_file}, which is not a file: name the certificate of its authority")
     http = urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=timeout, read=timeout),
         maxsize=16,

@@ -400,7 +400,7 @@ def test_what_is_no_address_of_a_store_is_refused(environment, address, message)
         ("MEMTAIL_S3_ENDPOINT", "http://127.0.0.1:9000/path", "MEMTAIL_S3_ENDPOINT or MEMTAIL_S3_REGION is malformed"),
         ("MEMTAIL_S3_REGION", "a b", "MEMTAIL_S3_ENDPOINT or MEMTAIL_S3_REGION is malformed"),
         ("MEMTAIL_S3_ADDRESSING", "sideways", "MEMTAIL_S3_ADDRESSING is 'sideways': set it to path or virtual"),
-        ("MEMTAIL_S3_CA_FILE", "/not/there", "MEMTAIL_S3_CA_FILE names /not/there, which is no file"),
+        ("MEMTAIL_S3_CA_FILE", "/not/there", "MEMTAIL_S3_CA_FILE names /not/there, which is not a file"),
     ],
 )
 def test_a_malformed_setting_is_refused_by_name(environment, variable, value, message):

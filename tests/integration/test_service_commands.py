@@ -260,7 +260,7 @@ def test_retry_clears_the_failures_of_one_shard_or_of_all(call, submitted):
     assert not submitted.attempts()
     assert "tiny: no failed attempts" in call("retry")
     for wrong in ("4", "a-b", "4-", "4:7"):
-        with pytest.raises(StoreError, match=f"--shard: '{wrong}' is no shard: use FIRST-LAST"):
+        with pytest.raises(StoreError, match=f"--shard: '{wrong}' is not a shard: use FIRST-LAST"):
             call("retry", "--shard", wrong)
 
 
@@ -465,12 +465,12 @@ def test_doctor_checks_a_configured_broker_and_never_shows_its_password(monkeypa
             (f"redis://127.0.0.1:{server.port}/0", "refuses the password"),
             (f"redis://:a-secret@127.0.0.1:{free_port()}/0", "does not answer (Error 111"),
             ("redis://:a-secret@no-such-host.invalid/0", "no-such-host.invalid:6379 does not answer"),
-            ("redis://:a/secret@127.0.0.1:1/0", "is no Redis URL: use redis://:PASSWORD@HOST:PORT/0"),
-            ("redis://secret/password@127.0.0.1:1/0", "is no Redis URL"),
-            ("redis://:a#secret@127.0.0.1:1/0", "is no Redis URL"),
-            ("redis://:a-secret@127.0.0.1:port/0", "is no Redis URL"),
-            ("http://:a-secret@127.0.0.1", "is no Redis URL"),
-            ("redis://:a-secret@127.0.0.1/0?colour=red", "is no Redis URL"),
+            ("redis://:a/secret@127.0.0.1:1/0", "is not a Redis URL: use redis://:PASSWORD@HOST:PORT/0"),
+            ("redis://secret/password@127.0.0.1:1/0", "is not a Redis URL"),
+            ("redis://:a#secret@127.0.0.1:1/0", "is not a Redis URL"),
+            ("redis://:a-secret@127.0.0.1:port/0", "is not a Redis URL"),
+            ("http://:a-secret@127.0.0.1", "is not a Redis URL"),
+            ("redis://:a-secret@127.0.0.1/0?colour=red", "is not a Redis URL"),
         ):
             check = _broker(monkeypatch, tmp_path, url)
             assert not check.fine

@@ -85,5 +85,5 @@ def test_provenance_keeps_its_text_and_ignores_keys_of_other_versions():
         arrays = dict(archive)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays | {"provenance": "[]"})
-    with pytest.raises(ForeignObjectError, match="its provenance is no JSON object"):
+    with pytest.raises(ForeignObjectError, match="its provenance is not a JSON object"):
         TrialBatch.from_bytes(buffer.getvalue())

@@ -90,7 +90,7 @@ def test_missing_truncated_and_incomplete_npz_files_are_named(tmp_path):
     with pytest.raises(DatasetError, match=r"a\.npz: is truncated or corrupt"):
         arrays(tmp_path / "a.npz")
     np.save(tmp_path / "a.npy", np.zeros(3))
-    with pytest.raises(DatasetError, match=r"a\.npy: is no \.npz file"):
+    with pytest.raises(DatasetError, match=r"a\.npy: is not an \.npz file"):
         arrays(tmp_path / "a.npy")
     with np.load(write_arrays(tmp_path / "b.npz")) as held:
         np.savez_compressed(tmp_path / "a.npz", **held)

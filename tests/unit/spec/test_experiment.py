@@ -51,7 +51,7 @@ def test_defaults_fill_in_a_minimal_file_and_its_yaml_reads_back(tmp_path):
         ("dataset", {"name": "imagenet"}, "dataset.name: input should be 'digits', 'mnist'"),
         ("dataset", {"name": "folder"}, "dataset 'folder' needs a root"),
         ("dataset", {"name": "digits", "resolution": 3}, "resolution is for dataset 'folder'"),
-        ("subsets.masks", "m.npy", "goes with design 'explicit'"),
+        ("subsets.masks", "m.npy", "are required for design 'explicit'"),
         ("training.optimizer", {"momentum": 0.0}, "nesterov needs a momentum"),
     ],
 )
