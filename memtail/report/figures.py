@@ -46,7 +46,7 @@ def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:
 
 
 def convergence_figure(stages: list[Stage], fraction: float) -> dict[str, bytes]:
-    """Draw quantiles of the standard error, the largest to expect, and the share of memorized examples, by number of trials.
+    """Draw quantiles of the standard error, the largest expected one, and the share of memorized examples, by number of trials.
 
     Args:
         stages: memorization by number of trials.

@@ -107,7 +107,7 @@ class Content:
 
     Attributes:
         record, summary: the experiment and the summary of its scores.
-        warnings: sentences to read before the scores are believed.
+        warnings: limitations of the scores, as sentences.
         accuracies: mean accuracies over trials, by their key in the summary.
         stages: memorization by number of trials.
         fraction: share of the training set that a trial saw.
