@@ -1,4 +1,4 @@
-"""memtail: what neural networks memorize, and which examples they owe it to.
+"""memtail: memorization and influence of training examples, estimated from models trained on random subsets.
 
     >>> import memtail
     >>> experiment = memtail.Experiment.load("experiment.yaml")

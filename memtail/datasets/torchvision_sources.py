@@ -1,6 +1,6 @@
 """Datasets of torchvision: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, read from the files that torchvision downloads.
 
-torchvision itself is only imported to download: what enters an experiment into a store need not have torch.
+torchvision itself is imported only to download, so that `memtail submit` needs no torch.
 """
 
 import gzip

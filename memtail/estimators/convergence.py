@@ -1,10 +1,10 @@
 """Convergence of memorization as trials arrive, and standard errors of statistics over examples.
 
-The share of examples above a threshold is no mean over trials, and its terms depend on one another, since all examples are trained on in
-the same trials. So its standard error has no closed form and comes from random halves of the trials. The mean of half of t trials, drawn
-without replacement, differs from that of all t with the variance with which that of all t differs from the truth; so the standard deviation
-of a statistic over halves is its standard error (half-sampling; Shao and Tu, The Jackknife and Bootstrap, 1995, chapter 2). The jackknife,
-which leaves out blocks of trials, fails because thresholds are not smooth.
+The share of examples above a threshold is not a mean over trials, and its terms are dependent, since all examples share the trials.
+So its standard error has no closed form and comes from random halves of the trials. A mean over half of t trials, drawn
+without replacement, deviates from the mean over all t trials with the variance of the latter; so the standard deviation of a statistic
+over halves is its standard error (half-sampling; Shao and Tu, The Jackknife and Bootstrap, 1995, chapter 2). The jackknife, which leaves
+out blocks of trials, fails because thresholds are not smooth.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""False discovery rates of high-influence pairs: with few trials, a fixed threshold of influence selects chance.
+"""False discovery rates of high-influence pairs: with few trials, most pairs above a fixed threshold are there by chance.
 
 The subsets do not depend on correctness. So without influence, the trials trained with i are a random choice among all t, and the number of
 them that classify j correctly is hypergeometric; its upper tail is Fisher's exact test, one-sided. The procedure of Benjamini and Hochberg

@@ -1,1 +1,1 @@
-"""From an experiment to its scores: declaring, doing shards, aggregating, and running all of it on this machine."""
+"""Execution of an experiment: declare it, train its shards, aggregate its trials, or run all of this on one machine."""

@@ -31,7 +31,7 @@ _PUBLISHING_REST = 9
 
 @dataclass(frozen=True)
 class Pace:
-    """Pace of publishing before all trials are there.
+    """Pace of publishing before all trials are accumulated.
 
     Attributes:
         trials: publish after this number of new trials,
@@ -149,7 +149,7 @@ class Aggregation:
     def next_step(self) -> Extend | Step:
         """Decide the next step; at the end publish at once, before it at the pace.
 
-        An extension comes first, so that the scores of a round are never taken for the last ones.
+        An extension comes first, so that the scores of a round are never taken for the final ones.
         """
         if self.complete and (trials := next_round(self.record.experiment.subsets, self.statistics)):
             return Extend(trials)

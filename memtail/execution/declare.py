@@ -65,5 +65,5 @@ def _check(experiment: Experiment, folder: Path) -> int:
     from memtail.trainers.images.shard_size import checked_shard_size
 
     device = experiment.execution.device
-    # a named device is the workers' and need not be here
+    # a named device belongs to the workers and may be missing here
     return checked_shard_size(experiment, ImageDataset.open(folder), None if device == "auto" else [torch.device(device)])

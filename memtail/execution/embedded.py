@@ -179,7 +179,7 @@ class _Run:
         self._aggregation = state.aggregation
         self._show = on_progress or (lambda state: None)
         self._began = time.monotonic()
-        # attempts are those on record; of each shard this run counts its own, so that running again after a fix tries again
+        # attempts are counted on record; this run subtracts earlier ones, so that a run after a fix tries all missing shards again
         self._attempts_before = experiment_store.attempts()
         self._handed_back: dict[Shard, int] = defaultdict(int)
 
@@ -222,7 +222,7 @@ class _Run:
             self._aggregation.accumulate_new()
 
     def _is_over(self, result: ShardResult) -> bool:
-        """Take a result; whether the shard is done or given up, and not to be tried again."""
+        """Handle a result; return whether the shard is done or given up."""
         match result.outcome:
             case ShardOutcome.FAILED:
                 error = result.error or ""
@@ -244,7 +244,7 @@ class _Run:
         return True
 
     def _remove_checkpoints(self) -> None:
-        """Remove checkpoints of committed shards, left behind by processes that were killed between the two steps."""
+        """Remove checkpoints of committed shards, left behind by processes that were killed between the commit and the removal."""
         for key in list(self._store.list(keys.checkpoints(self._experiment_store.name))):
             if (span := keys.parse_span(key)) and self._experiment_store.is_committed(Shard(*span)):
                 self._store.delete(key)
@@ -284,12 +284,12 @@ class _Run:
 def _profile(state: RunState, seconds: float) -> dict[str, Any]:
     phases = {phase: state.phases[phase] for phase in (*PHASES, "writing")}
     devices = len(state.devices)
-    # writing may go on beside training, so that together they can exceed the devices' time
+    # writing overlaps training, so their sum can exceed the devices' time
     rest = max(0.0, devices * seconds - sum(phases.values()))
     return {"seconds": round(seconds, 3), "devices": devices, "phases": {p: round(s, 3) for p, s in {**phases, "rest": rest}.items()}}
 
 
 def _from_own_start(shards: list[Shard]) -> list[Shard]:
-    """The shards from a place that differs by process, so that two runs at once do not train the same ones side by side."""
+    """Rotate the shards by an offset that differs between processes, so that two concurrent runs rarely train the same shard."""
     start = random.Random(os.getpid()).randrange(len(shards))  # noqa: S311 - no secret
     return shards[start:] + shards[:start]

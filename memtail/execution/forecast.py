@@ -62,7 +62,7 @@ class Forecast:
         extrapolated: whether training was cut short when it was measured.
         seconds_per_trial: seconds of a trial on one device while all others are busy too.
         startup_seconds, scoring_seconds: seconds of a run before its first and after its last trial.
-        peak_memory: bytes, the most that one training process holds: of the device on CUDA, of the host elsewhere.
+        peak_memory: peak memory of a training process in bytes: of the device on CUDA, of the host elsewhere.
         trials_per_shard, best_trials_per_shard: trials in a shard of the run, and in one of about half a minute.
         here: forecast for this machine.
         elsewhere: forecasts for `DEVICES` devices of this kind.

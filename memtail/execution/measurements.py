@@ -46,7 +46,7 @@ class ShardFigures:
         trials: number of its trials.
         seconds: from the start to the commit in a warm process.
         startup_seconds: seconds that the first shard of a process takes longer.
-        peak_memory: bytes, the most that one training process holds.
+        peak_memory: peak memory of a training process, in bytes.
         mistake_bytes: bytes of misclassified training examples in the trial batch, by trial and training example.
         other_bytes: bytes of the trial batch outside its arrays.
         extrapolated: whether fewer epochs or images were trained.
@@ -77,13 +77,13 @@ def measure_shard(record: Record, dataset: ImageDataset, fraction: float, device
     size, epochs = min(record.trials_per_shard, record.experiment.subsets.trials), record.experiment.training.epochs
     short = _shortened(record.experiment, 1, fraction)
     share = _OPERATIONS[devices[0].partition(":")[0]] / (size * operations_per_trial(short, dataset))
-    if devices[0] != "cpu":  # whole batches, without which an accelerator is not busy
+    if devices[0] != "cpu":  # at least one full batch, else an accelerator is not busy
         share = max(share, record.experiment.training.batch_size / (fraction * dataset.n_train))
     sample = dataset if share >= 1 else _sample(dataset, share, folder / "sample")
     shards = [Shard(place * size, (place + 1) * size - 1) for place in range(len(devices))]
 
     def shortened(epochs: int) -> Record:
-        # the declared size of shards, whose number of trials is what is measured
+        # with shards of the size to be measured
         return declare(_shortened(record.experiment, epochs, fraction), sample, size)
 
     with Workers(Task(shortened(1), sample.folder, "", device=""), devices) as workers:
@@ -92,7 +92,7 @@ def measure_shard(record: Record, dataset: ImageDataset, fraction: float, device
         spent = [result.phases for result in results]
         evaluation = float(np.mean([phases["evaluation"] for phases in spent]))
         epoch = float(np.mean([sum(phases.values()) for phases in spent])) - evaluation
-        fixed = max(0.0, warm - epoch - evaluation)  # building the networks, the commit, handing over
+        fixed = max(0.0, warm - epoch - evaluation)  # building the networks, the commit, communication
         measured = max(1, min(epochs, int((_MEASURED_SECONDS - evaluation - fixed) / max(epoch, 1e-6))))
         seconds, results = _train_at_once(workers, shards, folder / "whole", shortened(measured))
     batch = ExperimentStore(LocalStore(folder / "whole"), record.experiment.name).batch(shards[0], shortened(measured))
@@ -125,13 +125,13 @@ def _train_at_once(workers: Workers, shards: list[Shard], store: Path, record: R
 
 
 def _shortened(experiment: Experiment, epochs: int, fraction: float) -> Experiment:
-    """The same work per epoch, on whatever subsets, so that it can be done on a part of the dataset."""
+    """Return an experiment of equal work per epoch; its uniform subsets also fit a part of the dataset."""
     subsets = SubsetsSpec(fraction=fraction, trials=experiment.subsets.trials, seed=experiment.subsets.seed)
     return experiment.model_copy(update={"subsets": subsets, "training": experiment.training.model_copy(update={"epochs": epochs})})
 
 
 def _sample(dataset: ImageDataset, share: float, folder: Path) -> ImageDataset:
-    """A part of a dataset, as a prepared dataset of its own."""
+    """Write a random part of a dataset as a prepared dataset."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for split, images, labels in (
@@ -203,5 +203,5 @@ def measure_writing(record: Record, dataset: ImageDataset, fraction: float, fold
     published = time.perf_counter() - began
     files = sum(path.stat().st_size for path in store.local_path(keys.all_scores(name).rstrip("/")).rglob("*") if path.is_file())
     words = -(-total // 64) - -(-len(statistics.metrics) // 64)
-    missing = 8 * words * (2 * dataset.n_train + dataset.n_test + 1)  # of the packed statistics, which alone grow with the trials
+    missing = 8 * words * (2 * dataset.n_train + dataset.n_test + 1)  # of the packed statistics: only they grow with the trials
     return WritingFigures(seconds / len(statistics.metrics), published, files + missing)

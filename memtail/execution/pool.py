@@ -52,7 +52,7 @@ class Workers:
     """A set of training processes.
 
     Args:
-        task: their work; each process has a device of its own in place of the task's.
+        task: their work; each process trains on its own device instead of the task's.
         devices: one entry per process.
     """
 
@@ -92,7 +92,7 @@ class Workers:
     def finished(self, timeout: float) -> list[ShardResult]:
         """Return the results since the last call; wait up to `timeout` seconds for the first.
 
-        The result of a shard whose process died is FAILED with `attempt` 0: nobody has recorded the failure yet.
+        The result of a shard whose process died is FAILED with `attempt` 0: the failure is not recorded yet.
         """
         results = []
         for future in wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done:
@@ -179,7 +179,7 @@ def _train(task: Task, shard: Shard) -> ShardResult:
 
 
 def _peak_memory(device: "torch.device") -> int:
-    """Bytes, the most that this process has held: of the device's memory on CUDA, of the host's elsewhere."""
+    """Return the peak memory of this process in bytes: of the device on CUDA, of the host elsewhere."""
     import torch
 
     if device.type == "cuda":

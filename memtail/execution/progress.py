@@ -26,7 +26,7 @@ class ExperimentProgress:
         trials, total: number of committed trials, and of all trials.
         missing: the shards without a batch, dead ones included.
         attempts: number of failed attempts on record, by shard.
-        refused: the committed shards whose batches cannot be counted. They are looked for only where nothing else is left to wait for.
+        refused: the committed shards whose batches cannot be counted. Determined only if no trial or score is outstanding.
         pointer: pointer to the published scores, None if there are none.
         notices: notices of the services, by service.
     """

@@ -30,7 +30,7 @@ class ShardOutcome(StrEnum):
     DONE_BEFORE = "done before"
     #: Training raised; there is a failure record.
     FAILED = "failed"
-    #: The store failed, not the shard; to be tried again without an attempt being counted.
+    #: The store failed, not the shard; it is retried without counting an attempt.
     HANDED_BACK = "handed back"
     #: Training was told to stop; its state is in the checkpoint.
     STOPPED = "stopped"
@@ -49,7 +49,7 @@ class ShardResult:
         seconds: seconds of training and evaluation.
         phases: seconds by phase, if they were measured.
         commit_seconds: seconds that the commit took.
-        peak_memory: bytes, the most that the process has held so far: of the device on CUDA, of the host elsewhere; 0 if not measured.
+        peak_memory: peak memory of the process so far in bytes: of the device on CUDA, of the host elsewhere; 0 if not measured.
     """
 
     shard: Shard
@@ -67,7 +67,7 @@ class ShardResult:
 def run_shard(
     experiment_store: ExperimentStore, record: Record, shard: Shard, train: Callable[[StoredCheckpoints], TrialBatch]
 ) -> ShardResult:
-    """Attempt a shard; never raises for what a trainer, a model or the store does.
+    """Attempt a shard; errors of the trainer, the model and the store become outcomes.
 
     Args:
         experiment_store: the experiment's objects.
@@ -76,7 +76,7 @@ def run_shard(
         train: trains the shard's trials from the last checkpoint on and returns their batch. It may raise `TrainingStopped`.
 
     Returns:
-        The result. Only the commit and the reading of the store can hand the shard back.
+        The result. Only a failed read of the store or a failed commit hands the shard back.
     """
     checkpoints = StoredCheckpoints(experiment_store.store, experiment_store.name, shard)
     try:
@@ -87,7 +87,7 @@ def run_shard(
             batch = train(checkpoints)
         except (StoreError, TrainingStopped):
             raise
-        except Exception as error:  # whatever a model or a library raises; MemoryError too, which would end a Celery worker
+        except Exception as error:  # of a model or a library; also MemoryError, which would end a Celery worker
             return _failed(experiment_store, shard, error)
         began = time.monotonic()
         committed = experiment_store.commit(batch, record.fingerprint)

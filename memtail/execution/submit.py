@@ -40,7 +40,7 @@ def submit(experiment: Experiment, store: ObjectStore, *, dataset: ImageDataset 
     """Register an experiment and stage its dataset; more trials extend an experiment that is registered.
 
     Args:
-        experiment: the declaration. Its device is the workers' and need not be on this machine.
+        experiment: the declaration. Its device belongs to the workers and may be missing on this machine.
         store: the store the services work on.
         dataset: the experiment's dataset, if it is open already; by default it is prepared.
         priority: experiments with the highest priority are trained first; by default 0, or as before.
@@ -54,7 +54,7 @@ def submit(experiment: Experiment, store: ObjectStore, *, dataset: ImageDataset 
     declared = declare(experiment, dataset, shard_size_in_child(experiment, dataset))
     before = experiment_store.read_record().experiment.subsets.trials if store.exists(keys.experiment(experiment.name)) else None
     if before is not None:
-        declared = experiment_store.register(declared)  # a refusal comes before a large dataset goes up
+        declared = experiment_store.register(declared)  # refuse before a large dataset is uploaded
     staged = stage(dataset, store)
     if experiment.subsets.masks is not None:
         stage_masks(experiment.subsets.masks, declared.canonical["subsets"]["masks"], store)

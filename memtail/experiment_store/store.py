@@ -1,6 +1,6 @@
 """`ExperimentStore`: reads and writes the objects of one experiment.
 
-The store is the only memory. Processes that train, accumulate or publish read here which trials exist, and may be killed at any moment.
+All state is in the store. Processes that train, accumulate or publish read here which trials exist, and may be killed at any moment.
 """
 
 import json
@@ -71,7 +71,7 @@ class ExperimentStore:
                 f"experiment '{self.name}' is in the store with fingerprint {held.fingerprint[:8]}..., this spec has "
                 f"{declared.fingerprint[:8]}... ({changes}): choose another name"
             )
-        if declared.experiment.subsets.until:  # it began with fewer than it has come to
+        if declared.experiment.subsets.until:  # extended since it was declared
             declared = declared.with_trials(max(declared.experiment.subsets.trials, held.experiment.subsets.trials))
         more, fewer = declared.experiment.subsets.trials, held.experiment.subsets.trials
         if more < fewer:
@@ -193,7 +193,7 @@ class ExperimentStore:
             key = keys.failure(self.name, shard.first, shard.last, attempt)
             if self.store.put_if_absent(key, json.dumps(content, indent=1).encode()):
                 return failure
-            attempt += 1  # another worker failed at it at the same time
+            attempt += 1  # another worker recorded a failure at the same time
 
     def attempts(self) -> Counter[Shard]:
         """Count the failed attempts on record, by shard."""

@@ -30,7 +30,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "inception": inception,
 }
 
-# Images with fewer pixels a side get the CIFAR stem of resnet18 and resnet50; from here on both are torchvision's.
+# Smaller images, in pixels a side, get resnet18 and resnet50 with a stem for CIFAR; others get torchvision's networks.
 _SMALL_IMAGE = 128
 
 
@@ -64,7 +64,7 @@ def check_model(spec: ModelSpec, image_shape: ImageShape, classes: int, *, withi
         spec: the `model` part of an experiment.
         image_shape: (C, H, W).
         classes: number of logits.
-        within: entered around building and running, to measure them.
+        within: context manager of the building and the run, to measure them.
 
     Raises:
         SpecError: the network cannot be built, fails on images of this shape, or does not return one row of logits per image.
@@ -74,7 +74,7 @@ def check_model(spec: ModelSpec, image_shape: ImageShape, classes: int, *, withi
             logits = build_model(spec, image_shape, classes).eval()(torch.zeros(1, *image_shape))
     except SpecError:
         raise
-    except Exception as error:  # user code may raise anything
+    except Exception as error:  # user code may raise any exception
         raise SpecError(
             f"model '{spec.name}': cannot be built for images of {list(image_shape)} [C, H, W] and run on one "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): fix its options, or choose another model or other images"
@@ -112,7 +112,7 @@ def _imported(path: str) -> Callable[..., nn.Module]:
     module, _, function = path.partition(":")
     try:
         builder: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a user's module may raise anything
+    except Exception as error:  # a user's module may raise any exception
         raise SpecError(
             f"model.name: '{path}' cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): "
             f"it must be package.module:function, importable from here (see PYTHONPATH)"

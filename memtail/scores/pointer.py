@@ -41,7 +41,7 @@ class ScorePointer:
         """Read the file's text; unknown keys are ignored.
 
         Raises:
-            ValueError, KeyError, TypeError: the text is no pointer.
+            ValueError, KeyError, TypeError: the text is not a pointer.
         """
         content = json.loads(text)
         return cls(content["version"], content["published"], tuple(content["files"]), ScoreSummary.from_dict(content["summary"]))

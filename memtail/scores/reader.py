@@ -163,7 +163,7 @@ class Scores:
 
     @contextmanager
     def _reading_archive(self, file: str) -> Iterator[Any]:
-        # opened here, since numpy leaves a file open that turns out to be no archive
+        # opened here, since numpy does not close a file that is not an archive
         with self._reading(file), (self.folder / file).open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             yield archive
 

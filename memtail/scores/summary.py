@@ -1,6 +1,6 @@
 """The summary of one version of the scores, `summary.json`: numbers of trials, accuracies, shares of memorized examples, pairs.
 
-Read with nothing but the standard library, since `memtail status` and the services look at summaries only.
+Needs only the standard library, because `memtail status` and the services read nothing but summaries.
 """
 
 from collections.abc import Iterator, Mapping
@@ -84,7 +84,7 @@ class ScoreSummary(Mapping[str, Any]):
         """Read the file's content; unknown keys are ignored.
 
         Raises:
-            KeyError, TypeError: the content is no summary.
+            KeyError, TypeError: the content is not a summary.
         """
         # memtail's first versions wrote no standard errors of accuracies
         content = {"accuracy_se": dict.fromkeys(ACCURACIES), **content}

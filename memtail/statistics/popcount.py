@@ -23,7 +23,7 @@ _STRIPE = 4096  # columns in one task of `count_one`: their running counts stay 
 
 @intrinsic
 def _popcount(typing_context, word):  # type: ignore[no-untyped-def]
-    """Population count of a uint64, as one instruction; numba has no name for it."""
+    """Population count of a uint64, as one instruction; numba does not expose it."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.ctpop(arguments[0])

@@ -1,4 +1,4 @@
-"""Object stores: the contract of a store, and in the modules beside the stores that keep it."""
+"""Object stores: the contract that every store keeps. The other modules of this package implement it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -119,7 +119,7 @@ def _result(
 
 
 def _remarks(removal: Removal, counted: Mask) -> Iterator[str]:
-    """Sentences to read before the losses are believed."""
+    """Yield the limitations of the losses, as sentences."""
     for condition in removal.conditions:
         if condition.emptied:
             labels = ", ".join(map(str, condition.emptied))

@@ -28,8 +28,8 @@ log = structlog.get_logger()
 
 # Pauses as multiples of a duration: after listing an experiment's batches, computing its metrics, drawing its report.
 _LISTING_REST, _METRICS_REST, _REPORT_REST = 5, 20, 50
-# Seconds without a new trial before the aggregator looks whether an experiment has ended, and between two looks; also between two looks
-# for something to draw.
+# Seconds without a new trial before the aggregator checks whether an experiment has ended, and between two such checks; also between two
+# checks for something to draw.
 _QUIET = 60.0
 
 
@@ -83,7 +83,7 @@ class Aggregator:
         self._experiments: dict[str, _Experiment] = {}
 
     def run(self, heartbeat: Callable[[], None]) -> None:
-        """Accumulate and publish for ever, and call `heartbeat` after each pass; an outage of the bucket is waited out."""
+        """Accumulate and publish forever, and call `heartbeat` after each pass. An outage of the bucket only ends the pass."""
         repeat(self.catch_up, self._settings.reconcile_seconds, heartbeat)
 
     def catch_up(self) -> None:
@@ -108,7 +108,7 @@ class Aggregator:
         aggregation = experiment.aggregation
         aggregation.record = record
         if experiment.listing.due:
-            with experiment.listing.working():  # many batches take long to list, and then are listed more rarely
+            with experiment.listing.working():  # the longer a listing takes, the more rarely it is repeated
                 shards = aggregation.new_shards()
             for shard in shards:
                 with ACCUMULATE_SECONDS.time():
@@ -159,7 +159,7 @@ class Aggregator:
                     with REPORT_SECONDS.time():
                         publish_report(self._store, name)
                     log.info("report drawn", scores=version)
-            except Exception as error:  # whatever drawing raises, accumulating goes on
+            except Exception as error:  # an error in drawing must not stop accumulation
                 REPORT_FAILURES.inc()
                 log.exception("report could not be drawn", error=str(error))
         experiment.reported = version

@@ -25,7 +25,7 @@ class Lease:
         self._broker, self._assignment, self._seconds, self._experiment_store = broker, assignment, seconds, experiment_store
         self._holder = f"{holder}/{uuid.uuid4().hex}"
         self._over = threading.Event()
-        # so that what it logs names the shard
+        # so that its log lines name the shard
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._renew,), daemon=True)
         self.held = self.cancelled = False
 

@@ -24,22 +24,22 @@ from services.worker.lease import Lease
 
 log = structlog.get_logger()
 
-#: Outcomes of an assignment beside those of a shard: another worker has its lease; it is cancelled, paused or of an unknown experiment.
+#: Outcomes of an assignment beside those of a shard: another worker holds its lease; its experiment is cancelled, paused or unknown.
 LEASED = "leased by another"
 NOT_WANTED = "not wanted"
 
-# One shard of this number has its phases measured, which makes an accelerator wait; the first of a process is one of them.
+# One in this many shards has its phases measured, starting with the first of a process: measuring makes an accelerator wait.
 _PROFILED = 16
 
 
 class Trainer:
-    """Trains assignments on one device, in a process that stays warm from one to the next.
+    """Trains assignments on one device, in a long-lived process.
 
     Args:
         store: the bucket.
         broker: for leases; while it cannot be reached, training goes on without.
         worker: name of the worker, with which its leases begin.
-        device: as torch names it, or "auto" for the best there is.
+        device: as torch names it, or "auto" for the best available one.
         lease_seconds: duration of a lease; it is renewed three times as often.
         stopping: whether the worker is about to stop, so that the shard is to be handed back.
         report: sends a report to the parent process, as `services.worker.metric_updates` takes it.
@@ -62,7 +62,7 @@ class Trainer:
         self._dataset: ImageDataset | None = None
 
     def train(self, assignment: Assignment, sent: Any = None) -> str:
-        """Train a shard unless it is committed, leased, or not to be trained; never raises for what a shard, a model or the store does.
+        """Train a shard unless it is committed, leased, or not to be trained; errors of the shard, the model and the store become outcomes.
 
         Args:
             assignment: names the shard.

@@ -44,6 +44,6 @@ class Phases:
 
 
 def _finish(device: torch.device) -> None:
-    """Wait for the work in an accelerator's queue, which the next phase would be charged for."""
+    """Wait for the work in an accelerator's queue, which would otherwise count towards the next phase."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

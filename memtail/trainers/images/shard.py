@@ -111,7 +111,7 @@ class _ShardTraining:
     def run(self) -> StackResult:
         interrupted = self._load()
         if interrupted is not None:
-            # resumed with the trials of that time: the stacks of this run may have another width
+            # with the trials of the checkpoint, since the stacks of this run may have another width
             self._train_rows([self.trials.index(trial) for trial in interrupted["trials"]], interrupted)
         for rows in self._stacks(self._width(), sum(len(trials) for trials, _ in self.finished)):
             self._train_rows(rows, None)

@@ -19,7 +19,7 @@ from memtail.trainers.images.stack import Stacked, StackedLinear
 class DenseStack(nn.Module):
     """S networks of linear layers with ReLU between them, and their momenta: float32, on a CPU.
 
-    As every stack, it maps normalised images to logits [S, B, classes]. Parameters and momenta are buffers, so `state_dict` holds
+    Like every stack, it maps normalised images to logits [S, B, classes]. Parameters and momenta are buffers, so `state_dict` holds
     everything that training depends on.
 
     Args:
