@@ -1,4 +1,4 @@
-"""Tests. Kernels that numba has compiled are kept for the next run, in a folder named after the code, so that old ones are never taken."""
+"""Tests. Compiled numba kernels are cached between runs, in a folder named by a hash of their source."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Shared by all tests: a cache, small experiments, servers, and which tests share a process of pytest-xdist."""
+"""Shared fixtures (cache, small experiments, servers), markers, and the distribution of tests over the processes of pytest-xdist."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.support.servers import MinioServer
 
 
-# A shell that runs the tests in the background ignores SIGINT, and so would every process that a test starts and then interrupts.
+# A background job of a shell ignores SIGINT. Processes started by tests would inherit that, but tests interrupt them by SIGINT.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -26,12 +26,12 @@ _TESTS = Path(__file__).parent
 _SERVERS = {"living": "cluster", "cluster": "cluster", "kubernetes": "kubernetes", "chromium": "browser"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder and by what they need, and group those that one process of pytest-xdist had better run.
+    """Mark tests by folder and required servers, and group tests that should run in one process of pytest-xdist.
 
-    Tests of a file share fixtures, so they stay together, and so do all that use the living cluster; unit tests, and those that start a
-    cluster for themselves, run wherever there is room.
+    Tests of a file share fixtures and form a group; so do all tests that use the living cluster. Unit tests, and tests that start their own
+    cluster, are distributed freely.
     """
     for item in items:
         folder = item.path.relative_to(_TESTS).parts[0]
@@ -45,18 +45,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("living"))
         elif folder != "unit" and "cluster" not in fixtures:
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(_TESTS))))
-    items.sort(key=lambda item: "living" not in getattr(item, "fixturenames", ()))  # the longest group first; stable otherwise
+    items.sort(key=lambda item: "living" not in getattr(item, "fixturenames", ()))  # the longest group first; the sort is stable
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Runs train in the process of the tests, but where whole processes are the subject."""
+    """Let embedded runs train in the process of the tests, except in system tests."""
     inline.train_here(item.get_closest_marker("system") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Prepared datasets go to a folder made for this run of the tests."""
+    """Use a new cache folder for this test session."""
     import os
 
     os.environ["MEMTAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
@@ -66,14 +66,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def own_logs() -> Iterator[None]:
-    """How a command or a service sets up its logs is not for the next test."""
+    """Reset the log configuration of a command or a service after each test."""
     yield
     structlog.reset_defaults()
 
 
 @pytest.fixture
 def declare() -> Callable[..., Experiment]:
-    """Makes experiments on digits from what differs: `declare(trials=8, training={"epochs": 2})`."""
+    """Factory of experiments on digits; arguments replace defaults: `declare(trials=8, training={"epochs": 2})`."""
 
     def make(trials: int = 16, **parts: Any) -> Experiment:
         subsets = {"trials": trials, **parts.pop("subsets", {})}
@@ -91,7 +91,7 @@ def digits(own_cache: None) -> ImageDataset:
 
 @pytest.fixture(scope="session")
 def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator["MinioServer"]:
-    """One server for all tests; each makes buckets of its own."""
+    """One server for all tests; each test creates its own buckets."""
     from tests.support.servers import MinioServer
 
     with MinioServer(tmp_path_factory.mktemp("minio")) as server:
@@ -100,7 +100,7 @@ def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator["MinioServer"]:
 
 @pytest.fixture(scope="session")
 def explored(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> LocalStore:
-    """A store with experiments to look at, which no test changes."""
+    """A store with experiments for the explorer; tests do not change it."""
     from tests.support.explored import fill
 
     store = LocalStore(tmp_path_factory.mktemp("explored"))

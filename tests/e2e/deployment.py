@@ -1,4 +1,4 @@
-"""`docker compose up` as users do it, under a project name of its own, and what tests ask of it."""
+"""`docker compose up` under a separate project name, and queries of the running system."""
 
 import contextlib
 import json
@@ -18,17 +18,17 @@ from memtail.storage.s3 import S3Store
 PROJECT = Path(__file__).parents[2]
 _TOOLS = PROJECT.parent / "shared" / "tools"
 CONTROL, WORKER = "memtail-control", "memtail-worker"
-# Grafana's image is used where it can be had.
+# Omitted if its image is not available.
 OPTIONAL = "grafana"
 
 
 class Deployment:
-    """A running system of its own: containers, volumes and network bear its project's name.
+    """A running system, isolated by its project name: containers, volumes and network.
 
     Args:
-        spec: the experiment that it is to train.
-        out: the folder in which the command line leaves what it fetches.
-        workers: how many.
+        spec: file of the experiment to train.
+        out: folder that the command line writes to.
+        workers: number of workers.
     """
 
     def __init__(self, spec: Path, out: Path, workers: int) -> None:
@@ -46,7 +46,7 @@ class Deployment:
         self.compose("up", "--detach", "--scale", f"worker={self._workers}", *names, capture=False)
 
     def down(self) -> None:
-        """Remove everything that was started, but for the images."""
+        """Remove all containers, volumes and networks, but not the images."""
         with contextlib.suppress(subprocess.CalledProcessError):
             self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "5", capture=False)
 
@@ -59,7 +59,7 @@ class Deployment:
         return done.stdout or ""
 
     def containers(self, service: str | None = None) -> list[dict[str, Any]]:
-        """What Docker knows of the containers, those that have ended included."""
+        """Return Docker's description of the containers, including those that have ended."""
         label = f"label=com.docker.compose.project={self.project}"
         ids = docker("ps", "--all", "--quiet", "--filter", label).split()
         found = json.loads(docker("inspect", *ids)) if ids else []
@@ -69,21 +69,21 @@ class Deployment:
         return f"http://{self.compose('port', service, str(port)).strip()}"
 
     def passwords(self) -> dict[str, str]:
-        """All of them, by what they are for."""
+        """Return all passwords by purpose."""
         shown = self.compose(
             "run", "--rm", "--no-deps", "passwords", "python", "-m", "services.tools.make_passwords", "/run/memtail", "--show"
         )
         return {meaning.strip(): password for password, _, meaning in (line.partition(" ") for line in shown.splitlines())}
 
     def store(self) -> S3Store:
-        """The bucket, as this machine sees it."""
+        """Open the bucket through its published port."""
         keys = self.passwords()
         access = next(password for meaning, password in keys.items() if meaning.startswith("access key"))
         secret = next(password for meaning, password in keys.items() if meaning.startswith("secret key"))
         return S3Store("memtail", settings=S3Settings(endpoint=self.address("minio", 9000), access_key=access, secret_key=secret))
 
     def until(self, what: Callable[[], Any], seconds: float) -> None:
-        """Wait for something to become true."""
+        """Wait until a condition is true."""
         end = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < end, self.compose("logs", "--tail", "40")
@@ -91,12 +91,12 @@ class Deployment:
 
 
 def composed() -> Any:
-    """docker-compose.yml, as it is written."""
+    """Parse docker-compose.yml."""
     return yaml.safe_load((PROJECT / "docker-compose.yml").read_text())
 
 
 def prepare_images() -> None:
-    """Where there is a script that makes images for machines without a registry, and an engine, run it."""
+    """Start a container engine and prepare images of other projects by a script, if this machine has one."""
     script = _TOOLS / "local-images.sh"
     if script.exists():
         subprocess.run([_TOOLS / "install.sh", "prometheus", "minio", "mc"], check=True)
@@ -112,7 +112,7 @@ def build_images() -> float:
 
 
 def python_image() -> str:
-    """What our images are built on."""
+    """Return the base image."""
     found = re.search(r"^ARG PYTHON_IMAGE=(\S+)", (PROJECT / "Dockerfile").read_text(), re.MULTILINE)
     assert found
     return found[1]
@@ -127,7 +127,7 @@ def service_of(container: dict[str, Any]) -> str:
 
 
 def _foreign() -> list[str]:
-    """The services whose image is not ours."""
+    """Return the services that use images of other projects."""
     return [name for name, service in composed()["services"].items() if "build" not in service]
 
 

@@ -23,7 +23,7 @@ from memtail.storage.local import LocalStore
 from tests.e2e.deployment import PROJECT, Deployment, build_images, docker, prepare_images, service_of
 
 TRIALS, PER_SHARD, WORKERS = 600, 10, 2
-# Where these agree, so do the bits.
+# Packages whose versions determine the bits of the scores.
 DECIDING = ["torch", "numba", "pyarrow", "scikit-learn"]
 
 
@@ -46,7 +46,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deployment(spec: Path, out: Path) -> Iterator[Deployment]:
-    """A system that has trained everything, although one of its workers was killed meanwhile."""
+    """A system that trained all trials although one of its workers was killed."""
     prepare_images()
     deployment = Deployment(spec, out, WORKERS)
     print(f"\nimages built in {build_images():.0f} s")
@@ -64,7 +64,7 @@ def deployment(spec: Path, out: Path) -> Iterator[Deployment]:
         docker("kill", deployment.containers("worker")[0]["Id"])
         print(f"first shard {time.monotonic() - began:.0f} s after docker compose up")
         assert len(list(experiment_store.committed())) < TRIALS / PER_SHARD, (
-            "the worker was to be killed before all was done: more trials are needed"
+            "all shards were committed before the worker was killed: declare more trials"
         )
         deployment.until(published, 600)
         print(f"first scores {time.monotonic() - began:.0f} s after docker compose up")
@@ -75,14 +75,14 @@ def deployment(spec: Path, out: Path) -> Iterator[Deployment]:
         deployment.down()
 
 
-def test_every_trial_is_there_once_and_none_failed(deployment: Deployment) -> None:
+def test_every_trial_is_committed_once_without_a_failure(deployment: Deployment) -> None:
     experiment_store = ExperimentStore(deployment.store(), "digits")
     trials = [trial for shard in experiment_store.committed() for trial in shard.trials]
     assert sorted(trials) == list(range(TRIALS))
     assert not list(experiment_store.failures())
 
 
-def test_the_command_line_fetches_what_an_embedded_run_computes(deployment: Deployment, spec: Path, out: Path, tmp_path: Path) -> None:
+def test_fetched_scores_equal_those_of_an_embedded_run(deployment: Deployment, spec: Path, out: Path, tmp_path: Path) -> None:
     deployment.compose("run", "--rm", "cli", "scores", "digits", "--fetch", "/out")
     run(Experiment.load(spec), tmp_path)
     pointer = latest_version(LocalStore(tmp_path), "digits")
@@ -93,7 +93,7 @@ def test_the_command_line_fetches_what_an_embedded_run_computes(deployment: Depl
     same = docker("run", "--rm", "memtail-worker", "python", "-c", code).split() == [version(name) for name in DECIDING]
     if same:
         assert fetched.read_bytes() == expected.read_bytes()
-    else:  # another torch may round differently, and tip a trial here or there
+    else:  # another version of torch may round differently, which changes a few outcomes
         here, there = (pyarrow.parquet.read_table(path).to_pydict() for path in (expected, fetched))
         assert here["k_in"] == there["k_in"]
         assert here["k_out"] == there["k_out"]
@@ -128,7 +128,7 @@ def test_a_study_is_trained_by_the_workers_and_shown_in_the_explorer(deployment:
     deployment.until(lambda: all(result["title"] in page() for result in results), 60)
 
 
-def test_all_are_healthy_but_the_one_that_was_killed(deployment: Deployment) -> None:
+def test_all_containers_are_healthy_except_the_killed_worker(deployment: Deployment) -> None:
     deployment.until(lambda: "starting" not in _health(deployment), 120)
     health = _health(deployment)
     assert set(health) == {"healthy"}
@@ -137,7 +137,7 @@ def test_all_are_healthy_but_the_one_that_was_killed(deployment: Deployment) -> 
     assert ended == {"passwords": 0, "bucket": 0, "submit": 0, "worker": 137}
 
 
-def test_nobody_is_root_or_writes_to_its_image(deployment: Deployment) -> None:
+def test_containers_run_without_root_on_a_read_only_file_system(deployment: Deployment) -> None:
     for container in deployment.containers():
         host, name = container["HostConfig"], container["Name"]
         assert container["Config"]["User"].partition(":")[0] not in ("", "0", "root"), name
@@ -150,13 +150,13 @@ def test_nobody_is_root_or_writes_to_its_image(deployment: Deployment) -> None:
         assert "no-new-privileges:true" in host["SecurityOpt"], name
 
 
-def test_ports_are_open_to_this_machine_only(deployment: Deployment) -> None:
+def test_ports_are_published_on_the_loopback_interface_only(deployment: Deployment) -> None:
     bindings = [each for container in deployment.containers() for each in (container["HostConfig"]["PortBindings"] or {}).values()]
     assert bindings
     assert {binding["HostIp"] for each in bindings for binding in each} == {"127.0.0.1"}
 
 
-def test_no_password_is_in_logs_or_in_what_docker_shows(deployment: Deployment) -> None:
+def test_no_password_is_in_logs_or_in_the_description_of_containers(deployment: Deployment) -> None:
     seen = deployment.compose("--profile", "*", "logs") + json.dumps(deployment.containers())
     assert "published" in seen
     for meaning, password in deployment.passwords().items():
@@ -177,6 +177,6 @@ def test_prometheus_scrapes_all_services_and_has_the_rules(deployment: Deploymen
 
 
 def _health(deployment: Deployment) -> list[str]:
-    """Of all that run and have a health check."""
+    """Return the health of all running containers with a health check."""
     running = (each["State"] for each in deployment.containers() if each["State"]["Running"])
     return [state["Health"]["Status"] for state in running if "Health" in state]

@@ -1,4 +1,4 @@
-"""The images hold what their own code imports; run by `make e2e`."""
+"""Imports of all modules in the images; run by `make e2e`."""
 
 import json
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.deployment import CONTROL, PROJECT, WORKER, build_images, docker, prepare_images, python_image
 
-# Prints what failed, by the names of modules: the missing package, or the error.
+# Prints the failed imports: the missing package, or the error, by module.
 IMPORT = """
 import importlib, json, sys
 failures = {}
@@ -30,19 +30,19 @@ def images() -> None:
 
 
 def modules(*packages: str) -> list[str]:
-    """The names of all modules of packages, as the files of this checkout say, but for the suites that need pytest."""
+    """Return the names of all modules of packages in this checkout, except the test suites, which need pytest."""
     paths = (path for package in packages for path in (PROJECT / package).rglob("*.py"))
     names = (_module(path.relative_to(PROJECT)) for path in paths)
     return sorted(name for name in names if not name.startswith("memtail.testing"))
 
 
 def import_failures(image: str, names: Iterable[str]) -> dict[str, str]:
-    """The modules that cannot be imported in an image, and the packages they miss."""
+    """Return the modules that cannot be imported in an image, with the missing package or the error."""
     failures: dict[str, str] = json.loads(docker("run", "--rm", image, "python", "-c", IMPORT, *names))
     return failures
 
 
-def test_the_control_image_imports_all_that_needs_no_torch() -> None:
+def test_the_control_image_imports_all_modules_that_need_no_torch() -> None:
     services = (f"services/{name}" for name in ("aggregator", "common", "dispatcher", "tools"))
     names = modules("memtail", *services)
     failures = import_failures(CONTROL, names)
@@ -62,7 +62,7 @@ def test_requirements_are_installed_completely(image: str) -> None:
     assert "No broken requirements" in docker("run", "--rm", image, "pip", "check")
 
 
-def test_the_sizes_of_the_images_are_told() -> None:
+def test_print_the_sizes_of_the_images() -> None:
     for image in (python_image(), CONTROL, WORKER):
         size = int(docker("image", "inspect", "--format", "{{.Size}}", image))
         assert size > 0

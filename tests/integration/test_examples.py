@@ -51,7 +51,7 @@ def test_an_example_runs_the_study_it_is_named_after(folder, script, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_an_example_is_a_script_of_a_shell(folder, script):
+def test_each_example_is_a_shell_script_that_prints_the_result(folder, script):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(PROJECT)}
     command = ["sh", script.relative_to(PROJECT)]

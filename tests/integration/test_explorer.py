@@ -206,7 +206,7 @@ def test_images_are_those_of_the_dataset(client, digits):
         assert (np.asarray(Image.open(io.BytesIO(answer.content))) == images[5, :, :, 0]).all()
 
 
-def test_an_example_without_an_estimate_says_so_and_comes_last(client):
+def test_an_example_without_an_estimate_is_marked_and_comes_last(client):
     found = page(client, "/experiments/odd")
     assert found.links(r"/experiments/odd/train/(\d+)")[-1] == "7"
     text = page(client, "/experiments/odd/train/7").text

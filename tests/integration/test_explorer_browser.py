@@ -180,7 +180,7 @@ def test_a_token_opens_the_requested_page(page: Page, closed: str) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_pages_fit_a_phone_and_axe_finds_nothing(page: Page, path: str) -> None:
+def test_pages_fit_a_phone_and_axe_reports_nothing(page: Page, path: str) -> None:
     fits_a_phone(page, path)
 
 

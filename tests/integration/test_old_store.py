@@ -36,7 +36,7 @@ def published(store):
     return {file: store.get(keys.scores("old", pointer.version) + file) for file in pointer.files}
 
 
-def test_counts_and_estimates_of_its_trials_are_equal_to_the_bit(store, experiment, tmp_path):
+def test_counts_and_estimates_from_an_old_store_have_equal_bits(store, experiment, tmp_path):
     dataset = memtail.datasets.prepare(experiment.dataset)
     experiment_store = ExperimentStore(store, "old")
     record = experiment_store.read_record()
@@ -60,14 +60,14 @@ def test_counts_and_estimates_of_its_trials_are_equal_to_the_bit(store, experime
     assert published(store) == before
 
 
-def test_its_published_scores_are_read(store):
+def test_published_scores_of_an_old_store_are_read(store):
     scores = memtail.load_scores(store.root / "experiments" / "old")
     assert scores.summary.trials == 24
     assert len(scores.most_memorized(5)["mem"]) == 5
     assert scores.influence(train=[0, 1], test=slice(0, 5)).value.shape == (2, 5)
 
 
-def test_it_is_extended_and_no_trial_is_trained_again(store, experiment):
+def test_an_old_store_is_extended_without_training_a_trial_again(store, experiment):
     held = {path.name: path.read_bytes() for path in (store.root / "experiments/old/trials").iterdir()}
     more = experiment.model_copy(update={"subsets": experiment.subsets.model_copy(update={"trials": 40})})
     result = memtail.run(more, store.root)

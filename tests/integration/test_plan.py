@@ -78,21 +78,21 @@ def test_the_forecasts_agree_with_each_other(planned):
     assert not plan["extrapolated"]
 
 
-def test_the_standard_error_and_the_trials_for_another_belong_together(planned):
+def test_the_forecast_has_the_smallest_number_of_trials_for_a_standard_error(planned):
     plan = planned[0]
     assert plan["standard_error"] == pytest.approx(math.sqrt(1.19 / 60), rel=0.01)
     trials = plan["trials_for_it"]
     assert expected_standard_error(trials, 0.7) <= 0.05 < expected_standard_error(trials - 1, 0.7)
 
 
-def test_the_bytes_are_those_of_a_run(planned):
+def test_forecast_sizes_are_those_of_a_run(planned):
     plan, _, folder, _ = planned
     experiment = folder / "store" / "experiments" / "digits"
     assert plan["trial_bytes"] == pytest.approx(size_of(experiment / "trials"), rel=0.15)
     assert plan["score_bytes"] == pytest.approx(size_of(experiment / "scores"), rel=0.15)
 
 
-def test_a_plan_counts_what_the_store_holds_and_leaves_it_alone(planned):
+def test_a_plan_counts_trials_in_the_store_and_does_not_change_it(planned):
     _, _, folder, path = planned
     before = {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")}
     result = command("plan", path, "--store", folder / "store")
@@ -103,7 +103,7 @@ def test_a_plan_counts_what_the_store_holds_and_leaves_it_alone(planned):
     assert {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")} == before
 
 
-def test_the_phases_of_a_run_are_its_devices_time(planned):
+def test_the_phases_of_a_run_add_up_to_its_device_time(planned):
     profile = planned[1]["profile"]
     assert list(profile["phases"]) == [*PHASES, "writing", "rest"]
     assert sum(profile["phases"].values()) == pytest.approx(profile["seconds"] * profile["devices"], rel=0.01)
@@ -132,7 +132,7 @@ def test_a_profile_is_shown_in_a_table(tmp_path):
         ([], {"execution": {"device": "cuda:99"}}, "cuda:99"),
     ],
 )
-def test_bad_input_is_answered_with_one_line(tmp_path, options, parts, said):
+def test_bad_input_is_refused_in_one_line(tmp_path, options, parts, said):
     result = command("plan", spec(tmp_path, **parts), "--store", tmp_path / "store", *options)
     assert result.returncode == 2
     assert said in result.stderr
@@ -140,14 +140,14 @@ def test_bad_input_is_answered_with_one_line(tmp_path, options, parts, said):
     assert not (tmp_path / "store").exists()
 
 
-def test_another_experiment_of_the_name_is_refused(planned, tmp_path):
+def test_another_experiment_under_the_name_is_refused(planned, tmp_path):
     result = command("plan", spec(tmp_path, training={"epochs": 3}), "--store", planned[2] / "store")
     assert result.returncode == 2
     assert "choose another name" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_long_trials_are_cut_short_on_a_part_of_the_images(declare, tmp_path, monkeypatch):
+def test_long_trials_are_extrapolated_from_a_part_of_the_epochs_and_images(declare, tmp_path, monkeypatch):
     monkeypatch.setitem(measurements._OPERATIONS, "cpu", 1e6)
     monkeypatch.setattr(measurements, "_MEASURED_SECONDS", 0.1)
     experiment = declare(40, training={"epochs": 1000}, execution={"device": "cpu", "trials_per_shard": 4})
@@ -165,7 +165,7 @@ def test_a_trial_that_fails_is_named(declare, tmp_path):
         planning.forecast(experiment, tmp_path / "store")
 
 
-def test_the_makespan_is_that_of_the_first_free_device():
+def test_each_shard_goes_to_the_first_free_device():
     assert planning._makespan([3.0, 2.0, 2.0, 1.0], 2) == 4.0
     assert planning._makespan([3.0, 2.0], 1) == 5.0
     assert planning._makespan([3.0, 2.0], 8) == 3.0
@@ -173,7 +173,7 @@ def test_the_makespan_is_that_of_the_first_free_device():
 
 
 @pytest.mark.parametrize("model", [{"name": "mlp", "hidden": [16]}, {"name": "cnn", "channels": [4], "hidden": 8}])
-def test_profiling_changes_no_bit_and_phases_stay_within_the_seconds(declare, digits, model):
+def test_profiling_changes_no_bit_and_phases_take_at_most_the_whole_time(declare, digits, model):
     experiment = declare(6, model=model, record={"margins": True})
     plain, profiled = train_shard(experiment, digits, range(6), CPU), train_shard(experiment, digits, range(6), CPU, profile=True)
     for name in ("membership", "train_correct", "test_correct", "train_margin", "test_margin"):
@@ -185,7 +185,7 @@ def test_profiling_changes_no_bit_and_phases_stay_within_the_seconds(declare, di
     assert 0.3 * profiled.provenance.seconds < sum(phases.values()) <= profiled.provenance.seconds + 0.01
 
 
-def test_phases_that_are_off_measure_nothing():
+def test_disabled_phases_measure_nothing():
     phases = Phases()
     with phases.measure("data"):
         pass

@@ -52,7 +52,7 @@ def test_a_second_run_trains_nothing_and_publishes_the_same_bits(finished, tmp_p
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == held
 
 
-def test_more_trials_extend_an_experiment_to_the_scores_of_a_whole_run(finished, tmp_path):
+def test_more_trials_extend_an_experiment_to_the_scores_of_a_single_run(finished, tmp_path):
     store, _ = finished
     assert command("run", spec(tmp_path, subsets={"trials": 33}), "--store", tmp_path / "store").returncode == 0
     assert command("run", spec(tmp_path), "--store", tmp_path / "store").returncode == 0
@@ -60,7 +60,7 @@ def test_more_trials_extend_an_experiment_to_the_scores_of_a_whole_run(finished,
     assert len(list((tmp_path / "store" / "experiments" / "digits" / "scores").glob("0*"))) == 2
 
 
-def test_another_experiment_of_the_name_is_refused_and_nothing_is_lost(finished, tmp_path):
+def test_another_experiment_under_the_name_is_refused_and_nothing_is_lost(finished, tmp_path):
     store, _ = finished
     held = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     result = command("run", spec(tmp_path, training={"epochs": 5}), "--store", store)
@@ -106,7 +106,7 @@ def test_the_pointer_never_goes_back_to_fewer_trials(finished, digits):
     assert command("top", "--store", store).returncode == 0
 
 
-def test_damaged_scores_are_one_clear_line_and_a_run_mends_the_pointer(finished, tmp_path):
+def test_damaged_scores_are_one_clear_error_and_a_run_repairs_the_pointer(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "store")
     folder = version(tmp_path / "store")
     for damage in ("{", '{"version": "gone"}'):
@@ -125,7 +125,7 @@ def test_damaged_scores_are_one_clear_line_and_a_run_mends_the_pointer(finished,
     assert "Traceback" not in result.stderr
 
 
-def test_names_with_brackets_are_shown_as_they_are(tmp_path):
+def test_names_with_brackets_are_shown_unchanged(tmp_path):
     write_tree(tmp_path / "images", count=6)
     for split in ("train", "val"):
         (tmp_path / "images" / split / "cat").rename(tmp_path / "images" / split / "a[red]")
@@ -137,7 +137,7 @@ def test_names_with_brackets_are_shown_as_they_are(tmp_path):
     assert f"--store {tmp_path}/st[/v1]" in result.stdout
 
 
-def test_flipped_labels_come_out_memorized_and_far_above_the_rest(tmp_path, digits):
+def test_examples_with_flipped_labels_are_memorized_far_more_than_the_rest(tmp_path, digits):
     labels = np.array(digits.train_labels)
     flipped = np.random.default_rng(0).choice(len(labels), 30, replace=False)
     labels[flipped] = (labels[flipped] + 5) % 10
@@ -152,7 +152,7 @@ def test_flipped_labels_come_out_memorized_and_far_above_the_rest(tmp_path, digi
     assert np.mean(mem[flipped][:, None] > rest) > 0.95
 
 
-def test_a_twin_under_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_path, digits):
+def test_a_copy_with_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_path, digits):
     # A test image that no training image tells apart: an 8 relabelled as class 10, which has few members of its own.
     test_labels, labels, train = np.array(digits.test_labels), np.array(digits.train_labels), np.array(digits.train_images)
     eights = np.flatnonzero(test_labels == 8)[:3]
@@ -184,7 +184,7 @@ def _run_arrays(tmp_path, name):
     return memtail.load_scores(tmp_path / "store" / "experiments" / name)
 
 
-def test_published_files_pass_a_consumers_check_with_plain_numpy(finished, digits):
+def test_published_files_equal_a_computation_with_plain_numpy(finished, digits):
     store, _ = finished
     folder = version(store)
     stacked = [dict(np.load(path)) for path in batches(store)]
@@ -221,7 +221,7 @@ def test_published_files_pass_a_consumers_check_with_plain_numpy(finished, digit
         np.testing.assert_allclose(table["mem"], mem, atol=1e-9)
 
 
-def test_the_reader_answers_rows_columns_blocks_and_top_k(finished, digits):
+def test_the_reader_returns_rows_columns_blocks_and_top_k(finished, digits):
     store, _ = finished
     scores = memtail.load_scores(store / "experiments" / "digits")
     everything = scores.influence().value
@@ -240,7 +240,7 @@ def test_the_reader_answers_rows_columns_blocks_and_top_k(finished, digits):
     assert scores.summary["without_estimate"] == 0
 
 
-def test_filenames_go_with_the_scores_of_a_folder(tmp_path):
+def test_scores_of_a_folder_include_file_names(tmp_path):
     write_tree(tmp_path / "images", count=6)
     path = spec(
         tmp_path,
@@ -259,7 +259,7 @@ def test_filenames_go_with_the_scores_of_a_folder(tmp_path):
     assert top[0]["filename"].endswith(".png")
 
 
-def test_the_command_line_answers_in_text_and_json(finished, tmp_path):
+def test_commands_print_text_or_json(finished, tmp_path):
     store, _ = finished
     (row,) = json.loads(command("status", "--json", "--store", store).stdout)
     assert (row["experiment"], row["trials"], row["wanted"], row["published_trials"]) == ("digits", 60, 60, 60)
@@ -326,7 +326,7 @@ def test_wrong_scores_paths_are_named(tmp_path):
         memtail.load_scores(tmp_path)
 
 
-def test_enrolled_experiments_of_two_datasets_do_not_mix(finished, tmp_path):
+def test_another_dataset_under_the_name_of_an_experiment_is_refused(finished, tmp_path):
     store, _ = finished
     experiment = memtail.Experiment.parse({"name": "digits", "dataset": {"name": "arrays", "root": write_arrays(tmp_path / "a.npz")}})
     with pytest.raises(StoreError, match=r"dataset\.fingerprint"):

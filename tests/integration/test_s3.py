@@ -51,7 +51,7 @@ def environment(monkeypatch):
     return monkeypatch
 
 
-def test_a_write_whose_answer_is_lost_is_known_again_as_ones_own(minio, bucket, proxy, logs):
+def test_a_write_whose_response_is_lost_is_recognised(minio, bucket, proxy, logs):
     store = S3Store(bucket, "lost", minio.settings(endpoint=proxy.endpoint))
     proxy.cuts.append((b"PUT", 0))
     assert store.put_if_absent("k", b"mine")
@@ -62,7 +62,7 @@ def test_a_write_whose_answer_is_lost_is_known_again_as_ones_own(minio, bucket, 
     assert S3Store(bucket, "lost", minio.settings()).get("k") == b"mine"
 
 
-def test_each_request_is_told_of_with_its_outcome_and_its_bytes(minio, bucket, proxy, tmp_path, logs):
+def test_each_request_is_reported_with_its_outcome_and_bytes(minio, bucket, proxy, tmp_path, logs):
     told = []
     store = S3Store(bucket, "told", minio.settings(endpoint=proxy.endpoint), observe=lambda *request: told.append(request))
 
@@ -97,7 +97,7 @@ def test_each_request_is_told_of_with_its_outcome_and_its_bytes(minio, bucket, p
     assert requests() == [("get", "refused", 0)]
 
 
-def test_a_refusal_whose_answer_is_lost_is_not_taken_for_success_though_the_bytes_are_the_same(minio, bucket, proxy):
+def test_a_refused_write_of_equal_bytes_is_not_taken_for_success_if_its_response_is_lost(minio, bucket, proxy):
     store = S3Store(bucket, "refused", minio.settings(endpoint=proxy.endpoint))
     assert S3Store(bucket, "refused", minio.settings()).put_if_absent("k", b"same")
     proxy.cuts.append((b"PUT", 0))
@@ -105,7 +105,7 @@ def test_a_refusal_whose_answer_is_lost_is_not_taken_for_success_though_the_byte
     assert not proxy.cuts
 
 
-def test_of_many_writers_whose_answers_are_lost_exactly_one_wins(minio, bucket, proxy):
+def test_exactly_one_of_many_writers_wins_although_responses_are_lost(minio, bucket, proxy):
     store = S3Store(bucket, "many", minio.settings(endpoint=proxy.endpoint))
     for attempt in range(5):
         proxy.cuts += [(b"PUT", 0)] * 6
@@ -116,7 +116,7 @@ def test_of_many_writers_whose_answers_are_lost_exactly_one_wins(minio, bucket, 
 
 
 @pytest.mark.parametrize("after", [0, 1000, 1 << 20])
-def test_a_read_that_breaks_off_is_begun_again_and_never_short(minio, bucket, proxy, tmp_path, logs, after):
+def test_an_interrupted_read_is_retried_and_never_truncated(minio, bucket, proxy, tmp_path, logs, after):
     content = os.urandom(3 << 20)
     store = S3Store(bucket, "short", minio.settings(endpoint=proxy.endpoint))
     store.put("k", content)
@@ -149,7 +149,7 @@ def test_a_server_that_restarts_during_a_write_delays_it(tmp_path):
         assert store.get("new") == b"2"
 
 
-def test_a_server_that_stays_away_is_one_clear_error_after_a_bounded_time(logs):
+def test_a_server_that_stays_down_is_one_clear_error_after_a_bounded_time(logs):
     settings = S3Settings(endpoint=f"http://127.0.0.1:{free_port()}", access_key="a" * 20, secret_key="b" * 40)
     with pytest.raises(UnreachableError) as caught:
         S3Store("bucket", "p", settings, attempts=3).put_if_absent("k", b"")
@@ -164,7 +164,7 @@ def test_a_server_that_stays_away_is_one_clear_error_after_a_bounded_time(logs):
     assert time.monotonic() - began < 10
 
 
-def test_a_server_that_does_not_answer_is_given_up(logs):
+def test_a_server_that_does_not_respond_is_given_up(logs):
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -202,7 +202,7 @@ def test_a_missing_bucket_is_one_clear_error_at_once(minio, logs):
     assert not logs
 
 
-def test_a_temporary_key_that_may_only_read_reads_and_is_told_what_it_lacks(minio, bucket, logs):
+def test_a_temporary_read_only_key_reads_and_errors_of_writes_name_the_missing_permissions(minio, bucket, logs):
     S3Store(bucket, "reading", minio.settings()).put("k", b"1")
     actions = ["s3:GetObject", "s3:ListBucket", "s3:GetBucketLocation"]
     policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": actions, "Resource": ["arn:aws:s3:::*"]}]}
@@ -220,14 +220,14 @@ def test_a_temporary_key_that_may_only_read_reads_and_is_told_what_it_lacks(mini
     assert not logs
 
 
-def test_a_clock_that_is_far_off_is_one_clear_error(minio, bucket, monkeypatch, logs):
+def test_a_large_clock_difference_is_one_clear_error(minio, bucket, monkeypatch, logs):
     monkeypatch.setattr("minio.time.utcnow", lambda: datetime.now(UTC) + timedelta(hours=1))
     with pytest.raises(StoreError, match=r"RequestTimeTooSkewed.*set the clock of this machine"):
         S3Store(bucket, "", minio.settings()).verify_contract()
     assert not logs
 
 
-def test_a_server_with_a_certificate_of_ones_own_authority(tmp_path, logs):
+def test_a_server_may_have_a_certificate_of_a_private_authority(tmp_path, logs):
     authority = trustme.CA()
     certificate, folder = authority.issue_cert("127.0.0.1"), tmp_path / "certs"
     folder.mkdir()
@@ -258,7 +258,7 @@ def test_tls_to_a_server_without_it_is_one_clear_error_at_once(minio, bucket, lo
     assert not logs
 
 
-def test_a_bucket_may_be_addressed_by_a_host_name_of_its_own(minio, bucket, monkeypatch):
+def test_a_bucket_may_be_addressed_by_its_host_name(minio, bucket, monkeypatch):
     import socket
 
     asked, resolve = set(), socket.getaddrinfo
@@ -290,7 +290,7 @@ def test_stores_under_two_prefixes_of_a_bucket_do_not_see_each_other(minio, buck
     assert list(S3Store(bucket, "shared", minio.settings()).list("")) == ["one/k"]
 
 
-def test_large_files_go_up_in_parts_and_come_down_whole(minio, bucket, proxy, tmp_path):
+def test_large_files_are_uploaded_in_parts_and_downloaded_whole(minio, bucket, proxy, tmp_path):
     store = S3Store(bucket, "parts", minio.settings(endpoint=proxy.endpoint), part_size=5 << 20)
     (tmp_path / "up").write_bytes(os.urandom((20 << 20) + 7))
     store.upload("k", tmp_path / "up")
@@ -304,7 +304,7 @@ def test_large_files_go_up_in_parts_and_come_down_whole(minio, bucket, proxy, tm
         assert not proxy.cuts
 
 
-def test_a_listing_of_more_than_a_page_is_whole_and_in_order(minio, bucket, monkeypatch):
+def test_a_listing_of_several_pages_is_complete_and_ordered(minio, bucket, monkeypatch):
     monkeypatch.setattr("memtail.storage.s3._PAGE", 7)
     store = S3Store(bucket, "pages", minio.settings())
     names = [f"{number:03d}/x y+z%&ü" for number in range(28)]
@@ -315,7 +315,7 @@ def test_a_listing_of_more_than_a_page_is_whole_and_in_order(minio, bucket, monk
     assert store.get(names[3]) == b""
 
 
-def test_folders_are_named_without_a_listing_of_what_lies_in_them(minio, bucket, proxy):
+def test_folders_are_listed_without_their_content(minio, bucket, proxy):
     store = S3Store(bucket, "folders", minio.settings(endpoint=proxy.endpoint))
     for number in range(20):
         store.put(f"experiments/e/trials/{number}", b"")
@@ -343,7 +343,7 @@ def test_credentials_come_from_variables_or_from_files_that_they_name(minio, buc
     open_store(f"s3://{bucket}/files")
 
 
-def test_without_a_key_those_of_aws_are_looked_for(minio, bucket, environment, tmp_path, logs):
+def test_without_a_key_credentials_of_aws_are_used(minio, bucket, environment, tmp_path, logs):
     environment.setenv("MEMTAIL_S3_ENDPOINT", minio.endpoint)
     environment.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     environment.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{free_port()}/")
@@ -387,7 +387,7 @@ def test_no_secret_is_ever_shown(minio, bucket, proxy, logs, caplog):
         ("s3://bucket/../x", "is not a key"),
     ],
 )
-def test_what_is_no_address_of_a_store_is_refused(environment, address, message):
+def test_an_invalid_address_of_a_store_is_refused(environment, address, message):
     with pytest.raises(StoreError, match=message):
         open_store(address)
 
@@ -433,7 +433,7 @@ def test_a_server_that_does_not_keep_the_contract_is_refused_at_the_start(enviro
         assert open_store("s3://bucket/x", verify=False).address == "s3://bucket/x"
 
 
-def test_what_is_no_s3_server_is_one_clear_error_at_once(logs):
+def test_a_server_that_is_not_s3_is_one_clear_error_at_once(logs):
     class Anything(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -452,7 +452,7 @@ def test_what_is_no_s3_server_is_one_clear_error_at_once(logs):
     assert not logs
 
 
-def test_an_upload_that_fails_at_its_very_end_is_begun_again(tmp_path, logs):
+def test_an_upload_that_fails_at_its_end_is_retried(tmp_path, logs):
     (tmp_path / "file").write_bytes(bytes(6 << 20))
     with FakeS3("fails-late") as server:
         S3Store("bucket", "", server.settings(), part_size=5 << 20).upload("k", tmp_path / "file")
@@ -460,7 +460,7 @@ def test_an_upload_that_fails_at_its_very_end_is_begun_again(tmp_path, logs):
         assert len(logs) == 1
 
 
-def test_a_write_that_a_proxy_repeats_is_known_again_as_ones_own():
+def test_a_write_repeated_by_a_proxy_is_recognised():
     with FakeS3("repeats") as server:
         store = S3Store("bucket", "", server.settings())
         assert store.put_if_absent("k", b"1")
@@ -480,7 +480,7 @@ def test_a_write_that_a_proxy_repeats_is_known_again_as_ones_own():
         (404, "NoSuchUpload"),
     ],
 )
-def test_what_may_pass_is_tried_again(logs, status, code):
+def test_transient_errors_are_retried(logs, status, code):
     with FakeS3(failures=[(status, code), (status, code)]) as server:
         assert S3Store("bucket", "", server.settings()).put_if_absent("k", b"1")
         assert len(logs) == 2
@@ -492,14 +492,14 @@ def test_what_may_pass_is_tried_again(logs, status, code):
 @pytest.mark.parametrize(
     ("status", "code"), [(403, "AccessDenied"), (404, "NoSuchBucket"), (501, "NotImplemented"), (400, "KeyTooLongError"), (409, "Other")]
 )
-def test_what_cannot_pass_is_not_tried_again(logs, status, code):
+def test_permanent_errors_are_not_retried(logs, status, code):
     for action in (lambda store: store.put_if_absent("k", b""), lambda store: store.put("k", b""), lambda store: store.get("k")):
         with FakeS3(failures=[(status, code)]) as server, pytest.raises(StoreError, match=f"'k' cannot be .* \\({code}: m\\): "):
             action(S3Store("bucket", "", server.settings()))
     assert not logs
 
 
-def test_doctor_looks_at_the_bucket_the_conditional_write_and_the_clock(environment, minio, bucket):
+def test_doctor_checks_the_bucket_the_conditional_write_and_the_clock(environment, minio, bucket):
     def checks(endpoint, address=f"s3://{bucket}/doctor"):
         for name, value in (("ENDPOINT", endpoint), ("ACCESS_KEY", minio.access_key), ("SECRET_KEY", minio.secret_key)):
             environment.setenv(f"MEMTAIL_S3_{name}", value)

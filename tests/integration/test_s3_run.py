@@ -52,7 +52,7 @@ def test_a_second_run_trains_nothing(in_a_bucket):
     assert "all from the store" in result.stdout
 
 
-def test_commands_that_read_take_a_bucket(in_a_bucket):
+def test_read_only_commands_accept_a_bucket(in_a_bucket):
     address, environment, _, _ = in_a_bucket
     here = {**environment, "MEMTAIL_STORE": address}
     status = json.loads(command("status", "--json", env=here).stdout)
@@ -88,7 +88,7 @@ def test_a_notebook_loads_scores_from_a_bucket(in_a_bucket, monkeypatch):
         memtail.load_scores("gs://bucket/experiments/digits")
 
 
-def test_a_bucket_that_cannot_be_used_is_one_line(in_a_bucket, tmp_path):
+def test_an_unusable_bucket_is_reported_in_one_line(in_a_bucket, tmp_path):
     environment = in_a_bucket[1]
     for arguments in (("status",), ("run", spec(tmp_path))):
         result = command(*arguments, "--store", "s3://not-there", env=environment)
@@ -100,7 +100,7 @@ def test_a_bucket_that_cannot_be_used_is_one_line(in_a_bucket, tmp_path):
         assert result.stderr.startswith("memtail: gs://bucket is not the address of a store")
 
 
-def test_warnings_of_a_server_that_fails_for_a_while_do_not_mix_with_the_answer(in_a_bucket):
+def test_warnings_of_transient_failures_do_not_mix_with_the_output(in_a_bucket):
     with FakeS3(failures=[(503, "SlowDown")]) as server:
         environment = {**in_a_bucket[1], "MEMTAIL_S3_ENDPOINT": server.settings().endpoint}
         result = command("status", "--json", "--store", "s3://bucket", env=environment)
@@ -109,7 +109,7 @@ def test_warnings_of_a_server_that_fails_for_a_while_do_not_mix_with_the_answer(
     assert "trying again" in result.stderr
 
 
-def test_the_cache_keeps_the_scores_that_were_read_last_and_those_before(minio, declare, tmp_path, monkeypatch):
+def test_the_cache_keeps_the_latest_and_the_previous_scores(minio, declare, tmp_path, monkeypatch):
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
     store = S3Store(minio.new_bucket(), settings=minio.settings())
     for trials in (20, 30, 40):

@@ -169,7 +169,7 @@ def test_a_paused_experiment_stays_paused_when_submitted_again(call, spec, submi
     assert submitted.control() == Control("paused", 2)
 
 
-def test_submit_needs_no_device_of_the_workers(call, spec):
+def test_submit_does_not_need_the_device_of_the_workers(call, spec):
     call("submit", spec(execution={"trials_per_shard": 4, "device": "cuda:7"}))
 
 

@@ -60,6 +60,6 @@ def test_a_file_in_place_of_the_folder_is_one_clear_error(tmp_path):
         LocalStore(tmp_path / "file").put("k", b"")
 
 
-def test_keys_are_read_back_from_what_they_spell():
+def test_keys_are_parsed_to_their_shards():
     assert keys.parse_span(keys.trial_batch("x", 64, 127)) == (64, 127)
     assert keys.parse_span(keys.failure("x", 0, 9, 2)) == (0, 9)

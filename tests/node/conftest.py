@@ -1,4 +1,4 @@
-"""One node, and one release that lives through all faults."""
+"""Session-scoped node, and a release that all tests share."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tests.node.release import VERSION, RealNode, Release, declaration, files
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealNode]:
-    """A node that has all images."""
+    """A node with all images."""
     install_tools("helm")
     prepare_images()
     print(f"\nimages built in {build_images():.0f} s")
@@ -40,7 +40,7 @@ def release(node: RealNode) -> Release:
 
 @pytest.fixture(scope="session")
 def embedded(node: RealNode, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The score files of an embedded run in the worker image."""
+    """Score files of an embedded run in the worker image."""
     folder = tmp_path_factory.mktemp("embedded")
     folder.chmod(0o777)
     (folder / "spec.yaml").write_text(yaml.safe_dump(declaration("untroubled")))

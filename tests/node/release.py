@@ -1,4 +1,4 @@
-"""A release of the chart on a real node, with our own images, and the experiments that it trains."""
+"""A release of the chart on a real node, with images built from this checkout, and the experiments that it trains."""
 
 import base64
 import json
@@ -33,7 +33,7 @@ SPEC = {
 }
 _QUICK = [{"name": "MEMTAIL_LEASE_SECONDS", "value": "10"}, {"name": "MEMTAIL_RESYNC_SECONDS", "value": "5"}]
 VALUES = {
-    # all on two cores
+    # everything fits on two cores
     "workers.resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}},
     "workers.max": 4,
     "workers.terminationGracePeriodSeconds": 30,
@@ -42,7 +42,7 @@ VALUES = {
 
 
 class RealNode(Kubernetes):
-    """A control plane with this machine as its node, which runs containers. There can be one."""
+    """A control plane with this machine as its node, which runs containers. At most one can exist."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -52,7 +52,7 @@ class RealNode(Kubernetes):
         self._control("real-node")
 
     def give(self, *images: str) -> None:
-        """Give the node images of the Docker engine here."""
+        """Copy images of this machine's Docker engine to the node."""
         self._control("images", *images)
 
     def stop_kubelet(self) -> None:
@@ -62,7 +62,7 @@ class RealNode(Kubernetes):
         self._control("kubelet", "start")
 
     def get(self, kind: str, *arguments: str) -> Any:
-        """An object, or a list of objects."""
+        """Return an object, or a list of objects."""
         return json.loads(self.kubectl("get", kind, *arguments, "--output", "json"))
 
 
@@ -75,7 +75,7 @@ class Release:
     name: str = "memtail"
 
     def helm(self, command: str, *arguments: str, **values: Any) -> str:
-        """The output of a helm command, which warns of nothing. A dot in the name of a value is written as two underscores."""
+        """Run helm, and return its output; fails on warnings. Two underscores stand for a dot in the name of a value."""
         named = {name.replace("__", "."): value for name, value in values.items()}
         options = [str(CHART), *as_options(VALUES | named)] if command in ("install", "upgrade") else []
         done = helm(command, self.name, *options, *arguments, "--namespace", self.namespace, kubeconfig=self.node.kubeconfig)
@@ -87,24 +87,24 @@ class Release:
         return self.node.kubectl("--namespace", self.namespace, *arguments)
 
     def execute(self, pod: str, *command: str) -> None:
-        """Run a command in a pod, whatever becomes of it, and of the pod."""
+        """Run a command in a pod, ignoring its exit code, since the pod may end."""
         prefix = ["kubectl", "--kubeconfig", self.node.kubeconfig, "--namespace", self.namespace]
         subprocess.run([*prefix, "exec", pod, "--", *command], capture_output=True, check=False)
 
     def pods(self, component: str, experiment: str = "") -> list[dict[str, Any]]:
-        """The pods of a component that run and are not about to end."""
+        """Return the running pods of a component that are not being deleted."""
         selector = f"app.kubernetes.io/component={component}" + (f",memtail/experiment={experiment}" if experiment else "")
         pods = self.node.get("pods", "--namespace", self.namespace, "--selector", selector)["items"]
         return [pod for pod in pods if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]]
 
     def contents(self) -> set[str]:
-        """All objects of the namespace but events."""
+        """Return the names of all objects of the namespace except events."""
         resources = self.node.kubectl("api-resources", "--namespaced", "--verbs=list", "--output=name").split()
         kinds = ",".join(kind for kind in resources if not kind.startswith("events"))
         return set(self.kubectl("get", kinds, "--output", "name", "--ignore-not-found").split())
 
     def store(self) -> S3Store:
-        """The bucket, as the node's own machine reaches it."""
+        """Open the bucket by the cluster IP of its service."""
         secret = self.node.get("secret", f"{self.name}", "--namespace", self.namespace)["data"]
         address = self.node.get("service", f"{self.name}-minio", "--namespace", self.namespace)["spec"]["clusterIP"]
         access, secret_key = (base64.b64decode(secret[name]).decode() for name in ("s3-access-key", "s3-secret-key"))
@@ -117,7 +117,7 @@ class Release:
         return Training(self, name, store)
 
     def until(self, what: Callable[[], Any], seconds: float = 600) -> None:
-        """Wait until something is true; what cannot be asked at present is not."""
+        """Wait until a condition is true; an unreachable store counts as false."""
         end = time.monotonic() + seconds
         while True:
             with suppress(MemtailError):
@@ -127,7 +127,7 @@ class Release:
             time.sleep(0.5)
 
     def situation(self) -> str:
-        """What there is and what was said last, for whoever has to find out why a test failed."""
+        """Return pods, Jobs, events and recent logs, for the message of a failed test."""
         commands = (
             ["get", "pods,jobs", "--output", "wide"],
             ["get", "events", "--sort-by", ".lastTimestamp"],
@@ -153,13 +153,13 @@ class Training:
         return progress_of(self.store, self.name)
 
     def workers(self) -> list[dict[str, Any]]:
-        """Its workers' pods that run."""
+        """Return the running pods of its workers."""
         return self.release.pods("worker", self.name)
 
     def begin(self) -> None:
-        """Wait until it is being trained: a shard is committed, another is not. A fault has its chance then."""
+        """Wait until the experiment is in training: at least one shard is committed, and at least one is missing."""
         self.release.until(lambda: self.progress.committed and self.workers())
-        assert self.progress.missing, "all was done before the fault: more epochs are needed"
+        assert self.progress.missing, "all shards were committed before the fault: declare more epochs"
 
     def finish(self) -> None:
         """Wait until all scores are published."""
@@ -167,11 +167,11 @@ class Training:
         assert self.progress.ending == "published", self.release.situation()
 
     def trials(self) -> list[int]:
-        """The trials that are committed, in order."""
+        """Return the committed trials, ascending."""
         return sorted(trial for shard in self.progress.committed for trial in shard.trials)
 
     def scores(self, folder: Path) -> dict[str, bytes]:
-        """The published files, by name."""
+        """Return the published files by name."""
         pointer = self.progress.pointer
         assert pointer
         fetch_scores(self.store, self.name, pointer, folder)
@@ -179,21 +179,21 @@ class Training:
 
 
 def declaration(name: str, **workers: Any) -> dict[str, Any]:
-    """The experiment file."""
+    """Return the declaration of an experiment."""
     execution: dict[str, Any] = {"trials_per_shard": PER_SHARD, "device": "cpu", "workers": {"max": 2, **workers}}
     return {"name": name, **SPEC, "execution": execution}
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, by name."""
+    """Return the files of a folder by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def main_process(pod: dict[str, Any], command: str) -> int:
-    """The id, on this machine, of the first process of a pod that runs a command."""
+    """Return the process id, on this machine, of the first process of a pod that runs a command."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the process has ended
             if pod["metadata"]["uid"] in (process / "cgroup").read_text() and command in (process / "cmdline").read_text():
                 found.append(int(process.name))
     return min(found)

@@ -1,4 +1,4 @@
-"""The images and the chart on a real node: from no worker to none, and through faults. Run by `make test-node`."""
+"""The images and the chart on a real node: scaling from and to zero workers, and faults. Run by `make test-node`."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ from tests.node.release import NODE, TRIALS, Release, Training, main_process
 
 # The only file that names the experiment.
 SUMMARY = "summary.json"
-# Small processes that take memory until the kernel ends a process of the container. That is the largest, which trains; with cgroups of
-# version 2 it is all of them.
+# Small processes allocate memory until the kernel kills the largest process of the container, which is the training process; with cgroups
+# of version 2 it kills all processes.
 HOG = """
 import os, pathlib, signal
 processes = [pathlib.Path("/proc", pid) for pid in os.listdir("/proc") if pid.isdigit()]
@@ -36,7 +36,7 @@ for hog in hogs:
 """
 
 
-def test_an_experiment_is_trained_from_no_worker_to_none(release: Release, embedded: dict[str, bytes], tmp_path: Path) -> None:
+def test_workers_scale_from_zero_and_back_to_zero(release: Release, embedded: dict[str, bytes], tmp_path: Path) -> None:
     assert not release.pods("worker")
     training = release.submit("untroubled")
     training.finish()
@@ -105,7 +105,7 @@ def test_a_fault_in_training_changes_no_score(
     _assert_complete(training, embedded, tmp_path)
 
 
-def test_an_image_that_cannot_be_pulled_is_told_and_used_once_it_is_there(
+def test_an_image_that_cannot_be_pulled_gives_a_notice_and_is_used_once_available(
     release: Release, embedded: dict[str, bytes], tmp_path: Path
 ) -> None:
     image = f"memtail.local/worker:{uuid.uuid4().hex}"
@@ -121,8 +121,8 @@ def test_an_image_that_cannot_be_pulled_is_told_and_used_once_it_is_there(
     _assert_complete(training, embedded, tmp_path)
 
 
-def test_nothing_is_left_of_a_release_but_its_bucket(release: Release, embedded: dict[str, bytes], tmp_path: Path) -> None:
-    """The last one: it ends the release in training, and installs it again."""
+def test_uninstalling_keeps_only_the_bucket_for_a_new_release(release: Release, embedded: dict[str, bytes], tmp_path: Path) -> None:
+    """Runs last, because it uninstalls the release during training."""
     training = release.submit("uninstalled")
     training.begin()
     release.helm("uninstall", "--wait", "--timeout", "5m")
@@ -137,7 +137,7 @@ def _name(pod: dict[str, Any]) -> str:
 
 
 def _assert_complete(training: Training, embedded: dict[str, bytes], folder: Path) -> None:
-    """Every trial is there once, and the scores are those of an embedded run."""
+    """Assert that every trial is committed once, and that the scores equal those of an embedded run."""
     training.finish()
     assert training.trials() == list(range(TRIALS))
     scores = training.scores(folder)

@@ -1,4 +1,4 @@
-"""Small datasets on disk: an archive of arrays, a folder of images, MNIST as torchvision leaves it."""
+"""Small datasets on disk: an archive of arrays, a folder of images, MNIST in torchvision's layout."""
 
 import gzip
 import struct
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def write_arrays(path: Path, **changes: Any) -> Path:
-    """An `arrays` dataset of 40 training and 20 test images of 6 x 6 in two classes, told apart by their brightness."""
+    """Write an `arrays` dataset: 40 training and 20 test images of 6 x 6 pixels, in two classes of different brightness."""
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
     for split, count in (("train", 40), ("test", 20)):
@@ -23,7 +23,7 @@ def write_arrays(path: Path, **changes: Any) -> Path:
 
 
 def write_tree(root: Path, count: int = 5, size: tuple[int, int] = (8, 8), suffix: str = ".png") -> dict[str, np.ndarray[Any, Any]]:
-    """A `folder` dataset of random images in two classes; returns them by their paths below `root`."""
+    """Write a `folder` dataset of random images in two classes; return the images by path below `root`."""
     rng = np.random.default_rng(0)
     held = {}
     for split in ("train", "val"):
@@ -37,7 +37,7 @@ def write_tree(root: Path, count: int = 5, size: tuple[int, int] = (8, 8), suffi
 
 
 def write_mnist(root: Path, compress: bool = False) -> dict[str, np.ndarray[Any, Any]]:
-    """Eight training and four test images in torchvision's layout; return the images by the prefix of their file."""
+    """Write eight training and four test images in torchvision's layout; return the images by the prefix of their file."""
     rng = np.random.default_rng(0)
     folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)

@@ -11,7 +11,7 @@ Bits = np.ndarray[Any, Any]
 
 
 def random_bits(seed: int, t: int, n: int, q: int) -> tuple[Bits, Bits, Bits]:
-    """M, C and T of t trials."""
+    """Return M, C and T of t random trials."""
     rng = np.random.default_rng(seed)
     # some examples are always in or always out, so that k_out or k_in is 0
     M = rng.random((t, n)) < rng.choice([0.0, 0.5, 0.7, 1.0], n, p=[0.1, 0.4, 0.4, 0.1])
@@ -21,7 +21,7 @@ def random_bits(seed: int, t: int, n: int, q: int) -> tuple[Bits, Bits, Bits]:
 def batch_of(
     first: int, M: Bits, C: Bits, T: Bits, diverged: tuple[int, ...] = (), margins: Bits | None = None, predicted: Bits | None = None
 ) -> TrialBatch:
-    """A batch from `first` on; with `predicted` [t, n], the classes that were predicted, also mistakes."""
+    """Make a batch of trials from `first` on; with `predicted` [t, n], the predicted classes, it also records misclassifications."""
     trials = np.arange(first, first + len(M), dtype=np.int32)
     metrics = [TrialMetrics(int(k), int(k) in diverged, 0.0, 1.0, 1.0, 1.0) for k in trials]
     mistakes = None if predicted is None else predicted[~C & ~np.isin(trials, list(diverged))[:, None]].astype(np.uint16)
@@ -43,7 +43,7 @@ def batch_of(
 def random_batch(
     k: int = 3, n: int = 13, q: int = 5, seed: int = 0, margins: bool = False, mistakes: bool = True
 ) -> tuple[TrialBatch, list[Bits]]:
-    """A batch of trials 10 to 9 + k with all that may be recorded, and its M, C and T."""
+    """Return a batch of trials 10 to 9 + k with all optional records, and its M, C and T."""
     rng = np.random.default_rng(seed)
     bits = [rng.random((k, size)) < 0.5 for size in (n, n, q)]
     metrics = [TrialMetrics(trial, False, 0.5, 1.0, None, 0.75) for trial in range(10, 10 + k)]
@@ -54,7 +54,7 @@ def random_batch(
 
 
 def commit(experiment_store: ExperimentStore, *shards: Shard, diverged: bool = False) -> None:
-    """Commit made-up trials."""
+    """Commit random trials."""
     record = experiment_store.read_record()
     for shard in shards:
         rng = np.random.default_rng(shard.first)

@@ -1,4 +1,4 @@
-"""The command line as its users see it, in this process or in one of its own, and the files of small runs."""
+"""Runs the command line, in this process or in a child process, and finds the files of small runs."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ MEMTAIL = [sys.executable, "-m", "memtail"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     returncode: int
     stdout: str
@@ -31,11 +31,11 @@ class Answer:
 
 
 def command(*arguments: object, env: Mapping[str, str] | None = None) -> Answer:
-    """Run `memtail` in this process, which has imported already what a process of its own would import first.
+    """Run `memtail` in this process, which saves the imports of a child process.
 
     Args:
-        arguments: of the command line.
-        env: the whole environment; by default this process's.
+        arguments: arguments of the command line.
+        env: the complete environment; by default this process's.
     """
     output, errors = io.StringIO(), io.StringIO()
     terminate = signal.getsignal(signal.SIGTERM)
@@ -57,12 +57,12 @@ def command(*arguments: object, env: Mapping[str, str] | None = None) -> Answer:
 
 
 def command_in_process(*arguments: object, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
-    """Run `memtail` in a process of its own."""
+    """Run `memtail` in a child process."""
     return subprocess.run([*MEMTAIL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300, env=env)
 
 
 def module_path(folder: Path) -> dict[str, str]:
-    """An environment in which modules are looked for in a folder first."""
+    """Return an environment in which Python searches a folder for modules first."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
 
 
@@ -84,17 +84,17 @@ def write_spec(folder: Path, name: str = "digits", **parts: Any) -> Path:
 
 
 def batches(store: Path, name: str = "digits") -> list[Path]:
-    """The files of an experiment's trial batches."""
+    """Return the files of an experiment's trial batches."""
     return sorted((Path(store) / "experiments" / name / "trials").glob("*.npz"))
 
 
 def version(store: Path, name: str = "digits") -> Path:
-    """The folder of the latest scores."""
+    """Return the folder of the latest scores."""
     return memtail.load_scores(Path(store) / "experiments" / name).folder
 
 
 def same_files(one: Path, other: Path) -> bool:
-    """Whether two folders hold files of the same names and bytes."""
+    """Return whether two folders hold files of equal names and bytes."""
     names = sorted(path.name for path in one.iterdir())
     return names == sorted(path.name for path in other.iterdir()) and all(
         (one / name).read_bytes() == (other / name).read_bytes() for name in names

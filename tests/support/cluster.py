@@ -67,7 +67,7 @@ class RedisServer:
 
     @property
     def running(self) -> bool:
-        """Whether it has been started and has not ended."""
+        """Whether the process is running."""
         return self._process is not None and self._process.poll() is None
 
     def client(self) -> Any:
@@ -85,7 +85,7 @@ class RedisServer:
 
 
 class Service:
-    """One service process with its log; `special` where it has other settings than all of its kind."""
+    """One service process with its log; `special` if its settings differ from the defaults."""
 
     def __init__(self, name: str, environment: dict[str, str], log: Path, prefix: tuple[str, ...] = (), special: bool = False) -> None:
         self.name, self._environment, self.log, self._prefix = name, environment, log, prefix
@@ -112,7 +112,7 @@ class Service:
         self.process.wait()
 
     def stop(self, timeout: float = 30) -> None:
-        """Stop it like a cluster: SIGTERM, then SIGKILL after a timeout."""
+        """Stop the process as Kubernetes does: SIGTERM, then SIGKILL after a timeout."""
         self.process.terminate()
         try:
             self.process.wait(timeout)
@@ -205,15 +205,15 @@ class Cluster:
         return (line for line in service.log.read_text().splitlines() if f'"event": "{event}"' in line)
 
     def told(self, name: str, event: str, experiment: str) -> list[str]:
-        """The lines with an event of an experiment in the logs of all services of a name."""
+        """Return the log lines with an event of an experiment, of all services of a name."""
         mine = (service for service in self.services if service.name == name)
         return [line for service in mine for line in self.events(service, event) if f'"experiment": "{experiment}"' in line]
 
 
 class LivingCluster(Cluster):
-    """A cluster that serves many tests: one dispatcher, two workers and an aggregator, replaced where a test has ended them.
+    """A cluster shared by many tests: one dispatcher, two workers and an aggregator, which are replaced after a test ended them.
 
-    Its workers find `gate` closed, and leave marks of what went wrong in `faults` (see `tests.support.faulty_models`).
+    Its workers train `gated` models as `gate` permits, and mark injected faults in the folder `faults` (see `tests.support.faulty_models`).
     """
 
     _KINDS = {"dispatcher": 1, "worker": 2, "aggregator": 1}  # noqa: RUF012 - never changed
@@ -225,24 +225,24 @@ class LivingCluster(Cluster):
         super().__init__(folder, minio, GATE_FOLDER=str(folder / "gate"), FAULT_FOLDER=str(self.faults), **quick)
 
     def kinds(self, name: str) -> list[Service]:
-        """The services of a name."""
+        """Return the services of a name."""
         return [service for service in self.services if service.name == name]
 
     def end(self, *services: Service) -> None:
-        """End services, which do not come back in this test."""
+        """End services without restarting them."""
         for service in services:
             service.kill()
             self.services.remove(service)
-        for _ in range(2):  # after the second answer Redis has seen that they are gone, and hands them no message that comes now
+        for _ in range(2):  # after the second response, Redis has closed their connections and delivers no new message to them
             self.redis.client().ping()
 
     def replace(self, name: str, prefix: tuple[str, ...] = (), **environment: str) -> Service:
-        """One service with other settings, in place of all of its name."""
+        """Replace all services of a name by one with other settings."""
         self.end(*self.kinds(name))
         return self.start(name, prefix, **environment)
 
     def restore(self) -> None:
-        """Have it as a test finds it: nothing to do, and every service alive and as all tests have it."""
+        """Restore the initial state: no experiments, a closed gate, and all services running with default settings."""
         if not self.redis.running:
             self.redis.start()
         self.end(*(service for service in self.services if service.special or service.process.poll() is not None))
@@ -256,7 +256,7 @@ class LivingCluster(Cluster):
             mark.unlink()
 
     def _finish_all(self) -> None:
-        """Take every experiment away, once nobody trains it any more."""
+        """Cancel all experiments, and remove them when no worker trains them."""
         names = experiment_names(self.store)
         for name in names:
             ExperimentStore(self.store, name).set_control(Control("cancelled"))
@@ -268,5 +268,5 @@ class LivingCluster(Cluster):
             self.store.delete(key)
 
     def broker(self) -> Broker:
-        """Its queue and its leases."""
+        """Open the queue and the leases."""
         return Broker(ServiceSettings(store="-", broker=self.redis.url))

@@ -28,7 +28,7 @@ FIGURE = b'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="300" view
 
 
 def fill(store: LocalStore, images: Path) -> None:
-    """Make the three experiments; `images` is a folder for those of `odd`."""
+    """Create the three experiments; `images` is a folder for the images of `odd`."""
     model = {"name": "mlp", "hidden": [16]}
     digits = {"name": "digits", "dataset": {"name": "digits"}, "model": model, "training": {"epochs": 4}, "subsets": {"trials": TRIALS}}
     with inline.training():
@@ -60,7 +60,7 @@ def publish_random(store: ObjectStore, experiment: Experiment, trials: int) -> N
     statistics = Statistics(dataset.n_train, dataset.n_test)
     bits = {name: rng.random((trials, count)) for name, count in (("M", dataset.n_train), ("C", dataset.n_train), ("T", dataset.n_test))}
     M = bits["M"] < 0.7
-    M[:, -1] = True  # never out
+    M[:, -1] = True  # in every subset
     C = M | (bits["C"] < np.linspace(0, 1, dataset.n_train))
     metrics = [TrialMetrics(trial, False, 0.0, 1.0, 0.5, 0.5) for trial in range(trials)]
     packed = (pack(M), pack(C), pack(bits["T"] < 0.5))

@@ -1,4 +1,4 @@
-"""A server that does wrong on purpose what a real one does right."""
+"""An S3 server with injected faults."""
 
 import threading
 import time
@@ -11,10 +11,10 @@ from memtail.settings import S3Settings
 
 
 class FakeS3(ThreadingHTTPServer):
-    """Enough of S3 for one bucket, with what a server may do wrong.
+    """The part of S3 that a store with one bucket uses, with injected faults.
 
     Faults: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`, `fails-late` (an upload in parts ends with an error, status 200).
-    `failures` are answered first, as (status, code); `clock` is how many seconds it is ahead.
+    `failures`, as (status, code), are the first responses; `clock` is the number of seconds by which the server's clock is ahead.
     """
 
     daemon_threads = True
@@ -48,7 +48,7 @@ class _FakeHandler(BaseHTTPRequestHandler):
         self.server.requests.append(self.command)
         if "location" in query:
             return self.answer(200, b"<LocationConstraint/>")
-        if self.server.failures and self.command != "HEAD":  # whose answers have no code
+        if self.server.failures and self.command != "HEAD":  # responses to HEAD have no error code
             status, code = self.server.failures.pop(0)
             return self.answer(status, f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode())
         if "list-type" in query:

@@ -1,6 +1,6 @@
-"""Networks of a user's own that go wrong or wait, where the environment of a service says so; elsewhere they train as any other.
+"""User-defined networks that fail or wait during training if an environment variable of the service names a folder for that.
 
-They take no option by which two runs of an experiment could differ, so that scores can be compared with those of an undisturbed run.
+In other processes they train normally: their options are equal in both, so scores can be compared with those of an undisturbed run.
 """
 
 import math
@@ -16,9 +16,9 @@ _admitted = 0
 
 
 def faulty(image_shape: tuple[int, int, int], classes: int, how: str, always: bool = False) -> nn.Module:
-    """A small network, after `how` has happened in FAULT_FOLDER: "segfault", "memory", "raise", "hang" or "killed".
+    """Inject a fault, then build a small network; `how` is "segfault", "memory", "raise", "hang" or "killed".
 
-    It happens once, or with `always` until there is a file of the name "fixed".
+    FAULT_FOLDER records the fault, so that it occurs once; with `always` it occurs until the folder holds a file "fixed".
     """
     folder = os.environ.get("FAULT_FOLDER")
     if folder:
@@ -30,41 +30,41 @@ def faulty(image_shape: tuple[int, int, int], classes: int, how: str, always: bo
 
 
 def gated(image_shape: tuple[int, int, int], classes: int, trials: int) -> nn.Module:
-    """A small network whose training waits in each step until GATE_FOLDER admits the shard, which has so many trials; see `Gate`."""
+    """Build a small network whose training waits until `Gate` admits its shard; `trials` is the number of trials of a shard."""
     network = _Gated(*_layers(image_shape, classes))
     network.trials = trials
     return network
 
 
 class Gate:
-    """Decides when shards of `gated` networks are trained to their end."""
+    """Holds back shards of `gated` networks; a folder that all processes share."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._tickets = folder, 0
         folder.mkdir(exist_ok=True)
 
     def admit(self, shards: int) -> None:
-        """Let so many more shards pass."""
+        """Admit a number of further shards."""
         for _ in range(shards):
             self._tickets += 1
             (self._folder / f"ticket-{self._tickets}").touch()
 
     @property
     def waiting(self) -> int:
-        """Number of processes that train and have not been let pass since."""
+        """Number of processes that wait for admission."""
         return len(list(self._folder.glob("waiting-*")))
 
     def open(self) -> None:
-        """Let all pass, now and later."""
+        """Admit all shards from now on."""
         (self._folder / "open").touch()
 
     def close(self) -> None:
-        """Let none pass from now on."""
+        """Admit no further shard."""
         for path in self._folder.iterdir():
             path.unlink(missing_ok=True)
 
 
-class _Gated(nn.Sequential):  # no plain sequence, so that its trials are trained one by one
+class _Gated(nn.Sequential):  # a subclass is not stackable, so that its trials are trained one by one
     trials = 1
     _passed = False
 
@@ -76,8 +76,8 @@ class _Gated(nn.Sequential):  # no plain sequence, so that its trials are traine
 
 
 def _pass(trials: int) -> bool:
-    """Whether this network may go on; after a second without leave it does one step, between which shards can be stopped."""
-    global _admitted  # noqa: PLW0603 - one leave is for all trials of a shard, which one process trains
+    """Wait up to a second for admission; return whether it was granted. Without it one step is taken, since only steps check for a stop."""
+    global _admitted  # noqa: PLW0603 - one ticket admits all trials of a shard, which one process trains
     folder = os.environ.get("GATE_FOLDER")
     if folder is None:
         return True
@@ -96,7 +96,7 @@ def _pass(trials: int) -> bool:
 
 
 def _claim(folder: Path) -> bool:
-    """Take a ticket; of several processes one gets it."""
+    """Take a ticket; of several processes exactly one gets it."""
     for ticket in folder.glob("ticket-*"):
         try:
             ticket.unlink()
@@ -118,6 +118,6 @@ def _go_wrong(how: str) -> None:
     elif how == "memory":
         raise MemoryError("no memory left")
     elif how == "raise":
-        raise ValueError("this network cannot be made")
+        raise ValueError("this network cannot be built")
     elif how == "hang":
         time.sleep(3600)

@@ -1,4 +1,4 @@
-"""Embedded runs that train in this process, and checks of models in it: no process is started, none imports torch."""
+"""Embedded runs and checks of models in this process: starting processes that import torch would take seconds."""
 
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -9,15 +9,15 @@ from memtail.execution import declare, pool
 
 
 class InlineExecutor(Executor):
-    """Stands for a pool of one process: runs what is submitted at once."""
+    """Replaces a pool of one process; runs submitted functions immediately."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    _processes: dict[int, Any] = {}  # noqa: RUF012 - none, as a pool whose processes have ended
+    _processes: dict[int, Any] = {}  # noqa: RUF012 - empty, like that of a pool without processes
 
     def submit(self, function: Any, /, *arguments: Any, **options: Any) -> "Future[Any]":
-        """Call a function; the future holds what it returned or raised."""
+        """Call a function; the future holds its result or exception."""
         future: Future[Any] = Future()
         try:
             future.set_result(function(*arguments, **options))
@@ -26,7 +26,7 @@ class InlineExecutor(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Nothing runs."""
+        """Do nothing: no function is running."""
 
 
 _processes = pool.Workers._pool
@@ -39,16 +39,16 @@ def _inline(workers: pool.Workers) -> InlineExecutor:
 
 
 def train_here(here: bool) -> None:
-    """Have embedded runs train and models be checked in this process from now on, or in processes as it is by itself."""
-    global _here  # noqa: PLW0603 - as the names that are replaced
+    """Make embedded runs train, and models be checked, in this process; or, if `here` is False, in child processes as usual."""
+    global _here  # noqa: PLW0603 - global like the names that are replaced
     _here = here
     pool.Workers._pool = _inline if here else _processes  # type: ignore[assignment]
-    setattr(declare, "ProcessPoolExecutor", InlineExecutor if here else ProcessPoolExecutor)  # noqa: B010 - a name that it imports
+    setattr(declare, "ProcessPoolExecutor", InlineExecutor if here else ProcessPoolExecutor)  # noqa: B010 - `declare` only imports the name
 
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Meanwhile embedded runs train in this process."""
+    """Make embedded runs train in this process within the block."""
     before = _here
     train_here(True)
     try:

@@ -16,16 +16,16 @@ class Scrape:
         self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
     def values(self, name: str, **labels: str) -> list[float]:
-        """The values of the series with these labels, and perhaps others."""
+        """Return the values of all series that have these labels."""
         return [sample.value for sample in self._samples if sample.name == name and labels.items() <= sample.labels.items()]
 
     def value(self, name: str, **labels: str) -> float | None:
-        """The sum of those; None if there are none."""
+        """Return the sum of these values; None if there are none."""
         found = self.values(name, **labels)
         return sum(found) if found else None
 
     def experiments(self) -> set[str]:
-        """All that have series."""
+        """Return the experiments that have series."""
         return {sample.labels["experiment"] for sample in self._samples if "experiment" in sample.labels}
 
 
@@ -37,7 +37,7 @@ def scrape(service: Service) -> Scrape:
 
 
 def logged(log: str) -> list[dict[str, Any]]:
-    """The lines of a log, each of which is JSON; but for Celery's warning to those who are root, as no container is."""
+    """Parse the JSON lines of a log, without Celery's warning against running as root, which containers do not."""
     return [line for line in map(json.loads, log.splitlines()) if "SecurityWarning" not in line["event"]]
 
 

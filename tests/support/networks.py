@@ -1,4 +1,4 @@
-"""Networks of a user's own, named in experiments as `tests.support.networks:NAME`."""
+"""User-defined networks, named in experiments as `tests.support.networks:NAME`."""
 
 import math
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def with_dropout(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A stackable network but for its dropout."""
+    """A network that only its dropout keeps from being stacked."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, classes))
 
 
@@ -18,5 +18,5 @@ class _Failing(nn.Linear):
 
 
 def failing(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A network that can be tried out but not trained."""
+    """A network that passes the check of models but fails in training."""
     return _Failing(math.prod(image_shape), classes)

@@ -1,4 +1,4 @@
-"""Real servers for tests, each with a free port and a folder of its own, ended by its own process id."""
+"""Real servers for tests, each with a free port and its own folder."""
 
 import contextlib
 import os
@@ -21,14 +21,14 @@ from memtail.settings import S3Settings
 from memtail.storage.s3 import S3Store
 
 _PROJECT = Path(__file__).parents[2]
-#: Scripts that put real servers on this machine.
+#: Scripts that install servers.
 TOOLS = _PROJECT.parent / "shared" / "tools"
 _INSTALL = TOOLS / "install.sh"
 REGION = "north-1"
 
 
 def server_binary(name: str) -> str:
-    """A server's program; where it is missing and there is a script that installs it, that is run first (minutes)."""
+    """Return the path of a server's program; install it first if it is missing and an installation script exists (takes minutes)."""
     if shutil.which(name) is None and _INSTALL.exists():
         subprocess.run(["nice", "-n", "19", str(_INSTALL), name], check=False)
     found = shutil.which(name)
@@ -38,7 +38,7 @@ def server_binary(name: str) -> str:
 
 
 def debian_program(name: str) -> str:
-    """A program of the Debian package of its name; where it is missing and may be installed, that is done first."""
+    """Return the path of a program; install the Debian package of its name first if it is missing and this process is root."""
     if shutil.which(name) is None and shutil.which("apt-get") and os.geteuid() == 0:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "-y", "--no-install-recommends", name]):
@@ -47,7 +47,7 @@ def debian_program(name: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to connections: one of these may be taken before it is used."""
+    """Return a free port below the ephemeral ports, any of which a connection may take before the caller listens on it."""
     while True:
         port = random.randrange(10_000, 30_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -55,7 +55,7 @@ def free_port() -> int:
 
 
 class MinioServer:
-    """A MinIO server on the loopback interface, with random credentials; with `certificates` (public.crt, private.key) on TLS."""
+    """A MinIO server on the loopback interface, with random credentials; with TLS if `certificates` holds public.crt and private.key."""
 
     def __init__(self, folder: Path, certificates: Path | None = None) -> None:
         self._folder, self._certificates = folder, certificates
@@ -109,7 +109,7 @@ class MinioServer:
         return S3Settings(**{"endpoint": self.endpoint, "access_key": self.access_key, "secret_key": self.secret_key, **changes})
 
     def environment(self) -> dict[str, str]:
-        """What a process needs to use it, beside this one's environment."""
+        """Return this process's environment with the address and the key of the server."""
         return {
             **os.environ,
             "MEMTAIL_S3_ENDPOINT": self.endpoint,
@@ -134,9 +134,9 @@ def _quiet():
 
 
 class LossyProxy:
-    """Passes TCP connections on to a server, and cuts some of them while the server answers.
+    """Forwards TCP connections to a server, and cuts some of them during the response.
 
-    `cuts` holds what is still to be cut: of the next request that begins so, all after so many bytes of the answer.
+    `cuts` lists pending cuts as (start of the request, bytes): the response to the next such request is cut after that number of bytes.
     """
 
     def __init__(self, server: MinioServer) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of tests of whole processes: the service, alive for all tests or for one, and what it is compared with."""
+"""Fixtures of tests of whole processes: clusters, per test or per session, small experiments, and expected scores."""
 
 import itertools
 import json
@@ -21,20 +21,20 @@ _numbers = itertools.count()
 
 @pytest.fixture
 def experiment(declare: Declare) -> Experiment:
-    """A small experiment; no other test of this process has one of its name."""
+    """A small experiment with a name that is unique in this process."""
     execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
     return declare(TRIALS, name=f"small-{next(_numbers)}", training={"epochs": 4}, execution=execution)
 
 
 @pytest.fixture
 def slow(declare: Declare) -> Experiment:
-    """An experiment whose shards are trained when the gate of a `living` cluster lets them pass, so that a fault finds one in training."""
+    """An experiment whose shards wait for the gate of a `living` cluster, so that a fault occurs during training."""
     return gated(declare, name=f"slow-{next(_numbers)}")
 
 
 @pytest.fixture(scope="session")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment], dict[str, bytes]]:
-    """The score files of an undisturbed embedded run, trained once for all experiments that differ in their names only."""
+    """Score files of an undisturbed embedded run, trained once for all experiments that differ only in name."""
     made: dict[str, dict[str, bytes]] = {}
 
     def scores(experiment: Experiment) -> dict[str, bytes]:
@@ -55,7 +55,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment],
 
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory, minio: MinioServer) -> Iterator[Cluster]:
-    """A bucket and a broker of this test; no service is started yet."""
+    """A bucket and a broker for one test, without services."""
     with Cluster(tmp_path_factory.mktemp("cluster"), minio) as started:
         yield started
 
@@ -69,6 +69,6 @@ def session_cluster(tmp_path_factory: pytest.TempPathFactory, minio: MinioServer
 
 @pytest.fixture
 def living(session_cluster: LivingCluster) -> LivingCluster:
-    """A cluster that is alive for all tests that ask for it, and idle when a test begins; the gate is closed."""
+    """The running cluster that tests of a session share; idle and with a closed gate when a test begins."""
     session_cluster.restore()
     return session_cluster

@@ -140,7 +140,7 @@ def selectors(node: Any) -> Iterator[str]:
 if "DASHBOARD_PICTURES" in os.environ:  # as `make dashboards` sets it
 
     @pytest.mark.parametrize("name", DASHBOARDS)
-    def test_draw(run: Run, name: str) -> None:
+    def test_render_the_dashboards(run: Run, name: str) -> None:
         folder = PROJECT / os.environ["DASHBOARD_PICTURES"]
         folder.mkdir(parents=True, exist_ok=True)
         dashboard = DASHBOARDS[name]

@@ -94,7 +94,7 @@ def test_a_heartbeat_file_is_healthy_while_it_is_recent(tmp_path: Path) -> None:
     assert "last heartbeat 1" in (healthcheck.main(str(file)) or "")
 
 
-def test_a_service_is_healthy_while_it_says_so(living: LivingCluster) -> None:
+def test_a_service_is_healthy_while_its_health_check_succeeds(living: LivingCluster) -> None:
     (dispatcher,) = living.kinds("dispatcher")
     url = f"http://127.0.0.1:{dispatcher.port}/healthz"
     living.until(lambda: healthcheck.main(url) is None)
@@ -102,7 +102,7 @@ def test_a_service_is_healthy_while_it_says_so(living: LivingCluster) -> None:
     assert url in (healthcheck.main(url) or "")
 
 
-def test_a_worker_beats_before_and_after_redis_goes_away(living: LivingCluster, tmp_path: Path) -> None:
+def test_a_worker_sends_heartbeats_also_during_an_outage_of_redis(living: LivingCluster, tmp_path: Path) -> None:
     file = tmp_path / "heartbeat"
     worker = living.start("worker", MEMTAIL_HEARTBEAT_FILE=str(file))
     for happens in (lambda: None, living.redis.kill, living.redis.start):

@@ -52,7 +52,7 @@ def half_done(cluster, experiment, dataset, workers=2):
     return experiment_store
 
 
-def test_redis_killed_and_started_again(living, slow, digits, expected):
+def test_redis_is_killed_and_restarted(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "redis killed"):
         living.redis.kill()
@@ -61,14 +61,14 @@ def test_redis_killed_and_started_again(living, slow, digits, expected):
         living.gate.open()
 
 
-def test_redis_flushed(living, slow, digits, expected):
+def test_redis_is_flushed(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "redis flushed"):
         living.redis.client().flushall()
         living.gate.open()
 
 
-def test_the_store_is_down_at_start_in_the_middle_and_at_a_commit(tmp_path_factory, own_minio, slow, digits, expected):
+def test_the_store_is_down_at_start_and_at_commits(tmp_path_factory, own_minio, slow, digits, expected):
     with LivingCluster(tmp_path_factory.mktemp("cluster"), own_minio) as cluster:
         experiment_store = cluster.submit(slow, digits)
         own_minio.stop()
@@ -88,7 +88,7 @@ def test_the_store_is_down_at_start_in_the_middle_and_at_a_commit(tmp_path_facto
         assert not experiment_store.attempts()
 
 
-def test_a_workers_child_killed(living, slow, digits, expected):
+def test_a_training_process_is_killed(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     worker = living.kinds("worker")[0]
     with recovery(living, experiment_store, slow, expected, "worker's child killed"):
@@ -100,7 +100,7 @@ def test_a_workers_child_killed(living, slow, digits, expected):
     assert worker.process.poll() is None
 
 
-def test_a_worker_killed(living, slow, digits, expected):
+def test_a_worker_is_killed(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "worker killed"):
         living.kinds("worker")[0].kill()
@@ -108,7 +108,7 @@ def test_a_worker_killed(living, slow, digits, expected):
     assert not experiment_store.attempts()
 
 
-def test_the_dispatcher_killed(living, slow, digits, expected):
+def test_the_dispatcher_is_killed(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "dispatcher killed"):
         living.end(*living.kinds("dispatcher"))
@@ -137,7 +137,7 @@ def test_a_second_dispatcher_waits_and_takes_over(living, slow, digits, expected
         living.until(lambda: shard in experiment_store.committed())
 
 
-def test_the_aggregator_killed_while_it_publishes(living, slow, digits, expected):
+def test_the_aggregator_is_killed_during_publications(living, slow, digits, expected):
     aggregator = living.replace("aggregator", MEMTAIL_PUBLISH_TRIALS="1")
     experiment_store = living.submit(slow, digits)
     with recovery(living, experiment_store, slow, expected, "aggregator killed three times"):
@@ -150,7 +150,7 @@ def test_the_aggregator_killed_while_it_publishes(living, slow, digits, expected
         living.gate.open()
 
 
-def test_one_message_delivered_five_times_at_once(living, slow, digits, expected):
+def test_one_message_is_delivered_five_times_concurrently(living, slow, digits, expected):
     living.end(*living.kinds("dispatcher"), *living.kinds("aggregator"), *living.kinds("worker"))
     experiment_store = living.submit(slow, digits)
     fingerprint = experiment_store.read_record().fingerprint
@@ -168,7 +168,7 @@ def test_one_message_delivered_five_times_at_once(living, slow, digits, expected
 
 
 @pytest.mark.parametrize("how", [pytest.param("segfault", marks=pytest.mark.slow), "memory", "raise", "killed"])
-def test_a_task_that_goes_wrong_once(how, living, declare, digits, expected):
+def test_a_shard_fails_once(how, living, declare, digits, expected):
     experiment = faulty(declare, how, name=f"once-{how}")
     with recovery(living, living.submit(experiment, digits), experiment, expected, f"task that goes wrong: {how}"):
         experiment_store = ExperimentStore(living.store, experiment.name)
@@ -178,7 +178,7 @@ def test_a_task_that_goes_wrong_once(how, living, declare, digits, expected):
 
 
 @pytest.mark.parametrize("how", [pytest.param("segfault", marks=pytest.mark.slow), "raise"])
-def test_a_task_that_always_goes_wrong_is_given_up_and_tried_again_when_asked(how, living, declare, digits, expected):
+def test_a_shard_that_always_fails_is_given_up_and_retried_after_its_failures_are_cleared(how, living, declare, digits, expected):
     living.replace("worker")
     experiment = faulty(declare, how, always=True, name=f"always-{how}")
     experiment_store = living.submit(experiment, digits)
@@ -195,7 +195,7 @@ def test_a_task_that_always_goes_wrong_is_given_up_and_tried_again_when_asked(ho
         experiment_store.clear_failures()
 
 
-def test_a_task_that_hangs_past_its_time_limit(living, declare, digits, expected):
+def test_a_shard_exceeds_its_time_limit(living, declare, digits, expected):
     living.replace("worker", MEMTAIL_SHARD_SECONDS="30")
     experiment = faulty(declare, "hang")
     experiment_store = living.submit(experiment, digits)
@@ -204,7 +204,7 @@ def test_a_task_that_hangs_past_its_time_limit(living, declare, digits, expected
     assert sum(experiment_store.attempts().values()) == 1
 
 
-def test_a_committed_object_deleted(living, slow, digits, expected):
+def test_a_committed_trial_batch_is_deleted(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "committed object deleted"):
         living.gate.open()
@@ -239,7 +239,7 @@ def test_a_damaged_and_a_foreign_batch_are_refused_and_reported(living, experime
             living.store.delete(keys.trial_batch("third", shard.first, shard.last))
 
 
-def test_the_answer_to_a_write_is_lost(living, slow, digits, expected):
+def test_responses_to_writes_are_lost(living, slow, digits, expected):
     living.end(*living.kinds("worker"))
     experiment_store = living.submit(slow, digits)
     living.gate.open()
@@ -252,7 +252,7 @@ def test_the_answer_to_a_write_is_lost(living, slow, digits, expected):
         assert '"outcome": "lost race"' not in worker.log.read_text()
 
 
-def test_a_worker_whose_disk_is_full_leaves_the_work_to_others(living, slow, digits, expected):
+def test_a_worker_with_a_full_disk_hands_its_shards_back(living, slow, digits, expected):
     # the images of the dataset do not fit, but the log of some seconds does
     full = living.replace("worker", prefix=("prlimit", "--fsize=80000"), MEMTAIL_CACHE=str(living.folder / "full"))
     experiment_store = living.submit(slow, digits)
@@ -263,7 +263,7 @@ def test_a_worker_whose_disk_is_full_leaves_the_work_to_others(living, slow, dig
     assert not experiment_store.attempts()
 
 
-def test_every_worker_in_turn_is_told_to_stop(living, slow, digits, expected):
+def test_workers_are_stopped_one_after_another(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "SIGTERM to every worker in turn"):
         for worker in living.kinds("worker"):
@@ -277,7 +277,7 @@ def test_every_worker_in_turn_is_told_to_stop(living, slow, digits, expected):
     assert not experiment_store.attempts()
 
 
-def test_a_worker_whose_clock_is_off_by_an_hour_leaves_the_work_to_others(living, slow, digits, expected):
+def test_a_worker_with_a_wrong_clock_ends_and_names_the_fix(living, slow, digits, expected):
     off = living.replace("worker", prefix=(debian_program("faketime"), "-f", "+1h"))
     experiment_store = living.submit(slow, digits)
     living.gate.open()

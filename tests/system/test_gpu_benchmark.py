@@ -26,7 +26,7 @@ def test_a_dry_run_passes_all_checks_and_prints_every_row():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_without_a_cuda_device_it_says_so_in_one_line():
+def test_a_missing_cuda_device_is_reported_in_one_line():
     done = subprocess.run(COMMAND, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -34,7 +34,7 @@ def test_without_a_cuda_device_it_says_so_in_one_line():
     assert not done.stdout
 
 
-def test_a_row_without_data_is_left_out_in_so_many_words(monkeypatch, tmp_path, capsys):
+def test_a_row_without_data_is_skipped_with_a_message(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
     sizes = gpu.Sizes(torch.device("cpu"), 1, 1, 1, 1, 1, 1, 1)
     assert gpu.mnist(sizes) == gpu.images("cifar100", sizes) == []

@@ -49,11 +49,11 @@ def test_results_of_studies_are_read_without_torch_or_matplotlib(explored: Local
     )
 
 
-def test_what_makes_reports_loads_neither_torch_nor_pandas() -> None:
+def test_report_modules_load_neither_torch_nor_pandas() -> None:
     python("import sys, memtail.report.page, memtail.report.publish; assert not {'torch', 'pandas', 'scipy'} & sys.modules.keys()")
 
 
-def test_help_is_there_at_once() -> None:
+def test_help_loads_no_slow_modules() -> None:
     python(
         "import sys; from typer.testing import CliRunner; from memtail.cli.app import app\n"
         "assert 'removal' in CliRunner().invoke(app, ['study', '--help']).stdout\n"
@@ -61,7 +61,7 @@ def test_help_is_there_at_once() -> None:
     )
 
 
-def test_the_health_check_loads_little() -> None:
+def test_the_health_check_loads_no_slow_modules() -> None:
     """It is run every few seconds in each container."""
     python("import sys, services.tools.healthcheck; assert not {'numpy', 'pydantic', 'celery'} & sys.modules.keys()")
 
@@ -114,7 +114,7 @@ def test_submit_loads_no_torch(tiny: Path, tmp_path: Path) -> None:
     without_torch(tmp_path / "store", ["submit", str(tiny)], ["submit", str(mnist)])
 
 
-def test_without_the_package_a_bucket_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_bucket_without_the_required_package_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "minio.py").write_text("raise ModuleNotFoundError(\"No module named 'minio'\", name='minio')")
     result = command_in_process("status", "--store", "s3://bucket", env=module_path(tmp_path))
     assert result.returncode == 2

@@ -25,7 +25,7 @@ from tests.support.metrics import logged, scrape, states
 from tests.support.servers import LossyProxy
 
 
-def test_each_service_shows_what_was_done(cluster, experiment, digits):
+def test_each_service_exports_metrics_of_its_work(cluster, experiment, digits):
     experiment_store, name = cluster.submit(experiment, digits), experiment.name
     dispatcher, worker, aggregator = (cluster.start(name) for name in ("dispatcher", "worker", "aggregator"))
     cluster.until_published(experiment_store, TRIALS)
@@ -97,7 +97,7 @@ def test_each_service_shows_what_was_done(cluster, experiment, digits):
         assert scrape(service).value("memtail_store_requests_total", operation="get", outcome="ok") > 0
 
 
-def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(living, experiment, digits):
+def test_a_new_aggregator_exports_published_scores_before_it_accumulates_trials(living, experiment, digits):
     experiment_store = living.submit(experiment, digits)
     living.until_published(experiment_store, TRIALS)
     living.end(*living.services)
@@ -112,7 +112,7 @@ def test_a_new_aggregator_shows_what_is_published_before_it_has_folded_anything(
     assert seen.value("memtail_high_influence_pairs") == pointer.summary.pairs.count
 
 
-def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(living, declare, digits):
+def test_a_dead_training_process_is_counted_and_its_worker_still_exports_metrics(living, declare, digits):
     dispatcher, worker = living.kinds("dispatcher")[0], living.replace("worker")
     experiment_store = living.submit(faulty(declare, "segfault", name="dies"), digits)
     living.until(lambda: len(experiment_store.committed()) == SHARDS)
@@ -122,7 +122,7 @@ def test_a_process_that_dies_is_counted_and_the_worker_goes_on_to_show_metrics(l
     assert (scrape(dispatcher).value("memtail_redeliveries_total", experiment="dies") or 0) >= 1
 
 
-def test_dead_shards_are_shown(living, declare, digits):
+def test_dead_shards_are_exported(living, declare, digits):
     (dispatcher,), worker = living.kinds("dispatcher"), living.replace("worker")
     experiment_store = living.submit(faulty(declare, "raise", always=True, name="dead"), digits)
     living.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3])
@@ -133,7 +133,7 @@ def test_dead_shards_are_shown(living, declare, digits):
     living.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="failed") == failed)
 
 
-def test_a_worker_that_vanishes_leaves_a_lease_that_expires(living, declare, digits):
+def test_the_lease_of_a_lost_worker_counts_as_expired(living, declare, digits):
     dispatcher, worker = living.kinds("dispatcher")[0], living.replace("worker")
     execution = {"trials_per_shard": TRIALS, "device": "cpu"}
     experiment_store = living.submit(gated(declare, name="vanishes", execution=execution), digits)
@@ -148,7 +148,7 @@ def test_a_worker_that_vanishes_leaves_a_lease_that_expires(living, declare, dig
     assert scrape(dispatcher).value("memtail_experiments", state="paused") == 1
 
 
-def test_the_time_of_completion_is_shown_while_trials_come_and_a_dispatcher_that_waits_shows_none(living, declare, digits):
+def test_completion_is_estimated_during_training_and_a_standby_exports_no_experiments(living, declare, digits):
     execution = {"trials_per_shard": 1, "device": "cpu"}
     living.submit(declare(500, name="long", training={"epochs": 20}, execution=execution), digits)
     (dispatcher,) = living.kinds("dispatcher")
@@ -162,7 +162,7 @@ def test_the_time_of_completion_is_shown_while_trials_come_and_a_dispatcher_that
     living.until(lambda: scrape(second).value("memtail_dispatcher_leader") == 1 and scrape(second).experiments() == {"long"})
 
 
-def test_an_experiment_that_is_removed_from_the_bucket_goes_from_the_metrics(living, declare, digits):
+def test_series_of_an_experiment_are_removed_after_its_deletion(living, declare, digits):
     for name in ("stays", "goes"):
         living.submit(gated(declare, name=name), digits)
     services = [*living.kinds("dispatcher"), *living.kinds("aggregator")]
@@ -173,7 +173,7 @@ def test_an_experiment_that_is_removed_from_the_bucket_goes_from_the_metrics(liv
         living.until(lambda service=service: scrape(service).experiments() == {"stays"})
 
 
-def test_two_services_with_one_port_say_so(living):
+def test_a_service_with_an_unavailable_port_ends_with_one_line(living):
     (first,) = living.kinds("aggregator")
     living.until(lambda: living.serves(first))
     for name in ("aggregator", "dispatcher", "worker"):
@@ -201,7 +201,7 @@ def test_series_of_an_experiment_are_removed_after_its_end_and_return_after_an_e
     cluster.until(lambda: (scrape(services[2]).value("memtail_trials_folded", experiment="ends") or 0) > TRIALS)
 
 
-def test_a_worker_logs_a_line_for_each_shard_and_says_of_which_experiment_and_shard_a_fault_is(cluster, experiment, digits):
+def test_a_worker_logs_one_line_per_shard_and_names_experiment_and_shard_in_warnings(cluster, experiment, digits):
     experiment_store, name = cluster.submit(experiment, digits), experiment.name
     broker, fingerprint = Broker(ServiceSettings(store="-", broker=cluster.redis.url)), experiment_store.read_record().fingerprint
 
@@ -284,7 +284,7 @@ raise RuntimeError("at the end")
         assert error in line["exception"]
 
 
-def test_what_is_no_message_is_dropped_logged_and_counted(living, experiment, digits):
+def test_malformed_messages_are_dropped_logged_and_counted(living, experiment, digits):
     living.end(*living.kinds("dispatcher"), *living.kinds("worker"))
     experiment_store = living.submit(experiment, digits)
     properties = '{"delivery_tag": "1", "delivery_info": {}, "body_encoding": "base64"}'

@@ -10,7 +10,7 @@ from memtail.datasets.folder import find_images, prepare_folder
 from tests.support.arrays import write_tree
 
 
-def test_a_preparation_that_is_killed_leaves_no_process_and_goes_on_where_it_was(tmp_path):
+def test_a_killed_preparation_leaves_no_process_and_is_resumed(tmp_path):
     write_tree(tmp_path / "tree", count=4000)
     target = tmp_path / "prepared"
     script = tmp_path / "prepare.py"

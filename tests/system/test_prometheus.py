@@ -32,7 +32,7 @@ def test_the_configuration_is_valid(config: Path) -> None:
     promtool("check", "config", "--lint-fatal", config)
 
 
-def test_each_alert_fires_when_it_is_to_and_at_no_other_time() -> None:
+def test_alerts_fire_exactly_as_their_test_cases_say() -> None:
     promtool("test", "rules", PROJECT / "tests/support/alerts.yaml")
 
 

@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
         ),
     ],
 )
-def test_a_run_stopped_at_any_moment_goes_on_to_the_same_scores(finished, tmp_path, signals):
+def test_a_run_stopped_at_any_moment_resumes_to_equal_scores(finished, tmp_path, signals):
     store, _ = finished
     path = spec(tmp_path)
     for number, sent in enumerate(signals, start=1):
@@ -103,7 +103,7 @@ def build(image_shape, classes):
 
 
 @pytest.mark.parametrize(("mode", "error"), [("raise", "RuntimeError: the model is broken"), ("die", "the training process died")])
-def test_a_shard_that_keeps_failing_becomes_failure_records_and_a_later_run_mends_it(tmp_path, mode, error):
+def test_a_shard_that_always_fails_leaves_failure_records_and_a_later_run_trains_it(tmp_path, mode, error):
     (tmp_path / "fragile.py").write_text(MODELS)
     path = spec(
         tmp_path,

@@ -31,7 +31,7 @@ def test_the_service_publishes_the_bits_of_an_embedded_run(living, experiment, d
     assert not list(experiment_store.store.list(keys.checkpoints(experiment.name)))
 
 
-def test_an_experiment_goes_on_until_its_scores_are_sharp_as_an_embedded_run_does(living, declare, digits, expected):
+def test_an_experiment_ends_at_its_standard_error_after_the_trials_of_an_embedded_run(living, declare, digits, expected):
     execution = {"trials_per_shard": 16, "device": "cpu"}
     experiment = declare(64, name="sharp", subsets={"until": {"standard_error": 0.05, "quantile": 0.9}}, execution=execution)
     scores = expected(experiment)
@@ -43,7 +43,7 @@ def test_an_experiment_goes_on_until_its_scores_are_sharp_as_an_embedded_run_doe
     assert living.scores("sharp") == scores
 
 
-def test_priorities_pauses_and_cancelling_decide_what_is_trained(living, declare, digits):
+def test_priority_pause_and_cancellation_control_what_is_trained(living, declare, digits):
     living.end(*living.kinds("dispatcher"))
     execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
     paused, cancelled, low, high = (
@@ -87,7 +87,7 @@ def test_forged_messages_train_nothing_and_end_no_worker(living, experiment, dig
     assert not experiment_store.attempts()
 
 
-def test_a_broker_on_tls_is_trusted_only_by_its_certificate(tmp_path):
+def test_a_broker_with_tls_is_refused_without_its_certificate(tmp_path):
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     certificate.private_key_pem.write_to_path(tmp_path / "private.key")
@@ -107,7 +107,7 @@ def test_a_broker_on_tls_is_trusted_only_by_its_certificate(tmp_path):
         server.stop()
 
 
-def test_cancelling_drops_what_is_being_trained_and_resuming_goes_on_from_there(living, slow, digits):
+def test_cancelling_drops_shards_in_training_and_resuming_trains_them_again(living, slow, digits):
     experiment_store = living.submit(slow, digits)
     broker = living.broker()
     living.until(broker.leased)
@@ -122,7 +122,7 @@ def test_cancelling_drops_what_is_being_trained_and_resuming_goes_on_from_there(
     living.until(broker.leased)
 
 
-def test_the_masks_of_an_explicit_design_travel_with_the_experiment(living, declare, digits, expected, tmp_path):
+def test_workers_fetch_the_masks_of_an_explicit_design(living, declare, digits, expected, tmp_path):
     np.save(tmp_path / "masks.npy", np.random.default_rng(0).random((TRIALS, digits.n_train)) < 0.7)
     subsets = {"design": "explicit", "masks": tmp_path / "masks.npy"}
     experiment = declare(TRIALS, name="masked", subsets=subsets, execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
@@ -135,7 +135,7 @@ def test_the_masks_of_an_explicit_design_travel_with_the_experiment(living, decl
     assert not experiment_store.attempts()
 
 
-def test_an_experiment_of_which_all_trials_diverge_ends_with_a_notice(living, declare, digits):
+def test_an_experiment_whose_trials_all_diverge_ends_with_a_notice(living, declare, digits):
     training = {"epochs": 1, "optimizer": {"name": "sgd", "lr": 1e30}}
     experiment_store = living.submit(
         declare(TRIALS, name="divergent", training=training, execution={"trials_per_shard": PER_SHARD, "device": "cpu"}), digits
@@ -146,7 +146,7 @@ def test_an_experiment_of_which_all_trials_diverge_ends_with_a_notice(living, de
     ]
 
 
-def test_a_worker_of_one_experiment_takes_its_shards_only_and_ends_when_nothing_is_left(living, declare, digits):
+def test_a_worker_of_one_experiment_takes_only_its_shards_and_ends_when_none_is_left(living, declare, digits):
     living.end(*living.kinds("dispatcher"))
     execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
     mine, other = (living.submit(declare(TRIALS, name=name, execution=execution), digits) for name in ("mine", "other"))

@@ -10,7 +10,7 @@ from tests.support.explored import publish_random
 from tests.support.servers import free_port
 
 
-def test_the_aggregator_serves_the_explorer_to_whoever_has_the_token_and_as_long_as_it_lives(cluster, declare, digits, tmp_path):
+def test_the_aggregator_restarts_its_explorer_which_requires_the_token_and_ends_with_it(cluster, declare, digits, tmp_path):
     publish_random(cluster.store, declare(40), 40)
     cluster.submit(declare(40), digits)
     (tmp_path / "token").write_text("secret\n")
@@ -41,7 +41,7 @@ def test_the_aggregator_serves_the_explorer_to_whoever_has_the_token_and_as_long
     cluster.until(lambda: status("/") == 0)
 
 
-def test_a_port_that_is_taken_ends_the_aggregator_with_a_line(cluster):
+def test_an_unavailable_explorer_port_ends_the_aggregator_with_one_line(cluster):
     port = str(free_port())
     cluster.start("aggregator", MEMTAIL_PORT=port, MEMTAIL_EXPLORER_PORT=port)
     second = cluster.services[-1]

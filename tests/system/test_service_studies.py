@@ -22,7 +22,7 @@ def study(cluster: LivingCluster, *arguments: str) -> dict[str, Any]:
     return answer
 
 
-def test_studies_in_a_bucket_are_trained_by_the_services_though_a_worker_is_killed(living, declare, digits):
+def test_services_train_studies_in_a_bucket_although_a_worker_is_killed(living, declare, digits):
     execution = {"device": "cpu", "trials_per_shard": 16}
     experiment = declare(128, model={"name": "mlp", "hidden": [32]}, training={"epochs": 5}, execution=execution)
     experiment_store = living.submit(experiment, digits)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 
-def test_threads_may_count_at_the_same_time_whatever_numba_has_to_run_on():
+def test_threads_may_count_concurrently_on_a_threading_layer_that_is_not_thread_safe():
     count = """
 import threading
 import numpy as np

@@ -51,7 +51,7 @@ def test_membership_of_a_trial_depends_on_seed_and_trial_alone(design):
     assert len(np.unique(together, axis=0)) == 40
 
 
-def test_membership_is_what_it_was_when_it_was_first_published():
+def test_membership_equals_that_of_the_first_release():
     # Recomputing old trials on a new machine depends on these never changing.
     members = membership(spec(seed=7), np.zeros(16, np.int64), [0, 1, 12345])
     packed = [np.packbits(row, bitorder="little").tolist() for row in members]
@@ -70,7 +70,7 @@ def test_balanced_counts_differ_by_one_at_most_in_every_prefix(n, fraction, seed
     assert counts.max() - counts.min() <= 1
 
 
-def test_stratified_is_balanced_within_each_class_and_takes_each_ones_share():
+def test_stratified_is_balanced_within_each_class_and_takes_its_share():
     labels = np.repeat([0, 1, 2], [10, 30, 20])
     members = membership(spec(design="stratified", fraction=0.7), labels, range(33))
     for label, size in ((0, 7), (1, 21), (2, 14)):
@@ -95,7 +95,7 @@ def test_balanced_keeps_pairs_as_separable_as_uniform_does(fraction):
     assert np.abs(pairs - m * (m - 1) / (20 * 19)).max() < 5 * np.sqrt(0.25 / 4000)
 
 
-def test_explicit_masks_are_used_as_they_are(tmp_path):
+def test_explicit_masks_are_used_unchanged(tmp_path):
     masks = np.random.default_rng(0).random((5, 60)) < 0.5
     np.save(tmp_path / "masks.npy", masks)
     members = membership(spec(design="explicit", masks=tmp_path / "masks.npy", trials=5), LABELS, [3, 0])

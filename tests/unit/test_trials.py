@@ -18,7 +18,7 @@ from tests.support.batches import random_batch as make
     k=st.integers(1, 9), n=st.integers(1, 40), q=st.integers(1, 40), seed=st.integers(0, 99), margins=st.booleans(), mistakes=st.booleans()
 )
 @settings(max_examples=40, deadline=None)
-def test_a_batch_survives_the_wire(k, n, q, seed, margins, mistakes):
+def test_a_batch_is_read_back_as_written(k, n, q, seed, margins, mistakes):
     batch, (members, train, test) = make(k, n, q, seed, margins, mistakes)
     read = TrialBatch.from_bytes(batch.to_bytes())
     assert (unpack(read.membership, n) == members).all()
@@ -34,7 +34,7 @@ def test_a_batch_survives_the_wire(k, n, q, seed, margins, mistakes):
     assert read.to_bytes() == batch.to_bytes()
 
 
-def test_mistakes_are_as_many_as_were_made():
+def test_predicted_classes_must_match_the_number_of_misclassifications():
     batch, _ = make()
     with pytest.raises(ForeignObjectError, match=r"train_mistakes is uint16 \[\d+\], expected is uint16 \[\d+\]"):
         replace(batch, train_mistakes=batch.train_mistakes[1:])

@@ -22,7 +22,7 @@ def arrays(path, **parts):
     return datasets.prepare(DatasetSpec(name="arrays", root=path, **parts))
 
 
-def test_digits_are_scikit_learns(digits):
+def test_digits_equal_those_of_scikit_learn(digits):
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -34,7 +34,7 @@ def test_digits_are_scikit_learns(digits):
     np.testing.assert_allclose(digits.std[0], digits.train_images.std(), rtol=1e-12)
 
 
-def test_arrays_are_kept_as_they_are_and_limits_take_the_first(tmp_path):
+def test_arrays_are_unchanged_and_limits_take_the_first_examples(tmp_path):
     path = write_arrays(tmp_path / "a.npz")
     held = np.load(path)
     dataset = arrays(path)
@@ -105,7 +105,7 @@ def test_missing_truncated_and_incomplete_npz_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_mnist_is_read_as_torchvision_leaves_it(tmp_path, compress, monkeypatch):
+def test_mnist_is_read_from_the_files_that_torchvision_downloads(tmp_path, compress, monkeypatch):
     held = write_mnist(tmp_path, compress)
     monkeypatch.setenv("MEMTAIL_DATA", str(tmp_path))
     for root in (tmp_path, None):
@@ -174,7 +174,7 @@ def test_a_corrupt_cifar_file_is_named_and_a_missing_one_is_downloaded(tmp_path,
         datasets.prepare(DatasetSpec(name="cifar10", root=tmp_path))
 
 
-def test_digests_and_classes_are_torchvisions():
+def test_digests_and_classes_equal_those_of_torchvision():
     from torchvision import datasets as torchvision_datasets
 
     for family in TORCHVISION.values():
@@ -192,7 +192,7 @@ def test_every_declarable_dataset_has_a_source():
     assert datasets._SOURCES.keys() == set(DatasetSpec.model_fields["name"].annotation.__args__)
 
 
-def test_a_dataset_that_is_nowhere_says_where_it_looked_and_how_to_get_it(tmp_path, monkeypatch):
+def test_the_error_of_a_missing_dataset_names_the_folders_searched_and_the_fix(tmp_path, monkeypatch):
     from torchvision import datasets as torchvision_datasets
 
     def refuse(*_, **__):
@@ -207,7 +207,7 @@ def prepare_tree(root, **parts):
     return datasets.prepare(DatasetSpec(name="folder", root=root, **parts))
 
 
-def test_a_folder_is_read_in_the_order_of_its_names_which_are_kept(tmp_path):
+def test_a_folder_is_read_in_the_order_of_its_file_names_which_are_recorded(tmp_path):
     held = write_tree(tmp_path)
     dataset = prepare_tree(tmp_path)
     assert dataset.classes == ("cat", "dog")
@@ -241,7 +241,7 @@ def test_images_of_unequal_size_are_refused_without_a_resolution(tmp_path):
         prepare_tree(tmp_path)
 
 
-def test_a_corrupt_image_is_named_and_what_was_done_before_is_kept(tmp_path, monkeypatch):
+def test_a_corrupt_image_is_named_and_chunks_decoded_before_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_module, "CHUNK", 2)
     root, target = tmp_path / "tree", tmp_path / "prepared"
     held = write_tree(root)
@@ -267,7 +267,7 @@ def test_a_corrupt_image_is_named_and_what_was_done_before_is_kept(tmp_path, mon
     assert (fresh.test_images == dataset.test_images).all()
 
 
-def test_images_of_16_bits_are_refused_and_hidden_folders_passed_over(tmp_path):
+def test_images_of_16_bits_are_refused_and_hidden_folders_ignored(tmp_path):
     write_tree(tmp_path)
     (tmp_path / "train" / ".checkpoints").mkdir()
     assert prepare_tree(tmp_path).classes == ("cat", "dog")

@@ -60,7 +60,7 @@ def change(store, fingerprint, **files):
     store.put(key, json.dumps(manifest).encode())
 
 
-def test_a_staged_dataset_comes_back_as_it_was_and_is_brought_once(tmp_path, store, cache):
+def test_a_staged_dataset_is_fetched_unchanged_and_once(tmp_path, store, cache):
     dataset = prepare(tmp_path)
     assert stage(dataset, store)
     assert not stage(dataset, store)
@@ -77,7 +77,7 @@ def test_a_staged_dataset_comes_back_as_it_was_and_is_brought_once(tmp_path, sto
     assert not list((cache / "datasets").glob(".unfinished-*"))
 
 
-def test_staging_that_was_cut_short_is_not_taken_for_done(tmp_path, store, cache):
+def test_interrupted_staging_is_not_taken_for_complete(tmp_path, store, cache):
     dataset = prepare(tmp_path)
     store.upload(keys.dataset(dataset.fingerprint, "train_images.npy"), dataset.folder / "train_images.npy")
     with pytest.raises(DatasetError, match=r"is not in .*: memtail stage SPEC puts it there"):
@@ -86,7 +86,7 @@ def test_staging_that_was_cut_short_is_not_taken_for_done(tmp_path, store, cache
     assert fetch(store, dataset.fingerprint, cache).n_train == 40
 
 
-def test_what_is_damaged_in_the_store_is_named_and_staged_again_once_its_manifest_is_removed(tmp_path, store, cache):
+def test_a_damaged_staged_file_is_named_and_staged_again_after_its_manifest_is_removed(tmp_path, store, cache):
     dataset = prepare(tmp_path)
     manifest = keys.dataset(dataset.fingerprint, "manifest.json")
     key = keys.dataset(dataset.fingerprint, "train_images.npy")
@@ -131,7 +131,7 @@ def test_a_manifest_that_names_a_path_is_refused_unread(tmp_path, store, cache, 
     assert not list(tmp_path.rglob("*escaped*"))
 
 
-def test_the_dataset_opened_longest_ago_leaves_a_full_cache(tmp_path, store, cache):
+def test_a_full_cache_evicts_the_dataset_opened_longest_ago(tmp_path, store, cache):
     made = [prepare(tmp_path, shade) for shade in range(3)]
     for dataset in made:
         stage(dataset, store)
@@ -147,7 +147,7 @@ def test_the_dataset_opened_longest_ago_leaves_a_full_cache(tmp_path, store, cac
     assert fetch(store, made[1].fingerprint, cache, limit).n_train == 40
 
 
-def test_a_dataset_larger_than_the_cache_may_be_is_refused_and_nothing_leaves_for_it(tmp_path, store, cache):
+def test_a_dataset_larger_than_the_cache_limit_is_refused_without_an_eviction(tmp_path, store, cache):
     small, large = prepare(tmp_path), prepare(tmp_path, 1)
     stage(small, store)
     stage(large, store)
@@ -164,7 +164,7 @@ def _fetch_at_once(start, store, fingerprint, cache):
     assert fetch(store, fingerprint, cache).n_train == 40
 
 
-def test_of_several_processes_that_need_a_dataset_one_brings_it(tmp_path, store, cache):
+def test_one_of_several_processes_downloads_a_dataset(tmp_path, store, cache):
     dataset = prepare(tmp_path)
     stage(dataset, store)
     context = multiprocessing.get_context("fork")

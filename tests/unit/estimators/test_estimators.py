@@ -26,7 +26,7 @@ shapes = {"t": st.integers(1, 150), "n": st.integers(1, 40), "q": st.integers(1,
 
 @given(**shapes, shard=st.integers(1, 70))
 @settings(max_examples=60, deadline=None)
-def test_memorization_is_the_papers_equation(t, n, q, seed, shard):
+def test_memorization_follows_the_papers_equation(t, n, q, seed, shard):
     M, C, T = random_bits(seed, t, n, q)
     statistics = Statistics(n, q)
     for first in range(0, t, shard):
@@ -46,7 +46,7 @@ def test_memorization_is_the_papers_equation(t, n, q, seed, shard):
 
 @given(**shapes, on=st.sampled_from(["test", "train"]))
 @settings(max_examples=60, deadline=None)
-def test_influence_is_the_papers_equation(t, n, q, seed, on):
+def test_influence_follows_the_papers_equation(t, n, q, seed, on):
     M, C, T = random_bits(seed, t, n, q)
     statistics = Statistics(n, q)
     statistics.accumulate(batch(0, M, C, T))
@@ -190,7 +190,7 @@ def test_the_standard_error_of_a_share_is_the_binomial_one_and_nan_without_model
     assert standard_error(float(p[0, 0]), count) == pytest.approx(standard_error(p, count)[0, 0], nan_ok=True)
 
 
-def test_expected_standard_error_is_the_papers_worst_case():
+def test_expected_standard_error_equals_the_papers_worst_case():
     assert expected_standard_error(1000, 0.7) == pytest.approx(np.sqrt(1.19 / 1000), rel=1e-3)
 
 
@@ -198,7 +198,7 @@ def test_expected_standard_error_is_the_papers_worst_case():
 @given(words=st.integers(0, 20), a=st.integers(2, 300), b=st.integers(2, 140), seed=st.integers(0, 10**6))
 @example(words=1100, a=3, b=5, seed=0)  # more trials than 16 bits count
 @settings(max_examples=40, deadline=None)
-def test_both_ways_of_counting_pairs_count_alike(words, a, b, seed):
+def test_both_kernels_count_pairs_equally(words, a, b, seed):
     rng = np.random.default_rng(seed)
     left, right = (rng.integers(0, 2**64, (words, count), dtype=np.uint64) for count in (a, b))
     left[:, 0], right[:, 0] = 2**64 - 1, 2**64 - 1  # the largest count

@@ -30,7 +30,7 @@ def planted(seed, t, n, q, influenced):
 
 @given(t=st.integers(1, 200), n=st.integers(1, 30), q=st.integers(1, 30), influenced=st.integers(0, 10), seed=st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
-def test_rates_are_those_of_fishers_test_and_benjamini_and_hochberg_over_all_pairs_looked_at(t, n, q, influenced, seed):
+def test_rates_equal_those_of_fishers_test_and_benjamini_hochberg_over_all_tested_pairs(t, n, q, influenced, seed):
     M, C, T = planted(seed, t, n, q, min(influenced, n, q))
     rng = np.random.default_rng(seed)
     labels, test_labels, mem = rng.integers(0, 3, n), rng.integers(0, 3, q), rng.choice([0.1, 0.25, 0.9, np.nan], n)
@@ -45,7 +45,7 @@ def test_rates_are_those_of_fishers_test_and_benjamini_and_hochberg_over_all_pai
     np.testing.assert_allclose(result.kept, np.sort(expected[expected <= LARGEST_RATE]), rtol=1e-7)
 
 
-def test_without_influence_hardly_any_pair_is_kept_and_with_it_the_planted_ones():
+def test_planted_pairs_are_kept_and_hardly_any_others():
     labels = np.zeros(60, np.int64)
     M, C, T = planted(1, 150, 60, 60, 0)
     everything = [part.ravel() for part in np.indices((60, 60))]
@@ -59,7 +59,7 @@ def test_without_influence_hardly_any_pair_is_kept_and_with_it_the_planted_ones(
 
 @given(t=st.integers(1, 150), n=st.integers(1, 40), seed=st.integers(0, 10**6), first=st.integers(0, 70))
 @settings(max_examples=25, deadline=None)
-def test_memorization_by_some_trials_is_that_of_statistics_of_these_alone(t, n, seed, first):
+def test_memorization_by_selected_trials_equals_that_of_their_statistics_alone(t, n, seed, first):
     M, C, T = random_bits(seed, t, n, 3)
     chosen = np.random.default_rng(seed).random((4, t)) < 0.6
     ((_, result),) = memorization_by(statistics_of(M, C, T, first).packed(), chosen)
@@ -69,7 +69,7 @@ def test_memorization_by_some_trials_is_that_of_statistics_of_these_alone(t, n, 
             np.testing.assert_array_equal(getattr(result, name)[row], getattr(expected, name))
 
 
-def test_the_last_stage_is_of_all_trials_and_each_earlier_one_of_the_first_half():
+def test_the_last_stage_has_all_trials_and_each_earlier_one_the_first_half():
     M, C, T = random_bits(3, 100, 30, 4)
     result = convergence(statistics_of(M, C, T, first=7).packed(), (0.1, 0.25), (0.5, 1.0), np.linspace(-1, 1, 41))
     assert [stage.trials for stage in result] == stages(100) == [25, 50, 100]
@@ -83,7 +83,7 @@ def test_the_last_stage_is_of_all_trials_and_each_earlier_one_of_the_first_half(
 
 
 @pytest.mark.parametrize("together", [0.0, 0.1])
-def test_the_standard_error_of_a_share_is_how_far_it_is_off_between_repetitions(together):
+def test_the_standard_error_of_a_share_equals_its_deviation_over_repetitions(together):
     # examples of which some models fail all `together`, so that their scores are not independent
     rng = np.random.default_rng(0)
     truth = rng.uniform(0, 0.6, 300)

@@ -72,7 +72,7 @@ def test_every_batch_is_accumulated_once_in_any_order_and_published_scores_have_
     assert whole.pointer.version == version
 
 
-def test_steps_lead_from_nothing_over_waiting_and_publishing_to_the_end(trained):
+def test_steps_alternate_between_wait_and_publish_until_done(trained):
     experiment = trained(16)
     aggregation = experiment.aggregation(Pace(trials=1, seconds=1, first_at_once=True))
     assert aggregation.next_step() is Step.WAIT
@@ -106,7 +106,7 @@ def test_before_the_end_scores_are_published_by_number_of_trials_or_by_time(trai
     assert aggregation.next_step() is Step.PUBLISH
 
 
-def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_comes_at_once(trained, monkeypatch):
+def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_is_immediate(trained, monkeypatch):
     experiment = trained(40)
     aggregation = experiment.aggregation()
 
@@ -172,7 +172,7 @@ def test_a_damaged_or_foreign_batch_is_refused_recorded_once_and_the_rest_goes_o
     assert aggregation.next_step() is Step.PUBLISH
 
 
-def test_if_all_trials_diverge_it_is_done_without_scores(trained):
+def test_an_experiment_whose_trials_all_diverge_is_done_without_scores(trained):
     experiment = trained(8)
     experiment.commit(0, diverged=True)
     aggregation = experiment.aggregation()
@@ -182,7 +182,7 @@ def test_if_all_trials_diverge_it_is_done_without_scores(trained):
         aggregation.publish()
 
 
-def test_a_new_aggregation_takes_up_the_pointer_and_publishes_the_same_version(trained):
+def test_a_new_aggregation_reads_the_pointer_and_publishes_the_same_version(trained):
     experiment = trained(8)
     experiment.commit(0)
     first = experiment.aggregation()

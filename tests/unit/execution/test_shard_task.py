@@ -112,7 +112,7 @@ def test_a_shard_is_trained_committed_and_then_skipped(caller):
     assert caller.attempt() == "done before"
 
 
-def test_of_two_that_train_the_same_shard_the_first_counts(caller, monkeypatch):
+def test_the_first_of_two_commits_of_a_shard_counts(caller, monkeypatch):
     batch = train_shard(caller.record.experiment, caller.dataset, SHARD.trials, torch.device("cpu"))
     monkeypatch.setattr(ExperimentStore, "is_committed", lambda *_: False)
     assert caller.experiment_store.commit(batch, caller.record.fingerprint)
@@ -142,7 +142,7 @@ def test_a_store_that_refuses_checkpoints_does_not_end_training(caller, monkeypa
     assert not list(caller.experiment_store.failures())
 
 
-def test_a_store_that_refuses_the_commit_gets_the_shard_back_without_an_attempt(caller):
+def test_a_refused_commit_hands_the_shard_back_without_an_attempt(caller):
     caller.store.refused = (keys.trials("digits"),)
     assert caller.attempt() == "handed back"
     assert not list(caller.experiment_store.failures())
@@ -150,13 +150,13 @@ def test_a_store_that_refuses_the_commit_gets_the_shard_back_without_an_attempt(
     assert caller.attempt() == "committed"
 
 
-def test_a_store_that_refuses_the_failure_record_gets_the_shard_back(caller, monkeypatch):
+def test_a_refused_failure_record_hands_the_shard_back(caller, monkeypatch):
     monkeypatch.setattr(training, "membership", None)
     caller.store.refused = (keys.failures("digits"),)
     assert caller.attempt() == "handed back"
 
 
-def test_the_checkpoint_is_taken_up_and_removed_after_the_commit(caller, monkeypatch):
+def test_the_checkpoint_is_resumed_and_removed_after_the_commit(caller, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(training, "_CHECKPOINT_SHARE", float("inf"))
     checkpoints = StoredCheckpoints(caller.store, "digits", SHARD)
@@ -178,7 +178,7 @@ def test_the_checkpoint_is_taken_up_and_removed_after_the_commit(caller, monkeyp
     assert checkpoints.load() is None
 
 
-def test_training_that_is_told_to_stop_leaves_a_checkpoint_and_no_attempt(caller):
+def test_stopped_training_leaves_a_checkpoint_and_no_attempt(caller):
     def stopped(checkpoints):
         checkpoints.save(b"state")
         raise TrainingStopped
@@ -190,7 +190,7 @@ def test_training_that_is_told_to_stop_leaves_a_checkpoint_and_no_attempt(caller
 
 
 @pytest.mark.parametrize("caller", ["services"], indirect=True)
-def test_a_worker_hands_back_what_it_is_stopped_in_and_leaves_what_is_leased_or_not_wanted(caller):
+def test_a_worker_hands_back_a_stopped_shard_and_skips_leased_and_unwanted_ones(caller):
     caller.stopping = True
     assert caller.attempt() == "handed back"
     caller.broker.held = False

@@ -32,7 +32,7 @@ def test_the_worst_case_is_never_exceeded_and_always_enough():
     assert first_round(0.3, 0.5) == most_trials(0.3, 0.5)
 
 
-def test_until_chooses_the_first_round_and_is_no_part_of_the_fingerprint():
+def test_until_sets_the_first_round_and_is_not_in_the_fingerprint():
     sharp, blunt = spec(until={"standard_error": 0.02}), spec(until={"standard_error": 0.05}, trials=100)
     assert sharp.subsets.trials == first_round(0.02, 0.7)
     assert blunt.subsets.trials == 100
@@ -42,7 +42,7 @@ def test_until_chooses_the_first_round_and_is_no_part_of_the_fingerprint():
             spec(until=until)
 
 
-def test_a_run_goes_on_until_its_scores_are_sharp_and_no_further(tmp_path):
+def test_a_run_ends_once_its_standard_errors_reach_the_bound(tmp_path):
     experiment = spec(until={"standard_error": 0.04, "quantile": 0.9})
     summary = run(experiment, tmp_path)
     store = LocalStore(tmp_path)
@@ -58,7 +58,7 @@ def test_a_run_goes_on_until_its_scores_are_sharp_and_no_further(tmp_path):
     assert run(experiment, tmp_path) == summary
 
 
-def test_examples_without_an_estimate_keep_it_going_to_the_worst_case_at_most():
+def test_examples_without_an_estimate_prolong_a_run_at_most_to_the_worst_case():
     experiment = spec(until={"standard_error": 0.1}, trials=10)
     nothing = Statistics(5, 5)
     assert 10 < next_round(experiment.subsets, nothing) <= most_trials(0.1, 0.7)

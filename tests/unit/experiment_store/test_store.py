@@ -16,7 +16,7 @@ from tests.support.batches import random_batch
 
 @given(trials=st.integers(1, 200), size=st.integers(1, 70), done=st.sets(st.integers(0, 250), max_size=60))
 @settings(max_examples=100, deadline=None)
-def test_missing_shards_are_just_the_missing_trials_cut_at_the_grid(trials, size, done):
+def test_missing_shards_are_exactly_the_missing_trials_cut_at_the_grid(trials, size, done):
     missing = missing_shards(trials, size, [Shard(trial, trial) for trial in done])
     assert [trial for shard in missing for trial in shard.trials] == sorted(set(range(trials)) - done)
     assert all(shard.first // size == shard.last // size for shard in missing)
@@ -33,12 +33,12 @@ def experiment_store(tmp_path):
     return ExperimentStore(LocalStore(tmp_path), "e")
 
 
-def test_an_experiment_is_entered_once_and_found_again(experiment_store):
+def test_an_experiment_is_registered_once_and_read_back(experiment_store):
     assert experiment_store.register(record()) == record()
     assert experiment_store.register(record()) == experiment_store.read_record() == record()
 
 
-def test_another_experiment_of_the_name_is_refused_and_what_differs_is_named(experiment_store):
+def test_another_experiment_under_the_name_is_refused_and_differences_are_named(experiment_store):
     experiment_store.register(record())
     with pytest.raises(StoreError, match=r"'e' is in the store with fingerprint .* \(training\.epochs 20 -> 3\): choose another name"):
         experiment_store.register(record(epochs=3))
@@ -54,7 +54,7 @@ def test_more_trials_extend_an_experiment_on_its_own_grid_and_fewer_are_refused(
         experiment_store.register(record(100))
 
 
-def test_a_batch_of_other_trials_than_its_name_says_is_refused_and_foreign_files_are_passed_over(experiment_store):
+def test_a_batch_whose_trials_differ_from_its_name_is_refused_and_foreign_files_are_ignored(experiment_store):
     batch = random_batch()[0]
     held = dataclasses.replace(experiment_store.register(record()), fingerprint="f", n_train=13)
     assert experiment_store.commit(batch, "f")
@@ -84,7 +84,7 @@ def test_a_damaged_record_is_named(experiment_store, data):
         experiment_store.read_record()
 
 
-def test_a_name_that_can_be_no_key_is_just_not_there(tmp_path):
+def test_a_name_that_is_not_a_valid_key_is_reported_as_missing(tmp_path):
     for name in ("", "../d", "a/b"):
         with pytest.raises(StoreError, match=f"there is no experiment '{name}'"):
             ExperimentStore(LocalStore(tmp_path), name).read_record()
@@ -97,7 +97,7 @@ def test_failures_are_kept_and_counted(experiment_store):
     assert [failure.error for failure in experiment_store.failures()] == ["boom", "boom again"]
 
 
-def test_attempts_are_counted_also_when_two_fail_at_once_and_forgiven_when_asked(experiment_store):
+def test_attempts_are_counted_also_if_two_fail_at_once_and_cleared_on_request(experiment_store):
     for shard in (Shard(0, 6), Shard(0, 6), Shard(7, 13)):
         experiment_store.record_failure(shard, "boom", "", "now")
     assert experiment_store.attempts() == {Shard(0, 6): 2, Shard(7, 13): 1}
@@ -107,7 +107,7 @@ def test_attempts_are_counted_also_when_two_fail_at_once_and_forgiven_when_asked
     assert not experiment_store.attempts()
 
 
-def test_control_is_running_until_something_else_is_asked(experiment_store):
+def test_control_is_running_by_default_and_a_corrupt_one_is_named(experiment_store):
     assert experiment_store.control() == Control("running", 0)
     experiment_store.set_control(Control("paused", 5))
     assert experiment_store.control() == Control("paused", 5)

@@ -16,5 +16,5 @@ def test_numbers_have_fixed_decimals_and_a_true_minus_sign(value, digits, text):
 
 
 @pytest.mark.parametrize(("share", "text"), [(0.0367, "3.67%"), (-0.5, "−50.00%"), (None, "–"), (math.nan, "–")])
-def test_shares_are_percentages(share, text):
+def test_shares_are_formatted_as_percentages(share, text):
     assert percent(share, 2, "–") == text

@@ -23,7 +23,7 @@ def changed(path, value):
     return Experiment.parse(spec)
 
 
-def test_defaults_fill_in_a_minimal_file_and_its_yaml_reads_back(tmp_path):
+def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text("name: digits\ndataset: {name: digits}\n")
     experiment = Experiment.load(path)
@@ -55,7 +55,7 @@ def test_defaults_fill_in_a_minimal_file_and_its_yaml_reads_back(tmp_path):
         ("training.optimizer", {"momentum": 0.0}, "nesterov needs a momentum"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(path, value, message):
+def test_a_fault_is_reported_in_one_line(path, value, message):
     with pytest.raises(SpecError) as caught:
         changed(path, value)
     text = str(caught.value)
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_said_in_one_line(path, value, message):
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", "\0", ""])
-def test_a_file_that_is_not_yaml_or_no_mapping_is_named(tmp_path, text):
+def test_a_file_that_is_not_yaml_or_not_a_mapping_is_named(tmp_path, text):
     path = tmp_path / "e.yaml"
     path.write_text(text)
     with pytest.raises(SpecError, match=r"e\.yaml"):
@@ -73,7 +73,7 @@ def test_a_file_that_is_not_yaml_or_no_mapping_is_named(tmp_path, text):
         Experiment.load(tmp_path / "missing.yaml")
 
 
-def test_what_no_trial_depends_on_is_not_in_the_fingerprint():
+def test_the_fingerprint_omits_keys_on_which_no_trial_depends():
     base = Experiment.parse(BASE).fingerprint("d")
     for path, value in [("execution.device", "cpu"), ("execution.trials_per_shard", 3), ("subsets.trials", 2000), ("name", "other")]:
         assert changed(path, value).fingerprint("d") == base, path
@@ -93,7 +93,7 @@ def test_what_no_trial_depends_on_is_not_in_the_fingerprint():
         ("record.margins", True),
     ],
 )
-def test_what_changes_a_trial_changes_the_fingerprint_and_is_named(path, value):
+def test_keys_that_change_a_trial_change_the_fingerprint_and_are_named(path, value):
     before, after = Experiment.parse(BASE), changed(path, value)
     assert before.fingerprint("d") != after.fingerprint("d")
     assert differences(before.canonical("d"), after.canonical("d"))[0].startswith(path)

@@ -44,7 +44,7 @@ def small_blocks():
 
 @given(W=st.integers(0, 5), a=st.integers(1, 70), b=st.integers(1, 70), seed=st.integers(0, 100))
 @settings(max_examples=40, deadline=None)
-def test_counts_are_those_of_the_compiled_kernel(W, a, b, seed):
+def test_counts_equal_those_of_the_compiled_kernel(W, a, b, seed):
     rng = np.random.default_rng(seed)
     left, right = (rng.integers(0, 2**64, (W, columns), dtype=np.uint64) for columns in (a, b))
     found = device_counts.count_block(device_counts.words_on(left, "cpu"), device_counts.words_on(right, "cpu")).numpy()
@@ -54,7 +54,7 @@ def test_counts_are_those_of_the_compiled_kernel(W, a, b, seed):
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (17, 9), (33, 70)])
-def test_products_have_the_shapes_that_cuda_asks_for(monkeypatch, a, b):
+def test_products_have_the_shapes_that_cuda_requires(monkeypatch, a, b):
     product = torch._int_mm
 
     def checked(left, right):
@@ -73,7 +73,7 @@ def test_products_have_the_shapes_that_cuda_asks_for(monkeypatch, a, b):
 
 @given(**shapes, k=st.integers(1, 30), on=st.sampled_from(["test", "train"]))
 @settings(max_examples=60, deadline=None)
-def test_top_influencers_are_the_same_to_the_bit(t, n, q, seed, k, on):
+def test_top_influencers_are_equal_to_the_bit(t, n, q, seed, k, on):
     packed = statistics(seed, t, n, q)
     index, value = top_influencers(packed, k, on, device="cpu")
     expected_index, expected_value = top_influencers(packed, k, on)
@@ -84,7 +84,7 @@ def test_top_influencers_are_the_same_to_the_bit(t, n, q, seed, k, on):
 
 @given(**shapes, classes=st.integers(1, 3), threshold=st.sampled_from([0.0, 0.1, 0.9]))
 @settings(max_examples=60, deadline=None)
-def test_high_influence_pairs_are_the_same_to_the_bit(t, n, q, seed, classes, threshold):
+def test_high_influence_pairs_are_equal_to_the_bit(t, n, q, seed, classes, threshold):
     packed, rng = statistics(seed, t, n, q), np.random.default_rng(seed)
     mem = np.where(rng.random(n) < 0.1, np.nan, rng.random(n))
     memorization = Memorization(mem, mem, mem, mem, packed.k_in, packed.trials - packed.k_in)

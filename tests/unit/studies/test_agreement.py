@@ -24,7 +24,7 @@ def statistics(seed, trials, first=0):
 
 @given(seed=st.integers(0, 10**6), trials=st.integers(1, 150), share=st.floats(0, 1))
 @settings(max_examples=40, deadline=None)
-def test_some_of_the_trials_give_what_they_would_give_alone(seed, trials, share):
+def test_estimates_by_selected_trials_equal_those_of_their_statistics_alone(seed, trials, share):
     rng = np.random.default_rng(seed)
     bits = [rng.random((trials, size)) < 0.6 for size in (9, 9, 7)]
     whole, alone = Statistics(9, 7), Statistics(9, 7)
@@ -39,13 +39,13 @@ def test_some_of_the_trials_give_what_they_would_give_alone(seed, trials, share)
         np.testing.assert_array_equal(one, other)
 
 
-def test_influence_at_pairs_is_that_of_the_matrix():
+def test_influence_at_pairs_equals_that_of_the_matrix():
     packed = statistics(3, 40).packed()
     i, j = np.divmod(np.arange(63), 7)
     np.testing.assert_allclose(influence_at(packed, i, j), influence(packed, slice(None), slice(None)).value.ravel())
 
 
-def test_agreement_counts_what_either_and_both_select():
+def test_agreement_counts_the_intersection_and_the_union_of_selections():
     first, second = (Estimates.of(statistics(seed, 60).packed(), *LABELS) for seed in (1, 2))
     for each in compare(first, second).agreements:
         if each.score == "memorization":
@@ -76,7 +76,7 @@ def test_equal_trials_agree_in_full_and_ranks_are_those_of_spearman():
     assert compare(estimates, other).rank_correlation == pytest.approx(spearmanr(estimates.mem.value, other.mem.value).statistic)
 
 
-def test_intervals_are_those_of_the_tables():
+def test_intervals_equal_those_of_statistical_tables():
     three = mean(np.array([1.0, 2.0, 3.0]))
     assert three.value == 2
     assert three.half == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)

@@ -24,7 +24,7 @@ def write(store, study="stability", finding="0.9 ± 0.1"):
     return result
 
 
-def test_results_are_read_back_as_they_were_written_by_name(store):
+def test_results_are_read_back_as_written_in_the_order_of_their_names(store):
     written = [write(store, study) for study in ("removal", "stability")]
     assert load_results(store, "e") == written
     assert load_results(store, "other") == []
@@ -37,13 +37,13 @@ def test_results_are_read_back_as_they_were_written_by_name(store):
     }
 
 
-def test_a_study_run_again_replaces_the_first_and_draws_equal_bytes(store):
+def test_a_repeated_study_replaces_its_result_and_draws_equal_bytes(store):
     figure = write(store).figure_svg()
     assert write(store, finding="0.8 ± 0.1").figure_svg() == figure
     assert [result.findings for result in load_results(store, "e")] == [["0.8 ± 0.1"]]
 
 
-def test_a_result_without_its_last_object_is_not_there_yet_and_a_damaged_one_is_named(store):
+def test_an_incomplete_result_is_ignored_and_a_damaged_one_is_named(store):
     key = write(store).prefix + "result.json"
     store.delete(key)
     assert load_results(store, "e") == []

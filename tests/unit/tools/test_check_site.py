@@ -38,12 +38,12 @@ def site(tmp_path):
         '<pre class="mermaid">graph</pre>',
     ],
 )
-def test_what_a_page_loads_from_another_host_is_reported(tool, site, html):
+def test_resources_of_a_page_from_another_host_are_reported(tool, site, html):
     assert any("from another host" in line for line in tool["problems"](site(html)))
 
 
 @pytest.mark.parametrize("css", ["@import 'https://cdn.example.com/a.css';", "@font-face {src: url(//cdn.example.com/a.woff2)}"])
-def test_what_a_stylesheet_loads_from_another_host_is_reported(tool, site, css):
+def test_resources_of_a_stylesheet_from_another_host_are_reported(tool, site, css):
     assert any("from another host" in line for line in tool["problems"](site("", css)))
 
 
@@ -54,7 +54,7 @@ def test_a_broken_link_or_image_is_reported(tool, site, html):
     assert len(tool["problems"](site(html))) == 1
 
 
-def test_links_to_other_hosts_and_links_that_exist_are_fine(tool, site):
+def test_links_to_other_hosts_and_existing_local_links_are_accepted(tool, site):
     html = '<a href="https://example.com/#x">x</a><a href="#there">x</a><a href="other.html?q#there">x</a><a href="/other.html">x</a>'
     css = "a {background: url(data:image/svg+xml;charset=utf-8,x)}"
     assert tool["problems"](site(html + '<link rel="canonical" href="https://example.com/">', css)) == []

@@ -46,7 +46,7 @@ def test_no_more_are_queued_than_allowed():
     assert spans(actions.send) == [("a", first, first + 3) for first in range(360, 400, 4)]
 
 
-def test_urgent_experiments_go_first_and_overtake_what_waits():
+def test_urgent_experiments_go_first_and_overtake_queued_ones():
     low, high = view("low"), view("high", trials=8, control=Control(priority=1))
     queued = [low.assignment(shard) for shard in low.missing]
     actions = decide([low, high], queued)

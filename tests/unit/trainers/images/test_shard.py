@@ -192,7 +192,7 @@ def test_a_stack_computes_what_its_networks_compute(name):
     torch.testing.assert_close(stack(batch[0]), torch.stack([network(batch[0]) for network in networks]))
 
 
-def test_what_is_no_sequence_of_plain_layers_is_not_stacked():
+def test_only_sequences_of_plain_layers_are_stacked():
     shared, frozen, hooked = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
     hooked.register_forward_hook(lambda *_: None)
     for network in (
@@ -211,7 +211,7 @@ def test_what_is_no_sequence_of_plain_layers_is_not_stacked():
         stack_networks([nn.Linear(2, 2), nn.Linear(2, 2)])
 
 
-def test_a_diverged_trial_is_recorded_and_the_others_in_the_stack_are_as_without_it(declare, digits, monkeypatch):
+def test_a_diverged_trial_is_recorded_and_does_not_change_the_others_in_its_stack(declare, digits, monkeypatch):
     experiment = declare(4, training={"epochs": 2})
     good = train_shard(experiment, digits, range(4), CPU)
     build, built = build_model, []
@@ -236,7 +236,7 @@ def test_a_diverged_trial_is_recorded_and_the_others_in_the_stack_are_as_without
         assert bad.metrics[row] == good.metrics[row]
 
 
-def test_a_learning_rate_that_blows_up_is_recorded_as_diverged(declare, digits):
+def test_a_trial_whose_loss_explodes_is_recorded_as_diverged(declare, digits):
     experiment = declare(2, training={"optimizer": {"lr": 1e8}, "schedule": {"name": "constant"}})
     assert all(entry.diverged for entry in train_shard(experiment, digits, range(2), CPU).metrics)
 
@@ -320,7 +320,7 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
     assert checkpoints.saves - saves == whole.saves - stop_at  # nothing before the checkpoint was trained again
 
 
-def test_a_checkpoint_is_taken_up_by_stacks_of_another_width(declare, digits, monkeypatch):
+def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, monkeypatch):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
@@ -393,7 +393,7 @@ def test_a_checkpoint_of_an_older_layout_is_dropped_and_the_shard_starts_over(de
     assert "its layout is 1, this version reads 2" in shown
 
 
-def test_the_dataset_given_is_the_one_trained_on(declare, digits):
+def test_training_uses_the_given_dataset(declare, digits):
     experiment = declare(2, training={"epochs": 1})
     other = dataclasses.replace(digits, train_labels=(digits.train_labels + 1) % 10)
     batches = [train_shard(experiment, dataset, range(2), CPU) for dataset in (digits, other)]
@@ -439,7 +439,7 @@ def test_explicit_masks_of_different_sizes_train_in_one_shard(declare, digits, t
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])
-def test_low_precision_learns_too(declare, digits, precision):
+def test_training_in_low_precision_learns(declare, digits, precision):
     batch = train_shard(declare(2, training={"precision": precision, "epochs": 5}), digits, range(2), CPU)
     assert min(entry.in_subset_accuracy for entry in batch.metrics) > 0.9
 
@@ -493,7 +493,7 @@ def test_every_declarable_optimizer_and_schedule_is_implemented():
     assert _SCHEDULES.keys() == names(*typing.get_args(typing.get_args(ScheduleSpec)[0]))
 
 
-def test_a_model_is_built_once_to_be_checked_and_to_have_its_operations_counted(declare, digits, monkeypatch):
+def test_one_network_serves_the_check_and_the_count_of_operations(declare, digits, monkeypatch):
     built = []
     monkeypatch.setattr(models, "build_model", lambda *args: built.append(args) or build_model(*args))
     automatic, declared = declare(100), declare(100, execution={"trials_per_shard": 7})
@@ -527,7 +527,7 @@ def test_every_architecture_takes_small_grey_and_colour_images(name, channels):
 
 @pytest.mark.parametrize("size", [8, 7])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0.0])
-def test_pooling_with_relu_is_torchs_to_the_bit(size, odd):
+def test_pooling_with_relu_equals_torchs_to_the_bit(size, odd):
     from memtail.trainers.images.cpu.maxpool_relu import pool_relu
 
     images = (torch.randn(3, 5, size, size) * 2).round().div(2).contiguous(memory_format=torch.channels_last)  # full of ties
@@ -547,7 +547,7 @@ def test_the_sgd_defaults_are_those_of_the_example():
     assert Sgd() == Sgd(lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
-def test_compiled_steps_of_many_classes_and_batches_of_unequal_size_are_those_of_torch():
+def test_compiled_steps_for_many_classes_and_batches_of_unequal_size_equal_those_of_torch():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(27, 8), nn.ReLU(), nn.Linear(8, 20))
     layers = dense_layers(stack_networks([copy.deepcopy(network)]))
