@@ -114,11 +114,11 @@ def test_a_study_is_trained_by_the_workers_and_shown_in_the_explorer(deployment:
         answer: dict[str, Any] = json.loads(deployment.compose("run", "--rm", "study", *arguments, "--json"))
         return answer
 
-    asked = ("removal", "digits", "--theta", "0.25", "--repeats", "2", "--submit")
-    entered, store = study(*asked), deployment.store()
-    assert entered["trained"] is False
-    deployment.until(lambda: progress_of(store, entered["experiment"]).ending == "published", 600)
-    results = [study(*asked), study("stability", "digits")]
+    removal = ("removal", "digits", "--theta", "0.25", "--repeats", "2", "--submit")
+    submitted, store = study(*removal), deployment.store()
+    assert submitted["trained"] is False
+    deployment.until(lambda: progress_of(store, submitted["experiment"]).ending == "published", 600)
+    results = [study(*removal), study("stability", "digits")]
     assert [result["trials"] for result in results] == [6, TRIALS]
 
     def page() -> str:

@@ -22,7 +22,7 @@ TRIALS, EPOCHS = 100, 5
 
 @pytest.fixture(scope="module")
 def folder(own_cache, tmp_path_factory):
-    """A folder with the examples, where all of them write their results."""
+    """A folder with the examples, where all of them write their results to one store."""
     folder = tmp_path_factory.mktemp("examples")
     shutil.copytree(PROJECT / "examples", folder / "examples")
     for path in (folder / "examples").glob("digits*.yaml"):

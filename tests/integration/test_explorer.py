@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def _time_to_read(monkeypatch):
-    """Pages wait for scores on a busy machine too."""
+    """Raise the timeout of pages that wait for scores, for busy machines."""
     monkeypatch.setattr(score_cache, "_TIMEOUT", 600.0)
 
 
@@ -399,7 +399,7 @@ def test_experiments_trained_by_studies_are_listed_under_their_parent(explored, 
     headings = [place for place, (tag, _) in enumerate(found.elements) if tag == "h2"]
     assert [found.elements[place + 1][1]["href"] for place in headings] == [
         f"/experiments/{name}"
-        for name in (alone, "young", "young.v2")  # its parent is not in this store, so it is listed by itself
+        for name in (alone, "young", "young.v2")  # without its parent in this store, it is listed as an experiment
     ]
     (training,) = [place for place, (_, each) in enumerate(found.elements) if each.get("class") == "training"]
     assert found.elements[training + 2][1]["href"] == "/experiments/young.removal-0123abcd"
@@ -432,7 +432,7 @@ def test_scores_are_shown_without_images_where_these_are_lost(explored, tmp_path
     assert "class 3" in found.text
     assert client.get("/experiments/digits/images/train/0.png").status_code == 404
     assert len(table(client, "/experiments/digits/train.csv")) == 1438
-    monkeypatch.setenv("MEMTAIL_CACHE", cache)  # the images are back
+    monkeypatch.setenv("MEMTAIL_CACHE", cache)  # restore the images
     monkeypatch.setattr(score_cache, "_RETRY_AFTER", 0.0)
     until(lambda: client.get("/experiments/digits/images/train/0.png").status_code == 200)
 
@@ -453,7 +453,7 @@ class Watched(LocalStore):
     def get(self, key, limit=None):
         self.reads += 1
         if self.away:
-            raise UnreachableError("the bucket is away")
+            raise UnreachableError("the bucket is unreachable")
         return super().get(key, limit)
 
     def exists(self, key):

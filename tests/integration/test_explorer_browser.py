@@ -37,7 +37,7 @@ def address(explored: LocalStore) -> Iterator[str]:
     assert process.stdout is not None
     assert address in process.stdout.readline()
     for name in ("digits", "odd"):
-        while urllib3.request("GET", f"{address}/experiments/{name}/train/0", timeout=60).status == 503:  # its scores are being read
+        while urllib3.request("GET", f"{address}/experiments/{name}/train/0", timeout=60).status == 503:  # while the scores are being read
             time.sleep(0.1)
     yield address
     process.terminate()

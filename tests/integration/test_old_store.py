@@ -1,4 +1,4 @@
-"""A store that memtail 0.1.0 wrote is read and extended: its counts, estimates and published files stay as they are."""
+"""A store that memtail 0.1.0 wrote: counts, estimates and published files are read unchanged, and the experiment is extended."""
 
 import shutil
 from pathlib import Path

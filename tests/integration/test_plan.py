@@ -1,4 +1,4 @@
-"""Planning a run, and where the time of one went: figures against those of real runs, through the command line."""
+"""Forecasts and profiles of runs, compared with real runs through the command line."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def size_of(folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def _measured_quickly():
-    """Plans train for half a second instead of four."""
+    """Shorten the measurements of forecasts from four seconds to half a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measurements, "_MEASURED_SECONDS", 0.5)
         yield
@@ -49,7 +49,7 @@ def _measured_quickly():
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "margins"])
 def planned(request, tmp_path_factory):
-    """A plan as JSON, then a profiled run of the same experiment; margins are recorded in the second of them."""
+    """A forecast as JSON, and a profiled run of the same experiment; the second parameter records margins."""
     folder = tmp_path_factory.mktemp("planned")
     path = spec(folder, record={"margins": request.param})
     plan = command("plan", path, "--store", folder / "store", "--price", 3, "--standard-error", 0.05, "--json")

@@ -26,7 +26,7 @@ _MARKUP = '"><img src=x onerror=alert(1)> & <b>cat'
 
 
 class Page(HTMLParser):
-    """Elements and text of a page, as a browser parses them."""
+    """Elements and text of a page, parsed as by a browser."""
 
     def __init__(self, html):
         super().__init__()

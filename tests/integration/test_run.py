@@ -1,4 +1,4 @@
-"""Whole runs through the public interface: scores, resuming, killing, two at once, failures, planted truths."""
+"""Embedded runs through the public interface: scores, resuming, errors, and planted effects."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from tests.support.cli import write_spec as spec
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A store with a finished run, to compare with."""
+    """A store with a finished run, for comparison."""
     folder = tmp_path_factory.mktemp("finished")
     result = command("run", spec(folder), "--store", folder / "store")
     assert result.returncode == 0, result.stderr
@@ -145,7 +145,7 @@ def test_examples_with_flipped_labels_are_memorized_far_more_than_the_rest(tmp_p
     np.savez(tmp_path / "flipped.npz", train_labels=labels, **images)
     mem = _run_arrays(tmp_path, "flipped").memorization["mem"]
     rest = np.delete(mem, flipped)
-    # a few flipped digits do look like their new label
+    # a few digits resemble their flipped label
     assert np.median(mem[flipped]) > 0.9
     assert np.quantile(mem[flipped], 0.1) > 0.6
     assert rest.mean() < 0.1
@@ -153,7 +153,7 @@ def test_examples_with_flipped_labels_are_memorized_far_more_than_the_rest(tmp_p
 
 
 def test_a_copy_with_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_path, digits):
-    # A test image that no training image tells apart: an 8 relabelled as class 10, which has few members of its own.
+    # Test images of 8 relabelled as class 10: only their copies in the training set, the only members of that class, help.
     test_labels, labels, train = np.array(digits.test_labels), np.array(digits.train_labels), np.array(digits.train_images)
     eights = np.flatnonzero(test_labels == 8)[:3]
     test_labels[eights] = 10

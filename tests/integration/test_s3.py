@@ -27,7 +27,7 @@ from tests.support.servers import REGION, LossyProxy, MinioServer, free_port
 
 @pytest.fixture(scope="session")
 def bucket(minio):
-    """One that many tests share, each under a prefix of its own."""
+    """A bucket shared by many tests, each with its own prefix."""
     return minio.new_bucket()
 
 

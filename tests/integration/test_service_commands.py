@@ -1,4 +1,4 @@
-"""Commands for experiments that the services train. Trials are made up: no test here trains."""
+"""Commands for experiments that the services train. Trials are random: no test trains."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ SHARDS = [Shard(0, 3), Shard(4, 7), Shard(8, 11)]
 
 @pytest.fixture
 def spec(tmp_path):
-    """Writes an experiment file of 12 trials in shards of 4 on a tiny dataset."""
+    """Factory of experiment files: 12 trials in shards of 4 on a tiny dataset."""
 
     def write(name="tiny", trials=TRIALS, **parts):
         root = write_arrays(tmp_path / "tiny.npz")
@@ -66,7 +66,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def call(store):
-    """Calls a command on the store in this process; raises the error that users would see."""
+    """Runs a command on the store in this process; raises the error that users would see."""
 
     def invoke(*arguments, code=0):
         result = CliRunner().invoke(app, [*map(str, arguments), "--store", store.address])
@@ -208,7 +208,7 @@ def test_status_shows_control_shards_failures_and_what_is_published(call, spec, 
     publish_all(submitted)
     commit(submitted, SHARDS[1])
     fail(submitted, SHARDS[2], 3)
-    fail(submitted, SHARDS[1], 1)  # and then it was committed
+    fail(submitted, SHARDS[1], 1)  # its next attempt was committed
     other, tiny = json.loads(call("status", "--json"))
     assert (other["experiment"], other["state"], other["priority"], other["published"]) == ("other", "running", 2, None)
     wanted = {
@@ -266,7 +266,7 @@ def test_retry_clears_the_failures_of_one_shard_or_of_all(call, submitted):
 
 @pytest.fixture
 def meanwhile(monkeypatch):
-    """Runs the next of some actions instead of each pause of `watch`."""
+    """Replaces the pauses of `watch`: each one runs the next of some actions."""
 
     def arrange(*actions):
         left = iter(actions)

@@ -1,4 +1,4 @@
-"""Stores: the conformance suite of each, the files of a folder, and the table of openers."""
+"""Stores: the conformance suite on each, temporary files of a folder, and openers by scheme."""
 
 import os
 import time

@@ -107,7 +107,7 @@ def test_removal_trains_without_the_memorized_examples_and_without_equally_many_
     assert loss["difference"]["value"] == pytest.approx(accuracy[8:12].mean() - accuracy[4:8].mean())
     assert len(np.unique(correct[4:8], axis=0)) == 4  # one subset, but different models
 
-    # running it again resumes it, and trains no trial twice
+    # a second call resumes the study, and trains no trial twice
     folder = store.local_path(f"experiments/{result.experiments[0]}/trials")
     held = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     min(held).unlink()
@@ -164,7 +164,7 @@ def test_a_higher_overlap_needs_more_trials(store):
     assert set(table["split"]) == set(range(5))
     assert set(table["score"]) == {"memorization", "influence"}
     unknown = {"trials": None, "beyond": None, "fewest": None, "most": None, "measured": False}
-    assert many.measured["trials_needed"]["memorization"] == unknown  # one number of trials has no slope
+    assert many.measured["trials_needed"]["memorization"] == unknown  # no slope from a single number of trials
     assert few.measured["trials_needed"]["memorization"] == {**unknown, "trials": 64, "measured": True}
 
 
@@ -228,7 +228,7 @@ def test_the_last_layer_alone_is_trained_on_the_same_subsets_and_memorizes_less(
     assert result.measured["last layer"]["test_accuracy"] > 0.9
     assert result.measured["last layer"]["memorized_error"] > 0
 
-    # more trials of the whole model need more of the last layer; the features stay
+    # more trials of the whole model require more of the last layer; the features are reused
     experiment_store = ExperimentStore(store, "digits")
     run(experiment_store.read_record().with_trials(144).experiment, store.address)
     study(store, "last-layer", "digits")
@@ -284,7 +284,7 @@ def test_a_refused_study_is_one_line(store, short, arguments, line):
 
 @pytest.fixture(scope="module")
 def short(store):
-    """An experiment of few trials on few, easy images."""
+    """Declare an experiment of few trials on few, easy images."""
     parts = {"dataset": {"name": "arrays", "root": str(write_arrays(store.root / "few.npz"))}, "subsets": {"trials": 20}}
     run(Experiment.parse({**SPEC, "name": "short", **parts}), store.address)
 

@@ -204,7 +204,7 @@ class Cluster:
         """Iterate over the lines of a service's log with an event."""
         return (line for line in service.log.read_text().splitlines() if f'"event": "{event}"' in line)
 
-    def told(self, name: str, event: str, experiment: str) -> list[str]:
+    def log_lines(self, name: str, event: str, experiment: str) -> list[str]:
         """Return the log lines with an event of an experiment, of all services of a name."""
         mine = (service for service in self.services if service.name == name)
         return [line for service in mine for line in self.events(service, event) if f'"experiment": "{experiment}"' in line]

@@ -83,7 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
             services[-1].kill()
             cluster.until_published(experiment_store, TRIALS, 300)
             counted = f"memtail_scores_published_trials == {TRIALS} and on() sum(memtail_trials{{state='committed'}}) == {TRIALS}"
-            # the shares of shards sent have values once Prometheus has scraped that the killed worker's shard was sent again
+            # shares of the shards sent have values only after Prometheus has scraped the redelivery of the killed worker's shard
             shares = ("redeliveries_per_shards_sent:ratio_rate10m", "leases_expired_per_shards_sent:ratio_rate1h")
             recorded = "and on() experiment:memtail_standard_error_per_bound:ratio"
             recorded += "".join(f" and on() (experiment:memtail_{share} >= 0)" for share in shares)

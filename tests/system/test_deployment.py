@@ -44,7 +44,7 @@ def test_the_configurations_of_prometheus_and_grafana_name_mounted_files() -> No
     assert titles[services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]] == "memtail: Experiment"
     assert len(titles) == 3
     for path in (*prometheus.values(), *grafana.values(), *dashboards.iterdir()):
-        readable = 0o005 if path.is_dir() else 0o004  # their users do not exist on this machine
+        readable = 0o005 if path.is_dir() else 0o004  # for the images' users, which do not exist on this machine
         assert path.stat().st_mode & readable == readable, path
 
 
@@ -74,7 +74,7 @@ def test_the_bucket_is_created_unless_it_exists(minio: MinioServer, monkeypatch:
     for name, value in minio.environment().items():
         monkeypatch.setenv(name, value)
     for module, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
-        monkeypatch.setattr(module, hook, getattr(module, hook))  # services replace them
+        monkeypatch.setattr(module, hook, getattr(module, hook))  # restored after the test: services replace them
     monkeypatch.setenv("MEMTAIL_STORE", "s3://made-by-test/prefix")
     monkeypatch.setenv("MEMTAIL_S3_REGION", REGION)
     for _ in range(2):

@@ -1,6 +1,6 @@
-"""Faults, each with real servers: at the end every trial is counted once, and the scores are those of an undisturbed run to the bit.
+"""Faults on real servers: at the end every trial is counted once, and the scores have the bits of an undisturbed run.
 
-The time to recover is printed (`pytest -s`): from the end of the fault to the next committed shard, and to the scores of all trials.
+`pytest -s` prints the recovery time: from the end of the fault to the next committed shard, and to the scores of all trials.
 """
 
 import os
@@ -32,7 +32,7 @@ def trained(experiment_store, count=1):
 
 @contextmanager
 def recovery(cluster, experiment_store, experiment, expected, what):
-    """The fault is the body; what must hold afterwards is checked here."""
+    """Inject a fault in the body; then wait for all trials, and check that each is counted once and that the scores are as expected."""
     yield
     done = len(experiment_store.committed())
     resumed = cluster.until(lambda: len(experiment_store.committed()) > done or done == SHARDS, 120)
@@ -44,7 +44,7 @@ def recovery(cluster, experiment_store, experiment, expected, what):
 
 
 def half_done(cluster, experiment, dataset, workers=2):
-    """An experiment of which some shards are committed, and as many are in training as there are workers."""
+    """Submit an experiment, and wait until one shard is committed and every worker trains another."""
     experiment_store = cluster.submit(experiment, dataset)
     cluster.gate.admit(1)
     cluster.until(trained(experiment_store))
@@ -82,7 +82,7 @@ def test_the_store_is_down_at_start_and_at_commits(tmp_path_factory, own_minio, 
             cluster.until(lambda: len(cluster.broker().leased()) == cluster.gate.waiting == 2)
             own_minio.stop()
             cluster.gate.open()
-            for worker in cluster.kinds("worker"):  # which come to their commits
+            for worker in cluster.kinds("worker"):  # all reach a commit
                 cluster.until(lambda worker=worker: keys.trials(slow.name) in "".join(cluster.events(worker, "store fails, trying again")))
             own_minio.start()
         assert not experiment_store.attempts()
@@ -91,7 +91,7 @@ def test_the_store_is_down_at_start_and_at_commits(tmp_path_factory, own_minio, 
 def test_a_training_process_is_killed(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     worker = living.kinds("worker")[0]
-    with recovery(living, experiment_store, slow, expected, "worker's child killed"):
+    with recovery(living, experiment_store, slow, expected, "training process killed"):
         for child in worker.children():
             os.kill(child, signal.SIGKILL)
         living.until(experiment_store.attempts)
@@ -112,7 +112,7 @@ def test_the_dispatcher_is_killed(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "dispatcher killed"):
         living.end(*living.kinds("dispatcher"))
-        living.redis.client().delete("memtail:shards")  # so that there is something for the next one to do
+        living.redis.client().delete("memtail:shards")  # so that its successor must send shards
         living.start("dispatcher")
         living.gate.open()
 
@@ -129,7 +129,7 @@ def test_a_second_dispatcher_waits_and_takes_over(living, slow, digits, expected
         shard = experiment_store.committed()[0]
 
         def sends():
-            # so that there is something to do for the second, however far the workers are, and whatever the first had still sent
+            # a missing batch makes the second dispatcher send a shard, even if the first had sent all others
             living.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
             return list(living.events(second, "sent"))
 
@@ -170,7 +170,7 @@ def test_one_message_is_delivered_five_times_concurrently(living, slow, digits, 
 @pytest.mark.parametrize("how", [pytest.param("segfault", marks=pytest.mark.slow), "memory", "raise", "killed"])
 def test_a_shard_fails_once(how, living, declare, digits, expected):
     experiment = faulty(declare, how, name=f"once-{how}")
-    with recovery(living, living.submit(experiment, digits), experiment, expected, f"task that goes wrong: {how}"):
+    with recovery(living, living.submit(experiment, digits), experiment, expected, f"shard that fails: {how}"):
         experiment_store = ExperimentStore(living.store, experiment.name)
         living.until(experiment_store.attempts)
     assert sum(experiment_store.attempts().values()) == 1
@@ -190,7 +190,7 @@ def test_a_shard_that_always_fails_is_given_up_and_retried_after_its_failures_ar
     assert experiment_store.attempts() == attempts
     assert set(attempts.values()) == {3}
     assert not experiment_store.committed()
-    with recovery(living, experiment_store, experiment, expected, f"given up ({how}), then mended"):
+    with recovery(living, experiment_store, experiment, expected, f"given up ({how}), then retried"):
         (living.faults / "fixed").touch()
         experiment_store.clear_failures()
 
@@ -199,7 +199,7 @@ def test_a_shard_exceeds_its_time_limit(living, declare, digits, expected):
     living.replace("worker", MEMTAIL_SHARD_SECONDS="30")
     experiment = faulty(declare, "hang")
     experiment_store = living.submit(experiment, digits)
-    with recovery(living, experiment_store, experiment, expected, "task that hangs"):
+    with recovery(living, experiment_store, experiment, expected, "shard that hangs"):
         living.until(experiment_store.attempts)
     assert sum(experiment_store.attempts().values()) == 1
 
@@ -253,7 +253,7 @@ def test_responses_to_writes_are_lost(living, slow, digits, expected):
 
 
 def test_a_worker_with_a_full_disk_hands_its_shards_back(living, slow, digits, expected):
-    # the images of the dataset do not fit, but the log of some seconds does
+    # a limit that the images of the dataset exceed, but not the log of a few seconds
     full = living.replace("worker", prefix=("prlimit", "--fsize=80000"), MEMTAIL_CACHE=str(living.folder / "full"))
     experiment_store = living.submit(slow, digits)
     living.gate.open()

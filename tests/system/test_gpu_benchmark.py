@@ -1,4 +1,4 @@
-"""The GPU benchmarks: every step of them at tiny sizes on the CPU, and what they say where there is no GPU."""
+"""The GPU benchmarks: every step at tiny sizes on the CPU, and their messages if the GPU or a dataset is missing."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def test_a_dry_run_passes_all_checks_and_prints_every_row():
         assert row in done.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_missing_cuda_device_is_reported_in_one_line():
     done = subprocess.run(COMMAND, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1

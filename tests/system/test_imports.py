@@ -1,4 +1,4 @@
-"""Imports of whole programs: they start quickly, and work where an extra is not installed."""
+"""Imports of whole programs: they load no slow modules, and work without the extras that they do not need."""
 
 import json
 import shutil
@@ -16,14 +16,14 @@ FEW = {"subsets": {"trials": 8, "design": "balanced", "fraction": 0.5}}
 
 
 def python(code: str, *arguments: object) -> None:
-    """Run code in a process of its own, which fails where an assertion does."""
+    """Run code in a new process, and fail if an assertion in it fails."""
     ended = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """An experiment file on a dataset that needs no scikit-learn."""
+    """Write an experiment file with a dataset that needs no scikit-learn."""
     return write_spec(tmp_path, "tiny", dataset={"name": "arrays", "root": str(write_arrays(tmp_path / "tiny.npz"))}, **FEW)
 
 
@@ -62,7 +62,7 @@ def test_help_loads_no_slow_modules() -> None:
 
 
 def test_the_health_check_loads_no_slow_modules() -> None:
-    """It is run every few seconds in each container."""
+    """The health check runs every few seconds in each container."""
     python("import sys, services.tools.healthcheck; assert not {'numpy', 'pydantic', 'celery'} & sys.modules.keys()")
 
 
@@ -81,7 +81,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def without_torch(store: Path, *commands: list[str]) -> None:
-    """Run commands on a store, one after the other; none may load what trains."""
+    """Run commands on a store, one after the other; fail if one loads a training package."""
     python(WITHOUT_TORCH, json.dumps([[*arguments, "--store", str(store)] for arguments in commands]))
 
 

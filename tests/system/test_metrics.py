@@ -1,4 +1,4 @@
-"""Metrics and logs of real services, compared with the work that they did."""
+"""Metrics and logs of real services, compared with their work."""
 
 import io
 import subprocess
@@ -45,7 +45,7 @@ def test_each_service_exports_metrics_of_its_work(cluster, experiment, digits):
     assert seen.value("memtail_passes_total", outcome="given up") == 0
     assert seen.value("memtail_pass_seconds_count") == seen.value("memtail_passes_total")
 
-    # a slow machine may send a shard twice
+    # on a slow machine a shard may be sent twice
     cluster.until(lambda: scrape(worker).value("memtail_shard_attempts_total") == len(list(cluster.events(worker, "shard ended"))))
     seen = scrape(worker)
     attempts = {outcome: seen.value("memtail_shard_attempts_total", outcome=outcome) for outcome in OUTCOMES}

@@ -1,4 +1,4 @@
-"""A folder of images whose preparation is killed."""
+"""Preparation of a folder of images, killed and resumed."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""Runs as processes: killed, two at once, and with training processes that fail."""
+"""Embedded runs as processes: stopped, concurrent, and with failing training processes."""
 
 import signal
 import subprocess
@@ -18,7 +18,7 @@ from tests.support.cli import write_spec as spec
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A store with a finished run, to compare with."""
+    """A store with a finished run, for comparison."""
     folder = tmp_path_factory.mktemp("finished")
     with inline.training():
         result = command("run", spec(folder), "--store", folder / "store")
@@ -65,7 +65,7 @@ def _children(pid):
 
 
 def _wait_until_gone(pids):
-    """Training processes end with their parent, also if it was killed."""
+    """Wait for the end of training processes, which end with their parent even if it was killed."""
     assert pids
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text() for pid in pids):

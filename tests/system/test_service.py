@@ -25,7 +25,7 @@ def test_the_service_publishes_the_bits_of_an_embedded_run(living, experiment, d
     living.until_published(experiment_store, TRIALS)
     assert living.scores(experiment.name) == expected(experiment)
     living.until(lambda: latest_report(living.store, experiment.name))
-    # the bits of the report that anyone makes of these scores
+    # equal to the report that any other process makes of these scores
     assert latest_report(living.store, experiment.name) == publish_report(living.store, experiment.name)
     assert not experiment_store.attempts()
     assert not list(experiment_store.store.list(keys.checkpoints(experiment.name)))
@@ -112,9 +112,9 @@ def test_cancelling_drops_shards_in_training_and_resuming_trains_them_again(livi
     broker = living.broker()
     living.until(broker.leased)
     experiment_store.set_control(Control("cancelled"))
-    living.until(lambda: living.told("worker", "shard ended", slow.name))
+    living.until(lambda: living.log_lines("worker", "shard ended", slow.name))
     living.until(lambda: not broker.leased() and not broker.waiting())
-    assert all('"outcome": "not wanted"' in line for line in living.told("worker", "shard ended", slow.name))
+    assert all('"outcome": "not wanted"' in line for line in living.log_lines("worker", "shard ended", slow.name))
     assert not experiment_store.committed()
     assert not experiment_store.attempts()
     assert list(experiment_store.store.list(keys.checkpoints(slow.name)))

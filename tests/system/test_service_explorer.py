@@ -37,7 +37,7 @@ def test_the_aggregator_restarts_its_explorer_which_requires_the_token_and_ends_
     os.kill(serving[0], signal.SIGKILL)
     cluster.until(lambda: list(cluster.events(aggregator, "the explorer ended and is started again")))
     cluster.until(lambda: status("/") == 200)
-    os.kill(aggregator.process.pid, signal.SIGKILL)  # it alone
+    os.kill(aggregator.process.pid, signal.SIGKILL)  # without its children
     cluster.until(lambda: status("/") == 0)
 
 

@@ -14,7 +14,7 @@ REPEATS = "4"
 
 
 def study(cluster: LivingCluster, *arguments: str) -> dict[str, Any]:
-    """What `memtail study` answers a script on a machine that has the bucket and nothing else."""
+    """Run `memtail study --json` in a process without any folder of the cluster; return the parsed output."""
     environment = {**cluster.environment, "MEMTAIL_CACHE": str(cluster.folder / "own cache")}
     done = command("study", *arguments, "--json", env=environment)
     assert done.returncode == 0, done.stderr
@@ -44,7 +44,7 @@ def test_services_train_studies_in_a_bucket_although_a_worker_is_killed(living, 
     living.start("worker")
     for each in trained:
         living.until(lambda name=each.name: progress_of(living.store, name).ending == "published")
-    # the same commands again evaluate; near-duplicates are judged by the models of --pairs
+    # the same commands evaluate the finished studies; `duplicates` uses the models of --pairs
     others = (("duplicates", "digits", "--repeats", REPEATS), ("stability", "digits"))
     answers = [study(living, *arguments) for arguments in (*asked, *others)]
 
@@ -52,6 +52,6 @@ def test_services_train_studies_in_a_bucket_although_a_worker_is_killed(living, 
     assert [answer["trials"] for answer in answers] == [12, 12, 256, 140, 128]
     assert entered[1]["experiment"] in answers[3]["experiments"]
     assert [result.to_json() for result in load_results(living.store, "digits")] == sorted(answers, key=lambda answer: answer["study"])
-    # the experiment has a report; what its studies train needs none
+    # only the experiment itself has a report, not those that its studies train
     assert latest_report(living.store, "digits")
     assert not any(latest_report(living.store, each.name) for each in trained)

@@ -1,4 +1,4 @@
-"""Compiled kernels where numba has nothing but its own thread pool, which is not thread-safe."""
+"""Compiled kernels on numba's own threading layer, which is not thread-safe."""
 
 import os
 import subprocess

@@ -52,7 +52,7 @@ def test_membership_of_a_trial_depends_on_seed_and_trial_alone(design):
 
 
 def test_membership_equals_that_of_the_first_release():
-    # Recomputing old trials on a new machine depends on these never changing.
+    # These must never change: other machines recompute the membership of old trials.
     members = membership(spec(seed=7), np.zeros(16, np.int64), [0, 1, 12345])
     packed = [np.packbits(row, bitorder="little").tolist() for row in members]
     balanced = [

@@ -1,4 +1,4 @@
-"""Datasets: read as they are on the disk, prepared once; faults are named."""
+"""Datasets: reading, preparation and its cache, and errors that name the file."""
 
 import hashlib
 import pickle
@@ -126,7 +126,7 @@ def test_a_truncated_mnist_file_is_named(tmp_path, compress):
 
 
 def write_cifar10(root, monkeypatch):
-    """Two training images in each of five batches and three test images in torchvision's layout, whose MD5 both readers are told."""
+    """Write five batches of two training images and three test images in torchvision's layout; register their MD5 with both readers."""
     from torchvision import datasets as torchvision_datasets
 
     folder, rng = root / "cifar-10-batches-py", np.random.default_rng(0)

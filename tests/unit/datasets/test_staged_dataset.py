@@ -18,7 +18,7 @@ from tests.support.arrays import write_arrays
 
 
 class CountingStore(LocalStore):
-    """Counts what is downloaded; the number lies in a file, for other processes to add to."""
+    """A store that counts downloads, in a file that other processes add to."""
 
     def download(self, key, path):
         with (self.root / "downloads").open("a") as file:
@@ -42,7 +42,7 @@ def cache(tmp_path):
 
 
 def prepare(tmp_path, shade=0):
-    """One of several small datasets."""
+    """Prepare one of several small datasets."""
     rng = np.random.default_rng(shade)
     path = write_arrays(tmp_path / f"{shade}.npz", train_images=rng.integers(0, 255, (40, 6, 6)).astype(np.uint8))
     return datasets.prepare(DatasetSpec(name="arrays", root=path))
@@ -53,7 +53,7 @@ def size_of(folder):
 
 
 def change(store, fingerprint, **files):
-    """Replaces entries of a staged dataset's manifest."""
+    """Replace entries of a staged dataset's manifest."""
     key = keys.dataset(fingerprint, "manifest.json")
     manifest = json.loads(store.get(key))
     manifest["files"] |= files
@@ -143,7 +143,7 @@ def test_a_full_cache_evicts_the_dataset_opened_longest_ago(tmp_path, store, cac
     fetch(store, made[2].fingerprint, cache, limit)
     there = {path.name for path in (cache / "datasets").iterdir() if path.is_dir()}
     assert there == {made[0].fingerprint, made[2].fingerprint}
-    np.testing.assert_array_equal(second.train_images, made[1].train_images)  # whoever has it open reads on
+    np.testing.assert_array_equal(second.train_images, made[1].train_images)  # a process that has it open can still read it
     assert fetch(store, made[1].fingerprint, cache, limit).n_train == 40
 
 

@@ -139,7 +139,7 @@ def test_held_out_misclassifications_are_counted_once_per_trial_in_any_order(t, 
         votes = np.bincount(predicted[counted & ~M[:, i] & ~C[:, i], i], minlength=classes)
         assert (most[i], times[i]) == ((votes.argmax(), votes.max()) if votes.any() else (-1, 0))
     statistics.accumulate(batch(t, M[:1], C[:1], T[:1]))
-    assert statistics.held_out_misclassifications is None  # not known of all trials
+    assert statistics.held_out_misclassifications is None  # not recorded by all trials
 
 
 def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influence():
@@ -196,7 +196,7 @@ def test_expected_standard_error_equals_the_papers_worst_case():
 
 @pytest.mark.skipif(not lookup.POSSIBLE, reason="this processor has no byte shuffle")
 @given(words=st.integers(0, 20), a=st.integers(2, 300), b=st.integers(2, 140), seed=st.integers(0, 10**6))
-@example(words=1100, a=3, b=5, seed=0)  # more trials than 16 bits count
+@example(words=1100, a=3, b=5, seed=0)  # more trials than 16 bits can count
 @settings(max_examples=40, deadline=None)
 def test_both_kernels_count_pairs_equally(words, a, b, seed):
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""`Aggregation` with made-up trials, without a server and by a clock that the test sets."""
+"""`Aggregation` with random trials, without a server, on a simulated clock."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ AT_ONCE = Pace(trials=1, seconds=1, first_at_once=True)
 
 
 class Clock:
-    """Seconds that pass only when the test says so."""
+    """A simulated clock, advanced by the test."""
 
     def __init__(self):
         self.now = 1000.0
@@ -117,7 +117,7 @@ def test_publishing_takes_a_tenth_of_the_time_at_most_but_the_last_version_is_im
     monkeypatch.setattr(module, "publish", slowly)
 
     def published_after(first, seconds):
-        """The trials in the scores when eight more are committed and this time has passed."""
+        """Commit eight more trials, advance the clock, and return the number of trials in the scores."""
         experiment.commit(first)
         experiment.clock.now += seconds
         aggregation.accumulate_new()

@@ -1,4 +1,4 @@
-"""`run_shard` as both of its callers call it: a process of the embedded run's pool, and the trainer of a worker."""
+"""`run_shard` through both of its callers: a process of the embedded run's pool, and the trainer of a worker."""
 
 import queue
 from contextlib import suppress
@@ -49,7 +49,7 @@ class FaultyStore(LocalStore):
 
 
 class NoBroker:
-    """A broker that cannot be reached: training goes on without a lease."""
+    """An unreachable broker: training continues without a lease."""
 
     held: bool | None = None
 

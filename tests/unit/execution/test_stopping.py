@@ -1,4 +1,4 @@
-"""Experiments that end at a standard error."""
+"""Experiments that end at a declared standard error."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_a_run_ends_once_its_standard_errors_reach_the_bound(tmp_path):
 
     errors = load_scores(tmp_path / "experiments" / "e").memorization["mem_se"]
     assert np.quantile(errors, 0.9, method="higher") <= 0.04
-    # asked again, it is as it was, also by who leaves the number of trials out
+    # a repeated run changes nothing, also without a declared number of trials
     assert run(experiment, tmp_path) == summary
 
 

@@ -1,4 +1,4 @@
-"""Missing shards, attempts, and the rules of one name for one experiment."""
+"""Registration, extension, missing shards, attempts and control."""
 
 import dataclasses
 

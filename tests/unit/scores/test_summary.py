@@ -1,4 +1,4 @@
-"""Summaries of scores and the pointer to them: their format, and what is read from other versions of memtail."""
+"""Summaries of scores and the pointer to them: format, and compatibility with other versions of memtail."""
 
 import json
 from dataclasses import replace

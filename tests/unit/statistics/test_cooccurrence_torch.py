@@ -1,4 +1,4 @@
-"""Counting on a device, run on torch's CPU device: the same bits as the compiled kernels give."""
+"""Counts on torch's CPU device: their bits equal those of the compiled kernels."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def words(bits):
 
 
 def statistics(seed, t, n, q):
-    """Some examples are always in or always out (no estimate); few distinct rates, so that there are ties."""
+    """Random statistics: some examples are in every subset or in none (no estimate), and few distinct rates give ties."""
     rng = np.random.default_rng(seed)
     M = rng.random((t, n)) < rng.choice([0.0, 0.5, 0.7, 1.0], n, p=[0.1, 0.4, 0.4, 0.1])
     M[:, n // 2 :] = M[:, : n - n // 2]
@@ -34,7 +34,7 @@ def statistics(seed, t, n, q):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
-    """So that small examples cross the bounds of blocks and chunks."""
+    """Shrink blocks and chunks, so that small inputs span several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_device, "_ROWS", 16)
         patch.setattr(on_device, "_OTHERS", 24)

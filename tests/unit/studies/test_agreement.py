@@ -88,7 +88,7 @@ def test_intervals_equal_those_of_statistical_tables():
 
 
 def groups(overlaps):
-    """Groups of splits by number of trials, with overlaps of the memorized examples: one of all splits, or a list."""
+    """Make groups of splits from overlaps of the memorized examples by number of trials: one for all splits, or a list."""
     at = ("memorization", PAPERS["memorization"], 10, 10)
     return [
         _Group(

@@ -1,4 +1,4 @@
-"""The check of the built documentation."""
+"""Check of the built documentation."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pages of the documentation that are made from the code."""
+"""Generated pages of the documentation."""
 
 import runpy
 from dataclasses import dataclass, field

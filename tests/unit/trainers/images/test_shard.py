@@ -1,4 +1,4 @@
-"""Training a shard: purity, batches, divergence, memory, checkpoints; and equality with plain torch."""
+"""Training of shards: purity, batches, divergence, memory, checkpoints, and equality with plain torch."""
 
 import copy
 import dataclasses
@@ -50,7 +50,7 @@ def in_shards(experiment, dataset, trials, size):
 
 @pytest.fixture
 def small(tmp_path):
-    """40 training images of two classes; returns the prepared dataset."""
+    """Prepare a dataset of 40 training images in two classes."""
     return prepare(_arrays(tmp_path))
 
 
@@ -120,7 +120,7 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
 
 
 def reference_trial(experiment, dataset, trial):
-    """What a careful user would write, with memtail's membership, weights and order: one model in plain PyTorch."""
+    """Train one model in plain PyTorch, with memtail's membership, initial weights and batch order."""
     recipe, sgd = experiment.training, experiment.training.optimizer
     member = subsets.membership(experiment.subsets, dataset.train_labels, [trial])[0]
     images = torch.from_numpy(np.array(dataset.train_images)).float().sub(torch.tensor(dataset.mean)).div(torch.tensor(dataset.std))
@@ -219,7 +219,7 @@ def test_a_diverged_trial_is_recorded_and_does_not_change_the_others_in_its_stac
     def poisoned(*args):
         network = build(*args)
         built.append(network)
-        if len(built) == 3:  # the first is built to look at, trial 1 is the third
+        if len(built) == 3:  # the first network is built to inspect it; trial 1 is the third
             with torch.no_grad():
                 network[1].weight[0, 0] = float("nan")
         return network
@@ -317,7 +317,7 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
     assert same_bits([expected], [resumed], margins=True)
     whole = Memory()
     train_shard(experiment, dataset, range(5), CPU, checkpoints=whole)
-    assert checkpoints.saves - saves == whole.saves - stop_at  # nothing before the checkpoint was trained again
+    assert checkpoints.saves - saves == whole.saves - stop_at  # no epoch before the checkpoint was trained again
 
 
 def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, monkeypatch):
@@ -346,7 +346,7 @@ def test_checkpoints_that_take_long_are_written_rarely(declare, digits, monkeypa
         train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)
         return checkpoints.saves
 
-    assert saves(1e-9) == 1 < saves(math.inf)  # the first is written, since nothing is known of what one takes
+    assert saves(1e-9) == 1 < saves(math.inf)  # the first is written, since the duration is unknown before
 
 
 def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digits, monkeypatch, capfd):
@@ -530,7 +530,7 @@ def test_every_architecture_takes_small_grey_and_colour_images(name, channels):
 def test_pooling_with_relu_equals_torchs_to_the_bit(size, odd):
     from memtail.trainers.images.cpu.maxpool_relu import pool_relu
 
-    images = (torch.randn(3, 5, size, size) * 2).round().div(2).contiguous(memory_format=torch.channels_last)  # full of ties
+    images = (torch.randn(3, 5, size, size) * 2).round().div(2).contiguous(memory_format=torch.channels_last)  # with many ties
     images[0, 0, 0, 0] = odd
     ours, torchs = images.clone().requires_grad_(), images.clone().requires_grad_()
     pooled, expected = pool_relu(ours), F.relu(F.max_pool2d(torchs, 2))
