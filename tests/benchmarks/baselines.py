@@ -1,4 +1,4 @@
-"""Baselines of the benchmarks: the same work as a careful user would write it. None of it imports the trainer of memtail."""
+"""Baselines of the benchmarks: careful implementations of the same work, without the trainer of memtail."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 @dataclass(frozen=True)
 class Recipe:
-    """A workload: how a network is made and trained. `schedule` is "constant" or "cosine" (with 10% linear warm-up)."""
+    """A workload: the training recipe of a network. `schedule` is "constant" or "cosine" (with 10% linear warm-up)."""
 
     epochs: int
     batch_size: int

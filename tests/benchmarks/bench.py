@@ -1,4 +1,4 @@
-"""The benchmarks: each row measures memtail and a baseline in one run, alternating, on the same threads.
+"""Benchmarks: each row measures memtail and a baseline alternately in one run.
 
     make bench            all rows
     make bench ROW=digits-mlp
@@ -40,12 +40,12 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster than the baseline."""
+        """Speed-up: median time of the baseline over that of memtail."""
         return statistics.median(self.baseline) / statistics.median(self.ours) if self.baseline else None
 
 
 def machine() -> str:
-    """The processor and the number of cores used."""
+    """Return the processor, and the number of cores used."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
@@ -75,7 +75,7 @@ def _spread(times: list[float], unit: str) -> str:
 
 
 def main(wanted: str) -> None:
-    """Measure the rows whose names start with `wanted` (all where empty)."""
+    """Measure the rows whose names start with `wanted`; all if it is empty."""
     from tests.benchmarks import counting, dispatching, exploring, serving, starting, training
 
     benches: dict[str, Callable[[], list[Row]]] = {

@@ -1,4 +1,4 @@
-"""Rows about the statistics: all influences, one row and one column, folding one more shard."""
+"""Rows about statistics: all influences, one row, one column, accumulation of shards, and publication at the size of ImageNet."""
 
 import tempfile
 import time
@@ -21,7 +21,7 @@ REPETITIONS = 5
 
 
 def _packed(rng: np.random.Generator, trials: int, n: int, q: int) -> PackedTrials:
-    """Random bits."""
+    """Draw random statistics."""
     last = np.uint64(2 ** (trials % 64 or 64) - 1)
 
     def words(columns: int) -> np.ndarray:
@@ -35,20 +35,20 @@ def _packed(rng: np.random.Generator, trials: int, n: int, q: int) -> PackedTria
 
 
 def _timed(work: Callable[[], object]) -> float:
-    time.sleep(0.2)  # the threads of what ran before spin on for a while, waiting for more
+    time.sleep(0.2)  # idle threads of the previous work spin for a while
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def _status_mib(name: str) -> float:
-    """A memory figure of this process, in MiB."""
+    """Return a memory figure of this process in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 
 
 def influence_small() -> list[Row]:
-    """Against the float products of the authors' demo; the counts are compared bit by bit."""
+    """Measure all influences against the float products of the authors' demo, after checking that the counts are equal."""
     trials, n, q = 2000, 8000, 4000
     packed = _packed(np.random.default_rng(0), trials, n, q)
 
@@ -72,11 +72,11 @@ def influence_small() -> list[Row]:
 
 
 def influence_large() -> list[Row]:
-    """Every influence in blocks: the pairs, and the top 10 of every test example."""
+    """Measure a pass over all influences in blocks: the pairs, and the top 10 of every test example."""
     trials, n, q = 4000, 50_000, 10_000
     rng = np.random.default_rng(0)
     packed = _packed(rng, trials, n, q)
-    # a third of the training set memorized, as in CIFAR-100, so that pairs are looked for where they would be
+    # a third of the training set is memorized, as in CIFAR-100, so that a realistic number of pairs is tested
     mem = rng.random(n) * 0.375
     half = np.full(n, trials // 2)
     memorization = Memorization(mem, mem, mem, mem, half, half)
@@ -87,7 +87,7 @@ def influence_large() -> list[Row]:
         high_influence_pairs(packed, memorization, train_labels, test_labels)
 
     everything()  # compiles
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_mib("VmRSS")
     times = [_timed(everything) for _ in range(3)]
     peak = _status_mib("VmHWM") - before
@@ -96,7 +96,7 @@ def influence_large() -> list[Row]:
 
 
 def row_and_column() -> list[Row]:
-    """The top 100 of one row and of one column at the size of ImageNet."""
+    """Measure the top 100 of one row and of one column at the size of ImageNet."""
     packed = _packed(np.random.default_rng(0), 2000, 1_280_000, 50_000)
 
     def column(test: int) -> None:
@@ -109,7 +109,7 @@ def row_and_column() -> list[Row]:
         top = largest(block.value[0], 100)
         block.standard_error_at(np.zeros_like(top), top)
 
-    column(0), row(0)  # compiles, and takes the column sums, which are kept
+    column(0), row(0)  # compiles, and computes the column sums, which are cached
     note = "t = 2000, n = 1.28 M, q = 50,000; top 100 with standard errors"
     return [
         Row("column", "query", "50 ms", [_timed(lambda test=test: column(test)) for test in range(1, 12)], note=note),
@@ -118,7 +118,7 @@ def row_and_column() -> list[Row]:
 
 
 def fold() -> list[Row]:
-    """One more shard of 64 trials into the statistics of 100,000 trials, against the same into those of 1,000."""
+    """Measure the accumulation of a shard of 64 trials into statistics of 100,000 trials, against statistics of 1,000."""
     n, q, size = 5000, 1000, 64
     rng = np.random.default_rng(0)
     bits = [pack(rng.random((size, count)) < 0.7) for count in (n, n, q)]
@@ -136,14 +136,14 @@ def fold() -> list[Row]:
 
 
 def imagenet() -> list[Row]:
-    """What the aggregator does for ImageNet: folding trials one by one, and writing a version of the scores."""
+    """Measure the work of the aggregator for ImageNet: accumulating trials one by one, and writing a version of the scores."""
     trials, n, q, classes = 2000, 1_281_167, 50_000, 1000
     rng = np.random.default_rng(0)
     memorized = rng.random(n) < 1 / 3
 
     def batch(trial: int) -> TrialBatch:
-        members, right = rng.random(n, np.float32) < 0.7, rng.random(n, np.float32) < 0.8
-        bits = [pack(each[None]) for each in (members, np.where(memorized, members, right), rng.random(q, np.float32) < 0.75)]
+        members, correct = rng.random(n, np.float32) < 0.7, rng.random(n, np.float32) < 0.8
+        bits = [pack(each[None]) for each in (members, np.where(memorized, members, correct), rng.random(q, np.float32) < 0.75)]
         return TrialBatch(np.array([trial], np.int32), bits[0], bits[1], bits[2], n, q, [TrialMetrics(trial, False, 0.0, 1.0, 1.0, 1.0)])
 
     def images(count: int) -> np.ndarray:
@@ -160,12 +160,12 @@ def imagenet() -> list[Row]:
         folds.append(time.perf_counter() - began)
     held = _status_mib("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         times = [_timed(lambda: write_scores(Path(folder), "imagenet", "", statistics, dataset)) for _ in range(2)]
         size = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20
     note = f"t = {trials}, n = {n:,}, q = {q:,}, {classes} classes"
     return [
-        Row("imagenet-fold", "trial", "", folds, peak_mib=held, note=f"{note}; the memory is what is held after all of them"),
+        Row("imagenet-fold", "trial", "", folds, peak_mib=held, note=f"{note}; memory after all trials"),
         Row("imagenet-publish", "version", "", times, peak_mib=_status_mib("VmHWM"), note=f"{note}; {size:.0f} MiB of files"),
     ]
 

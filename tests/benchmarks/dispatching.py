@@ -25,7 +25,7 @@ SHARDS, WORKERS, COMMITTED = 100_000, 1_000, 50_000
 
 
 def dispatcher() -> list[Row]:
-    """Half of the shards committed, as many leased as there are workers, the queue full; the first pass, and those after it."""
+    """Measure the first pass and later ones with half of the shards committed, one leased per worker, and a full queue."""
     redis = RedisServer()
     with tempfile.TemporaryDirectory() as folder, MinioServer(Path(folder)) as minio:
         redis.start()
@@ -55,7 +55,7 @@ def _passes(store: S3Store, broker: Broker, settings: ServiceSettings) -> list[R
             began = time.perf_counter()
             plan = dispatcher.reconcile()
             times.append(time.perf_counter() - began)
-            broker.redis.ltrim("memtail:shards", 0, -201)  # workers take some
+            broker.redis.ltrim("memtail:shards", 0, -201)  # as if workers took some
     assert plan.outstanding["big"] == SHARDS - COMMITTED
     assert Shard(COMMITTED, COMMITTED) not in {assignment.shard for assignment in plan.send}
     memory = broker.redis.info("memory")["used_memory_peak"] / 2**20

@@ -1,4 +1,4 @@
-"""The rows about the explorer: seconds until a view is answered, with the published statistics of 4,000 trials on 60,000 images."""
+"""Rows about the explorer: response times with the published statistics of 4,000 trials on 60,000 images."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ VIEWS = {
 
 
 def explorer() -> list[Row]:
-    """Each view over HTTP, each time with another example or page, once the scores are read. The first answer does not count."""
+    """Measure each view over HTTP, with another example or page each time. Scores are read before; the first response does not count."""
     with tempfile.TemporaryDirectory() as folder:
         store, cache, port = Path(folder, "store"), Path(folder, "cache"), free_port()
         _publish(LocalStore(store), cache)
@@ -49,7 +49,7 @@ def explorer() -> list[Row]:
             assert process.stdout.readline()
             http = urllib3.HTTPConnectionPool("127.0.0.1", port, timeout=120)
             try:
-                while http.request("GET", "/experiments/bench/train/0").status == 503:  # the scores are being read
+                while http.request("GET", "/experiments/bench/train/0").status == 503:  # while the scores are being read
                     time.sleep(0.1)
                 return [_row(http, name, view) for name, view in VIEWS.items()]
             finally:

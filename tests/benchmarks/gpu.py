@@ -1,10 +1,10 @@
-"""Everything that is measured on a GPU, in one go: checks that the CUDA path is right, then one table.
+"""All GPU measurements in one run: checks of the CUDA path, then one table.
 
-    tests/benchmarks/gpu.sh                               on a machine with one CUDA GPU; datasets are looked for in MEMTAIL_DATA
+    tests/benchmarks/gpu.sh                               on a machine with one CUDA GPU; datasets are searched in MEMTAIL_DATA
     python -m tests.benchmarks.gpu --dry-run              every step at tiny sizes on the CPU
 
-Shards are trained in this process, after an untimed one that starts the device. Times are from initial weights to what the final
-models get right on both splits. Exits with 1 where a check fails, after measuring all the same.
+Shards are trained in this process, after an untimed one that starts the device. Times are from initial weights to the
+outcomes of the final models on both splits. If a check fails, the rows are still measured, and the exit code is 1.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _STACK = 64
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: on a GPU what the targets speak of, in a dry run as little as passes through all the code."""
+    """Sizes of the measurements: those of the targets on a GPU, minimal ones in a dry run."""
 
     device: torch.device
     mnist_trials: int
@@ -66,11 +66,11 @@ def main() -> None:
     elif torch.cuda.is_available():
         measure(Sizes(torch.device("cuda", 0), 2000, 3, 64, 5, 4000, 50_000, 10_000))
     else:
-        sys.exit("gpu.py: there is no CUDA device here: run it on a machine with a GPU, or with --dry-run")
+        sys.exit("gpu.py: no CUDA device on this machine: run it on a machine with a GPU, or with --dry-run")
 
 
 def measure(sizes: Sizes) -> None:
-    """All checks and rows; exits with 1 where a check failed."""
+    """Run all checks and measure all rows; exits with 1 if a check failed."""
     print(machine(sizes.device), flush=True)
     failed = [name for name, passed in checks(sizes) if not passed]
     rows: list[Row] = []
@@ -83,7 +83,7 @@ def measure(sizes: Sizes) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """The device's name, its driver and torch's version."""
+    """Return the device's name, its driver and torch's version."""
     if device.type != "cuda":
         return f"dry run on the CPU, torch {torch.__version__}"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -95,7 +95,7 @@ def machine(device: torch.device) -> str:
 
 
 def checks(sizes: Sizes) -> Iterator[tuple[str, bool]]:
-    """Whether the device computes what it should: yields and prints a name and whether it passed."""
+    """Check the results of the device; yields and prints the name of each check, and whether it passed."""
     count, device = sizes.checked_trials, sizes.device
     digits = datasets.prepare(DatasetSpec(name="digits"))
     model = {"name": "mlp", "hidden": [256]}
@@ -112,14 +112,14 @@ def checks(sizes: Sizes) -> Iterator[tuple[str, bool]]:
     for experiment in (_tuned(mlp, mlp.dataset), mlp):
         stacked, again = (train_shard(experiment, digits, range(count), device) for _ in range(2))
         precision = experiment.training.precision
-        yield _checked(f"the same stack of networks twice gives the same bits, precision {precision}", _same(stacked, again))
+        yield _checked(f"training a stack of networks twice gives equal bits, precision {precision}", _same(stacked, again))
     once, again = (train_shard(resnet, digits, range(1), device) for _ in range(2))
-    yield _checked("the same ResNet-9 trial twice gives the same bits", _same(once, again))
+    yield _checked("training a ResNet-9 trial twice gives equal bits", _same(once, again))
 
     alone = [train_shard(mlp, digits, range(trial, trial + 1), device) for trial in range(count)]
     members = (stacked.membership == np.concatenate([batch.membership for batch in alone])).all()
     difference = _accuracy([stacked])[1] - _accuracy(alone)[1]
-    yield _checked(f"shards of 1 and of {count} have the same members", bool(members))
+    yield _checked(f"shards of 1 and of {count} have equal subsets", bool(members))
     yield _checked(f"shards of 1 and of {count} agree in test accuracy ({difference:+.2%})", abs(difference) < 0.01)
 
     first = range(min(count, 16))
@@ -128,7 +128,7 @@ def checks(sizes: Sizes) -> Iterator[tuple[str, bool]]:
 
 
 def mnist(sizes: Sizes) -> list[Row]:
-    """The demo of the paper's authors, all of its trials."""
+    """Measure all trials of the demo of the paper's authors."""
     experiment = Experiment.load(EXAMPLES / "mnist.yaml")
     if sizes.tiny:
         experiment = _tuned(experiment, DatasetSpec(name="digits"), epochs=2)
@@ -150,7 +150,7 @@ def mnist(sizes: Sizes) -> list[Row]:
 
 
 def images(name: str, sizes: Sizes) -> list[Row]:
-    """ResNet-9 by the recipe of examples/cifar10.yaml, beside a plain PyTorch loop on the same subsets."""
+    """Measure ResNet-9 by the recipe of examples/cifar10.yaml against a plain PyTorch loop on the same subsets."""
     experiment = Experiment.load(EXAMPLES / "cifar10.yaml")
     if sizes.tiny:
         experiment = _tuned(experiment, _made_up(sizes.tiny / f"{name}.npz"), epochs=2, batch_size=32)
@@ -183,7 +183,7 @@ def images(name: str, sizes: Sizes) -> list[Row]:
 
 
 def influence(sizes: Sizes) -> list[Row]:
-    """The pairs and the top 10 of each test example on the device, beside the compiled kernels, whose answers must be the same."""
+    """Measure the pairs and the top 10 of each test example on the device against the compiled kernels, whose results must be equal."""
     n, q = sizes.n, sizes.q
     rng = np.random.default_rng(0)
     packed = random_statistics(rng, sizes.trials, n, q)
@@ -217,7 +217,7 @@ def influence(sizes: Sizes) -> list[Row]:
 
 @torch.backends.cudnn.flags(enabled=True, benchmark=True)
 def plain_loop(experiment: Experiment, dataset: ImageDataset, trial: int, device: torch.device) -> tuple[float, float]:
-    """What a careful user would write: images on the device, bfloat16, channels last; returns in-subset and test accuracy."""
+    """Train a model by a careful plain loop (images on the device, bfloat16, channels last); return in-subset and test accuracy."""
     recipe, sgd = experiment.training, experiment.training.optimizer
     mean, std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
 
@@ -247,15 +247,15 @@ def plain_loop(experiment: Experiment, dataset: ImageDataset, trial: int, device
             schedule.step()
     model.eval()
 
-    def right(inputs: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    def correct(inputs: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
         with torch.no_grad(), autocast:
             return (torch.cat([model(part).argmax(1) for part in torch.split(inputs, 2048)]) == labels).cpu().numpy()
 
-    return float(right(train, train_labels)[member].mean()), float(right(test, test_labels).mean())
+    return float(correct(train, train_labels)[member].mean()), float(correct(test, test_labels).mean())
 
 
 def _cropped_and_flipped(batch: torch.Tensor, reach: int) -> torch.Tensor:
-    """Each image of [B, C, H, W] shifted by up to `reach` pixels and mirrored half of the time; channels last."""
+    """Shift each image of [B, C, H, W] by up to `reach` pixels, and mirror it with probability 1/2; channels last."""
     count, _, height, width = batch.shape
     device = batch.device
     down, right = torch.randint(0, 2 * reach + 1, (2, count, 1, 1), device=device)
@@ -267,18 +267,18 @@ def _cropped_and_flipped(batch: torch.Tensor, reach: int) -> torch.Tensor:
 
 
 def find(name: str) -> DatasetSpec | None:
-    """A dataset that is already on this machine, None where it would have to be downloaded; CIFAR-10 also as an archive of JPEG files."""
+    """Find a dataset on this machine, CIFAR-10 also as an archive of JPEG files; None if it would have to be downloaded."""
     settings = Settings()
     places = settings.places(None)
     if any((place / _FOLDERS[name]).is_dir() for place in places):
         return DatasetSpec.model_validate({"name": name})
     for place in places:
-        experiment_store = place / f"{name}-jpeg.tar.xz"
+        archive = place / f"{name}-jpeg.tar.xz"
         unpacked = settings.cache / "unpacked" / f"{name}-jpeg"
-        if experiment_store.is_file():
+        if archive.is_file():
             if not unpacked.is_dir():
                 partial = unpacked.with_suffix(".partial")
-                with tarfile.open(experiment_store) as opened:
+                with tarfile.open(archive) as opened:
                     opened.extractall(partial, filter="data")
                 partial.rename(unpacked)
             return DatasetSpec(name="folder", root=unpacked / name)
@@ -286,13 +286,13 @@ def find(name: str) -> DatasetSpec | None:
 
 
 def _tuned(experiment: Experiment, dataset: DatasetSpec, **training: int) -> Experiment:
-    """An experiment with another dataset and some of its recipe replaced, in the precision that memtail chooses."""
+    """Replace the dataset and a part of the recipe of an experiment; the precision is `auto`."""
     recipe = experiment.training.model_copy(update={"precision": "auto", **training})
     return experiment.model_copy(update={"dataset": dataset, "training": recipe})
 
 
 def _made_up(path: Path) -> DatasetSpec:
-    """Small coloured images in four classes."""
+    """Write small colour images in four classes."""
     rng = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {}
     for split, count in (("train", 100), ("test", 40)):
@@ -304,7 +304,7 @@ def _made_up(path: Path) -> DatasetSpec:
 
 
 def _no_data(name: str) -> list[Row]:
-    print(f"{name}: no data: row left out (looked in {', '.join(str(place) for place in Settings().places(None))})", flush=True)
+    print(f"{name}: no data: row skipped (searched {', '.join(str(place) for place in Settings().places(None))})", flush=True)
     return []
 
 
@@ -319,7 +319,7 @@ def _same(one: TrialBatch, other: TrialBatch) -> bool:
 
 
 def _accuracy(batches: list[TrialBatch]) -> tuple[float, float]:
-    """Mean in-subset and test accuracy of all trials."""
+    """Return the mean in-subset and test accuracy of all trials."""
     entries = [entry for batch in batches for entry in batch.metrics]
     return float(np.mean([entry.in_subset_accuracy for entry in entries])), float(np.mean([entry.test_accuracy for entry in entries]))
 
@@ -334,7 +334,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> float | None:
-    """The most memory that arrays on the device took since the last reset, in MiB."""
+    """Return the peak memory of arrays on the device since the last reset, in MiB."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that is measured on a GPU, in one go, on a machine with one CUDA GPU. MEMTAIL_DATA is where MNIST and CIFAR lie.
+# All GPU measurements, on a machine with one CUDA GPU. MEMTAIL_DATA is the folder of MNIST and CIFAR.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export MEMTAIL_DATA=${MEMTAIL_DATA:-$PWD/../shared/data}

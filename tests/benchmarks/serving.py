@@ -1,4 +1,4 @@
-"""The row about the service: the same trials by `memtail run`, and by a dispatcher, a worker and an aggregator with real servers."""
+"""Row about the services: equal trials by a dispatcher, a worker and an aggregator on real servers, and by `memtail run`."""
 
 import tempfile
 import time
@@ -18,9 +18,9 @@ REPETITIONS, TRIALS, PER_SHARD = 3, 2000, 50
 
 
 def service() -> list[Row]:
-    """On both sides as many processes train as there are cores.
+    """Measure the time per trial; on both sides one process per core trains.
 
-    Ours is all of it, from submission to the published scores of all trials. The start of the processes is not counted on either side.
+    Ours is the time from submission to the published scores of all trials. The start of processes counts on neither side.
     """
     model, dataset = {"name": "mlp", "hidden": [256]}, {"name": "digits"}
     execution = {"device": "cpu", "trials_per_shard": PER_SHARD}
@@ -35,7 +35,7 @@ def service() -> list[Row]:
         for name in ("dispatcher", "worker", "aggregator"):
             cluster.start(name)
         for repetition in range(REPETITIONS + 1):
-            trials = TRIALS if repetition else 2 * PER_SHARD  # the first warms up
+            trials = TRIALS if repetition else 2 * PER_SHARD  # the first repetition warms up
             experiment = Experiment.parse({"name": f"run-{repetition}", "subsets": {"trials": trials, "seed": repetition}, **spec})
             began = time.perf_counter()
             experiment_store = cluster.submit(experiment, datasets.prepare(experiment.dataset))
@@ -47,7 +47,7 @@ def service() -> list[Row]:
 
 
 def _embedded(experiment: Experiment, store: Path) -> float:
-    """Seconds of `memtail run` from when the first process trains on to the scores."""
+    """Return the seconds of `memtail run` from the start of training to the scores."""
     training: list[float] = []
 
     def watch(state: RunState) -> None:

@@ -14,7 +14,7 @@ REPETITIONS = 9
 
 
 def start() -> list[Row]:
-    """`memtail --help`, and `memtail top` on the scores of a small run."""
+    """Measure `memtail --help`, and `memtail top` on the scores of a small run."""
     with tempfile.TemporaryDirectory() as folder:
         experiment = memtail.Experiment.parse(
             {"name": "start", "dataset": {"name": "digits"}, "training": {"epochs": 1}, "subsets": {"trials": 40}}

@@ -52,7 +52,7 @@ def _data(dataset: ImageDataset) -> Data:
 
 
 def measure(name: str, model: dict, recipe: Recipe, dataset_spec: dict, trials: int, targets: dict[str, str], note: str = "") -> list[Row]:
-    """`trials` trials of ours per repetition against one of each baseline."""
+    """Measure `trials` trials of memtail per repetition against one of each baseline."""
     experiment = _workload(name, model, recipe, dataset_spec)
     dataset = datasets.prepare(experiment.dataset)
     data = _data(dataset)
@@ -103,7 +103,7 @@ def _train(workers: Workers, shards: list[Shard]) -> None:
 
 
 def mnist() -> dict:
-    """MNIST from `MEMTAIL_DATA`, or from where it lies for the tests."""
+    """Measure on MNIST, from `MEMTAIL_DATA` or from the data of the tests."""
     return (
         {"name": "mnist"}
         if os.environ.get("MEMTAIL_DATA")

@@ -38,7 +38,7 @@ def test_a_row_without_data_is_skipped_with_a_message(monkeypatch, tmp_path, cap
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
     sizes = gpu.Sizes(torch.device("cpu"), 1, 1, 1, 1, 1, 1, 1)
     assert gpu.mnist(sizes) == gpu.images("cifar100", sizes) == []
-    assert "mnist: no data: row left out" in (said := capsys.readouterr().out)
+    assert "mnist: no data: row skipped" in (said := capsys.readouterr().out)
     assert "cifar100: no data" in said
 
 
