@@ -467,7 +467,7 @@ def test_an_outage_is_cached_and_hides_all_pages(explored, tmp_path, monkeypatch
     store.away, store.reads = True, 0
     client = TestClient(create(store), base_url=HERE)
     for path in ("/", "/experiments.csv", "/experiments/young", "/experiments/young/images/train/0.png", "/experiments/young/train/0"):
-        assert "The bucket is away." in page(client, path, 503).text
+        assert "The bucket is unreachable." in page(client, path, 503).text
     assert store.reads == 1
 
 

@@ -29,15 +29,15 @@ def test_services_train_studies_in_a_bucket_although_a_worker_is_killed(living, 
     living.until_published(experiment_store, 128)
     living.end(*living.kinds("worker"))
 
-    asked = (
+    commands = (
         ("removal", "digits", "--theta", "0.25", "--repeats", REPEATS, "--submit"),
         ("removal", "digits", "--pairs", "--repeats", REPEATS, "--submit"),
         ("last-layer", "digits", "--submit"),
     )
-    entered = [study(living, *arguments) for arguments in asked]
-    assert [each["trained"] for each in entered] == [False] * 3
-    assert [each["trials"] for each in entered] == [12, 12, 128]
-    trained = [ExperimentStore(living.store, each["experiment"]) for each in entered]
+    submitted = [study(living, *arguments) for arguments in commands]
+    assert [each["trained"] for each in submitted] == [False] * 3
+    assert [each["trials"] for each in submitted] == [12, 12, 128]
+    trained = [ExperimentStore(living.store, each["experiment"]) for each in submitted]
     worker = living.start("worker")
     living.until(lambda: any(each.committed() for each in trained))
     worker.kill()
@@ -46,11 +46,11 @@ def test_services_train_studies_in_a_bucket_although_a_worker_is_killed(living, 
         living.until(lambda name=each.name: progress_of(living.store, name).ending == "published")
     # the same commands evaluate the finished studies; `duplicates` uses the models of --pairs
     others = (("duplicates", "digits", "--repeats", REPEATS), ("stability", "digits"))
-    answers = [study(living, *arguments) for arguments in (*asked, *others)]
+    answers = [study(living, *arguments) for arguments in (*commands, *others)]
 
     assert [answer["study"] for answer in answers] == ["removal", "removal-pairs", "last-layer", "duplicates", "stability"]
     assert [answer["trials"] for answer in answers] == [12, 12, 256, 140, 128]
-    assert entered[1]["experiment"] in answers[3]["experiments"]
+    assert submitted[1]["experiment"] in answers[3]["experiments"]
     assert [result.to_json() for result in load_results(living.store, "digits")] == sorted(answers, key=lambda answer: answer["study"])
     # only the experiment itself has a report, not those that its studies train
     assert latest_report(living.store, "digits")
