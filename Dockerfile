@@ -3,18 +3,18 @@
 #   docker build --target control --tag memtail-control .
 #   docker build --target worker --tag memtail-worker .
 #
-# Requirements are installed before the code is copied, so that new code installs nothing else again. What an image does without is not
-# installed; nothing is deleted from an installed package.
+# Requirements are installed before the code is copied, so that a change of the code does not install them again. Each image has only the
+# packages that it needs.
 ARG PYTHON_IMAGE=python:3.13-slim
 
 FROM ${PYTHON_IMAGE} AS base
-# One uid in both images: they share volumes. It is that of the first user on most machines, who can then read what is written for them.
+# One uid in both images, since they share volumes. 1000 is the first user of most machines, who can then read files on bind mounts.
 RUN groupadd --gid 1000 memtail \
  && useradd --uid 1000 --gid memtail --no-create-home --home-dir /var/cache/memtail memtail \
  && install --directory --owner memtail --group memtail /var/cache/memtail /run/memtail \
  && python -m venv /opt/memtail
-# Datasets and compiled code go where a volume or a tmpfs belongs. Nothing else is written, so that the root may be read-only.
-# The services are no package of the distribution: Python finds them in app.
+# Datasets and compiled code are written to the cache, a volume or a tmpfs. Nothing else is written, so the root file system may be
+# read-only. The services are not part of the distribution; Python finds them in app.
 ENV PATH=/opt/memtail/bin:$PATH \
     PYTHONPATH=/opt/memtail/app \
     MEMTAIL_CACHE=/var/cache/memtail \
@@ -47,7 +47,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /src/tools/install.sh /opt/memtail </src/control.txt
 
 FROM control-packages AS worker-packages
-# An index of other builds of torch, such as https://download.pytorch.org/whl/cpu; tools/install.sh says how it is used.
+# URL of an index with other builds of torch, such as https://download.pytorch.org/whl/cpu; see tools/install.sh.
 ARG TORCH_INDEX=
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=bind,from=requirements,source=/src/worker.txt,target=/src/worker.txt \

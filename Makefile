@@ -1,22 +1,22 @@
 # make run              install memtail and run the digits experiment to its scores and report
 # make test             install the development tools and run the unit and integration tests
-# make test-all         also the tests of whole processes: runs, services, faults
-# make test-slow        the slow tests, of properties that a quick test shows too
+# make test-all         also the system tests: runs, services, faults
+# make test-slow        slow tests, which repeat quick ones on larger inputs
 # make coverage         line coverage of all tests, child processes included
 # make lint             ruff, import-linter, hadolint and mypy
-# make docs             the documentation in site/: warnings are errors, and no page loads anything from another host
-# make bench            measurements beside honest baselines (ROW=name: one row, ROW=list: the names)
+# make docs             build the documentation in site/; warnings are errors, and no page may load anything from another host
+# make bench            benchmarks against baselines (ROW=name: one row, ROW=list: the names)
 # make e2e              docker compose up, from the build to the scores (needs Docker with the compose plugin)
 # make test-kubernetes  the chart and the autoscaling of workers on a real API server with simulated nodes
-# make test-node        the images and the chart on a real node, through faults (needs root; building its tools takes up to an hour)
+# make test-node        the images and the chart on a real node, with faults (needs root; building its tools takes up to an hour)
 # make test-lowest      the tests with the lowest versions that pyproject.toml allows
 # make test-python      the tests with another Python (PYTHON=3.13)
 # make lock             constraints.txt: versions and hashes of all packages that are installed
 # make soak             ten minutes of random faults on the services, with real servers
 # make scale            1,000 workers and 100,000 simulated shards on real servers and a real API server (an hour)
-# make dashboards       Grafana's dashboards, and pictures of them after a small run in out/dashboards
+# make dashboards       generate Grafana's dashboards, and render them after a small run to out/dashboards
 #
-# Everything is installed into .venv, again only after a change of pyproject.toml or constraints.txt, and with uv if it is on PATH.
+# Requirements are installed into .venv, and again after a change of pyproject.toml or constraints.txt; with uv if it is on PATH.
 
 SPEC ?= examples/digits.yaml
 STORE ?= memtail-store
@@ -55,7 +55,7 @@ test-lowest: .venv/installed-dev
 test-python: .venv/installed-dev
 	./tools/test-with.sh $(PYTHON) locked $(ARGS)
 
-# One version for all Pythons, so that all compute the same. Addresses of indexes are the user's: none is written.
+# One version for all Pythons, so that all compute equal results. URLs of package indexes depend on the user and are not written.
 lock: .venv/installed-dev
 	$(BIN)/python tools/requirements.py | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 	  --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command 'make lock' --upgrade --output-file constraints.txt -
@@ -88,7 +88,7 @@ docs: .venv-docs/installed
 	NO_COLOR=1 .venv-docs/bin/zensical build --clean --strict
 	.venv-docs/bin/python tools/check-site.py site README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CODE_OF_CONDUCT.md
 
-# Neither torch nor development tools, which would take longer than the documentation.
+# Without torch and development tools, whose installation would take longer than building the documentation.
 .venv-docs/installed: pyproject.toml constraints.txt
 	./tools/make-venv.sh .venv-docs
 	.venv-docs/bin/python tools/requirements.py base docs | ./tools/install.sh .venv-docs

@@ -16,10 +16,10 @@ _BEGIN, _END = "<!-- values -->\n", "<!-- end of values -->\n"
 
 
 def rows(text: str) -> list[tuple[str, Any, str]]:
-    """(name, default, meaning) of each value in the text of a values.yaml. Raises: ValueError: one has no meaning."""
+    """List (name, default, description) of each value in the text of a values.yaml. Raises: ValueError: one has no description."""
     found: list[tuple[str, Any, str]] = []
-    path: list[tuple[int, str]] = []  # the keys above a line, with their indentation
-    meaning, documented = "", sys.maxsize  # the indentation of the value whose parts need no meaning of their own
+    path: list[tuple[int, str]] = []  # keys that enclose the current line, with their indentation
+    meaning, documented = "", sys.maxsize  # indentation of a value that is documented as a whole
     values = yaml.safe_load(text)
     for line in text.splitlines():
         if comment := re.match(r" *# -- (.+)", line):
@@ -33,7 +33,7 @@ def rows(text: str) -> list[tuple[str, Any, str]]:
                 found.append((name, _at(values, path), meaning))
                 meaning, documented = "", indentation
             elif documented == sys.maxsize and not line.endswith(":"):
-                raise ValueError(f"{name} has no meaning: put a comment `# -- ...` before it")
+                raise ValueError(f"{name} has no description: put a comment `# -- ...` before it")
     return found
 
 
@@ -44,13 +44,13 @@ def _at(values: Any, path: list[tuple[int, str]]) -> Any:
 
 
 def table(text: str) -> str:
-    """The values in the text of a values.yaml, as a table in Markdown."""
+    """Format the values in the text of a values.yaml as a Markdown table."""
     lines = [f"| `{name}` | `{json.dumps(default)}` | {meaning} |" for name, default, meaning in rows(text)]
     return "\n".join(["| value | default | meaning |", "|---|---|---|", *lines, ""])
 
 
 def with_table(readme: str, text: str) -> str:
-    """A README with the table of a values.yaml between its marks."""
+    """Insert the table of a values.yaml into a README, between its marks."""
     before, _, rest = readme.partition(_BEGIN)
     return before + _BEGIN + table(text) + _END + rest.partition(_END)[2]
 

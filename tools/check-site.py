@@ -17,12 +17,12 @@ from urllib.parse import unquote, urldefrag
 _EXTERNAL = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 _IN_STYLES = re.compile(r"(?:url\(|@import\s+)\s*[\"']?([^\"')\s;]+)")
 _MARKDOWN_LINK = re.compile(r"\]\(([^)\s]+)\)")
-# What a <link> is fetched for; others, such as the canonical address of a page, are not fetched.
+# Relations of a <link> that browsers fetch; others, such as the canonical address of a page, are not fetched.
 _FETCHED = {"stylesheet", "icon", "preload", "modulepreload", "prefetch", "manifest", "preconnect", "dns-prefetch"}
 
 
 class _Page(HTMLParser):
-    """What one page loads, where it links to, and the anchors it has."""
+    """Resources, links and anchors of one page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """What is wrong with a built site, one line each."""
+    """List the problems of a built site, one line each."""
     pages = {path: _Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
     found = [] if pages else [f"{site}: has no pages"]
     for path, page in pages.items():
@@ -79,7 +79,7 @@ def _is_there(url: str, page: Path, site: Path, pages: dict[Path, _Page]) -> boo
 
 
 def broken_links(file: Path) -> list[str]:
-    """The relative links of a Markdown file that lead nowhere, one line each."""
+    """List the broken relative links of a Markdown file, one line each."""
     urls = [url for url in _MARKDOWN_LINK.findall(file.read_text()) if not re.match(r"[a-z][a-z0-9+.-]*:|#", url, re.IGNORECASE)]
     return [f"{file}: {url} does not exist" for url in urls if not (file.parent / urldefrag(url)[0]).exists()]
 

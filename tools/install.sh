@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Installs requirements, at the versions and with the hashes of constraints.txt, into a virtual environment.
 #
-#   tools/install.sh VENV [PROJECT] <REQUIREMENTS     the project, if named, editable
+#   tools/install.sh VENV [PROJECT] <REQUIREMENTS     PROJECT is installed editable
 #
-# TORCH_INDEX names an index of other builds of torch, such as https://download.pytorch.org/whl/cpu. Then torch, torchvision and what they
-# require come from that index alone: an index beside PyPI would let either offer a package under a name of the other. The versions are those
-# of constraints.txt. Other builds have other hashes, so that index is trusted as it is; everything else still has to match its hash.
+# TORCH_INDEX is the URL of an index with other builds of torch, such as https://download.pytorch.org/whl/cpu. Torch, torchvision and their
+# dependencies are then installed from that index alone, at the versions of constraints.txt: with two indexes, one could offer a package under
+# the name of a package of the other (dependency confusion). The hashes of these builds are not checked; all other packages must match theirs.
 set -euo pipefail
 tools=$(cd "$(dirname "$0")" && pwd)
 constraints=$tools/../constraints.txt
@@ -28,11 +28,11 @@ fi
 if [ -n "${TORCH_INDEX:-}" ] && grep -q '^torch[^a-z]' "$requirements"; then
   (
     unset PIP_FIND_LINKS UV_INDEX UV_EXTRA_INDEX_URL UV_FIND_LINKS
-    # a variable goes before a configuration file, which may name more indexes
+    # takes precedence over a configuration file, which may name more indexes
     export PIP_EXTRA_INDEX_URL=$TORCH_INDEX UV_NO_CONFIG=1
     install --index-url "$TORCH_INDEX" "$(version torch)" "$(version torchvision)"
   )
 fi
 install --constraint "$constraints" --requirement "$requirements"
-# setuptools warns of every editable installation
+# setuptools warns about every editable installation
 [ -z "$project" ] || PYTHONWARNINGS=ignore install --no-deps --no-build-isolation --editable "$project"

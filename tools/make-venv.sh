@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the newest Python >= 3.11 that works; on Debian it installs the package python3-venv if that is missing.
-# Where uv is on PATH, uv makes it, and may download a Python for it.
+# Creates a virtual environment with the newest working Python >= 3.11; on Debian it installs the package python3-venv if it is missing.
+# If uv is on PATH, uv creates the environment, and may download a Python.
 set -euo pipefail
 target=$1
 [ -x "$target/bin/python" ] && exit 0

@@ -7,7 +7,7 @@ from types import ModuleType
 from prometheus_client.metrics import MetricWrapperBase
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
-#: The modules that declare metrics, and whose they are.
+#: Modules that declare metrics, and their headings.
 MODULES = {
     "services.common.metrics": "Every service",
     "services.dispatcher.metrics": "Dispatcher",
@@ -23,20 +23,20 @@ at a worker, ten minutes after its last shard. A standby dispatcher has none. Hi
 
 `PYTHONPATH=. python tools/metrics-page.py` writes this page from the declarations.
 """
-# Units by the ends of names.
+# Units by suffix of the name.
 _UNITS = {"timestamp_seconds": "Unix time", "seconds": "seconds", "bytes": "bytes", "ratio": "0 to 1"}
 
 
 def declared(module: ModuleType) -> list[MetricWrapperBase]:
-    """The metrics of a module, in the order of their declarations."""
+    """List the metrics of a module, in the order of their declarations."""
     return [value for value in vars(module).values() if isinstance(value, MetricWrapperBase)]
 
 
 def row(metric: MetricWrapperBase) -> str:
-    """A metric as a row of the table. Raises: ValueError: it has no help text."""
+    """Format a metric as a row of the table. Raises: ValueError: it has no help text."""
     family = next(iter(metric.describe()))
     if not family.documentation:
-        raise ValueError(f"{family.name} has no help text: say what it means")
+        raise ValueError(f"{family.name} has no help text: describe its meaning")
     name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
     unit = next((unit for end, unit in _UNITS.items() if family.name.endswith(end)), "")
     labels = ", ".join(f"`{label}`" for label in metric._labelnames)
@@ -45,7 +45,7 @@ def row(metric: MetricWrapperBase) -> str:
 
 
 def page() -> str:
-    """The page."""
+    """Return the text of the page."""
     parts = [_INTRODUCTION]
     for name, title in MODULES.items():
         rows = [row(metric) for metric in declared(importlib.import_module(name))]

@@ -1,4 +1,4 @@
-"""`PYTHONPATH=. python tools/reference-pages.py`: writes the pages of docs/reference that are made from the code.
+"""`PYTHONPATH=. python tools/reference-pages.py`: writes the generated pages of docs/reference.
 
 * `experiment-file.md` from the JSON schema of `memtail.Experiment`,
 * `cli.md` from the Typer application,
@@ -50,19 +50,19 @@ A variable that holds a secret can be replaced by one with `_FILE` at its end, w
 
 
 def experiment_page() -> str:
-    """The keys of the experiment file, one section for each of its parts."""
+    """Describe the keys of the experiment file, one section for each part."""
     schema = Experiment.model_json_schema()
     parts = {"Experiment": schema, **schema["$defs"]}
     done: list[str] = []
     waiting = ["Experiment"]
-    while waiting:  # a part follows the one that first refers to it
+    while waiting:  # each part follows the one that first refers to it
         done.append(waiting.pop(0))
         waiting = [name for name in dict.fromkeys(_references(parts[done[-1]]["properties"])) if name not in done + waiting] + waiting
     return "\n".join([_EXPERIMENT, *(_part(name, parts) for name in done)])
 
 
 def _references(schema: Any) -> list[str]:
-    """The names of the parts that a schema refers to, in order."""
+    """List the names of the parts that a schema refers to, in order."""
     if isinstance(schema, dict):
         own = [schema["$ref"].rpartition("/")[2]] if "$ref" in schema else []
         return own + [name for value in schema.values() for name in _references(value)]
@@ -70,7 +70,7 @@ def _references(schema: Any) -> list[str]:
 
 
 def _path_to(name: str, parts: dict[str, Any]) -> str:
-    """Where in the file a part stands, such as `training.optimizer`."""
+    """Return the path of a part in the file, such as `training.optimizer`."""
     for parent, part in parts.items():
         for key, schema in part["properties"].items():
             if name in _references(schema):
@@ -80,7 +80,7 @@ def _path_to(name: str, parts: dict[str, Any]) -> str:
 
 
 def _kind(part: dict[str, Any]) -> str | None:
-    """The `name` by which a part is chosen among several, as code; None if there is one only."""
+    """Return the `name` that selects a part among several, as code; None if there is only one."""
     kind = part["properties"].get("name", {}).get("const")
     return kind and f"`{kind}`"
 
@@ -90,7 +90,7 @@ def _part(name: str, parts: dict[str, Any]) -> str:
     text, meanings = _docstring(part.get("description", ""))
     title = ": ".join(filter(None, [f"`{path}`", _kind(part)])) if path else "Top level"
     if not path:
-        text = ""  # what the page begins with
+        text = ""  # already in the introduction of the page
     rows = []
     for key, schema in part["properties"].items():
         meaning = " ".join((schema.get("description") or meanings.get(key) or "").split())
@@ -101,7 +101,7 @@ def _part(name: str, parts: dict[str, Any]) -> str:
 
 
 def _type_of(schema: dict[str, Any], parts: dict[str, Any]) -> str:
-    """A JSON schema in words."""
+    """Describe the type of a JSON schema."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{_kind(parts[name]) or 'mapping'}](#{name.lower()})"
@@ -130,7 +130,7 @@ def _default(schema: dict[str, Any]) -> str:
 
 
 def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """A Google-style docstring as its prose, and the meanings under Attributes by name."""
+    """Parse a Google-style docstring: its prose, and the descriptions under Attributes by name."""
     prose, _, rest = inspect.cleandoc(text).partition("\n\nAttributes:\n")
     section = re.split(r"\n(?=\S)", rest)[0]
     meanings: dict[str, str] = {}
@@ -141,7 +141,7 @@ def _docstring(text: str) -> tuple[str, dict[str, str]]:
 
 
 def cli_page() -> str:
-    """The commands, as Typer documents them; its lists of commands, which cut sentences short, are replaced by lists of links."""
+    """Describe the commands as Typer does, but with lists of links instead of its lists of commands, which truncate sentences."""
     command: Any = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="memtail", title="Command line")
     title, text = text.split("\n", 1)
@@ -157,12 +157,12 @@ def _is_group(command: Any) -> bool:
 
 
 def _summary(command: Any) -> str:
-    """The first sentence of a command's help."""
+    """Return the first sentence of a command's help."""
     return re.split(r"(?<=\.)\s", command.help.strip())[0]
 
 
 def environment_page() -> str:
-    """The environment variables. Raises: ValueError: one of them has no meaning."""
+    """Describe the environment variables. Raises: ValueError: one of them has no description."""
     page = "\n".join([_ENVIRONMENT, *(_settings(module) for module in (memtail.settings, services.common.settings))])
     read = {name for module in (memtail.settings, services.common.settings) for name in _VARIABLE.findall(inspect.getsource(module))}
     if missing := sorted(name for name in read if name not in page and name.removesuffix("_FILE") not in page):
@@ -185,12 +185,12 @@ def _settings_class(settings: Any) -> str:
 
 
 def _variable_row(entry: Any, meaning: str) -> str:
-    """A row of the table. Raises: ValueError: the variable has no name or no meaning."""
-    # "`MEMTAIL_X` (a remark): the meaning"; the name may also be in the field's metadata
+    """Format a row of the table. Raises: ValueError: the variable has no name or no description."""
+    # "`MEMTAIL_X` (remark): description"; the name may also be in the field's metadata
     named = re.fullmatch(r"((?:`[A-Z0-9_]+`(?:, )?)+)(?: \([^)]*\))?[:,] (.+)", meaning)
     variable = f"`{entry.metadata['variable']}`" if "variable" in entry.metadata else named and named[1]
     if not variable or not meaning:
-        raise ValueError(f"{entry.name} has no meaning: describe its variable under Attributes in the docstring of its settings class")
+        raise ValueError(f"{entry.name} has no description: describe its variable under Attributes in the docstring of its settings class")
     return f"| {variable} | {_default_of(entry.default)} | {named[2] if named else meaning} |"
 
 

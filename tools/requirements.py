@@ -1,6 +1,7 @@
-"""Prints requirements of pyproject.toml: `requirements.py base services dev` those of the project, of an extra and of a dependency group.
+"""`python tools/requirements.py base services dev`: prints requirements of pyproject.toml.
 
-`build` names those of the build. Without an argument it prints all. What is named must be in constraints.txt, which `make lock` writes.
+Arguments are `base` (requirements of the project), `build` (of its build), extras and dependency groups; without arguments it prints all.
+Requirements of the named groups must be in constraints.txt, which `make lock` writes.
 """
 
 import re
@@ -12,7 +13,7 @@ PROJECT = Path(__file__).parents[1]
 
 
 def normalized(requirement: str) -> str:
-    """The name of a package, as constraints.txt spells it."""
+    """Return the name of a package as spelled in constraints.txt."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 

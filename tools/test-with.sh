@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the tests in an environment of its own, .venv-PYTHON-VERSIONS.
+# Runs the tests in a separate environment, .venv-PYTHON-VERSIONS.
 #
 #   tools/test-with.sh PYTHON locked|lowest [PYTEST ARGUMENTS...]
 #
-# locked takes the versions of constraints.txt; lowest the oldest versions of direct requirements that pyproject.toml allows, and the newest
-# tools to test with. uv finds the Python, or downloads it.
+# locked: the versions of constraints.txt. lowest: the oldest versions of direct requirements that pyproject.toml allows, and the newest
+# development tools. uv finds the Python, or downloads it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1 versions=$2

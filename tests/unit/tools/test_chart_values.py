@@ -28,5 +28,5 @@ def test_the_table_has_each_value_with_its_default_and_its_description(tool):
     "text", ["a: 1\n", "# -- one\na: 1\nb: 2\n", "# not a meaning\na: {}\n", "a:\n  # -- one\n  b:\n    c: 1\n  d: 2\n"]
 )
 def test_a_value_without_a_description_is_refused(tool, text):
-    with pytest.raises(ValueError, match="has no meaning"):
+    with pytest.raises(ValueError, match="has no description"):
         tool["rows"](text)

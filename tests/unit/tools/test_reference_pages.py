@@ -54,5 +54,5 @@ def test_a_variable_without_a_meaning_is_refused(tool):
 
         port: int = field(default=1, metadata={"variable": "MEMTAIL_PORT"})
 
-    with pytest.raises(ValueError, match="port has no meaning"):
+    with pytest.raises(ValueError, match="port has no description"):
         tool["_settings_class"](ServiceSettings)
