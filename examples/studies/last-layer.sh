@@ -1,5 +1,5 @@
 #!/bin/sh
-# Memorization with all layers but the last frozen.
+# Memorization with only the last layer trained; all others are frozen.
 # Run it from the root of the repository: sh examples/studies/last-layer.sh
 set -eu
 memtail run examples/digits.yaml
