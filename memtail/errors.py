@@ -30,7 +30,7 @@ class ObjectNotFound(StoreError):  # noqa: N818 - the name that object stores gi
 
 
 class UnreachableError(StoreError):
-    """The server of a store does not answer, or answers with an error of its own."""
+    """The server of a store does not respond, or responds with a server error."""
 
 
 class ForeignObjectError(StoreError):

@@ -123,7 +123,7 @@ class Aggregation:
     def accumulate(self, shard: Shard) -> bool:
         """Accumulate a committed shard, each of its trials once.
 
-        A damaged or foreign batch is refused: the reason is kept, recorded as a failure of the shard once, and the rest goes on.
+        A damaged or foreign batch is refused: the reason is kept, and recorded once as a failure of the shard.
 
         Returns:
             Whether the batch was accepted.
@@ -147,7 +147,7 @@ class Aggregation:
             self.accumulate(shard)
 
     def next_step(self) -> Extend | Step:
-        """Decide the next step; at the end publish at once, before it at the pace.
+        """Decide the next step. The last version of the scores is published immediately, earlier ones at the pace.
 
         An extension comes first, so that the scores of a round are never taken for the final ones.
         """

@@ -1,6 +1,6 @@
 """Local processes that run shards: one per device, or per core of a CPU.
 
-Each has a process pool of its own, so a process that dies (out of memory, a segfault) takes only its own shard with it and is replaced.
+Each has its own process pool, so a process that dies (out of memory, a segfault) takes only its own shard with it and is replaced.
 Processes end when their parent does, also if it was killed.
 """
 
@@ -120,7 +120,7 @@ class Workers:
 
 
 def _end(pool: ProcessPoolExecutor) -> None:
-    """End a pool's process at once; the next run trains its shard again."""
+    """Kill a pool's process; the next run trains its shard again."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:

@@ -73,7 +73,7 @@ def checkpoints(name: str) -> str:
 
 
 def probe() -> str:
-    """Return a new key of an object that verifies the store and is removed at once."""
+    """Return a new key of a temporary object by which a store is verified."""
     return f"probe/{uuid.uuid4().hex}"
 
 

@@ -135,7 +135,7 @@ class LocalStore:
         return True
 
     def sweep(self) -> None:
-        """Remove temporary files that nobody has written for a day."""
+        """Remove temporary files that were last written more than a day ago."""
         try:
             for file in self._unfinished.glob("*"):
                 with suppress(FileNotFoundError):

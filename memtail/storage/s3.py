@@ -48,7 +48,7 @@ _OPERATIONS = {
     "read": "get",
     "written": "put",
     "listed": "list",
-    "looked for": "head",
+    "checked": "head",
     "removed": "delete",
     "made": "put",
     "asked for the time": "head",
@@ -186,7 +186,7 @@ class S3Store:
         def head(connection: _Connection) -> bool:
             return self._writer(connection, key) is not None
 
-        return self._try(key, "looked for", head, lambda exists: ("ok" if exists else "absent", 0))
+        return self._try(key, "checked", head, lambda exists: ("ok" if exists else "absent", 0))
 
     def delete(self, key: str) -> None:
         """Remove an object, if it exists."""
@@ -232,7 +232,7 @@ class S3Store:
         key, writer = keys.probe(), uuid.uuid4().hex
         next(self.list(key), None)  # of all requests, its errors name faults of the bucket, the key and the clock most clearly
         first = self._put_new(key, b"first", writer)
-        kept = self._try(key, "looked for", lambda connection: self._writer(connection, key))
+        kept = self._try(key, "checked", lambda connection: self._writer(connection, key))
         second = self.put_if_absent(key, b"second")
         self.delete(key)
         for wrong, what in (

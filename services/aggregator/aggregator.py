@@ -50,7 +50,7 @@ class _Experiment:
         self.shown = (-1, 0)
         self.listing, self.metrics = Throttle(_LISTING_REST), Throttle(_METRICS_REST)
         self.report = Throttle(_REPORT_REST, at_least=_QUIET, first=_QUIET)
-        self._progressed = (-1, 0.0)  # number of trials, and when it changed or the end was last looked for
+        self._progressed = (-1, 0.0)  # number of trials, and the time of its last change or of the last check for the end
         self._ended = False
 
     @property
@@ -144,7 +144,7 @@ class Aggregator:
             experiment.notice = notice
 
     def _report(self, experiment: _Experiment) -> None:
-        """Draw the published scores: at the end at once, before that rarely, and after that for new studies."""
+        """Draw the published scores: immediately at the end, rarely before it, and for new studies after it."""
         name, aggregation = experiment.store.name, experiment.aggregation
         # a study draws the figure of the experiment it trains
         if aggregation.pointer is None or parent_of(name) in self._experiments:

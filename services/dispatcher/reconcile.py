@@ -53,7 +53,7 @@ class Actions:
     Attributes:
         send: assignments to queue, most urgent first.
         clear: whether to clear the queue before, because its messages are obsolete or less urgent than those in `send`.
-        lost: assignments that lost so many workers that this counts as a failed attempt.
+        lost: assignments that lost `max_starts` workers, which counts as a failed attempt.
         outstanding: number of shards that are neither committed nor dead, by experiment.
         dead: shards without attempts left, by experiment.
     """

@@ -37,7 +37,7 @@ class Trainer:
 
     Args:
         store: the bucket.
-        broker: for leases; while it cannot be reached, training goes on without.
+        broker: for leases; while it is unreachable, training continues without a lease.
         worker: name of the worker, with which its leases begin.
         device: as torch names it, or "auto" for the best available one.
         lease_seconds: duration of a lease; it is renewed three times as often.

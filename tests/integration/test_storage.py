@@ -28,7 +28,7 @@ class TestS3Store(ObjectStoreContract):
         return S3Store(minio.new_bucket(), "some/prefix")
 
 
-def test_a_sweep_removes_temporary_files_that_nobody_has_written_for_a_day(tmp_path):
+def test_a_sweep_removes_temporary_files_last_written_more_than_a_day_ago(tmp_path):
     store = LocalStore(tmp_path)
     store.put("k", b"")
     for name, hours in (("abandoned", 25), ("in-progress", 23)):

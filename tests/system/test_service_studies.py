@@ -14,7 +14,7 @@ REPEATS = "4"
 
 
 def study(cluster: LivingCluster, *arguments: str) -> dict[str, Any]:
-    """Run `memtail study --json` in a process without any folder of the cluster; return the parsed output."""
+    """Run `memtail study --json` with a separate cache, so that only the bucket is shared; return the parsed output."""
     environment = {**cluster.environment, "MEMTAIL_CACHE": str(cluster.folder / "own cache")}
     done = command("study", *arguments, "--json", env=environment)
     assert done.returncode == 0, done.stderr
