@@ -41,13 +41,13 @@ def reproducible(device: torch.device) -> Iterator[None]:
     Settings of torch are restored at its end.
     """
     threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
     fill = _deterministic.fill_uninitialized_memory
     use_deterministic_cublas()
     if device.type == "cpu":
         torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` does the same, but imports the compiler: a second
     _deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False  # TF32 has fewer bits than the declared float32
@@ -55,7 +55,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.set_deterministic_debug_mode(mode)
         _deterministic.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
 
