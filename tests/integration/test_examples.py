@@ -30,7 +30,8 @@ def folder(own_cache, tmp_path_factory):
         declared["subsets"]["trials"] = TRIALS
         declared["training"]["epochs"] = EPOCHS
         if declared["model"]["name"] == "cnn":
-            declared["model"] |= {"channels": [4, 8], "hidden": 16}
+            declared["model"] |= {"channels": [2, 4], "hidden": 8}
+            declared["training"]["epochs"] = 1
         path.write_text(yaml.safe_dump(declared))
     return folder
 

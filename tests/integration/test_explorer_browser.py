@@ -135,25 +135,37 @@ def test_a_bar_and_the_form_select_examples(page: Page) -> None:
     assert min(values) >= 0.245
 
 
+def pass_an_interval(page: Page) -> None:
+    """Let the time of the next update come; the page's clock must be installed before the page is opened."""
+    page.clock.fast_forward(5000)
+
+
 def test_progress_updates_without_losing_the_focus(page: Page) -> None:
+    page.clock.install()
     page.goto("/")
     page.locator("a[href='/experiments/young']").focus()
     page.evaluate("document.getElementById('experiments').querySelector('p').textContent = 'an old value'")
+    pass_an_interval(page)
     expect(page.get_by_text("an old value")).to_have_count(0, timeout=60_000)
     assert page.evaluate("document.activeElement.getAttribute('href')") == "/experiments/young"
 
 
 def test_a_page_that_cannot_update_shows_since_when(page: Page) -> None:
+    page.clock.install()
     page.goto("/")
     page.route("**/*", lambda route: route.fulfill(status=503))
+    pass_an_interval(page)
     expect(page.get_by_text("Not updated since")).to_be_visible(timeout=60_000)
     page.unroute("**/*")
+    pass_an_interval(page)
     expect(page.get_by_text("Not updated since")).to_be_hidden(timeout=60_000)
 
 
 def test_a_waiting_page_becomes_the_gallery(page: Page) -> None:
+    page.clock.install()
     page.goto("/experiments/young")
     page.evaluate("history.replaceState(null, '', '/experiments/digits')")
+    pass_an_interval(page)
     expect(page.locator(".grid li").first).to_be_visible(timeout=60_000)
 
 

@@ -21,6 +21,7 @@ from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.studies.result import StudyResult, write_result
 from tests.support.arrays import write_tree
+from tests.support.cli import command, write_spec
 
 _MARKUP = '"><img src=x onerror=alert(1)> & <b>cat'
 
@@ -203,13 +204,9 @@ def test_the_command_makes_and_copies_the_report_and_names_missing_scores_on_one
 
 def test_a_run_ends_with_a_report_unless_it_cannot_be_drawn(tmp_path):
     def run():
-        command = [sys.executable, "-m", "memtail", "run", str(path), "--store", str(tmp_path / "store")]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        return command("run", path, "--store", tmp_path / "store")
 
-    path = tmp_path / "digits.yaml"
-    path.write_text(
-        "{name: digits, dataset: {name: digits}, model: {name: mlp, hidden: [16]}, training: {epochs: 1}, subsets: {trials: 40}}"
-    )
+    path = write_spec(tmp_path, model={"hidden": [16]}, training={"epochs": 1}, subsets={"trials": 40})
     result = run()
     page = Path(re.search(r"^report: (.+)$", result.stdout, re.MULTILINE)[1])
     assert result.returncode == 0
