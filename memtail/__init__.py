@@ -17,6 +17,7 @@ from memtail.errors import (
     DatasetError,
     ForeignObjectError,
     IncompleteRunError,
+    LocalFileError,
     MemtailError,
     ObjectNotFound,
     ScoresError,
@@ -25,6 +26,8 @@ from memtail.errors import (
     StoreError,
     TrainingStopped,
     UnreachableError,
+    UnsupportedError,
+    WorkerFaultError,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ __all__ = [
     "Experiment",
     "ForeignObjectError",
     "IncompleteRunError",
+    "LocalFileError",
     "MemtailError",
     "ObjectNotFound",
     "RunResult",
@@ -59,6 +63,8 @@ __all__ = [
     "StoreError",
     "TrainingStopped",
     "UnreachableError",
+    "UnsupportedError",
+    "WorkerFaultError",
     "load_scores",
     "run",
     "train_shard",

@@ -33,12 +33,24 @@ class UnreachableError(StoreError):
     """The server of a store does not respond, or responds with a server error."""
 
 
+class LocalFileError(StoreError):
+    """A file on this machine cannot be written."""
+
+
+class UnsupportedError(StoreError):
+    """An experiment was registered by another version of memtail, and this one cannot serve it."""
+
+
 class ForeignObjectError(StoreError):
     """The content of an object does not fit its key: damaged, too large, or of another experiment."""
 
 
 class ScoresError(MemtailError):
     """Published scores are missing, or cannot answer the question."""
+
+
+class WorkerFaultError(MemtailError):
+    """This process can train no shard: its device, disk, cache or installation is at fault. No attempt is charged to the shard."""
 
 
 class IncompleteRunError(MemtailError):

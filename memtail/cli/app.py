@@ -14,7 +14,7 @@ import typer
 from memtail.cli import service as cli_service
 from memtail.cli import study as cli_study
 from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, open_existing, preparation, resolve_name
-from memtail.errors import BatchesRefusedError, IncompleteRunError, MemtailError, ScoresError
+from memtail.errors import BatchesRefusedError, IncompleteRunError, MemtailError, ScoresError, StoreError, UnreachableError
 
 if TYPE_CHECKING:
     from memtail.scores.reader import Scores
@@ -118,11 +118,21 @@ def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False)
     from memtail.experiment_store import experiment_names
 
     opened = open_existing(store)
-    experiments = [progress_of(opened, each) for each in ([name] if name else experiment_names(opened))]
+    experiments, unreadable = [], {}
+    for each in [name] if name else experiment_names(opened):
+        try:
+            experiments.append(progress_of(opened, each))
+        except UnreachableError:
+            raise
+        except StoreError as error:
+            if name:
+                raise
+            unreadable[each] = str(error)
     if json_:
-        print(json.dumps([progress.to_json() for progress in experiments], indent=1))
-    elif experiments:
-        display.show_status(experiments)
+        rows = [progress.to_json() for progress in experiments]
+        print(json.dumps(rows + [{"experiment": each, "error": error} for each, error in unreadable.items()], indent=1))
+    elif experiments or unreadable:
+        display.show_status(experiments, unreadable)
     else:
         print(f"no experiment in {store}")
 

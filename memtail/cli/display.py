@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memtail.execution.forecast import Forecast
     from memtail.execution.progress import ExperimentProgress
     from memtail.execution.submit import Submission
-    from memtail.experiment_store import Failure
+    from memtail.experiment_store import Failure, Origin
     from memtail.scores.reader import Column, Scores
     from memtail.spec import Experiment
 
@@ -116,8 +116,8 @@ def show_forecast(forecast: "Forecast") -> None:
         console.print(f"  {place:<24} {duration(run.seconds):>10}{cost}")
 
 
-def show_status(experiments: "list[ExperimentProgress]") -> None:
-    """Print one line per experiment; columns of zeros are left out."""
+def show_status(experiments: "list[ExperimentProgress]", unreadable: dict[str, str]) -> None:
+    """Print one line per experiment, without columns of zeros; then notices, and the reason for each unreadable experiment."""
     rows = [
         {
             "experiment": each.experiment,
@@ -133,11 +133,14 @@ def show_status(experiments: "list[ExperimentProgress]") -> None:
         }
         for each in experiments
     ]
-    table = {column: np.array([row[column] for row in rows], dtype=object) for column in rows[0]}
-    show_table({column: values for column, values in table.items() if any(value != 0 for value in values)})
+    if rows:
+        table = {column: np.array([row[column] for row in rows], dtype=object) for column in rows[0]}
+        show_table({column: values for column, values in table.items() if any(value != 0 for value in values)})
     for each in experiments:
         for line in each.notice_lines:
             console.print(f"{each.experiment}: {line}")
+    for name, error in unreadable.items():
+        console.print(f"{name}: cannot be read ({error})")
 
 
 def show_submission(submission: "Submission", store: str) -> None:
@@ -175,15 +178,21 @@ def show_failures(failures: "list[Failure]", progress: "ExperimentProgress", tra
             console.print(f"{each.traceback.rstrip() or each.error}\n")
     else:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for column in ("trials", "attempt", "when", "now"):
+        for column in ("trials", "attempt", "when", "where", "now"):
             table.add_column(column, justify="right" if column == "attempt" else "left", no_wrap=True)
         table.add_column("error", overflow="fold")
         for each in failures:
-            table.add_row(each.shard.span, str(each.attempt), each.when, progress.fate(each.shard), Text(each.error))
+            table.add_row(each.shard.span, str(each.attempt), each.when, _where(each.origin), progress.fate(each.shard), Text(each.error))
         console.print(table, soft_wrap=False, crop=False)
     if progress.dead:
         count, name = len(progress.dead), progress.experiment
         console.print(f"\n{count} shard{'s' * (count > 1)} given up: retry with memtail retry {name}")
+
+
+def _where(origin: "Origin") -> str:
+    """Return the host of an attempt, its node where that is another name, and the device."""
+    host = origin.host if origin.node in ("", origin.host) else f"{origin.host} on {origin.node}"
+    return ", ".join(filter(None, (host, origin.device)))
 
 
 def show_table(table: "dict[str, Column]") -> None:

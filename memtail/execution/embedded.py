@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from memtail import datasets
 from memtail.datasets import ImageDataset
-from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError
+from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, WorkerFaultError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.declare import declare
 from memtail.execution.pool import Task, Workers
@@ -153,6 +153,7 @@ def run(
 
     Raises:
         MemtailError: bad input, or a store that holds another experiment of this name.
+        WorkerFaultError: a device or the disk of this machine is at fault; trained trials are in the store.
         ShardsFailedError: shards failed as often as a run tries them; the scores are published without them.
         BatchesRefusedError: trial batches are damaged; the scores are published without them.
     """
@@ -235,6 +236,8 @@ class _Run:
                 if self._handed_back[result.shard] < MAX_ATTEMPTS:
                     return False
                 raise StoreError(f"{result.shard} could not be committed {MAX_ATTEMPTS} times: {result.error}")
+            case ShardOutcome.WORKER_FAULT:
+                raise WorkerFaultError(f"{result.shard} cannot be trained here: {result.error}; trained trials are in the store")
             case _:
                 with self._writing():
                     self._aggregation.accumulate(result.shard)

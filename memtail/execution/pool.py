@@ -100,6 +100,9 @@ class Workers:
             self._idle.append(index)
             try:
                 results.append(future.result())
+                if not results[-1].process_usable:
+                    _end(self._pools[index])
+                    self._pools[index] = self._pool()
             except BrokenProcessPool:
                 self._pools[index] = self._pool()
                 error = "the training process died (killed, out of memory, or a crash in native code)"
@@ -156,26 +159,32 @@ def _train(task: Task, shard: Shard) -> ShardResult:
     import torch
 
     from memtail.trainers.images import Progress, train_shard
+    from memtail.trainers.images.devices import is_device_error
 
-    device = torch.device(task.device)
+    device, usable = torch.device(task.device), True
 
     def report(progress: Progress) -> None:
         _reports.put((shard, progress.epochs / progress.total))
 
     def train(checkpoints: StoredCheckpoints) -> TrialBatch:
-        return train_shard(
-            task.record.experiment,
-            _opened(task.dataset),
-            shard.trials,
-            device,
-            on_progress=report,
-            checkpoints=checkpoints,
-            profile=task.profile,
-        )
+        nonlocal usable
+        try:
+            return train_shard(
+                task.record.experiment,
+                _opened(task.dataset),
+                shard.trials,
+                device,
+                on_progress=report,
+                checkpoints=checkpoints,
+                profile=task.profile,
+            )
+        except Exception as error:
+            usable = not is_device_error(error)
+            raise
 
     experiment_store = ExperimentStore(_store(task.store), task.record.experiment.name)
-    result = run_shard(experiment_store, task.record, shard, train)
-    return replace(result, peak_memory=_peak_memory(device))
+    result = run_shard(experiment_store, task.record, shard, task.device, train)
+    return replace(result, process_usable=usable, peak_memory=_peak_memory(device) if usable else 0)
 
 
 def _peak_memory(device: "torch.device") -> int:

@@ -4,18 +4,21 @@ Skip if committed, train, commit, record a failure, drop the checkpoint. The pro
 commits. A failure is recorded only for what happens in training; a store that refuses the commit hands the shard back without one.
 """
 
+import socket
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib.metadata import version
 
 import numpy as np
 import structlog
 
-from memtail.errors import MemtailError, StoreError, TrainingStopped
+from memtail.errors import MemtailError, StoreError, TrainingStopped, WorkerFaultError
 from memtail.execution.checkpoints import StoredCheckpoints
-from memtail.experiment_store import ExperimentStore, Record
+from memtail.experiment_store import ExperimentStore, Origin, Record
+from memtail.settings import Settings
 from memtail.trials import Shard, TrialBatch
 
 log = structlog.get_logger()
@@ -32,6 +35,8 @@ class ShardOutcome(StrEnum):
     FAILED = "failed"
     #: The store failed, not the shard; it is retried without counting an attempt.
     HANDED_BACK = "handed back"
+    #: The process that trained is at fault: its device, disk, cache or installation; no attempt is counted.
+    WORKER_FAULT = "worker fault"
     #: Training was told to stop; its state is in the checkpoint.
     STOPPED = "stopped"
 
@@ -43,12 +48,13 @@ class ShardResult:
     Attributes:
         shard: the shard.
         outcome: its outcome.
-        error: one line, where the outcome is FAILED or HANDED_BACK.
+        error: one line, where the outcome is FAILED, HANDED_BACK or WORKER_FAULT.
         attempt: number of the failure record that was written, counted from 1; 0 if none was.
         trials, examples: trials trained, and training examples processed in all their epochs.
         seconds: seconds of training and evaluation.
         phases: seconds by phase, if they were measured.
         commit_seconds: seconds that the commit took.
+        process_usable: whether the process can train further shards; not after an error of its device's driver.
         peak_memory: peak memory of the process so far in bytes: of the device on CUDA, of the host elsewhere; 0 if not measured.
     """
 
@@ -61,11 +67,12 @@ class ShardResult:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     commit_seconds: float = 0.0
+    process_usable: bool = True
     peak_memory: int = 0
 
 
 def run_shard(
-    experiment_store: ExperimentStore, record: Record, shard: Shard, train: Callable[[StoredCheckpoints], TrialBatch]
+    experiment_store: ExperimentStore, record: Record, shard: Shard, device: str, train: Callable[[StoredCheckpoints], TrialBatch]
 ) -> ShardResult:
     """Attempt a shard; errors of the trainer, the model and the store become outcomes.
 
@@ -73,6 +80,7 @@ def run_shard(
         experiment_store: the experiment's objects.
         record: the experiment's record.
         shard: one of its shards.
+        device: device of the training, for failure records.
         train: trains the shard's trials from the last checkpoint on and returns their batch. It may raise `TrainingStopped`.
 
     Returns:
@@ -85,15 +93,18 @@ def run_shard(
             return ShardResult(shard, ShardOutcome.DONE_BEFORE)
         try:
             batch = train(checkpoints)
-        except (StoreError, TrainingStopped):
+        except (StoreError, TrainingStopped, WorkerFaultError):
             raise
         except Exception as error:  # of a model or a library; also MemoryError, which would end a Celery worker
-            return _failed(experiment_store, shard, error)
+            return _failed(experiment_store, shard, device, error)
         began = time.monotonic()
         committed = experiment_store.commit(batch, record.fingerprint)
         seconds = time.monotonic() - began
     except TrainingStopped:
         return ShardResult(shard, ShardOutcome.STOPPED)
+    except WorkerFaultError as error:
+        log.error("worker at fault, shard handed back", shard=str(shard), error=str(error))
+        return ShardResult(shard, ShardOutcome.WORKER_FAULT, error=str(error))
     except StoreError as error:
         log.error("shard handed back", shard=str(shard), error=str(error))
         return ShardResult(shard, ShardOutcome.HANDED_BACK, error=str(error))
@@ -109,8 +120,15 @@ def run_shard(
     )
 
 
-def _failed(experiment_store: ExperimentStore, shard: Shard, error: Exception) -> ShardResult:
+def this_process(device: str) -> Origin:
+    """Describe this process for the failures of its shards."""
+    host = socket.gethostname()
+    return Origin(Settings().node or host, host, device, version("memtail"), version("torch"))
+
+
+def _failed(experiment_store: ExperimentStore, shard: Shard, device: str, error: Exception) -> ShardResult:
     message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
-    failure = experiment_store.record_failure(shard, message, "".join(traceback.format_exception(error)))
+    text = "".join(traceback.format_exception(error))
+    failure = experiment_store.record_failure(shard, message, text, origin=this_process(device))
     log.warning("shard failed", shard=str(shard), attempt=failure.attempt, error=message)
     return ShardResult(shard, ShardOutcome.FAILED, error=message, attempt=failure.attempt)

@@ -33,6 +33,24 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The process that made an attempt at a shard; what is unknown is empty.
+
+    Attributes:
+        node: name of the machine, or of the cluster's node.
+        host: name of the host; in a cluster, of the pod.
+        device: the device, as torch names it.
+        memtail, torch: versions of the software.
+    """
+
+    node: str = ""
+    host: str = ""
+    device: str = ""
+    memtail: str = ""
+    torch: str = ""
+
+
+@dataclass(frozen=True)
 class Failure:
     """One failed attempt at a shard.
 
@@ -42,6 +60,7 @@ class Failure:
         error: the reason, in one line.
         traceback: Python's traceback, empty if there is none.
         when: time in UTC, ISO 8601.
+        origin: the process that made the attempt.
     """
 
     shard: Shard
@@ -49,3 +68,4 @@ class Failure:
     error: str
     traceback: str
     when: str
+    origin: Origin = Origin()

@@ -1,11 +1,13 @@
 """The record of an experiment, `experiment.json`: its declaration, its fingerprint, and the size of its shards."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from typing import Any
 
-from memtail.errors import StoreError
-from memtail.spec.experiment import Experiment
+from memtail.errors import SpecError, StoreError, UnsupportedError
+from memtail.spec.errors import differences
+from memtail.spec.experiment import RECIPE_VERSION, ExecutionSpec, Experiment
 from memtail.trials import Shard
 
 SCHEMA = 1
@@ -48,6 +50,20 @@ class Record:
             indent=1,
         ).encode()
 
+    def check_trainable(self) -> None:
+        """Check that this version of memtail trains what the record declares.
+
+        Raises:
+            UnsupportedError: the recipe is another one, or the declaration means something else to this version.
+        """
+        recipe = self.canonical.get("recipe_version")
+        if recipe != RECIPE_VERSION:
+            raise UnsupportedError(f"it has recipe {recipe}, and memtail {version('memtail')} trains recipe {RECIPE_VERSION}")
+        masks = self.canonical["subsets"].get("masks")
+        read = self.experiment.canonical(self.canonical["dataset"]["fingerprint"], masks)
+        if changes := differences(self.canonical, read):
+            raise UnsupportedError(f"memtail {version('memtail')} reads another declaration than was registered ({', '.join(changes)})")
+
     def has(self, shard: Shard) -> bool:
         """Whether a shard can belong to this experiment: not empty, not larger than its shards, no trial beyond the last."""
         return 0 < len(shard.trials) <= self.trials_per_shard and shard.last < self.experiment.subsets.trials
@@ -59,12 +75,23 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> "Record":
-        """Read a record. Raises: StoreError."""
+        """Read a record. Unknown keys of `execution`, which no trial depends on, are ignored.
+
+        Raises:
+            UnsupportedError: a newer memtail wrote it.
+            StoreError: it is corrupt.
+        """
         try:
-            fields = json.loads(data)
-            if (schema := fields.pop("schema")) != SCHEMA:
-                raise StoreError(f"{source}: has schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
-            experiment = Experiment.parse(fields.pop("experiment"), source=source)
-            return cls(experiment=experiment, **fields)
+            content = json.loads(data)
+            if (schema := content.pop("schema")) != SCHEMA:
+                raise UnsupportedError(f"{source}: has schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
+            declared = content.pop("experiment")
+            declared["execution"] = {key: value for key, value in declared["execution"].items() if key in ExecutionSpec.model_fields}
+            known = {field.name: content[field.name] for field in fields(cls) if field.name != "experiment"}
+            return cls(experiment=Experiment.parse(declared, source=source), **known)
+        except SpecError as error:
+            raise UnsupportedError(
+                f"{error}: memtail {version('memtail')} cannot read this experiment: use the version that registered it, or a later one"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{source}: is corrupt ({error}): restore it, or remove the experiment") from None

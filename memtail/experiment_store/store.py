@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pydantic import TypeAdapter, ValidationError
 
 from memtail.errors import ForeignObjectError, StoreError
-from memtail.experiment_store.control import Control, Failure, Notice
+from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.record import Record
 from memtail.spec.errors import differences
 from memtail.spec.experiment import NAME
@@ -173,7 +173,14 @@ class ExperimentStore:
         else:
             self.store.put(key, json.dumps(asdict(notice), indent=1).encode())
 
-    def record_failure(self, shard: Shard, error: str, traceback: str = "", when: str | None = None) -> Failure:
+    def record_failure(
+        self,
+        shard: Shard,
+        error: str,
+        traceback: str = "",
+        when: str | None = None,
+        origin: Origin | None = None,
+    ) -> Failure:
         """Record a failed attempt at a shard.
 
         Args:
@@ -181,15 +188,16 @@ class ExperimentStore:
             error: the reason, in one line.
             traceback: Python's traceback.
             when: time in UTC, ISO 8601; by default now.
+            origin: the process that made the attempt.
 
         Returns:
             The failure, numbered after those on record.
         """
         when = when or datetime.now(UTC).isoformat(timespec="seconds")
-        attempt = self.attempts().get(shard, 0) + 1
+        attempt = sum(1 for _ in self.store.list(keys.failures_of(self.name, shard.first, shard.last))) + 1
         while True:
-            failure = Failure(shard, attempt, error, traceback, when)
-            content = {"attempt": attempt, "error": error, "traceback": traceback, "when": when}
+            failure = Failure(shard, attempt, error, traceback, when, origin or Origin())
+            content = {"attempt": attempt, "error": error, "traceback": traceback, "when": when, "origin": asdict(failure.origin)}
             key = keys.failure(self.name, shard.first, shard.last, attempt)
             if self.store.put_if_absent(key, json.dumps(content, indent=1).encode()):
                 return failure
@@ -199,6 +207,11 @@ class ExperimentStore:
         """Count the failed attempts on record, by shard."""
         spans = (keys.parse_span(key) for key in self.store.list(keys.failures(self.name)))
         return Counter(Shard(*span) for span in spans if span)
+
+    def is_dead(self, shard: Shard) -> bool:
+        """Return whether a shard has failed so often that it is not tried again. Raises: StoreError."""
+        records = self.store.list(keys.failures_of(self.name, shard.first, shard.last))
+        return sum(1 for _ in records) >= MAX_ATTEMPTS
 
     def clear_failures(self, shard: Shard | None = None) -> int:
         """Remove the failure records of a shard, or of all shards, so that it is tried again; returns their number."""
@@ -213,8 +226,9 @@ class ExperimentStore:
         for key in self.store.list(keys.failures(self.name)):
             if span := keys.parse_span(key):
                 try:
-                    yield Failure(Shard(*span), **json.loads(self.store.get(key)))
-                except (ValueError, TypeError):
+                    content = json.loads(self.store.get(key))
+                    yield Failure(Shard(*span), **content | {"origin": Origin(**content.get("origin", {}))})
+                except (ValueError, TypeError, AttributeError):
                     yield Failure(Shard(*span), 0, f"{key} cannot be read", "", "")
 
 

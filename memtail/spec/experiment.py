@@ -386,11 +386,12 @@ class Experiment(Part):
         """Return this experiment with its masks in another file of equal content."""
         return self.model_copy(update={"subsets": self.subsets.model_copy(update={"masks": masks})})
 
-    def canonical(self, dataset_fingerprint: str) -> dict[str, Any]:
+    def canonical(self, dataset_fingerprint: str, masks_digest: str | None = None) -> dict[str, Any]:
         """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
 
         Args:
             dataset_fingerprint: replaces the dataset's declaration.
+            masks_digest: digest of the masks, where their file is elsewhere; by default the file is read.
 
         Raises:
             SpecError: the masks cannot be read.
@@ -398,7 +399,7 @@ class Experiment(Part):
         spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})
         spec["dataset"] = {"fingerprint": dataset_fingerprint}
         if self.subsets.masks is not None:
-            spec["subsets"]["masks"] = _masks_digest(self.subsets.masks)
+            spec["subsets"]["masks"] = masks_digest or _masks_digest(self.subsets.masks)
             del spec["subsets"]["fraction"]
         return {"recipe_version": RECIPE_VERSION, **spec}
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from memtail.errors import StoreError
+from memtail.errors import LocalFileError
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         path: of the file; its folders are made.
 
     Raises:
-        StoreError: the file cannot be written.
+        LocalFileError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,4 +31,4 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             finally:
                 unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise StoreError(f"{path} cannot be written ({error.strerror}): choose another folder") from error
+        raise LocalFileError(f"{path} cannot be written ({error.strerror}): choose another folder") from error

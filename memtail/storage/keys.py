@@ -82,9 +82,14 @@ def failures(name: str) -> str:
     return f"experiments/{name}/failures/"
 
 
+def failures_of(name: str, first: int, last: int) -> str:
+    """Return the prefix of the failure records of a shard."""
+    return f"{failures(name)}{_span(first, last)}/"
+
+
 def failure(name: str, first: int, last: int, attempt: int) -> str:
     """Return the key of the record of one failed attempt at a shard."""
-    return f"{failures(name)}{_span(first, last)}/{attempt}.json"
+    return f"{failures_of(name, first, last)}{attempt}.json"
 
 
 def scores(name: str, version: str) -> str:

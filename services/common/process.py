@@ -99,11 +99,12 @@ class Heartbeat:
 
     Attributes:
         ready: whether the first pass has ended.
+        fault: why the service does no work; empty if it works.
     """
 
     def __init__(self, timeout: float) -> None:
         self._timeout, self._last = timeout, time.monotonic()
-        self.ready = False
+        self.ready, self.fault = False, ""
 
     def record(self) -> None:
         """Record the end of a pass."""
@@ -120,7 +121,7 @@ def serve(port: int, heartbeat: Heartbeat) -> None:
     metrics = make_wsgi_app()
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        checks = {"/healthz": lambda: heartbeat.alive, "/readyz": lambda: heartbeat.alive and heartbeat.ready}
+        checks = {"/healthz": lambda: heartbeat.alive, "/readyz": lambda: heartbeat.alive and heartbeat.ready and not heartbeat.fault}
         path = environ["PATH_INFO"]
         if path == "/metrics":
             page: Iterable[bytes] = metrics(environ, start_response)
@@ -130,7 +131,7 @@ def serve(port: int, heartbeat: Heartbeat) -> None:
             return [b"paths: /metrics, /healthz, /readyz\n"]
         healthy = checks[path]()
         start_response("200 OK" if healthy else "503 Service Unavailable", [("Content-Type", "text/plain")])
-        return [b"ok\n" if healthy else b"no recent heartbeat\n"]
+        return [b"ok\n" if healthy else (heartbeat.fault or "no recent heartbeat").encode() + b"\n"]
 
     try:
         server = make_server("", port, answer, handler_class=_Quiet)

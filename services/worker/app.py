@@ -5,6 +5,7 @@ flag in shared memory that training processes check between steps. The parent al
 because a fork could copy a held lock of the logger.
 """
 
+import logging
 import os
 import socket
 import time
@@ -22,10 +23,11 @@ from celery.apps.worker import Worker as CeleryWorker
 from celery.apps.worker import install_worker_term_handler
 from celery.exceptions import Reject
 from celery.utils.log import get_multiprocessing_logger
+from celery.worker import state
 from pydantic import ValidationError
 
 from memtail.errors import MemtailError
-from memtail.execution.shard_task import ShardOutcome
+from memtail.execution.shard_task import ShardOutcome, this_process
 from memtail.experiment_store import ExperimentStore
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore
@@ -37,11 +39,17 @@ from services.tools.healthcheck import HEARTBEAT_TIMEOUT
 from services.worker.heartbeat import ConsumerHeartbeat
 from services.worker.metric_updates import DIED, WorkerMetrics
 from services.worker.reports import Reports
-from services.worker.trainer import Trainer
+from services.worker.trainer import UNSUPPORTED, Trainer
 from services.worker.transport import register
 from services.worker.watchdog import Watchdog
 
 log = structlog.get_logger()
+
+#: Exit code of a worker that ended because it was at fault twice in a row.
+WORKER_AT_FAULT = 3
+
+# Outcomes after which the message returns to the queue.
+_RETURNED = (ShardOutcome.HANDED_BACK.value, ShardOutcome.WORKER_FAULT.value, UNSUPPORTED)
 
 
 class Worker:
@@ -59,7 +67,7 @@ class Worker:
         self._reports = Reports()
         self._health = Heartbeat(HEARTBEAT_TIMEOUT)
         self._store: ObjectStore = open_store(settings.store, observe=partial(self._reports.send, "store"))
-        self._metrics = WorkerMetrics(len(devices), settings.linger_seconds)
+        self._metrics = WorkerMetrics(len(devices), settings.linger_seconds, self._health, self._end_at_fault)
         self._trainer: Trainer  # in training processes only
         self._last_lost = ""  # id of the last Celery task whose process died
         register()
@@ -109,17 +117,26 @@ class Worker:
             log.warning("message dropped: not an assignment", errors=error.error_count())
             return
         sent = (self.celery.current_task.request.headers or {}).get(SENT_HEADER)
-        if self._stopping.value or self._trainer.train(assignment, sent) == ShardOutcome.HANDED_BACK:
-            # if the fault is this worker's (disk, clock, connection to the store), another worker should receive the message first
+        outcome = ShardOutcome.HANDED_BACK.value if self._stopping.value else self._trainer.train(assignment, sent)
+        if outcome in _RETURNED:
+            # another worker should receive the message first
             until = time.monotonic() + self._settings.lease_seconds / 4
             while not self._stopping.value and time.monotonic() < until:
                 time.sleep(0.1)
-            raise Reject("handed back", requeue=True)
+        if not self._trainer.usable:
+            raise SystemExit  # the pool replaces the process, and the dispatcher sends the shard again
+        if outcome in _RETURNED:
+            raise Reject(outcome, requeue=True)
 
     def _send_heartbeat(self) -> None:
         self._health.record()
         if self._settings.heartbeat_file:
             Path(self._settings.heartbeat_file).touch()
+
+    def _end_at_fault(self) -> None:
+        """End the worker, whose other processes hand their shards back with their checkpoints."""
+        self._stopping.value = 1
+        state.should_stop = WORKER_AT_FAULT
 
     def _stop(self, **_: Any) -> None:
         self._stopping.value = 1
@@ -129,14 +146,16 @@ class Worker:
 
     def _record_loss(self, task_id: str, exception: BaseException, kwargs: Any, **_: Any) -> None:
         """Record a failure for a training process that died or was killed at its time limit; runs in the parent."""
-        if isinstance(exception, Reject) or task_id == self._last_lost:  # Celery reports a time limit twice
+        if isinstance(exception, (Reject, SystemExit)) or task_id == self._last_lost:  # Celery reports a time limit twice
             return
         self._last_lost = task_id
         try:
             assignment = Assignment.model_validate(kwargs)
             self._reports.send("ended", assignment.experiment, DIED)
             error = f"the training process died ({exception}): killed, out of memory, or a crash in native code"
-            ExperimentStore(self._store, assignment.experiment).record_failure(assignment.shard, error)
+            ExperimentStore(self._store, assignment.experiment).record_failure(
+                assignment.shard, error, origin=this_process(",".join(self._devices))
+            )
             with suppress(redis.RedisError):
                 Broker(self._settings, self.celery).release(assignment, self._name)
             log.error("training process died", experiment=assignment.experiment, shard=str(assignment.shard), error=str(exception))
@@ -155,3 +174,9 @@ class _Program(CeleryWorker):  # type: ignore[misc]
 def _keep_logs(**_: Any) -> None:
     """Keep the service's logging: Celery configures none if this signal has a receiver. Its pool then logs to the same handlers."""
     get_multiprocessing_logger().propagate = True
+    logging.getLogger("celery.app.trace").addFilter(_is_no_rejection)
+
+
+def _is_no_rejection(record: logging.LogRecord) -> bool:
+    """Drop Celery's traceback of a message handed back; the reason is logged in one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], Reject))

@@ -8,14 +8,18 @@ from celery.worker import state
 from memtail.execution.shard_task import ShardOutcome
 from services.common.experiment_series import ExperimentSeries
 from services.common.metrics import count_request
+from services.common.process import Heartbeat
 from services.worker import gpus, metrics
 from services.worker.reports import Reports
-from services.worker.trainer import LEASED, NOT_WANTED
+from services.worker.trainer import LEASED, NOT_WANTED, UNSUPPORTED
+
+# Faults of the worker in a row after which it ends.
+_MOST_FAULTS = 2
 
 #: Outcome of an assignment whose training process died.
 DIED = "died"
 #: All outcomes of an assignment.
-OUTCOMES = (*(outcome.value for outcome in ShardOutcome if outcome is not ShardOutcome.STOPPED), LEASED, NOT_WANTED, DIED)
+OUTCOMES = (*(outcome.value for outcome in ShardOutcome if outcome is not ShardOutcome.STOPPED), LEASED, NOT_WANTED, UNSUPPORTED, DIED)
 
 
 class WorkerMetrics:
@@ -24,9 +28,12 @@ class WorkerMetrics:
     Args:
         devices: number of devices.
         linger: seconds after the last training of an experiment until its series are removed.
+        health: health of the worker; it is not ready while the worker is at fault.
+        end: ends the worker.
     """
 
-    def __init__(self, devices: int, linger: float) -> None:
+    def __init__(self, devices: int, linger: float, health: Heartbeat, end: Callable[[], None]) -> None:
+        self._health, self._end, self._faults = health, end, 0
         of_experiments = (
             metrics.ATTEMPTS,
             metrics.TRIALS,
@@ -49,6 +56,7 @@ class WorkerMetrics:
             "trained": self.count_trained,
             "ended": self.count_ended,
             "dropped": metrics.DROPPED.inc,
+            "fault": self.count_fault,
         }
         reports.follow(handlers, self._series.expire, seconds=5)
 
@@ -79,6 +87,7 @@ class WorkerMetrics:
             seconds: training time of the shard.
             phases: training time by phase, empty if not measured.
         """
+        self._faults, self._health.fault = 0, ""
         self._update_series(experiment)
         metrics.TRIALS.labels(experiment).inc(trials if committed else 0)
         metrics.EXAMPLES.labels(experiment).inc(examples)
@@ -86,6 +95,13 @@ class WorkerMetrics:
             metrics.TRIAL_SECONDS.labels(experiment).observe(seconds / trials)
             for phase, duration in phases.items():
                 metrics.PHASE_SECONDS.labels(experiment, phase).observe(duration / trials)
+
+    def count_fault(self, reason: str) -> None:
+        """Count a fault of the worker; the second in a row ends it."""
+        metrics.FAULTS.inc()
+        self._faults, self._health.fault = self._faults + 1, reason
+        if self._faults >= _MOST_FAULTS:
+            self._end()
 
     def count_ended(self, experiment: str, outcome: str) -> None:
         """Count the outcome of an assignment."""

@@ -10,7 +10,7 @@ from services.common.metrics import LONG_BUCKETS
 ATTEMPTS = Counter(
     "memtail_shard_attempts_total",
     "Assignments that a worker received, by outcome: committed, lost race, done before, leased by another, not wanted, failed, handed "
-    "back or died",
+    "back, worker fault, unsupported or died",
     ["experiment", "outcome"],
 )
 TRIALS = Counter("memtail_trials_trained_total", "Trials trained and committed", ["experiment"])
@@ -28,6 +28,7 @@ QUEUE_SECONDS = Histogram(
     "memtail_shard_queue_seconds", "Time from the dispatcher to a worker, by the broker's clock", ["experiment"], buckets=LONG_BUCKETS
 )
 DROPPED = Counter("memtail_messages_dropped_total", "Messages that were dropped because they are not assignments")
+FAULTS = Counter("memtail_worker_faults_total", "Shards handed back because this worker was at fault: its device, disk or cache")
 
 DEVICES = Gauge("memtail_worker_devices", "Devices of a worker, with one training process each")
 DEVICES_BUSY = Gauge("memtail_worker_devices_busy", "Devices of a worker that are training")

@@ -1,7 +1,9 @@
 """One assignment of a worker: a lease, and `run_shard`."""
 
 import os
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import redis
@@ -11,10 +13,10 @@ from structlog.contextvars import bound_contextvars
 from memtail.datasets import ImageDataset
 from memtail.datasets.staged_dataset import fetch
 from memtail.datasets.staged_masks import fetch_masks
-from memtail.errors import StoreError
+from memtail.errors import DatasetError, LocalFileError, SpecError, StoreError, UnsupportedError, WorkerFaultError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
-from memtail.experiment_store import ExperimentStore, Record
+from memtail.experiment_store import ExperimentStore, Notice, Record
 from memtail.settings import Settings
 from memtail.spec import Experiment
 from memtail.storage import ObjectNotFound, ObjectStore
@@ -27,9 +29,15 @@ log = structlog.get_logger()
 #: Outcomes of an assignment beside those of a shard: another worker holds its lease; its experiment is cancelled, paused or unknown.
 LEASED = "leased by another"
 NOT_WANTED = "not wanted"
+#: Another version of memtail must train it.
+UNSUPPORTED = "unsupported"
 
 # One in this many shards has its phases measured, starting with the first of a process: measuring makes an accelerator wait.
 _PROFILED = 16
+# Source of the workers' notices.
+_NOTICE = "worker"
+# Most characters of a reason in a report, which must fit into an atomic write to a pipe.
+_REASON = 500
 
 
 class Trainer:
@@ -58,6 +66,10 @@ class Trainer:
         self._store, self._broker, self._device = store, broker, device
         self._lease_seconds, self._stopping, self._report = lease_seconds, stopping, report
         self._shards = 0
+        self._served: set[str] = set()  # experiments of which this process has committed a shard
+        self._checked = False
+        #: Whether this process can train further shards; not after an error of its device's driver.
+        self.usable = True
         self._holder = f"{worker}/{os.getpid()}"
         self._dataset: ImageDataset | None = None
 
@@ -74,13 +86,45 @@ class Trainer:
         with bound_contextvars(experiment=assignment.experiment, shard=str(assignment.shard)):
             self._report("taken", assignment.experiment, self._seconds_since(sent))
             try:
+                self._check_device()
                 outcome = self._attempt(assignment)
                 log.info("shard ended", outcome=outcome)
+            except UnsupportedError as error:  # left to workers of another version
+                outcome = UNSUPPORTED
+                log.warning("experiment not supported", error=str(error))
+                self._notice(assignment.experiment, f"worker {socket.gethostname()} does not train it: {error}")
+            except WorkerFaultError as error:
+                log.error("worker at fault, shard handed back", error=str(error))
+                outcome = self._at_fault(str(error))
             except StoreError as error:  # not the shard's fault: it is tried again when the store is back
                 outcome = ShardOutcome.HANDED_BACK.value
                 log.error("shard handed back", error=str(error))
             self._report("ended", assignment.experiment, outcome)
             return outcome
+
+    def _notice(self, experiment: str, line: str | None) -> None:
+        """Set or remove the workers' notice of an experiment, unless it is as it should be."""
+        experiment_store, notice = ExperimentStore(self._store, experiment), Notice((line,)) if line else None
+        with suppress(StoreError):
+            if experiment_store.notices().get(_NOTICE) != notice:
+                experiment_store.set_notice(_NOTICE, notice)
+
+    def _check_device(self) -> None:
+        """Check the device before the first shard, and again after each fault. Raises: WorkerFaultError."""
+        if self._checked:
+            return
+        try:
+            from memtail.trainers.images.devices import available_devices, check_device
+
+            check_device(available_devices(self._device)[0])
+        except (ImportError, OSError, SpecError) as error:
+            raise WorkerFaultError(f"device {self._device} cannot be used: {error}") from error
+        self._checked = True
+
+    def _at_fault(self, reason: str) -> str:
+        self._checked = False
+        self._report("fault", reason[:_REASON])
+        return ShardOutcome.WORKER_FAULT.value
 
     def _seconds_since(self, sent: Any) -> float | None:
         if not isinstance(sent, float):
@@ -96,34 +140,52 @@ class Trainer:
             record = experiment_store.read_record()
         except ObjectNotFound:
             return NOT_WANTED
+        record.check_trainable()
         known = record.fingerprint == assignment.fingerprint and record.has(assignment.shard)
-        if not known or experiment_store.control().state != "running":
+        if not known or experiment_store.control().state != "running" or experiment_store.is_dead(assignment.shard):
             return NOT_WANTED
         with Lease(self._broker, assignment, self._holder, self._lease_seconds, experiment_store) as lease:
             if not lease.held:
                 return LEASED
             result = run_shard(
-                experiment_store, record, assignment.shard, lambda checkpoints: self._train(record, assignment.shard, checkpoints, lease)
+                experiment_store,
+                record,
+                assignment.shard,
+                self._device,
+                lambda checkpoints: self._train(record, assignment.shard, checkpoints, lease),
             )
+            if result.outcome is ShardOutcome.COMMITTED and assignment.experiment not in self._served:
+                self._served.add(assignment.experiment)
+                self._notice(assignment.experiment, None)
             if result.trials:
                 self._report_training(assignment.experiment, result)
+            if result.outcome is ShardOutcome.WORKER_FAULT:
+                return self._at_fault(result.error or "")
             if result.outcome is ShardOutcome.STOPPED:
                 return NOT_WANTED if lease.cancelled else ShardOutcome.HANDED_BACK.value
             return result.outcome.value
 
     def _train(self, record: Record, shard: Shard, checkpoints: StoredCheckpoints, lease: Lease) -> TrialBatch:
         from memtail.trainers.images import train_shard
-        from memtail.trainers.images.devices import available_devices
+        from memtail.trainers.images.devices import available_devices, is_device_error
 
-        batch = train_shard(
-            self._experiment_of(record),
-            self._dataset_of(record),
-            shard.trials,
-            available_devices(self._device)[0],
-            checkpoints=checkpoints,
-            stop=lambda: self._stopping() or lease.cancelled,
-            profile=self._shards % _PROFILED == 0,
-        )
+        try:
+            experiment, dataset = self._experiment_of(record), self._dataset_of(record)
+        except (DatasetError, LocalFileError, OSError, NotImplementedError) as error:  # not all file systems can lock
+            raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
+        try:
+            batch = train_shard(
+                experiment,
+                dataset,
+                shard.trials,
+                available_devices(self._device)[0],
+                checkpoints=checkpoints,
+                stop=lambda: self._stopping() or lease.cancelled,
+                profile=self._shards % _PROFILED == 0,
+            )
+        except Exception as error:
+            self.usable = not is_device_error(error)
+            raise
         self._shards += 1
         return batch
 

@@ -19,9 +19,9 @@ from memtail.cli import doctor, watch
 from memtail.cli.app import app
 from memtail.cli.doctor import examine
 from memtail.datasets.staged_dataset import fetch
-from memtail.errors import MemtailError, StoreError
+from memtail.errors import MemtailError, StoreError, UnsupportedError
 from memtail.execution.progress import progress_of
-from memtail.experiment_store import Control, ExperimentStore
+from memtail.experiment_store import Control, ExperimentStore, Origin
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, keys
@@ -97,7 +97,11 @@ def publish_all(experiment_store):
 def fail(experiment_store, shard, times, error="RuntimeError: boom"):
     for _ in range(times):
         experiment_store.record_failure(
-            shard, error, f"Traceback (most recent call last):\n  in forward\n{error}\n", "2026-01-02T03:04:05+00:00"
+            shard,
+            error,
+            f"Traceback (most recent call last):\n  in forward\n{error}\n",
+            "2026-01-02T03:04:05+00:00",
+            Origin("rack-3", "worker-7", "cuda:1"),
         )
 
 
@@ -224,6 +228,22 @@ def test_status_shows_control_shards_failures_and_what_is_published(call, spec, 
     assert [row["experiment"] for row in json.loads(call("status", "tiny", "--json"))] == ["tiny"]
 
 
+def test_an_unreadable_experiment_does_not_hide_the_others(call, spec, submitted):
+    call("submit", spec("other"))
+    key = keys.experiment("other")
+    content = json.loads(submitted.store.get(key))
+    content["experiment"]["training"]["new"] = 1
+    submitted.store.put(key, json.dumps(content).encode())
+    text = call("status")
+    assert "tiny" in text.splitlines()[1]
+    assert re.search(r"^other: cannot be read \(experiments/other/experiment.json: unknown key 'training.new'", text, re.MULTILINE)
+    tiny, other = json.loads(call("status", "--json"))
+    assert (tiny["experiment"], other["experiment"]) == ("tiny", "other")
+    assert "unknown key" in other["error"]
+    with pytest.raises(UnsupportedError, match="use the version that registered it"):
+        call("status", "other")
+
+
 def test_failures_are_a_table_or_tracebacks(call, submitted):
     assert "tiny: no failed attempts" in call("failures")
     fail(submitted, SHARDS[0], 3)
@@ -231,9 +251,10 @@ def test_failures_are_a_table_or_tracebacks(call, submitted):
     commit(submitted, SHARDS[1])
     text = call("failures")
     rows = [line.split() for line in text.splitlines()]
-    assert rows[0] == ["trials", "attempt", "when", "now", "error"]
+    assert rows[0] == ["trials", "attempt", "when", "where", "now", "error"]
     assert rows[1][:3] == ["0-3", "1", "2026-01-02T03:04:05+00:00"]
     assert rows[3][1] == "3"
+    assert "worker-7 on rack-3, cuda:1" in text
     assert "given up" in text
     assert "committed" in text
     assert "Traceback" not in text

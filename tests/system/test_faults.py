@@ -14,6 +14,7 @@ from memtail.experiment_store import ExperimentStore
 from memtail.storage import keys
 from memtail.trials import Shard
 from services.common.broker import Assignment
+from services.worker.app import WORKER_AT_FAULT
 from tests.support.cluster import LivingCluster
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty
 from tests.support.metrics import scrape
@@ -258,8 +259,22 @@ def test_a_worker_with_a_full_disk_hands_its_shards_back(living, slow, digits, e
     experiment_store = living.submit(slow, digits)
     living.gate.open()
     with recovery(living, experiment_store, slow, expected, "disk full"):
-        living.until(lambda: any(living.events(full, "shard handed back")))
+        living.until(lambda: any(living.events(full, "worker at fault, shard handed back")))
         living.start("worker")
+        living.until(lambda: full.process.poll() == WORKER_AT_FAULT)
+    assert not experiment_store.attempts()
+
+
+@pytest.mark.parametrize("broken", [{"MEMTAIL_DEVICES": "cuda:31"}, {"MEMTAIL_CACHE": "/dev/null/x"}], ids=["device", "cache"])
+def test_a_worker_without_its_device_or_cache_kills_no_shard(living, slow, digits, expected, broken):
+    """It takes every message first, since the healthy worker trains until the gate opens."""
+    experiment_store = half_done(living, slow, digits)
+    with recovery(living, experiment_store, slow, expected, f"a worker without {next(iter(broken))}"):
+        living.end(living.kinds("worker")[0])
+        faulty = living.start("worker", **broken)
+        living.until(lambda: faulty.process.poll() == WORKER_AT_FAULT)
+        assert "Traceback" not in faulty.log.read_text()
+        living.gate.open()
     assert not experiment_store.attempts()
 
 

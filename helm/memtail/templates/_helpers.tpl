@@ -221,6 +221,7 @@ spec:
         - name: MEMTAIL_DEVICES
           value: {{ range $index := until $gpus }}{{ if $index }},{{ end }}cuda:{{ $index }}{{ else }}auto{{ end }}
         - {name: MEMTAIL_HEARTBEAT_FILE, value: /tmp/heartbeat}
+        - {name: MEMTAIL_NODE, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
         - {name: MEMTAIL_CACHE, value: /var/cache/memtail}
         {{- with $values.cache.limit }}
         - {name: MEMTAIL_CACHE_LIMIT, value: {{ . | quote }}}

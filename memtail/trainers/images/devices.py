@@ -1,12 +1,16 @@
-"""Lists the devices of this machine, and sets them up so that equal work gives equal bits."""
+"""Devices of this machine: lists them, sets them up so that equal work gives equal bits, and tells their faults from those of a shard."""
 
+import errno
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from memtail.errors import SpecError
+from memtail.errors import MemtailError, SpecError, TrainingStopped, WorkerFaultError
 from memtail.processes import cores
 from memtail.settings import use_deterministic_cublas
 
@@ -66,3 +70,83 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+# Side of the square matrices that a check multiplies.
+_CHECK_SIZE = 64
+# Longest seconds of a check in a new process, which imports torch and opens the device.
+_CHECK_SECONDS = 120.0
+# Errors of the operating system that are the machine's: no space, quota, read-only or broken disk, lost device, no file handles.
+_MACHINE_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "ESTALE")
+    if hasattr(errno, name)
+}
+_DEVICE_ERROR = re.compile(r"CUDA error|CUDA driver|CUDNN_STATUS|CUBLAS_STATUS|CUSOLVER_STATUS|NVIDIA driver|No CUDA GPUs|HIP error|NVML")
+
+
+def check_device(device: torch.device) -> None:
+    """Multiply two small matrices on a device.
+
+    Raises:
+        WorkerFaultError: the device cannot be used, or its product is wrong.
+    """
+    try:
+        ones = torch.ones(_CHECK_SIZE, _CHECK_SIZE, device=device)
+        total = float((ones @ ones).sum())
+    except Exception as error:  # torch raises many kinds; a driver may raise its own
+        raise WorkerFaultError(f"device {device} cannot be used: {_first_line(error)}") from error
+    if total != _CHECK_SIZE**3:
+        raise WorkerFaultError(f"device {device} computes wrongly: a sum of {_CHECK_SIZE**3} came out as {total}")
+
+
+def check_in_new_process(device: torch.device) -> None:
+    """Check a device from a process of its own, since an error of CUDA leaves the process that caused it unusable.
+
+    Raises:
+        WorkerFaultError: the device cannot be used.
+    """
+    code = f"import torch; from memtail.trainers.images.devices import check_device; check_device(torch.device({str(device)!r}))"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=_CHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise WorkerFaultError(f"device {device} does not respond within {_CHECK_SECONDS:.0f} s") from None
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise WorkerFaultError(f"device {device} cannot be used: {reason}")
+
+
+def is_device_error(error: BaseException | None) -> bool:
+    """Return whether an error comes from a device's driver; the process can then not use the device any more."""
+    if error is None or is_out_of_memory(error):
+        return False
+    accelerator = any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)  # torch has it since 2.8
+    return accelerator or (isinstance(error, RuntimeError) and bool(_DEVICE_ERROR.search(str(error)))) or is_device_error(error.__cause__)
+
+
+@contextmanager
+def attributed(device: torch.device) -> Iterator[None]:
+    """Attribute an error of the block to this machine or to the shard: errors of the shard pass through.
+
+    After any error the device is checked; after one of the device's driver from a new process. A model that makes a kernel fail on a
+    healthy device is thus the shard's fault.
+
+    Raises:
+        WorkerFaultError: the machine is at fault.
+    """
+    try:
+        yield
+    except (MemtailError, TrainingStopped):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+            raise WorkerFaultError(f"this machine cannot train: {_first_line(error)}") from error
+        if is_device_error(error):
+            check_in_new_process(device)
+        else:
+            check_device(device)
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

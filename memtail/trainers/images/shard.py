@@ -17,7 +17,7 @@ from memtail.models import build_model
 from memtail.spec import Experiment
 from memtail.subsets import membership
 from memtail.trainers.images.checkpoint import Checkpoints, ShardState, decode, encode
-from memtail.trainers.images.devices import is_out_of_memory, reproducible
+from memtail.trainers.images.devices import attributed, is_out_of_memory, reproducible
 from memtail.trainers.images.images import device_images
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.stack import is_stackable
@@ -80,16 +80,18 @@ def train_shard(
         SpecError: the model or the subset design does not fit the dataset.
         torch.OutOfMemoryError: a single trial does not fit into the device's memory.
         TrainingStopped: `stop` returned True.
+        WorkerFaultError: the device or the disk of this machine is at fault.
     """
-    began, started = time.perf_counter(), datetime.now(UTC)
-    members = membership(experiment.subsets, dataset.train_labels, trials)
-    fingerprint = experiment.fingerprint(dataset.fingerprint)
-    phases = Phases(device if profile else None)
-    with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, stop, fingerprint, phases)
-        result = shard.run()
-    provenance = describe_training(fingerprint, device, started, time.perf_counter() - began, phases)
-    return make_trial_batch(dataset, trials, members, result, provenance)
+    with attributed(device):
+        began, started = time.perf_counter(), datetime.now(UTC)
+        members = membership(experiment.subsets, dataset.train_labels, trials)
+        fingerprint = experiment.fingerprint(dataset.fingerprint)
+        phases = Phases(device if profile else None)
+        with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, stop, fingerprint, phases)
+            result = shard.run()
+        provenance = describe_training(fingerprint, device, started, time.perf_counter() - began, phases)
+        return make_trial_batch(dataset, trials, members, result, provenance)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """`run_shard` through both of its callers: a process of the embedded run's pool, and the trainer of a worker."""
 
+import errno
 import queue
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from memtail.execution import pool
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.shard_task import ShardOutcome, run_shard
-from memtail.experiment_store import Control, ExperimentStore
+from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, record
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
+from memtail.trainers.images import devices, train_shard
 from memtail.trainers.images import shard as training
-from memtail.trainers.images import train_shard
 from memtail.trials import Shard
 from services.common.broker import Assignment
-from services.worker.trainer import LEASED, NOT_WANTED, Trainer
+from services.worker.trainer import LEASED, NOT_WANTED, UNSUPPORTED, Trainer
 
 SHARD = Shard(4, 7)
 
@@ -75,6 +76,7 @@ class Caller:
     monkeypatch: pytest.MonkeyPatch
     broker: NoBroker
     stopping: bool = False
+    device: str = "cpu"
 
     def attempt(self) -> str:
         if self.kind == "embedded":
@@ -83,7 +85,7 @@ class Caller:
             self.monkeypatch.setattr(pool, "_reports", queue.Queue())
             return pool._train(task, SHARD).outcome.value
         reports: list[Any] = []
-        trainer = Trainer(self.store, self.broker, "worker", "cpu", 60, lambda: self.stopping, lambda *report: reports.append(report))
+        trainer = Trainer(self.store, self.broker, "worker", self.device, 60, lambda: self.stopping, lambda *report: reports.append(report))
         assignment = Assignment(
             experiment=self.record.experiment.name, fingerprint=self.record.fingerprint, first=SHARD.first, last=SHARD.last
         )
@@ -97,9 +99,9 @@ def caller(request, declare, digits, tmp_path, monkeypatch):
     experiment = declare(8, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
     store = FaultyStore(tmp_path / "store")
     experiment_store = ExperimentStore(store, experiment.name)
-    record = experiment_store.register(declare_record(experiment, digits, 4))
+    held = experiment_store.register(declare_record(experiment, digits, 4))
     stage(digits, store)
-    return Caller(request.param, store, experiment_store, record, digits, monkeypatch, NoBroker())
+    return Caller(request.param, store, experiment_store, held, digits, monkeypatch, NoBroker())
 
 
 def test_a_shard_is_trained_committed_and_then_skipped(caller):
@@ -131,6 +133,38 @@ def test_a_failure_is_recorded_with_its_traceback(caller, monkeypatch):
     assert (first.attempt, second.attempt) == (1, 2)
     assert first.error == "MemoryError: of the model"
     assert "in broken" in first.traceback
+    assert first.origin.host
+    assert first.origin.device == "cpu"
+    assert torch.__version__.startswith(first.origin.torch)
+
+
+def test_a_full_disk_is_charged_to_no_shard(caller, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training, "membership", full)
+    assert caller.attempt() == "worker fault"
+    assert not list(caller.experiment_store.failures())
+
+
+def test_an_error_on_a_broken_device_is_charged_to_no_shard(caller, monkeypatch):
+    def broken(*_):
+        raise ValueError("of a model, because of the device")
+
+    monkeypatch.setattr(training, "membership", broken)
+    monkeypatch.setattr(devices, "_CHECK_SIZE", -1)  # no such matrix, so every check fails
+    assert caller.attempt() == "worker fault"
+    assert not list(caller.experiment_store.failures())
+
+
+@pytest.mark.parametrize("caller", ["services"], indirect=True)
+@pytest.mark.parametrize(("cache", "device"), [("/dev/null/x", "cpu"), (None, "cuda:5")])
+def test_without_its_device_or_cache_a_worker_hands_every_shard_back(caller, monkeypatch, cache, device):
+    if cache:
+        monkeypatch.setenv("MEMTAIL_CACHE", cache)
+    caller.device = device
+    assert caller.attempt() == "worker fault"
+    assert not list(caller.experiment_store.failures())
 
 
 def test_a_store_that_refuses_checkpoints_does_not_end_training(caller, monkeypatch):
@@ -183,7 +217,7 @@ def test_stopped_training_leaves_a_checkpoint_and_no_attempt(caller):
         checkpoints.save(b"state")
         raise TrainingStopped
 
-    result = run_shard(caller.experiment_store, caller.record, SHARD, stopped)
+    result = run_shard(caller.experiment_store, caller.record, SHARD, "cpu", stopped)
     assert result.outcome is ShardOutcome.STOPPED
     assert StoredCheckpoints(caller.store, "digits", SHARD).load() == b"state"
     assert not list(caller.experiment_store.failures())
@@ -198,3 +232,23 @@ def test_a_worker_hands_back_a_stopped_shard_and_skips_leased_and_unwanted_ones(
     caller.experiment_store.set_control(Control("paused"))
     assert caller.attempt() == NOT_WANTED
     assert not list(Path(caller.store.root, keys.trials("digits")).glob("*"))
+
+
+@pytest.mark.parametrize("caller", ["services"], indirect=True)
+def test_a_worker_leaves_what_another_version_must_train_and_says_so(caller, monkeypatch):
+    monkeypatch.setattr(record, "RECIPE_VERSION", 3)
+    monkeypatch.setattr(training, "membership", None)  # nothing is trained
+    assert caller.attempt() == UNSUPPORTED
+    assert not list(caller.experiment_store.failures())
+    (line,) = caller.experiment_store.notices()["worker"].lines
+    assert "does not train it: it has recipe 2, and memtail" in line
+    monkeypatch.undo()
+    assert caller.attempt() == "committed"
+    assert not caller.experiment_store.notices()
+
+
+@pytest.mark.parametrize("caller", ["services"], indirect=True)
+def test_a_worker_does_not_train_a_dead_shard(caller):
+    for _ in range(MAX_ATTEMPTS):
+        caller.experiment_store.record_failure(SHARD, "of a message delivered late")
+    assert caller.attempt() == NOT_WANTED

@@ -1,13 +1,14 @@
 """Registration, extension, missing shards, attempts and control."""
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtail.errors import ForeignObjectError, StoreError
-from memtail.experiment_store import Control, ExperimentStore, Record, missing_shards
+from memtail.errors import ForeignObjectError, StoreError, UnsupportedError
+from memtail.experiment_store import Control, ExperimentStore, Origin, Record, missing_shards
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -95,6 +96,58 @@ def test_failures_are_kept_and_counted(experiment_store):
     second = experiment_store.record_failure(Shard(0, 6), "boom again", "trace", "later")
     assert (first.attempt, second.attempt) == (1, 2)
     assert [failure.error for failure in experiment_store.failures()] == ["boom", "boom again"]
+
+
+def test_a_failure_names_its_process_and_records_of_0_1_0_name_none(experiment_store):
+    origin = Origin(node="rack-3", host="worker-7", device="cuda:1", memtail="0.2.0", torch="2.11.0")
+    experiment_store.record_failure(Shard(0, 6), "boom", origin=origin)
+    old = {"attempt": 1, "error": "boom", "traceback": "", "when": "now"}
+    experiment_store.store.put("experiments/e/failures/00000007-00000013/1.json", json.dumps(old).encode())
+    assert [failure.origin for failure in experiment_store.failures()] == [origin, Origin()]
+
+
+def test_a_shard_is_dead_after_three_attempts(experiment_store):
+    for dead in (False, False, True):
+        experiment_store.record_failure(Shard(0, 6), "boom")
+        assert experiment_store.is_dead(Shard(0, 6)) == dead
+    assert not experiment_store.is_dead(Shard(7, 13))
+
+
+def changed(change):
+    content = json.loads(record().to_bytes())
+    change(content)
+    return json.dumps(content).encode()
+
+
+def test_unknown_settings_of_speed_and_unknown_fields_of_a_record_are_ignored(experiment_store):
+    def add(content):
+        content["experiment"]["execution"]["compile"] = "auto"
+        content["later"] = 1
+
+    experiment_store.store.put("experiments/e/experiment.json", changed(add))
+    held = experiment_store.read_record()
+    held.check_trainable()
+    assert held == record()
+
+
+def test_an_unknown_part_of_the_recipe_is_not_supported(experiment_store):
+    experiment_store.store.put("experiments/e/experiment.json", changed(lambda content: content["experiment"]["training"].update(new=1)))
+    with pytest.raises(UnsupportedError, match=r"unknown key 'training\.new'.*: memtail .* cannot read this experiment: use the version"):
+        experiment_store.read_record()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: content["canonical"].update(recipe_version=3), "it has recipe 3, and memtail .* trains recipe 2"),
+        (lambda content: content["canonical"]["training"].update(epochs=7), r"another declaration .*training\.epochs 7 -> 20"),
+        (lambda content: content["canonical"].update(trainer="new"), "another declaration .*trainer"),
+    ],
+)
+def test_another_recipe_is_read_but_not_trained(experiment_store, change, reason):
+    experiment_store.store.put("experiments/e/experiment.json", changed(change))
+    with pytest.raises(UnsupportedError, match=reason):
+        experiment_store.read_record().check_trainable()
 
 
 def test_attempts_are_counted_also_if_two_fail_at_once_and_cleared_on_request(experiment_store):

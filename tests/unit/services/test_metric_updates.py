@@ -12,6 +12,7 @@ from memtail.experiment_store import Control
 from memtail.trials import Shard
 from services.common.broker import Assignment, parse_id
 from services.common.experiment_series import ExperimentSeries
+from services.common.process import Heartbeat
 from services.dispatcher.completion import WINDOW, Completion
 from services.dispatcher.metric_updates import ExperimentMetrics, ExperimentStatus
 from services.dispatcher.reconcile import View
@@ -152,9 +153,22 @@ def test_a_shard_that_is_sent_again_counts_as_redelivered_unless_it_was_cleared(
     assert value("memtail_redeliveries_total", experiment="a") == 2
 
 
+def test_the_second_fault_in_a_row_ends_a_worker_that_is_not_ready_after_the_first():
+    health, ended = Heartbeat(60), []
+    metrics = worker.WorkerMetrics(1, 60, health, lambda: ended.append(True))
+    metrics.count_fault("the disk is full")
+    assert health.fault == "the disk is full"
+    metrics.count_trained("a", 1, True, 1, 1.0, {})
+    assert health.fault == ""
+    metrics.count_fault("no GPU")
+    assert not ended
+    metrics.count_fault("no GPU")
+    assert ended
+
+
 def test_a_worker_exports_an_experiment_during_its_training_and_some_time_after():
     reports = Reports()
-    worker.WorkerMetrics(devices=2, linger=0.2).follow(reports)
+    worker.WorkerMetrics(2, 0.2, Heartbeat(60), lambda: None).follow(reports)
     for experiment in ("goes on", "ends"):
         reports.send("taken", experiment, None)
         reports.send("taken", experiment, None)

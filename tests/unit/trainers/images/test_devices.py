@@ -1,0 +1,61 @@
+"""Faults of a device are told from those of a shard."""
+
+import pytest
+import torch
+
+from memtail.errors import WorkerFaultError
+from memtail.trainers.images import devices
+from memtail.trainers.images.devices import attributed, check_device, check_in_new_process, is_device_error
+
+CPU = torch.device("cpu")
+
+
+class AcceleratorError(RuntimeError):
+    """Named as torch names it."""
+
+
+# As an H200 raised them with torch 2.11.
+DEVICE_ERRORS = [
+    AcceleratorError("CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert' in https://docs.nvidia.com"),
+    AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("No CUDA GPUs are available"),
+    RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+]
+
+
+@pytest.mark.parametrize("error", DEVICE_ERRORS, ids=lambda error: str(error)[:40])
+def test_errors_of_the_driver_are_known(error):
+    assert is_device_error(error)
+    caused = ValueError("of a model")
+    caused.__cause__ = error
+    assert is_device_error(caused)
+
+
+@pytest.mark.parametrize("error", [AcceleratorError("CUDA error: out of memory"), ValueError("CUDA error"), RuntimeError("mat1 and mat2")])
+def test_other_errors_are_not_the_drivers(error):
+    assert not is_device_error(error)
+
+
+def test_an_error_of_the_driver_is_checked_from_a_new_process(monkeypatch):
+    checked = []
+
+    def check(device):
+        checked.append(device)
+        raise WorkerFaultError("device cpu cannot be used")
+
+    monkeypatch.setattr(devices, "check_in_new_process", checked.append)
+    with pytest.raises(RuntimeError, match="illegal memory access"), attributed(CPU):
+        raise DEVICE_ERRORS[2]
+    monkeypatch.setattr(devices, "check_in_new_process", check)
+    with pytest.raises(WorkerFaultError, match="cannot be used"), attributed(CPU):
+        raise DEVICE_ERRORS[2]
+    assert checked == [CPU, CPU]
+
+
+def test_a_check_in_a_new_process_finds_what_a_check_here_finds():
+    check_in_new_process(CPU)
+    for check in (check_device, check_in_new_process):
+        with pytest.raises(WorkerFaultError, match="device cuda:31 cannot be used"):
+            check(torch.device("cuda", 31))
