@@ -165,6 +165,22 @@ def retry(
     print(f"{name}: cleared {count} failed attempt{'s' * (count > 1)}, missing shards are retried{when}")
 
 
+def discard(
+    name: OneName,
+    shard: Annotated[str, typer.Option(help="The shard whose trial batch is bad.", metavar="FIRST-LAST", show_default=False)],
+    why: Annotated[str, typer.Option(help="The reason, which stays on record.", metavar="TEXT", show_default=False)],
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Take bad trials out of an experiment. They are trained again."""
+    from memtail.experiment_store import ExperimentStore
+
+    experiment_store = ExperimentStore(open_existing(store), name)
+    experiment_store.read_record()
+    parsed = _shard(shard)
+    experiment_store.discard(parsed, why)
+    print(f"{name}: discarded {parsed}; it is trained again by the services, or by memtail run")
+
+
 def pause(name: OneName, store: Store = DEFAULT_STORE) -> None:
     """Pause an experiment. Shards in training are finished, no others start."""
     _control(store, name, state="paused")
@@ -218,6 +234,6 @@ def _shard(span: str) -> "Shard":
 
 def register(app: typer.Typer) -> None:
     """Add these commands to an application."""
-    for command in (stage, submit, watch, failures, retry, pause, resume, cancel):
+    for command in (stage, submit, watch, failures, retry, discard, pause, resume, cancel):
         app.command()(command)
     app.command(context_settings={"ignore_unknown_options": True})(priority)  # -1 is a priority, not an option

@@ -90,7 +90,9 @@ class Aggregation:
         self.statistics = Statistics(record.n_train, record.n_test)
         self.refused: dict[Shard, str] = {}
         self._store, self._pace, self._clock = experiment_store, pace, clock
-        self._accumulated: set[Shard] = set()
+        self._tags: dict[Shard, str] = {}  # of the batches in the last listing
+        self._accumulated: dict[Shard, str | None] = {}  # tags of the accumulated batches; None until the first listing after it
+        self._refused_tags: dict[Shard, str | None] = {}
         self._published = 0
         self._published_at = float("-inf") if pace.first_at_once else clock()
         self._publishing = Throttle(_PUBLISHING_REST, clock=clock)
@@ -117,8 +119,26 @@ class Aggregation:
         return self._published == self.trials
 
     def new_shards(self) -> list[Shard]:
-        """List the committed shards that are not accumulated, refused ones included. Raises: StoreError."""
-        return [shard for shard in self._store.committed() if shard not in self._accumulated]
+        """List the committed shards whose batches are neither accumulated nor refused.
+
+        If an accumulated batch was replaced or removed, the statistics start over, since a trial cannot be taken out of them.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        self._tags = self._store.committed_tags()
+        for shard, tag in self._accumulated.items():
+            if tag is None and shard in self._tags:
+                self._accumulated[shard] = self._tags[shard]
+        changed = [shard for shard, tag in self._accumulated.items() if shard not in self._tags or self._tags[shard] != tag]
+        if changed:
+            log.warning("trial batches changed, starting over", first=str(changed[0]), changed=len(changed))
+            self.statistics = Statistics(self.record.n_train, self.record.n_test)
+            self._accumulated, self._published = {}, 0
+        for shard in [shard for shard, tag in self._refused_tags.items() if self._tags.get(shard) != tag]:
+            del self._refused_tags[shard]
+            self.refused.pop(shard, None)
+        return [shard for shard in self._tags if shard not in self._accumulated and shard not in self._refused_tags]
 
     def accumulate(self, shard: Shard) -> bool:
         """Accumulate a committed shard, each of its trials once.
@@ -138,7 +158,7 @@ class Aggregation:
             self._refuse(shard, str(error))
             return False
         self.refused.pop(shard, None)
-        self._accumulated.add(shard)
+        self._accumulated[shard] = self._tags.get(shard)
         return True
 
     def accumulate_new(self) -> None:
@@ -180,6 +200,7 @@ class Aggregation:
         return summary
 
     def _refuse(self, shard: Shard, reason: str) -> None:
+        self._refused_tags[shard] = self._tags.get(shard)
         if self.refused.get(shard) == reason:
             return
         with bound_contextvars(shard=str(shard)):

@@ -89,6 +89,28 @@ class ExperimentStore:
         """Yield the shards that have a trial batch, by first trial, while they are listed."""
         return (Shard(*span) for key in self.store.list(keys.trials(self.name)) if (span := keys.parse_span(key)))
 
+    def committed_tags(self) -> dict[Shard, str]:
+        """List the shards that have a trial batch, by first trial, with tags that change when a batch is replaced."""
+        listed = self.store.list_tagged(keys.trials(self.name))
+        return {Shard(*span): tag for key, tag in listed if (span := keys.parse_span(key))}
+
+    def discard(self, shard: Shard, why: str) -> None:
+        """Remove a shard's trial batch, so that the scores no longer count it and it is trained again; the reason stays on record.
+
+        Raises:
+            ObjectNotFound: the shard has no batch.
+            StoreError: the store cannot be written.
+        """
+        if not self.is_committed(shard):
+            raise ObjectNotFound(f"experiment '{self.name}' has no trial batch {shard.span}: list them with memtail status --json")
+        when = datetime.now(UTC).isoformat(timespec="microseconds")
+        self.store.put(keys.discard(self.name, shard.first, shard.last, when), json.dumps({"why": why, "when": when}, indent=1).encode())
+        self.store.delete(keys.trial_batch(self.name, shard.first, shard.last))
+
+    def discards(self) -> int:
+        """Count the discarded trial batches."""
+        return sum(1 for _ in self.store.list(keys.discards(self.name)))
+
     def is_committed(self, shard: Shard) -> bool:
         """Whether the shard has a trial batch."""
         return self.store.exists(keys.trial_batch(self.name, shard.first, shard.last))

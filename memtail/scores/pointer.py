@@ -21,16 +21,26 @@ class ScorePointer:
         published: ISO 8601, UTC.
         files: names of the version's files, ascending.
         summary: of the version.
+        discards: number of trial batches that had been discarded before.
     """
 
     version: str
     published: str
     files: tuple[str, ...]
     summary: ScoreSummary
+    discards: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts pointers of one experiment: the one of more discards, then of more trials, is the later one."""
+        return self.discards, self.summary.accumulated_trials
 
     def to_dict(self) -> dict[str, Any]:
-        """The values in the order of the file, for `json.dumps`."""
-        return asdict(self)
+        """The values in the order of the file, for `json.dumps`; without discards as 0.1.0 writes them."""
+        content = asdict(self)
+        if not self.discards:
+            del content["discards"]
+        return content
 
     def to_json(self) -> str:
         """The file's text."""
@@ -44,7 +54,8 @@ class ScorePointer:
             ValueError, KeyError, TypeError: the text is not a pointer.
         """
         content = json.loads(text)
-        return cls(content["version"], content["published"], tuple(content["files"]), ScoreSummary.from_dict(content["summary"]))
+        summary = ScoreSummary.from_dict(content["summary"])
+        return cls(content["version"], content["published"], tuple(content["files"]), summary, content.get("discards", 0))
 
 
 def latest_version(store: ObjectStore, name: str) -> ScorePointer | None:

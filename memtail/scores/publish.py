@@ -7,10 +7,10 @@ from pathlib import Path
 
 from memtail.datasets import ImageDataset
 from memtail.errors import ScoresError
-from memtail.experiment_store import Record
+from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.files import write_scores
 from memtail.scores.pointer import ScorePointer, latest_version, superseded
-from memtail.scores.summary import ScoreSummary
+from memtail.scores.summary import SCHEMA, ScoreSummary
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
 
@@ -18,8 +18,9 @@ from memtail.storage import ObjectStore, keys
 def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset: ImageDataset) -> ScoreSummary:
     """Write the scores of all accumulated trials and point readers to them.
 
-    The name of the version is derived from the counted trials, so publishing equal trials twice writes one version. The pointer does not
-    move if another run of the experiment has published more trials.
+    The name of the version is derived from the bits of the counted trials, so publishing equal trials twice writes one version, and a
+    replaced batch changes it. The pointer does not move if another run of the experiment has published more trials, unless batches were
+    discarded since.
 
     Args:
         store: for the scores.
@@ -48,13 +49,10 @@ def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset:
         files = sorted(path.name for path in folder.iterdir())
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)
-    if (
-        current is not None
-        and current.summary.accumulated_trials > summary.accumulated_trials
-        and current.summary.fingerprint == record.fingerprint
-    ):
+    when, discards = datetime.now(UTC).isoformat(timespec="seconds"), ExperimentStore(store, name).discards()
+    pointer = ScorePointer(version, when, tuple(files), summary, discards)
+    if current is not None and current.summary.fingerprint == record.fingerprint and current.order > pointer.order:
         return summary
-    pointer = ScorePointer(version, datetime.now(UTC).isoformat(timespec="seconds"), tuple(files), summary)
     store.put(keys.latest_scores(name), pointer.to_json().encode())
     _remove_old(store, name, version)
     return summary
@@ -66,8 +64,8 @@ def versions(store: ObjectStore, name: str) -> list[str]:
 
 
 def _version(fingerprint: str, statistics: Statistics) -> str:
-    outcomes = [[trial, statistics.metrics[trial].diverged] for trial in sorted(statistics.metrics)]
-    return f"{statistics.trials:08d}-{hashlib.sha256(f'{fingerprint} {outcomes}'.encode()).hexdigest()[:8]}"
+    content = f"{fingerprint} {SCHEMA} {statistics.digest()}"
+    return f"{statistics.trials:08d}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def _remove_old(store: ObjectStore, name: str, current: str) -> None:

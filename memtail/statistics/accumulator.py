@@ -5,6 +5,8 @@ index, so the statistics of a set of trials have equal bits in whatever order th
 only zeros and does not count.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -212,6 +214,14 @@ class Statistics:
         fixed_point = (margin.astype(np.float64) * 2**24).astype(np.int64)
         self.margin_in += np.where(members, fixed_point, 0)
         self.margin_out += np.where(members, 0, fixed_point)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the bits and of the numbers of the diverged trials: equal for equal trials in whatever order they came."""
+        diverged = sorted(trial for trial, metrics in self.metrics.items() if metrics.diverged)
+        digest = hashlib.sha256(json.dumps([self.n_train, self.n_test, self._counted, diverged]).encode())
+        for words in (*self._membership, *self._train_correct, *self._test_correct):
+            digest.update(words.astype("<u8", copy=False).tobytes())
+        return digest.hexdigest()
 
     def packed(self) -> PackedTrials:
         """Copy the bits into arrays."""

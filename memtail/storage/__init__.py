@@ -19,10 +19,10 @@ class ObjectStore(Protocol):
     A key is a relative path with `/` between its parts (see `memtail.storage.keys.check`). Every store guarantees:
 
     * Atomicity: a reader sees all of an object or none of it, also when the writer is killed half-way.
-    * Visibility: once a write has returned, every later `get`, `exists`, `list` and `folders` sees it, in any process on any machine.
+    * Visibility: once a write has returned, every later `get`, `exists` and listing sees it, in any process on any machine.
     * Durability: once a write has returned, the object survives a crash of the writer.
     * First writer wins: of any number of concurrent `put_if_absent` of one key exactly one returns True. The store decides, not the caller.
-    * Order: `list` and `folders` yield in ascending order.
+    * Order: listings yield in ascending order.
 
     Every method may be called from any thread and any process, also one forked from the process that opened the store. A store on a network
     retries transient failures; the rest is raised as `StoreError`: `ObjectNotFound` where the key does not exist, `UnreachableError` where
@@ -80,6 +80,17 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that start with a prefix, ascending.
+
+        Args:
+            prefix: of the keys; it may end within a part.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        ...
+
+    def list_tagged(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield the keys that start with a prefix, ascending, each with a tag that changes when its object is replaced by another one.
 
         Args:
             prefix: of the keys; it may end within a part.

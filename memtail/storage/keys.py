@@ -77,6 +77,16 @@ def probe() -> str:
     return f"probe/{uuid.uuid4().hex}"
 
 
+def discards(name: str) -> str:
+    """Return the prefix of all records of discarded trial batches."""
+    return f"experiments/{name}/discarded/"
+
+
+def discard(name: str, first: int, last: int, when: str) -> str:
+    """Return the key of the record of a discarded trial batch."""
+    return f"{discards(name)}{_span(first, last)}/{when}.json"
+
+
 def failures(name: str) -> str:
     """Return the prefix of all failure records."""
     return f"experiments/{name}/failures/"

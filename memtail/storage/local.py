@@ -84,6 +84,18 @@ class LocalStore:
             names += [(Path(parent) / name).relative_to(self.root).as_posix() for name in files]
         yield from sorted(key for key in names if key.startswith(prefix))
 
+    def list_tagged(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield the keys that start with a prefix with tags: time of writing, size and inode of the file."""
+        for key in self.list(prefix):
+            try:
+                status = (self.root / key).stat()
+            except FileNotFoundError:  # deleted since
+                continue
+            except OSError as error:
+                self._unreadable(error)
+                continue
+            yield key, f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
+
     def folders(self, prefix: str) -> Iterator[str]:
         """Yield the names of the folders directly below a prefix that hold an object."""
         try:

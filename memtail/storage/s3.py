@@ -152,21 +152,25 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that start with a prefix, page by page."""
+        return (key for key, _ in self.list_tagged(prefix))
+
+    def list_tagged(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield the keys that start with a prefix, page by page, with their ETags."""
         last: str | None = None
         while True:
 
-            def page(connection: _Connection, after: str | None = last) -> list[str]:
+            def page(connection: _Connection, after: str | None = last) -> "list[tuple[str, str]]":
                 objects = connection.s3.list_objects(
                     bucket_name=self._bucket, prefix=self._prefix + prefix, recursive=True, start_after=after
                 )
-                return [entry.object_name or "" for entry in islice(objects, _PAGE)]
+                return [(entry.object_name or "", entry.etag or "") for entry in islice(objects, _PAGE)]
 
-            names = self._try(prefix, "listed", page)
+            entries = self._try(prefix, "listed", page)
             # web consoles represent an empty folder by an object whose name ends in a slash
-            yield from (name.removeprefix(self._prefix) for name in names if not name.endswith("/"))
-            if len(names) < _PAGE:
+            yield from ((name.removeprefix(self._prefix), tag) for name, tag in entries if not name.endswith("/"))
+            if len(entries) < _PAGE:
                 return
-            last = names[-1]
+            last = entries[-1][0]
 
     def folders(self, prefix: str) -> Iterator[str]:
         """Yield the names of the folders directly below a prefix, from listings with a delimiter."""

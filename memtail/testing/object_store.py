@@ -62,6 +62,17 @@ class ObjectStoreContract:
         assert list(store.list("nothing/")) == []
         assert list(store.list("")) == ["x/a", "x/b/10", "x/b/2", "xy", "z/x/a"]
 
+    def test_tags_change_when_an_object_is_replaced(self, store: ObjectStore) -> None:
+        for key in ("x/b", "x/a", "y"):
+            store.put(key, b"one")
+        before = dict(store.list_tagged("x/"))
+        assert list(before) == ["x/a", "x/b"]
+        assert dict(store.list_tagged("x/")) == before
+        store.put("x/b", b"two")
+        after = dict(store.list_tagged("x/"))
+        assert after["x/a"] == before["x/a"]
+        assert after["x/b"] != before["x/b"]
+
     def test_folders_yields_each_name_once_in_order_and_no_objects(self, store: ObjectStore) -> None:
         for key in ("x/b/2", "x/b/1/deep", "x/b-c/1", "x/a/1", "x/ü +%/1", "x/file", "xy/1", "file"):
             store.put(key, b"")

@@ -269,6 +269,16 @@ def test_failures_are_a_table_or_tracebacks(call, submitted):
     ]  # fmt: skip
 
 
+def test_discard_removes_a_batch_and_keeps_the_reason(call, submitted):
+    commit(submitted, SHARDS[1])
+    with pytest.raises(ObjectNotFound, match="'tiny' has no trial batch 0-3"):
+        call("discard", "tiny", "--shard", "0-3", "--why", "a test")
+    assert "tiny: discarded trials 4-7; it is trained again" in call("discard", "tiny", "--shard", "4-7", "--why", "bad memory")
+    assert not submitted.committed()
+    (key,) = submitted.store.list(keys.discards("tiny"))
+    assert json.loads(submitted.store.get(key))["why"] == "bad memory"
+
+
 def test_retry_clears_the_failures_of_one_shard_or_of_all(call, submitted):
     for shard in SHARDS:
         fail(submitted, shard, 3)

@@ -8,6 +8,7 @@ from memtail.execution import aggregation as module
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import ExperimentStore
+from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
@@ -194,3 +195,68 @@ def test_a_new_aggregation_reads_the_pointer_and_publishes_the_same_version(trai
     assert second.next_step() is Step.PUBLISH
     second.publish()
     assert second.pointer == first.pointer
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_replaced_batch_reaches_the_published_scores(trained, tmp_path, declare, digits, restarted):
+    experiment = trained(16)
+    experiment.commit(0)
+    experiment.commit(8, correct=0.9)
+    aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+    aggregation.publish()
+    wrong = aggregation.pointer.version
+    experiment.store.store.delete(keys.trial_batch("digits", 8, 15))
+    experiment.commit(8)
+    if restarted:
+        aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+    assert aggregation.next_step() is Step.PUBLISH
+    aggregation.publish()
+
+    undisturbed = Trained(tmp_path / "undisturbed", declare, digits, 16)
+    undisturbed.commit(0)
+    undisturbed.commit(8)
+    expected = undisturbed.aggregation()
+    expected.accumulate_new()
+    expected.publish()
+    assert aggregation.pointer.version == expected.pointer.version != wrong
+    assert latest_version(experiment.store.store, "digits").version == expected.pointer.version
+    for file in expected.pointer.files:
+        key = keys.scores("digits", expected.pointer.version) + file
+        assert experiment.store.store.get(key) == undisturbed.store.store.get(key)
+
+
+def test_discarded_trials_leave_the_scores_at_once(trained):
+    experiment = trained(16)
+    experiment.commit(0)
+    experiment.commit(8)
+    aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+    aggregation.publish()
+    experiment.store.discard(Shard(8, 15), "the memory of the GPU was damaged")
+    aggregation.accumulate_new()
+    experiment.clock.now += 1000
+    assert aggregation.next_step() is Step.PUBLISH
+    aggregation.publish()
+    pointer = latest_version(experiment.store.store, "digits")
+    assert (pointer.summary.accumulated_trials, pointer.discards) == (8, 1)
+    experiment.commit(8)
+    aggregation.accumulate_new()
+    aggregation.publish()
+    pointer = latest_version(experiment.store.store, "digits")
+    assert (pointer.summary.accumulated_trials, pointer.discards) == (16, 1)
+
+
+def test_a_refused_batch_is_read_again_only_when_it_was_replaced(trained, monkeypatch):
+    experiment = trained(16)
+    experiment.commit(0, fingerprint="f" * 64)
+    aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+    assert aggregation.refused
+    assert not aggregation.new_shards()
+    experiment.store.store.delete(keys.trial_batch("digits", 0, 7))
+    assert not aggregation.new_shards()
+    assert not aggregation.refused
+    experiment.commit(0)
+    assert aggregation.new_shards() == [Shard(0, 7)]
