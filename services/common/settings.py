@@ -25,6 +25,7 @@ class ServiceSettings:
         store: `MEMTAIL_STORE`: address of the bucket.
         broker: `MEMTAIL_BROKER` (or the file named by `MEMTAIL_BROKER_FILE`): Redis's URL with its password; not in the repr.
         lease_seconds: duration of a lease; a worker that stops renewing it loses its shard.
+        silence_seconds: time without progress after which a training process counts as hung, and ends; longer if its own pauses are.
         shard_seconds: maximum training time of a shard, after which its process is killed.
         max_starts: number of workers lost on a shard that counts as one failed attempt.
         reconcile_seconds: interval between passes of the dispatcher and of the aggregator.
@@ -46,6 +47,7 @@ class ServiceSettings:
     store: str = _variable(STORE_VARIABLE, "")
     broker: str = _variable(BROKER_VARIABLE, "redis://127.0.0.1:6379/0", repr=False)
     lease_seconds: float = _variable("MEMTAIL_LEASE_SECONDS", 60.0)
+    silence_seconds: float = _variable("MEMTAIL_SILENCE_SECONDS", 300.0)
     shard_seconds: float = _variable("MEMTAIL_SHARD_SECONDS", 6 * 3600.0)
     max_starts: int = _variable("MEMTAIL_MAX_STARTS", 10)
     reconcile_seconds: float = _variable("MEMTAIL_RECONCILE_SECONDS", 2.0)

@@ -106,8 +106,10 @@ class Worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
             device = "cuda"
         broker = Broker(self._settings, self.celery)
-        lease, stopping = self._settings.lease_seconds, lambda: bool(self._stopping.value)
-        self._trainer = Trainer(self._store, broker, self._name, device, lease, stopping, self._reports.send)
+        settings, stopping = self._settings, lambda: bool(self._stopping.value)
+        self._trainer = Trainer(
+            self._store, broker, self._name, device, settings.lease_seconds, settings.silence_seconds, stopping, self._reports.send
+        )
 
     def _run(self, **fields: Any) -> None:
         try:

@@ -1,8 +1,11 @@
 """Leases of shards, so that no two workers train one shard at once."""
 
 import contextvars
+import os
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 
 import redis
@@ -14,20 +17,43 @@ from services.common.broker import Assignment, Broker
 
 log = structlog.get_logger()
 
+#: Exit code of a training process that hung.
+HUNG = 4
+
+# A training process hangs if it is silent for this many times its longest silence before, and for the settings' seconds.
+_SILENCE_FACTOR = 5
+
 
 class Lease:
-    """A shard's lease, renewed by a thread while training. Without Redis the shard is trained without a lease.
+    """A shard's lease, renewed by a thread while training advances. Without Redis the shard is trained without a lease.
 
-    Each renewal also reads whether the experiment was cancelled.
+    Another thread reads whether the experiment was cancelled, since a store that does not respond must not let the lease lapse.
+
+    Args:
+        broker: holds the leases.
+        assignment: names the shard.
+        holder: name of the process.
+        seconds: duration of the lease; it is renewed three times as often.
+        silence: seconds without progress after which training counts as hung, and the process ends.
+        experiment_store: the experiment's objects.
+
+    Attributes:
+        held: whether the shard may be trained.
+        lost: whether another worker has taken the lease since.
+        cancelled: whether the experiment was cancelled.
     """
 
-    def __init__(self, broker: Broker, assignment: Assignment, holder: str, seconds: float, experiment_store: ExperimentStore) -> None:
-        self._broker, self._assignment, self._seconds, self._experiment_store = broker, assignment, seconds, experiment_store
+    def __init__(
+        self, broker: Broker, assignment: Assignment, holder: str, seconds: float, silence: float, experiment_store: ExperimentStore
+    ) -> None:
+        self._broker, self._assignment, self._experiment_store = broker, assignment, experiment_store
+        self._seconds, self._silence = seconds, silence
         self._holder = f"{holder}/{uuid.uuid4().hex}"
         self._over = threading.Event()
-        # so that its log lines name the shard
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._renew,), daemon=True)
-        self.held = self.cancelled = False
+        self._progressed_at: float | None = None
+        self._longest = 0.0
+        self._threads = [self._thread(self._renew), self._thread(self._watch)]
+        self.held = self.lost = self.cancelled = False
 
     def __enter__(self) -> "Lease":
         try:
@@ -36,19 +62,51 @@ class Lease:
             log.warning("training without a lease", error=str(error))
             self.held = True
         if self.held:
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         if self.held:
-            self._thread.join()
+            self._threads[0].join()  # the other may wait for the store
             with suppress(redis.RedisError):
                 self._broker.release(self._assignment, self._holder)
 
+    def progress(self) -> None:
+        """Report that training advances; from the first call on, silence counts as a hang."""
+        now = time.monotonic()
+        if self._progressed_at is not None:
+            self._longest = max(self._longest, now - self._progressed_at)
+        self._progressed_at = now
+
+    def trained(self) -> None:
+        """Report that training has ended, so that silence is no hang any more."""
+        self._progressed_at = None
+
+    def _thread(self, target: Callable[[], None]) -> threading.Thread:
+        # the context makes its log lines name the shard
+        return threading.Thread(target=contextvars.copy_context().run, args=(target,), daemon=True)
+
     def _renew(self) -> None:
         while not self._over.wait(self._seconds / 3):
+            self._end_if_hung()
             with suppress(redis.RedisError):
-                self._broker.renew(self._assignment, self._holder)
+                if not self._broker.renew(self._assignment, self._holder):
+                    self.lost = True
+                    log.warning("lease lost to another worker")
+                    return
+
+    def _end_if_hung(self) -> None:
+        progressed_at = self._progressed_at
+        if progressed_at is None:
+            return
+        silence = time.monotonic() - progressed_at
+        if silence > max(self._silence, _SILENCE_FACTOR * self._longest):
+            log.error("training hangs, ending the process", seconds=round(silence))
+            os._exit(HUNG)
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._seconds / 3):
             with suppress(StoreError):
                 self.cancelled = self._experiment_store.control().state == "cancelled"

@@ -49,6 +49,7 @@ class Trainer:
         worker: name of the worker, with which its leases begin.
         device: as torch names it, or "auto" for the best available one.
         lease_seconds: duration of a lease; it is renewed three times as often.
+        silence_seconds: time without progress after which training counts as hung, and the process ends.
         stopping: whether the worker is about to stop, so that the shard is to be handed back.
         report: sends a report to the parent process, as `services.worker.metric_updates` takes it.
     """
@@ -60,11 +61,12 @@ class Trainer:
         worker: str,
         device: str,
         lease_seconds: float,
+        silence_seconds: float,
         stopping: Callable[[], bool],
         report: Callable[..., None],
     ) -> None:
         self._store, self._broker, self._device = store, broker, device
-        self._lease_seconds, self._stopping, self._report = lease_seconds, stopping, report
+        self._lease_seconds, self._silence_seconds, self._stopping, self._report = lease_seconds, silence_seconds, stopping, report
         self._shards = 0
         self._served: set[str] = set()  # experiments of which this process has committed a shard
         self._checked = False
@@ -114,9 +116,11 @@ class Trainer:
         if self._checked:
             return
         try:
-            from memtail.trainers.images.devices import available_devices, check_device
+            from memtail.trainers.images.devices import available_devices, check_device, check_in_new_process
 
-            check_device(available_devices(self._device)[0])
+            device = available_devices(self._device)[0]
+            # a device that hangs must not hang this process
+            (check_in_new_process if device.type == "cuda" else check_device)(device)
         except (ImportError, OSError, SpecError) as error:
             raise WorkerFaultError(f"device {self._device} cannot be used: {error}") from error
         self._checked = True
@@ -144,7 +148,7 @@ class Trainer:
         known = record.fingerprint == assignment.fingerprint and record.has(assignment.shard)
         if not known or experiment_store.control().state != "running" or experiment_store.is_dead(assignment.shard):
             return NOT_WANTED
-        with Lease(self._broker, assignment, self._holder, self._lease_seconds, experiment_store) as lease:
+        with Lease(self._broker, assignment, self._holder, self._lease_seconds, self._silence_seconds, experiment_store) as lease:
             if not lease.held:
                 return LEASED
             result = run_shard(
@@ -161,6 +165,8 @@ class Trainer:
                 self._report_training(assignment.experiment, result)
             if result.outcome is ShardOutcome.WORKER_FAULT:
                 return self._at_fault(result.error or "")
+            if result.outcome is ShardOutcome.STOPPED and lease.lost:
+                return LEASED
             if result.outcome is ShardOutcome.STOPPED:
                 return NOT_WANTED if lease.cancelled else ShardOutcome.HANDED_BACK.value
             return result.outcome.value
@@ -173,6 +179,12 @@ class Trainer:
             experiment, dataset = self._experiment_of(record), self._dataset_of(record)
         except (DatasetError, LocalFileError, OSError, NotImplementedError) as error:  # not all file systems can lock
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
+
+        def stop() -> bool:
+            lease.progress()
+            return self._stopping() or lease.cancelled or lease.lost
+
+        lease.progress()
         try:
             batch = train_shard(
                 experiment,
@@ -180,12 +192,14 @@ class Trainer:
                 shard.trials,
                 available_devices(self._device)[0],
                 checkpoints=checkpoints,
-                stop=lambda: self._stopping() or lease.cancelled,
+                stop=stop,
                 profile=self._shards % _PROFILED == 0,
             )
         except Exception as error:
             self.usable = not is_device_error(error)
             raise
+        finally:
+            lease.trained()
         self._shards += 1
         return batch
 

@@ -24,6 +24,7 @@ from memtail.trainers.images import devices, train_shard
 from memtail.trainers.images import shard as training
 from memtail.trials import Shard
 from services.common.broker import Assignment
+from services.worker.lease import Lease
 from services.worker.trainer import LEASED, NOT_WANTED, UNSUPPORTED, Trainer
 
 SHARD = Shard(4, 7)
@@ -85,7 +86,11 @@ class Caller:
             self.monkeypatch.setattr(pool, "_reports", queue.Queue())
             return pool._train(task, SHARD).outcome.value
         reports: list[Any] = []
-        trainer = Trainer(self.store, self.broker, "worker", self.device, 60, lambda: self.stopping, lambda *report: reports.append(report))
+
+        def report(*values: Any) -> None:
+            reports.append(values)
+
+        trainer = Trainer(self.store, self.broker, "worker", self.device, 60, 300, lambda: self.stopping, report)
         assignment = Assignment(
             experiment=self.record.experiment.name, fingerprint=self.record.fingerprint, first=SHARD.first, last=SHARD.last
         )
@@ -252,3 +257,11 @@ def test_a_worker_does_not_train_a_dead_shard(caller):
     for _ in range(MAX_ATTEMPTS):
         caller.experiment_store.record_failure(SHARD, "of a message delivered late")
     assert caller.attempt() == NOT_WANTED
+
+
+@pytest.mark.parametrize("caller", ["services"], indirect=True)
+def test_a_worker_whose_lease_was_taken_stops_and_leaves_the_shard_to_the_other(caller, monkeypatch):
+    monkeypatch.setattr(Lease, "_renew", lambda self: setattr(self, "lost", True))
+    assert caller.attempt() == LEASED
+    assert not caller.experiment_store.committed()
+    assert not list(caller.experiment_store.failures())
