@@ -156,9 +156,19 @@ class _ShardTraining:
         subsets = np.stack([np.flatnonzero(self.members[row]) for row in rows])
         trials = [self.trials[row] for row in rows]
         images = device_images(self.dataset, self.device)
-        run = StackedRun(self.experiment, images, self.dataset.image_shape, len(self.dataset.classes), trials, subsets, self.phases)
+
+        def begin() -> StackedRun:
+            return StackedRun(self.experiment, images, self.dataset.image_shape, len(self.dataset.classes), trials, subsets, self.phases)
+
+        run = begin()
         if resumed is not None:
-            run.restore(resumed)
+            try:
+                run.restore(resumed)
+            except Exception as error:  # another device's or torch's state raises whatever does not fit
+                if is_out_of_memory(error):
+                    raise
+                log.warning("checkpoint does not fit, starting over", trials=f"{trials[0]}-{trials[-1]}", error=str(error)[:200])
+                run = begin()
         return run.train(self._between_steps)
 
     def _between_steps(self, run: StackedRun) -> None:

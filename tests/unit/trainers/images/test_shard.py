@@ -564,3 +564,24 @@ def test_compiled_steps_for_many_classes_and_batches_of_unequal_size_equal_those
             F.cross_entropy(network(images[0, start:stop]), labels[0, start:stop]).backward()
             optimizer.step()
     torch.testing.assert_close(dense(images)[0], network(images[0]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_checkpoint_of_another_implementation_of_the_step_is_dropped(declare, monkeypatch, compiled_first):
+    """As between a GPU and a CPU, whose stacks have other states."""
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    experiment = declare(3, model={"name": "mlp", "hidden": [16]}, dataset={"name": "digits", "max_train": 300})
+    dataset, checkpoints = prepare(experiment.dataset), Memory(stop_at=2)
+
+    def choose(compiled):
+        monkeypatch.setattr(stack_trainer, "dense_layers", dense_layers if compiled else lambda stack: None)
+
+    choose(not compiled_first)
+    expected = train_shard(experiment, dataset, range(3), CPU)
+    choose(compiled_first)
+    with pytest.raises(Memory.StopError):
+        train_shard(experiment, dataset, range(3), CPU, checkpoints=checkpoints)
+    choose(not compiled_first)
+    resumed = train_shard(experiment, dataset, range(3), CPU, checkpoints=checkpoints)
+    assert same_bits([expected], [resumed])
