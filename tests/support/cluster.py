@@ -233,7 +233,9 @@ class LivingCluster(Cluster):
         for service in services:
             service.kill()
             self.services.remove(service)
-        for _ in range(2):  # after the second response, Redis has closed their connections and delivers no new message to them
+        # a message that Redis sends to an ended worker is lost to the test, so wait until it has closed their connections
+        self.until(lambda: self.redis.client().info("clients")["blocked_clients"] <= len(self.kinds("worker")))
+        for _ in range(2):
             self.redis.client().ping()
 
     def replace(self, name: str, prefix: tuple[str, ...] = (), **environment: str) -> Service:
