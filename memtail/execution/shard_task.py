@@ -128,6 +128,7 @@ def this_process(device: str) -> Origin:
 
 def _failed(experiment_store: ExperimentStore, shard: Shard, device: str, error: Exception) -> ShardResult:
     message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
+    message = message.partition("\n")[0]  # CUDA adds advice in further lines, which the traceback has
     text = "".join(traceback.format_exception(error))
     failure = experiment_store.record_failure(shard, message, text, origin=this_process(device))
     log.warning("shard failed", shard=str(shard), attempt=failure.attempt, error=message)

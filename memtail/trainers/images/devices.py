@@ -113,7 +113,8 @@ def check_in_new_process(device: torch.device) -> None:
         raise WorkerFaultError(f"device {device} does not respond within {_CHECK_SECONDS:.0f} s") from None
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise WorkerFaultError(f"device {device} cannot be used: {reason}")
+        told = reason.partition(f"{WorkerFaultError.__name__}: ")[2]
+        raise WorkerFaultError(told or f"device {device} cannot be used: {reason}")
 
 
 def is_device_error(error: BaseException | None) -> bool:

@@ -130,7 +130,7 @@ def test_the_first_of_two_commits_of_a_shard_counts(caller, monkeypatch):
 
 def test_a_failure_is_recorded_with_its_traceback(caller, monkeypatch):
     def broken(*_):
-        raise MemoryError("of the model")
+        raise MemoryError("of the model\nFor debugging consider more memory.")
 
     monkeypatch.setattr(training, "membership", broken)
     assert [caller.attempt(), caller.attempt()] == ["failed", "failed"]
