@@ -55,7 +55,7 @@ class Dispatcher:
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _TrackedExperiment] = {}
         self._unreadable: set[str] = set()
-        self._last_queued: dict[str, float] = {}  # when each assignment was last seen in a queue
+        self._last_queued: dict[str, float] = {}  # when each assignment was sent, or last seen in a queue
         self._leased: set[str] = set()
         self._starts: dict[str, int] = {}
         self._metrics = ExperimentMetrics(settings.linger_seconds)
@@ -108,6 +108,8 @@ class Dispatcher:
                 self._broker.clear(queue)
                 self._metrics.discount_cleared(queues.pop(queue, []))
             self._broker.send(actions.send)
+            # a worker may take the message before the next pass sees it in the queue
+            self._last_queued |= dict.fromkeys((assignment.id for assignment in actions.send), time.monotonic())
             self._metrics.count_sent(actions.send)
         merged = Actions.merge(by_queue.values())
         if merged.send or merged.lost:

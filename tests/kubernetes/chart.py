@@ -76,4 +76,4 @@ class Rendered:
 
 def variables(pod: dict[str, Any]) -> dict[str, str]:
     """Return the environment variables of a pod's first container."""
-    return {each["name"]: each["value"] for each in pod["containers"][0].get("env", [])}
+    return {each["name"]: each.get("value", "") for each in pod["containers"][0].get("env", [])}

@@ -154,7 +154,7 @@ def test_every_container_meets_the_level_restricted(rendered):
             assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
             assert "memory" in container["resources"]["limits"]
             assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
-            assert not any("valueFrom" in variable for variable in container.get("env", []))
+            assert not any("secretKeyRef" in variable.get("valueFrom", {}) for variable in container.get("env", []))
         kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
         assert kinds <= {"emptyDir", "projected", "secret", "configMap", "persistentVolumeClaim"} | (
             {"hostPath"} if component == "worker" else set()

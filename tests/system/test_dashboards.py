@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ import urllib3
 import yaml
 
 from memtail.spec import Experiment
-from services.common.broker import Broker
-from services.common.settings import ServiceSettings
 from services.monitoring.dashboards import FOLDER
 from tests.support import dashboard_pictures as pictures
 from tests.support.cluster import PROJECT, Cluster, Service
@@ -59,6 +58,18 @@ class Run:
         return [series for series in result if any(math.isfinite(float(value)) for _, value in series["values"])]
 
 
+def holds_lease_when_frozen(worker: Service, cluster: Cluster) -> bool:
+    """Stop a worker's processes, and return whether one holds a lease; otherwise they continue."""
+    os.killpg(worker.process.pid, signal.SIGSTOP)
+    redis = cluster.redis.client()
+    holders = filter(None, (redis.get(key) for key in redis.scan_iter("memtail:lease:*")))
+    processes = {holder.split("/")[2] for holder in holders}  # HOST/WORKER/PROCESS/ID
+    if processes & {str(process) for process in worker.children()}:
+        return True
+    os.killpg(worker.process.pid, signal.SIGCONT)
+    return False
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> Iterator[Run]:
     """An experiment in which a shard fails once and a worker is killed."""
@@ -76,10 +87,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, minio: Any, digits: Any) -> It
         with PrometheusServer(folder, services, minio) as prometheus:
             began = time.time()
             experiment_store = cluster.submit(Experiment.parse(spec), digits)
-            broker = Broker(ServiceSettings(store="-", broker=cluster.redis.url))
             # Prometheus must scrape the failure before its worker may be killed
             cluster.until(lambda: prometheus.at(time.time(), "memtail_shard_attempts_total{outcome='failed'} > 0"), 300)
-            cluster.until(lambda: len(experiment_store.committed()) > 2 and len(broker.leased()) == 2, 300)
+            cluster.until(lambda: len(experiment_store.committed()) > 2 and holds_lease_when_frozen(services[-1], cluster), 300)
             services[-1].kill()
             cluster.until_published(experiment_store, TRIALS, 300)
             counted = f"memtail_scores_published_trials == {TRIALS} and on() sum(memtail_trials{{state='committed'}}) == {TRIALS}"
