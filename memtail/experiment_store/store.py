@@ -216,7 +216,7 @@ class ExperimentStore:
             The failure, numbered after those on record.
         """
         when = when or datetime.now(UTC).isoformat(timespec="seconds")
-        attempt = sum(1 for _ in self.store.list(keys.failures_of(self.name, shard.first, shard.last))) + 1
+        attempt = self._attempts_at(shard) + 1
         while True:
             failure = Failure(shard, attempt, error, traceback, when, origin or Origin())
             content = {"attempt": attempt, "error": error, "traceback": traceback, "when": when, "origin": asdict(failure.origin)}
@@ -232,8 +232,10 @@ class ExperimentStore:
 
     def is_dead(self, shard: Shard) -> bool:
         """Return whether a shard has failed so often that it is not tried again. Raises: StoreError."""
-        records = self.store.list(keys.failures_of(self.name, shard.first, shard.last))
-        return sum(1 for _ in records) >= MAX_ATTEMPTS
+        return self._attempts_at(shard) >= MAX_ATTEMPTS
+
+    def _attempts_at(self, shard: Shard) -> int:
+        return sum(1 for _ in self.store.list(keys.failures_of(self.name, shard.first, shard.last)))
 
     def clear_failures(self, shard: Shard | None = None) -> int:
         """Remove the failure records of a shard, or of all shards, so that it is tried again; returns their number."""
