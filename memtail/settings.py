@@ -1,6 +1,7 @@
 """Environment variables of the library and of the command line."""
 
 import os
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,13 +39,13 @@ class Settings:
     Attributes:
         cache: `MEMTAIL_CACHE`: folder of downloads, prepared datasets and fetched scores; the user's cache folder by default.
         data: `MEMTAIL_DATA`: folder in which datasets are searched before the cache.
-        node: `MEMTAIL_NODE`: name of the machine in failure records, where it is not the host's: of the cluster's node.
+        node: `MEMTAIL_NODE`: name of the machine, or of the cluster's node, in failure records; the host's by default.
         cache_limit: `MEMTAIL_CACHE_LIMIT`: maximum size in GiB of datasets fetched from a bucket, as bytes; no limit by default.
     """
 
     cache: Path = field(default_factory=lambda: _from_environment("MEMTAIL_CACHE", None) or user_cache_path("memtail"))
     data: Path | None = field(default_factory=lambda: _from_environment("MEMTAIL_DATA", None))
-    node: str = field(default_factory=lambda: os.environ.get("MEMTAIL_NODE", ""))
+    node: str = field(default_factory=lambda: os.environ.get("MEMTAIL_NODE") or socket.gethostname())
     cache_limit: int | None = field(default_factory=lambda: _bytes_from_environment("MEMTAIL_CACHE_LIMIT"))
 
     def places(self, root: Path | None) -> list[Path]:

@@ -187,6 +187,9 @@ def show_failures(failures: "list[Failure]", progress: "ExperimentProgress", tra
     if progress.dead:
         count, name = len(progress.dead), progress.experiment
         console.print(f"\n{count} shard{'s' * (count > 1)} given up: retry with memtail retry {name}")
+        nodes = [{each.origin.node for each in failures if each.shard == shard} for shard in progress.dead]
+        if alone := {node for tried in nodes if len(tried) == 1 for node in tried} - {""}:
+            console.print(f"Some failed on {', '.join(sorted(alone))} only: no other node had a worker, so the node may be at fault")
 
 
 def _where(origin: "Origin") -> str:

@@ -156,7 +156,7 @@ def retry(
     opened = open_existing(store)
     name = resolve_name(opened, name)
     experiment_store = ExperimentStore(opened, name)
-    count = experiment_store.clear_failures(_shard(shard) if shard else None)
+    count = experiment_store.retry(_shard(shard) if shard else None)
     if not count:
         print(f"{name}: no failed attempts{f' of shard {shard}' if shard else ''}")
         return

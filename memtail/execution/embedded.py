@@ -19,6 +19,7 @@ from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, WorkerFaultError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
+from memtail.execution.breaker import BREAKER_SHARDS, common_error
 from memtail.execution.declare import declare
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
@@ -183,6 +184,7 @@ class _Run:
         # attempts are counted on record; this run subtracts earlier ones, so that a run after a fix tries all missing shards again
         self._attempts_before = experiment_store.attempts()
         self._handed_back: dict[Shard, int] = defaultdict(int)
+        self._errors: dict[Shard, str] = {}  # last error of each failed shard
 
     def to_the_end(self) -> RunResult:
         aggregation, state = self._aggregation, self._state
@@ -228,6 +230,7 @@ class _Run:
             case ShardOutcome.FAILED:
                 error = result.error or ""
                 attempt = result.attempt or self._experiment_store.record_failure(result.shard, error).attempt
+                self._end_if_broken(result.shard, error)
                 if attempt - self._attempts_before[result.shard] < MAX_ATTEMPTS:
                     return False
                 self._state.failed[result.shard] = error
@@ -245,6 +248,16 @@ class _Run:
                 for phase, seconds in result.phases.items():
                     self._state.phases[phase] += seconds
         return True
+
+    def _end_if_broken(self, shard: Shard, error: str) -> None:
+        """End the run if its first shards failed alike. Raises: ShardsFailedError."""
+        self._errors[shard] = error
+        if not self._state.trials and (common := common_error(self._errors.values(), BREAKER_SHARDS)):
+            records = f"{self._store.address}/{keys.failures(self._experiment_store.name)}"
+            raise ShardsFailedError(
+                f"the first {len(self._errors)} shards failed alike ({common}): tracebacks are in {records}; fix the cause, then run again",
+                None,
+            )
 
     def _remove_checkpoints(self) -> None:
         """Remove checkpoints of committed shards, left behind by processes that were killed between the commit and the removal."""

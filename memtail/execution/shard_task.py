@@ -122,8 +122,7 @@ def run_shard(
 
 def this_process(device: str) -> Origin:
     """Describe this process for the failures of its shards."""
-    host = socket.gethostname()
-    return Origin(Settings().node or host, host, device, version("memtail"), version("torch"))
+    return Origin(Settings().node, socket.gethostname(), device, version("memtail"), version("torch"))
 
 
 def _failed(experiment_store: ExperimentStore, shard: Shard, device: str, error: Exception) -> ShardResult:

@@ -13,10 +13,13 @@ class Control:
     Attributes:
         state: "running", "paused" (no shard is started) or "cancelled" (shards in training are dropped too).
         priority: shards of the experiments with the highest priority are trained first.
+        tripped: whether the experiment was paused because its first shards failed alike. It is not paused so again, until its failed
+            attempts are cleared.
     """
 
     state: Literal["running", "paused", "cancelled"] = "running"
     priority: int = 0
+    tripped: bool = False
 
 
 @dataclass(frozen=True)

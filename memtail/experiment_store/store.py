@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from pydantic import TypeAdapter, ValidationError
@@ -230,12 +230,23 @@ class ExperimentStore:
         spans = (keys.parse_span(key) for key in self.store.list(keys.failures(self.name)))
         return Counter(Shard(*span) for span in spans if span)
 
-    def is_dead(self, shard: Shard) -> bool:
-        """Return whether a shard has failed so often that it is not tried again. Raises: StoreError."""
-        return self._attempts_at(shard) >= MAX_ATTEMPTS
-
     def _attempts_at(self, shard: Shard) -> int:
         return sum(1 for _ in self.store.list(keys.failures_of(self.name, shard.first, shard.last)))
+
+    def retry(self, shard: Shard | None = None) -> int:
+        """Clear the failures of a shard, or of all shards, and let an experiment run again that was paused because of them.
+
+        Returns:
+            The number of failure records that were removed.
+
+        Raises:
+            StoreError: the store cannot be read or written.
+        """
+        count, control = self.clear_failures(shard), self.control()
+        if control.tripped:
+            state = "running" if control.state == "paused" else control.state
+            self.set_control(replace(control, state=state, tripped=False))
+        return count
 
     def clear_failures(self, shard: Shard | None = None) -> int:
         """Remove the failure records of a shard, or of all shards, so that it is tried again; returns their number."""
@@ -245,9 +256,10 @@ class ExperimentStore:
             self.store.delete(key)
         return len(records)
 
-    def failures(self) -> Iterator[Failure]:
-        """Read all failure records, by shard."""
-        for key in self.store.list(keys.failures(self.name)):
+    def failures(self, shard: Shard | None = None) -> Iterator[Failure]:
+        """Read the failure records of a shard, or of all shards, by shard and attempt."""
+        prefix = keys.failures(self.name) if shard is None else keys.failures_of(self.name, shard.first, shard.last)
+        for key in self.store.list(prefix):
             if span := keys.parse_span(key):
                 try:
                     content = json.loads(self.store.get(key))

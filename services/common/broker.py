@@ -9,8 +9,9 @@ import base64
 import json
 import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import redis
 from celery import Celery
@@ -34,6 +35,7 @@ _LEASE = f"{_PREFIX}lease:"
 _QUEUE = "shards"
 _STARTS = f"{_PREFIX}starts"
 _LEADER = f"{_PREFIX}leader"
+_WORKERS = f"{_PREFIX}workers"
 
 # Acquires a lease and counts an unfinished start of the shard. A lost worker never releases its lease, so its start stays counted.
 _ACQUIRE = """
@@ -75,6 +77,20 @@ class Assignment(BaseModel):
     def id(self) -> str:
         """Identifier in the broker and in logs: `NAME/FIRST-LAST`."""
         return f"{self.experiment}/{self.first}-{self.last}"
+
+
+class WorkerPlace(NamedTuple):
+    """Where a worker runs, and what it takes.
+
+    Attributes:
+        queue: the queue that it takes messages from.
+        node: name of its machine, or of the cluster's node.
+        host: name of its host; in a cluster, of its pod.
+    """
+
+    queue: str
+    node: str
+    host: str
 
 
 def parse_id(text: str) -> tuple[str, Shard] | None:
@@ -240,6 +256,28 @@ class Broker:
         """Reset the unfinished starts of assignments, after they were recorded as a failure."""
         if ids:
             self.redis.hdel(_STARTS, *ids)
+
+    def register_worker(self, node: str, host: str) -> None:
+        """Register a worker of the settings' queue for the duration of a lease, and forget those that did not register since."""
+        now, place = self.time(), WorkerPlace(queue_name(self._settings), node, host)
+        pipeline = self.redis.pipeline(transaction=False)
+        pipeline.zadd(_WORKERS, {json.dumps(place): now})
+        pipeline.zremrangebyscore(_WORKERS, "-inf", now - self._settings.lease_seconds)
+        pipeline.execute()
+
+    def workers(self, experiment: str = "") -> list[WorkerPlace]:
+        """List the workers that registered within the duration of a lease; malformed entries are skipped.
+
+        Args:
+            experiment: list those that take its messages; by default of the settings' experiment.
+        """
+        places = []
+        entries: Any = self.redis.zrangebyscore(_WORKERS, self.time() - self._settings.lease_seconds, "+inf")
+        for entry in entries:
+            with suppress(*MALFORMED):
+                queue, node, host = map(str, json.loads(entry))
+                places.append(WorkerPlace(queue, node, host))
+        return [place for place in places if place.queue == queue_name(self._settings, experiment)]
 
     def lead(self, holder: str) -> bool:
         """Acquire or renew the leadership of dispatchers; False if another dispatcher leads."""

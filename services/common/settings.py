@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from memtail.errors import MemtailError
+from memtail.execution.breaker import BREAKER_SHARDS
 from memtail.settings import BROKER_VARIABLE, STORE_VARIABLE, secret
 
 
@@ -28,6 +29,7 @@ class ServiceSettings:
         silence_seconds: time without progress after which a training process counts as hung, and ends; longer if its own pauses are.
         shard_seconds: maximum training time of a shard, after which its process is killed.
         max_starts: number of workers lost on a shard that counts as one failed attempt.
+        breaker_shards: number of shards that must fail alike, before any is committed, to pause their experiment.
         reconcile_seconds: interval between passes of the dispatcher and of the aggregator.
         resync_seconds: interval between complete listings of the committed batches.
         max_queued: maximum number of messages in the broker.
@@ -50,6 +52,7 @@ class ServiceSettings:
     silence_seconds: float = _variable("MEMTAIL_SILENCE_SECONDS", 300.0)
     shard_seconds: float = _variable("MEMTAIL_SHARD_SECONDS", 6 * 3600.0)
     max_starts: int = _variable("MEMTAIL_MAX_STARTS", 10)
+    breaker_shards: int = _variable("MEMTAIL_BREAKER_SHARDS", BREAKER_SHARDS)
     reconcile_seconds: float = _variable("MEMTAIL_RECONCILE_SECONDS", 2.0)
     resync_seconds: float = _variable("MEMTAIL_RESYNC_SECONDS", 60.0)
     max_queued: int = _variable("MEMTAIL_MAX_QUEUED", 2000)

@@ -3,8 +3,10 @@
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 
 import redis
@@ -13,7 +15,8 @@ from kombu.exceptions import OperationalError
 from structlog.contextvars import bound_contextvars
 
 from memtail.errors import MemtailError
-from memtail.experiment_store import ExperimentStore, experiment_names
+from memtail.execution.breaker import common_error
+from memtail.experiment_store import ExperimentStore, Failure, Notice, experiment_names
 from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
 from memtail.storage import ObjectStore
@@ -32,6 +35,10 @@ log = structlog.get_logger()
 # Time from the receipt of a message to the lease, as a share of the lease's duration. After it the assignment is sent again; the worker
 # that then receives it second finds the shard leased and drops the message.
 _TRANSIT_SHARE = 0.25
+# Pause after the first failed attempt at a shard, as a share of the lease's duration, and the factor by which it grows.
+_PAUSE_SHARE, _PAUSE_GROWTH = 0.25, 4
+# Source of the dispatcher's notices.
+_NOTICE = "dispatcher"
 # Batches listed per pass; a longer listing continues in the next passes.
 _LISTING_CHUNK = 5000
 # Single batches looked up per pass. When more shards end at once, as after a flush of Redis, all batches are listed instead.
@@ -136,7 +143,8 @@ class Dispatcher:
         for experiment in list(self._experiments.values()):
             with bound_contextvars(experiment=experiment.name):
                 try:
-                    experiment.refresh(self._settings.resync_seconds, ended)
+                    experiment.refresh(self._settings, ended)
+                    experiment.pause_if_broken(self._settings.breaker_shards, self._broker)
                 except MemtailError as error:
                     log.error("experiment passed over", error=str(error))
                     del self._experiments[experiment.name]
@@ -162,14 +170,17 @@ class _TrackedExperiment:
         self._listed_at = float("-inf")
         self._listing: Iterator[Shard] | None = None  # a listing that continues in the next passes
         self._committed: set[Shard] = set()  # shards seen by the last listing, or since
+        self._failed: dict[Shard, tuple[int, float]] | None = None  # failed attempts per shard, and when their number was first seen
+        self._failures: dict[Shard, Failure] = {}  # the last of each failed shard, read while no shard is committed
+        self._has_notice: bool | None = None  # whether the experiment has a notice of the dispatcher; None: not known
         self.view = View(name, "", ())
         self._workers: WorkersSpec | None = None
 
-    def refresh(self, resync_seconds: float, ended: set[str]) -> None:
+    def refresh(self, settings: ServiceSettings, ended: set[str]) -> None:
         """Read the declaration, the control object, the failures and the committed batches.
 
-        Batches are listed every `resync_seconds`: completely in the first pass, later in chunks. Between listings only the batches of
-        the assignments in `ended` are looked up.
+        Batches are listed every `settings.resync_seconds`: completely in the first pass, later in chunks. Between listings only the
+        batches of the assignments in `ended` are looked up.
         """
         record, control, attempts = (
             self._experiment_store.read_record(),
@@ -186,7 +197,7 @@ class _TrackedExperiment:
                 del self._missing[shard]
                 self._missing_trials -= len(shard.trials)
                 self._committed.add(shard)
-        if self._listing is None and (time.monotonic() - self._listed_at >= resync_seconds or trials != self._trials):
+        if self._listing is None and (time.monotonic() - self._listed_at >= settings.resync_seconds or trials != self._trials):
             self._listing, self._committed = self._experiment_store.iterate_committed(), set()
         if self._listing is not None:
             chunk = list(islice(self._listing, _LISTING_CHUNK if self._trials else None))
@@ -197,8 +208,58 @@ class _TrackedExperiment:
                 self._listing, self._listed_at, self._trials = None, time.monotonic(), trials
         if not self._missing and self._settled_trials != self._trials and self._is_settled():
             self._settled_trials = self._trials
-        self.view = View(self.name, record.fingerprint, self._missing, control, attempts)
+        resting = self._resting(attempts, _PAUSE_SHARE * settings.lease_seconds)
+        self.view = View(self.name, record.fingerprint, self._missing, control, attempts, resting)
         self._workers = record.experiment.execution.workers
+
+    def _resting(self, attempts: Counter[Shard], pause: float) -> set[Shard]:
+        """The shards that failed less than a pause ago; the pause grows with the number of attempts. A new dispatcher does not wait."""
+        now = time.monotonic()
+        if self._failed is None:
+            self._failed = {shard: (count, float("-inf")) for shard, count in attempts.items()}
+        before = self._failed
+        self._failed = {
+            shard: before[shard] if shard in before and before[shard][0] == count else (count, now) for shard, count in attempts.items()
+        }
+        return {shard for shard, (count, since) in self._failed.items() if now - since < pause * _PAUSE_GROWTH ** (count - 1)}
+
+    def pause_if_broken(self, shards: int, broker: Broker) -> None:
+        """Pause the experiment if at least `shards` shards failed alike before any was committed.
+
+        Where workers of several nodes take its shards, they must have failed on two of them, since the node may be at fault.
+        """
+        view, control = self.view, self.view.control
+        if control.state == "running":
+            self._remove_notice()
+        if control.state != "running" or control.tripped or self._missing_trials < self._trials or len(view.attempts) < shards:
+            self._failures = {}
+            return
+        self._failures = {shard: failure for shard, failure in self._failures.items() if failure.attempt == view.attempts[shard]}
+        for shard in view.attempts.keys() - self._failures.keys():
+            self._failures |= {failure.shard: failure for failure in self._experiment_store.failures(shard)}
+        failed = [failure for failure in self._failures.values() if failure.origin.node]  # not lost workers and refused batches
+        error = common_error((failure.error for failure in failed), shards)
+        if error is None:
+            return
+        nodes = {failure.origin.node for failure in failed}
+        if len(nodes) == 1 and any(worker.node not in nodes for worker in broker.workers(self.name)):
+            return
+        log.error("experiment paused", failed_shards=len(view.attempts), error=error)
+        line = (
+            f"paused, because its first shards failed alike ({error}): see memtail failures {self.name} --traceback, fix the cause, then "
+            f"memtail retry {self.name}"
+        )
+        self._experiment_store.set_notice(_NOTICE, Notice((line,)))
+        self._has_notice = True
+        self.view.control = replace(control, state="paused", tripped=True)
+        self._experiment_store.set_control(self.view.control)
+
+    def _remove_notice(self) -> None:
+        if self._has_notice is None:
+            self._has_notice = _NOTICE in self._experiment_store.notices()
+        if self._has_notice:
+            self._experiment_store.set_notice(_NOTICE, None)
+            self._has_notice = False
 
     def _is_settled(self) -> bool:
         """Return whether the published scores count all trials, or a final notice says that there will be no scores."""

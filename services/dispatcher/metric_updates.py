@@ -13,7 +13,7 @@ from services.dispatcher.completion import Completion
 from services.dispatcher.reconcile import View
 
 _COUNTERS = (metrics.SENT, metrics.REDELIVERIES, metrics.LEASES_EXPIRED)
-_STATES = ("running", "paused", "cancelled", "finished", "unreadable")
+_STATES = ("running", "paused", "broken", "cancelled", "finished", "unreadable")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,12 @@ class ExperimentStatus:
     outstanding: int
     dead: Collection[Shard]
     finished: bool
+
+    @property
+    def state(self) -> str:
+        """State of the experiment in the metrics."""
+        control = self.view.control
+        return "finished" if self.finished else "broken" if control.tripped and control.state == "paused" else control.state
 
 
 class ExperimentMetrics:
@@ -67,7 +73,7 @@ class ExperimentMetrics:
         for status in statuses:
             self._series.update(status.view.name, ended=status.finished or status.view.control.state == "cancelled")
         self._series.expire()
-        states = Counter("finished" if status.finished else str(status.view.control.state) for status in statuses)
+        states = Counter(status.state for status in statuses)
         states["unreadable"] = len(unreadable)
         for state in _STATES:
             metrics.EXPERIMENTS.labels(state).set(states[state])

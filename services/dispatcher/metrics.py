@@ -2,7 +2,11 @@
 
 from prometheus_client import Counter, Gauge
 
-EXPERIMENTS = Gauge("memtail_experiments", "Experiments by state: running, paused, cancelled, finished or unreadable", ["state"])
+EXPERIMENTS = Gauge(
+    "memtail_experiments",
+    "Experiments by state: running, paused, broken (paused because its first shards failed alike), cancelled, finished or unreadable",
+    ["state"],
+)
 TRIALS = Gauge("memtail_trials", "Trials of an experiment by state: waiting, queued, training, committed or dead", ["experiment", "state"])
 OUTSTANDING = Gauge(
     "memtail_shards_outstanding",

@@ -20,6 +20,7 @@ class View:
     Attributes:
         missing: shards that are not committed, including dead ones, ordered by first trial.
         attempts: recorded failed attempts per shard.
+        resting: shards that failed recently, whose next attempt waits.
     """
 
     name: str
@@ -27,6 +28,7 @@ class View:
     missing: Collection[Shard]
     control: Control = field(default_factory=Control)
     attempts: Counter[Shard] = field(default_factory=Counter)
+    resting: Collection[Shard] = ()
 
     def assignment(self, shard: Shard) -> Assignment:
         """Create the message that assigns a shard to a worker."""
@@ -115,7 +117,7 @@ def reconcile(
             if len(ready) >= max_queued + len(queued):
                 break
             assignment = view.assignment(shard)
-            if shard in exhausted or assignment.id in busy:
+            if shard in exhausted or shard in view.resting or assignment.id in busy:
                 continue
             if starts.get(assignment.id, 0) >= max_starts:
                 lost.append(assignment)

@@ -11,7 +11,7 @@ from services.common.metrics import count_request
 from services.common.process import Heartbeat
 from services.worker import gpus, metrics
 from services.worker.reports import Reports
-from services.worker.trainer import LEASED, NOT_WANTED, UNSUPPORTED
+from services.worker.trainer import LEASED, LEFT, NOT_WANTED, UNSUPPORTED
 
 # Faults of the worker in a row after which it ends.
 _MOST_FAULTS = 2
@@ -19,7 +19,14 @@ _MOST_FAULTS = 2
 #: Outcome of an assignment whose training process died.
 DIED = "died"
 #: All outcomes of an assignment.
-OUTCOMES = (*(outcome.value for outcome in ShardOutcome if outcome is not ShardOutcome.STOPPED), LEASED, NOT_WANTED, UNSUPPORTED, DIED)
+OUTCOMES = (
+    *(outcome.value for outcome in ShardOutcome if outcome is not ShardOutcome.STOPPED),
+    LEASED,
+    NOT_WANTED,
+    UNSUPPORTED,
+    LEFT,
+    DIED,
+)
 
 
 class WorkerMetrics:

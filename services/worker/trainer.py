@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
@@ -16,7 +17,7 @@ from memtail.datasets.staged_masks import fetch_masks
 from memtail.errors import DatasetError, LocalFileError, SpecError, StoreError, UnsupportedError, WorkerFaultError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
-from memtail.experiment_store import ExperimentStore, Notice, Record
+from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Failure, Notice, Record
 from memtail.settings import Settings
 from memtail.spec import Experiment
 from memtail.storage import ObjectNotFound, ObjectStore
@@ -31,9 +32,13 @@ LEASED = "leased by another"
 NOT_WANTED = "not wanted"
 #: Another version of memtail must train it.
 UNSUPPORTED = "unsupported"
+#: The shard failed on this node or host, and another one has a worker; the message is dropped, and the dispatcher sends it again.
+LEFT = "left to another"
 
 # One in this many shards has its phases measured, starting with the first of a process: measuring makes an accelerator wait.
 _PROFILED = 16
+# Leases after which a shard no longer waits for another worker to make its next attempt: that may train for hours, or be unable to.
+_MOST_LEASES_LEFT = 60
 # Source of the workers' notices.
 _NOTICE = "worker"
 # Most characters of a reason in a report, which must fit into an atomic write to a pipe.
@@ -83,7 +88,7 @@ class Trainer:
             sent: time of sending by the broker's clock, if the message says so.
 
         Returns:
-            The outcome: of `ShardOutcome` (but never STOPPED), LEASED or NOT_WANTED.
+            The outcome: of `ShardOutcome` (but never STOPPED), LEASED, NOT_WANTED, UNSUPPORTED or LEFT.
         """
         with bound_contextvars(experiment=assignment.experiment, shard=str(assignment.shard)):
             self._report("taken", assignment.experiment, self._seconds_since(sent))
@@ -146,8 +151,13 @@ class Trainer:
             return NOT_WANTED
         record.check_trainable()
         known = record.fingerprint == assignment.fingerprint and record.has(assignment.shard)
-        if not known or experiment_store.control().state != "running" or experiment_store.is_dead(assignment.shard):
+        if not known or experiment_store.control().state != "running":
             return NOT_WANTED
+        failures = list(experiment_store.failures(assignment.shard))
+        if len(failures) >= MAX_ATTEMPTS:
+            return NOT_WANTED
+        if failures and self._is_for_another(failures):
+            return LEFT
         with Lease(self._broker, assignment, self._holder, self._lease_seconds, self._silence_seconds, experiment_store) as lease:
             if not lease.held:
                 return LEASED
@@ -170,6 +180,20 @@ class Trainer:
             if result.outcome is ShardOutcome.STOPPED:
                 return NOT_WANTED if lease.cancelled else ShardOutcome.HANDED_BACK.value
             return result.outcome.value
+
+    def _is_for_another(self, failures: list[Failure]) -> bool:
+        """Return whether a worker on a node where the shard has not failed should try it, or else one on such a host."""
+        nodes, hosts = {failure.origin.node for failure in failures}, {failure.origin.host for failure in failures}
+        with suppress(ValueError):  # of a damaged record
+            waited = datetime.now(UTC) - datetime.fromisoformat(failures[-1].when)
+            if waited.total_seconds() > _MOST_LEASES_LEFT * self._lease_seconds:
+                return False
+        try:
+            workers = self._broker.workers()
+        except redis.RedisError:
+            return False
+        elsewhere = Settings().node in nodes and any(worker.node not in nodes for worker in workers)
+        return elsewhere or (socket.gethostname() in hosts and any(worker.host not in hosts for worker in workers))
 
     def _train(self, record: Record, shard: Shard, checkpoints: StoredCheckpoints, lease: Lease) -> TrialBatch:
         from memtail.trainers.images import train_shard

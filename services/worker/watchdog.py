@@ -1,11 +1,13 @@
-"""Restarts stalled consumers, and ends idle workers.
+"""Restarts stalled consumers, registers the worker, and ends idle ones.
 
 When an outage of Redis prevents the acknowledgement of a message, Celery's consumer may reconnect without receiving messages again: it
 still counts the message against its prefetch limit. The symptom is an idle worker while its queue is not empty. Whatever the cause, the
 remedy is a new connection.
 """
 
+import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import redis
@@ -13,6 +15,7 @@ import structlog
 from celery import bootsteps
 from celery.worker import state
 
+from memtail.settings import Settings
 from services.common.broker import Broker
 
 log = structlog.get_logger()
@@ -41,6 +44,8 @@ class Watchdog:
 
             def start(self, parent: Any) -> None:
                 watchdog._stalled_checks = 0
+                with suppress(redis.RedisError):
+                    watchdog._register()
                 self._timer = parent.timer.call_repeatedly(watchdog._seconds, watchdog.check)
 
             def stop(self, parent: Any) -> None:
@@ -48,9 +53,13 @@ class Watchdog:
 
         return Step
 
+    def _register(self) -> None:
+        self._broker.register_worker(Settings().node, socket.gethostname())
+
     def check(self) -> None:
         """Check once. Raises: redis.ConnectionError: the consumer is stalled; Celery reconnects it."""
         try:
+            self._register()
             waiting = self._broker.waiting()
         except redis.RedisError:
             return

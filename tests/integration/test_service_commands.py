@@ -259,6 +259,7 @@ def test_failures_are_a_table_or_tracebacks(call, submitted):
     assert "committed" in text
     assert "Traceback" not in text
     assert "retry with memtail retry tiny" in text
+    assert "Some failed on rack-3 only" in text
     assert text.count("x") >= 300
     whole = call("failures", "tiny", "--traceback")
     assert whole.count("Traceback (most recent call last):\n  in forward") == 4

@@ -32,11 +32,11 @@ def trained(experiment_store, count=1):
 
 
 @contextmanager
-def recovery(cluster, experiment_store, experiment, expected, what):
+def recovery(cluster, experiment_store, experiment, expected, what, shards=SHARDS):
     """Inject a fault in the body; then wait for all trials, and check that each is counted once and that the scores are as expected."""
     yield
     done = len(experiment_store.committed())
-    resumed = cluster.until(lambda: len(experiment_store.committed()) > done or done == SHARDS, 120)
+    resumed = cluster.until(lambda: len(experiment_store.committed()) > done or done == shards, 120)
     finished = resumed + cluster.until_published(experiment_store, TRIALS, 180)
     print(f"\n{what}: the next shard committed after {resumed:.1f} s, all published after {finished:.1f} s")
     assert cluster.scores(experiment.name) == expected(experiment)
@@ -277,6 +277,47 @@ def test_a_worker_without_its_device_or_cache_kills_no_shard(living, slow, digit
         assert "Traceback" not in faulty.log.read_text()
         living.gate.open()
     assert not experiment_store.attempts()
+
+
+def test_the_next_attempt_at_a_shard_is_made_on_another_node(living, declare, digits, expected):
+    """One node fails every shard it takes, with an error that says nothing about the node."""
+    living.end(*living.kinds("worker"))
+    living.start("worker", MEMTAIL_NODE="bad")
+    living.start("worker", MEMTAIL_NODE="good", FAULT_FOLDER="")
+    living.until(lambda: len(living.broker().workers()) == 2)
+    experiment = faulty(declare, "raise", always=True, name="black-hole", execution={"trials_per_shard": 1, "device": "cpu"})
+    experiment_store = living.submit(experiment, digits)
+    with recovery(living, experiment_store, experiment, expected, "a node that fails every shard", shards=TRIALS):
+        living.until(experiment_store.attempts)
+    assert {failure.origin.node for failure in experiment_store.failures()} == {"bad"}
+    assert set(experiment_store.attempts().values()) == {1}
+
+
+def test_a_shard_is_given_up_after_it_failed_on_two_nodes(living, declare, digits):
+    living.end(*living.kinds("worker"))
+    for node in ("one", "two"):
+        living.start("worker", MEMTAIL_NODE=node)
+    living.until(lambda: len(living.broker().workers()) == 2)
+    experiment_store = living.submit(faulty(declare, "raise", always=True, name="always-two-nodes"), digits)
+    living.until(lambda: sorted(experiment_store.attempts().values()) == [3, 3], 120)
+    for shard in experiment_store.attempts():
+        assert {failure.origin.node for failure in experiment_store.failures(shard)} == {"one", "two"}
+
+
+def test_an_experiment_whose_first_shards_fail_alike_is_paused_and_runs_again_after_a_retry(living, declare, digits, expected):
+    experiment = faulty(declare, "raise", always=True, name="broken", execution={"trials_per_shard": 1, "device": "cpu"})
+    experiment_store = living.submit(experiment, digits)
+    living.until(lambda: experiment_store.control().state == "paused")
+    living.until(lambda: not living.broker().leased() and not living.broker().waiting())
+    assert max(experiment_store.attempts().values()) < 3
+    (line,) = experiment_store.notices()["dispatcher"].lines
+    assert "ValueError: this network cannot be built" in line
+    assert "memtail retry broken" in line
+    (living.faults / "fixed").touch()
+    experiment_store.retry()
+    living.until_published(experiment_store, TRIALS)
+    assert living.scores("broken") == expected(experiment)
+    assert "dispatcher" not in experiment_store.notices()
 
 
 def test_workers_are_stopped_one_after_another(living, slow, digits, expected):

@@ -129,3 +129,18 @@ def test_a_shard_that_always_fails_leaves_failure_records_and_a_later_run_trains
     result = command_in_process("run", path, "--store", tmp_path / "store", env=environment)
     assert result.returncode == 0, result.stderr
     assert len(batches(tmp_path / "store")) == 2
+
+
+def test_a_run_ends_when_its_first_shards_fail_alike(tmp_path):
+    (tmp_path / "fragile.py").write_text(MODELS)
+    path = spec(tmp_path, training={"epochs": 1}, execution={"trials_per_shard": 1})
+    content = yaml.safe_load(path.read_text())
+    content["model"] = {"name": "fragile:build"}
+    path.write_text(yaml.safe_dump(content))
+    environment = {**module_path(tmp_path), "MODE": "raise"}
+    result = command_in_process("run", path, "--store", tmp_path / "store", env=environment)
+    assert result.returncode == 2
+    assert "the first 5 shards failed alike (RuntimeError: the model is broken)" in result.stderr.splitlines()[-1]
+    experiment_store = ExperimentStore(LocalStore(tmp_path / "store"), "digits")
+    # other devices may have a failing shard each
+    assert len(experiment_store.attempts()) < 10

@@ -106,11 +106,22 @@ def test_a_failure_names_its_process_and_records_of_0_1_0_name_none(experiment_s
     assert [failure.origin for failure in experiment_store.failures()] == [origin, Origin()]
 
 
-def test_a_shard_is_dead_after_three_attempts(experiment_store):
-    for dead in (False, False, True):
-        experiment_store.record_failure(Shard(0, 6), "boom")
-        assert experiment_store.is_dead(Shard(0, 6)) == dead
-    assert not experiment_store.is_dead(Shard(7, 13))
+def test_failures_of_one_shard_are_read_without_the_others(experiment_store):
+    for shard in (Shard(0, 6), Shard(7, 13), Shard(0, 6)):
+        experiment_store.record_failure(shard, "boom")
+    assert [failure.attempt for failure in experiment_store.failures(Shard(0, 6))] == [1, 2]
+    assert not list(experiment_store.failures(Shard(14, 20)))
+
+
+@pytest.mark.parametrize(("state", "after"), [("paused", "running"), ("running", "running"), ("cancelled", "cancelled")])
+def test_a_retry_clears_failures_and_ends_a_pause_that_they_caused(experiment_store, state, after):
+    experiment_store.record_failure(Shard(0, 6), "boom")
+    experiment_store.set_control(Control(state, priority=3, tripped=True))
+    assert experiment_store.retry() == 1
+    assert experiment_store.control() == Control(after, priority=3)
+    experiment_store.set_control(Control("paused"))
+    experiment_store.retry()
+    assert experiment_store.control() == Control("paused")
 
 
 def changed(change):

@@ -2,9 +2,13 @@
 
 import time
 
+import pytest
+
 from memtail.execution.declare import declare as declare_record
-from memtail.experiment_store import ExperimentStore
+from memtail.experiment_store import Control, ExperimentStore, Origin
 from memtail.storage.local import LocalStore
+from memtail.trials import Shard
+from services.common.broker import WorkerPlace
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
 
@@ -13,7 +17,7 @@ class Broker:
     """One queue, from which a test takes messages as a worker does; no lease."""
 
     def __init__(self):
-        self.messages = []
+        self.messages, self.nodes = [], ["a"]
 
     def queues(self):
         return {"shards"} if self.messages else set()
@@ -30,14 +34,98 @@ class Broker:
     def send(self, assignments):
         self.messages += assignments
 
+    def clear(self, queue):
+        self.messages.clear()
 
-def test_a_message_taken_between_two_passes_is_sent_again_only_after_a_while(declare, digits, tmp_path):
-    experiment = declare(8, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
-    store, broker = LocalStore(tmp_path), Broker()
-    ExperimentStore(store, experiment.name).register(declare_record(experiment, digits, 4))
-    dispatcher = Dispatcher(store, broker, ServiceSettings(store="-", lease_seconds=8.0))
-    assert len(dispatcher.reconcile().send) == 2
+    def workers(self, experiment):
+        return [WorkerPlace("shards", node, node) for node in self.nodes]
+
+
+@pytest.fixture
+def broker():
+    return Broker()
+
+
+@pytest.fixture
+def experiment_store(declare, digits, tmp_path):
+    experiment = declare(24, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
+    made = ExperimentStore(LocalStore(tmp_path), experiment.name)
+    made.register(declare_record(experiment, digits, 4))
+    return made
+
+
+@pytest.fixture
+def dispatcher(experiment_store, broker):
+    return Dispatcher(experiment_store.store, broker, ServiceSettings(store="-", lease_seconds=8.0))
+
+
+def test_a_message_taken_between_two_passes_is_sent_again_only_after_a_while(dispatcher, broker):
+    assert len(dispatcher.reconcile().send) == 6
     broker.messages.clear()
     assert not dispatcher.reconcile().send
     time.sleep(2.1)  # a quarter of the lease's duration
-    assert len(dispatcher.reconcile().send) == 2
+    assert len(dispatcher.reconcile().send) == 6
+
+
+def test_a_failed_shard_is_sent_again_after_pauses_that_grow(dispatcher, broker, experiment_store, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("services.dispatcher.dispatcher.time.monotonic", lambda: now)
+    shard = Shard(0, 3)
+
+    def sent():
+        broker.messages.clear()
+        return shard in [assignment.shard for assignment in dispatcher.reconcile().send]
+
+    assert sent()
+    now += 2.1  # in transit no more
+    for pause in (2, 8):  # a quarter of the lease's duration, then four times as much
+        experiment_store.record_failure(shard, "boom")
+        assert not sent()
+        now += pause - 0.1
+        assert not sent()
+        now += 0.2
+        assert sent()
+        now += 2.1
+
+
+def fail(experiment_store, shards, error="KeyError: {}", node="a"):
+    for first in range(0, 4 * shards, 4):
+        experiment_store.record_failure(Shard(first, first + 3), error.format(first), origin=Origin(node, node))
+
+
+def test_an_experiment_whose_first_five_shards_failed_alike_is_paused_once(dispatcher, broker, experiment_store):
+    fail(experiment_store, 4)
+    dispatcher.reconcile()
+    assert experiment_store.control() == Control()
+    fail(experiment_store, 5)
+    broker.messages.clear()
+    assert not dispatcher.reconcile().send
+    assert experiment_store.control() == Control("paused", tripped=True)
+    (line,) = experiment_store.notices()["dispatcher"].lines
+    assert "KeyError: " in line
+    experiment_store.set_control(Control(tripped=True))  # resumed by its owner
+    dispatcher.reconcile()
+    assert experiment_store.control().state == "running"
+    assert "dispatcher" not in experiment_store.notices()
+    experiment_store.retry()
+    dispatcher.reconcile()
+    fail(experiment_store, 5)
+    dispatcher.reconcile()
+    assert experiment_store.control() == Control("paused", tripped=True)
+
+
+def test_an_experiment_is_not_paused_if_its_shards_failed_on_one_of_several_nodes_only(dispatcher, broker, experiment_store):
+    broker.nodes.append("b")
+    fail(experiment_store, 6)
+    dispatcher.reconcile()
+    assert experiment_store.control().state == "running"
+    fail(experiment_store, 1, node="b")
+    dispatcher.reconcile()
+    assert experiment_store.control().state == "paused"
+
+
+def test_an_experiment_is_not_paused_for_different_errors_or_lost_workers(dispatcher, experiment_store):
+    fail(experiment_store, 3)
+    fail(experiment_store, 6, "10 workers were lost", node="")
+    dispatcher.reconcile()
+    assert experiment_store.control().state == "running"

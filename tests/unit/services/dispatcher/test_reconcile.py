@@ -35,6 +35,12 @@ def test_shards_are_sent_unless_committed_dead_leased_or_queued():
     assert actions.outstanding == {"a": 8}
 
 
+def test_a_shard_that_failed_recently_waits_and_stays_outstanding():
+    actions = decide([view(trials=8, attempts=Counter({Shard(0, 3): 1}), resting={Shard(0, 3)})])
+    assert spans(actions.send) == [("a", 4, 7)]
+    assert actions.outstanding == {"a": 2}
+
+
 def test_the_last_shard_may_be_shorter():
     assert spans(decide([view(trials=6)]).send) == [("a", 0, 3), ("a", 4, 5)]
 

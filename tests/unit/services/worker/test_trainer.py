@@ -1,0 +1,85 @@
+"""Decisions of a worker about a shard before it trains, on a store in a folder and without Redis."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from memtail.execution.declare import declare as declare_record
+from memtail.experiment_store import ExperimentStore, Origin
+from memtail.storage.local import LocalStore
+from memtail.trials import Shard
+from services.common.broker import Assignment, WorkerPlace
+from services.worker.trainer import LEASED, LEFT, NOT_WANTED, Trainer
+
+SHARD = Shard(0, 3)
+LEASE = 60.0
+
+
+class Broker:
+    """Names the workers, and leases no shard: an attempt that reaches the lease would be made."""
+
+    def __init__(self, *places):
+        self._places = [WorkerPlace("shards", node, host) for node, host in places]
+
+    def time(self):
+        return 0.0
+
+    def workers(self):
+        return self._places
+
+    def acquire(self, *_):
+        return False
+
+
+@pytest.fixture
+def experiment_store(declare, digits, tmp_path):
+    experiment = declare(8, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
+    made = ExperimentStore(LocalStore(tmp_path), experiment.name)
+    made.register(declare_record(experiment, digits, 4))
+    return made
+
+
+@pytest.fixture
+def outcome(experiment_store, monkeypatch):
+    """Return the outcome of an assignment at a worker on a node, beside others."""
+
+    def of(node, host, *places):
+        monkeypatch.setenv("MEMTAIL_NODE", node)
+        monkeypatch.setattr("socket.gethostname", lambda: host)
+        broker = Broker((node, host), *places)
+        trainer = Trainer(experiment_store.store, broker, "w", "cpu", LEASE, 300.0, lambda: False, lambda *_: None)
+        fingerprint = experiment_store.read_record().fingerprint
+        return trainer.train(Assignment(experiment=experiment_store.name, fingerprint=fingerprint, first=0, last=3))
+
+    return of
+
+
+def failed(experiment_store, node, host, ago=0.0):
+    when = (datetime.now(UTC) - timedelta(seconds=ago)).isoformat()
+    experiment_store.record_failure(SHARD, "boom", when=when, origin=Origin(node, host))
+
+
+def test_a_shard_that_failed_here_is_left_to_a_worker_of_another_node_or_else_of_another_host(experiment_store, outcome):
+    assert outcome("a", "a-1", ("b", "b-1")) == LEASED
+    failed(experiment_store, "a", "a-1")
+    assert outcome("a", "a-1") == LEASED
+    assert outcome("a", "a-1", ("b", "b-1")) == LEFT
+    assert outcome("a", "a-2", ("b", "b-1")) == LEFT
+    assert outcome("b", "b-1", ("a", "a-1")) == LEASED
+    assert outcome("a", "a-1", ("a", "a-2")) == LEFT
+    assert outcome("a", "a-2", ("a", "a-1")) == LEASED
+    failed(experiment_store, "b", "b-1")
+    assert outcome("a", "a-1", ("b", "b-1")) == LEASED
+    assert outcome("b", "b-1", ("a", "a-1"), ("c", "c-1")) == LEFT
+    failed(experiment_store, "a", "a-1")
+    assert outcome("c", "c-1") == NOT_WANTED
+
+
+def test_a_shard_waits_for_another_worker_for_sixty_leases(experiment_store, outcome):
+    failed(experiment_store, "a", "a-1", ago=61 * LEASE)
+    assert outcome("a", "a-1", ("b", "b-1")) == LEASED
+
+
+def test_failures_of_lost_workers_and_of_0_1_0_name_no_node_and_leave_the_shard_to_anyone(experiment_store, outcome):
+    experiment_store.record_failure(SHARD, "10 workers were lost")
+    assert outcome("a", "a-1", ("b", "b-1")) == LEASED
