@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NoReturn
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import structlog
 from prometheus_client import make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from memtail.errors import MemtailError
 from services.common.metrics import PASS_SECONDS, PASSES
@@ -134,7 +136,7 @@ def serve(port: int, heartbeat: Heartbeat) -> None:
         return [b"ok\n" if healthy else (heartbeat.fault or "no recent heartbeat").encode() + b"\n"]
 
     try:
-        server = make_server("", port, answer, handler_class=_Quiet)
+        server = make_server("", port, answer, server_class=ThreadingWSGIServer, handler_class=_Handler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ServiceError(f"MEMTAIL_PORT {port} is unavailable ({reason}): give each service on this machine a different port") from None
@@ -142,6 +144,14 @@ def serve(port: int, heartbeat: Heartbeat) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
-class _Quiet(WSGIRequestHandler):
+class _Handler(WSGIRequestHandler):
+    """Logs nothing, and closes a connection that is silent for `timeout` seconds."""
+
+    timeout = 10
+
+    def handle(self) -> None:
+        with suppress(OSError):
+            super().handle()
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         pass
