@@ -1,16 +1,44 @@
 """The record of an experiment, `experiment.json`: its declaration, its fingerprint, and the size of its shards."""
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from memtail.errors import SpecError, StoreError, UnsupportedError
-from memtail.spec.errors import differences
+from memtail.spec.errors import describe, differences
 from memtail.spec.experiment import RECIPE_VERSION, ExecutionSpec, Experiment
 from memtail.trials import Shard
 
 SCHEMA = 1
+
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _DatasetPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    fingerprint: str
+
+
+class _Canonical(BaseModel):
+    """The parts of a canonical declaration that are read."""
+
+    model_config = ConfigDict(extra="allow")
+    dataset: _DatasetPart
+    subsets: dict[str, Any]
+
+
+class _Content(BaseModel):
+    """What a record holds beside the declaration."""
+
+    model_config = ConfigDict(strict=True)
+    fingerprint: _Digest
+    canonical: Annotated[dict[str, Any], AfterValidator(_Canonical.model_validate), AfterValidator(_Canonical.model_dump)]
+    n_train: PositiveInt
+    n_test: PositiveInt
+    trials_per_shard: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -87,8 +115,10 @@ class Record:
                 raise UnsupportedError(f"{source}: has schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             declared = content.pop("experiment")
             declared["execution"] = {key: value for key, value in declared["execution"].items() if key in ExecutionSpec.model_fields}
-            known = {field.name: content[field.name] for field in fields(cls) if field.name != "experiment"}
-            return cls(experiment=Experiment.parse(declared, source=source), **known)
+            known = _Content.model_validate(content)
+            return cls(experiment=Experiment.parse(declared, source=source), **dict(known))
+        except ValidationError as error:
+            raise StoreError(f"{source}: is corrupt ({describe(error, _Content)}): restore it, or remove the experiment") from None
         except SpecError as error:
             raise UnsupportedError(
                 f"{error}: memtail {version('memtail')} cannot read this experiment: use the version that registered it, or a later one"

@@ -5,6 +5,9 @@ import uuid
 
 from memtail.errors import StoreError
 
+#: Largest index of a trial: keys hold eight digits, so that they sort as trials do.
+LAST_TRIAL = 99_999_999
+
 
 def check(key: str) -> str:
     """Return a key if it is valid: printable parts with one `/` between them, none of which is `.` or `..`.

@@ -7,17 +7,19 @@ matter.
 
 import base64
 import json
+import re
 import ssl
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import redis
 from celery import Celery
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from memtail.spec import NAME
+from memtail.storage.keys import LAST_TRIAL
 from memtail.trials import Shard
 from services.common.settings import ServiceError, ServiceSettings
 
@@ -30,12 +32,13 @@ SENT_HEADER = "memtail_sent"
 #: Exceptions raised while decoding a malformed queue entry.
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
-_PREFIX = "memtail:"
-_LEASE = f"{_PREFIX}lease:"
+#: Prefix of all keys.
+PREFIX = "memtail:"
+_LEASE = f"{PREFIX}lease:"
 _QUEUE = "shards"
-_STARTS = f"{_PREFIX}starts"
-_LEADER = f"{_PREFIX}leader"
-_WORKERS = f"{_PREFIX}workers"
+_STARTS = f"{PREFIX}starts"
+_LEADER = f"{PREFIX}leader"
+_WORKERS = f"{PREFIX}workers"
 
 # Acquires a lease and counts an unfinished start of the shard. A lost worker never releases its lease, so its start stays counted.
 _ACQUIRE = """
@@ -66,7 +69,13 @@ class Assignment(BaseModel):
     experiment: Annotated[str, Field(pattern=NAME.pattern)]
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     first: Annotated[int, Field(ge=0)]
-    last: Annotated[int, Field(ge=0)]
+    last: Annotated[int, Field(le=LAST_TRIAL)]
+
+    @model_validator(mode="after")
+    def _is_not_empty(self) -> Self:
+        if self.first > self.last:
+            raise ValueError("the first trial is after the last")
+        return self
 
     @property
     def shard(self) -> Shard:
@@ -96,8 +105,9 @@ class WorkerPlace(NamedTuple):
 def parse_id(text: str) -> tuple[str, Shard] | None:
     """Split an assignment's id into experiment and shard; None if `text` is not an id."""
     experiment, _, span = text.rpartition("/")
-    first, _, last = span.partition("-")
-    return (experiment, Shard(int(first), int(last))) if first.isdecimal() and last.isdecimal() else None
+    match = re.fullmatch(r"([0-9]{1,8})-([0-9]{1,8})", span)
+    shard = match and Shard(int(match[1]), int(match[2]))
+    return (experiment, shard) if shard and shard.first <= shard.last else None
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ def celery_app(settings: ServiceSettings) -> Celery:
         # kombu's default for rediss:// URLs accepts any certificate
         broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED} if settings.broker.startswith("rediss:") else None,
         broker_transport_options={
-            "global_keyprefix": _PREFIX,
+            "global_keyprefix": PREFIX,
             # Redis redelivers unacknowledged messages after this timeout; longer than any shard, because the dispatcher resends earlier
             "visibility_timeout": settings.shard_seconds + 3600,
             "socket_connect_timeout": 5,
@@ -204,7 +214,7 @@ class Broker:
 
     def queued(self, queue: str) -> Iterator[Assignment]:
         """Iterate over a queue's assignments that no worker has taken yet; malformed entries are skipped."""
-        for message in self.redis.lrange(_PREFIX + queue, 0, -1):
+        for message in self.redis.lrange(PREFIX + queue, 0, -1):
             try:
                 yield decode_assignment(message)
             except MALFORMED:
@@ -212,7 +222,7 @@ class Broker:
 
     def waiting(self) -> int:
         """Count the messages in the queue of the settings' experiment, or in the shared queue."""
-        return int(self.redis.llen(_PREFIX + queue_name(self._settings)))
+        return int(self.redis.llen(PREFIX + queue_name(self._settings)))
 
     def load(self) -> BrokerLoad:
         """Measure the load of Redis."""
@@ -220,17 +230,17 @@ class Broker:
         for section in ("memory", "clients"):
             pipeline.info(section)
         for queue in self.queues():
-            pipeline.llen(_PREFIX + queue)
+            pipeline.llen(PREFIX + queue)
         memory, clients, *lengths = pipeline.execute()
         return BrokerLoad(sum(lengths), memory["used_memory"], clients["connected_clients"])
 
     def clear(self, queue: str) -> None:
         """Remove all messages from a queue."""
-        self.redis.delete(_PREFIX + queue)
+        self.redis.delete(PREFIX + queue)
 
     def queues(self) -> set[str]:
         """Return the names of all queues that are not empty."""
-        return {str(name).removeprefix(_PREFIX) for name in self.redis.scan_iter(match=f"{_PREFIX}{_QUEUE}*", count=1000)}
+        return {str(name).removeprefix(PREFIX) for name in self.redis.scan_iter(match=f"{PREFIX}{_QUEUE}*", count=1000)}
 
     def acquire(self, assignment: Assignment, holder: str) -> bool:
         """Lease a shard to `holder` and count the start; False if another holder has the lease."""
@@ -249,8 +259,9 @@ class Broker:
         return {str(name).removeprefix(_LEASE) for name in self.redis.scan_iter(match=f"{_LEASE}*", count=1000)}
 
     def starts(self) -> dict[str, int]:
-        """Count the unfinished starts per assignment id (for a leased assignment: lost workers + 1)."""
-        return {str(name): int(count) for name, count in self.redis.hgetall(_STARTS).items()}
+        """Count the unfinished starts per assignment id (for a leased assignment: lost workers + 1); malformed counts are skipped."""
+        counts = {str(name): str(count) for name, count in self.redis.hgetall(_STARTS).items()}
+        return {name: int(count) for name, count in counts.items() if re.fullmatch("[0-9]{1,9}", count)}
 
     def clear_starts(self, ids: list[str]) -> None:
         """Reset the unfinished starts of assignments, after they were recorded as a failure."""

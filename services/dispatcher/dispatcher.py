@@ -145,8 +145,10 @@ class Dispatcher:
                 try:
                     experiment.refresh(self._settings, ended)
                     experiment.pause_if_broken(self._settings.breaker_shards, self._broker)
-                except MemtailError as error:
-                    log.error("experiment passed over", error=str(error))
+                except redis.RedisError:
+                    raise
+                except Exception as error:  # whatever its objects hold, the other experiments go on
+                    log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
                     del self._experiments[experiment.name]
                     self._unreadable.add(experiment.name)
 
