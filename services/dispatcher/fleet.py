@@ -59,7 +59,8 @@ class Changes:
 def target_workers(demands: Iterable[Demand], running: dict[str, int], max_workers: int, per_worker: dict[str, int]) -> dict[str, int]:
     """Divide the fleet among experiments: each gets min(its maximum, its outstanding shards) workers while the fleet's maximum lasts.
 
-    Experiments with a higher priority are served first, but take no running workers from the others.
+    Experiments with a higher priority are served first, and those of equal priority get equal numbers. None takes running workers from
+    another.
 
     Args:
         demands: demands of all experiments.
@@ -68,13 +69,18 @@ def target_workers(demands: Iterable[Demand], running: dict[str, int], max_worke
         per_worker: shards that a worker trains at a time, by experiment.
     """
     left = max_workers - sum(running.values())
-    targets = {}
+    targets, most = {}, {}
+    by_priority: dict[int, list[str]] = {}
     for demand in sorted(demands, key=lambda demand: (-demand.priority, demand.experiment)):
-        name, already = demand.experiment, running.get(demand.experiment, 0)
+        name = demand.experiment
         usable = -(-demand.outstanding // per_worker.get(name, 1)) if demand.state == "running" else 0
-        maximum = (demand.workers and demand.workers.max) or max_workers
-        targets[name] = min(maximum, usable, already + max(0, left))
-        left -= max(0, targets[name] - already)
+        most[name] = min((demand.workers and demand.workers.max) or max_workers, usable)
+        targets[name] = min(most[name], running.get(name, 0))
+        by_priority.setdefault(demand.priority, []).append(name)
+    for names in by_priority.values():
+        while left > 0 and (growing := [name for name in names if targets[name] < most[name]]):
+            targets[min(growing, key=targets.__getitem__)] += 1
+            left -= 1
     return targets
 
 

@@ -5,8 +5,9 @@ itself) is therefore repaired by the next pass.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice, zip_longest
 
 from memtail.experiment_store import MAX_ATTEMPTS, Control, missing_shards
 from memtail.trials import Shard
@@ -100,32 +101,43 @@ def reconcile(
         max_starts: number of lost workers that counts as one failed attempt.
         max_queued: maximum length of the queue.
     """
-    ready: list[Assignment] = []
     lost: list[Assignment] = []
     outstanding: dict[str, int] = {}
     dead: dict[str, list[Shard]] = {}
-    priorities: dict[str, int] = {}  # of running experiments
+    by_priority: dict[int, list[Iterator[Assignment]]] = {}  # the shards to train of running experiments
+    priorities: dict[str, int] = {}
     queued_ids = {assignment.id for assignment in queued}
-    for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):
-        exhausted = {shard for shard, attempts in view.attempts.items() if attempts >= MAX_ATTEMPTS}
-        dead[view.name] = sorted((shard for shard in exhausted if shard in view.missing), key=lambda shard: shard.first)
-        outstanding[view.name] = len(view.missing) - len(dead[view.name])
-        if view.control.state != "running":
-            continue
-        priorities[view.name] = view.control.priority
+
+    def to_train(view: View, exhausted: set[Shard]) -> Iterator[Assignment]:
         for shard in view.missing:
-            if len(ready) >= max_queued + len(queued):
-                break
             assignment = view.assignment(shard)
             if shard in exhausted or shard in view.resting or assignment.id in busy:
                 continue
             if starts.get(assignment.id, 0) >= max_starts:
                 lost.append(assignment)
             else:
-                ready.append(assignment)
+                yield assignment
+
+    for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):
+        exhausted = {shard for shard, attempts in view.attempts.items() if attempts >= MAX_ATTEMPTS}
+        dead[view.name] = sorted((shard for shard in exhausted if shard in view.missing), key=lambda shard: shard.first)
+        outstanding[view.name] = len(view.missing) - len(dead[view.name])
+        if view.control.state == "running":
+            priorities[view.name] = view.control.priority
+            by_priority.setdefault(view.control.priority, []).append(to_train(view, exhausted))
+    ready = list(islice(chain.from_iterable(map(_take_turns, by_priority.values())), max_queued + len(queued)))
     send = [assignment for assignment in ready if assignment.id not in queued_ids][: max(0, max_queued - len(queued))]
-    clear = any(assignment.experiment not in priorities for assignment in queued) or _is_more_urgent(send, queued, priorities)
+    clear = (
+        any(assignment.experiment not in priorities for assignment in queued)
+        or _is_more_urgent(send, queued, priorities)
+        or _waits_behind_others(ready, queued, priorities)
+    )
     return Actions(ready[:max_queued] if clear else send, clear, lost, outstanding, dead)
+
+
+def _take_turns(iterators: list[Iterator[Assignment]]) -> Iterator[Assignment]:
+    """Yield one assignment of each iterator in turn, until all are exhausted."""
+    return (assignment for turn in zip_longest(*iterators) for assignment in turn if assignment is not None)
 
 
 def _is_more_urgent(send: list[Assignment], queued: list[Assignment], priorities: dict[str, int]) -> bool:
@@ -133,3 +145,10 @@ def _is_more_urgent(send: list[Assignment], queued: list[Assignment], priorities
     if not queued or not send:
         return False
     return priorities[send[0].experiment] > min(priorities.get(assignment.experiment, 0) for assignment in queued)
+
+
+def _waits_behind_others(ready: list[Assignment], queued: list[Assignment], priorities: dict[str, int]) -> bool:
+    """Return whether an experiment has shards to train and none in a queue that holds those of others of its priority."""
+    there = {assignment.experiment for assignment in queued}
+    levels = {priorities.get(name) for name in there}
+    return any(assignment.experiment not in there and priorities[assignment.experiment] in levels for assignment in ready)

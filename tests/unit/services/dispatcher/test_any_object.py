@@ -57,7 +57,7 @@ def served(store):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_in_a_record(store, record, data):
     content = json.loads(record.to_bytes())
     path = data.draw(st.sampled_from(places(content)))
@@ -67,7 +67,7 @@ def test_any_json_in_a_record(store, record, data):
 
 
 @given(content=JSON | st.fixed_dictionaries({"state": JSON, "priority": JSON}))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_in_a_control(store, record, content):
     ExperimentStore(store, "changed").register(record)
     store.put(keys.control("changed"), json.dumps(content).encode())
@@ -75,7 +75,7 @@ def test_any_json_in_a_control(store, record, content):
 
 
 @given(content=st.binary(max_size=20))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_in_records_controls_failures_and_notices(store, record, content):
     for key in (
         keys.experiment("bytes"),

@@ -79,6 +79,13 @@ def test_higher_priorities_are_served_first_but_take_no_running_workers():
     }
 
 
+def test_free_workers_are_shared_by_experiments_of_equal_priority():
+    assert target_workers([demand("a", 100_000), demand("b", 50)], {}, 100, {}) == {"a": 50, "b": 50}
+    assert target_workers([demand("a", 100_000), demand("b", 20)], {}, 100, {}) == {"a": 80, "b": 20}
+    assert target_workers([demand("a", 100_000), demand("b", 500)], {"a": 70}, 100, {}) == {"a": 70, "b": 30}
+    assert target_workers([demand("a", 9), demand("b", 9), demand("c", 9)], {}, 10, {}) == {"a": 4, "b": 3, "c": 3}
+
+
 def test_missing_workers_are_created_as_one_job():
     assert scale({"a": 5}, [], [], True) == Changes(create={"a": 5})
     assert scale({"a": 5}, sets((3, 2)), [], True) == Changes(create={"a": 2})

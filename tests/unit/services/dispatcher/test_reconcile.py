@@ -63,6 +63,34 @@ def test_urgent_experiments_go_first_and_overtake_queued_ones():
     assert not again.send
 
 
+def test_experiments_of_equal_priority_take_turns():
+    large, small = view("a-large", trials=4000), view("b-small", trials=20)
+    sent = decide([large, small]).send
+    assert [assignment.experiment for assignment in sent[:10]] == ["a-large", "b-small"] * 5
+    assert spans(sent)[10:12] == [("a-large", 20, 23), ("a-large", 24, 27)]
+
+
+def test_an_experiment_without_queued_shards_is_queued_among_those_of_others():
+    large, small = view("a-large", trials=4000), view("b-small", trials=200)
+    full = decide([large]).send
+    actions = decide([large, small], full)
+    assert actions.clear
+    assert Counter(assignment.experiment for assignment in actions.send) == {"a-large": 50, "b-small": 50}
+    assert not decide([large, small], actions.send).clear
+    # the rest of its shards waits for room
+    assert not decide([large, small], actions.send[4:]).clear
+
+
+def test_of_a_hundred_workers_those_that_become_free_serve_a_small_experiment_within_the_first_two_hundred():
+    """100,000 shards are queued and 100 in training when an experiment of 50 is submitted."""
+    large, small = view("a", trials=400_000), view("b", trials=200)
+    queued = decide([large], max_queued=2000).send
+    busy, queued = {assignment.id for assignment in queued[:100]}, queued[100:]
+    actions = decide([large, small], queued, busy, max_queued=2000)
+    assert actions.clear
+    assert sum(assignment.experiment == "b" for assignment in actions.send[:200]) == 50
+
+
 def test_paused_and_cancelled_experiments_leave_the_queue():
     for state in ("paused", "cancelled"):
         stopped, going = view("stopped", control=Control(state)), view("going", trials=4)
