@@ -14,7 +14,7 @@ import structlog
 from kombu.exceptions import OperationalError
 from structlog.contextvars import bound_contextvars
 
-from memtail.errors import MemtailError
+from memtail.errors import MemtailError, UnreachableError
 from memtail.execution.breaker import common_error
 from memtail.experiment_store import ExperimentStore, Failure, Notice, experiment_names
 from memtail.scores.pointer import latest_version
@@ -145,7 +145,7 @@ class Dispatcher:
                 try:
                     experiment.refresh(self._settings, ended)
                     experiment.pause_if_broken(self._settings.breaker_shards, self._broker)
-                except redis.RedisError:
+                except (UnreachableError, redis.RedisError):  # the others cannot be read either
                     raise
                 except Exception as error:  # whatever its objects hold, the other experiments go on
                     log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from memtail.errors import UnreachableError
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import Control, ExperimentStore, Origin
 from memtail.storage.local import LocalStore
@@ -86,6 +87,23 @@ def test_a_failed_shard_is_sent_again_after_pauses_that_grow(dispatcher, broker,
         now += 0.2
         assert sent()
         now += 2.1
+
+
+def test_a_store_that_stops_responding_ends_the_pass_at_the_first_experiment(declare, digits, tmp_path, broker):
+    class Silent(LocalStore):
+        requests = 0
+
+        def get(self, key, limit=None):
+            self.requests += 1
+            raise UnreachableError("does not respond")  # after two minutes each
+
+    store = Silent(tmp_path)
+    record = declare_record(declare(8, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"}), digits, 4)
+    for number in range(20):
+        ExperimentStore(store, f"e-{number}").register(record)
+    with pytest.raises(UnreachableError):
+        Dispatcher(store, broker, ServiceSettings(store="-")).reconcile()
+    assert store.requests == 1
 
 
 def fail(experiment_store, shards, error="KeyError: {}", node="a"):
