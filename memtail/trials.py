@@ -78,6 +78,8 @@ class Provenance:
         memtail, torch, python: versions of the software.
         host: name of the machine.
         device: name of the device.
+        cpu: kind of processor: its model, and the instructions that torch uses on it.
+        devices: kinds of all devices in the order of use, of a shard that was resumed on another one.
         started: ISO 8601, UTC.
         seconds: wall-clock time of the shard.
         phases: seconds by phase of the training, of profiled shards.
@@ -89,9 +91,16 @@ class Provenance:
     python: str | None = None
     host: str | None = None
     device: str | None = None
+    cpu: str | None = None
+    devices: tuple[str, ...] | None = None
     started: str | None = None
     seconds: float | None = None
     phases: dict[str, float] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Device and processor. Equal trials have equal bits on devices of one kind, with one version of torch."""
+        return ", ".join(filter(None, (self.device, self.cpu))) or "unknown"
 
     def to_json(self) -> str:
         """The text in a batch: an object with sorted keys."""
@@ -107,7 +116,8 @@ class Provenance:
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("its provenance is not a JSON object")
-        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
+        known = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        return cls(**known | ({"devices": tuple(known["devices"])} if known.get("devices") else {}))
 
 
 @dataclass(frozen=True)
