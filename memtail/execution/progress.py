@@ -14,6 +14,9 @@ from memtail.trials import Shard
 #: committed but give no scores, as a notice says.
 Ending = Literal["published", "dead", "cancelled", "without scores"]
 
+#: Number of shards whose difference between two trainings is described.
+DIFFERENCES_SHOWN = 5
+
 
 @dataclass(frozen=True)
 class ExperimentProgress:
@@ -29,6 +32,8 @@ class ExperimentProgress:
         refused: the committed shards whose batches cannot be counted. Determined only if no trial or score is outstanding.
         pointer: pointer to the published scores, None if there are none.
         notices: notices of the services, by service.
+        trained_twice: the shards with a comparison of a second training, and whether one differed.
+        differences: one line for each of the first `DIFFERENCES_SHOWN` shards that differ.
     """
 
     experiment: str
@@ -42,6 +47,8 @@ class ExperimentProgress:
     refused: list[Shard]
     pointer: ScorePointer | None
     notices: dict[str, Notice]
+    trained_twice: dict[Shard, bool]
+    differences: list[str]
 
     @property
     def dead(self) -> list[Shard]:
@@ -89,6 +96,17 @@ class ExperimentProgress:
         """The lines of all notices."""
         return [line for notice in self.notices.values() for line in notice.lines]
 
+    @property
+    def lines(self) -> list[str]:
+        """The lines of all notices, and those about differences between two trainings of a shard."""
+        more = len(self.different) - len(self.differences)
+        return self.notice_lines + self.differences + ([f"two trainings of {more} further shards differ"] if more else [])
+
+    @property
+    def different(self) -> list[Shard]:
+        """The shards of which two trainings differ."""
+        return [shard for shard, differs in self.trained_twice.items() if differs]
+
     def fate(self, shard: Shard) -> str:
         """State of a shard that has failed attempts on record."""
         if shard in self.refused:
@@ -116,6 +134,8 @@ class ExperimentProgress:
             "published_age": self.published_age,
             "standard_error": self.standard_error,
             "notices": self.notice_lines,
+            "trained_twice": len(self.trained_twice),
+            "different": [shard.span for shard in self.different],
             "test_accuracy": self.pointer.summary.test_accuracy if self.pointer else None,
             "test_accuracy_se": self.pointer.summary.accuracy_se["test_accuracy"] if self.pointer else None,
             "fingerprint": self.fingerprint,
@@ -135,6 +155,8 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
     total = record.experiment.subsets.trials
     missing = missing_shards(total, record.trials_per_shard, committed)
     pointer = latest_version(store, name)
+    trained_twice = experiment_store.trained_twice()
+    different = [shard for shard, differs in trained_twice.items() if differs]
     all_counted = pointer is not None and pointer.summary.accumulated_trials >= total
     return ExperimentProgress(
         experiment=name,
@@ -148,6 +170,8 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
         refused=[] if missing or all_counted else _refused(experiment_store, set(committed) & attempts.keys()),
         pointer=pointer,
         notices=experiment_store.notices(),
+        trained_twice=trained_twice,
+        differences=[experiment_store.difference(shard) for shard in different[:DIFFERENCES_SHOWN]],
     )
 
 

@@ -17,7 +17,8 @@ import structlog
 
 from memtail.errors import MemtailError, StoreError, TrainingStopped, WorkerFaultError
 from memtail.execution.checkpoints import StoredCheckpoints
-from memtail.experiment_store import ExperimentStore, Origin, Record
+from memtail.experiment_store import ExperimentStore, Origin, Record, Replica
+from memtail.experiment_store.replicas import compare
 from memtail.settings import Settings
 from memtail.trials import Shard, TrialBatch
 
@@ -56,6 +57,7 @@ class ShardResult:
         commit_seconds: seconds that the commit took.
         process_usable: whether the process can train further shards; not after an error of its device's driver.
         peak_memory: peak memory of the process so far in bytes: of the device on CUDA, of the host elsewhere; 0 if not measured.
+        replica: comparison with the committed batch, where another process had committed first and its batch can be read.
     """
 
     shard: Shard
@@ -69,6 +71,7 @@ class ShardResult:
     commit_seconds: float = 0.0
     process_usable: bool = True
     peak_memory: int = 0
+    replica: Replica | None = None
 
 
 def run_shard(
@@ -100,6 +103,7 @@ def run_shard(
         began = time.monotonic()
         committed = experiment_store.commit(batch, record.fingerprint)
         seconds = time.monotonic() - began
+        replica = None if committed else _compared(experiment_store, record, batch)
     except TrainingStopped:
         return ShardResult(shard, ShardOutcome.STOPPED)
     except WorkerFaultError as error:
@@ -117,7 +121,22 @@ def run_shard(
         seconds=batch.provenance.seconds or 0.0,
         phases=batch.provenance.phases or {},
         commit_seconds=seconds,
+        replica=replica,
     )
+
+
+def _compared(experiment_store: ExperimentStore, record: Record, batch: TrialBatch) -> Replica | None:
+    """Compare a batch with the committed one, and record the comparison; a committed batch that cannot be read fails no shard."""
+    try:
+        replica = compare(experiment_store.batch(batch.shard, record), batch)
+        experiment_store.record_replica(replica)
+    except StoreError as error:
+        log.warning("second training not compared", shard=str(batch.shard), error=str(error))
+        return None
+    if replica.differs:
+        facts = {"trials": replica.trials, "bits": replica.bits, "margins": replica.margins, "alike": replica.alike}
+        log.error("two trainings differ", shard=str(batch.shard), comparison=str(replica), **facts)
+    return replica
 
 
 def this_process(device: str) -> Origin:

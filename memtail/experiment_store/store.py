@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.record import Record
+from memtail.experiment_store.replicas import Replica
 from memtail.spec.errors import differences
 from memtail.spec.experiment import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, keys
@@ -24,6 +25,8 @@ from memtail.trials import Shard, TrialBatch, largest_batch
 MAX_ATTEMPTS = 3
 # Limit in bytes of controls and notices.
 _SMALL = 1 << 20
+# Verdicts on second trainings, in their keys.
+_EQUAL, _DIFFERENT = "equal", "different"
 
 
 class ExperimentStore:
@@ -106,6 +109,8 @@ class ExperimentStore:
         when = datetime.now(UTC).isoformat(timespec="microseconds")
         self.store.put(keys.discard(self.name, shard.first, shard.last, when), json.dumps({"why": why, "when": when}, indent=1).encode())
         self.store.delete(keys.trial_batch(self.name, shard.first, shard.last))
+        for verdict in (_EQUAL, _DIFFERENT):  # comparisons with this batch
+            self.store.delete(keys.replica(self.name, shard.first, shard.last, verdict))
 
     def discards(self) -> int:
         """Count the discarded trial batches."""
@@ -147,6 +152,28 @@ class ExperimentStore:
         if (batch.n_train, batch.n_test) != (record.n_train, record.n_test):
             raise ForeignObjectError(f"{key}: is of a dataset of another size: remove it, then run again")
         return batch
+
+    def record_replica(self, replica: Replica) -> None:
+        """Record the comparison of a second training; of a shard, the first equal and the first different one are kept."""
+        key = keys.replica(self.name, replica.shard.first, replica.shard.last, _DIFFERENT if replica.differs else _EQUAL)
+        self.store.put_if_absent(key, json.dumps(asdict(replica), indent=1).encode())
+
+    def trained_twice(self) -> dict[Shard, bool]:
+        """List the shards with a comparison of a second training, and whether one differed."""
+        found: dict[Shard, bool] = {}
+        for key in self.store.list(keys.replicas(self.name)):
+            if span := keys.parse_span(key):
+                shard = Shard(*span)
+                found[shard] = found.get(shard, False) or key.endswith(f"/{_DIFFERENT}.json")
+        return found
+
+    def difference(self, shard: Shard) -> str:
+        """Describe the difference between two trainings of a shard in one line."""
+        key = keys.replica(self.name, shard.first, shard.last, _DIFFERENT)
+        try:
+            return str(TypeAdapter(Replica).validate_json(self.store.get(key, limit=_SMALL)))
+        except (ObjectNotFound, ForeignObjectError, ValidationError):
+            return f"{shard}: two trainings differ; {key} cannot be read"
 
     def _check(self, source: str, batch: TrialBatch, fingerprint: str) -> None:
         if batch.fingerprint != fingerprint:

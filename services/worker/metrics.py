@@ -27,6 +27,11 @@ PHASE_SECONDS = Histogram(
 QUEUE_SECONDS = Histogram(
     "memtail_shard_queue_seconds", "Time from the dispatcher to a worker, by the broker's clock", ["experiment"], buckets=LONG_BUCKETS
 )
+REPLICAS_DIFFER = Counter(
+    "memtail_replicas_differ_total",
+    "Shards trained twice with different outcomes, by the kinds of the two devices: equal (which must not happen) or different",
+    ["experiment", "kinds"],
+)
 DROPPED = Counter("memtail_messages_dropped_total", "Messages that were dropped because they are not assignments")
 FAULTS = Counter("memtail_worker_faults_total", "Shards handed back because this worker was at fault: its device, disk or cache")
 

@@ -161,6 +161,8 @@ class Trainer:
             if result.outcome is ShardOutcome.COMMITTED and assignment.experiment not in self._served:
                 self._served.add(assignment.experiment)
                 self._notice(assignment.experiment, None)
+            if result.replica and result.replica.differs:
+                self._report("differs", assignment.experiment, result.replica.alike)
             if result.trials:
                 self._report_training(assignment.experiment, result)
             if result.outcome is ShardOutcome.WORKER_FAULT:

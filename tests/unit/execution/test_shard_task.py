@@ -3,7 +3,7 @@
 import errno
 import queue
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from memtail.errors import StoreError, TrainingStopped
 from memtail.execution import pool
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.declare import declare as declare_record
+from memtail.execution.progress import progress_of
 from memtail.execution.shard_task import ShardOutcome, run_shard
 from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, record
 from memtail.storage import keys
@@ -78,6 +79,7 @@ class Caller:
     broker: NoBroker
     stopping: bool = False
     device: str = "cpu"
+    reports: list[Any] = field(default_factory=list)
 
     def attempt(self) -> str:
         if self.kind == "embedded":
@@ -85,17 +87,16 @@ class Caller:
             self.monkeypatch.setattr(pool, "_store", lambda address: self.store)
             self.monkeypatch.setattr(pool, "_reports", queue.Queue())
             return pool._train(task, SHARD).outcome.value
-        reports: list[Any] = []
 
         def report(*values: Any) -> None:
-            reports.append(values)
+            self.reports.append(values)
 
         trainer = Trainer(self.store, self.broker, "worker", self.device, 60, 300, lambda: self.stopping, report)
         assignment = Assignment(
             experiment=self.record.experiment.name, fingerprint=self.record.fingerprint, first=SHARD.first, last=SHARD.last
         )
         outcome = trainer.train(assignment)
-        assert reports[-1] == ("ended", self.record.experiment.name, outcome)
+        assert self.reports[-1] == ("ended", self.record.experiment.name, outcome)
         return outcome
 
 
@@ -126,6 +127,30 @@ def test_the_first_of_two_commits_of_a_shard_counts(caller, monkeypatch):
     held = caller.store.get(keys.trial_batch("digits", 4, 7))
     assert caller.attempt() == "lost race"
     assert caller.store.get(keys.trial_batch("digits", 4, 7)) == held
+    assert caller.experiment_store.trained_twice() == {SHARD: False}
+
+
+def test_a_second_training_with_other_bits_is_recorded_and_shown(caller, monkeypatch):
+    batch = train_shard(caller.record.experiment, caller.dataset, SHARD.trials, torch.device("cpu"))
+    test_correct = batch.test_correct.copy()
+    test_correct[1, 0] ^= 0b101
+    elsewhere = replace(batch, test_correct=test_correct, provenance=replace(batch.provenance, host="elsewhere"))
+    monkeypatch.setattr(ExperimentStore, "is_committed", lambda *_: False)
+    caller.experiment_store.commit(elsewhere, caller.record.fingerprint)
+    assert caller.attempt() == "lost race"
+    progress = progress_of(caller.store, "digits")
+    assert progress.to_json()["different"] == ["4-7"]
+    (line,) = progress.lines
+    assert "trials 4-7: two trainings differ in 1 trials, 2 bits: on elsewhere (cpu" in line
+    assert caller.reports.count(("differs", "digits", True)) == (caller.kind == "services")
+
+
+def test_a_committed_batch_that_cannot_be_read_fails_no_second_training(caller, monkeypatch):
+    caller.store.put(keys.trial_batch("digits", 4, 7), b"damaged")
+    monkeypatch.setattr(ExperimentStore, "is_committed", lambda *_: False)
+    assert caller.attempt() == "lost race"
+    assert not caller.experiment_store.trained_twice()
+    assert not list(caller.experiment_store.failures())
 
 
 def test_a_failure_is_recorded_with_its_traceback(caller, monkeypatch):
