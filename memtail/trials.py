@@ -25,6 +25,8 @@ from memtail.errors import ForeignObjectError
 
 SCHEMA = 1
 
+_UNKNOWN = "unknown"
+
 Bits = npt.NDArray[np.uint8]
 
 
@@ -100,7 +102,12 @@ class Provenance:
     @property
     def kind(self) -> str:
         """Device and processor. Equal trials have equal bits on devices of one kind, with one version of torch."""
-        return ", ".join(filter(None, (self.device, self.cpu))) or "unknown"
+        return ", ".join(str(part) for part in (self.device, self.cpu) if part) or _UNKNOWN
+
+    def conditions(self) -> dict[str, str]:
+        """Return what the bits may depend on beside the experiment: the devices, and the versions of torch and memtail."""
+        device = ", then ".join(map(str, self.devices or [self.kind]))
+        return {"device": device, "torch": str(self.torch or _UNKNOWN), "memtail": str(self.memtail or _UNKNOWN)}
 
     def to_json(self) -> str:
         """The text in a batch: an object with sorted keys."""

@@ -98,9 +98,11 @@ class ExperimentProgress:
 
     @property
     def lines(self) -> list[str]:
-        """The lines of all notices, and those about differences between two trainings of a shard."""
+        """The lines of all notices, about differences between two trainings of a shard, and about several kinds of devices."""
         more = len(self.different) - len(self.differences)
-        return self.notice_lines + self.differences + ([f"two trainings of {more} further shards differ"] if more else [])
+        lines = self.notice_lines + self.differences + ([f"two trainings of {more} further shards differ"] if more else [])
+        mixture = self.pointer and self.pointer.summary.mixture
+        return [*lines, f"trials of several kinds: {mixture}"] if mixture else lines
 
     @property
     def different(self) -> list[Shard]:
@@ -134,6 +136,7 @@ class ExperimentProgress:
             "published_age": self.published_age,
             "standard_error": self.standard_error,
             "notices": self.notice_lines,
+            "conditions": self.pointer.summary.conditions if self.pointer else {},
             "trained_twice": len(self.trained_twice),
             "different": [shard.span for shard in self.different],
             "test_accuracy": self.pointer.summary.test_accuracy if self.pointer else None,

@@ -110,6 +110,8 @@ def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts, differ
         warnings.append(f"{summary.without_estimate} training examples were in every subset or in none, so they have no estimate.")
     if summary.diverged:
         warnings.append(f"{summary.diverged} trials diverged and are left out.")
+    if summary.mixture:
+        warnings.append(f"Trials of several kinds: {summary.mixture}. Equal trials may have different bits on them.")
     if different:
         spans = ", ".join(shard.span for shard in different[:_MOST_SHARDS]) + (", ..." if len(different) > _MOST_SHARDS else "")
         warnings.append(
