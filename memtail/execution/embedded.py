@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from memtail import datasets
 from memtail.datasets import ImageDataset
 from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, WorkerFaultError
@@ -28,7 +30,7 @@ from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
 from memtail.storage.open import open_store
-from memtail.trainers.images.devices import available_devices
+from memtail.trainers.images.devices import available_devices, device_kind
 from memtail.trainers.images.profiling import PHASES
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import Shard
@@ -153,6 +155,7 @@ def run(
 
     Raises:
         MemtailError: bad input, or a store that holds another experiment of this name.
+        UnsupportedError: the experiment requires another kind of device.
         WorkerFaultError: a device or the disk of this machine is at fault; trained trials are in the store.
         ShardsFailedError: shards failed as often as a run tries them; the scores are published without them.
         BatchesRefusedError: trial batches are damaged; the scores are published without them.
@@ -202,6 +205,8 @@ class _Run:
 
     def _train(self, shards: list[Shard]) -> None:
         state, began = self._state, time.monotonic()
+        for device in state.devices[: len(shards)] if state.record.experiment.execution.require else ():
+            self._experiment_store.check_device(state.record, device_kind(torch.device(device)))
         task = Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile)
         with Workers(task, state.devices[: len(shards)]) as workers:
             while shards or workers.running:

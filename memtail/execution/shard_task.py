@@ -15,7 +15,7 @@ from importlib.metadata import version
 import numpy as np
 import structlog
 
-from memtail.errors import MemtailError, StoreError, TrainingStopped, WorkerFaultError
+from memtail.errors import MemtailError, StoreError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.experiment_store import ExperimentStore, Origin, Record, Replica
 from memtail.experiment_store.replicas import compare
@@ -88,6 +88,9 @@ def run_shard(
 
     Returns:
         The result. Only a failed read of the store or a failed commit hands the shard back.
+
+    Raises:
+        UnsupportedError: `train` says that this process must not train the experiment.
     """
     checkpoints = StoredCheckpoints(experiment_store.store, experiment_store.name, shard)
     try:
@@ -109,6 +112,8 @@ def run_shard(
     except WorkerFaultError as error:
         log.error("worker at fault, shard handed back", shard=str(shard), error=str(error))
         return ShardResult(shard, ShardOutcome.WORKER_FAULT, error=str(error))
+    except UnsupportedError:
+        raise
     except StoreError as error:
         log.error("shard handed back", shard=str(shard), error=str(error))
         return ShardResult(shard, ShardOutcome.HANDED_BACK, error=str(error))

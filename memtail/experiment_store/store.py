@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from pydantic import TypeAdapter, ValidationError
 
-from memtail.errors import ForeignObjectError, StoreError
+from memtail.errors import ForeignObjectError, StoreError, UnsupportedError
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.record import Record
 from memtail.experiment_store.replicas import Replica
@@ -152,6 +152,41 @@ class ExperimentStore:
         if (batch.n_train, batch.n_test) != (record.n_train, record.n_test):
             raise ForeignObjectError(f"{key}: is of a dataset of another size: remove it, then run again")
         return batch
+
+    def check_device(self, record: Record, kind: str) -> None:
+        """Check that a device may train an experiment that requires devices of one kind (`execution.require`).
+
+        The first check decides, before training: for the kind of the first committed batch or, without one, of its own device.
+
+        Args:
+            record: the record.
+            kind: kind of the device, as in `Provenance.kind`.
+
+        Raises:
+            UnsupportedError: another kind is required.
+            StoreError: the store cannot be read or written.
+        """
+        if record.experiment.execution.require is None:
+            return
+        key = keys.device(self.name)
+        if not self.store.exists(key):
+            content = {"kind": self._first_kind(record) or kind}
+            self.store.put_if_absent(key, json.dumps(content).encode())
+        try:
+            required = str(json.loads(self.store.get(key, limit=_SMALL))["kind"])
+        except (ValueError, KeyError, TypeError):
+            raise StoreError(f"{key}: is corrupt: remove it") from None
+        if kind != required and not kind.startswith(f"{required}, "):  # batches of 0.1.0 do not name the processor
+            raise UnsupportedError(
+                f"experiment '{self.name}' is trained on {required} only (execution.require: same-device), and this is {kind}: "
+                f"use such a device, or submit it without execution.require"
+            )
+
+    def _first_kind(self, record: Record) -> str | None:
+        for shard in self.iterate_committed():
+            with suppress(ObjectNotFound, ForeignObjectError):
+                return self.batch(shard, record).provenance.kind
+        return None
 
     def record_replica(self, replica: Replica) -> None:
         """Record the comparison of a second training; of a shard, the first equal and the first different one are kept."""

@@ -298,11 +298,14 @@ class ExecutionSpec(Part):
     Attributes:
         device: `auto`, `cpu`, `mps`, `cuda` (all GPUs) or `cuda:INDEX`.
         trials_per_shard: trials that are trained together and committed as one trial batch.
+        require: `same-device` trains all trials on one kind of device and processor, that of the first; workers of other kinds leave the
+            experiment alone. By default devices may be mixed.
         workers: workers requested from a Kubernetes cluster.
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     trials_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    require: Literal["same-device"] | None = None
     workers: WorkersSpec | None = None
 
 

@@ -42,6 +42,11 @@ def control(name: str) -> str:
     return f"experiments/{name}/control.json"
 
 
+def device(name: str) -> str:
+    """Return the key of the kind of device that an experiment requires, if it requires one."""
+    return f"experiments/{name}/device.json"
+
+
 def notices(name: str) -> str:
     """Return the prefix of all notices."""
     return f"experiments/{name}/notices/"

@@ -29,7 +29,7 @@ log = structlog.get_logger()
 #: Outcomes of an assignment beside those of a shard: another worker holds its lease; its experiment is cancelled, paused or unknown.
 LEASED = "leased by another"
 NOT_WANTED = "not wanted"
-#: Another version of memtail must train it.
+#: Another version of memtail, or another kind of device, must train it.
 UNSUPPORTED = "unsupported"
 
 # One in this many shards has its phases measured, starting with the first of a process: measuring makes an accelerator wait.
@@ -91,7 +91,7 @@ class Trainer:
                 self._check_device()
                 outcome = self._attempt(assignment)
                 log.info("shard ended", outcome=outcome)
-            except UnsupportedError as error:  # left to workers of another version
+            except UnsupportedError as error:  # left to workers of another version or with another device
                 outcome = UNSUPPORTED
                 log.warning("experiment not supported", error=str(error))
                 self._notice(assignment.experiment, f"worker {socket.gethostname()} does not train it: {error}")
@@ -175,8 +175,10 @@ class Trainer:
 
     def _train(self, record: Record, shard: Shard, checkpoints: StoredCheckpoints, lease: Lease) -> TrialBatch:
         from memtail.trainers.images import train_shard
-        from memtail.trainers.images.devices import available_devices, is_device_error
+        from memtail.trainers.images.devices import available_devices, device_kind, is_device_error
 
+        device = available_devices(self._device)[0]
+        ExperimentStore(self._store, record.experiment.name).check_device(record, device_kind(device))
         try:
             experiment, dataset = self._experiment_of(record), self._dataset_of(record)
         except (DatasetError, LocalFileError, OSError, NotImplementedError) as error:  # not all file systems can lock
@@ -192,7 +194,7 @@ class Trainer:
                 experiment,
                 dataset,
                 shard.trials,
-                available_devices(self._device)[0],
+                device,
                 checkpoints=checkpoints,
                 stop=stop,
                 profile=self._shards % _PROFILED == 0,

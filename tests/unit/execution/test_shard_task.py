@@ -1,6 +1,7 @@
 """`run_shard` through both of its callers: a process of the embedded run's pool, and the trainer of a worker."""
 
 import errno
+import json
 import queue
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import redis
 import torch
 
 from memtail.datasets.staged_dataset import stage
-from memtail.errors import StoreError, TrainingStopped
+from memtail.errors import StoreError, TrainingStopped, UnsupportedError
 from memtail.execution import pool
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.declare import declare as declare_record
@@ -275,6 +276,49 @@ def test_a_worker_leaves_what_another_version_must_train_and_says_so(caller, mon
     monkeypatch.undo()
     assert caller.attempt() == "committed"
     assert not caller.experiment_store.notices()
+
+
+def requiring(caller):
+    execution = caller.record.experiment.execution.model_copy(update={"require": "same-device"})
+    experiment = caller.record.experiment.model_copy(update={"execution": execution})
+    caller.record = caller.experiment_store.register(replace(caller.record, experiment=experiment))
+
+
+@pytest.mark.parametrize("caller", ["services"], indirect=True)
+@pytest.mark.parametrize("decided_by", ["the first worker", "a committed batch"])
+def test_a_worker_of_another_kind_leaves_an_experiment_alone_that_requires_one_kind(caller, monkeypatch, decided_by):
+    if decided_by == "a committed batch":
+        batch = train_shard(caller.record.experiment, caller.dataset, range(4), torch.device("cpu"))
+        caller.experiment_store.commit(batch, caller.record.fingerprint)
+    requiring(caller)
+    here = devices.device_kind(torch.device("cpu"))
+    monkeypatch.setattr(devices, "cpu_name", lambda: "another processor, AVX2")
+    if decided_by == "the first worker":
+        caller.experiment_store.check_device(caller.record, here)
+    assert caller.attempt() == UNSUPPORTED
+    assert not caller.experiment_store.is_committed(SHARD)
+    assert not list(caller.experiment_store.failures())
+    (line,) = caller.experiment_store.notices()["worker"].lines
+    assert f"is trained on {here} only (execution.require: same-device), and this is cpu" in line
+    assert "another processor, AVX2" in line
+    monkeypatch.undo()
+    assert caller.attempt() == "committed"
+    assert caller.attempt() == "done before"
+
+
+@pytest.mark.parametrize("caller", ["services"], indirect=True)
+def test_the_kind_is_decided_before_training_and_batches_without_a_processor_allow_every_one(caller, monkeypatch):
+    requiring(caller)
+    monkeypatch.setattr(training, "membership", None)
+    assert caller.attempt() == "failed"
+    assert json.loads(caller.store.get(keys.device("digits"))) == {"kind": devices.device_kind(torch.device("cpu"))}
+    caller.store.put(keys.device("digits"), b'{"kind": "NVIDIA H100"}')
+    caller.experiment_store.check_device(caller.record, "NVIDIA H100, x, AVX512")
+    with pytest.raises(UnsupportedError, match="only"):
+        caller.experiment_store.check_device(caller.record, "NVIDIA H100 NVL, x, AVX512")
+    caller.store.put(keys.device("digits"), b"{")
+    with pytest.raises(StoreError, match="remove it"):
+        caller.experiment_store.check_device(caller.record, "x")
 
 
 @pytest.mark.parametrize("caller", ["services"], indirect=True)
