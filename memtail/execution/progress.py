@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, Notice, missing_shards
+from memtail.experiment_store.replicas import unverified
 from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
@@ -33,6 +34,7 @@ class ExperimentProgress:
         pointer: pointer to the published scores, None if there are none.
         notices: notices of the services, by service.
         trained_twice: the shards with a comparison of a second training, and whether one differed.
+        unverified: the committed shards that are still to be trained a second time.
         differences: one line for each of the first `DIFFERENCES_SHOWN` shards that differ.
     """
 
@@ -48,6 +50,7 @@ class ExperimentProgress:
     pointer: ScorePointer | None
     notices: dict[str, Notice]
     trained_twice: dict[Shard, bool]
+    unverified: list[Shard]
     differences: list[str]
 
     @property
@@ -138,6 +141,7 @@ class ExperimentProgress:
             "notices": self.notice_lines,
             "conditions": self.pointer.summary.conditions if self.pointer else {},
             "trained_twice": len(self.trained_twice),
+            "unverified": len(self.unverified),
             "different": [shard.span for shard in self.different],
             "test_accuracy": self.pointer.summary.test_accuracy if self.pointer else None,
             "test_accuracy_se": self.pointer.summary.accuracy_se["test_accuracy"] if self.pointer else None,
@@ -174,6 +178,7 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
         pointer=pointer,
         notices=experiment_store.notices(),
         trained_twice=trained_twice,
+        unverified=unverified(record.fingerprint, record.experiment.execution.verify, committed, trained_twice),
         differences=[experiment_store.difference(shard) for shard in different[:DIFFERENCES_SHOWN]],
     )
 

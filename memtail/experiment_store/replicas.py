@@ -1,5 +1,7 @@
 """Replicas: second trainings of committed shards, compared with the batches that count."""
 
+import hashlib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -46,6 +48,23 @@ class Replica:
         verdict = f"differ in {self.trials} trials, {self.bits} bits" if self.differs else "are equal"
         places = f"{_place(self.committed)} (counts) and {_place(self.replica)}"
         return f"{self.shard}: two trainings {verdict}: on {places}"
+
+
+def unverified(fingerprint: str, share: float, committed: Iterable[Shard], trained_twice: Collection[Shard]) -> list[Shard]:
+    """List the shards that are to be trained a second time (`execution.verify`) and have not been.
+
+    Args:
+        fingerprint: of the experiment; it decides which shards are chosen, so that all processes choose the same.
+        share: of the shards.
+        committed: the shards with a trial batch.
+        trained_twice: the shards with a comparison.
+    """
+    return [shard for shard in committed if shard not in trained_twice and _is_chosen(fingerprint, shard, share)]
+
+
+def _is_chosen(fingerprint: str, shard: Shard, share: float) -> bool:
+    digest = hashlib.sha256(f"{fingerprint} {shard.span}".encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def compare(committed: TrialBatch, replica: TrialBatch) -> Replica:

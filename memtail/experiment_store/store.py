@@ -5,7 +5,7 @@ All state is in the store. Processes that train, accumulate or publish read here
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from memtail.errors import ForeignObjectError, StoreError, UnsupportedError
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.record import Record
-from memtail.experiment_store.replicas import Replica
+from memtail.experiment_store.replicas import Replica, unverified
 from memtail.spec.errors import differences
 from memtail.spec.experiment import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, keys
@@ -201,6 +201,14 @@ class ExperimentStore:
                 shard = Shard(*span)
                 found[shard] = found.get(shard, False) or key.endswith(f"/{_DIFFERENT}.json")
         return found
+
+    def unverified(self, record: Record, committed: Collection[Shard]) -> list[Shard]:
+        """List those of the committed shards that are to be trained a second time and have not been, by first trial."""
+        share = record.experiment.execution.verify
+        if not share or not committed:
+            return []
+        found = unverified(record.fingerprint, share, committed, self.trained_twice())
+        return sorted(filter(record.has, found), key=lambda shard: shard.first)
 
     def difference(self, shard: Shard) -> str:
         """Describe the difference between two trainings of a shard in one line."""

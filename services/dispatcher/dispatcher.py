@@ -197,7 +197,9 @@ class _TrackedExperiment:
                 self._listing, self._listed_at, self._trials = None, time.monotonic(), trials
         if not self._missing and self._settled_trials != self._trials and self._is_settled():
             self._settled_trials = self._trials
-        self.view = View(self.name, record.fingerprint, self._missing, control, attempts)
+        # none while a listing is incomplete
+        unverified = self._experiment_store.unverified(record, self._committed if self._listing is None else ())
+        self.view = View(self.name, record.fingerprint, self._missing, control, attempts, unverified)
         self._workers = record.experiment.execution.workers
 
     def _is_settled(self) -> bool:

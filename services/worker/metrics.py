@@ -9,8 +9,8 @@ from services.common.metrics import LONG_BUCKETS
 
 ATTEMPTS = Counter(
     "memtail_shard_attempts_total",
-    "Assignments that a worker received, by outcome: committed, lost race, done before, leased by another, not wanted, failed, handed "
-    "back, worker fault, unsupported or died",
+    "Assignments that a worker received, by outcome: committed, lost race, verified, done before, leased by another, not wanted, failed, "
+    "handed back, worker fault, unsupported or died",
     ["experiment", "outcome"],
 )
 TRIALS = Counter("memtail_trials_trained_total", "Trials trained and committed", ["experiment"])

@@ -76,6 +76,24 @@ def test_a_run_that_requires_one_kind_of_device_refuses_to_continue_on_another(t
     assert memtail.run(declare(16, subsets={"design": "balanced"}, execution={**execution, "require": None}), tmp_path).summary.trials == 16
 
 
+def test_a_run_trains_chosen_shards_a_second_time_after_its_scores_are_published(tmp_path, declare, monkeypatch):
+    parts = {"subsets": {"design": "balanced"}, "execution": {"device": "cpu", "trials_per_shard": 4, "verify": 1.0}}
+    experiment_store = ExperimentStore(LocalStore(tmp_path), "digits")
+    published = []
+    record_replica = ExperimentStore.record_replica
+
+    def observed(self, replica):
+        published.append(latest_version(self.store, "digits").summary.trials)
+        record_replica(self, replica)
+
+    monkeypatch.setattr(ExperimentStore, "record_replica", observed)
+    assert memtail.run(declare(8, **parts), tmp_path).summary.trials == 8
+    assert experiment_store.trained_twice() == dict.fromkeys(experiment_store.committed(), False)
+    assert published == [8, 8]
+    memtail.run(declare(8, **parts), tmp_path)
+    assert published == [8, 8]
+
+
 def test_another_experiment_under_the_name_is_refused_and_nothing_is_lost(finished, tmp_path):
     store, _ = finished
     held = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}

@@ -111,6 +111,34 @@ def caller(request, declare, digits, tmp_path, monkeypatch):
     return Caller(request.param, store, experiment_store, held, digits, monkeypatch, NoBroker())
 
 
+def change_execution(caller, **changes):
+    execution = caller.record.experiment.execution.model_copy(update=changes)
+    experiment = caller.record.experiment.model_copy(update={"execution": execution})
+    caller.record = caller.experiment_store.register(replace(caller.record, experiment=experiment))
+
+
+def test_a_chosen_shard_is_trained_a_second_time_once(caller):
+    change_execution(caller, verify=1.0)
+    assert [caller.attempt() for _ in range(3)] == ["committed", "verified", "done before"]
+    assert caller.experiment_store.trained_twice() == {SHARD: False}
+    assert progress_of(caller.store, "digits").to_json()["unverified"] == 0
+    caller.experiment_store.discard(SHARD, "of a broken machine")
+    assert [caller.attempt() for _ in range(2)] == ["committed", "verified"]
+
+
+def test_a_second_training_that_fails_or_cannot_be_compared_counts_as_an_attempt(caller, monkeypatch):
+    change_execution(caller, verify=1.0)
+    assert caller.attempt() == "committed"
+    assert progress_of(caller.store, "digits").unverified == [SHARD]
+    with monkeypatch.context() as broken:
+        broken.setattr(training, "membership", None)
+        assert caller.attempt() == "failed"
+    caller.store.put(keys.trial_batch("digits", 4, 7), b"damaged")
+    assert caller.attempt() == "verified"
+    assert [failure.attempt for failure in caller.experiment_store.failures()] == [1, 2]
+    assert not caller.experiment_store.trained_twice()
+
+
 def test_a_shard_is_trained_committed_and_then_skipped(caller):
     assert caller.attempt() == "committed"
     batch = caller.experiment_store.batch(SHARD, caller.record)
@@ -278,19 +306,13 @@ def test_a_worker_leaves_what_another_version_must_train_and_says_so(caller, mon
     assert not caller.experiment_store.notices()
 
 
-def requiring(caller):
-    execution = caller.record.experiment.execution.model_copy(update={"require": "same-device"})
-    experiment = caller.record.experiment.model_copy(update={"execution": execution})
-    caller.record = caller.experiment_store.register(replace(caller.record, experiment=experiment))
-
-
 @pytest.mark.parametrize("caller", ["services"], indirect=True)
 @pytest.mark.parametrize("decided_by", ["the first worker", "a committed batch"])
 def test_a_worker_of_another_kind_leaves_an_experiment_alone_that_requires_one_kind(caller, monkeypatch, decided_by):
     if decided_by == "a committed batch":
         batch = train_shard(caller.record.experiment, caller.dataset, range(4), torch.device("cpu"))
         caller.experiment_store.commit(batch, caller.record.fingerprint)
-    requiring(caller)
+    change_execution(caller, require="same-device")
     here = devices.device_kind(torch.device("cpu"))
     monkeypatch.setattr(devices, "cpu_name", lambda: "another processor, AVX2")
     if decided_by == "the first worker":
@@ -308,7 +330,7 @@ def test_a_worker_of_another_kind_leaves_an_experiment_alone_that_requires_one_k
 
 @pytest.mark.parametrize("caller", ["services"], indirect=True)
 def test_the_kind_is_decided_before_training_and_batches_without_a_processor_allow_every_one(caller, monkeypatch):
-    requiring(caller)
+    change_execution(caller, require="same-device")
     monkeypatch.setattr(training, "membership", None)
     assert caller.attempt() == "failed"
     assert json.loads(caller.store.get(keys.device("digits"))) == {"kind": devices.device_kind(torch.device("cpu"))}

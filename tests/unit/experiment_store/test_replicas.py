@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memtail.experiment_store import ExperimentStore
-from memtail.experiment_store.replicas import compare
+from memtail.experiment_store.replicas import compare, unverified
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Provenance, Shard, TrialBatch, TrialMetrics
@@ -65,6 +65,18 @@ def test_a_diverged_trial_has_no_predicted_classes():
 @pytest.mark.parametrize("change", [{"device": "NVIDIA A100"}, {"cpu": "x, AVX2"}, {"torch": "2.14.0"}])
 def test_devices_of_another_kind_and_other_versions_of_torch_are_not_alike(change):
     assert not compare(replace(BATCH, provenance=HERE), replace(BATCH, provenance=replace(HERE, **change))).alike
+
+
+def test_a_share_of_the_shards_is_chosen_by_the_fingerprint_and_a_larger_share_adds_to_it():
+    committed = [Shard(first, first + 3) for first in range(0, 40_000, 4)]
+    few, more = (unverified("f", share, committed, {}) for share in (0.01, 0.1))
+    assert set(few) < set(more)
+    assert 70 < len(few) < 130
+    assert 900 < len(more) < 1100
+    assert unverified("f", 0.01, committed, {few[0]: True}) == few[1:]
+    assert unverified("another", 0.01, committed, {}) != few
+    assert not unverified("f", 0.0, committed, {})
+    assert unverified("f", 1.0, committed, {}) == committed
 
 
 def test_a_difference_stays_on_record_beside_equal_trainings_until_the_batch_is_discarded(experiment_store):
