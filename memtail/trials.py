@@ -25,6 +25,8 @@ from memtail.errors import ForeignObjectError
 
 SCHEMA = 1
 
+_UNKNOWN = "unknown"
+
 Bits = npt.NDArray[np.uint8]
 
 
@@ -78,6 +80,8 @@ class Provenance:
         memtail, torch, python: versions of the software.
         host: name of the machine.
         device: name of the device.
+        cpu: kind of processor: its model, and the instructions that torch uses on it.
+        devices: kinds of all devices in the order of use, of a shard that was resumed on another one.
         started: ISO 8601, UTC.
         seconds: wall-clock time of the shard.
         phases: seconds by phase of the training, of profiled shards.
@@ -89,9 +93,21 @@ class Provenance:
     python: str | None = None
     host: str | None = None
     device: str | None = None
+    cpu: str | None = None
+    devices: tuple[str, ...] | None = None
     started: str | None = None
     seconds: float | None = None
     phases: dict[str, float] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Device and processor. Equal trials have equal bits on devices of one kind, with one version of torch."""
+        return ", ".join(str(part) for part in (self.device, self.cpu) if part) or _UNKNOWN
+
+    def conditions(self) -> dict[str, str]:
+        """Return what the bits may depend on beside the experiment: the devices, and the versions of torch and memtail."""
+        device = ", then ".join(map(str, self.devices or [self.kind]))
+        return {"device": device, "torch": str(self.torch or _UNKNOWN), "memtail": str(self.memtail or _UNKNOWN)}
 
     def to_json(self) -> str:
         """The text in a batch: an object with sorted keys."""
@@ -107,7 +123,8 @@ class Provenance:
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("its provenance is not a JSON object")
-        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
+        known = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        return cls(**known | ({"devices": tuple(known["devices"])} if known.get("devices") else {}))
 
 
 @dataclass(frozen=True)

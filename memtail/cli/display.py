@@ -137,7 +137,7 @@ def show_status(experiments: "list[ExperimentProgress]", unreadable: dict[str, s
         table = {column: np.array([row[column] for row in rows], dtype=object) for column in rows[0]}
         show_table({column: values for column, values in table.items() if any(value != 0 for value in values)})
     for each in experiments:
-        for line in each.notice_lines:
+        for line in each.lines:
             console.print(f"{each.experiment}: {line}")
     for name, error in unreadable.items():
         console.print(f"{name}: cannot be read ({error})")

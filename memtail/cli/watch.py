@@ -104,7 +104,7 @@ class Followed:
             yield f"{progress.failed_attempts} failed attempt{'s' * (progress.failed_attempts > 1)}"
         if progress.dead:
             yield f"{len(progress.dead)} shard{'s' * (len(progress.dead) > 1)} given up"
-        yield from progress.notice_lines
+        yield from progress.lines
 
 
 def last_line(progress: ExperimentProgress) -> str | None:

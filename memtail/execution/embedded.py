@@ -15,9 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
+import torch
+
 from memtail import datasets
 from memtail.datasets import ImageDataset
-from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, WorkerFaultError
+from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, UnsupportedError, WorkerFaultError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.breaker import BREAKER_SHARDS, common_error
 from memtail.execution.declare import declare
@@ -29,13 +32,15 @@ from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
 from memtail.storage.open import open_store
-from memtail.trainers.images.devices import available_devices
+from memtail.trainers.images.devices import available_devices, device_kind
 from memtail.trainers.images.profiling import PHASES
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import Shard
 
 if TYPE_CHECKING:
     from memtail.scores.reader import Scores
+
+log = structlog.get_logger()
 
 #: Scores are published at the end, and in a long run at this interval, in seconds.
 PUBLISH_SECONDS = 300.0
@@ -154,6 +159,7 @@ def run(
 
     Raises:
         MemtailError: bad input, or a store that holds another experiment of this name.
+        UnsupportedError: the experiment requires another kind of device.
         WorkerFaultError: a device or the disk of this machine is at fault; trained trials are in the store.
         ShardsFailedError: shards failed as often as a run tries them; the scores are published without them.
         BatchesRefusedError: trial batches are damaged; the scores are published without them.
@@ -204,8 +210,7 @@ class _Run:
 
     def _train(self, shards: list[Shard]) -> None:
         state, began = self._state, time.monotonic()
-        task = Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile)
-        with Workers(task, state.devices[: len(shards)]) as workers:
+        with self._workers(len(shards)) as workers:
             while shards or workers.running:
                 while shards and workers.idle:
                     workers.start(shards.pop(0))
@@ -223,6 +228,34 @@ class _Run:
                     self._publish()
         with self._writing():
             self._aggregation.accumulate_new()
+
+    def _workers(self, shards: int) -> Workers:
+        """Start processes for a number of shards. Raises: UnsupportedError: the experiment requires another kind of device."""
+        state = self._state
+        devices = state.devices[:shards]
+        for device in devices if state.record.experiment.execution.require else ():
+            self._experiment_store.check_device(state.record, device_kind(torch.device(device)))
+        return Workers(Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile), devices)
+
+    def _verify(self) -> None:
+        """Train the chosen shards a second time. The scores are published: a fault here is logged, and the next run tries again."""
+        shards = self._experiment_store.unverified(self._state.record, self._experiment_store.committed())
+        if not shards:
+            return
+        try:
+            workers = self._workers(len(shards))
+        except UnsupportedError as error:
+            log.warning("shards not verified", error=str(error))
+            return
+        with workers:
+            while shards or workers.running:
+                while shards and workers.idle:
+                    workers.start(shards.pop(0))
+                for result in workers.finished(timeout=0.2):
+                    if result.outcome is not ShardOutcome.VERIFIED:
+                        log.warning("shard not verified", shard=str(result.shard), outcome=result.outcome.value, error=result.error)
+                workers.progress()
+                self._show(self._state)
 
     def _is_over(self, result: ShardResult) -> bool:
         """Handle a result; return whether the shard is done or given up."""
@@ -270,6 +303,7 @@ class _Run:
         if not failed and not refused:
             summary = self._publish()
             profile = _profile(self._state, time.monotonic() - self._began) if self._profile else None
+            self._verify()
             return RunResult(summary, self._store.address, name, profile)
         published = self._publish() if self._state.statistics.trials else None
         records = f"{self._store.address}/{keys.failures(name)}"

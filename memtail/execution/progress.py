@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, Notice, missing_shards
+from memtail.experiment_store.replicas import unverified
 from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
@@ -13,6 +14,9 @@ from memtail.trials import Shard
 #: End of an experiment: all trials are published; the missing ones failed too often or were refused; its owner cancelled it; all are
 #: committed but give no scores, as a notice says.
 Ending = Literal["published", "dead", "cancelled", "without scores"]
+
+#: Number of shards whose difference between two trainings is described.
+DIFFERENCES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class ExperimentProgress:
         refused: the committed shards whose batches cannot be counted. Determined only if no trial or score is outstanding.
         pointer: pointer to the published scores, None if there are none.
         notices: notices of the services, by service.
+        trained_twice: the shards with a comparison of a second training, and whether one differed.
+        unverified: the committed shards that are still to be trained a second time.
+        differences: one line for each of the first `DIFFERENCES_SHOWN` shards that differ.
     """
 
     experiment: str
@@ -42,6 +49,9 @@ class ExperimentProgress:
     refused: list[Shard]
     pointer: ScorePointer | None
     notices: dict[str, Notice]
+    trained_twice: dict[Shard, bool]
+    unverified: list[Shard]
+    differences: list[str]
 
     @property
     def dead(self) -> list[Shard]:
@@ -89,6 +99,19 @@ class ExperimentProgress:
         """The lines of all notices."""
         return [line for notice in self.notices.values() for line in notice.lines]
 
+    @property
+    def lines(self) -> list[str]:
+        """The lines of all notices, about differences between two trainings of a shard, and about several kinds of devices."""
+        more = len(self.different) - len(self.differences)
+        lines = self.notice_lines + self.differences + ([f"two trainings of {more} further shards differ"] if more else [])
+        mixture = self.pointer and self.pointer.summary.mixture
+        return [*lines, f"trials of several kinds: {mixture}"] if mixture else lines
+
+    @property
+    def different(self) -> list[Shard]:
+        """The shards of which two trainings differ."""
+        return [shard for shard, differs in self.trained_twice.items() if differs]
+
     def fate(self, shard: Shard) -> str:
         """State of a shard that has failed attempts on record."""
         if shard in self.refused:
@@ -116,6 +139,10 @@ class ExperimentProgress:
             "published_age": self.published_age,
             "standard_error": self.standard_error,
             "notices": self.notice_lines,
+            "conditions": self.pointer.summary.conditions if self.pointer else {},
+            "trained_twice": len(self.trained_twice),
+            "unverified": len(self.unverified),
+            "different": [shard.span for shard in self.different],
             "test_accuracy": self.pointer.summary.test_accuracy if self.pointer else None,
             "test_accuracy_se": self.pointer.summary.accuracy_se["test_accuracy"] if self.pointer else None,
             "fingerprint": self.fingerprint,
@@ -135,6 +162,8 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
     total = record.experiment.subsets.trials
     missing = missing_shards(total, record.trials_per_shard, committed)
     pointer = latest_version(store, name)
+    trained_twice = experiment_store.trained_twice()
+    different = [shard for shard, differs in trained_twice.items() if differs]
     all_counted = pointer is not None and pointer.summary.accumulated_trials >= total
     return ExperimentProgress(
         experiment=name,
@@ -148,6 +177,9 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
         refused=[] if missing or all_counted else _refused(experiment_store, set(committed) & attempts.keys()),
         pointer=pointer,
         notices=experiment_store.notices(),
+        trained_twice=trained_twice,
+        unverified=unverified(record.fingerprint, record.experiment.execution.verify, committed, trained_twice),
+        differences=[experiment_store.difference(shard) for shard in different[:DIFFERENCES_SHOWN]],
     )
 
 

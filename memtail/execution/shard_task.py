@@ -1,7 +1,8 @@
 """`run_shard`: one attempt at a shard. The embedded run and the workers of the services call the same function.
 
-Skip if committed, train, commit, record a failure, drop the checkpoint. The process that calls it holds the store's credentials and
-commits. A failure is recorded only for what happens in training; a store that refuses the commit hands the shard back without one.
+Skip if committed (and not to be verified), train, commit, record a failure, drop the checkpoint. The process that calls it holds the
+store's credentials and commits. A failure is recorded only for what happens in training; a store that refuses the commit hands the shard
+back without one.
 """
 
 import socket
@@ -15,9 +16,10 @@ from importlib.metadata import version
 import numpy as np
 import structlog
 
-from memtail.errors import MemtailError, StoreError, TrainingStopped, WorkerFaultError
+from memtail.errors import ForeignObjectError, MemtailError, StoreError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.execution.checkpoints import StoredCheckpoints
-from memtail.experiment_store import ExperimentStore, Origin, Record
+from memtail.experiment_store import ExperimentStore, Origin, Record, Replica
+from memtail.experiment_store.replicas import compare
 from memtail.settings import Settings
 from memtail.trials import Shard, TrialBatch
 
@@ -30,6 +32,8 @@ class ShardOutcome(StrEnum):
     COMMITTED = "committed"
     #: Trained, but another process committed first; its batch counts.
     LOST_RACE = "lost race"
+    #: Committed before, and trained a second time to compare the outcomes, as the experiment asks for.
+    VERIFIED = "verified"
     DONE_BEFORE = "done before"
     #: Training raised; there is a failure record.
     FAILED = "failed"
@@ -56,6 +60,7 @@ class ShardResult:
         commit_seconds: seconds that the commit took.
         process_usable: whether the process can train further shards; not after an error of its device's driver.
         peak_memory: peak memory of the process so far in bytes: of the device on CUDA, of the host elsewhere; 0 if not measured.
+        replica: comparison with the committed batch, where there was one that can be read.
     """
 
     shard: Shard
@@ -69,6 +74,7 @@ class ShardResult:
     commit_seconds: float = 0.0
     process_usable: bool = True
     peak_memory: int = 0
+    replica: Replica | None = None
 
 
 def run_shard(
@@ -85,10 +91,14 @@ def run_shard(
 
     Returns:
         The result. Only a failed read of the store or a failed commit hands the shard back.
+
+    Raises:
+        UnsupportedError: `train` says that this process must not train the experiment.
     """
     checkpoints = StoredCheckpoints(experiment_store.store, experiment_store.name, shard)
     try:
-        if experiment_store.is_committed(shard):
+        verifying = experiment_store.is_committed(shard)
+        if verifying and not experiment_store.unverified(record, [shard]):
             checkpoints.remove()
             return ShardResult(shard, ShardOutcome.DONE_BEFORE)
         try:
@@ -100,24 +110,44 @@ def run_shard(
         began = time.monotonic()
         committed = experiment_store.commit(batch, record.fingerprint)
         seconds = time.monotonic() - began
+        replica = None if committed else _compared(experiment_store, record, batch, verifying)
     except TrainingStopped:
         return ShardResult(shard, ShardOutcome.STOPPED)
     except WorkerFaultError as error:
         log.error("worker at fault, shard handed back", shard=str(shard), error=str(error))
         return ShardResult(shard, ShardOutcome.WORKER_FAULT, error=str(error))
+    except UnsupportedError:
+        raise
     except StoreError as error:
         log.error("shard handed back", shard=str(shard), error=str(error))
         return ShardResult(shard, ShardOutcome.HANDED_BACK, error=str(error))
     checkpoints.remove()
     return ShardResult(
         shard,
-        ShardOutcome.COMMITTED if committed else ShardOutcome.LOST_RACE,
+        ShardOutcome.COMMITTED if committed else ShardOutcome.VERIFIED if verifying else ShardOutcome.LOST_RACE,
         trials=len(batch.trial),
         examples=int(np.bitwise_count(batch.membership).sum()) * record.experiment.training.epochs,
         seconds=batch.provenance.seconds or 0.0,
         phases=batch.provenance.phases or {},
         commit_seconds=seconds,
+        replica=replica,
     )
+
+
+def _compared(experiment_store: ExperimentStore, record: Record, batch: TrialBatch, verifying: bool) -> Replica | None:
+    """Compare a batch with the committed one, and record the comparison; a committed batch that cannot be read fails no shard."""
+    try:
+        replica = compare(experiment_store.batch(batch.shard, record), batch)
+        experiment_store.record_replica(replica)
+    except StoreError as error:
+        log.warning("second training not compared", shard=str(batch.shard), error=str(error))
+        if verifying and isinstance(error, ForeignObjectError):  # counted, so that the shard is not verified forever
+            experiment_store.record_failure(batch.shard, str(error))
+        return None
+    if replica.differs:
+        facts = {"trials": replica.trials, "bits": replica.bits, "margins": replica.margins, "alike": replica.alike}
+        log.error("two trainings differ", shard=str(batch.shard), comparison=str(replica), **facts)
+    return replica
 
 
 def this_process(device: str) -> Origin:

@@ -2,7 +2,19 @@
 
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.record import Record
+from memtail.experiment_store.replicas import Replica
 from memtail.experiment_store.shard_grid import missing_shards
 from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentStore, experiment_names
 
-__all__ = ["MAX_ATTEMPTS", "Control", "ExperimentStore", "Failure", "Notice", "Origin", "Record", "experiment_names", "missing_shards"]
+__all__ = [
+    "MAX_ATTEMPTS",
+    "Control",
+    "ExperimentStore",
+    "Failure",
+    "Notice",
+    "Origin",
+    "Record",
+    "Replica",
+    "experiment_names",
+    "missing_shards",
+]

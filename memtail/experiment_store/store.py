@@ -5,16 +5,17 @@ All state is in the store. Processes that train, accumulate or publish read here
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from pydantic import TypeAdapter, ValidationError
 
-from memtail.errors import ForeignObjectError, StoreError
+from memtail.errors import ForeignObjectError, StoreError, UnsupportedError
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.record import Record
+from memtail.experiment_store.replicas import Replica, unverified
 from memtail.spec.errors import differences
 from memtail.spec.experiment import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, keys
@@ -24,6 +25,8 @@ from memtail.trials import Shard, TrialBatch, largest_batch
 MAX_ATTEMPTS = 3
 # Limit in bytes of controls and notices.
 _SMALL = 1 << 20
+# Verdicts on second trainings, in their keys.
+_EQUAL, _DIFFERENT = "equal", "different"
 
 
 class ExperimentStore:
@@ -106,6 +109,8 @@ class ExperimentStore:
         when = datetime.now(UTC).isoformat(timespec="microseconds")
         self.store.put(keys.discard(self.name, shard.first, shard.last, when), json.dumps({"why": why, "when": when}, indent=1).encode())
         self.store.delete(keys.trial_batch(self.name, shard.first, shard.last))
+        for verdict in (_EQUAL, _DIFFERENT):  # comparisons with this batch
+            self.store.delete(keys.replica(self.name, shard.first, shard.last, verdict))
 
     def discards(self) -> int:
         """Count the discarded trial batches."""
@@ -147,6 +152,71 @@ class ExperimentStore:
         if (batch.n_train, batch.n_test) != (record.n_train, record.n_test):
             raise ForeignObjectError(f"{key}: is of a dataset of another size: remove it, then run again")
         return batch
+
+    def check_device(self, record: Record, kind: str) -> None:
+        """Check that a device may train an experiment that requires devices of one kind (`execution.require`).
+
+        The first check decides, before training: for the kind of the first committed batch or, without one, of its own device.
+
+        Args:
+            record: the record.
+            kind: kind of the device, as in `Provenance.kind`.
+
+        Raises:
+            UnsupportedError: another kind is required.
+            StoreError: the store cannot be read or written.
+        """
+        if record.experiment.execution.require is None:
+            return
+        key = keys.device(self.name)
+        if not self.store.exists(key):
+            content = {"kind": self._first_kind(record) or kind}
+            self.store.put_if_absent(key, json.dumps(content).encode())
+        try:
+            required = str(json.loads(self.store.get(key, limit=_SMALL))["kind"])
+        except (ValueError, KeyError, TypeError):
+            raise StoreError(f"{key}: is corrupt: remove it") from None
+        if kind != required and not kind.startswith(f"{required}, "):  # batches of 0.1.0 do not name the processor
+            raise UnsupportedError(
+                f"experiment '{self.name}' is trained on {required} only (execution.require: same-device), and this is {kind}: "
+                f"use such a device, or submit it without execution.require"
+            )
+
+    def _first_kind(self, record: Record) -> str | None:
+        for shard in self.iterate_committed():
+            with suppress(ObjectNotFound, ForeignObjectError):
+                return self.batch(shard, record).provenance.kind
+        return None
+
+    def record_replica(self, replica: Replica) -> None:
+        """Record the comparison of a second training; of a shard, the first equal and the first different one are kept."""
+        key = keys.replica(self.name, replica.shard.first, replica.shard.last, _DIFFERENT if replica.differs else _EQUAL)
+        self.store.put_if_absent(key, json.dumps(asdict(replica), indent=1).encode())
+
+    def trained_twice(self) -> dict[Shard, bool]:
+        """List the shards with a comparison of a second training, and whether one differed."""
+        found: dict[Shard, bool] = {}
+        for key in self.store.list(keys.replicas(self.name)):
+            if span := keys.parse_span(key):
+                shard = Shard(*span)
+                found[shard] = found.get(shard, False) or key.endswith(f"/{_DIFFERENT}.json")
+        return found
+
+    def unverified(self, record: Record, committed: Collection[Shard]) -> list[Shard]:
+        """List those of the committed shards that are to be trained a second time and have not been, by first trial."""
+        share = record.experiment.execution.verify
+        if not share or not committed:
+            return []
+        found = unverified(record.fingerprint, share, committed, self.trained_twice())
+        return sorted(filter(record.has, found), key=lambda shard: shard.first)
+
+    def difference(self, shard: Shard) -> str:
+        """Describe the difference between two trainings of a shard in one line."""
+        key = keys.replica(self.name, shard.first, shard.last, _DIFFERENT)
+        try:
+            return str(TypeAdapter(Replica).validate_json(self.store.get(key, limit=_SMALL)))
+        except (ObjectNotFound, ForeignObjectError, ValidationError):
+            return f"{shard}: two trainings differ; {key} cannot be read"
 
     def _check(self, source: str, batch: TrialBatch, fingerprint: str) -> None:
         if batch.fingerprint != fingerprint:

@@ -17,6 +17,7 @@ from memtail.report.items import Content, DoubtfulLabel, Example, Number, Pair, 
 from memtail.scores.reader import Scores, largest
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SE_QUANTILES, ScoreSummary
 from memtail.studies.result import StudyResult
+from memtail.trials import Shard
 
 #: Edges of the histogram of memorization.
 EDGES = np.linspace(-1, 1, 41)
@@ -33,13 +34,16 @@ _GALLERY_CLASSES = 10
 _FEWEST_PAIRS, _MOST_PAIRS = 6, 20
 _RANDOM_OTHERS = 4
 _MOST_LABELS = 30
+_MOST_SHARDS = 5
 # A larger expected standard error than a third of the influence threshold blurs the scores.
 _BLURRED = INFL_THRESHOLD / 3
 # Lower in-subset accuracy than this means that models do not fit their subsets, so they memorize little.
 _FITTED = 0.95
 
 
-def choose_content(record: Record, scores: Scores, dataset: ImageDataset, studies: Sequence[StudyResult]) -> Content:
+def choose_content(
+    record: Record, scores: Scores, dataset: ImageDataset, studies: Sequence[StudyResult], different: Sequence[Shard] = ()
+) -> Content:
     """Choose the content of an experiment's report.
 
     Args:
@@ -47,6 +51,7 @@ def choose_content(record: Record, scores: Scores, dataset: ImageDataset, studie
         scores: its published scores.
         dataset: its images.
         studies: results of its studies.
+        different: the shards of which two trainings differ.
 
     Raises:
         ScoresError: the scores are damaged, or no example has an estimate.
@@ -70,7 +75,7 @@ def choose_content(record: Record, scores: Scores, dataset: ImageDataset, studie
     return Content(
         record=record,
         summary=summary,
-        warnings=_warnings(summary, expected, pair_counts),
+        warnings=_warnings(summary, expected, pair_counts, different),
         accuracies=accuracies,
         stages=convergence(packed, MEM_STEPS, SE_QUANTILES, EDGES),
         fraction=fraction,
@@ -86,7 +91,7 @@ def choose_content(record: Record, scores: Scores, dataset: ImageDataset, studie
     )
 
 
-def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts) -> list[str]:
+def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts, different: Sequence[Shard]) -> list[str]:
     warnings = []
     trials, fitted = summary.trials, summary.in_subset_accuracy
     if expected > _BLURRED:
@@ -105,6 +110,14 @@ def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts) -> lis
         warnings.append(f"{summary.without_estimate} training examples were in every subset or in none, so they have no estimate.")
     if summary.diverged:
         warnings.append(f"{summary.diverged} trials diverged and are left out.")
+    if summary.mixture:
+        warnings.append(f"Trials of several kinds: {summary.mixture}. Equal trials may have different bits on them.")
+    if different:
+        spans = ", ".join(shard.span for shard in different[:_MOST_SHARDS]) + (", ..." if len(different) > _MOST_SHARDS else "")
+        warnings.append(
+            f"{len(different)} shards were trained twice with different outcomes, of which the first counts (trials {spans}): memtail "
+            f"status names the devices. On devices of different kinds outcomes may differ; on equal ones a device or the model is at fault."
+        )
     return warnings
 
 

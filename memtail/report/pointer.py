@@ -23,6 +23,7 @@ class ReportPointer:
         page: name of the page, one of `files`.
         scores: version of the scores shown.
         studies: time at which each study shown was finished, by study.
+        different: number of shards, as shown, of which two trainings differ.
     """
 
     version: str
@@ -30,6 +31,7 @@ class ReportPointer:
     page: str
     scores: str
     studies: dict[str, str]
+    different: int = 0
 
     @property
     def trials(self) -> str:

@@ -22,6 +22,7 @@ from memtail.scores.reader import Scores
 from memtail.settings import Settings
 from memtail.storage import ObjectStore, keys
 from memtail.studies.result import StudyResult, load_results
+from memtail.trials import Shard
 
 #: File name of the page.
 PAGE = "report.html"
@@ -30,11 +31,12 @@ _SCORE_FILES = (MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY)
 
 
 def is_current(store: ObjectStore, name: str) -> bool:
-    """Check whether the latest report shows the latest scores and all studies."""
+    """Check whether the latest report shows the latest scores, all studies, and all differences between two trainings of a shard."""
     report, scores = latest_report(store, name), latest_version(store, name)
     if report is None or scores is None:
         return False
-    return (report.scores, report.studies) == (scores.version, _finish_times(load_results(store, name)))
+    shown = report.scores, report.studies, report.different
+    return shown == (scores.version, _finish_times(load_results(store, name)), len(_different(ExperimentStore(store, name))))
 
 
 def publish_report(store: ObjectStore, name: str) -> ReportPointer:
@@ -51,7 +53,8 @@ def publish_report(store: ObjectStore, name: str) -> ReportPointer:
     from memtail.report.content import choose_content  # slow to import
     from memtail.report.page import draw, render
 
-    record = ExperimentStore(store, name).read_record()
+    experiment_store = ExperimentStore(store, name)
+    record, different = experiment_store.read_record(), _different(experiment_store)
     published = latest_version(store, name)
     if published is None:
         raise ScoresError(f"experiment '{name}' has no published scores yet to report on: see memtail status")
@@ -59,7 +62,7 @@ def publish_report(store: ObjectStore, name: str) -> ReportPointer:
     dataset = fetch(store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit)
     studies = load_results(store, name)
     with _scores(store, name, published) as scores:
-        content = choose_content(record, scores, dataset, studies)
+        content = choose_content(record, scores, dataset, studies, different)
     figures = draw(content)
     files = {PAGE: render(content, figures, dataset, published.version).encode()}
     for figure, encoded in figures.items():
@@ -68,7 +71,7 @@ def publish_report(store: ObjectStore, name: str) -> ReportPointer:
     version = f"{published.version.partition('-')[0]}-{digest}"
     for file, data in files.items():
         store.put(keys.report(name, version) + file, data)
-    pointer = ReportPointer(version, sorted(files), PAGE, published.version, _finish_times(studies))
+    pointer = ReportPointer(version, sorted(files), PAGE, published.version, _finish_times(studies), len(different))
     previous = latest_report(store, name)
     if previous is None or previous.trials <= pointer.trials:
         store.put(keys.latest_report(name), pointer.to_json().encode())
@@ -91,6 +94,10 @@ def _scores(store: ObjectStore, name: str, pointer: ScorePointer) -> Iterator[Sc
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
         fetch_scores(store, name, replace(pointer, files=_SCORE_FILES), Path(temporary))
         yield Scores(Path(temporary))
+
+
+def _different(experiment_store: ExperimentStore) -> list[Shard]:
+    return [shard for shard, differs in experiment_store.trained_twice().items() if differs]
 
 
 def _finish_times(studies: list[StudyResult]) -> dict[str, str]:

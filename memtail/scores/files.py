@@ -109,6 +109,7 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
             train_examples=len(np.unique(pairs.train)),
             test_examples=len(np.unique(pairs.test)),
         ),
+        conditions={condition: dict(sorted(counts.items())) for condition, counts in statistics.conditions.items()},
     )
 
 

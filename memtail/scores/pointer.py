@@ -37,7 +37,7 @@ class ScorePointer:
 
     def to_dict(self) -> dict[str, Any]:
         """The values in the order of the file, for `json.dumps`; without discards as 0.1.0 writes them."""
-        content = asdict(self)
+        content = {**asdict(self), "summary": self.summary.to_dict()}
         if not self.discards:
             del content["discards"]
         return content

@@ -4,7 +4,7 @@ Needs only the standard library, because `memtail status` and the services read 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 SCHEMA = 1
@@ -43,6 +43,7 @@ class ScoreSummary(Mapping[str, Any]):
         mem_share_at_least: share of these examples with mem_i at or above each of `MEM_STEPS`; the keys are numbers as text.
         mem_se_quantiles: quantiles of the standard errors of mem_i, for each of `SE_QUANTILES`; the keys are numbers as text.
         pairs: the high-influence pairs.
+        conditions: numbers of trials, diverged ones included, by "device", "torch" and "memtail"; empty if unknown.
     """
 
     schema: int
@@ -61,6 +62,7 @@ class ScoreSummary(Mapping[str, Any]):
     mem_share_at_least: dict[str, float | None]
     mem_se_quantiles: dict[str, float | None]
     pairs: PairSummary
+    conditions: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def accumulated_trials(self) -> int:
@@ -75,9 +77,18 @@ class ScoreSummary(Mapping[str, Any]):
         """Standard error of mem_i that this share of the examples, one of `SE_QUANTILES`, does not exceed."""
         return self.mem_se_quantiles[f"{quantile:g}"]
 
+    @property
+    def mixture(self) -> str | None:
+        """The devices and versions of torch with their numbers of trials, if there are several, on which bits may differ."""
+        mixed = [counts for condition in ("device", "torch") if len(counts := self.conditions.get(condition, {})) > 1]
+        return "; ".join(", ".join(f"{count} on {value}" for value, count in counts.items()) for counts in mixed) or None
+
     def to_dict(self) -> dict[str, Any]:
-        """The values in the order of the file, for `json.dumps`."""
-        return asdict(self)
+        """The values in the order of the file, for `json.dumps`; without conditions as 0.1.0 writes them."""
+        content = asdict(self)
+        if not self.conditions:
+            del content["conditions"]
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
@@ -87,7 +98,7 @@ class ScoreSummary(Mapping[str, Any]):
             KeyError, TypeError: the content is not a summary.
         """
         # memtail's first versions wrote no standard errors of accuracies
-        content = {"accuracy_se": dict.fromkeys(ACCURACIES), **content}
+        content = {"accuracy_se": dict.fromkeys(ACCURACIES), "conditions": {}, **content}
         return cls(**{**_known(cls, content), "pairs": PairSummary(**_known(PairSummary, content["pairs"]))})
 
     def __getitem__(self, key: str) -> Any:
@@ -97,7 +108,7 @@ class ScoreSummary(Mapping[str, Any]):
         return iter(self.to_dict())
 
     def __len__(self) -> int:
-        return len(fields(self))
+        return len(self.to_dict())
 
 
 def _known(kind: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:

@@ -293,16 +293,21 @@ class RecordedOutcomes(Part):
 
 
 class ExecutionSpec(Part):
-    """Settings that affect speed and not results.
+    """Where and how trials are trained. No trial depends on it but in rounding, which `require` keeps equal.
 
     Attributes:
         device: `auto`, `cpu`, `mps`, `cuda` (all GPUs) or `cuda:INDEX`.
         trials_per_shard: trials that are trained together and committed as one trial batch.
+        require: `same-device` trains all trials on one kind of device and processor, that of the first; workers of other kinds leave the
+            experiment alone. By default devices may be mixed.
+        verify: share of the shards that are trained a second time after their commit, to compare the outcomes.
         workers: workers requested from a Kubernetes cluster.
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     trials_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    require: Literal["same-device"] | None = None
+    verify: Annotated[float, Field(ge=0, le=1)] = 0.0
     workers: WorkersSpec | None = None
 
 

@@ -125,6 +125,7 @@ class Statistics:
             of 2^-24, in which float16 is exact; None if margins are not recorded.
         held_out_misclassifications: classes predicted by the trials with the example outside their subset; None if a trial that counts has
             not recorded them.
+        conditions: numbers of accumulated trials by device, version of torch and version of memtail. No estimate depends on them.
     """
 
     def __init__(self, n_train: int, n_test: int) -> None:
@@ -134,6 +135,7 @@ class Statistics:
         self.correct: Counts = np.zeros(n_train, np.int64)
         self.metrics: dict[int, TrialMetrics] = {}
         self.diverged = 0
+        self.conditions: dict[str, dict[str, int]] = {}
         self.margin_in: Counts | None = None
         self.margin_out: Counts | None = None
         self.held_out_misclassifications: Misclassifications | None = Misclassifications()
@@ -195,6 +197,9 @@ class Statistics:
                 self.held_out_misclassifications.add(examples[held_out], predicted[ends[row] - len(examples) : ends[row]][held_out])
             if batch.train_margin is not None:
                 self._add_margin(members[row], batch.train_margin[row])
+        for condition, value in batch.provenance.conditions().items() if added else ():
+            counts = self.conditions.setdefault(condition, {})
+            counts[value] = counts.get(value, 0) + added
         return added
 
     def _place(self, trial: int, members: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_], test: npt.NDArray[np.bool_]) -> None:

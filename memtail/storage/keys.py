@@ -45,6 +45,11 @@ def control(name: str) -> str:
     return f"experiments/{name}/control.json"
 
 
+def device(name: str) -> str:
+    """Return the key of the kind of device that an experiment requires, if it requires one."""
+    return f"experiments/{name}/device.json"
+
+
 def notices(name: str) -> str:
     """Return the prefix of all notices."""
     return f"experiments/{name}/notices/"
@@ -88,6 +93,16 @@ def discards(name: str) -> str:
 def discard(name: str, first: int, last: int, when: str) -> str:
     """Return the key of the record of a discarded trial batch."""
     return f"{discards(name)}{_span(first, last)}/{when}.json"
+
+
+def replicas(name: str) -> str:
+    """Return the prefix of all comparisons of second trainings with committed batches."""
+    return f"experiments/{name}/replicas/"
+
+
+def replica(name: str, first: int, last: int, verdict: str) -> str:
+    """Return the key of a shard's comparison with the verdict `equal` or `different`."""
+    return f"{replicas(name)}{_span(first, last)}/{verdict}.json"
 
 
 def failures(name: str) -> str:
@@ -151,8 +166,8 @@ def study(name: str, study: str) -> str:
 
 
 def parse_span(key: str) -> tuple[int, int] | None:
-    """Return (first, last) of the key of a trial batch, checkpoint or failure record, None of any other key."""
-    match = re.search(r"/(\d+)-(\d+)(?:\.npz|\.pt|/\d+\.json)$", key)
+    """Return (first, last) of the key of a trial batch, checkpoint, failure record or comparison, None of any other key."""
+    match = re.search(r"/(\d+)-(\d+)(?:\.npz|\.pt|/(?:\d+|equal|different)\.json)$", key)
     return match and (int(match[1]), int(match[2]))
 
 

@@ -211,7 +211,9 @@ class _TrackedExperiment:
         if not self._missing and self._settled_trials != self._trials and self._is_settled():
             self._settled_trials = self._trials
         resting = self._resting(attempts, _PAUSE_SHARE * settings.lease_seconds)
-        self.view = View(self.name, record.fingerprint, self._missing, control, attempts, resting)
+        # none while a listing is incomplete
+        unverified = self._experiment_store.unverified(record, self._committed if self._listing is None else ())
+        self.view = View(self.name, record.fingerprint, self._missing, control, attempts, resting, unverified)
         self._workers = record.experiment.execution.workers
 
     def _resting(self, attempts: Counter[Shard], pause: float) -> set[Shard]:

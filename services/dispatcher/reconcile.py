@@ -22,6 +22,7 @@ class View:
         missing: shards that are not committed, including dead ones, ordered by first trial.
         attempts: recorded failed attempts per shard.
         resting: shards that failed recently, whose next attempt waits.
+        unverified: committed shards to train a second time.
     """
 
     name: str
@@ -30,6 +31,7 @@ class View:
     control: Control = field(default_factory=Control)
     attempts: Counter[Shard] = field(default_factory=Counter)
     resting: Collection[Shard] = ()
+    unverified: Collection[Shard] = ()
 
     def assignment(self, shard: Shard) -> Assignment:
         """Create the message that assigns a shard to a worker."""
@@ -54,7 +56,7 @@ class Actions:
     """Decisions of a pass.
 
     Attributes:
-        send: assignments to queue, most urgent first.
+        send: assignments to queue, most urgent first; second trainings come last, and only where there is room.
         clear: whether to clear the queue before, because its messages are obsolete or less urgent than those in `send`.
         lost: assignments that lost `max_starts` workers, which counts as a failed attempt.
         outstanding: number of shards that are neither committed nor dead, by experiment.
@@ -83,7 +85,7 @@ class Actions:
 
 
 def reconcile(
-    views: Iterable[View],
+    views: Collection[View],
     queued: list[Assignment],
     busy: set[str],
     starts: dict[str, int],
@@ -132,7 +134,20 @@ def reconcile(
         or _is_more_urgent(send, queued, priorities)
         or _waits_behind_others(ready, queued, priorities)
     )
-    return Actions(ready[:max_queued] if clear else send, clear, lost, outstanding, dead)
+    chosen = ready[:max_queued] if clear else send
+    room = max(0, max_queued - len(chosen) - (0 if clear else len(queued)))
+    verifications = (each for each in _verifications(views, busy, starts, max_starts) if clear or each.id not in queued_ids)
+    return Actions(chosen + list(islice(verifications, room)), clear, lost, outstanding, dead)
+
+
+def _verifications(views: Iterable[View], busy: set[str], starts: dict[str, int], max_starts: int) -> Iterator[Assignment]:
+    """Yield assignments of shards to train a second time; a shard that failed often, or lost its workers, is not verified."""
+    for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):
+        for shard in view.unverified if view.control.state == "running" else ():
+            assignment = view.assignment(shard)
+            tried = view.attempts[shard] >= MAX_ATTEMPTS or shard in view.resting
+            if not tried and assignment.id not in busy and starts.get(assignment.id, 0) < max_starts:
+                yield assignment
 
 
 def _take_turns(iterators: list[Iterator[Assignment]]) -> Iterator[Assignment]:

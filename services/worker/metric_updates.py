@@ -16,6 +16,9 @@ from services.worker.trainer import LEASED, LEFT, NOT_WANTED, UNSUPPORTED
 # Faults of the worker in a row after which it ends.
 _MOST_FAULTS = 2
 
+# Values of the label `kinds`, by whether two devices are alike.
+_KINDS = {True: "equal", False: "different"}
+
 #: Outcome of an assignment whose training process died.
 DIED = "died"
 #: All outcomes of an assignment.
@@ -48,6 +51,7 @@ class WorkerMetrics:
             metrics.TRIAL_SECONDS,
             metrics.PHASE_SECONDS,
             metrics.QUEUE_SECONDS,
+            metrics.REPLICAS_DIFFER,
         )
         self._series = ExperimentSeries(of_experiments, linger)
         self._training: Counter[str] = Counter()  # number of assignments in training, by experiment
@@ -61,6 +65,7 @@ class WorkerMetrics:
             "store": count_request,
             "taken": self.count_taken,
             "trained": self.count_trained,
+            "differs": self.count_difference,
             "ended": self.count_ended,
             "dropped": metrics.DROPPED.inc,
             "fault": self.count_fault,
@@ -78,6 +83,8 @@ class WorkerMetrics:
         self._update_series(experiment, started=1)
         for outcome in OUTCOMES:
             metrics.ATTEMPTS.labels(experiment, outcome)
+        for kinds in _KINDS.values():
+            metrics.REPLICAS_DIFFER.labels(experiment, kinds)
         for counter in (metrics.TRIALS, metrics.EXAMPLES):
             counter.labels(experiment)
         if queue_seconds is not None:
@@ -102,6 +109,10 @@ class WorkerMetrics:
             metrics.TRIAL_SECONDS.labels(experiment).observe(seconds / trials)
             for phase, duration in phases.items():
                 metrics.PHASE_SECONDS.labels(experiment, phase).observe(duration / trials)
+
+    def count_difference(self, experiment: str, alike: bool) -> None:
+        """Count two different trainings of a shard; `alike` if their devices and versions of torch are of one kind."""
+        metrics.REPLICAS_DIFFER.labels(experiment, _KINDS[alike]).inc()
 
     def count_fault(self, reason: str) -> None:
         """Count a fault of the worker; the second in a row ends it."""

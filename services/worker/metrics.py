@@ -9,8 +9,8 @@ from services.common.metrics import LONG_BUCKETS
 
 ATTEMPTS = Counter(
     "memtail_shard_attempts_total",
-    "Assignments that a worker received, by outcome: committed, lost race, done before, leased by another, not wanted, failed, handed "
-    "back, worker fault, unsupported, left to another or died",
+    "Assignments that a worker received, by outcome: committed, lost race, verified, done before, leased by another, not wanted, failed, "
+    "handed back, worker fault, unsupported, left to another or died",
     ["experiment", "outcome"],
 )
 TRIALS = Counter("memtail_trials_trained_total", "Trials trained and committed", ["experiment"])
@@ -26,6 +26,11 @@ PHASE_SECONDS = Histogram(
 )
 QUEUE_SECONDS = Histogram(
     "memtail_shard_queue_seconds", "Time from the dispatcher to a worker, by the broker's clock", ["experiment"], buckets=LONG_BUCKETS
+)
+REPLICAS_DIFFER = Counter(
+    "memtail_replicas_differ_total",
+    "Shards trained twice with different outcomes, by the kinds of the two devices: equal (which must not happen) or different",
+    ["experiment", "kinds"],
 )
 DROPPED = Counter("memtail_messages_dropped_total", "Messages that were dropped because they are not assignments")
 FAULTS = Counter("memtail_worker_faults_total", "Shards handed back because this worker was at fault: its device, disk or cache")

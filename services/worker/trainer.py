@@ -30,7 +30,7 @@ log = structlog.get_logger()
 #: Outcomes of an assignment beside those of a shard: another worker holds its lease; its experiment is cancelled, paused or unknown.
 LEASED = "leased by another"
 NOT_WANTED = "not wanted"
-#: Another version of memtail must train it.
+#: Another version of memtail, or another kind of device, must train it.
 UNSUPPORTED = "unsupported"
 #: The shard failed on this node or host, and another one has a worker; the message is dropped, and the dispatcher sends it again.
 LEFT = "left to another"
@@ -96,7 +96,7 @@ class Trainer:
                 self._check_device()
                 outcome = self._attempt(assignment)
                 log.info("shard ended", outcome=outcome)
-            except UnsupportedError as error:  # left to workers of another version
+            except UnsupportedError as error:  # left to workers of another version or with another device
                 outcome = UNSUPPORTED
                 log.warning("experiment not supported", error=str(error))
                 self._notice(assignment.experiment, f"worker {socket.gethostname()} does not train it: {error}")
@@ -171,6 +171,8 @@ class Trainer:
             if result.outcome is ShardOutcome.COMMITTED and assignment.experiment not in self._served:
                 self._served.add(assignment.experiment)
                 self._notice(assignment.experiment, None)
+            if result.replica and result.replica.differs:
+                self._report("differs", assignment.experiment, result.replica.alike)
             if result.trials:
                 self._report_training(assignment.experiment, result)
             if result.outcome is ShardOutcome.WORKER_FAULT:
@@ -197,8 +199,10 @@ class Trainer:
 
     def _train(self, record: Record, shard: Shard, checkpoints: StoredCheckpoints, lease: Lease) -> TrialBatch:
         from memtail.trainers.images import train_shard
-        from memtail.trainers.images.devices import available_devices, is_device_error
+        from memtail.trainers.images.devices import available_devices, device_kind, is_device_error
 
+        device = available_devices(self._device)[0]
+        ExperimentStore(self._store, record.experiment.name).check_device(record, device_kind(device))
         try:
             experiment, dataset = self._experiment_of(record), self._dataset_of(record)
         except (DatasetError, LocalFileError, OSError, NotImplementedError) as error:  # not all file systems can lock
@@ -214,7 +218,7 @@ class Trainer:
                 experiment,
                 dataset,
                 shard.trials,
-                available_devices(self._device)[0],
+                device,
                 checkpoints=checkpoints,
                 stop=stop,
                 profile=self._shards % _PROFILED == 0,

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 import memtail
 from memtail.errors import ScoresError, StoreError
+from memtail.experiment_store import ExperimentStore
+from memtail.experiment_store.replicas import compare
 from memtail.figures.style import drawing
 from memtail.report.pointer import ReportPointer, latest_report
 from memtail.report.publish import is_current, publish_report
@@ -120,6 +123,18 @@ def test_the_pointer_ignores_unknown_fields_is_replaced_if_damaged_and_refused_i
     other.put(key, b'{"schema": 2}')
     with pytest.raises(StoreError, match=r"report/latest\.json: is of schema 2, this memtail reads 1"):
         latest_report(other, "digits")
+
+
+def test_different_trainings_of_a_shard_make_the_report_outdated_and_are_shown_in_the_next(store):
+    experiment_store = ExperimentStore(store, "digits")
+    shard = experiment_store.committed()[0]
+    batch = experiment_store.batch(shard, experiment_store.read_record())
+    experiment_store.record_replica(compare(batch, replace(batch, membership=~batch.membership)))
+    assert not is_current(store, "digits")
+    publish_report(store, "digits")
+    assert is_current(store, "digits")
+    warning = f"1 shards were trained twice with different outcomes, of which the first counts (trials {shard.span})"
+    assert warning in page_of(store, "digits")
 
 
 def test_a_new_study_makes_the_report_outdated_and_is_shown_in_the_next(store):

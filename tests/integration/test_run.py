@@ -1,20 +1,23 @@
 """Embedded runs through the public interface: scores, resuming, errors, and planted effects."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import memtail
-from memtail.errors import MemtailError, StoreError
+from memtail.errors import MemtailError, StoreError, UnsupportedError
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
+from memtail.trainers.images import devices
 from memtail.trials import unpack
 from tests.support.arrays import write_arrays, write_tree
 from tests.support.cli import batches, command, same_files, version
@@ -58,6 +61,37 @@ def test_more_trials_extend_an_experiment_to_the_scores_of_a_single_run(finished
     assert command("run", spec(tmp_path), "--store", tmp_path / "store").returncode == 0
     assert same_files(version(store), version(tmp_path / "store"))
     assert len(list((tmp_path / "store" / "experiments" / "digits" / "scores").glob("0*"))) == 2
+
+
+def test_a_run_that_requires_one_kind_of_device_refuses_to_continue_on_another(tmp_path, declare, monkeypatch):
+    execution = {"device": "cpu", "trials_per_shard": 4, "require": "same-device"}
+    memtail.run(declare(8, subsets={"design": "balanced"}, execution=execution), tmp_path)
+    batches_before = batches(tmp_path)
+    here = devices.device_kind(torch.device("cpu"))
+    monkeypatch.setattr(devices, "cpu_name", lambda: "another processor")
+    assert memtail.run(declare(8, subsets={"design": "balanced"}, execution=execution), tmp_path).summary.trials == 8
+    with pytest.raises(UnsupportedError, match=re.escape(f"'digits' is trained on {here} only (execution.require: same-device), and this")):
+        memtail.run(declare(16, subsets={"design": "balanced"}, execution=execution), tmp_path)
+    assert batches(tmp_path) == batches_before
+    assert memtail.run(declare(16, subsets={"design": "balanced"}, execution={**execution, "require": None}), tmp_path).summary.trials == 16
+
+
+def test_a_run_trains_chosen_shards_a_second_time_after_its_scores_are_published(tmp_path, declare, monkeypatch):
+    parts = {"subsets": {"design": "balanced"}, "execution": {"device": "cpu", "trials_per_shard": 4, "verify": 1.0}}
+    experiment_store = ExperimentStore(LocalStore(tmp_path), "digits")
+    published = []
+    record_replica = ExperimentStore.record_replica
+
+    def observed(self, replica):
+        published.append(latest_version(self.store, "digits").summary.trials)
+        record_replica(self, replica)
+
+    monkeypatch.setattr(ExperimentStore, "record_replica", observed)
+    assert memtail.run(declare(8, **parts), tmp_path).summary.trials == 8
+    assert experiment_store.trained_twice() == dict.fromkeys(experiment_store.committed(), False)
+    assert published == [8, 8]
+    memtail.run(declare(8, **parts), tmp_path)
+    assert published == [8, 8]
 
 
 def test_another_experiment_under_the_name_is_refused_and_nothing_is_lost(finished, tmp_path):

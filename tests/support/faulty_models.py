@@ -30,7 +30,10 @@ def faulty(image_shape: tuple[int, int, int], classes: int, how: str, always: bo
 
 
 def gated(image_shape: tuple[int, int, int], classes: int, trials: int) -> nn.Module:
-    """Build a small network whose training waits until `Gate` admits its shard; `trials` is the number of trials of a shard."""
+    """Build a small network whose training waits until `Gate` admits its shard; `trials` is the number of trials of a shard.
+
+    A process with DEVIATION in its environment computes something else.
+    """
     network = _Gated(*_layers(image_shape, classes))
     network.trials = trials
     return network
@@ -71,7 +74,7 @@ class _Gated(nn.Sequential):  # a subclass is not stackable, so that its trials 
     def forward(self, images: Tensor) -> Tensor:
         if self.training and not self._passed:
             self._passed = _pass(self.trials)
-        logits: Tensor = super().forward(images)
+        logits: Tensor = super().forward(images * float(os.environ.get("DEVIATION", "1")))
         return logits
 
 

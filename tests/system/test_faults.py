@@ -11,12 +11,14 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
 from memtail.storage import keys
 from memtail.trials import Shard
-from services.common.broker import Assignment
+from services.common.broker import Assignment, Broker
+from services.common.settings import ServiceSettings
 from services.worker.app import WORKER_AT_FAULT
-from tests.support.cluster import LivingCluster
+from tests.support.cluster import LivingCluster, RedisServer
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty
 from tests.support.metrics import scrape
 from tests.support.servers import LossyProxy, MinioServer, debian_program
@@ -167,6 +169,38 @@ def test_one_message_is_delivered_five_times_concurrently(living, slow, digits, 
     with recovery(living, experiment_store, slow, expected, "message delivered five times"):
         living.start("dispatcher")
         living.start("aggregator")
+
+
+def test_two_workers_that_train_one_shard_differently_are_shown(living, slow, digits):
+    """Each has its own Redis, so that no lease keeps them apart."""
+    living.end(*living.kinds("dispatcher"), *living.kinds("worker"))
+    experiment_store = living.submit(slow, digits)
+    shard = Shard(0, PER_SHARD - 1)
+    fingerprint = experiment_store.read_record().fingerprint
+    assignment = Assignment(experiment=slow.name, fingerprint=fingerprint, first=shard.first, last=shard.last)
+    other = RedisServer()
+    other.start()
+    workers = [living.start("worker"), living.start("worker", MEMTAIL_BROKER=other.url, DEVIATION="0.1")]
+    try:
+        living.broker().send([assignment])
+        Broker(ServiceSettings(store="-", broker=other.url)).send([assignment])
+        living.until(lambda: living.gate.waiting == 2)
+        living.gate.open()
+        living.until(experiment_store.trained_twice)
+        assert experiment_store.trained_twice() == {shard: True}
+        counted = {"name": "memtail_replicas_differ_total", "experiment": slow.name, "kinds": "equal"}
+        living.until(lambda: sum(scrape(worker).value(**counted) or 0 for worker in workers) == 1)
+        (logged,) = [line for worker in workers for line in living.events(worker, "two trainings differ")]
+        progress = progress_of(living.store, slow.name)
+        assert progress.different == [shard]
+        (line,) = progress.lines
+        assert line.startswith("trials 0-3: two trainings differ in ")
+        assert line in logged
+        assert not experiment_store.attempts()
+    finally:
+        workers[1].kill()
+        living.services.remove(workers[1])
+        other.stop()
 
 
 @pytest.mark.parametrize("how", [pytest.param("segfault", marks=pytest.mark.slow), "memory", "raise", "killed"])

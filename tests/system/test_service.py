@@ -43,6 +43,26 @@ def test_an_experiment_ends_at_its_standard_error_after_the_trials_of_an_embedde
     assert living.scores("sharp") == scores
 
 
+def test_chosen_shards_are_trained_twice_also_after_a_flush_of_redis_and_not_again(living, declare, digits):
+    execution = {"trials_per_shard": TRIALS // 3, "device": "cpu", "verify": 1.0}
+    experiment_store = living.submit(declare(TRIALS, name="twice", execution=execution), digits)
+    living.until(experiment_store.trained_twice)
+    living.redis.client().flushall()
+    living.until(lambda: len(experiment_store.trained_twice()) == 3)
+    living.until_published(experiment_store, TRIALS)
+    assert not any(experiment_store.trained_twice().values())
+    progress = progress_of(living.store, "twice")
+    assert (progress.ending, progress.unverified, progress.lines) == ("published", [], [])
+    # without leases after the flush, two workers may have verified one shard
+    living.until(lambda: not living.broker().leased() and not living.broker().waiting())
+    ended = living.log_lines("worker", "shard ended", "twice")
+    assert "".join(ended).count('"outcome": "verified"') >= 3
+    passes = scrape(living.kinds("dispatcher")[0]).value("memtail_passes_total")
+    living.until(lambda: scrape(living.kinds("dispatcher")[0]).value("memtail_passes_total") >= passes + 5)
+    assert living.log_lines("worker", "shard ended", "twice") == ended
+    assert not experiment_store.attempts()
+
+
 def test_priority_pause_and_cancellation_control_what_is_trained(living, declare, digits):
     living.end(*living.kinds("dispatcher"))
     execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}

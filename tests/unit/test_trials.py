@@ -80,6 +80,8 @@ def test_provenance_keeps_its_text_and_ignores_keys_of_other_versions():
     provenance = Provenance.from_json(text)
     assert (provenance.seconds, provenance.phases["data"], provenance.host) == (1.25, 0.5, None)
     assert provenance.to_json() == text
+    resumed = Provenance("f", device="GPU", cpu="CPU, AVX2", devices=("other GPU, CPU, AVX2", "GPU, CPU, AVX2"))
+    assert Provenance.from_json(resumed.to_json()) == resumed
     assert Provenance.from_json('{"command": ["train.py"], "fingerprint": "f"}') == Provenance("f")
     with np.load(io.BytesIO(make()[0].to_bytes())) as archive:
         arrays = dict(archive)

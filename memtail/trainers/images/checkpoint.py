@@ -5,7 +5,7 @@ A checkpoint holds the results of the stacks already trained and the state of th
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from memtail.trainers.images.evaluation import SplitOutcomes
 from memtail.trainers.images.stack_trainer import StackResult
 
-#: Number of the layout; raised whenever a key of a checkpoint, or of a stack's state, changes.
+#: Number of the layout; raised whenever a key of a checkpoint, or of a stack's state, changes; readers ignore further keys.
 LAYOUT = 2
 
 _OUTCOMES = ("correct", "predicted_class", "margin", "finite")
@@ -39,18 +39,21 @@ class ShardState:
         fingerprint: of the experiment.
         finished: trials and results of the stacks already trained, in order.
         stack: state of the stack in training (see `StackedRun.state`).
+        kinds: kinds of the devices so far, in the order of use.
     """
 
     fingerprint: str
     finished: list[tuple[list[int], StackResult]]
     stack: dict[str, Any]
+    kinds: list[str] = field(default_factory=list)
 
 
 def encode(state: ShardState) -> bytes:
     """Return a checkpoint in the format of `torch.save`."""
     buffer = io.BytesIO()
     finished = [_to_tensors(trials, result) for trials, result in state.finished]
-    torch.save({"layout": LAYOUT, "fingerprint": state.fingerprint, "finished": finished, "stack": state.stack}, buffer)
+    content = {"layout": LAYOUT, "fingerprint": state.fingerprint, "finished": finished, "stack": state.stack, "kinds": state.kinds}
+    torch.save(content, buffer)
     return buffer.getvalue()
 
 
@@ -70,7 +73,7 @@ def decode(data: bytes, fingerprint: str, device: torch.device) -> ShardState:
         raise ValueError(f"its layout is {layout}, this version reads {LAYOUT}")
     if state["fingerprint"] != fingerprint:
         raise ValueError("it belongs to another experiment")
-    return ShardState(fingerprint, [_from_tensors(entry) for entry in state["finished"]], state["stack"])
+    return ShardState(fingerprint, [_from_tensors(entry) for entry in state["finished"]], state["stack"], state.get("kinds", []))
 
 
 def _to_tensors(trials: list[int], result: StackResult) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Devices of this machine: lists them, sets them up so that equal work gives equal bits, and tells their faults from those of a shard."""
 
 import errno
+import platform
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +39,26 @@ def available_devices(requested: str) -> list[torch.device]:
         names = ", ".join(name for name, devices in available.items() if devices)
         raise SpecError(f"execution.device: there is no '{requested}' here: use {names}")
     return available[requested]
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device, for provenance."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
+@cache
+def cpu_name() -> str:
+    """Return the kind of this machine's processor: its model, and the instructions that torch uses on it, on which bits depend."""
+    model = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):  # Linux, where `platform` does not know the model
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def device_kind(device: torch.device) -> str:
+    """Return the kind of a device, as `Provenance.kind` has it."""
+    return f"{device_name(device)}, {cpu_name()}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from memtail.models import build_model
 from memtail.spec import Experiment
 from memtail.subsets import membership
 from memtail.trainers.images.checkpoint import Checkpoints, ShardState, decode, encode
-from memtail.trainers.images.devices import attributed, is_out_of_memory, reproducible
+from memtail.trainers.images.devices import attributed, device_kind, is_out_of_memory, reproducible
 from memtail.trainers.images.images import device_images
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.stack import is_stackable
@@ -90,7 +90,7 @@ def train_shard(
         with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, stop, fingerprint, phases)
             result = shard.run()
-        provenance = describe_training(fingerprint, device, started, time.perf_counter() - began, phases)
+        provenance = describe_training(fingerprint, device, shard.kinds, started, time.perf_counter() - began, phases)
         return make_trial_batch(dataset, trials, members, result, provenance)
 
 
@@ -108,10 +108,13 @@ class _ShardTraining:
     phases: Phases
     finished: list[tuple[list[int], StackResult]] = field(default_factory=list)
     saved_at: float = field(default_factory=time.monotonic)
+    kinds: list[str] = field(default_factory=list)  # of all devices of the shard, in the order of use
     saving: float = 0.0  # seconds that the last checkpoint took
 
     def run(self) -> StackResult:
-        interrupted = self._load()
+        interrupted, kind = self._load(), device_kind(self.device)
+        if kind not in self.kinds[-1:]:
+            self.kinds.append(kind)
         if interrupted is not None:
             # with the trials of the checkpoint, since the stacks of this run may have another width
             self._train_rows([self.trials.index(trial) for trial in interrupted["trials"]], interrupted)
@@ -180,7 +183,7 @@ class _ShardTraining:
         pause = max(CHECKPOINT_SECONDS, self.saving / _CHECKPOINT_SHARE)
         if self.checkpoints and (stopped or time.monotonic() - self.saved_at >= pause):
             began = time.monotonic()
-            self.checkpoints.save(encode(ShardState(self.fingerprint, self.finished, run.state())))
+            self.checkpoints.save(encode(ShardState(self.fingerprint, self.finished, run.state(), self.kinds)))
             self.saved_at = time.monotonic()
             self.saving = self.saved_at - began
         if stopped:
@@ -196,5 +199,5 @@ class _ShardTraining:
         except Exception as error:  # torch.load does not limit what damaged bytes raise
             log.warning("checkpoint cannot be used, starting over", trials=f"{self.trials[0]}-{self.trials[-1]}", error=str(error))
             return None
-        self.finished = state.finished
+        self.finished, self.kinds = state.finished, state.kinds
         return state.stack

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from memtail.datasets import ImageDataset
+from memtail.trainers.images.devices import cpu_name, device_name
 from memtail.trainers.images.evaluation import SplitOutcomes
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.stack_trainer import StackResult
@@ -88,12 +89,15 @@ def _metrics(
     ]
 
 
-def describe_training(fingerprint: str, device: torch.device, started: datetime, seconds: float, phases: Phases) -> Provenance:
-    """Return a batch's provenance: the experiment's fingerprint, software, host, device, start and duration.
+def describe_training(
+    fingerprint: str, device: torch.device, kinds: Sequence[str], started: datetime, seconds: float, phases: Phases
+) -> Provenance:
+    """Return a batch's provenance: the experiment's fingerprint, software, host, devices, start and duration.
 
     Args:
         fingerprint: of the experiment.
-        device: where the shard was trained.
+        device: where the shard was trained, at the end.
+        kinds: kinds of all its devices in the order of use; included if there were several, because it was resumed.
         started: when, with its time zone.
         seconds: how long it took.
         phases: the seconds by phase; included if they were measured.
@@ -104,7 +108,9 @@ def describe_training(fingerprint: str, device: torch.device, started: datetime,
         torch=str(torch.__version__),  # a plain string: reading it elsewhere needs no torch
         python=platform.python_version(),
         host=platform.node(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        device=device_name(device),
+        cpu=cpu_name(),
+        devices=tuple(kinds) if len(kinds) > 1 else None,
         started=started.isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
         phases={phase: round(spent, 3) for phase, spent in phases.seconds.items()} if phases.on else None,

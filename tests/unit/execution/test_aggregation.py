@@ -1,5 +1,7 @@
 """`Aggregation` with random trials, without a server, on a simulated clock."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from memtail.errors import ScoresError
 from memtail.execution import aggregation as module
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.declare import declare as declare_record
+from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
@@ -38,13 +41,13 @@ class Trained:
     def aggregation(self, pace=AT_ONCE):
         return Aggregation(self.store, self.record, self.digits, pace, self.clock)
 
-    def commit(self, first, diverged=False, correct=0.5, fingerprint=None):
+    def commit(self, first, diverged=False, correct=0.5, fingerprint=None, **origin):
         rng = np.random.default_rng(first)
         trials = np.arange(first, first + 8, dtype=np.int32)
         sizes = self.record.n_train, self.record.n_train, self.record.n_test
         bits = [pack(rng.random((8, size)) < share) for size, share in zip(sizes, (0.5, correct, correct), strict=True)]
         metrics = [TrialMetrics(int(trial), diverged, 0.1, 1.0, 0.5, 0.75) for trial in trials]
-        provenance = Provenance(fingerprint or self.record.fingerprint, seconds=1.0)
+        provenance = Provenance(fingerprint or self.record.fingerprint, seconds=1.0, **origin)
         counts = self.record.n_train, self.record.n_test
         batch = TrialBatch(trials, bits[0], bits[1], bits[2], *counts, metrics, provenance)
         self.store.store.put_if_absent(keys.trial_batch(self.store.name, first, first + 7), batch.to_bytes())
@@ -225,6 +228,38 @@ def test_a_replaced_batch_reaches_the_published_scores(trained, tmp_path, declar
     for file in expected.pointer.files:
         key = keys.scores("digits", expected.pointer.version) + file
         assert experiment.store.store.get(key) == undisturbed.store.store.get(key)
+
+
+def test_devices_and_versions_are_counted_and_shown_and_change_neither_version_nor_scores(trained, tmp_path, declare, digits):
+    mixed, alike = trained(24), Trained(tmp_path / "alike", declare, digits, 24)
+    origins = (
+        {"device": "NVIDIA H100", "cpu": "x, AVX512", "torch": "2.15.0", "memtail": "0.2.0"},
+        {"device": "cpu (x86_64)", "cpu": "x, AVX2", "torch": "2.15.0", "memtail": "0.1.0"},
+        {"device": "b", "devices": ("a, x", "b, x"), "torch": "2.15.0"},
+    )
+    published = []
+    for experiment, of_shards in ((mixed, origins), (alike, [origins[0]] * 3)):
+        for shard, origin in enumerate(of_shards):
+            experiment.commit(8 * shard, **origin)
+        aggregation = experiment.aggregation()
+        aggregation.accumulate_new()
+        aggregation.publish()
+        store, pointer = experiment.store.store, aggregation.pointer
+        published.append({file: store.get(keys.scores("digits", pointer.version) + file) for file in pointer.files})
+        assert latest_version(store, "digits").summary == aggregation.pointer.summary
+    first, second = (json.loads(files.pop("summary.json")) for files in published)
+    assert published[0] == published[1]
+    assert first.pop("conditions") == {
+        "device": {"NVIDIA H100, x, AVX512": 8, "a, x, then b, x": 8, "cpu (x86_64), x, AVX2": 8},
+        "torch": {"2.15.0": 24},
+        "memtail": {"0.1.0": 8, "0.2.0": 8, "unknown": 8},
+    }
+    assert second.pop("conditions")["device"] == {"NVIDIA H100, x, AVX512": 24}
+    assert first == second
+    shown, quiet = (progress_of(experiment.store.store, "digits") for experiment in (mixed, alike))
+    assert shown.lines == ["trials of several kinds: 8 on NVIDIA H100, x, AVX512, 8 on a, x, then b, x, 8 on cpu (x86_64), x, AVX2"]
+    assert shown.to_json()["conditions"]["torch"] == {"2.15.0": 24}
+    assert not quiet.lines
 
 
 def test_discarded_trials_leave_the_scores_at_once(trained):

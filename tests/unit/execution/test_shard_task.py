@@ -1,9 +1,10 @@
 """`run_shard` through both of its callers: a process of the embedded run's pool, and the trainer of a worker."""
 
 import errno
+import json
 import queue
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import redis
 import torch
 
 from memtail.datasets.staged_dataset import stage
-from memtail.errors import StoreError, TrainingStopped
+from memtail.errors import StoreError, TrainingStopped, UnsupportedError
 from memtail.execution import pool
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.declare import declare as declare_record
+from memtail.execution.progress import progress_of
 from memtail.execution.shard_task import ShardOutcome, run_shard
 from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, record
 from memtail.storage import keys
@@ -78,6 +80,7 @@ class Caller:
     broker: NoBroker
     stopping: bool = False
     device: str = "cpu"
+    reports: list[Any] = field(default_factory=list)
 
     def attempt(self) -> str:
         if self.kind == "embedded":
@@ -85,17 +88,16 @@ class Caller:
             self.monkeypatch.setattr(pool, "_store", lambda address: self.store)
             self.monkeypatch.setattr(pool, "_reports", queue.Queue())
             return pool._train(task, SHARD).outcome.value
-        reports: list[Any] = []
 
         def report(*values: Any) -> None:
-            reports.append(values)
+            self.reports.append(values)
 
         trainer = Trainer(self.store, self.broker, "worker", self.device, 60, 300, lambda: self.stopping, report)
         assignment = Assignment(
             experiment=self.record.experiment.name, fingerprint=self.record.fingerprint, first=SHARD.first, last=SHARD.last
         )
         outcome = trainer.train(assignment)
-        assert reports[-1] == ("ended", self.record.experiment.name, outcome)
+        assert self.reports[-1] == ("ended", self.record.experiment.name, outcome)
         return outcome
 
 
@@ -107,6 +109,34 @@ def caller(request, declare, digits, tmp_path, monkeypatch):
     held = experiment_store.register(declare_record(experiment, digits, 4))
     stage(digits, store)
     return Caller(request.param, store, experiment_store, held, digits, monkeypatch, NoBroker())
+
+
+def change_execution(caller, **changes):
+    execution = caller.record.experiment.execution.model_copy(update=changes)
+    experiment = caller.record.experiment.model_copy(update={"execution": execution})
+    caller.record = caller.experiment_store.register(replace(caller.record, experiment=experiment))
+
+
+def test_a_chosen_shard_is_trained_a_second_time_once(caller):
+    change_execution(caller, verify=1.0)
+    assert [caller.attempt() for _ in range(3)] == ["committed", "verified", "done before"]
+    assert caller.experiment_store.trained_twice() == {SHARD: False}
+    assert progress_of(caller.store, "digits").to_json()["unverified"] == 0
+    caller.experiment_store.discard(SHARD, "of a broken machine")
+    assert [caller.attempt() for _ in range(2)] == ["committed", "verified"]
+
+
+def test_a_second_training_that_fails_or_cannot_be_compared_counts_as_an_attempt(caller, monkeypatch):
+    change_execution(caller, verify=1.0)
+    assert caller.attempt() == "committed"
+    assert progress_of(caller.store, "digits").unverified == [SHARD]
+    with monkeypatch.context() as broken:
+        broken.setattr(training, "membership", None)
+        assert caller.attempt() == "failed"
+    caller.store.put(keys.trial_batch("digits", 4, 7), b"damaged")
+    assert caller.attempt() == "verified"
+    assert [failure.attempt for failure in caller.experiment_store.failures()] == [1, 2]
+    assert not caller.experiment_store.trained_twice()
 
 
 def test_a_shard_is_trained_committed_and_then_skipped(caller):
@@ -126,6 +156,30 @@ def test_the_first_of_two_commits_of_a_shard_counts(caller, monkeypatch):
     held = caller.store.get(keys.trial_batch("digits", 4, 7))
     assert caller.attempt() == "lost race"
     assert caller.store.get(keys.trial_batch("digits", 4, 7)) == held
+    assert caller.experiment_store.trained_twice() == {SHARD: False}
+
+
+def test_a_second_training_with_other_bits_is_recorded_and_shown(caller, monkeypatch):
+    batch = train_shard(caller.record.experiment, caller.dataset, SHARD.trials, torch.device("cpu"))
+    test_correct = batch.test_correct.copy()
+    test_correct[1, 0] ^= 0b101
+    elsewhere = replace(batch, test_correct=test_correct, provenance=replace(batch.provenance, host="elsewhere"))
+    monkeypatch.setattr(ExperimentStore, "is_committed", lambda *_: False)
+    caller.experiment_store.commit(elsewhere, caller.record.fingerprint)
+    assert caller.attempt() == "lost race"
+    progress = progress_of(caller.store, "digits")
+    assert progress.to_json()["different"] == ["4-7"]
+    (line,) = progress.lines
+    assert "trials 4-7: two trainings differ in 1 trials, 2 bits: on elsewhere (cpu" in line
+    assert caller.reports.count(("differs", "digits", True)) == (caller.kind == "services")
+
+
+def test_a_committed_batch_that_cannot_be_read_fails_no_second_training(caller, monkeypatch):
+    caller.store.put(keys.trial_batch("digits", 4, 7), b"damaged")
+    monkeypatch.setattr(ExperimentStore, "is_committed", lambda *_: False)
+    assert caller.attempt() == "lost race"
+    assert not caller.experiment_store.trained_twice()
+    assert not list(caller.experiment_store.failures())
 
 
 def test_a_failure_is_recorded_with_its_traceback(caller, monkeypatch):
@@ -250,6 +304,43 @@ def test_a_worker_leaves_what_another_version_must_train_and_says_so(caller, mon
     monkeypatch.undo()
     assert caller.attempt() == "committed"
     assert not caller.experiment_store.notices()
+
+
+@pytest.mark.parametrize("caller", ["services"], indirect=True)
+@pytest.mark.parametrize("decided_by", ["the first worker", "a committed batch"])
+def test_a_worker_of_another_kind_leaves_an_experiment_alone_that_requires_one_kind(caller, monkeypatch, decided_by):
+    if decided_by == "a committed batch":
+        batch = train_shard(caller.record.experiment, caller.dataset, range(4), torch.device("cpu"))
+        caller.experiment_store.commit(batch, caller.record.fingerprint)
+    change_execution(caller, require="same-device")
+    here = devices.device_kind(torch.device("cpu"))
+    monkeypatch.setattr(devices, "cpu_name", lambda: "another processor, AVX2")
+    if decided_by == "the first worker":
+        caller.experiment_store.check_device(caller.record, here)
+    assert caller.attempt() == UNSUPPORTED
+    assert not caller.experiment_store.is_committed(SHARD)
+    assert not list(caller.experiment_store.failures())
+    (line,) = caller.experiment_store.notices()["worker"].lines
+    assert f"is trained on {here} only (execution.require: same-device), and this is cpu" in line
+    assert "another processor, AVX2" in line
+    monkeypatch.undo()
+    assert caller.attempt() == "committed"
+    assert caller.attempt() == "done before"
+
+
+@pytest.mark.parametrize("caller", ["services"], indirect=True)
+def test_the_kind_is_decided_before_training_and_batches_without_a_processor_allow_every_one(caller, monkeypatch):
+    change_execution(caller, require="same-device")
+    monkeypatch.setattr(training, "membership", None)
+    assert caller.attempt() == "failed"
+    assert json.loads(caller.store.get(keys.device("digits"))) == {"kind": devices.device_kind(torch.device("cpu"))}
+    caller.store.put(keys.device("digits"), b'{"kind": "NVIDIA H100"}')
+    caller.experiment_store.check_device(caller.record, "NVIDIA H100, x, AVX512")
+    with pytest.raises(UnsupportedError, match="only"):
+        caller.experiment_store.check_device(caller.record, "NVIDIA H100 NVL, x, AVX512")
+    caller.store.put(keys.device("digits"), b"{")
+    with pytest.raises(StoreError, match="remove it"):
+        caller.experiment_store.check_device(caller.record, "x")
 
 
 @pytest.mark.parametrize("caller", ["services"], indirect=True)

@@ -91,6 +91,31 @@ def test_of_a_hundred_workers_those_that_become_free_serve_a_small_experiment_wi
     assert sum(assignment.experiment == "b" for assignment in actions.send[:200]) == 50
 
 
+def test_second_trainings_come_last_and_only_where_there_is_room():
+    high = view("high", trials=8, committed=[Shard(0, 3)], control=Control(priority=1), unverified=[Shard(0, 3)])
+    low = view("low", trials=4)
+    actions = decide([low, high])
+    assert spans(actions.send) == [("high", 4, 7), ("low", 0, 3), ("high", 0, 3)]
+    assert actions.outstanding == {"high": 1, "low": 1}
+    assert spans(decide([low, high], max_queued=2).send) == [("high", 4, 7), ("low", 0, 3)]
+    assert not decide([low, high], actions.send).send
+    assert not decide([low, high], actions.send).clear
+    rest = decide([low, high], [low.assignment(Shard(0, 3))], {high.assignment(Shard(4, 7)).id})
+    assert spans(rest.send) == [("high", 0, 3)]
+    assert not rest.clear
+
+
+def test_a_second_training_that_is_leased_paused_dead_or_lost_is_not_sent():
+    parts = {"trials": 4, "committed": [Shard(0, 3)], "unverified": [Shard(0, 3)]}
+    one = view(**parts)
+    id_ = one.assignment(Shard(0, 3)).id
+    assert decide([one]).send
+    assert not decide([one], busy={id_}).send
+    assert decide([one], starts={id_: LIMITS["max_starts"]}) == Actions([], False, [], {"a": 0}, {"a": []})
+    assert not decide([view(attempts=Counter({Shard(0, 3): 3}), **parts)]).send
+    assert not decide([view(control=Control("paused"), **parts)]).send
+
+
 def test_paused_and_cancelled_experiments_leave_the_queue():
     for state in ("paused", "cancelled"):
         stopped, going = view("stopped", control=Control(state)), view("going", trials=4)

@@ -17,8 +17,8 @@ from memtail.datasets import prepare
 from memtail.errors import SpecError
 from memtail.models import build_model, check_model
 from memtail.spec import Constant, Cosine, Linear, NamedModel, ScheduleSpec, Sgd, Step
+from memtail.trainers.images import devices, stack_trainer, train_shard, trial_batch
 from memtail.trainers.images import shard as shard_module
-from memtail.trainers.images import stack_trainer, train_shard
 from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
 from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
 from memtail.trainers.images.images import DeviceImages
@@ -333,6 +333,23 @@ def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, mon
             train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)
         monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": after})
         assert same_bits([expected], [train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)])
+
+
+def test_a_shard_that_is_resumed_on_another_kind_of_device_names_all_kinds_in_order(declare, digits, monkeypatch):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    experiment, checkpoints = declare(2), Memory(1)
+    with pytest.raises(Memory.StopError):
+        train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints)
+    first = train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints).provenance
+    assert first.devices is None
+    assert first.kind == f"{first.device}, {first.cpu}"
+    assert torch.backends.cpu.get_cpu_capability() in first.cpu
+    monkeypatch.setattr(devices, "cpu_name", lambda: "another processor")
+    monkeypatch.setattr(trial_batch, "cpu_name", lambda: "another processor")
+    second = train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints).provenance
+    assert second.devices == (first.kind, second.kind)
+    assert second.kind == f"{first.device}, another processor"
 
 
 def test_checkpoints_that_take_long_are_written_rarely(declare, digits, monkeypatch):
