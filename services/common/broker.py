@@ -141,6 +141,8 @@ def celery_app(settings: ServiceSettings) -> Celery:
     app = Celery("memtail", broker=settings.broker, set_as_current=False)
     app.conf.update(
         accept_content=["json"],
+        # a full Redis that refuses a write must not end a worker
+        broker_channel_error_retry=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         # kombu's default for rediss:// URLs accepts any certificate

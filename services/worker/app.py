@@ -67,7 +67,7 @@ class Worker:
         self._reports = Reports()
         self._health = Heartbeat(HEARTBEAT_TIMEOUT)
         self._store: ObjectStore = open_store(settings.store, observe=partial(self._reports.send, "store"))
-        self._metrics = WorkerMetrics(len(devices), settings.linger_seconds, self._health, self._end_at_fault)
+        self._metrics = WorkerMetrics(devices, settings.linger_seconds, self._health, self._end_at_fault)
         self._trainer: Trainer  # in training processes only
         self._last_lost = ""  # id of the last Celery task whose process died
         register()

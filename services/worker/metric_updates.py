@@ -9,7 +9,8 @@ from memtail.execution.shard_task import ShardOutcome
 from services.common.experiment_series import ExperimentSeries
 from services.common.metrics import count_request
 from services.common.process import Heartbeat
-from services.worker import gpus, metrics
+from services.worker import metrics
+from services.worker.gpus import Gpus
 from services.worker.reports import Reports
 from services.worker.trainer import LEASED, LEFT, NOT_WANTED, UNSUPPORTED
 
@@ -36,13 +37,13 @@ class WorkerMetrics:
     """Updates the metrics of a worker.
 
     Args:
-        devices: number of devices.
+        devices: devices, with one training process each.
         linger: seconds after the last training of an experiment until its series are removed.
         health: health of the worker; it is not ready while the worker is at fault.
         end: ends the worker.
     """
 
-    def __init__(self, devices: int, linger: float, health: Heartbeat, end: Callable[[], None]) -> None:
+    def __init__(self, devices: list[str], linger: float, health: Heartbeat, end: Callable[[], None]) -> None:
         self._health, self._end, self._faults = health, end, 0
         of_experiments = (
             metrics.ATTEMPTS,
@@ -55,9 +56,9 @@ class WorkerMetrics:
         )
         self._series = ExperimentSeries(of_experiments, linger)
         self._training: Counter[str] = Counter()  # number of assignments in training, by experiment
-        metrics.DEVICES.set(devices)
+        metrics.DEVICES.set(len(devices))
         metrics.DEVICES_BUSY.set_function(lambda: len(state.active_requests))
-        gpus.register_gpu_metrics()
+        Gpus(devices).follow()
 
     def follow(self, reports: Reports) -> None:
         """Count the reports of training processes in a background thread."""

@@ -40,3 +40,29 @@ DEVICES_BUSY = Gauge("memtail_worker_devices_busy", "Devices of a worker that ar
 DEVICE_MEMORY = Gauge("memtail_device_memory_used_bytes", "Memory in use on a GPU, by all processes", ["device"])
 DEVICE_MEMORY_SIZE = Gauge("memtail_device_memory_size_bytes", "Memory of a GPU", ["device"])
 DEVICE_UTILIZATION = Gauge("memtail_device_utilization_ratio", "Share of the sampling period in which a GPU computed, 0 to 1", ["device"])
+DEVICE_UP = Gauge("memtail_device_up", "1 if NVML has read a GPU within the last minute, 0 if it is lost or its driver fails", ["device"])
+DEVICE_XIDS = Counter(
+    "memtail_device_xids_total",
+    "Errors of a GPU that the driver reported since the worker started, by NVIDIA's Xid number",
+    ["device", "xid"],
+)
+DEVICE_ECC_ERRORS = Gauge(
+    "memtail_device_uncorrected_ecc_errors",
+    "Uncorrected memory errors of a GPU since its last reset or its manufacture",
+    ["device", "since"],
+)
+DEVICE_REMAPPED = Gauge(
+    "memtail_device_remapped_rows",
+    "Remapped rows of a GPU's memory, or retired pages of an older GPU, by cause: corrected or uncorrected errors",
+    ["device", "cause"],
+)
+DEVICE_REMAPPING = Gauge(
+    "memtail_device_remapping",
+    "1 if a remapping of rows or a retirement of pages is in a state: pending until the GPU is reset, or failed",
+    ["device", "state"],
+)
+DEVICE_THROTTLED = Gauge(
+    "memtail_device_throttled",
+    "1 if a GPU's clocks are reduced by a reason: hw thermal, hw power brake, sw thermal or sw power cap",
+    ["device", "reason"],
+)

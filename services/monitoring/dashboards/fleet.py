@@ -1,4 +1,4 @@
-"""Dashboard of the workers: number, utilization, queue and failures."""
+"""Dashboard of the workers: number, utilization, health, queue and failures."""
 
 from grafana_foundation_sdk.builders import dashboard
 
@@ -158,5 +158,56 @@ def fleet() -> dashboard.Dashboard:
                 stacked=True,
             ),
         ],
+        "GPU health": [
+            time_series_panel(
+                "GPUs down",
+                "GPUs that the driver does not answer about: lost, or the driver fails. Their other metrics are missing meanwhile.",
+                "short",
+                ("1 - min by (instance, device) (memtail_device_up{NAMESPACE})", "{{instance}} {{device}}"),
+                maximum=1,
+            ),
+            time_series_panel(
+                "Xid errors",
+                "Errors that the driver reported, by NVIDIA's Xid number. 13, 31 and 43 are caused by a program, most others by the GPU.",
+                "short",
+                (
+                    f"sum by (instance, device, xid) {increase('memtail_device_xids_total{NAMESPACE}', '$__rate_interval')}",
+                    "{{instance}} {{device}}: {{xid}}",
+                ),
+                stacked=True,
+            ),
+            time_series_panel(
+                "Failed attempts by worker",
+                "Share of a worker's attempts in an hour that failed or whose process died. One worker far above the others has a fault.",
+                "percentunit",
+                (
+                    "sum by (instance) (rate(memtail_shard_attempts_total{EXPERIMENT, outcome=~'failed|died'}[1h]))"
+                    " / sum by (instance) (rate(memtail_shard_attempts_total{EXPERIMENT, outcome=~'committed|lost race|failed|died'}[1h]))",
+                    "{{instance}}",
+                ),
+                maximum=1,
+            ),
+            time_series_panel(
+                "Memory errors",
+                "Uncorrected errors since the last reset of a GPU, and remappings of rows that wait for a reset or failed.",
+                "short",
+                (
+                    'max by (instance, device) (memtail_device_uncorrected_ecc_errors{NAMESPACE, since="reset"}) > 0',
+                    "{{instance}} {{device}}: errors",
+                ),
+                (
+                    "max by (instance, device, state) (memtail_device_remapping{NAMESPACE}) > 0",
+                    "{{instance}} {{device}}: remapping {{state}}",
+                ),
+                width=12,
+            ),
+            time_series_panel(
+                "Throttling",
+                "GPUs whose clocks are reduced, by reason. At the power cap a GPU is busy; heat and the power brake are faults.",
+                "short",
+                ("sum by (reason) (memtail_device_throttled{NAMESPACE})", "{{reason}}"),
+                width=12,
+            ),
+        ],
     }
-    return build_dashboard("Fleet", "Workers: devices, queue, attempts, phases.", rows, experiments="many")
+    return build_dashboard("Fleet", "Workers: devices, health, queue, attempts, phases.", rows, experiments="many")

@@ -155,7 +155,7 @@ def test_a_shard_that_is_sent_again_counts_as_redelivered_unless_it_was_cleared(
 
 def test_the_second_fault_in_a_row_ends_a_worker_that_is_not_ready_after_the_first():
     health, ended = Heartbeat(60), []
-    metrics = worker.WorkerMetrics(1, 60, health, lambda: ended.append(True))
+    metrics = worker.WorkerMetrics(["cpu"], 60, health, lambda: ended.append(True))
     metrics.count_fault("the disk is full")
     assert health.fault == "the disk is full"
     metrics.count_trained("a", 1, True, 1, 1.0, {})
@@ -168,7 +168,7 @@ def test_the_second_fault_in_a_row_ends_a_worker_that_is_not_ready_after_the_fir
 
 def test_a_worker_exports_an_experiment_during_its_training_and_some_time_after():
     reports = Reports()
-    worker.WorkerMetrics(2, 0.2, Heartbeat(60), lambda: None).follow(reports)
+    worker.WorkerMetrics(["cpu", "cpu"], 0.2, Heartbeat(60), lambda: None).follow(reports)
     for experiment in ("goes on", "ends"):
         reports.send("taken", experiment, None)
         reports.send("taken", experiment, None)

@@ -26,9 +26,9 @@ FOREIGN = {
 
 
 def names(expr: str) -> set[str]:
-    """Find the series in an expression: words with an underscore, except labels, functions and a keyword."""
+    """Find the series in an expression: words with an underscore, except labels, functions and keywords."""
     bare = re.sub(r'"[^"]*"|\b(by|on|ignoring) \([^)]*\)', "", expr)
-    return set(re.findall(r"\b[a-z][\w:]*_[\w:]*\b(?! *\()", bare)) - {"group_left"}
+    return set(re.findall(r"\b[a-z][\w:]*_[\w:]*\b(?! *\()", bare)) - {"group_left", "group_right"}
 
 
 def test_rules_use_only_declared_recorded_and_known_foreign_series():
