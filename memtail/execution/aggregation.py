@@ -205,6 +205,6 @@ class Aggregation:
             return
         with bound_contextvars(shard=str(shard)):
             log.error("trial batch refused", reason=reason)
-        if not any(failure.shard == shard and failure.error == reason for failure in self._store.failures()):
+        if not any(failure.error == reason for failure in self._store.failures(shard)):
             self._store.record_failure(shard, reason)
         self.refused[shard] = reason

@@ -245,9 +245,10 @@ class ExperimentStore:
             self.store.delete(key)
         return len(records)
 
-    def failures(self) -> Iterator[Failure]:
-        """Read all failure records, by shard."""
-        for key in self.store.list(keys.failures(self.name)):
+    def failures(self, shard: Shard | None = None) -> Iterator[Failure]:
+        """Read the failure records of a shard, or of all shards, by shard."""
+        prefix = keys.failures(self.name) if shard is None else keys.failures_of(self.name, shard.first, shard.last)
+        for key in self.store.list(prefix):
             if span := keys.parse_span(key):
                 try:
                     content = json.loads(self.store.get(key))

@@ -173,6 +173,22 @@ def test_a_damaged_or_foreign_batch_is_refused_recorded_once_and_the_rest_goes_o
     assert aggregation.next_step() is Step.PUBLISH
 
 
+def test_the_requests_for_refused_batches_grow_with_their_number_only(trained, monkeypatch):
+    experiment = trained(240)
+    for first in range(0, 240, 8):
+        experiment.commit(first, fingerprint="f" * 64)
+    read = []
+    get = LocalStore.get
+    monkeypatch.setattr(LocalStore, "get", lambda store, key, limit=None: read.append(key) or get(store, key, limit))
+    for restart in range(2):
+        aggregation = experiment.aggregation()
+        read.clear()
+        aggregation.accumulate_new()
+        assert len(aggregation.refused) == 30
+        assert len(read) <= (1 + restart) * 30  # the batch, and after a restart its record
+    assert sum(experiment.store.attempts().values()) == 30
+
+
 def test_an_experiment_whose_trials_all_diverge_is_done_without_scores(trained):
     experiment = trained(8)
     experiment.commit(0, diverged=True)
