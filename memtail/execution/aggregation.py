@@ -5,9 +5,13 @@ up and publishes the same bits.
 """
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -21,12 +25,15 @@ from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.publish import publish
 from memtail.scores.summary import ScoreSummary
 from memtail.statistics import Statistics
-from memtail.trials import Shard
+from memtail.storage import ObjectNotFound
+from memtail.trials import Shard, TrialBatch
 
 log = structlog.get_logger()
 
 # Publishing takes a tenth of the time at most; only the last version of the scores does not wait.
 _PUBLISHING_REST = 9
+# Number of batches that are read at the same time, and held in memory: a bucket answers each request after some 20 ms.
+_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class Aggregation:
         dataset: its dataset.
         pace: the pace of publishing.
         clock: seconds of a monotonic clock.
+        progress: called after each piece of work while scores are published.
 
     Attributes:
         record: the record; the caller may replace it by a newer one of the same fingerprint.
@@ -85,11 +93,12 @@ class Aggregation:
         dataset: ImageDataset,
         pace: Pace,
         clock: Callable[[], float] = time.monotonic,
+        progress: Callable[[], object] = lambda: None,
     ) -> None:
         self.record, self.dataset = record, dataset
         self.statistics = Statistics(record.n_train, record.n_test)
         self.refused: dict[Shard, str] = {}
-        self._store, self._pace, self._clock = experiment_store, pace, clock
+        self._store, self._pace, self._clock, self._progress = experiment_store, pace, clock, progress
         self._tags: dict[Shard, str] = {}  # of the batches in the last listing
         self._accumulated: dict[Shard, str | None] = {}  # tags of the accumulated batches; None until the first listing after it
         self._refused_tags: dict[Shard, str | None] = {}
@@ -133,8 +142,7 @@ class Aggregation:
         changed = [shard for shard, tag in self._accumulated.items() if shard not in self._tags or self._tags[shard] != tag]
         if changed:
             log.warning("trial batches changed, starting over", first=str(changed[0]), changed=len(changed))
-            self.statistics = Statistics(self.record.n_train, self.record.n_test)
-            self._accumulated, self._published = {}, 0
+            self._start_over()
         for shard in [shard for shard, tag in self._refused_tags.items() if self._tags.get(shard) != tag]:
             del self._refused_tags[shard]
             self.refused.pop(shard, None)
@@ -152,19 +160,31 @@ class Aggregation:
             ObjectNotFound: the shard is not committed.
             StoreError: the store cannot be read.
         """
-        try:
-            self.statistics.accumulate(self._store.batch(shard, self.record))
-        except ForeignObjectError as error:
-            self._refuse(shard, str(error))
-            return False
-        self.refused.pop(shard, None)
-        self._accumulated[shard] = self._tags.get(shard)
-        return True
+        return self._accumulate(shard, partial(self._store.batch, shard, self.record))
+
+    def accumulate_each(self, shards: Sequence[Shard]) -> Generator[Shard, None, None]:
+        """Accumulate listed shards in order, and yield each when it is accumulated, refused, or has no batch any more.
+
+        A few batches are read ahead at the same time. Close the generator to stop early.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        ahead: deque[tuple[Shard, Future[TrialBatch]]] = deque()
+        with ThreadPoolExecutor(_READERS) as readers:
+            for number in range(len(shards) + _READERS):
+                if number < len(shards):
+                    ahead.append((shards[number], readers.submit(self._store.batch, shards[number], self.record)))
+                if number >= _READERS and ahead:
+                    shard, batch = ahead.popleft()
+                    with suppress(ObjectNotFound):  # removed since it was listed
+                        self._accumulate(shard, batch.result)
+                    yield shard
 
     def accumulate_new(self) -> None:
         """Accumulate everything the store holds and this aggregation does not. Raises: StoreError."""
-        for shard in self.new_shards():
-            self.accumulate(shard)
+        for _ in self.accumulate_each(self.new_shards()):
+            pass
 
     def next_step(self) -> Extend | Step:
         """Decide the next step. The last version of the scores is published immediately, earlier ones at the pace.
@@ -194,10 +214,29 @@ class Aggregation:
             StoreError: the store cannot be written.
         """
         with self._publishing.working():
-            summary = publish(self._store.store, self.record, self.statistics, self.dataset)
+            summary = publish(self._store.store, self.record, self.statistics, self.dataset, self._progress)
         self._published, self._published_at = self.trials, self._clock()
         self.pointer = latest_version(self._store.store, self._store.name)
         return summary
+
+    def _accumulate(self, shard: Shard, read: Callable[[], TrialBatch]) -> bool:
+        try:
+            batch = read()
+        except ForeignObjectError as error:
+            self._refuse(shard, str(error))
+            return False
+        try:
+            self.statistics.accumulate(batch)
+        except Exception:  # the batch may be counted in part
+            self._start_over()
+            raise
+        self.refused.pop(shard, None)
+        self._accumulated[shard] = self._tags.get(shard)
+        return True
+
+    def _start_over(self) -> None:
+        self.statistics = Statistics(self.record.n_train, self.record.n_test)
+        self._accumulated, self._published = {}, 0
 
     def _refuse(self, shard: Shard, reason: str) -> None:
         self._refused_tags[shard] = self._tags.get(shard)
