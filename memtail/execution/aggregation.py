@@ -1,9 +1,10 @@
 """Aggregation of one experiment: accumulate new trial batches, decide the next step, extend, publish.
 
 The embedded run and the aggregator of the services use the same class. All its state is made from the store: a new aggregation catches
-up and publishes the same bits.
+up and publishes the same bits. It begins with a snapshot of the statistics, if there is one whose batches are all still in the store.
 """
 
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
+from pathlib import Path
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -25,13 +27,16 @@ from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.publish import publish
 from memtail.scores.summary import ScoreSummary
 from memtail.statistics import Statistics
-from memtail.storage import ObjectNotFound
+from memtail.statistics.snapshot import Snapshot
+from memtail.storage import ObjectNotFound, keys
 from memtail.trials import Shard, TrialBatch
 
 log = structlog.get_logger()
 
 # Publishing takes a tenth of the time at most; only the last version of the scores does not wait.
 _PUBLISHING_REST = 9
+# Snapshots take a twentieth of the time at most, and are not worth a lower number of batches that a restart need not read.
+_SNAPSHOT_REST, _SNAPSHOT_BATCHES = 19, 64
 # Number of batches that are read at the same time, and held in memory: a bucket answers each request after some 20 ms.
 _READERS = 8
 
@@ -102,6 +107,8 @@ class Aggregation:
         self._tags: dict[Shard, str] = {}  # of the batches in the last listing
         self._accumulated: dict[Shard, str | None] = {}  # tags of the accumulated batches; None until the first listing after it
         self._refused_tags: dict[Shard, str | None] = {}
+        self._in_snapshot: int | None = None  # number of batches in the snapshot; None until it was looked for
+        self._saving = Throttle(_SNAPSHOT_REST, clock=clock)
         self._published = 0
         self._published_at = float("-inf") if pace.first_at_once else clock()
         self._publishing = Throttle(_PUBLISHING_REST, clock=clock)
@@ -130,12 +137,20 @@ class Aggregation:
     def new_shards(self) -> list[Shard]:
         """List the committed shards whose batches are neither accumulated nor refused.
 
-        If an accumulated batch was replaced or removed, the statistics start over, since a trial cannot be taken out of them.
+        The first call restores the snapshot. If an accumulated batch was replaced or removed, the statistics start over, since a trial
+        cannot be taken out of them.
 
         Raises:
             StoreError: the store cannot be read.
         """
+        # read before the listing, which then holds every batch of the snapshot that was not removed
+        snapshot = self._snapshot() if self._in_snapshot is None and not self._accumulated else None
         self._tags = self._store.committed_tags()
+        if snapshot is not None:
+            self.statistics, self._accumulated = snapshot.statistics, dict(snapshot.batches)
+            log.info("snapshot restored", trials=self.trials)
+        if self._in_snapshot is None:
+            self._in_snapshot = len(self._accumulated)
         for shard, tag in self._accumulated.items():
             if tag is None and shard in self._tags:
                 self._accumulated[shard] = self._tags[shard]
@@ -185,6 +200,23 @@ class Aggregation:
         """Accumulate everything the store holds and this aggregation does not. Raises: StoreError."""
         for _ in self.accumulate_each(self.new_shards()):
             pass
+
+    def save_snapshot(self) -> None:
+        """Save the statistics, if that is due, so that a new aggregation need not read the batches again.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        if len(self._accumulated) - (self._in_snapshot or 0) < _SNAPSHOT_BATCHES or not self._saving.due:
+            return
+        batches = {shard: tag for shard, tag in self._accumulated.items() if tag is not None}
+        if len(batches) < len(self._accumulated):  # not all are in the last listing, so they cannot be verified
+            return
+        with self._saving.working(), tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
+            path = Path(temporary, "snapshot.npz")
+            Snapshot(self.record.fingerprint, self.statistics, batches).write(path)
+            self._store.store.upload(keys.snapshot(self._store.name), path)
+        self._in_snapshot = len(batches)
 
     def next_step(self) -> Extend | Step:
         """Decide the next step. The last version of the scores is published immediately, earlier ones at the pace.
@@ -236,7 +268,25 @@ class Aggregation:
 
     def _start_over(self) -> None:
         self.statistics = Statistics(self.record.n_train, self.record.n_test)
-        self._accumulated, self._published = {}, 0
+        self._accumulated, self._published, self._in_snapshot = {}, 0, 0
+
+    def _snapshot(self) -> Snapshot | None:
+        """Read the snapshot; None if there is none, or it is of no use, so that the next one replaces it."""
+        key = keys.snapshot(self._store.name)
+        with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
+            path = Path(temporary, "snapshot.npz")
+            try:
+                self._store.store.download(key, path)
+                snapshot = Snapshot.read(path, self.record.n_train, self.record.n_test)
+            except ObjectNotFound:
+                return None
+            except ForeignObjectError as error:
+                log.warning("snapshot ignored", key=key, reason=str(error))
+                return None
+        if snapshot.fingerprint != self.record.fingerprint:
+            log.warning("snapshot ignored", key=key, reason="it is of another experiment")
+            return None
+        return snapshot
 
     def _refuse(self, shard: Shard, reason: str) -> None:
         self._refused_tags[shard] = self._tags.get(shard)

@@ -137,6 +137,7 @@ class Aggregator:
         self._accumulate(experiment, began + _TURN)
         self._advance(experiment)
         self._report(experiment)
+        experiment.aggregation.save_snapshot()
 
     def _accumulate(self, experiment: _Experiment, until: float) -> None:
         began = time.monotonic()
