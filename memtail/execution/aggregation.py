@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import DatasetLabels
 from memtail.errors import ForeignObjectError
 from memtail.execution.stopping import next_round
 from memtail.execution.throttle import Throttle
@@ -79,7 +79,7 @@ class Aggregation:
     Args:
         experiment_store: the experiment's objects.
         record: the experiment's record.
-        dataset: its dataset.
+        dataset: labels and names of its dataset.
         pace: the pace of publishing.
         clock: seconds of a monotonic clock.
         progress: called after each piece of work while scores are published.
@@ -95,7 +95,7 @@ class Aggregation:
         self,
         experiment_store: ExperimentStore,
         record: Record,
-        dataset: ImageDataset,
+        dataset: DatasetLabels,
         pace: Pace,
         clock: Callable[[], float] = time.monotonic,
         progress: Callable[[], object] = lambda: None,

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import DatasetLabels
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
 from memtail.estimators.binomial import share
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
@@ -41,7 +41,7 @@ def write_scores(
     name: str,
     fingerprint: str,
     statistics: Statistics,
-    dataset: ImageDataset,
+    dataset: DatasetLabels,
     progress: Callable[[], object] = lambda: None,
 ) -> ScoreSummary:
     """Write all files of a version into a folder, with memory for the statistics and one block of influences.
@@ -51,7 +51,7 @@ def write_scores(
         name: of the experiment.
         fingerprint: of the experiment.
         statistics: of its trials.
-        dataset: of the experiment.
+        dataset: labels and names of the experiment's dataset.
         progress: called after each piece of work.
 
     Returns:
@@ -139,7 +139,7 @@ def _accuracies(statistics: Statistics, attribute: str) -> list[float]:
     return [value for entry in counted if (value := getattr(entry, attribute)) is not None]
 
 
-def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: ImageDataset) -> None:
+def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: DatasetLabels) -> None:
     columns: dict[str, Any] = {
         "index": np.arange(dataset.n_train),
         "label": dataset.train_labels,
@@ -165,7 +165,7 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
 
 
 def _write_influence_matrix(
-    path: Path, packed: PackedTrials, mem: Memorization, dataset: ImageDataset, progress: Callable[[], object]
+    path: Path, packed: PackedTrials, mem: Memorization, dataset: DatasetLabels, progress: Callable[[], object]
 ) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
 

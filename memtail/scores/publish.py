@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import DatasetLabels
 from memtail.errors import ScoresError
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.files import write_scores
@@ -17,7 +17,7 @@ from memtail.storage import ObjectStore, keys
 
 
 def publish(
-    store: ObjectStore, record: Record, statistics: Statistics, dataset: ImageDataset, progress: Callable[[], object] = lambda: None
+    store: ObjectStore, record: Record, statistics: Statistics, dataset: DatasetLabels, progress: Callable[[], object] = lambda: None
 ) -> ScoreSummary:
     """Write the scores of all accumulated trials and point readers to them.
 
@@ -29,7 +29,7 @@ def publish(
         store: for the scores.
         record: of the experiment.
         statistics: of its trials.
-        dataset: of the experiment.
+        dataset: labels and names of the experiment's dataset.
         progress: called after each piece of work.
 
     Returns:

@@ -14,7 +14,7 @@ from contextvars import copy_context
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from memtail.datasets.staged_dataset import fetch
+from memtail.datasets.staged_dataset import fetch_labels
 from memtail.errors import MemtailError, UnreachableError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.progress import progress_of
@@ -152,8 +152,7 @@ class Aggregator:
                     break
 
     def _opened(self, experiment_store: ExperimentStore, record: Record) -> _Experiment:
-        settings = Settings()
-        dataset = fetch(self._store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit)
+        dataset = fetch_labels(self._store, record.canonical["dataset"]["fingerprint"], Settings().cache)
         return _Experiment(experiment_store, Aggregation(experiment_store, record, dataset, self._pace, progress=self._progress))
 
     def _advance(self, experiment: _Experiment) -> None:

@@ -1,11 +1,15 @@
 """`Aggregator` on a folder, without a server: turns, signs of life, and errors of one experiment."""
 
+import math
+
 import pytest
 
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import UnreachableError
+from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import ExperimentStore
+from memtail.scores.files import write_scores
 from memtail.scores.pointer import latest_version
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
@@ -31,6 +35,12 @@ class FaultyStore(LocalStore):
         if self.error and self.faulty in key:
             raise self.error
         return super().get(key, limit)
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch):
+    """Let each turn last until everything is accumulated, however slow the machine is."""
+    monkeypatch.setattr(module, "_TURN", math.inf)
 
 
 @pytest.fixture
@@ -64,6 +74,20 @@ def aggregator(store, monkeypatch):
 def trials(store, name):
     pointer = latest_version(store, name)
     return pointer.summary.accumulated_trials if pointer else 0
+
+
+def test_scores_need_no_images(store, submit, aggregator, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "cache"))
+    experiment_store = submit("labels", 2)
+    for split in ("train", "test"):
+        store.delete(keys.dataset(digits.fingerprint, f"{split}_images.npy"))
+    aggregator.catch_up()
+    pointer = latest_version(store, "labels")
+    whole = Aggregation(experiment_store, experiment_store.read_record(), digits, Pace(1, 1, first_at_once=True))
+    whole.accumulate_new()
+    write_scores(tmp_path, "labels", whole.record.fingerprint, whole.statistics, digits)
+    for file in pointer.files:
+        assert store.get(keys.scores("labels", pointer.version) + file) == (tmp_path / file).read_bytes()
 
 
 def test_a_large_experiment_does_not_delay_the_scores_of_a_small_one(store, submit, aggregator, monkeypatch):
