@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from filelock import FileLock
 
-from memtail.datasets.image_dataset import ImageDataset
+from memtail.datasets.image_dataset import DatasetLabels, ImageDataset
 from memtail.datasets.prepared import OnProgress, write_dataset
 from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
@@ -27,7 +27,7 @@ from memtail.errors import DatasetError
 from memtail.settings import Settings
 from memtail.spec import DatasetSpec
 
-__all__ = ["ImageDataset", "prepare"]
+__all__ = ["DatasetLabels", "ImageDataset", "prepare"]
 
 
 def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> ImageDataset:

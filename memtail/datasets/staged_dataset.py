@@ -12,12 +12,13 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memtail.datasets.folder_lock import locked
-from memtail.datasets.image_dataset import ImageDataset
+from memtail.datasets.image_dataset import DatasetLabels, ImageDataset
 from memtail.digests import file_digest
 from memtail.errors import DatasetError, ForeignObjectError
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
 _MANIFEST = "manifest.json"
+_WITHOUT_IMAGES = ("meta.json", "train_labels.npy", "test_labels.npy", "train_files.npy", "test_files.npy")
 _MOST_MANIFEST_BYTES = 1 << 16
 
 
@@ -77,25 +78,52 @@ def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None =
     folder = cache / "datasets" / fingerprint
     with locked(folder.parent):
         if not (folder / "meta.json").exists():
-            _download(store, fingerprint, folder, limit)
+            files = _staged_files(store, fingerprint)
+            size = sum(file.size for file in files.values())
+            if limit is not None:
+                _evict(folder.parent, limit - size, f"dataset {fingerprint[:8]}... has {size} bytes")
+            _download(store, fingerprint, files, folder, ImageDataset)
         os.utime(folder)
     return ImageDataset.open(folder)
 
 
-def _download(store: ObjectStore, fingerprint: str, folder: Path, limit: int | None) -> None:
+def fetch_labels(store: ObjectStore, fingerprint: str, cache: Path) -> DatasetLabels:
+    """Open the labels and names of a staged dataset, downloaded without the images unless the cache has them.
+
+    They have a folder of the cache to themselves, so that nobody waits while the images of a dataset are downloaded. The cache's limit does
+    not apply to them.
+
+    Args:
+        store: the store.
+        fingerprint: of the dataset.
+        cache: the folder of the cache.
+
+    Raises:
+        DatasetError: the dataset is not staged, or is damaged in the store; or the cache cannot be written.
+        StoreError: the store cannot be read.
+    """
+    folder = cache / "labels" / fingerprint
+    with locked(folder.parent):
+        if not (folder / "meta.json").exists():
+            files = {name: file for name, file in _staged_files(store, fingerprint).items() if name in _WITHOUT_IMAGES}
+            _download(store, fingerprint, files, folder, DatasetLabels)
+    return DatasetLabels.open(folder)
+
+
+def _staged_files(store: ObjectStore, fingerprint: str) -> dict[str, _File]:
     try:
         data = store.get(keys.dataset(fingerprint, _MANIFEST), limit=_MOST_MANIFEST_BYTES)
-        manifest = _Manifest.model_validate_json(data)
+        return dict(_Manifest.model_validate_json(data).files)
     except ObjectNotFound:
         raise DatasetError(f"dataset {fingerprint[:8]}... is not in {store.address}: memtail stage SPEC puts it there") from None
     except (ValidationError, ForeignObjectError):
         raise _damaged(store, fingerprint, "its manifest is damaged") from None
-    size = sum(file.size for file in manifest.files.values())
-    if limit is not None:
-        _evict(folder.parent, limit - size, f"dataset {fingerprint[:8]}... has {size} bytes")
+
+
+def _download(store: ObjectStore, fingerprint: str, files: dict[str, _File], folder: Path, kind: type[DatasetLabels]) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as temporary:
         unfinished = Path(temporary) / fingerprint
-        for name, file in manifest.files.items():
+        for name, file in files.items():
             try:
                 store.download(keys.dataset(fingerprint, name), unfinished / name)
             except ObjectNotFound:
@@ -103,7 +131,7 @@ def _download(store: ObjectStore, fingerprint: str, folder: Path, limit: int | N
             if file_digest(unfinished / name) != file.sha256:
                 raise _damaged(store, fingerprint, f"{name} is damaged")
         try:
-            actual = ImageDataset.open(unfinished).fingerprint
+            actual = kind.open(unfinished).fingerprint
         except (DatasetError, ValueError, KeyError, TypeError):
             raise _damaged(store, fingerprint, "its files make no dataset") from None
         if actual != fingerprint:

@@ -1,18 +1,24 @@
 """Aggregation of one experiment: accumulate new trial batches, decide the next step, extend, publish.
 
 The embedded run and the aggregator of the services use the same class. All its state is made from the store: a new aggregation catches
-up and publishes the same bits.
+up and publishes the same bits. It begins with a snapshot of the statistics, if there is one whose batches are all still in the store.
 """
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
+from pathlib import Path
 
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import DatasetLabels
 from memtail.errors import ForeignObjectError
 from memtail.execution.stopping import next_round
 from memtail.execution.throttle import Throttle
@@ -21,12 +27,18 @@ from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.publish import publish
 from memtail.scores.summary import ScoreSummary
 from memtail.statistics import Statistics
-from memtail.trials import Shard
+from memtail.statistics.snapshot import Snapshot
+from memtail.storage import ObjectNotFound, keys
+from memtail.trials import Shard, TrialBatch
 
 log = structlog.get_logger()
 
 # Publishing takes a tenth of the time at most; only the last version of the scores does not wait.
 _PUBLISHING_REST = 9
+# Snapshots take a twentieth of the time at most, and are not worth a lower number of batches that a restart need not read.
+_SNAPSHOT_REST, _SNAPSHOT_BATCHES = 19, 64
+# Number of batches that are read at the same time, and held in memory: a bucket answers each request after some 20 ms.
+_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -67,9 +79,10 @@ class Aggregation:
     Args:
         experiment_store: the experiment's objects.
         record: the experiment's record.
-        dataset: its dataset.
+        dataset: labels and names of its dataset.
         pace: the pace of publishing.
         clock: seconds of a monotonic clock.
+        progress: called after each piece of work while scores are published.
 
     Attributes:
         record: the record; the caller may replace it by a newer one of the same fingerprint.
@@ -82,17 +95,20 @@ class Aggregation:
         self,
         experiment_store: ExperimentStore,
         record: Record,
-        dataset: ImageDataset,
+        dataset: DatasetLabels,
         pace: Pace,
         clock: Callable[[], float] = time.monotonic,
+        progress: Callable[[], object] = lambda: None,
     ) -> None:
         self.record, self.dataset = record, dataset
         self.statistics = Statistics(record.n_train, record.n_test)
         self.refused: dict[Shard, str] = {}
-        self._store, self._pace, self._clock = experiment_store, pace, clock
+        self._store, self._pace, self._clock, self._progress = experiment_store, pace, clock, progress
         self._tags: dict[Shard, str] = {}  # of the batches in the last listing
         self._accumulated: dict[Shard, str | None] = {}  # tags of the accumulated batches; None until the first listing after it
         self._refused_tags: dict[Shard, str | None] = {}
+        self._in_snapshot: int | None = None  # number of batches in the snapshot; None until it was looked for
+        self._saving = Throttle(_SNAPSHOT_REST, clock=clock)
         self._published = 0
         self._published_at = float("-inf") if pace.first_at_once else clock()
         self._publishing = Throttle(_PUBLISHING_REST, clock=clock)
@@ -121,20 +137,27 @@ class Aggregation:
     def new_shards(self) -> list[Shard]:
         """List the committed shards whose batches are neither accumulated nor refused.
 
-        If an accumulated batch was replaced or removed, the statistics start over, since a trial cannot be taken out of them.
+        The first call restores the snapshot. If an accumulated batch was replaced or removed, the statistics start over, since a trial
+        cannot be taken out of them.
 
         Raises:
             StoreError: the store cannot be read.
         """
+        # read before the listing, which then holds every batch of the snapshot that was not removed
+        snapshot = self._snapshot() if self._in_snapshot is None and not self._accumulated else None
         self._tags = self._store.committed_tags()
+        if snapshot is not None:
+            self.statistics, self._accumulated = snapshot.statistics, dict(snapshot.batches)
+            log.info("snapshot restored", trials=self.trials)
+        if self._in_snapshot is None:
+            self._in_snapshot = len(self._accumulated)
         for shard, tag in self._accumulated.items():
             if tag is None and shard in self._tags:
                 self._accumulated[shard] = self._tags[shard]
         changed = [shard for shard, tag in self._accumulated.items() if shard not in self._tags or self._tags[shard] != tag]
         if changed:
             log.warning("trial batches changed, starting over", first=str(changed[0]), changed=len(changed))
-            self.statistics = Statistics(self.record.n_train, self.record.n_test)
-            self._accumulated, self._published = {}, 0
+            self._start_over()
         for shard in [shard for shard, tag in self._refused_tags.items() if self._tags.get(shard) != tag]:
             del self._refused_tags[shard]
             self.refused.pop(shard, None)
@@ -152,19 +175,48 @@ class Aggregation:
             ObjectNotFound: the shard is not committed.
             StoreError: the store cannot be read.
         """
-        try:
-            self.statistics.accumulate(self._store.batch(shard, self.record))
-        except ForeignObjectError as error:
-            self._refuse(shard, str(error))
-            return False
-        self.refused.pop(shard, None)
-        self._accumulated[shard] = self._tags.get(shard)
-        return True
+        return self._accumulate(shard, partial(self._store.batch, shard, self.record))
+
+    def accumulate_each(self, shards: Sequence[Shard]) -> Generator[Shard, None, None]:
+        """Accumulate listed shards in order, and yield each when it is accumulated, refused, or has no batch any more.
+
+        A few batches are read ahead at the same time. Close the generator to stop early.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        ahead: deque[tuple[Shard, Future[TrialBatch]]] = deque()
+        with ThreadPoolExecutor(_READERS) as readers:
+            for number in range(len(shards) + _READERS):
+                if number < len(shards):
+                    ahead.append((shards[number], readers.submit(self._store.batch, shards[number], self.record)))
+                if number >= _READERS and ahead:
+                    shard, batch = ahead.popleft()
+                    with suppress(ObjectNotFound):  # removed since it was listed
+                        self._accumulate(shard, batch.result)
+                    yield shard
 
     def accumulate_new(self) -> None:
         """Accumulate everything the store holds and this aggregation does not. Raises: StoreError."""
-        for shard in self.new_shards():
-            self.accumulate(shard)
+        for _ in self.accumulate_each(self.new_shards()):
+            pass
+
+    def save_snapshot(self) -> None:
+        """Save the statistics, if that is due, so that a new aggregation need not read the batches again.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        if len(self._accumulated) - (self._in_snapshot or 0) < _SNAPSHOT_BATCHES or not self._saving.due:
+            return
+        batches = {shard: tag for shard, tag in self._accumulated.items() if tag is not None}
+        if len(batches) < len(self._accumulated):  # not all are in the last listing, so they cannot be verified
+            return
+        with self._saving.working(), tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
+            path = Path(temporary, "snapshot.npz")
+            Snapshot(self.record.fingerprint, self.statistics, batches).write(path)
+            self._store.store.upload(keys.snapshot(self._store.name), path)
+        self._in_snapshot = len(batches)
 
     def next_step(self) -> Extend | Step:
         """Decide the next step. The last version of the scores is published immediately, earlier ones at the pace.
@@ -194,10 +246,47 @@ class Aggregation:
             StoreError: the store cannot be written.
         """
         with self._publishing.working():
-            summary = publish(self._store.store, self.record, self.statistics, self.dataset)
+            summary = publish(self._store.store, self.record, self.statistics, self.dataset, self._progress)
         self._published, self._published_at = self.trials, self._clock()
         self.pointer = latest_version(self._store.store, self._store.name)
         return summary
+
+    def _accumulate(self, shard: Shard, read: Callable[[], TrialBatch]) -> bool:
+        try:
+            batch = read()
+        except ForeignObjectError as error:
+            self._refuse(shard, str(error))
+            return False
+        try:
+            self.statistics.accumulate(batch)
+        except Exception:  # the batch may be counted in part
+            self._start_over()
+            raise
+        self.refused.pop(shard, None)
+        self._accumulated[shard] = self._tags.get(shard)
+        return True
+
+    def _start_over(self) -> None:
+        self.statistics = Statistics(self.record.n_train, self.record.n_test)
+        self._accumulated, self._published, self._in_snapshot = {}, 0, 0
+
+    def _snapshot(self) -> Snapshot | None:
+        """Read the snapshot; None if there is none, or it is of no use, so that the next one replaces it."""
+        key = keys.snapshot(self._store.name)
+        with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
+            path = Path(temporary, "snapshot.npz")
+            try:
+                self._store.store.download(key, path)
+                snapshot = Snapshot.read(path, self.record.n_train, self.record.n_test)
+            except ObjectNotFound:
+                return None
+            except ForeignObjectError as error:
+                log.warning("snapshot ignored", key=key, reason=str(error))
+                return None
+        if snapshot.fingerprint != self.record.fingerprint:
+            log.warning("snapshot ignored", key=key, reason="it is of another experiment")
+            return None
+        return snapshot
 
     def _refuse(self, shard: Shard, reason: str) -> None:
         self._refused_tags[shard] = self._tags.get(shard)
@@ -205,6 +294,6 @@ class Aggregation:
             return
         with bound_contextvars(shard=str(shard)):
             log.error("trial batch refused", reason=reason)
-        if not any(failure.shard == shard and failure.error == reason for failure in self._store.failures()):
+        if not any(failure.error == reason for failure in self._store.failures(shard)):
             self._store.record_failure(shard, reason)
         self.refused[shard] = reason

@@ -89,6 +89,7 @@ class RunState:
 
     Attributes:
         aggregation: the accumulated trials.
+        dataset: the experiment's dataset.
         devices: the devices it trains on.
         partial: trained part of each shard in training (0 to 1).
         failed: shards this run gave up, with their last error.
@@ -97,6 +98,7 @@ class RunState:
     """
 
     aggregation: Aggregation
+    dataset: ImageDataset
     devices: list[str]
     partial: dict[Shard, float] = field(default_factory=dict)
     failed: dict[Shard, str] = field(default_factory=dict)
@@ -107,11 +109,6 @@ class RunState:
     def record(self) -> Record:
         """The experiment's record."""
         return self.aggregation.record
-
-    @property
-    def dataset(self) -> ImageDataset:
-        """The experiment's dataset."""
-        return self.aggregation.dataset
 
     @property
     def statistics(self) -> Statistics:
@@ -171,7 +168,8 @@ def run(
     devices = available_devices(experiment.execution.device)
     record = experiment_store.register(declare(experiment, dataset, checked_shard_size(experiment, dataset, devices)))
     aggregation = Aggregation(experiment_store, record, dataset, Pace(float("inf"), PUBLISH_SECONDS, first_at_once=False))
-    return _Run(opened, experiment_store, RunState(aggregation, [str(device) for device in devices]), on_progress, profile).to_the_end()
+    state = RunState(aggregation, dataset, [str(device) for device in devices])
+    return _Run(opened, experiment_store, state, on_progress, profile).to_the_end()
 
 
 class _Run:

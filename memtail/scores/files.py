@@ -16,6 +16,7 @@ Equal statistics give equal bytes.
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import DatasetLabels
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
 from memtail.estimators.binomial import share
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
@@ -35,7 +36,14 @@ from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
 
 
-def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statistics, dataset: ImageDataset) -> ScoreSummary:
+def write_scores(
+    folder: Path,
+    name: str,
+    fingerprint: str,
+    statistics: Statistics,
+    dataset: DatasetLabels,
+    progress: Callable[[], object] = lambda: None,
+) -> ScoreSummary:
     """Write all files of a version into a folder, with memory for the statistics and one block of influences.
 
     Args:
@@ -43,7 +51,8 @@ def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statisti
         name: of the experiment.
         fingerprint: of the experiment.
         statistics: of its trials.
-        dataset: of the experiment.
+        dataset: labels and names of the experiment's dataset.
+        progress: called after each piece of work.
 
     Returns:
         The summary.
@@ -51,8 +60,9 @@ def write_scores(folder: Path, name: str, fingerprint: str, statistics: Statisti
     packed = statistics.packed()
     mem = memorization(statistics)
     pairs = high_influence_pairs(packed, mem, dataset.train_labels, dataset.test_labels)
+    progress()
     _write_memorization(folder, mem, statistics, dataset)
-    _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset)
+    _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
     _write_pairs(folder, pairs)
     np.savez(
         folder / STATISTICS,
@@ -130,7 +140,7 @@ def _accuracies(statistics: Statistics, attribute: str) -> list[float]:
     return [value for entry in counted if (value := getattr(entry, attribute)) is not None]
 
 
-def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: ImageDataset) -> None:
+def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: DatasetLabels) -> None:
     columns: dict[str, Any] = {
         "index": np.arange(dataset.n_train),
         "label": dataset.train_labels,
@@ -155,7 +165,9 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
     pyarrow.csv.write_csv(table, folder / MEMORIZATION_CSV)
 
 
-def _write_influence_matrix(path: Path, packed: PackedTrials, mem: Memorization, dataset: ImageDataset) -> None:
+def _write_influence_matrix(
+    path: Path, packed: PackedTrials, mem: Memorization, dataset: DatasetLabels, progress: Callable[[], object]
+) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name: str, array: npt.NDArray[Any]) -> None:
@@ -174,6 +186,7 @@ def _write_influence_matrix(path: Path, packed: PackedTrials, mem: Memorization,
                 np.lib.format.write_array_header_1_0(member, header)
                 for _, block in influence_blocks(packed, train, test):
                     member.write(block.value.astype("<f4").tobytes())
+                    progress()
 
 
 def _write_pairs(folder: Path, pairs: Pairs) -> None:

@@ -2,10 +2,11 @@
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import DatasetLabels
 from memtail.errors import ScoresError
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.files import write_scores
@@ -15,7 +16,9 @@ from memtail.statistics import Statistics
 from memtail.storage import ObjectStore, keys
 
 
-def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset: ImageDataset) -> ScoreSummary:
+def publish(
+    store: ObjectStore, record: Record, statistics: Statistics, dataset: DatasetLabels, progress: Callable[[], object] = lambda: None
+) -> ScoreSummary:
     """Write the scores of all accumulated trials and point readers to them.
 
     The name of the version is derived from the bits of the counted trials, so publishing equal trials twice writes one version, and a
@@ -26,7 +29,8 @@ def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset:
         store: for the scores.
         record: of the experiment.
         statistics: of its trials.
-        dataset: of the experiment.
+        dataset: labels and names of the experiment's dataset.
+        progress: called after each piece of work.
 
     Returns:
         The summary of the version.
@@ -45,10 +49,11 @@ def publish(store: ObjectStore, record: Record, statistics: Statistics, dataset:
         return current.summary
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
         folder = Path(temporary)
-        summary = write_scores(folder, name, record.fingerprint, statistics, dataset)
+        summary = write_scores(folder, name, record.fingerprint, statistics, dataset, progress)
         files = sorted(path.name for path in folder.iterdir())
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)
+            progress()
     when, discards = datetime.now(UTC).isoformat(timespec="seconds"), ExperimentStore(store, name).discards()
     pointer = ScorePointer(version, when, tuple(files), summary, discards)
     if current is not None and current.summary.fingerprint == record.fingerprint and current.order > pointer.order:

@@ -7,6 +7,7 @@ only zeros and does not count.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -143,6 +144,32 @@ class Statistics:
         self._train_correct: list[Words] = []
         self._test_correct: list[Words] = []
         self._counted: list[int] = []
+
+    @classmethod
+    def restored(
+        cls,
+        packed: PackedTrials,
+        metrics: Sequence[TrialMetrics],
+        misclassifications: Misclassifications | None,
+        margins: tuple[Counts, Counts] | None,
+    ) -> "Statistics":
+        """Return statistics that consist of these parts, whose arrays they take over.
+
+        Args:
+            packed: the bits.
+            metrics: of every accumulated trial.
+            misclassifications: `held_out_misclassifications`.
+            margins: `margin_in` and `margin_out`.
+        """
+        statistics = cls(packed.n_train, packed.n_test)
+        statistics.k_in, statistics.correct_in, statistics.correct = packed.k_in, packed.correct_in, packed.correct
+        statistics.metrics = {entry.trial: entry for entry in metrics}
+        statistics.diverged = sum(entry.diverged for entry in metrics)
+        statistics.margin_in, statistics.margin_out = margins or (None, None)
+        statistics.held_out_misclassifications = misclassifications
+        statistics._membership, statistics._train_correct = list(packed.membership), list(packed.train_correct)
+        statistics._test_correct, statistics._counted = list(packed.test_correct), packed.counted.tolist()
+        return statistics
 
     @property
     def trials(self) -> int:

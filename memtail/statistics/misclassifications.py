@@ -10,11 +10,15 @@ _BUFFERED = 1 << 16
 
 
 class Misclassifications:
-    """Counts that do not depend on the order of additions."""
+    """Counts that do not depend on the order of additions.
 
-    def __init__(self) -> None:
-        self._keys = np.empty(0, np.int64)
-        self._counts = np.empty(0, np.int32)
+    Args:
+        keys, counts: earlier counts, from `merged`; none by default.
+    """
+
+    def __init__(self, keys: npt.NDArray[np.int64] | None = None, counts: npt.NDArray[np.int32] | None = None) -> None:
+        self._keys = np.empty(0, np.int64) if keys is None else keys
+        self._counts = np.empty(0, np.int32) if counts is None else counts
         self._buffer: list[npt.NDArray[np.int64]] = []
         self._buffered = 0
 
@@ -29,6 +33,11 @@ class Misclassifications:
         self._buffered += len(examples)
         if self._buffered > max(_BUFFERED, len(self._keys) // 2):
             self._merge()
+
+    def merged(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Return all counts as arrays: int64 keys, example x 2^16 + predicted class, ascending, and int32 counts."""
+        self._merge()
+        return self._keys, self._counts
 
     def most_frequent(self, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Find the most frequent predicted class of each of n examples; of equally frequent ones, the smallest.
@@ -57,4 +66,4 @@ class Misclassifications:
         keys = keys[order]
         first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
         self._keys = keys[first]
-        self._counts = np.add.reduceat(np.concatenate([self._counts, counts.astype(np.int32)])[order], first)
+        self._counts = np.add.reduceat(np.concatenate([self._counts, counts.astype(np.int32)])[order], first, dtype=np.int32)

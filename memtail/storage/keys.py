@@ -120,6 +120,11 @@ def failure(name: str, first: int, last: int, attempt: int) -> str:
     return f"{failures_of(name, first, last)}{attempt}.json"
 
 
+def snapshot(name: str) -> str:
+    """Return the key of the snapshot of an experiment's statistics."""
+    return f"experiments/{name}/statistics/snapshot.npz"
+
+
 def scores(name: str, version: str) -> str:
     """Return the prefix of one published version of the scores."""
     return f"{all_scores(name)}{version}/"

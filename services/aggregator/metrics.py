@@ -32,7 +32,15 @@ PAIRS = Gauge("memtail_high_influence_pairs", "High-influence pairs in the publi
 PUBLISHED = Gauge("memtail_scores_published_timestamp_seconds", "Time of the last publication of scores, as Unix time", ["experiment"])
 PUBLISHED_TRIALS = Gauge("memtail_scores_published_trials", "Trials in the published scores, including diverged trials", ["experiment"])
 REFUSED = Gauge("memtail_batches_refused", "Trial batches that were refused: damaged, or of another experiment", ["experiment"])
-ACCUMULATE_SECONDS = Histogram("memtail_fold_seconds", "Duration of reading and accumulating a trial batch", buckets=LONG_BUCKETS)
+PASSED_OVER = Counter(
+    "memtail_experiments_passed_over_total",
+    "Turns of an experiment that ended with an error; the log line `experiment passed over` names the experiment and the error",
+)
+ACCUMULATE_SECONDS = Histogram(
+    "memtail_fold_seconds",
+    "Duration of reading and accumulating a trial batch, of which several are read at the same time",
+    buckets=LONG_BUCKETS,
+)
 PUBLISH_SECONDS = Histogram("memtail_publish_seconds", "Duration of writing and publishing a version of the scores", buckets=LONG_BUCKETS)
 REPORT_SECONDS = Histogram("memtail_report_seconds", "Duration of rendering and publishing a report", buckets=LONG_BUCKETS)
 REPORT_FAILURES = Counter("memtail_report_failures_total", "Reports that failed to render or publish")

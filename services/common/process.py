@@ -94,7 +94,7 @@ def repeat(run_pass: Callable[[], object], seconds: float, heartbeat: Callable[[
 
 
 class Heartbeat:
-    """Liveness and readiness of a service, by the time of the last pass of its main loop.
+    """Liveness and readiness of a service, by the last progress of its main loop.
 
     Args:
         timeout: seconds without a heartbeat after which the service counts as dead.
@@ -111,6 +111,10 @@ class Heartbeat:
     def record(self) -> None:
         """Record the end of a pass."""
         self._last, self.ready = time.monotonic(), True
+
+    def progress(self) -> None:
+        """Record progress within a pass."""
+        self._last = time.monotonic()
 
     @property
     def alive(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import DatasetLabels
 from memtail.estimators import Memorization, high_influence_pairs, influence, top_influencers
 from memtail.scores.files import write_scores
 from memtail.scores.reader import largest
@@ -146,11 +146,8 @@ def imagenet() -> list[Row]:
         bits = [pack(each[None]) for each in (members, np.where(memorized, members, correct), rng.random(q, np.float32) < 0.75)]
         return TrialBatch(np.array([trial], np.int32), bits[0], bits[1], bits[2], n, q, [TrialMetrics(trial, False, 0.0, 1.0, 1.0, 1.0)])
 
-    def images(count: int) -> np.ndarray:
-        return np.broadcast_to(np.uint8(0), (count, 1, 1, 3))
-
     labels, names = (np.arange(n) % classes, np.arange(q) % classes), tuple(map(str, range(classes)))
-    dataset = ImageDataset(Path(), "", names, (0.0,), (1.0,), images(n), labels[0], images(q), labels[1], None, None)
+    dataset = DatasetLabels(Path(), "", names, labels[0], labels[1], None, None)
     statistics = Statistics(n, q)
     folds = []
     for trial in range(trials):

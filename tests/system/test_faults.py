@@ -18,6 +18,7 @@ from memtail.trials import Shard
 from services.common.broker import Assignment, Broker
 from services.common.settings import ServiceSettings
 from services.worker.app import WORKER_AT_FAULT
+from tests.support.batches import commit
 from tests.support.cluster import LivingCluster, RedisServer
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty
 from tests.support.metrics import scrape
@@ -390,3 +391,28 @@ def test_a_worker_with_a_wrong_clock_ends_and_names_the_fix(living, slow, digits
         assert "Traceback" not in off.log.read_text()
         living.start("worker")
     assert not experiment_store.attempts()
+
+
+def test_the_aggregator_is_killed_after_many_batches_and_reads_only_the_new_ones(cluster, declare, digits):
+    experiment = declare(100, name="many", execution={"trials_per_shard": 1, "device": "cpu"})
+    experiment_store = cluster.submit(experiment, digits)
+    shards = [Shard(trial, trial) for trial in range(100)]
+    commit(experiment_store, *shards[:90])
+    aggregator = cluster.start("aggregator")
+    cluster.until(lambda: cluster.store.exists(keys.snapshot("many")))
+    aggregator.kill()
+    commit(experiment_store, *shards[90:])
+    aggregator.start()
+    cluster.until_published(experiment_store, 100)
+    read = scrape(aggregator).value("memtail_fold_seconds_count")
+    assert 10 <= read <= 36  # at least 64 batches are in the snapshot
+    restarted = cluster.scores("many")
+
+    aggregator.kill()
+    cluster.store.delete(keys.snapshot("many"))
+    for key in list(cluster.store.list(keys.all_scores("many"))):
+        cluster.store.delete(key)
+    aggregator.start()
+    cluster.until_published(experiment_store, 100)
+    assert scrape(aggregator).value("memtail_fold_seconds_count") == 100
+    assert cluster.scores("many") == restarted

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from memtail import datasets
-from memtail.datasets.staged_dataset import fetch, stage
+from memtail.datasets.folder_lock import locked
+from memtail.datasets.staged_dataset import fetch, fetch_labels, stage
 from memtail.errors import DatasetError
 from memtail.spec import DatasetSpec
 from memtail.storage import keys
@@ -75,6 +76,33 @@ def test_a_staged_dataset_is_fetched_unchanged_and_once(tmp_path, store, cache):
     fetch(store, dataset.fingerprint, cache)
     assert store.downloads == before
     assert not list((cache / "datasets").glob(".unfinished-*"))
+
+
+def test_labels_and_names_are_fetched_without_images_also_while_images_are_fetched(tmp_path, store, cache):
+    dataset = prepare(tmp_path)
+    stage(dataset, store)
+    with locked(cache / "datasets"):
+        labels = fetch_labels(store, dataset.fingerprint, cache)
+    assert "images" not in (store.root / "downloads").read_text()
+    np.testing.assert_array_equal(labels.train_labels, dataset.train_labels)
+    np.testing.assert_array_equal(labels.test_labels, dataset.test_labels)
+    assert (labels.classes, labels.fingerprint, labels.n_train, labels.n_test) == (dataset.classes, dataset.fingerprint, 40, dataset.n_test)
+    before = store.downloads
+    fetch_labels(store, dataset.fingerprint, cache)
+    assert store.downloads == before
+    assert fetch(store, dataset.fingerprint, cache).n_train == 40
+
+
+def test_damaged_labels_are_refused(tmp_path, store, cache):
+    dataset = prepare(tmp_path)
+    stage(dataset, store)
+    key = keys.dataset(dataset.fingerprint, "train_labels.npy")
+    store.put(key, store.get(key)[:-1] + b"x")
+    with pytest.raises(DatasetError, match=r"train_labels\.npy is damaged"):
+        fetch_labels(store, dataset.fingerprint, cache)
+    store.delete(key)
+    with pytest.raises(DatasetError, match=r"train_labels\.npy is missing"):
+        fetch_labels(store, dataset.fingerprint, cache)
 
 
 def test_interrupted_staging_is_not_taken_for_complete(tmp_path, store, cache):

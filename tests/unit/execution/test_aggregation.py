@@ -1,6 +1,7 @@
 """`Aggregation` with random trials, without a server, on a simulated clock."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -174,6 +175,56 @@ def test_a_damaged_or_foreign_batch_is_refused_recorded_once_and_the_rest_goes_o
     aggregation.accumulate_new()
     assert not aggregation.refused
     assert aggregation.next_step() is Step.PUBLISH
+
+
+def test_the_requests_for_refused_batches_grow_with_their_number_only(trained, monkeypatch):
+    experiment = trained(240)
+    for first in range(0, 240, 8):
+        experiment.commit(first, fingerprint="f" * 64)
+    read = []
+    get = LocalStore.get
+    monkeypatch.setattr(LocalStore, "get", lambda store, key, limit=None: read.append(key) or get(store, key, limit))
+    for restart in range(2):
+        aggregation = experiment.aggregation()
+        read.clear()
+        aggregation.accumulate_new()
+        assert len(aggregation.refused) == 30
+        assert len(read) <= (1 + restart) * 30  # the batch, and after a restart its record
+    assert sum(experiment.store.attempts().values()) == 30
+
+
+def test_batches_are_read_at_the_same_time_but_only_a_few_ahead(trained, monkeypatch):
+    experiment = trained(320)
+    for first in range(0, 320, 8):
+        experiment.commit(first)
+    aggregation = experiment.aggregation()
+    together, read = threading.Barrier(module._READERS, timeout=60), []
+    get = LocalStore.get
+
+    def read_together(store, key, limit=None):
+        read.append(key)
+        together.wait()
+        return get(store, key, limit)
+
+    shards = aggregation.new_shards()
+    monkeypatch.setattr(LocalStore, "get", read_together)
+    done = []
+    for shard in aggregation.accumulate_each(shards):
+        done.append(shard)
+        assert len(read) - len(done) <= module._READERS
+    assert done == shards
+    assert aggregation.trials == 320
+
+
+def test_a_batch_that_is_removed_after_the_listing_is_skipped(trained):
+    experiment = trained(16)
+    for first in (0, 8):
+        experiment.commit(first)
+    aggregation = experiment.aggregation()
+    shards = aggregation.new_shards()
+    experiment.store.discard(Shard(0, 7), "damaged")
+    assert list(aggregation.accumulate_each(shards)) == shards
+    assert aggregation.trials == 8
 
 
 def test_an_experiment_whose_trials_all_diverge_is_done_without_scores(trained):

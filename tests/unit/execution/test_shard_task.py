@@ -62,6 +62,9 @@ class NoBroker:
             raise redis.ConnectionError("no broker")
         return self.held
 
+    def workers(self) -> list[Any]:
+        raise redis.ConnectionError("no broker")
+
     def release(self, *_: Any) -> None: ...
 
     def renew(self, *_: Any) -> None: ...
