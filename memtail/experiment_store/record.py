@@ -6,6 +6,8 @@ from importlib.metadata import version
 from typing import Any
 
 from memtail.errors import SpecError, StoreError, UnsupportedError
+from memtail.spec.base import Part
+from memtail.spec.cluster import WorkersSpec
 from memtail.spec.errors import differences
 from memtail.spec.experiment import RECIPE_VERSION, ExecutionSpec, Experiment
 from memtail.trials import Shard
@@ -86,7 +88,9 @@ class Record:
             if (schema := content.pop("schema")) != SCHEMA:
                 raise UnsupportedError(f"{source}: has schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             declared = content.pop("experiment")
-            declared["execution"] = {key: value for key, value in declared["execution"].items() if key in ExecutionSpec.model_fields}
+            declared["execution"] = execution = _known(declared["execution"], ExecutionSpec)
+            if execution.get("workers"):
+                execution["workers"] = _known(execution["workers"], WorkersSpec)
             known = {field.name: content[field.name] for field in fields(cls) if field.name != "experiment"}
             return cls(experiment=Experiment.parse(declared, source=source), **known)
         except SpecError as error:
@@ -95,3 +99,7 @@ class Record:
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{source}: is corrupt ({error}): restore it, or remove the experiment") from None
+
+
+def _known(values: dict[str, Any], part: type[Part]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in part.model_fields}
