@@ -29,11 +29,12 @@ SENT_HEADER = "memtail_sent"
 #: Exceptions raised while decoding a malformed queue entry.
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
-_PREFIX = "memtail:"
-_LEASE = f"{_PREFIX}lease:"
+#: Prefix of all keys. Its number is raised when earlier workers must not receive the messages: those of 0.1.0 read `memtail:`.
+PREFIX = "memtail2:"
+_LEASE = f"{PREFIX}lease:"
 _QUEUE = "shards"
-_STARTS = f"{_PREFIX}starts"
-_LEADER = f"{_PREFIX}leader"
+_STARTS = f"{PREFIX}starts"
+_LEADER = f"{PREFIX}leader"
 
 # Acquires a lease and counts an unfinished start of the shard. A lost worker never releases its lease, so its start stays counted.
 _ACQUIRE = """
@@ -120,7 +121,7 @@ def celery_app(settings: ServiceSettings) -> Celery:
         # kombu's default for rediss:// URLs accepts any certificate
         broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED} if settings.broker.startswith("rediss:") else None,
         broker_transport_options={
-            "global_keyprefix": _PREFIX,
+            "global_keyprefix": PREFIX,
             # Redis redelivers unacknowledged messages after this timeout; longer than any shard, because the dispatcher resends earlier
             "visibility_timeout": settings.shard_seconds + 3600,
             "socket_connect_timeout": 5,
@@ -188,7 +189,7 @@ class Broker:
 
     def queued(self, queue: str) -> Iterator[Assignment]:
         """Iterate over a queue's assignments that no worker has taken yet; malformed entries are skipped."""
-        for message in self.redis.lrange(_PREFIX + queue, 0, -1):
+        for message in self.redis.lrange(PREFIX + queue, 0, -1):
             try:
                 yield decode_assignment(message)
             except MALFORMED:
@@ -196,7 +197,7 @@ class Broker:
 
     def waiting(self) -> int:
         """Count the messages in the queue of the settings' experiment, or in the shared queue."""
-        return int(self.redis.llen(_PREFIX + queue_name(self._settings)))
+        return int(self.redis.llen(PREFIX + queue_name(self._settings)))
 
     def load(self) -> BrokerLoad:
         """Measure the load of Redis."""
@@ -204,17 +205,17 @@ class Broker:
         for section in ("memory", "clients"):
             pipeline.info(section)
         for queue in self.queues():
-            pipeline.llen(_PREFIX + queue)
+            pipeline.llen(PREFIX + queue)
         memory, clients, *lengths = pipeline.execute()
         return BrokerLoad(sum(lengths), memory["used_memory"], clients["connected_clients"])
 
     def clear(self, queue: str) -> None:
         """Remove all messages from a queue."""
-        self.redis.delete(_PREFIX + queue)
+        self.redis.delete(PREFIX + queue)
 
     def queues(self) -> set[str]:
         """Return the names of all queues that are not empty."""
-        return {str(name).removeprefix(_PREFIX) for name in self.redis.scan_iter(match=f"{_PREFIX}{_QUEUE}*", count=1000)}
+        return {str(name).removeprefix(PREFIX) for name in self.redis.scan_iter(match=f"{PREFIX}{_QUEUE}*", count=1000)}
 
     def acquire(self, assignment: Assignment, holder: str) -> bool:
         """Lease a shard to `holder` and count the start; False if another holder has the lease."""

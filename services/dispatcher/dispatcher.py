@@ -12,8 +12,8 @@ import structlog
 from kombu.exceptions import OperationalError
 from structlog.contextvars import bound_contextvars
 
-from memtail.errors import MemtailError
-from memtail.experiment_store import ExperimentStore, experiment_names
+from memtail.errors import MemtailError, UnsupportedError
+from memtail.experiment_store import ExperimentStore, Notice, Record, experiment_names
 from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
 from memtail.storage import ObjectStore
@@ -36,6 +36,8 @@ _TRANSIT_SHARE = 0.25
 _LISTING_CHUNK = 5000
 # Single batches looked up per pass. When more shards end at once, as after a flush of Redis, all batches are listed instead.
 _MAX_LOOKUPS = 500
+# Source of the dispatcher's notices.
+_NOTICE = "dispatcher"
 
 
 class Dispatcher:
@@ -164,6 +166,8 @@ class _TrackedExperiment:
         self._committed: set[Shard] = set()  # shards seen by the last listing, or since
         self.view = View(name, "", ())
         self._workers: WorkersSpec | None = None
+        self._notice: Notice | None = None  # the dispatcher's, once it was read
+        self._notice_read = False
 
     def refresh(self, resync_seconds: float, ended: set[str]) -> None:
         """Read the declaration, the control object, the failures and the committed batches.
@@ -171,11 +175,12 @@ class _TrackedExperiment:
         Batches are listed every `resync_seconds`: completely in the first pass, later in chunks. Between listings only the batches of
         the assignments in `ended` are looked up.
         """
-        record, control, attempts = (
-            self._experiment_store.read_record(),
-            self._experiment_store.control(),
-            self._experiment_store.attempts(),
-        )
+        try:
+            record = self._experiment_store.read_record()
+        except UnsupportedError as error:
+            self._give_notice(str(error))
+            raise
+        control, attempts = self._experiment_store.control(), self._experiment_store.attempts()
         trials = record.experiment.subsets.trials
         ended_shards = [shard for name, shard in filter(None, map(parse_id, ended)) if name == self.name]
         if len(ended_shards) > _MAX_LOOKUPS:
@@ -197,8 +202,28 @@ class _TrackedExperiment:
                 self._listing, self._listed_at, self._trials = None, time.monotonic(), trials
         if not self._missing and self._settled_trials != self._trials and self._is_settled():
             self._settled_trials = self._trials
-        self.view = View(self.name, record.fingerprint, self._missing, control, attempts)
         self._workers = record.experiment.execution.workers
+        self.view = View(self.name, record.fingerprint, self._missing, control, attempts, self._is_supported(record))
+
+    def _is_supported(self, record: Record) -> bool:
+        """Return whether workers of this version train the experiment; a notice says if not. An image of the experiment may be of any."""
+        reason = None
+        try:
+            if self._missing and not (self._workers and self._workers.image):
+                record.check_trainable()
+        except UnsupportedError as error:
+            reason = f"this release does not train it: {error}"
+        self._give_notice(reason)
+        return reason is None
+
+    def _give_notice(self, line: str | None) -> None:
+        """Set or remove the dispatcher's notice, unless it is as it should be."""
+        notice = Notice((line,)) if line else None
+        if not self._notice_read:
+            self._notice, self._notice_read = self._experiment_store.notices().get(_NOTICE), True
+        if self._notice != notice:
+            self._experiment_store.set_notice(_NOTICE, notice)
+            self._notice = notice
 
     def _is_settled(self) -> bool:
         """Return whether the published scores count all trials, or a final notice says that there will be no scores."""
@@ -215,5 +240,5 @@ class _TrackedExperiment:
 
     def demand(self, actions: Actions) -> Demand:
         """Describe the workers that the experiment can use."""
-        control = self.view.control
-        return Demand(self.name, control.state, control.priority, actions.outstanding[self.name], self._workers)
+        control, outstanding = self.view.control, actions.outstanding[self.name] if self.view.supported else 0
+        return Demand(self.name, control.state, control.priority, outstanding, self._workers)

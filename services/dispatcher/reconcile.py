@@ -12,6 +12,9 @@ from memtail.experiment_store import MAX_ATTEMPTS, Control, missing_shards
 from memtail.trials import Shard
 from services.common.broker import Assignment
 
+# Share of the queue for experiments that only workers of another version train. If there are no such workers, the messages stay.
+_UNSUPPORTED_SHARE = 0.1
+
 
 @dataclass
 class View:
@@ -20,6 +23,7 @@ class View:
     Attributes:
         missing: shards that are not committed, including dead ones, ordered by first trial.
         attempts: recorded failed attempts per shard.
+        supported: whether workers of the dispatcher's version train the experiment.
     """
 
     name: str
@@ -27,6 +31,7 @@ class View:
     missing: Collection[Shard]
     control: Control = field(default_factory=Control)
     attempts: Counter[Shard] = field(default_factory=Counter)
+    supported: bool = True
 
     def assignment(self, shard: Shard) -> Assignment:
         """Create the message that assigns a shard to a worker."""
@@ -104,6 +109,7 @@ def reconcile(
     dead: dict[str, list[Shard]] = {}
     priorities: dict[str, int] = {}  # of running experiments
     queued_ids = {assignment.id for assignment in queued}
+    left_to_others = max(1, int(_UNSUPPORTED_SHARE * max_queued))
     for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):
         exhausted = {shard for shard, attempts in view.attempts.items() if attempts >= MAX_ATTEMPTS}
         dead[view.name] = sorted((shard for shard in exhausted if shard in view.missing), key=lambda shard: shard.first)
@@ -112,7 +118,7 @@ def reconcile(
             continue
         priorities[view.name] = view.control.priority
         for shard in view.missing:
-            if len(ready) >= max_queued + len(queued):
+            if len(ready) >= max_queued + len(queued) or not (view.supported or left_to_others):
                 break
             assignment = view.assignment(shard)
             if shard in exhausted or assignment.id in busy:
@@ -121,6 +127,7 @@ def reconcile(
                 lost.append(assignment)
             else:
                 ready.append(assignment)
+                left_to_others -= not view.supported
     send = [assignment for assignment in ready if assignment.id not in queued_ids][: max(0, max_queued - len(queued))]
     clear = any(assignment.experiment not in priorities for assignment in queued) or _is_more_urgent(send, queued, priorities)
     return Actions(ready[:max_queued] if clear else send, clear, lost, outstanding, dead)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 _PROJECT = Path(__file__).parents[2]
@@ -18,20 +19,20 @@ def release_0_1_0(folder: Path) -> Path:
     return folder
 
 
-def later_version(folder: Path, version: str, patches: dict[str, tuple[str, str]] | None = None) -> Path:
+def later_version(folder: Path, version: str, patches: Iterable[tuple[str, str, str]]) -> Path:
     """Copy this checkout's packages as another version; returns the folder.
 
     Args:
         folder: the copy.
         version: its version.
-        patches: text to replace and its replacement, by the path of a file.
+        patches: path of a file, a text in it, and the replacement.
     """
     for package in ("memtail", "services"):
         shutil.copytree(_PROJECT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     metadata = folder / f"memtail-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: memtail\nVersion: {version}\n")
-    for file, (old, new) in (patches or {}).items():
+    for file, old, new in patches:
         text = (folder / file).read_text()
         assert text.count(old) == 1, f"{file} does not have once: {old}"
         (folder / file).write_text(text.replace(old, new))
@@ -39,13 +40,13 @@ def later_version(folder: Path, version: str, patches: dict[str, tuple[str, str]
 
 
 def environment(code: Path) -> dict[str, str]:
-    """Return an environment in which Python imports `memtail` and `services` from a folder, and everything else as usual."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (code, _PROJECT)))}
+    """Return the variables with which Python imports `memtail` and `services` from a folder, and everything else as usual."""
+    return {"PYTHONPATH": os.pathsep.join(map(str, (code, _PROJECT)))}
 
 
-def python(code: Path, *arguments: object, text: str = "") -> str:
+def python(code: Path, *arguments: object, text: str = "", env: Mapping[str, str] = os.environ) -> str:
     """Run Python with the packages of a folder; returns its output. An error fails the test."""
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=code, env=environment(code), input=text, capture_output=True, text=True, check=False, timeout=300)
+    command, complete = [sys.executable, *map(str, arguments)], {**env, **environment(code)}
+    done = subprocess.run(command, cwd=code, env=complete, input=text, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

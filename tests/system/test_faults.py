@@ -13,7 +13,7 @@ import pytest
 from memtail.experiment_store import ExperimentStore
 from memtail.storage import keys
 from memtail.trials import Shard
-from services.common.broker import Assignment
+from services.common.broker import PREFIX, Assignment
 from services.worker.app import WORKER_AT_FAULT
 from tests.support.cluster import LivingCluster
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty
@@ -113,7 +113,7 @@ def test_the_dispatcher_is_killed(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "dispatcher killed"):
         living.end(*living.kinds("dispatcher"))
-        living.redis.client().delete("memtail:shards")  # so that its successor must send shards
+        living.redis.client().delete(f"{PREFIX}shards")  # so that its successor must send shards
         living.start("dispatcher")
         living.gate.open()
 

@@ -2,8 +2,10 @@
 
 import time
 
+import pytest
+
 from memtail.execution.declare import declare as declare_record
-from memtail.experiment_store import ExperimentStore
+from memtail.experiment_store import ExperimentStore, record
 from memtail.storage.local import LocalStore
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
@@ -41,3 +43,33 @@ def test_a_message_taken_between_two_passes_is_sent_again_only_after_a_while(dec
     assert not dispatcher.reconcile().send
     time.sleep(2.1)  # a quarter of the lease's duration
     assert len(dispatcher.reconcile().send) == 2
+
+
+class Fleet:
+    """Keeps the demands of the last pass."""
+
+    def reconcile(self, demands, unreadable):
+        self.outstanding = [demand.outstanding for demand in demands]
+
+
+@pytest.mark.parametrize("image", [None, "registry/worker:old"])
+def test_no_workers_are_started_for_what_this_version_does_not_train(declare, digits, tmp_path, monkeypatch, image):
+    workers = {"workers": {"image": image}} if image else {}
+    experiment = declare(8, execution={"trials_per_shard": 4, "device": "cpu", **workers}, subsets={"design": "balanced"})
+    store, fleet = LocalStore(tmp_path), Fleet()
+    experiment_store = ExperimentStore(store, experiment.name)
+    experiment_store.register(declare_record(experiment, digits, 4))
+
+    def outstanding():  # of a dispatcher that has just started
+        assert Dispatcher(store, Broker(), ServiceSettings(store="-"), fleet).reconcile().send  # for workers that run
+        return fleet.outstanding
+
+    assert outstanding() == [2]
+    monkeypatch.setattr(record, "RECIPE_VERSION", 3)
+    assert outstanding() == ([2] if image else [0])
+    lines = [line for notice in experiment_store.notices().values() for line in notice.lines]
+    assert len(lines) == (0 if image else 1)
+    assert all("this release does not train it: it has recipe 2, and memtail" in line for line in lines)
+    monkeypatch.undo()
+    assert outstanding() == [2]
+    assert not experiment_store.notices()
