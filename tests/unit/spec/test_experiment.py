@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pydantic import create_model
 
 import memtail.spec
 from memtail.errors import SpecError
@@ -136,8 +137,10 @@ def test_later_keys_keep_their_defaults():
 
 def with_later_keys(parent, part, **keys):
     """Return an experiment in whose class a part has further keys, all of a number with default 0."""
-    later = type(part.__name__, (part,), {"__annotations__": dict.fromkeys(keys, int), **dict.fromkeys(keys, 0)})
-    return type("Experiment", (Experiment,), {"__annotations__": {parent: later}, parent: later()}).parse({**BASE, parent: keys})
+    fields: dict[str, Any] = dict.fromkeys(keys, (int, 0))
+    later: Any = create_model(part.__name__, __base__=part, **fields)
+    fields = {parent: (later, later())}
+    return create_model("Experiment", __base__=Experiment, **fields).parse({**BASE, parent: keys})
 
 
 @pytest.mark.parametrize(("parent", "part"), [("training", TrainingSpec), ("record", RecordedOutcomes)])
