@@ -70,8 +70,6 @@ def start(cluster: Cluster, *names: str, **options: Any) -> list[Service]:
 
 def stop(services: Iterable[Service]) -> None:
     for service in services:
-        service.process.terminate()
-    for service in services:
         service.stop()
 
 
@@ -105,6 +103,7 @@ Broker(ServiceSettings.from_environment()).send([Assignment(**json.load(sys.stdi
     assert not experiment_store.committed()
 
 
+@pytest.mark.slow
 def test_an_experiment_of_another_recipe_is_left_to_its_workers_and_does_not_block_others(
     cluster, new_recipe, declare, digits, expected, submit
 ):
