@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from memtail.errors import SpecError, StoreError, UnsupportedError
+from memtail.spec.base import Part
+from memtail.spec.cluster import WorkersSpec
 from memtail.spec.errors import describe, differences
 from memtail.spec.experiment import RECIPE_VERSION, ExecutionSpec, Experiment
 from memtail.trials import Shard
@@ -114,7 +116,9 @@ class Record:
             if (schema := content.pop("schema")) != SCHEMA:
                 raise UnsupportedError(f"{source}: has schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             declared = content.pop("experiment")
-            declared["execution"] = {key: value for key, value in declared["execution"].items() if key in ExecutionSpec.model_fields}
+            declared["execution"] = execution = _known(declared["execution"], ExecutionSpec)
+            if execution.get("workers"):
+                execution["workers"] = _known(execution["workers"], WorkersSpec)
             known = _Content.model_validate(content)
             return cls(experiment=Experiment.parse(declared, source=source), **dict(known))
         except ValidationError as error:
@@ -125,3 +129,7 @@ class Record:
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{source}: is corrupt ({error}): restore it, or remove the experiment") from None
+
+
+def _known(values: dict[str, Any], part: type[Part]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in part.model_fields}

@@ -394,6 +394,8 @@ class Experiment(Part):
     def canonical(self, dataset_fingerprint: str, masks_digest: str | None = None) -> dict[str, Any]:
         """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
 
+        Keys later than 0.1.0 are in it only where they differ from their default, and those of `record` never.
+
         Args:
             dataset_fingerprint: replaces the dataset's declaration.
             masks_digest: digest of the masks, where their file is elsewhere; by default the file is read.
@@ -403,6 +405,7 @@ class Experiment(Part):
         """
         spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})
         spec["dataset"] = {"fingerprint": dataset_fingerprint}
+        spec["record"] = {"margins": self.record.margins}
         if self.subsets.masks is not None:
             spec["subsets"]["masks"] = masks_digest or _masks_digest(self.subsets.masks)
             del spec["subsets"]["fraction"]
@@ -421,7 +424,7 @@ class Experiment(Part):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """Return the resolved declaration, with its defaults, as YAML."""
+        """Return the resolved declaration as YAML, with its defaults except those of keys later than 0.1.0."""
         text: str = yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=120)
         return text
 

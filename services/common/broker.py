@@ -32,8 +32,8 @@ SENT_HEADER = "memtail_sent"
 #: Exceptions raised while decoding a malformed queue entry.
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
-#: Prefix of all keys.
-PREFIX = "memtail:"
+#: Prefix of all keys. Its number is raised when earlier workers must not receive the messages: those of 0.1.0 read `memtail:`.
+PREFIX = "memtail2:"
 _LEASE = f"{PREFIX}lease:"
 _QUEUE = "shards"
 _STARTS = f"{PREFIX}starts"

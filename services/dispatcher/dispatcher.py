@@ -14,9 +14,9 @@ import structlog
 from kombu.exceptions import OperationalError
 from structlog.contextvars import bound_contextvars
 
-from memtail.errors import MemtailError, UnreachableError
+from memtail.errors import MemtailError, UnreachableError, UnsupportedError
 from memtail.execution.breaker import common_error
-from memtail.experiment_store import ExperimentStore, Failure, Notice, experiment_names
+from memtail.experiment_store import Control, ExperimentStore, Failure, Notice, Record, experiment_names
 from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
 from memtail.storage import ObjectStore
@@ -37,12 +37,12 @@ log = structlog.get_logger()
 _TRANSIT_SHARE = 0.25
 # Pause after the first failed attempt at a shard, as a share of the lease's duration, and the factor by which it grows.
 _PAUSE_SHARE, _PAUSE_GROWTH = 0.25, 4
-# Source of the dispatcher's notices.
-_NOTICE = "dispatcher"
 # Batches listed per pass; a longer listing continues in the next passes.
 _LISTING_CHUNK = 5000
 # Single batches looked up per pass. When more shards end at once, as after a flush of Redis, all batches are listed instead.
 _MAX_LOOKUPS = 500
+# Source of the dispatcher's notices.
+_NOTICE = "dispatcher"
 
 
 class Dispatcher:
@@ -174,9 +174,10 @@ class _TrackedExperiment:
         self._committed: set[Shard] = set()  # shards seen by the last listing, or since
         self._failed: dict[Shard, tuple[int, float]] | None = None  # failed attempts per shard, and when their number was first seen
         self._failures: dict[Shard, Failure] = {}  # the last of each failed shard, read while no shard is committed
-        self._has_notice: bool | None = None  # whether the experiment has a notice of the dispatcher; None: not known
         self.view = View(name, "", ())
         self._workers: WorkersSpec | None = None
+        self._notice: Notice | None = None  # the dispatcher's, once it was read
+        self._notice_read = False
 
     def refresh(self, settings: ServiceSettings, ended: set[str]) -> None:
         """Read the declaration, the control object, the failures and the committed batches.
@@ -184,11 +185,12 @@ class _TrackedExperiment:
         Batches are listed every `settings.resync_seconds`: completely in the first pass, later in chunks. Between listings only the
         batches of the assignments in `ended` are looked up.
         """
-        record, control, attempts = (
-            self._experiment_store.read_record(),
-            self._experiment_store.control(),
-            self._experiment_store.attempts(),
-        )
+        try:
+            record = self._experiment_store.read_record()
+        except UnsupportedError as error:
+            self._give_notice(str(error))
+            raise
+        control, attempts = self._experiment_store.control(), self._experiment_store.attempts()
         trials = record.experiment.subsets.trials
         ended_shards = [shard for name, shard in filter(None, map(parse_id, ended)) if name == self.name]
         if len(ended_shards) > _MAX_LOOKUPS:
@@ -213,8 +215,30 @@ class _TrackedExperiment:
         resting = self._resting(attempts, _PAUSE_SHARE * settings.lease_seconds)
         # none while a listing is incomplete
         unverified = self._experiment_store.unverified(record, self._committed if self._listing is None else ())
-        self.view = View(self.name, record.fingerprint, self._missing, control, attempts, resting, unverified)
         self._workers = record.experiment.execution.workers
+        supported = self._is_supported(record, control)
+        self.view = View(self.name, record.fingerprint, self._missing, control, attempts, resting, unverified, supported)
+
+    def _is_supported(self, record: Record, control: Control) -> bool:
+        """Return whether workers of this version train the experiment; a notice says if not. An image of the experiment may be of any."""
+        reason = None
+        try:
+            if self._missing and not (self._workers and self._workers.image):
+                record.check_trainable()
+        except UnsupportedError as error:
+            reason = f"this release does not train it: {error}"
+        if reason or not (control.tripped and control.state == "paused"):  # of which a notice says why
+            self._give_notice(reason)
+        return reason is None
+
+    def _give_notice(self, line: str | None) -> None:
+        """Set or remove the dispatcher's notice, unless it is as it should be."""
+        notice = Notice((line,)) if line else None
+        if not self._notice_read:
+            self._notice, self._notice_read = self._experiment_store.notices().get(_NOTICE), True
+        if self._notice != notice:
+            self._experiment_store.set_notice(_NOTICE, notice)
+            self._notice = notice
 
     def _resting(self, attempts: Counter[Shard], pause: float) -> set[Shard]:
         """The shards that failed less than a pause ago; the pause grows with the number of attempts. A new dispatcher does not wait."""
@@ -233,8 +257,6 @@ class _TrackedExperiment:
         Where workers of several nodes take its shards, they must have failed on two of them, since the node may be at fault.
         """
         view, control = self.view, self.view.control
-        if control.state == "running":
-            self._remove_notice()
         if control.state != "running" or control.tripped or self._missing_trials < self._trials or len(view.attempts) < shards:
             self._failures = {}
             return
@@ -253,17 +275,9 @@ class _TrackedExperiment:
             f"paused, because its first shards failed alike ({error}): see memtail failures {self.name} --traceback, fix the cause, then "
             f"memtail retry {self.name}"
         )
-        self._experiment_store.set_notice(_NOTICE, Notice((line,)))
-        self._has_notice = True
+        self._give_notice(line)
         self.view.control = replace(control, state="paused", tripped=True)
         self._experiment_store.set_control(self.view.control)
-
-    def _remove_notice(self) -> None:
-        if self._has_notice is None:
-            self._has_notice = _NOTICE in self._experiment_store.notices()
-        if self._has_notice:
-            self._experiment_store.set_notice(_NOTICE, None)
-            self._has_notice = False
 
     def _is_settled(self) -> bool:
         """Return whether the published scores count all trials, or a final notice says that there will be no scores."""
@@ -280,5 +294,5 @@ class _TrackedExperiment:
 
     def demand(self, actions: Actions) -> Demand:
         """Describe the workers that the experiment can use."""
-        control = self.view.control
-        return Demand(self.name, control.state, control.priority, actions.outstanding[self.name], self._workers)
+        control, outstanding = self.view.control, actions.outstanding[self.name] if self.view.supported else 0
+        return Demand(self.name, control.state, control.priority, outstanding, self._workers)

@@ -120,7 +120,7 @@ class ExperimentMetrics:
         for state, count in trials.items():
             metrics.TRIALS.labels(name, state).set(count)
         running = view.control.state == "running"
-        metrics.OUTSTANDING.labels(name).set(status.outstanding if running else 0)
+        metrics.OUTSTANDING.labels(name).set(status.outstanding if running and view.supported else 0)
         for counter in _COUNTERS:
             counter.labels(name)
         if name in self._sent:

@@ -10,7 +10,8 @@ EXPERIMENTS = Gauge(
 TRIALS = Gauge("memtail_trials", "Trials of an experiment by state: waiting, queued, training, committed or dead", ["experiment", "state"])
 OUTSTANDING = Gauge(
     "memtail_shards_outstanding",
-    "Shards that are neither committed nor given up, including those in training; 0 while an experiment is paused or cancelled",
+    "Shards that are neither committed nor given up, including those in training; 0 while an experiment is paused or cancelled, or if only "
+    "another version trains it",
     ["experiment"],
 )
 COMPLETION = Gauge(

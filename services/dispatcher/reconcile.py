@@ -13,6 +13,9 @@ from memtail.experiment_store import MAX_ATTEMPTS, Control, missing_shards
 from memtail.trials import Shard
 from services.common.broker import Assignment
 
+# Share of the queue for experiments that only workers of another version train. If there are no such workers, the messages stay.
+_UNSUPPORTED_SHARE = 0.1
+
 
 @dataclass
 class View:
@@ -23,6 +26,7 @@ class View:
         attempts: recorded failed attempts per shard.
         resting: shards that failed recently, whose next attempt waits.
         unverified: committed shards to train a second time.
+        supported: whether workers of the dispatcher's version train the experiment.
     """
 
     name: str
@@ -32,6 +36,7 @@ class View:
     attempts: Counter[Shard] = field(default_factory=Counter)
     resting: Collection[Shard] = ()
     unverified: Collection[Shard] = ()
+    supported: bool = True
 
     def assignment(self, shard: Shard) -> Assignment:
         """Create the message that assigns a shard to a worker."""
@@ -109,15 +114,20 @@ def reconcile(
     by_priority: dict[int, list[Iterator[Assignment]]] = {}  # the shards to train of running experiments
     priorities: dict[str, int] = {}
     queued_ids = {assignment.id for assignment in queued}
+    left_to_others = max(1, int(_UNSUPPORTED_SHARE * max_queued))
 
     def to_train(view: View, exhausted: set[Shard]) -> Iterator[Assignment]:
+        nonlocal left_to_others
         for shard in view.missing:
+            if not (view.supported or left_to_others):
+                return
             assignment = view.assignment(shard)
             if shard in exhausted or shard in view.resting or assignment.id in busy:
                 continue
             if starts.get(assignment.id, 0) >= max_starts:
                 lost.append(assignment)
             else:
+                left_to_others -= not view.supported
                 yield assignment
 
     for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):

@@ -99,7 +99,8 @@ class Demand:
     """Demand of an experiment for workers.
 
     Attributes:
-        outstanding: number of shards that are neither committed nor dead, including those in training.
+        outstanding: number of shards that are neither committed nor dead, including those in training; 0 if workers of this version do not
+            train them.
         workers: the experiment's `execution.workers`.
     """
 

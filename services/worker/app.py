@@ -50,6 +50,8 @@ WORKER_AT_FAULT = 3
 
 # Outcomes after which the message returns to the queue.
 _RETURNED = (ShardOutcome.HANDED_BACK.value, ShardOutcome.WORKER_FAULT.value, UNSUPPORTED)
+# Pause before it does, as a share of the lease: shorter than the time after which the dispatcher would send the shard again.
+_PAUSE_SHARE = 0.125
 
 
 class Worker:
@@ -120,9 +122,10 @@ class Worker:
             return
         sent = (self.celery.current_task.request.headers or {}).get(SENT_HEADER)
         outcome = ShardOutcome.HANDED_BACK.value if self._stopping.value else self._trainer.train(assignment, sent)
-        if outcome in _RETURNED:
+        # behind the message of an unsupported experiment there may be others, so only one that comes round again makes a pause
+        if outcome in _RETURNED and (outcome != UNSUPPORTED or self._trainer.has_passed_on(assignment)):
             # another worker should receive the message first
-            until = time.monotonic() + self._settings.lease_seconds / 4
+            until = time.monotonic() + _PAUSE_SHARE * self._settings.lease_seconds
             while not self._stopping.value and time.monotonic() < until:
                 time.sleep(0.1)
         if not self._trainer.usable:

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
 import redis
@@ -73,7 +74,7 @@ class Trainer:
         self._store, self._broker, self._device = store, broker, device
         self._lease_seconds, self._silence_seconds, self._stopping, self._report = lease_seconds, silence_seconds, stopping, report
         self._shards = 0
-        self._served: set[str] = set()  # experiments of which this process has committed a shard
+        self._unsupported: dict[str, set[Shard]] = {}  # shards of which the messages were passed on, by experiment
         self._checked = False
         #: Whether this process can train further shards; not after an error of its device's driver.
         self.usable = True
@@ -90,6 +91,8 @@ class Trainer:
         Returns:
             The outcome: of `ShardOutcome` (but never STOPPED), LEASED, NOT_WANTED, UNSUPPORTED or LEFT.
         """
+        if assignment.experiment in self._unsupported:
+            return UNSUPPORTED
         with bound_contextvars(experiment=assignment.experiment, shard=str(assignment.shard)):
             self._report("taken", assignment.experiment, self._seconds_since(sent))
             try:
@@ -98,8 +101,7 @@ class Trainer:
                 log.info("shard ended", outcome=outcome)
             except UnsupportedError as error:  # left to workers of another version or with another device
                 outcome = UNSUPPORTED
-                log.warning("experiment not supported", error=str(error))
-                self._notice(assignment.experiment, f"worker {socket.gethostname()} does not train it: {error}")
+                self._leave_to_others(assignment, error)
             except WorkerFaultError as error:
                 log.error("worker at fault, shard handed back", error=str(error))
                 outcome = self._at_fault(str(error))
@@ -108,6 +110,27 @@ class Trainer:
                 log.error("shard handed back", error=str(error))
             self._report("ended", assignment.experiment, outcome)
             return outcome
+
+    def has_passed_on(self, assignment: Assignment) -> bool:
+        """Return whether the message of an unsupported shard was passed on before; otherwise note it.
+
+        True means that the process has seen the whole queue. It then looks at every experiment again, which may have changed.
+        """
+        passed_on = self._unsupported.setdefault(assignment.experiment, set())
+        if assignment.shard in passed_on:
+            self._unsupported.clear()
+            return True
+        passed_on.add(assignment.shard)
+        return False
+
+    def _leave_to_others(self, assignment: Assignment, error: UnsupportedError) -> None:
+        """Give notice that workers of another version must train an experiment."""
+        log.warning("experiment not supported", error=str(error))
+        self._notice(assignment.experiment, f"workers of memtail {version('memtail')} do not train it: {error}")
+        with suppress(StoreError):
+            # after the notice: a worker that commits the last shard removes it
+            if ExperimentStore(self._store, assignment.experiment).is_committed(assignment.shard):
+                self._notice(assignment.experiment, None)
 
     def _notice(self, experiment: str, line: str | None) -> None:
         """Set or remove the workers' notice of an experiment, unless it is as it should be."""
@@ -168,8 +191,7 @@ class Trainer:
                 self._device,
                 lambda checkpoints: self._train(record, assignment.shard, checkpoints, lease),
             )
-            if result.outcome is ShardOutcome.COMMITTED and assignment.experiment not in self._served:
-                self._served.add(assignment.experiment)
+            if result.outcome is ShardOutcome.COMMITTED:
                 self._notice(assignment.experiment, None)
             if result.replica and result.replica.differs:
                 self._report("differs", assignment.experiment, result.replica.alike)

@@ -18,7 +18,7 @@ from kubernetes import client, config
 
 from memtail.errors import StoreError
 from memtail.storage import ObjectStore, keys
-from services.common.broker import Assignment, Broker, decode_assignment
+from services.common.broker import PREFIX, Assignment, Broker, decode_assignment
 from services.common.settings import ServiceSettings
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 
@@ -151,7 +151,7 @@ class _Worker:
         idle_since = time.monotonic()
         while not self._stopped.is_set() and time.monotonic() - idle_since < self._pods.rest:
             try:
-                message = broker.redis.rpop(f"memtail:shards.{self._settings.experiment}")
+                message = broker.redis.rpop(f"{PREFIX}shards.{self._settings.experiment}")
                 if message is None:
                     self._stopped.wait(min(1.0, self._pods.rest / 10))
                     continue

@@ -541,4 +541,4 @@ def test_images_have_the_registry_tag_and_digest_of_the_values():
     assert dispatcher["containers"][0]["image"] == "r.example.com/memtail-control:2"
     assert worker["containers"][0]["image"] == f"r.example.com/memtail-worker@sha256:{'0' * 64}"
     assert all(pod["imagePullSecrets"] == [{"name": "pull"}] for _, pod in chart.pods())
-    assert Rendered({}).worker()["spec"]["containers"][0]["image"] == "memtail-worker:0.1.0"
+    assert Rendered({}).worker()["spec"]["containers"][0]["image"] == "memtail-worker:0.2.0"

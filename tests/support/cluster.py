@@ -25,6 +25,7 @@ from memtail.storage.s3 import S3Store
 from memtail.trainers.images.shard_size import checked_shard_size
 from services.common.broker import Broker
 from services.common.settings import ServiceSettings
+from tests.support import versions
 from tests.support.faulty_models import Gate
 from tests.support.servers import MinioServer, free_port, server_binary
 
@@ -87,8 +88,16 @@ class RedisServer:
 class Service:
     """One service process with its log; `special` if its settings differ from the defaults."""
 
-    def __init__(self, name: str, environment: dict[str, str], log: Path, prefix: tuple[str, ...] = (), special: bool = False) -> None:
-        self.name, self._environment, self.log, self._prefix = name, environment, log, prefix
+    def __init__(
+        self,
+        name: str,
+        environment: dict[str, str],
+        log: Path,
+        prefix: tuple[str, ...] = (),
+        code: Path = PROJECT,
+        special: bool = False,
+    ) -> None:
+        self.name, self._environment, self.log, self._prefix, self._code = name, environment, log, prefix, code
         self.special = special
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -97,7 +106,7 @@ class Service:
         self.port = environment["MEMTAIL_PORT"]
         with self.log.open("ab") as output:
             command = [*self._prefix, sys.executable, "-m", f"services.{self.name}"]
-            self._process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=output, stderr=output, start_new_session=True)
+            self._process = subprocess.Popen(command, cwd=self._code, env=environment, stdout=output, stderr=output, start_new_session=True)
         return self
 
     @property
@@ -154,10 +163,12 @@ class Cluster:
             service.kill()
         self.redis.stop()
 
-    def start(self, name: str, prefix: tuple[str, ...] = (), **environment: str) -> Service:
+    def start(self, name: str, prefix: tuple[str, ...] = (), code: Path = PROJECT, **environment: str) -> Service:
+        """Start a service; `code` is the folder of its version of the packages."""
         self._started += 1
         log = self.folder / f"{name}-{self._started}.log"
-        service = Service(name, {**self.environment, **environment}, log, prefix, special=bool(prefix or environment))
+        complete = {**self.environment, **(versions.environment(code) if code != PROJECT else {}), **environment}
+        service = Service(name, complete, log, prefix, code, special=bool(prefix or environment))
         self.services.append(service)
         return service.start()
 
@@ -166,6 +177,10 @@ class Cluster:
         experiment_store = ExperimentStore(self.store, experiment.name)
         experiment_store.register(declare(experiment, dataset, checked_shard_size(experiment, dataset)))
         return experiment_store
+
+    def broker(self) -> Broker:
+        """Open the queue and the leases."""
+        return Broker(ServiceSettings(store="-", broker=self.redis.url))
 
     def until(self, condition: Callable[[], Any], seconds: float = 90) -> float:
         """Wait until a condition is true; returns the seconds waited."""
@@ -268,7 +283,3 @@ class LivingCluster(Cluster):
             self.until(lambda: not broker.leased() and not broker.waiting())
         for key in list(self.store.list("experiments/")):
             self.store.delete(key)
-
-    def broker(self) -> Broker:
-        """Open the queue and the leases."""
-        return Broker(ServiceSettings(store="-", broker=self.redis.url))

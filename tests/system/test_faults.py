@@ -15,7 +15,7 @@ from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
 from memtail.storage import keys
 from memtail.trials import Shard
-from services.common.broker import Assignment, Broker
+from services.common.broker import PREFIX, Assignment, Broker
 from services.common.settings import ServiceSettings
 from services.worker.app import WORKER_AT_FAULT
 from tests.support.batches import commit
@@ -117,7 +117,7 @@ def test_the_dispatcher_is_killed(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "dispatcher killed"):
         living.end(*living.kinds("dispatcher"))
-        living.redis.client().delete("memtail:shards")  # so that its successor must send shards
+        living.redis.client().delete(f"{PREFIX}shards")  # so that its successor must send shards
         living.start("dispatcher")
         living.gate.open()
 

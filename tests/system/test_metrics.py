@@ -16,7 +16,7 @@ from memtail.scores.pointer import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership
 from memtail.trials import Shard
-from services.common.broker import TASK, Assignment, Broker
+from services.common.broker import PREFIX, TASK, Assignment, Broker
 from services.common.settings import ServiceSettings
 from services.worker.metric_updates import OUTCOMES
 from tests.support.cluster import PROJECT
@@ -299,7 +299,7 @@ def test_malformed_messages_are_dropped_logged_and_counted(living, experiment, d
         f'{{"properties": {properties}, "headers": {{}}, "body": ""}}',
         f'{{"properties": {properties}, "headers": {{"task": "{TASK}", "id": "1"}}, "body": "x"}}',
     ]
-    living.redis.client().lpush("memtail:shards", *entries)
+    living.redis.client().lpush(f"{PREFIX}shards", *entries)
     dispatcher = living.start("dispatcher")
     living.until(lambda: list(living.events(dispatcher, "sent")))
     worker = living.start("worker")

@@ -167,7 +167,7 @@ class _ShardTraining:
         if resumed is not None:
             try:
                 run.restore(resumed)
-            except Exception as error:  # another device's or torch's state raises whatever does not fit
+            except Exception as error:  # see `StackedRun.restore`
                 if is_out_of_memory(error):
                     raise
                 log.warning("checkpoint does not fit, starting over", trials=f"{trials[0]}-{trials[-1]}", error=str(error)[:200])

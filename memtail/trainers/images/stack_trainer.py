@@ -156,6 +156,7 @@ class StackedRun:
     def state(self) -> dict[str, Any]:
         """Return a copy of everything that the remaining steps depend on."""
         state = {
+            "made_by": self._maker(),
             "trials": list(self.trials),
             "epoch": self.epoch,
             "step": self.step,
@@ -168,8 +169,18 @@ class StackedRun:
             state["cuda_random"] = torch.cuda.get_rng_state(self.images.device)
         return copy.deepcopy(state)
 
+    def _maker(self) -> dict[str, str]:
+        """What the bits of a step depend on beside the declaration. No trial is trained by two of them."""
+        return {"stack": type(self.stack).__name__, "device": self.images.device.type, "torch": str(torch.__version__)}
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore a saved state of the same trials."""
+        """Restore a saved state of the same trials.
+
+        Raises:
+            Exception: another implementation of the step made it, or it does not fit. Torch does not limit what it then raises.
+        """
+        if (maker := state["made_by"]) != self._maker():
+            raise ValueError(f"it was made by {maker}, this is {self._maker()}")
         self.epoch, self.step = state["epoch"], state["step"]
         self.stack.load_state_dict(state["stack"])
         if self.optimizer:

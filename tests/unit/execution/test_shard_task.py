@@ -303,7 +303,7 @@ def test_a_worker_leaves_what_another_version_must_train_and_says_so(caller, mon
     assert caller.attempt() == UNSUPPORTED
     assert not list(caller.experiment_store.failures())
     (line,) = caller.experiment_store.notices()["worker"].lines
-    assert "does not train it: it has recipe 2, and memtail" in line
+    assert "do not train it: it has recipe 2, and memtail" in line
     monkeypatch.undo()
     assert caller.attempt() == "committed"
     assert not caller.experiment_store.notices()

@@ -5,11 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pydantic import create_model
 
+import memtail.spec
 from memtail.errors import SpecError
-from memtail.spec import Experiment, differences
+from memtail.spec import Experiment, RecordedOutcomes, TrainingSpec, differences
+from memtail.spec.base import _FIRST_KEYS, Part
 
 BASE: dict[str, Any] = {"name": "digits", "dataset": {"name": "digits"}}
+
+# Later keys and their defaults, as `Part.key`. Add a new key here; its default never changes, since fingerprints omit it.
+LATER_KEYS: dict[str, Any] = {"ExecutionSpec.require": None, "ExecutionSpec.verify": 0.0}
 
 
 def changed(path, value):
@@ -116,3 +122,32 @@ def test_paths_are_relative_to_the_file_and_masks_count_by_content(tmp_path):
     a, b, c = (Experiment.load(tmp_path / folder / "e.yaml") for folder in "abc")
     assert a.dataset.root == tmp_path / "a" / "images"
     assert a.fingerprint("d") == b.fingerprint("d") != c.fingerprint("d")
+
+
+def test_later_keys_keep_their_defaults():
+    parts = [part for part in vars(memtail.spec).values() if isinstance(part, type) and issubclass(part, Part)]
+    later = {
+        f"{part.__name__}.{key}": field.get_default(call_default_factory=True)
+        for part in parts
+        for key, field in part.model_fields.items()
+        if key not in _FIRST_KEYS.get(part.__name__, {"name"})
+    }
+    assert later == LATER_KEYS
+
+
+def with_later_keys(parent, part, **keys):
+    """Return an experiment in whose class a part has further keys, all of a number with default 0."""
+    fields: dict[str, Any] = dict.fromkeys(keys, (int, 0))
+    later: Any = create_model(part.__name__, __base__=part, **fields)
+    fields = {parent: (later, later())}
+    return create_model("Experiment", __base__=Experiment, **fields).parse({**BASE, parent: keys})
+
+
+@pytest.mark.parametrize(("parent", "part"), [("training", TrainingSpec), ("record", RecordedOutcomes)])
+def test_a_later_key_is_written_only_where_it_differs_from_its_default(parent, part):
+    before = Experiment.parse(BASE)
+    unused, used = (with_later_keys(parent, part, later=value) for value in (0, 1))
+    assert unused.model_dump(mode="json") == before.model_dump(mode="json")
+    assert unused.fingerprint("d") == before.fingerprint("d")
+    assert used.model_dump(mode="json")[parent]["later"] == 1
+    assert differences(before.canonical("d"), used.canonical("d")) == ([] if parent == "record" else ["training.later null -> 1"])

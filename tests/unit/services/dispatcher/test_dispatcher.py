@@ -6,7 +6,7 @@ import pytest
 
 from memtail.errors import UnreachableError
 from memtail.execution.declare import declare as declare_record
-from memtail.experiment_store import Control, ExperimentStore, Origin
+from memtail.experiment_store import Control, ExperimentStore, Origin, record
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from services.common.broker import WorkerPlace
@@ -147,3 +147,33 @@ def test_an_experiment_is_not_paused_for_different_errors_or_lost_workers(dispat
     fail(experiment_store, 6, "10 workers were lost", node="")
     dispatcher.reconcile()
     assert experiment_store.control().state == "running"
+
+
+class Fleet:
+    """Keeps the demands of the last pass."""
+
+    def reconcile(self, demands, unreadable):
+        self.outstanding = [demand.outstanding for demand in demands]
+
+
+@pytest.mark.parametrize("image", [None, "registry/worker:old"])
+def test_no_workers_are_started_for_what_this_version_does_not_train(declare, digits, tmp_path, monkeypatch, image):
+    workers = {"workers": {"image": image}} if image else {}
+    experiment = declare(8, execution={"trials_per_shard": 4, "device": "cpu", **workers}, subsets={"design": "balanced"})
+    store, fleet = LocalStore(tmp_path), Fleet()
+    experiment_store = ExperimentStore(store, experiment.name)
+    experiment_store.register(declare_record(experiment, digits, 4))
+
+    def outstanding():  # of a dispatcher that has just started
+        assert Dispatcher(store, Broker(), ServiceSettings(store="-"), fleet).reconcile().send  # for workers that run
+        return fleet.outstanding
+
+    assert outstanding() == [2]
+    monkeypatch.setattr(record, "RECIPE_VERSION", 3)
+    assert outstanding() == ([2] if image else [0])
+    lines = [line for notice in experiment_store.notices().values() for line in notice.lines]
+    assert len(lines) == (0 if image else 1)
+    assert all("this release does not train it: it has recipe 2, and memtail" in line for line in lines)
+    monkeypatch.undo()
+    assert outstanding() == [2]
+    assert not experiment_store.notices()

@@ -146,3 +146,12 @@ def test_repeatedly_lost_workers_count_as_a_failure():
 def test_missing_shards_equal_those_of_the_general_rule_also_after_an_extension(trials, per_shard, extended, kept):
     grid = [shard for i, shard in enumerate(missing_shards(trials, per_shard, [])) if i in kept]
     assert shards_missing(trials + extended, per_shard, set(grid)) == missing_shards(trials + extended, per_shard, grid)
+
+
+def test_an_experiment_for_workers_of_another_version_leaves_the_queue_to_others():
+    foreign, own = view("a-foreign", trials=400, supported=False), view("b-own")
+    actions = decide([foreign, own])
+    assert Counter(assignment.experiment for assignment in actions.send) == {"a-foreign": 10, "b-own": 10}
+    assert len(actions.send) == 20
+    assert actions.outstanding == {"a-foreign": 100, "b-own": 10}
+    assert not decide([foreign, own], actions.send).send

@@ -602,3 +602,27 @@ def test_a_checkpoint_of_another_implementation_of_the_step_is_dropped(declare, 
     choose(not compiled_first)
     resumed = train_shard(experiment, dataset, range(3), CPU, checkpoints=checkpoints)
     assert same_bits([expected], [resumed])
+
+
+@pytest.mark.parametrize("made_by", [{"device": "cuda"}, {"torch": "2.0.0"}, {"stack": "Other"}])
+def test_no_trial_is_trained_partly_elsewhere_though_the_checkpoint_fits(declare, monkeypatch, capfd, made_by):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    experiment = declare(4, dataset={"name": "digits", "max_train": 300})
+    dataset, checkpoints, whole = prepare(experiment.dataset), Memory(), Memory()
+    expected = train_shard(experiment, dataset, range(4), CPU, checkpoints=whole)
+    checkpoints.stop_at = whole.saves - 1  # in the second stack
+    with pytest.raises(Memory.StopError):
+        train_shard(experiment, dataset, range(4), CPU, checkpoints=checkpoints)
+    state = torch.load(io.BytesIO(checkpoints.state), weights_only=True)
+    assert len(state["finished"]) == 1
+    state["stack"].setdefault("made_by", {}).update(made_by)
+    elsewhere = io.BytesIO()
+    torch.save(state, elsewhere)
+    checkpoints.state, checkpoints.saves = elsewhere.getvalue(), 0
+    assert same_bits([expected], [train_shard(experiment, dataset, range(4), CPU, checkpoints=checkpoints)])
+    assert checkpoints.saves == whole.saves // 2  # the finished stack stays
+    shown = "".join(capfd.readouterr())
+    assert "checkpoint does not fit, starting over" in shown
+    assert next(iter(made_by.values())) in shown
