@@ -9,10 +9,12 @@ import json
 import os
 import random
 import signal
+import subprocess
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tests.support.cluster import Cluster, Service
 from tests.support.servers import MinioServer
 
 TRIALS, PER_SHARD = 96, 4
+SHARD_SECONDS = 20  # time limit, several times the duration of a shard
 SPEC: dict[str, Any] = {
     "dataset": {"name": "digits"},
     "model": {"name": "mlp", "hidden": [64]},
@@ -55,6 +58,12 @@ class Faults:
         time.sleep(self._rng.uniform(0, 3))
         self._cluster.redis.start()
 
+    def redis_restarted_often(self) -> None:
+        for _ in range(5):
+            self._cluster.redis.kill()
+            self._cluster.redis.start()
+            time.sleep(self._rng.uniform(0, 1))
+
     def redis_flushed(self) -> None:
         self._cluster.redis.client().flushall()
 
@@ -66,6 +75,27 @@ class Faults:
     def child_killed(self) -> None:
         for child in self._one("worker").children():
             os.kill(child, signal.SIGKILL)
+
+    def child_hung(self) -> None:
+        """Stop a training process until it is killed at the time limit of a shard, or continue it if it has none."""
+        worker = self._one("worker")
+        children = worker.children()
+        for child in children:
+            os.kill(child, signal.SIGSTOP)
+        end = time.monotonic() + 2 * SHARD_SECONDS
+        while time.monotonic() < end and set(children) & set(worker.children()):
+            time.sleep(0.1)
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGCONT)
+
+    def worker_at_fault(self) -> None:
+        """Start a worker without its device, which ends after two messages."""
+        worker = self._cluster.start("worker", MEMTAIL_DEVICES="cuda:31")
+        with suppress(subprocess.TimeoutExpired):
+            worker.process.wait(20)
+        worker.kill()
+        self._cluster.services.remove(worker)
 
     def worker_killed(self) -> None:
         self._restarted("worker")
@@ -94,6 +124,11 @@ class Faults:
             shard = self._rng.choice(committed)
             self._cluster.store.delete(keys.trial_batch(self.experiment_store.name, shard.first, shard.last))
 
+    def batch_discarded(self) -> None:
+        assert self.experiment_store is not None
+        if committed := self.experiment_store.committed():
+            self.experiment_store.discard(self._rng.choice(committed), "soak test")
+
     def messages_repeated(self) -> None:
         assert self.experiment_store is not None
         first = self._rng.randrange(0, TRIALS, PER_SHARD)
@@ -114,7 +149,8 @@ def soak(minutes: float, seed: int) -> None:
     """Run the test. Raises: AssertionError: a trial was lost or counted twice, or scores differ."""
     rng = random.Random(seed)
     injected: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder, MinioServer(Path(folder)) as minio, Cluster(Path(folder), minio) as cluster:
+    limit = {"MEMTAIL_SHARD_SECONDS": str(SHARD_SECONDS)}
+    with tempfile.TemporaryDirectory() as folder, MinioServer(Path(folder)) as minio, Cluster(Path(folder), minio, **limit) as cluster:
         dataset = datasets.prepare(Experiment.parse({"name": "soak", **SPEC}).dataset)
         for name in ("dispatcher", "worker", "worker", "aggregator"):
             cluster.start(name)
