@@ -1,11 +1,12 @@
 """Scale test with short shards: `make scale`, or `make scale ARGS="--workers 100 --shards 2000"`.
 
-A real dispatcher, Redis, MinIO and API server; a thousand simulated pods, each with a light worker that sleeps instead of training.
-Meanwhile Redis is flushed, the dispatcher is killed, and nodes are lost. At the end each shard must be committed once, and no worker be
-left; prints the load of each component.
+A real dispatcher, aggregator, Redis, MinIO and API server; a thousand simulated pods, each with a light worker that sleeps instead of
+training and commits random trials. Meanwhile Redis is flushed, the dispatcher and the aggregator are killed, and nodes are lost. At the end
+each shard must be committed once, all trials be published, and no worker be left; prints the load of each component.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import tempfile
@@ -17,14 +18,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 from tenacity import retry, stop_after_attempt, wait_fixed
 
 from memtail import datasets
+from memtail.experiment_store import ExperimentStore, Record
 from memtail.settings import S3Settings
 from memtail.spec import Experiment
 from memtail.storage.s3 import S3Store
+from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
+from services.common.broker import Assignment
 from tests.kubernetes.conftest import CONTROL_PLANE, Kubernetes, install_tools
 from tests.kubernetes.fleet import Fleet
 from tests.kubernetes.simulation import Pods
@@ -35,7 +40,6 @@ GPUS_PER_NODE, NODES_LOST = 8, 5
 TICKS = 100  # per second, in /proc/PID/stat
 # Number of processes for the light workers, since Python's threads share one core.
 PROCESSES = 3
-BODY = bytes(1024)
 
 # On a busy machine the API server closes connections now and then.
 retrying = retry(stop=stop_after_attempt(20), wait=wait_fixed(5), reraise=True)
@@ -75,7 +79,7 @@ def _declare(trials: int, **parts: Any) -> Experiment:
 
 
 def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
-    dispatcher = fleet.dispatcher()
+    dispatcher, aggregator = fleet.dispatcher(), fleet.cluster.start("aggregator")
     processes, pipes = _start_pods(fleet, seconds)
     fleet.cluster.until(lambda: fleet.cluster.serves(dispatcher))
     began = time.monotonic()
@@ -88,9 +92,14 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
         dispatcher.kill()
         dispatcher.start()
 
+    def restart_aggregator() -> None:
+        aggregator.kill()
+        aggregator.start()
+
     faults: dict[int, tuple[str, Callable[[], object]]] = {
         shards // 4: ("Redis flushed", lambda: fleet.cluster.redis.client().flushall()),
         shards // 2: ("dispatcher killed and started", restart_dispatcher),
+        5 * shards // 8: ("aggregator killed and started", restart_aggregator),
         3 * shards // 4: (f"{NODES_LOST} nodes lost", lambda: fleet.kubernetes.kubectl("delete", *fleet.names("node")[:NODES_LOST])),
     }
     last = start
@@ -107,6 +116,8 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
     _print_rates(start, end, dispatcher)
     fleet.cluster.until(lambda: retrying(fleet.done)(experiment_store, shards), 600)
     print(f"no worker is left after {time.monotonic() - began:.0f} s")
+    fleet.cluster.until_published(experiment_store, shards, 600)
+    print(f"the scores of all trials are published after {time.monotonic() - began:.0f} s")
     counted: Counter[str] = sum(_ask(pipes, "committed"), Counter())
     assert len(counted) == shards
     assert set(counted.values()) == {1}
@@ -133,9 +144,27 @@ def _start_pods(fleet: Fleet, seconds: float) -> tuple[list[Any], list[Connectio
 def _pods(kubeconfig: str, namespace: str, broker: str, bucket: str, settings: S3Settings, seconds: float, part: int, pipe: Any) -> None:
     urllib3.disable_warnings()
     store = S3Store(bucket, settings=settings)
-    with Pods(kubeconfig, namespace, broker, store, seconds, rest=60, lease=60, part=(part, PROCESSES), body=BODY) as pods:
+    body = RandomTrials(store)
+    with Pods(kubeconfig, namespace, broker, store, seconds, rest=60, lease=60, part=(part, PROCESSES), body=body) as pods:
         while (question := pipe.recv()) != "stop":
             pipe.send({"count": len(pods.committed), "committed": pods.committed}[question])
+
+
+class RandomTrials:
+    """Makes trial batches of one random trial, as a training of digits would leave behind."""
+
+    def __init__(self, store: S3Store) -> None:
+        self._store = store
+
+    @functools.cached_property
+    def _record(self) -> Record:
+        return ExperimentStore(self._store, "a").read_record()
+
+    def __call__(self, assignment: Assignment) -> bytes:
+        trial, n, q, rng = assignment.first, self._record.n_train, self._record.n_test, np.random.default_rng(assignment.first)
+        members, train, test = (pack(rng.random((1, size), np.float32) < share) for size, share in ((n, 0.7), (n, 0.9), (q, 0.9)))
+        metrics, provenance = [TrialMetrics(trial, False, 0.1, 0.9, 0.9, 0.9)], Provenance(self._record.fingerprint)
+        return TrialBatch(np.array([trial], np.int32), members, train, test, n, q, metrics, provenance).to_bytes()
 
 
 def _ask(pipes: list[Connection], question: str) -> list[Any]:
@@ -168,8 +197,9 @@ def _name_of(process: Path) -> str:
         program, *arguments = (process / "cmdline").read_bytes().decode().split("\0")
     except OSError:
         return ""
-    if "services.dispatcher" in arguments:
-        return "dispatcher"
+    for service in ("dispatcher", "aggregator"):
+        if f"services.{service}" in arguments:
+            return service
     if any("spawn_main" in argument for argument in arguments):
         return "light workers"
     name = Path(program).name

@@ -8,7 +8,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -35,7 +35,7 @@ class Pods:
         rest: idle time in seconds after which a worker ends.
         lease: duration of a lease in seconds.
         part: (i, k): runs only part i of k of the pods, to divide them among processes.
-        body: content of each trial batch.
+        body: returns the content of the trial batch of an assignment.
 
     Attributes:
         committed: number of commits by assignment id.
@@ -52,7 +52,7 @@ class Pods:
         rest: float = 2.0,
         lease: float = 30.0,
         part: tuple[int, int] = (0, 1),
-        body: bytes = b"",
+        body: Callable[[Assignment], bytes] = lambda _: b"",
     ) -> None:
         self._core = client.CoreV1Api(config.new_client_from_config(kubeconfig))
         self.namespace, self.broker, self.store, self.seconds, self.rest, self.body = namespace, broker, store, seconds, rest, body
@@ -172,7 +172,7 @@ class _Worker:
                 return
             with contextlib.suppress(redis.RedisError):
                 broker.renew(assignment, self._name)
-        if self._pods.store.put_if_absent(key, self._pods.body):
+        if self._pods.store.put_if_absent(key, self._pods.body(assignment)):
             self._pods.committed[assignment.id] += 1
         broker.release(assignment, self._name)
 
