@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from services.common.broker import Assignment
+from services.common.broker import PREFIX, Assignment
 from tests.support.cluster import Cluster
 from tests.support.experiments import gated
 from tests.support.faulty_models import Gate
@@ -54,13 +54,13 @@ def test_redis_is_restarted_five_times_while_workers_train(living, slow, digits,
 def test_a_mutex_that_never_expires_keeps_messages_of_a_killed_worker(living, slow, digits, expected):
     """Kombu then restores no message; the dispatcher sends the shard again when its lease has ended."""
     experiment_store = half_done(living, slow, digits)
-    living.redis.client().set("memtail:unacked_mutex", "x")
+    living.redis.client().set(f"{PREFIX}unacked_mutex", "x")
     with recovery(living, experiment_store, slow, expected, "worker killed under a mutex"):
         living.end(living.kinds("worker")[0])
         living.start("worker")
         living.gate.open()
-    assert living.redis.client().ttl("memtail:unacked_mutex") == -1
-    living.redis.client().delete("memtail:unacked_mutex")
+    assert living.redis.client().ttl(f"{PREFIX}unacked_mutex") == -1
+    living.redis.client().delete(f"{PREFIX}unacked_mutex")
     assert not experiment_store.attempts()
 
 
@@ -98,7 +98,7 @@ def continues(cluster, gate, experiment_store):
     done = len(experiment_store.committed())
     gate.admit(8)
     cluster.until(trained(experiment_store, done + 8))
-    cluster.until(lambda: cluster.redis.client().llen("memtail:shards") > 3000)
+    cluster.until(lambda: cluster.redis.client().llen(f"{PREFIX}shards") > 3000)
     assert all(service.process.poll() is None for service in cluster.services), cluster.logs()
     assert not experiment_store.attempts()
     outcomes = "".join(line for service in cluster.services for line in cluster.events(service, "shard ended"))

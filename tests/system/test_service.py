@@ -93,15 +93,15 @@ def test_forged_messages_train_nothing_and_end_no_worker(living, experiment, dig
     broker = living.broker()
     fields = {"experiment": experiment.name, "fingerprint": experiment_store.read_record().fingerprint, "first": 0, "last": 3}
     changes = ({"fingerprint": "0" * 64}, {"last": TRIALS - 1}, {"first": 3, "last": 0}, {"first": 10**9, "last": 10**9 + 1})
-    broker.send([Assignment(**fields | change) for change in changes])
+    broker.send([Assignment.model_construct(**fields | change) for change in changes])
     for body in ({"experiment": "../digits"}, {}, {**fields, "more": 1}):
         broker._celery.send_task(TASK, kwargs=body)
     broker._celery.send_task("os.system", args=["true"])
     worker = living.start("worker")
-    living.until(lambda: len(list(living.events(worker, "shard ended"))) == len(changes))
-    living.until(lambda: len(list(living.events(worker, "message dropped: not an assignment"))) == 3)
-    living.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == 4)
-    assert worker.log.read_text().count('"outcome": "not wanted"') == len(changes)
+    living.until(lambda: len(list(living.events(worker, "shard ended"))) == 2)
+    living.until(lambda: len(list(living.events(worker, "message dropped: not an assignment"))) == 5)
+    living.until(lambda: scrape(worker).value("memtail_messages_dropped_total") == 6)
+    assert worker.log.read_text().count('"outcome": "not wanted"') == 2
     living.start("dispatcher")
     living.until_published(experiment_store, TRIALS)
     assert not experiment_store.attempts()
