@@ -142,7 +142,7 @@ def reconcile(
     clear = (
         any(assignment.experiment not in priorities for assignment in queued)
         or _is_more_urgent(send, queued, priorities)
-        or _waits_behind_others(ready, queued, priorities)
+        or _waits_behind_others(ready[:max_queued], queued, priorities)
     )
     chosen = ready[:max_queued] if clear else send
     room = max(0, max_queued - len(chosen) - (0 if clear else len(queued)))
@@ -173,7 +173,7 @@ def _is_more_urgent(send: list[Assignment], queued: list[Assignment], priorities
 
 
 def _waits_behind_others(ready: list[Assignment], queued: list[Assignment], priorities: dict[str, int]) -> bool:
-    """Return whether an experiment has shards to train and none in a queue that holds those of others of its priority."""
+    """Return whether an experiment has shards among those to queue, and none in a queue that holds those of others of its priority."""
     there = {assignment.experiment for assignment in queued}
     levels = {priorities.get(name) for name in there}
     return any(assignment.experiment not in there and priorities[assignment.experiment] in levels for assignment in ready)

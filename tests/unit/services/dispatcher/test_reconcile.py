@@ -116,6 +116,13 @@ def test_a_second_training_that_is_leased_paused_dead_or_lost_is_not_sent():
     assert not decide([view(control=Control("paused"), **parts)]).send
 
 
+def test_the_queue_is_not_cleared_for_an_experiment_that_has_no_room_in_it():
+    urgent, one, other = view("urgent", trials=4 * 99, control=Control(priority=1)), view("one"), view("other")
+    sent = decide([urgent, one, other]).send
+    assert [assignment.experiment for assignment in sent[98:]] == ["urgent", "one"]
+    assert not decide([urgent, one, other], sent).clear
+
+
 def test_paused_and_cancelled_experiments_leave_the_queue():
     for state in ("paused", "cancelled"):
         stopped, going = view("stopped", control=Control(state)), view("going", trials=4)
