@@ -208,7 +208,7 @@ class Trainer:
     def _is_for_another(self, failures: list[Failure]) -> bool:
         """Return whether a worker on a node where the shard has not failed should try it, or else one on such a host."""
         nodes, hosts = {failure.origin.node for failure in failures}, {failure.origin.host for failure in failures}
-        with suppress(ValueError):  # of a damaged record
+        with suppress(ValueError, TypeError):  # of a damaged record
             waited = datetime.now(UTC) - datetime.fromisoformat(failures[-1].when)
             if waited.total_seconds() > _MOST_LEASES_LEFT * self._lease_seconds:
                 return False

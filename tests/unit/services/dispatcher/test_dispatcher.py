@@ -48,14 +48,6 @@ def broker():
 
 
 @pytest.fixture
-def experiment_store(declare, digits, tmp_path):
-    experiment = declare(24, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
-    made = ExperimentStore(LocalStore(tmp_path), experiment.name)
-    made.register(declare_record(experiment, digits, 4))
-    return made
-
-
-@pytest.fixture
 def dispatcher(experiment_store, broker):
     return Dispatcher(experiment_store.store, broker, ServiceSettings(store="-", lease_seconds=8.0))
 

@@ -4,9 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from memtail.execution.declare import declare as declare_record
-from memtail.experiment_store import ExperimentStore, Origin
-from memtail.storage.local import LocalStore
+from memtail.experiment_store import Origin
 from memtail.trials import Shard
 from services.common.broker import Assignment, WorkerPlace
 from services.worker.trainer import LEASED, LEFT, NOT_WANTED, Trainer
@@ -29,14 +27,6 @@ class Broker:
 
     def acquire(self, *_):
         return False
-
-
-@pytest.fixture
-def experiment_store(declare, digits, tmp_path):
-    experiment = declare(8, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
-    made = ExperimentStore(LocalStore(tmp_path), experiment.name)
-    made.register(declare_record(experiment, digits, 4))
-    return made
 
 
 @pytest.fixture
@@ -78,6 +68,12 @@ def test_a_shard_that_failed_here_is_left_to_a_worker_of_another_node_or_else_of
 def test_a_shard_waits_for_another_worker_for_sixty_leases(experiment_store, outcome):
     failed(experiment_store, "a", "a-1", ago=61 * LEASE)
     assert outcome("a", "a-1", ("b", "b-1")) == LEASED
+
+
+@pytest.mark.parametrize("when", ["", "yesterday", "2026-01-02T03:04:05"])
+def test_a_damaged_time_of_a_failure_ends_no_worker(experiment_store, outcome, when):
+    experiment_store.record_failure(SHARD, "boom", when=when, origin=Origin("a", "a-1"))
+    assert outcome("a", "a-1", ("b", "b-1")) == LEFT
 
 
 def test_failures_of_lost_workers_and_of_0_1_0_name_no_node_and_leave_the_shard_to_anyone(experiment_store, outcome):
