@@ -1,5 +1,6 @@
 """Other versions of memtail for child processes: the wheel of 0.1.0, and patched copies of this checkout as later versions."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 _PROJECT = Path(__file__).parents[2]
 _WHEEL = _PROJECT / "tests" / "fixtures" / "memtail-0.1.0-py3-none-any.whl"
@@ -50,3 +52,12 @@ def python(code: Path, *arguments: object, text: str = "", env: Mapping[str, str
     done = subprocess.run(command, cwd=code, env=complete, input=text, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def without_conditions(data: Any) -> Any:
+    """Remove from the bytes of `summary.json` the key that 0.1.0 did not write; all else is returned unchanged."""
+    if not isinstance(data, bytes) or b'"conditions"' not in data:
+        return data
+    content = json.loads(data)
+    assert content.pop("conditions").keys() == {"device", "torch", "memtail"}
+    return json.dumps(content, indent=1).encode()

@@ -234,7 +234,7 @@ def test_a_shard_that_always_fails_is_given_up_and_retried_after_its_failures_ar
 
 @pytest.mark.parametrize("limit", ["MEMTAIL_SILENCE_SECONDS", pytest.param("MEMTAIL_SHARD_SECONDS", marks=pytest.mark.slow)])
 def test_a_shard_hangs(living, declare, digits, expected, limit):
-    living.replace("worker", **{limit: "30"})
+    living.replace("worker", **{limit: "20"})
     experiment = faulty(declare, "hang", name=f"hangs-{limit[8:15].lower()}")
     experiment_store = living.submit(experiment, digits)
     with recovery(living, experiment_store, experiment, expected, "shard that hangs"):

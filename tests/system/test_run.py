@@ -102,7 +102,13 @@ def build(image_shape, classes):
 """
 
 
-@pytest.mark.parametrize(("mode", "error"), [("raise", "RuntimeError: the model is broken"), ("die", "the training process died")])
+@pytest.mark.parametrize(
+    ("mode", "error"),
+    [
+        pytest.param("raise", "RuntimeError: the model is broken", marks=pytest.mark.slow),
+        ("die", "the training process died"),
+    ],
+)
 def test_a_shard_that_always_fails_leaves_failure_records_and_a_later_run_trains_it(tmp_path, mode, error):
     (tmp_path / "fragile.py").write_text(MODELS)
     path = spec(
