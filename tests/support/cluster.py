@@ -182,22 +182,22 @@ class Cluster:
         """Open the queue and the leases."""
         return Broker(ServiceSettings(store="-", broker=self.redis.url))
 
-    def until(self, condition: Callable[[], Any], seconds: float = 90) -> float:
+    def until(self, condition: Callable[[], Any], seconds: float = 90, poll_seconds: float = 0.05) -> float:
         """Wait until a condition is true; returns the seconds waited."""
         began = time.monotonic()
         while not condition():
             assert time.monotonic() - began < seconds, self.logs()
-            time.sleep(0.05)
+            time.sleep(poll_seconds)
         return time.monotonic() - began
 
-    def until_published(self, experiment_store: ExperimentStore, trials: int, seconds: float = 90) -> float:
+    def until_published(self, experiment_store: ExperimentStore, trials: int, seconds: float = 90, poll_seconds: float = 0.05) -> float:
         """Wait until the published scores count a number of trials."""
 
         def published() -> bool:
             pointer = latest_version(self.store, experiment_store.name)
             return pointer is not None and pointer.summary.accumulated_trials >= trials
 
-        return self.until(published, seconds)
+        return self.until(published, seconds, poll_seconds)
 
     def scores(self, name: str) -> dict[str, bytes]:
         """Return the published score files."""
