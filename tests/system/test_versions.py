@@ -1,16 +1,19 @@
 """Versions of memtail beside each other on one bucket and one Redis: what a version cannot serve it leaves to the others, and says so."""
 
+import io
 import json
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import urllib3
 import yaml
 
 from memtail.experiment_store import ExperimentStore
+from memtail.storage import keys
 from tests.support import versions
 from tests.support.cluster import Cluster, Service
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, gated
@@ -23,6 +26,11 @@ _RECIPE = (_SPEC, "RECIPE_VERSION = 2", "RECIPE_VERSION = 3")
 _KEYS = (
     (_SPEC, '"auto"] = "float32"\n', '"auto"] = "float32"\n    dropout: float = 0.0\n'),
     (_SPEC, "    workers: WorkersSpec | None = None\n", '    workers: WorkersSpec | None = None\n    compile: str = "no"\n'),
+)
+_RECORD = "memtail/experiment_store/record.py"
+_SCHEMA = (
+    (_RECORD, "SCHEMA = 1", "SCHEMA = 2"),
+    (_RECORD, '(schema := content.pop("schema")) != SCHEMA', '(schema := content.pop("schema")) not in (1, SCHEMA)'),
 )
 
 
@@ -42,6 +50,12 @@ def new_recipe(tmp_path_factory) -> Path:
 def new_keys(tmp_path_factory) -> Path:
     """A later version with a further key of `training` and one of `execution`."""
     return versions.later_version(tmp_path_factory.mktemp("keys"), "0.8.0", _KEYS)
+
+
+@pytest.fixture(scope="module")
+def new_schema(tmp_path_factory) -> Path:
+    """A later version that writes records of schema 2, and reads schema 1 too."""
+    return versions.later_version(tmp_path_factory.mktemp("schema"), "0.7.0", _SCHEMA)
 
 
 @pytest.fixture
@@ -183,6 +197,32 @@ def test_keys_of_a_later_version_are_ignored_where_no_trial_depends_on_them(clus
     cluster.until(lambda: len(knob.committed()) == SHARDS)
     cluster.until(lambda: not notices(knob))
     assert not knob.attempts() + speed.attempts()
+
+
+@pytest.mark.slow
+def test_a_record_of_a_later_schema_is_left_to_its_version_and_hides_no_other(cluster, new_schema, declare, digits, expected, submit):
+    before = start(cluster, *SERVICES)
+    later = submit(new_schema, "a-later")
+    own = declare(TRIALS, name="b-own", execution={"trials_per_shard": PER_SHARD, "device": "cpu"})
+    own_store = cluster.submit(own, digits)
+    cluster.until_published(own_store, TRIALS)
+    assert cluster.scores("b-own") == expected(own)
+    reason = "has schema 2, this memtail reads 1: use the memtail that wrote it"
+    cluster.until(lambda: reason in notices(later))
+    output = versions.python(Path(__file__).parents[2], "-m", "memtail", "status", env=cluster.environment)
+    assert "b-own" in output
+    assert "a-later: cannot be read" in output
+    assert reason in output
+    start(cluster, "dispatcher", "aggregator", code=new_schema)
+    stop(service for service in before if service.name != "worker")
+    # the worker of this version leaves the later version's messages in the queue
+    cluster.until(lambda: "do not train it" in notices(later))
+    start(cluster, "worker", code=new_schema)
+    cluster.until_published(later, TRIALS)
+    cluster.until(lambda: not notices(later))
+    batches = [np.load(io.BytesIO(later.store.get(key))) for key in later.store.list(keys.trials("a-later"))]
+    assert {json.loads(str(batch["provenance"]))["memtail"] for batch in batches} == {"0.7.0"}
+    assert not later.attempts() + own_store.attempts()
 
 
 def test_versions_of_one_recipe_train_an_experiment_together(cluster, new_keys, declare, digits, expected, tmp_path):
