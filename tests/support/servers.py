@@ -137,10 +137,12 @@ class LossyProxy:
     """Forwards TCP connections to a server, and cuts some of them during the response.
 
     `cuts` lists pending cuts as (start of the request, bytes): the response to the next such request is cut after that number of bytes.
+    While `silent`, connections stay open and are accepted, but nothing is forwarded in either direction.
     """
 
     def __init__(self, server: MinioServer) -> None:
         self.cuts: list[tuple[bytes, int]] = []
+        self.silent = False
         self.requests: list[bytes] = []
         proxy = self
 
@@ -161,7 +163,8 @@ class LossyProxy:
                         if head.endswith(b" HTTP/1.1"):
                             proxy.requests.append(head)
                             self.cut = next((cut for cut in proxy.cuts if head.startswith(cut[0])), None)
-                        upstream.sendall(data)
+                        if not proxy.silent:
+                            upstream.sendall(data)
                     upstream.shutdown(socket.SHUT_WR)
 
             def back(self, upstream: socket.socket) -> None:
@@ -173,7 +176,8 @@ class LossyProxy:
                         self.request.sendall(data[: cut[1] - passed])
                         return
                     passed = passed + len(data) if cut else 0
-                    self.request.sendall(data)
+                    if not proxy.silent:
+                        self.request.sendall(data)
 
         class Server(socketserver.ThreadingTCPServer):
             daemon_threads = True

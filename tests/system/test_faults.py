@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import urllib3
 
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
@@ -20,7 +21,7 @@ from services.common.settings import ServiceSettings
 from services.worker.app import WORKER_AT_FAULT
 from tests.support.batches import commit
 from tests.support.cluster import LivingCluster, RedisServer
-from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty
+from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty, gated
 from tests.support.metrics import scrape
 from tests.support.servers import LossyProxy, MinioServer, debian_program
 
@@ -366,6 +367,40 @@ def test_health_checks_and_metrics_answer_beside_silent_connections(living):
             assert living.serves(service)
             assert scrape(service).value("memtail_build_info") == 1
     assert all("Traceback" not in log.read_text()[length:] for log, length in logged.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_store_that_never_answers_ends_no_service_and_loses_no_lease(tmp_path_factory, own_minio, declare, digits, expected):
+    default = dict.fromkeys(("MEMTAIL_LEASE_SECONDS", "MEMTAIL_RECONCILE_SECONDS", "MEMTAIL_RESYNC_SECONDS", "MEMTAIL_PUBLISH_SECONDS"), "")
+    with LossyProxy(own_minio) as proxy, LivingCluster(tmp_path_factory.mktemp("cluster"), own_minio) as cluster:
+        cluster.environment |= default | {"MEMTAIL_S3_ENDPOINT": proxy.endpoint}
+        experiments = [gated(declare, name=f"silent-{number}") for number in range(20)]
+        stores = [cluster.submit(experiment, digits) for experiment in experiments]
+        for name in ("dispatcher", "worker", "aggregator"):
+            cluster.start(name)
+        cluster.gate.admit(1)
+        cluster.until(lambda: any(store.committed() for store in stores))
+        cluster.until(lambda: cluster.gate.waiting == 1)
+        cluster.until(lambda: all(cluster.serves(service) for service in cluster.services))
+        proxy.silent = True
+        until = time.monotonic() + 180
+        http = urllib3.PoolManager(retries=False)
+        while time.monotonic() < until:
+            for service in cluster.services:  # as a liveness probe does
+                assert http.request("GET", f"http://127.0.0.1:{service.port}/healthz", timeout=5).status == 200, service.name
+            time.sleep(5)
+        assert cluster.broker().leased()  # of the shard in training
+        proxy.silent = False
+        cluster.gate.open()
+        resumed = cluster.until(lambda: sum(len(store.committed()) for store in stores) > 1, 150)
+        finished = resumed + sum(cluster.until_published(store, TRIALS, 240) for store in stores)
+        print(f"\nsilent store: the next shard committed after {resumed:.1f} s, all published after {finished:.1f} s")
+        assert cluster.scores("silent-0") == expected(experiments[0])
+        assert not any(store.attempts() for store in stores)
+        (dispatcher,) = cluster.kinds("dispatcher")
+        expired = [scrape(dispatcher).value("memtail_leases_expired_total", experiment=each.name) for each in experiments]
+        assert not any(expired)
 
 
 def test_workers_are_stopped_one_after_another(living, slow, digits, expected):
