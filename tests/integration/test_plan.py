@@ -182,7 +182,7 @@ def test_profiling_changes_no_bit_and_phases_take_at_most_the_whole_time(declare
     assert plain.provenance.phases is None
     phases = profiled.provenance.phases
     assert {"data", "forward/backward", "evaluation"} <= set(phases) <= set(PHASES)
-    assert 0.3 * profiled.provenance.seconds < sum(phases.values()) <= profiled.provenance.seconds + 0.01
+    assert 0 < sum(phases.values()) <= profiled.provenance.seconds + 0.01
 
 
 def test_disabled_phases_measure_nothing():
