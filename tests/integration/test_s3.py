@@ -477,7 +477,8 @@ def test_a_write_repeated_by_a_proxy_is_recognised():
         (429, "TooManyRequests"),
         (400, "RequestTimeout"),
         (409, "ConditionalRequestConflict"),
-        (404, "NoSuchUpload"),
+        (400, "BadDigest"),
+        (400, "IncompleteBody"),
     ],
 )
 def test_transient_errors_are_retried(logs, status, code):

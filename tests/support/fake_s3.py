@@ -13,7 +13,8 @@ from memtail.settings import S3Settings
 class FakeS3(ThreadingHTTPServer):
     """The part of S3 that a store with one bucket uses, with injected faults.
 
-    Faults: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`, `fails-late` (an upload in parts ends with an error, status 200).
+    Faults: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`, `refuses-parts`, `fails-late` (an upload in parts ends with an
+    error, status 200).
     `failures`, as (status, code), are the first responses; `clock` is the number of seconds by which the server's clock is ahead.
     """
 
@@ -61,6 +62,8 @@ class _FakeHandler(BaseHTTPRequestHandler):
         if self.command == "POST":
             self.server.objects[url.path] = (data, "")
             return self.answer(200, b"<CompleteMultipartUploadResult><ETag>x-1</ETag></CompleteMultipartUploadResult>")
+        if "partNumber" in query and "refuses-parts" in self.server.faults:
+            return self.answer(403, b"<Error><Code>AccessDenied</Code><Message>m</Message></Error>")
         if "partNumber" in query:
             return self.answer(200, ETag='"x"')
         if self.command == "PUT":
@@ -71,7 +74,7 @@ class _FakeHandler(BaseHTTPRequestHandler):
         if url.path not in self.server.objects:
             return self.answer(404, b"" if self.command == "HEAD" else b"<Error><Code>NoSuchKey</Code></Error>")
         data, writer = self.server.objects[url.path]
-        return self.answer(200, data, **({"x-amz-meta-writer": writer} if writer else {}))
+        return self.answer(200, data, ETag='"x"', **({"x-amz-meta-writer": writer} if writer else {}))
 
     def put(self, path, query, data):
         there = path in self.server.objects and "ignores-condition" not in self.server.faults

@@ -120,7 +120,7 @@ class MinioServer:
     def new_bucket(self) -> str:
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         ca = self._certificates and self._certificates / "ca.pem"
-        S3Store(name, settings=self.settings(ca_file=ca))._connection().s3.make_bucket(bucket_name=name, location=REGION)
+        S3Store(name, settings=self.settings(ca_file=ca, region=REGION)).make_bucket()
         return name
 
 
