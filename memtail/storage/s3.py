@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from minio.error import InvalidResponseError, MinioException, S3Error
 from memtail.errors import StoreError
 from memtail.settings import S3Settings
 from memtail.storage import Observer, keys
+from memtail.storage.proof import prove_races
 from memtail.storage.s3_client import Client, Connection
 from memtail.storage.s3_errors import status_of
+from memtail.storage.s3_proof import WRITER, prove_answers
 from memtail.storage.s3_reader import Reader
 from memtail.storage.s3_writer import Writer
 
-#: Token of one call of `put_if_absent`, stored with the object, by which the call recognises its own write.
-_WRITER = "x-amz-meta-writer"
 #: Length of the longest page of a listing.
 _PAGE = 1000
 
@@ -64,6 +65,9 @@ class S3Store:
         self._prefix = f"{keys.check(prefix)}/" if prefix else ""
         self._settings = settings or S3Settings.from_environment()
         self._client = Client(self.address, bucket, self._settings, attempts=attempts, patience=patience, timeout=timeout, observe=observe)
+        self._another = partial(
+            S3Store, bucket, prefix, self._settings, attempts=attempts, patience=patience, timeout=timeout, observe=observe
+        )
         self._reader, self._writer = Reader(self._client, part_size), Writer(self._client, part_size)
 
     @property
@@ -196,24 +200,15 @@ class S3Store:
         return self._client.run(self._bucket, "made", make)
 
     def verify_contract(self) -> None:
-        """Verify that the server keeps the contract, with an object that is removed again.
+        """Verify that the server keeps the contract, also under concurrent writes; the objects written are removed again.
 
         Raises:
-            StoreError: the server cannot be used, overwrites an object in spite of `If-None-Match`, or does not keep an object's metadata.
+            StoreError: the server cannot be used, or does not keep the contract.
         """
-        key, writer = keys.probe(), uuid.uuid4().hex
-        next(self.list(key), None)  # of all requests, its errors name faults of the bucket, the key and the clock most clearly
-        first = self._put_if(key, b"first", {"If-None-Match": "*"}, writer)
-        kept = self._client.run(key, "checked", lambda connection: self._writer_of(connection, key))
-        second = self.put_if_absent(key, b"second")
-        self.delete(key)
-        for wrong, what in (
-            (not first, "it refuses a conditional write of a new object"),
-            (second, "it overwrites an object in spite of If-None-Match: *"),
-            (kept != writer, "it does not keep the metadata of a presigned write"),
-        ):
-            if wrong:
-                raise StoreError(f"store {self.address}: the server {self._settings.endpoint} cannot be used: {what}; use another server")
+        next(self.list(keys.probe()), None)  # of all requests, its errors name faults of the bucket, the key and the clock most clearly
+        fault = prove_answers(self._client, self._prefix) or prove_races(self, self._another())
+        if fault:
+            raise StoreError(f"store {self.address}: the server {self._settings.endpoint} cannot be used: {fault}; use another server")
 
     def clock_difference(self) -> float:
         """Return the seconds by which the server's clock is ahead of this machine's.
@@ -244,7 +239,7 @@ class S3Store:
             again = True
             try:
                 # servers refuse unsigned x-amz- headers, so the writer is in the URL
-                connection.presigned("PUT", name, {_WRITER: writer}, data, headers)
+                connection.presigned("PUT", name, {WRITER: writer}, data, headers)
             except MinioException as error:
                 if status_of(error) == 412:
                     return self._writer_of(connection, key) == writer
@@ -263,7 +258,7 @@ class S3Store:
             if error.code != "NoSuchKey":
                 raise
             return None
-        return (head.metadata or {}).get(_WRITER) or ""
+        return (head.metadata or {}).get(WRITER) or ""
 
     def _name(self, key: str) -> str:
         return self._prefix + keys.check(key)

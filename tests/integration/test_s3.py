@@ -413,9 +413,17 @@ def test_a_malformed_setting_is_refused_by_name(environment, variable, value, me
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("ignores-condition", "it overwrites an object in spite of If-None-Match"),
+        ("ignores-condition", r"it overwrites an object in spite of If-None-Match: \*"),
+        ("ignores-match", "it overwrites an object in spite of If-Match with another ETag"),
+        ("ignores-range", "it does not return the range of an object that is asked for"),
         ("drops-metadata", "it does not keep the metadata of a presigned write"),
-        ("refuses", "it refuses a conditional write of a new object"),
+        ("refuses", r"it refuses a conditional write of a new object \(status 412\)"),
+        ("races", "it reports success to .* of 16 concurrent writers of one new object"),
+        ("races-match", "it reports success to .* of 16 concurrent writers that replace one object with If-Match"),
+        ("answers-200", r"it overwrites an object in spite of If-None-Match: \*, or answers as if it did \(status 200\)"),
+        ("answers-304", r"it answers a write that If-None-Match: \* forbids with status 304 instead of 412"),
+        ("answers-409", r"it answers a write that If-None-Match: \* forbids with status 409 instead of 412"),
+        ("answers-501", r"it does not implement conditional writes \(status 501\)"),
     ],
 )
 def test_a_server_that_does_not_keep_the_contract_is_refused_at_the_start(environment, fault, message):
