@@ -36,7 +36,7 @@ class S3Store:
     Args:
         bucket: its name; it must exist.
         prefix: of all keys, with a `/` after it; stores under two prefixes do not see each other, unless one is below the other.
-        settings: address and credentials of the server, by default those of the environment.
+        settings: address and credentials of the server, by default those of the environment. Its files of keys are read again.
         attempts: requests in vain before a retried request fails.
         patience: seconds in vain before a retried request fails. Both count anew for each part of a large object, and after progress.
         timeout: seconds to wait for a connection, and for each response.
@@ -64,10 +64,17 @@ class S3Store:
         self._bucket = bucket
         self._prefix = f"{keys.check(prefix)}/" if prefix else ""
         self._settings = settings or S3Settings.from_environment()
-        self._client = Client(self.address, bucket, self._settings, attempts=attempts, patience=patience, timeout=timeout, observe=observe)
-        self._another = partial(
-            S3Store, bucket, prefix, self._settings, attempts=attempts, patience=patience, timeout=timeout, observe=observe
+        self._client = Client(
+            self.address,
+            bucket,
+            self._settings,
+            rereads=settings is None,
+            attempts=attempts,
+            patience=patience,
+            timeout=timeout,
+            observe=observe,
         )
+        self._another = partial(S3Store, bucket, prefix, settings, attempts=attempts, patience=patience, timeout=timeout, observe=observe)
         self._reader, self._writer = Reader(self._client, part_size), Writer(self._client, part_size)
 
     @property
@@ -255,6 +262,9 @@ class S3Store:
         try:
             head = connection.s3.stat_object(bucket_name=self._bucket, object_name=self._name(key))
         except S3Error as error:
+            if error.code == "AccessDenied":  # a response to HEAD has no content: a read names the cause
+                with connection.opened(self._name(key), {"Range": "bytes=0-0"}):
+                    pass
             if error.code != "NoSuchKey":
                 raise
             return None

@@ -19,15 +19,15 @@ import structlog
 import urllib3
 from minio import Minio
 from minio.credentials.credentials import Credentials
-from minio.credentials.providers import AWSConfigProvider, ChainedProvider, IamAwsProvider, StaticProvider
+from minio.credentials.providers import AWSConfigProvider, ChainedProvider, IamAwsProvider, Provider, StaticProvider
 from minio.error import MinioException, S3Error
 from tenacity import RetryCallState, Retrying, stop_after_attempt, stop_after_delay, wait_random_exponential
 from urllib3.exceptions import HTTPError
 
 from memtail.errors import StoreError
-from memtail.settings import S3Settings
+from memtail.settings import S3Settings, in_file, secret
 from memtail.storage import ObjectNotFound, Observer, UnreachableError
-from memtail.storage.s3_errors import KEY_FIX, TRANSIENT_STATUS, cause_of, error_in, fix_of, is_transient, outcome_of
+from memtail.storage.s3_errors import KEY_FIX, REFUSED_KEY_CODES, TRANSIENT_STATUS, cause_of, error_in, fix_of, is_transient, outcome_of
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -58,6 +58,7 @@ class Connection:
     bucket: str
     s3: Minio
     http: urllib3.PoolManager
+    credentials: Provider
 
     @contextmanager
     def opened(self, name: str, headers: Mapping[str, str] = _NO_HEADERS) -> Iterator[urllib3.BaseHTTPResponse]:
@@ -120,6 +121,7 @@ class Client:
         address: of the store, for messages.
         bucket: its name.
         settings: address and credentials of the server.
+        rereads: whether the settings are those of the environment, whose files of keys are read again.
         attempts: requests in vain before a retried request fails.
         patience: seconds in vain before a retried request fails.
         timeout: seconds to wait for a connection, and for each response.
@@ -135,12 +137,14 @@ class Client:
         bucket: str,
         settings: S3Settings,
         *,
+        rereads: bool,
         attempts: int,
         patience: float,
         timeout: float,
         observe: Observer | None,
     ) -> None:
-        self.address, self.bucket, self.settings = address, bucket, settings
+        self.address, self.bucket, self.settings, self._rereads = address, bucket, settings, rereads
+        self._accepted = False
         self._attempts, self._patience, self._timeout, self._observe = attempts, patience, timeout, observe
         self._connections: dict[int, Connection] = {}
         self._connection()
@@ -173,6 +177,7 @@ class Client:
             try:
                 returned = action(connection)
                 outcome, size = result(returned)
+                self._accepted = True
                 return returned
             except _ERRORS as error:
                 outcome = outcome_of(error)
@@ -183,7 +188,7 @@ class Client:
 
         def may_pass(state: RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
-            if error is None or not is_transient(error):
+            if error is None or not (is_transient(error) or self._awaits_key(error, connection)):
                 return False
             if progressed():
                 state.attempt_number, state.start_time = 1, time.monotonic()
@@ -200,6 +205,7 @@ class Client:
                 error=cause_of(error, self._timeout) if error else "",
             )
 
+        connection = self._connection()
         retrying = Retrying(
             retry=may_pass,
             stop=stop_after_attempt(self._attempts) | stop_after_delay(self._patience),
@@ -208,7 +214,7 @@ class Client:
             reraise=True,
         )
         try:
-            return retrying(observed, self._connection())
+            return retrying(observed, connection)
         except _ERRORS as error:
             if isinstance(error, S3Error) and error.code == "NoSuchKey":
                 raise ObjectNotFound(f"store {self.address}: there is no '{key}'") from None
@@ -218,26 +224,63 @@ class Client:
             kind = UnreachableError if is_transient(error) else StoreError
             raise kind(f"{at}: '{key}' cannot be {done} ({cause}): {fix}") from None
 
+    def _awaits_key(self, error: BaseException, connection: Connection) -> bool:
+        """Return whether a key is refused that was accepted before, and its successor will be found where the key was."""
+        if not (self._accepted and isinstance(error, S3Error) and error.code in REFUSED_KEY_CODES):
+            return False
+        if isinstance(connection.credentials, _AmbientCredentials):
+            connection.credentials.forget()
+        return not isinstance(connection.credentials, StaticProvider)
+
     def _connection(self) -> Connection:
         """Return the connection of this process, since sockets must not be shared with the process that it was forked from.
 
         The parent's connection is kept: closing it could wait for ever for a lock that was held during the fork.
         """
         own = self._connections.get(os.getpid())
-        return own or self._connections.setdefault(os.getpid(), _connect(self.bucket, self.settings, self._timeout))
+        return own or self._connections.setdefault(os.getpid(), _connect(self.bucket, self.settings, self._rereads, self._timeout))
 
 
-class _AmbientCredentials(ChainedProvider):
-    """Credentials from AWS's configuration file, a web identity, a container or an instance, used if no key is set."""
+class _FileCredentials(Provider):
+    """Keys from the files that the environment names, read for each request."""
+
+    def __init__(self) -> None:
+        self._last: Credentials | None = None
 
     def retrieve(self) -> Credentials:
         try:
-            return super().retrieve()
+            access, key, token = map(secret, S3Settings.key_variables())
+            if access and key:
+                self._last = Credentials(access, key, token)
+        except StoreError:  # a file that is being replaced: the server tells whether the last key is still valid
+            if self._last is None:
+                raise
+        if self._last is None:
+            raise StoreError(f"there is no key for the S3 server: {KEY_FIX}")
+        return self._last
+
+
+class _AmbientCredentials(Provider):
+    """Credentials from AWS's configuration file, a web identity, a container or an instance, used if no key is set."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def retrieve(self) -> Credentials:
+        try:
+            return self._chain.retrieve()
         except (ValueError, KeyError, OSError, HTTPError):  # their messages may hold a token
             raise StoreError(f"there is no key for the S3 server, here or from AWS: {KEY_FIX}") from None
 
+    def forget(self) -> None:
+        """Forget credentials that are kept until they expire."""
+        # the address of instance credentials exists only on AWS's machines; elsewhere it does not answer
+        retries = urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=TRANSIENT_STATUS)
+        http = urllib3.PoolManager(timeout=urllib3.Timeout(connect=2.0, read=10.0), retries=retries)
+        self._chain = ChainedProvider(providers=[AWSConfigProvider(), IamAwsProvider(http_client=http)])
 
-def _connect(bucket: str, settings: S3Settings, timeout: float) -> Connection:
+
+def _connect(bucket: str, settings: S3Settings, rereads: bool, timeout: float) -> Connection:
     if settings.addressing not in (None, "path", "virtual"):
         raise StoreError(f"MEMTAIL_S3_ADDRESSING is '{settings.addressing}': set it to path or virtual")
     if settings.ca_file is not None and not settings.ca_file.is_file():
@@ -249,6 +292,7 @@ def _connect(bucket: str, settings: S3Settings, timeout: float) -> Connection:
         cert_reqs="CERT_REQUIRED",
         ca_certs=settings.ca_file and str(settings.ca_file),
     )
+    credentials = _credentials(settings, rereads)
     try:
         url = urlsplit(settings.endpoint)
         if url.username or url.password or url.scheme not in ("http", "https") or url.path.strip("/") or url.query or url.fragment:
@@ -258,7 +302,7 @@ def _connect(bucket: str, settings: S3Settings, timeout: float) -> Connection:
             secure=url.scheme == "https",
             region=settings.region,
             http_client=http,
-            credentials=_credentials(settings),
+            credentials=credentials,
         )
     except ValueError:
         raise StoreError("MEMTAIL_S3_ENDPOINT or MEMTAIL_S3_REGION is malformed: an endpoint is like https://s3.example.org:9000") from None
@@ -266,13 +310,12 @@ def _connect(bucket: str, settings: S3Settings, timeout: float) -> Connection:
         s3.enable_virtual_style_endpoint()
     elif settings.addressing == "path":
         s3.disable_virtual_style_endpoint()
-    return Connection(bucket, s3, http)
+    return Connection(bucket, s3, http, credentials)
 
 
-def _credentials(settings: S3Settings) -> StaticProvider | _AmbientCredentials:
-    if settings.access_key and settings.secret_key:
-        return StaticProvider(access_key=settings.access_key, secret_key=settings.secret_key, session_token=settings.session_token)
-    # the address of instance credentials exists only on AWS's machines; elsewhere it does not answer
-    retries = urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=TRANSIENT_STATUS)
-    http = urllib3.PoolManager(timeout=urllib3.Timeout(connect=2.0, read=10.0), retries=retries)
-    return _AmbientCredentials(providers=[AWSConfigProvider(), IamAwsProvider(http_client=http)])
+def _credentials(settings: S3Settings, rereads: bool) -> Provider:
+    if not (settings.access_key and settings.secret_key):
+        return _AmbientCredentials()
+    if rereads and any(map(in_file, S3Settings.key_variables())):
+        return _FileCredentials()
+    return StaticProvider(access_key=settings.access_key, secret_key=settings.secret_key, session_token=settings.session_token)

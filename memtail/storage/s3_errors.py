@@ -19,6 +19,15 @@ _TRANSIENT_CODES = {
     "ServiceUnavailable",
     "SlowDown",
 }
+#: Errors about a key that the server does not know, or no longer.
+REFUSED_KEY_CODES = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "InvalidTokenId",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
 KEY_FIX = "set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY to a key of this server"
 _REGION_FIX = "set MEMTAIL_S3_REGION to the bucket's region"
 _FIXES = {
