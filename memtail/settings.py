@@ -57,7 +57,8 @@ class Settings:
 class S3Settings:
     """Access to an S3 server. Keys are not in the repr.
 
-    Each key can be replaced by a file: a variable with `_FILE` at its end names it. Without a key, credentials come from AWS's
+    Each key can be in a file: a variable with `_FILE` at its end names it. The file is read for each request, so that a rotated key is used
+    at once. A session token, which expires, must be in a file, and so must its keys. Without a key, credentials come from AWS's
     configuration file, or from the identity of the pod, container or instance.
 
     Attributes:
@@ -84,16 +85,16 @@ class S3Settings:
         """Return the environment's settings.
 
         Raises:
-            StoreError: half of a key is missing, or a file that should hold it cannot be read.
+            StoreError: half of a key is missing, a file that should hold it cannot be read, or a session token is not in a file.
         """
-        variables = ("MEMTAIL_S3_ACCESS_KEY", "MEMTAIL_S3_SECRET_KEY", "MEMTAIL_S3_SESSION_TOKEN")
+        variables = cls.key_variables()
         access, key, token = map(secret, variables)
-        if access is key is None:
-            variables = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-            access, key, token = map(secret, variables)
         if (access is None) != (key is None):
             present, missing = variables[:2] if access else variables[1::-1]
             raise StoreError(f"{present} is set, but {missing} is not: set both or neither")
+        if token and not all(map(in_file, variables)):
+            files = ", ".join(f"{variable}_FILE" for variable in variables)
+            raise StoreError(f"{variables[2]} is set, but a session token expires: name files with the keys and the token in {files}")
         return cls(
             endpoint=os.environ.get("MEMTAIL_S3_ENDPOINT") or cls.endpoint,
             access_key=access,
@@ -103,6 +104,14 @@ class S3Settings:
             ca_file=_from_environment("MEMTAIL_S3_CA_FILE", None),
             addressing=os.environ.get("MEMTAIL_S3_ADDRESSING") or None,
         )
+
+    @staticmethod
+    def key_variables() -> tuple[str, str, str]:
+        """Return the variables of access key, secret key and session token: those of AWS if the others hold no key."""
+        variables = ("MEMTAIL_S3_ACCESS_KEY", "MEMTAIL_S3_SECRET_KEY", "MEMTAIL_S3_SESSION_TOKEN")
+        if any(map(secret, variables[:2])):
+            return variables
+        return ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -125,15 +134,22 @@ class ExplorerSettings:
         return cls(token=secret(EXPLORER_TOKEN_VARIABLE))
 
 
+def in_file(variable: str) -> bool:
+    """Return whether a file holds the variable's value: it may be replaced while the process lives."""
+    return not os.environ.get(variable) and bool(os.environ.get(f"{variable}_FILE"))
+
+
 def secret(variable: str) -> str | None:
     """Return a variable's value, or the content of the file named by the variable with the suffix `_FILE`; None if neither is set.
+
+    Each call reads the file: a long-lived process that calls it when a secret is refused gets the rotated one.
 
     Raises:
         StoreError: the file cannot be read.
     """
-    path = os.environ.get(f"{variable}_FILE")
-    if os.environ.get(variable) or not path:
+    if not in_file(variable):
         return os.environ.get(variable) or None
+    path = os.environ[f"{variable}_FILE"]
     try:
         return Path(path).read_text().strip() or None
     except (OSError, UnicodeDecodeError):

@@ -17,6 +17,7 @@ from memtail.storage.open import is_url, open_bucket
 _STORE_TIMEOUT = 10.0
 _BROKER_TIMEOUT = 5.0
 _CLOCK_TOLERANCE = 300.0
+_WRITE, _ONE_WINS = "conditional write", "one of several concurrent writers wins"
 _INSTALL = "pip install 'memtail[train]'"
 
 
@@ -81,21 +82,18 @@ def _folder(name: str, folder: Path) -> Check:
 
 
 def _store(store: Path) -> list[Check]:
-    """Check that the first of two conditional writes wins."""
-    from memtail.storage import keys
+    """Check conditional writes in a folder."""
     from memtail.storage.local import LocalStore
+    from memtail.storage.proof import prove_races
 
     if not store.is_dir():
         return []
-    opened, key = LocalStore(store), keys.probe()
-    try:
-        first, second = opened.put_if_absent(key, b"1"), opened.put_if_absent(key, b"2")
-        held = opened.get(key)
-        opened.delete(key)
-    except MemtailError as error:
-        return [Check("conditional write", False, str(error))]
-    fine = (first, second, held) == (True, False, b"1")
-    return [Check("conditional write", fine, "the first writer wins" if fine else "a second writer overwrote the first")]
+
+    def writing() -> Check:
+        fault = prove_races(LocalStore(store), LocalStore(store))
+        return Check(_WRITE, not fault, f"{fault}: use another file system" if fault else _ONE_WINS)
+
+    return [_or_error(_WRITE, writing)]
 
 
 def _bucket(address: str) -> list[Check]:
@@ -112,11 +110,11 @@ def _bucket(address: str) -> list[Check]:
 
     def writing() -> Check:
         opened.verify_contract()
-        return Check("conditional write", True, "the first writer wins")
+        return Check(_WRITE, True, _ONE_WINS)
 
     try:
         opened = open_bucket(address, patience=_STORE_TIMEOUT)
-        return [clock(), _or_error("store", reading), _or_error("conditional write", writing)]
+        return [clock(), _or_error("store", reading), _or_error(_WRITE, writing)]
     except MemtailError as error:
         return [Check("store", False, str(error))]
 

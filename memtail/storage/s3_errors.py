@@ -10,13 +10,23 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 TRANSIENT_STATUS = {429, 500, 502, 503, 504}
 _TRANSIENT_CODES = {
+    "BadDigest",  # the content was damaged on its way
     "ConditionalRequestConflict",
+    "IncompleteBody",
     "InternalError",
-    "NoSuchUpload",  # minio aborts an upload in parts whose last response was lost, and reports only that there is none to abort
     "OperationAborted",
     "RequestTimeout",
     "ServiceUnavailable",
     "SlowDown",
+}
+#: Errors about a key that the server does not know, or no longer.
+REFUSED_KEY_CODES = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "InvalidTokenId",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
 }
 KEY_FIX = "set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY to a key of this server"
 _REGION_FIX = "set MEMTAIL_S3_REGION to the bucket's region"
@@ -43,7 +53,8 @@ def error_in(response: urllib3.BaseHTTPResponse) -> MinioException:
         return ServerError(f"server failed with HTTP status code {response.status}", response.status)
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status of the response that an error reports, None if there was no response."""
     if isinstance(error, S3Error):
         return error.response.status
     if isinstance(error, ServerError):
@@ -57,14 +68,14 @@ def is_transient(error: BaseException) -> bool:
         return any(isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError) for cause in error.args)
     if isinstance(error, HTTPError):
         return True
-    return _status(error) in TRANSIENT_STATUS or (isinstance(error, S3Error) and error.code in _TRANSIENT_CODES)
+    return status_of(error) in TRANSIENT_STATUS or (isinstance(error, S3Error) and error.code in _TRANSIENT_CODES)
 
 
 def outcome_of(error: BaseException) -> str:
     """Return the outcome of a request that raised an error: "absent" (no object has the key), "refused", or "failed" (transient)."""
     if isinstance(error, S3Error) and error.code == "NoSuchKey":
         return "absent"
-    status = _status(error)
+    status = status_of(error)
     return "failed" if is_transient(error) or status is None or status >= 500 else "refused"
 
 
@@ -77,7 +88,7 @@ def cause_of(error: BaseException, timeout: float) -> str:
     """
     if isinstance(error, S3Error):
         return " ".join(f"{error.code}: {error.message}".split())[:300]
-    if (status := _status(error)) is not None:
+    if (status := status_of(error)) is not None:
         return f"HTTP status {status}"
     if isinstance(error, NewConnectionError):  # includes ConnectTimeoutError
         return re.sub(r"\[Errno -?\d+\] ", "", str(error).rpartition(": ")[2])
@@ -98,4 +109,4 @@ def fix_of(error: BaseException) -> str:
         return "name the certificate of the server's authority in MEMTAIL_S3_CA_FILE, and the server as its certificate does"
     if isinstance(error, HTTPError):
         return "check that the server is up, and that MEMTAIL_S3_ENDPOINT is its URL"
-    return "check MEMTAIL_S3_ENDPOINT" if (_status(error) or 0) < 500 else "see what the server's log says"
+    return "check MEMTAIL_S3_ENDPOINT" if (status_of(error) or 0) < 500 else "see what the server's log says"

@@ -343,6 +343,103 @@ def test_credentials_come_from_variables_or_from_files_that_they_name(minio, buc
     open_store(f"s3://{bucket}/files")
 
 
+@pytest.fixture
+def key_files(environment, tmp_path, minio):
+    """Function that writes the files of an access key and a secret key, which the environment names."""
+
+    def write(access, key):
+        for name, value in (("ACCESS", access), ("SECRET", key)):
+            (tmp_path / f"{name}.new").write_text(value)
+            (tmp_path / f"{name}.new").replace(tmp_path / name)
+            environment.setenv(f"MEMTAIL_S3_{name}_KEY_FILE", str(tmp_path / name))
+
+    environment.setenv("MEMTAIL_S3_ENDPOINT", minio.endpoint)
+    return write
+
+
+@pytest.mark.parametrize("first", ["server", "files"])
+def test_a_key_rotated_during_writes_loses_none(minio, bucket, key_files, logs, first):
+    """The secret changes at the server before the files do, or after; meanwhile the two differ, and every request is refused."""
+    user, enough, stop = f"user-{first}", threading.Event(), threading.Event()
+    minio.add_user(user, "secret-before")
+    key_files(user, "secret-before")
+    store = S3Store(bucket, f"rotated-{first}")
+    written = []
+
+    def write(thread):
+        number = 0
+        while not stop.is_set():
+            assert store.put_if_absent(f"{thread}/{number}", b"1")
+            store.put(f"{thread}/{number}", b"2")
+            assert store.exists(f"{thread}/{number}")
+            written.append(f"{thread}/{number}")
+            number += 1
+            if len(written) > 20:
+                enough.set()
+
+    with ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, thread) for thread in range(4)]
+        steps = [lambda: minio.add_user(user, "secret-after"), lambda: key_files(user, "secret-after")]
+        enough.wait(30)
+        for step in steps if first == "server" else reversed(steps):
+            step()
+            refusals, deadline = len(logs), time.monotonic() + 30
+            while len(logs) < refusals + 2 and step is not steps[-1 if first == "server" else 0]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        before = len(written)
+        while len(written) < before + 20 and not any(writer.done() for writer in writers):
+            time.sleep(0.01)
+        stop.set()
+        for writer in writers:
+            writer.result()
+    assert any("SignatureDoesNotMatch" in event["error"] for event in logs)
+    assert set(store.list("")) == set(written)
+    assert all(store.get(key) == b"2" for key in written)
+
+
+def test_a_key_in_a_file_that_never_worked_is_refused_at_once(minio, bucket, key_files, logs):
+    key_files(minio.access_key, "wrong-secret")
+    with pytest.raises(StoreError, match="SignatureDoesNotMatch"):
+        S3Store(bucket).get("k")
+    assert not logs
+
+
+def test_a_file_of_a_key_that_is_missing_for_a_moment_does_no_harm(minio, bucket, key_files, tmp_path):
+    key_files(minio.access_key, minio.secret_key)
+    store = S3Store(bucket, "moment")
+    store.put("k", b"1")
+    (tmp_path / "SECRET").unlink()
+    assert store.get("k") == b"1"
+
+
+def test_a_session_token_must_be_in_a_file_and_may_expire(minio, bucket, key_files, environment, tmp_path):
+    def assume():
+        provider = AssumeRoleProvider(sts_endpoint=minio.endpoint, access_key=minio.access_key, secret_key=minio.secret_key, region=REGION)
+        return provider.retrieve()
+
+    key = assume()
+    key_files(key.access_key, key.secret_key)
+    environment.setenv("MEMTAIL_S3_SESSION_TOKEN", key.session_token)
+    message = "MEMTAIL_S3_SESSION_TOKEN is set, but a session token expires: name files with the keys and the token in MEMTAIL_S3_ACCESS_"
+    with pytest.raises(StoreError, match=message):
+        S3Store(bucket)
+    environment.delenv("MEMTAIL_S3_SESSION_TOKEN")
+    (tmp_path / "token").write_text(key.session_token)
+    environment.setenv("MEMTAIL_S3_SESSION_TOKEN_FILE", str(tmp_path / "token"))
+    store = S3Store(bucket, "token")
+    store.put("k", b"1")
+    (tmp_path / "token").write_text("expired")
+    with ThreadPoolExecutor(1) as pool, structlog.testing.capture_logs() as logs:
+        reading = pool.submit(store.get, "k")
+        while not logs:
+            assert not reading.done()
+        key = assume()
+        key_files(key.access_key, key.secret_key)
+        (tmp_path / "token").write_text(key.session_token)
+        assert reading.result() == b"1"
+
+
 def test_without_a_key_credentials_of_aws_are_used(minio, bucket, environment, tmp_path, logs):
     environment.setenv("MEMTAIL_S3_ENDPOINT", minio.endpoint)
     environment.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
@@ -413,9 +510,17 @@ def test_a_malformed_setting_is_refused_by_name(environment, variable, value, me
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("ignores-condition", "it overwrites an object in spite of If-None-Match"),
+        ("ignores-condition", r"it overwrites an object in spite of If-None-Match: \*"),
+        ("ignores-match", "it overwrites an object in spite of If-Match with another ETag"),
+        ("ignores-range", "it does not return the range of an object that is asked for"),
         ("drops-metadata", "it does not keep the metadata of a presigned write"),
-        ("refuses", "it refuses a conditional write of a new object"),
+        ("refuses", r"it refuses a conditional write of a new object \(status 412\)"),
+        ("races", "it reports success to .* of 16 concurrent writers of one new object"),
+        ("races-match", "it reports success to .* of 16 concurrent writers that replace one object with If-Match"),
+        ("answers-200", r"it overwrites an object in spite of If-None-Match: \*, or answers as if it did \(status 200\)"),
+        ("answers-304", r"it answers a write that If-None-Match: \* forbids with status 304 instead of 412"),
+        ("answers-409", r"it answers a write that If-None-Match: \* forbids with status 409 instead of 412"),
+        ("answers-501", r"it does not implement conditional writes \(status 501\)"),
     ],
 )
 def test_a_server_that_does_not_keep_the_contract_is_refused_at_the_start(environment, fault, message):
@@ -477,7 +582,8 @@ def test_a_write_repeated_by_a_proxy_is_recognised():
         (429, "TooManyRequests"),
         (400, "RequestTimeout"),
         (409, "ConditionalRequestConflict"),
-        (404, "NoSuchUpload"),
+        (400, "BadDigest"),
+        (400, "IncompleteBody"),
     ],
 )
 def test_transient_errors_are_retried(logs, status, code):

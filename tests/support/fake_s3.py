@@ -1,5 +1,8 @@
 """An S3 server with injected faults."""
 
+import contextlib
+import hashlib
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -13,7 +16,9 @@ from memtail.settings import S3Settings
 class FakeS3(ThreadingHTTPServer):
     """The part of S3 that a store with one bucket uses, with injected faults.
 
-    Faults: `ignores-condition`, `drops-metadata`, `repeats`, `refuses`, `fails-late` (an upload in parts ends with an error, status 200).
+    Faults: `ignores-condition`, `ignores-match`, `ignores-range`, `drops-metadata`, `repeats`, `refuses`, `refuses-parts`, `fails-late` (an
+    upload in parts ends with an error, status 200), `races` and `races-match` (a condition is tested some time before the write), and
+    `answers-STATUS` (to a write whose condition is not met, which is not made).
     `failures`, as (status, code), are the first responses; `clock` is the number of seconds by which the server's clock is ahead.
     """
 
@@ -23,6 +28,7 @@ class FakeS3(ThreadingHTTPServer):
         self.faults, self.failures, self.clock = faults, list(failures), clock
         self.objects: dict[str, Any] = {}
         self.requests: list[str] = []
+        self.lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _FakeHandler)
 
     def __enter__(self):
@@ -35,6 +41,10 @@ class FakeS3(ThreadingHTTPServer):
 
     def settings(self):
         return S3Settings(endpoint=f"http://127.0.0.1:{self.server_port}", access_key="a" * 20, secret_key="b" * 40)
+
+
+def tag_of(data):
+    return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
 
 
 class _FakeHandler(BaseHTTPRequestHandler):
@@ -61,6 +71,8 @@ class _FakeHandler(BaseHTTPRequestHandler):
         if self.command == "POST":
             self.server.objects[url.path] = (data, "")
             return self.answer(200, b"<CompleteMultipartUploadResult><ETag>x-1</ETag></CompleteMultipartUploadResult>")
+        if "partNumber" in query and "refuses-parts" in self.server.faults:
+            return self.answer(403, b"<Error><Code>AccessDenied</Code><Message>m</Message></Error>")
         if "partNumber" in query:
             return self.answer(200, ETag='"x"')
         if self.command == "PUT":
@@ -71,15 +83,33 @@ class _FakeHandler(BaseHTTPRequestHandler):
         if url.path not in self.server.objects:
             return self.answer(404, b"" if self.command == "HEAD" else b"<Error><Code>NoSuchKey</Code></Error>")
         data, writer = self.server.objects[url.path]
-        return self.answer(200, data, **({"x-amz-meta-writer": writer} if writer else {}))
+        headers = {"ETag": tag_of(data), **({"x-amz-meta-writer": writer} if writer else {})}
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if span and "ignores-range" not in self.server.faults:
+            return self.answer(206, data[int(span[1]) : int(span[2]) + 1], **headers)
+        return self.answer(200, data, **headers)
 
     def put(self, path, query, data):
-        there = path in self.server.objects and "ignores-condition" not in self.server.faults
-        if self.headers.get("If-None-Match") == "*" and (there or "refuses" in self.server.faults):
-            return lambda: self.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
-        writer = query.get("x-amz-meta-writer", [""])[0]
-        self.server.objects[path] = (data, "" if "drops-metadata" in self.server.faults else writer)
-        return lambda: self.answer(200, ETag='"x"')
+        faults = self.server.faults
+        races = "races" in faults or ("races-match" in faults and "If-Match" in self.headers)
+        with contextlib.nullcontext() if races else self.server.lock:
+            held = self.server.objects.get(path)
+            met = self.is_met(held, faults)
+            if races:
+                time.sleep(0.02)
+            if not met:
+                status = next((int(fault.removeprefix("answers-")) for fault in faults if fault.startswith("answers-")), 412)
+                return lambda: self.answer(status, b"" if status in (200, 304) else b"<Error><Code>Conflict</Code></Error>", ETag='"x"')
+            writer = query.get("x-amz-meta-writer", [""])[0]
+            self.server.objects[path] = (data, "" if "drops-metadata" in faults else writer)
+        return lambda: self.answer(200, ETag=tag_of(data))
+
+    def is_met(self, held, faults):
+        if self.headers.get("If-None-Match") == "*" and "ignores-condition" not in faults:
+            return held is None and "refuses" not in faults
+        if (tag := self.headers.get("If-Match")) and "ignores-match" not in faults:
+            return held is not None and tag == tag_of(held[0])
+        return True
 
     def answer(self, status, body=b"", **headers):
         self.send_response(status)

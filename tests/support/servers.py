@@ -117,10 +117,18 @@ class MinioServer:
             "MEMTAIL_S3_SECRET_KEY": self.secret_key,
         }
 
+    def add_user(self, name: str, secret_key: str) -> None:
+        """Add a user who may read and write every bucket, or replace the secret of a user."""
+        host = self.endpoint.replace("://", f"://{self.access_key}:{self.secret_key}@")
+        environment = {**os.environ, "MC_HOST_server": host, "MC_CONFIG_DIR": str(self._folder / "mc")}
+        for command in (["user", "add", "server", name, secret_key], ["policy", "attach", "server", "readwrite", "--user", name]):
+            mc = subprocess.run([server_binary("mc"), "admin", *command], env=environment, capture_output=True, text=True, check=False)
+            assert mc.returncode == 0 or "already in effect" in mc.stderr + mc.stdout, mc.stderr + mc.stdout
+
     def new_bucket(self) -> str:
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         ca = self._certificates and self._certificates / "ca.pem"
-        S3Store(name, settings=self.settings(ca_file=ca))._connection().s3.make_bucket(bucket_name=name, location=REGION)
+        S3Store(name, settings=self.settings(ca_file=ca, region=REGION)).make_bucket()
         return name
 
 
