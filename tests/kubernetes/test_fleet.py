@@ -55,6 +55,43 @@ def test_unschedulable_workers_have_a_notice_and_are_removed_when_the_work_is_do
         fleet.cluster.until(lambda: not fleet.names("pods", "--selector", "memtail/experiment=never"), 60)
 
 
+def test_workers_that_cannot_start_are_replaced_after_the_settings_were_corrected(fleet):
+    fleet.upgrade(workers__nodeSelector={"kubernetes.io/hostname": "none"})
+    wrong = fleet.dispatcher()
+    experiment_store = fleet.submit(6, max=2)
+    fleet.cluster.until(lambda: "cannot be scheduled" in fleet.notice(), 60)
+    stuck, _ = fleet.names("pods", "--selector", WORKERS)
+    waiting = {"reason": "ErrImageNeverPull", "message": "not present with pull policy of Never"}
+    fleet.set_status(
+        stuck,
+        containerStatuses=[
+            {"name": "worker", "image": "", "imageID": "", "ready": False, "restartCount": 0} | {"state": {"waiting": waiting}}
+        ],
+    )
+    fleet.cluster.until(lambda: "cannot start: ErrImageNeverPull, not present" in fleet.notice())
+    assert "WorkerErrImageNeverPull" in fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace)
+    wrong.stop()
+    fleet.upgrade(workers__nodeSelector={"kubernetes.io/os": "linux"})
+    with fleet.pods() as pods:
+        fleet.dispatcher()
+        fleet.cluster.until(lambda: fleet.done(experiment_store, 6), 60)
+    assert set(pods.committed.values()) == {1}
+    assert stuck not in fleet.names("pods")
+
+
+def test_running_workers_of_earlier_settings_finish_their_work(fleet):
+    before = fleet.dispatcher()
+    with fleet.pods(seconds=3) as pods:
+        experiment_store = fleet.submit(8, max=2)
+        fleet.cluster.until(lambda: pods.peak == 2, 60)
+        before.stop()
+        fleet.upgrade(workers__nodeSelector={"kubernetes.io/os": "linux"})
+        fleet.dispatcher()
+        fleet.cluster.until(lambda: fleet.done(experiment_store, 8), 60)
+    assert set(pods.committed.values()) == {1}
+    assert len(fleet.names("jobs", "--selector", WORKERS)) == 1
+
+
 def test_a_request_beyond_the_limits_is_refused_with_a_notice(fleet):
     fleet.dispatcher()
     fleet.submit(2, gpus=5)

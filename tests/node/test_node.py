@@ -121,6 +121,16 @@ def test_an_image_that_cannot_be_pulled_gives_a_notice_and_is_used_once_availabl
     _assert_complete(training, embedded, tmp_path)
 
 
+def test_a_wrong_image_is_corrected_by_an_upgrade(release: Release, embedded: dict[str, bytes], tmp_path: Path) -> None:
+    # first, so that no worker waits while the services are replaced
+    release.helm("upgrade", "--wait", "--timeout", "5m", image__worker__tag="none", image__pullPolicy="Never")
+    training = release.submit("wrong-image")
+    release.until(lambda: any("ErrImageNeverPull" in line for line in training.progress.notice_lines))
+    assert not training.workers()
+    release.helm("upgrade", "--wait", "--timeout", "5m")
+    _assert_complete(training, embedded, tmp_path)
+
+
 def test_uninstalling_keeps_only_the_bucket_for_a_new_release(release: Release, embedded: dict[str, bytes], tmp_path: Path) -> None:
     """Runs last, because it uninstalls the release during training."""
     training = release.submit("uninstalled")
