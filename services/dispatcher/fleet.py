@@ -1,8 +1,8 @@
 """Scales the workers of a Kubernetes cluster: work-queue Jobs whose pods end when nothing is left to train.
 
 Each pass compares the target number of workers per experiment with the existing Jobs, including those of other dispatchers. Running
-workers are never removed to scale down: their number falls when they end by themselves. Only the workers of cancelled and deleted
-experiments are removed.
+workers are never removed to scale down: their number falls when they end by themselves. Only the workers of cancelled experiments are removed
+at once, and those of missing ones late.
 """
 
 from collections import Counter
@@ -13,6 +13,7 @@ from memtail.errors import StoreError
 from memtail.experiment_store import ExperimentStore, Notice
 from memtail.storage import ObjectStore
 from services.dispatcher import metrics
+from services.dispatcher.absence import Absences
 from services.dispatcher.cluster import Cluster
 from services.dispatcher.kubernetes_objects import Job, Pod
 from services.dispatcher.shares import target_workers
@@ -44,6 +45,7 @@ class Fleet:
         self._settings, self._cluster, self._store = settings, cluster, store
         self._notices: dict[str, Notice | None] = {}
         self._exported: set[str] = set()  # experiments with series
+        self._absences = Absences()
 
     def reconcile(self, demands: list[Demand], unreadable: set[str]) -> None:
         """Run one pass. After an error of the API server the next pass tries again.
@@ -69,16 +71,19 @@ class Fleet:
             readable = [worker_set for worker_set in sets if worker_set.experiment not in unreadable]
             cancelled = [demand.experiment for demand in demands if demand.state == "cancelled"]
             templates = {demand.experiment: template_hash(self._settings, demand) for demand in allowed if demand.experiment in running}
-            changes = scale(targets, readable, cancelled, templates, elastic=not self._settings.queue_name)
+            elastic, listed = not self._settings.queue_name, {demand.experiment for demand in demands} | unreadable
+            changes = scale(targets, readable, cancelled, templates, elastic)
+            metrics.MISSING.set(self._absences.remove(sets, listed, elastic, changes))
             self._apply(changes, {demand.experiment: demand for demand in demands}, jobs)
             self._report(demands, targets, sets, pods, violations)
-            self._keep_metrics_of({demand.experiment for demand in demands} | unreadable)
+            self._keep_metrics_of(listed)
         except ClusterError as error:
             log.warning("workers left as they are", error=str(error))
 
     def clear_metrics(self) -> None:
         """Remove all series, because another dispatcher leads and exports them."""
         self._keep_metrics_of(set())
+        metrics.MISSING.set(0)
 
     def _keep_metrics_of(self, experiments: set[str]) -> None:
         for name in self._exported - experiments:

@@ -78,7 +78,9 @@ def scale(
         by_experiment.setdefault(worker_set.experiment, []).append(worker_set)
     removed = set(cancelled)
     for name, all_sets in by_experiment.items():
-        if name in removed or name not in targets:
+        if name not in targets and name not in removed:  # see `services.dispatcher.absence`
+            continue
+        if name in removed:
             changes.delete.extend(worker_set.name for worker_set in all_sets)
             continue
         own_sets = _without_outdated(all_sets, templates[name], elastic, changes) if name in templates else all_sets

@@ -153,9 +153,9 @@ def test_a_job_whose_status_lags_behind_its_pods_is_left_to_end():
         assert scale({"a": 0}, worker_sets([job], pods(*phases)), [], {}, elastic=True) == Changes()
 
 
-def test_workers_of_cancelled_and_deleted_experiments_are_removed():
+def test_workers_of_cancelled_experiments_are_removed_at_once_and_those_of_missing_ones_are_not():
     assert scale({"a": 0}, sets((3, 3)), ["a"], {}, elastic=True) == Changes(delete=["a-1"])
-    assert scale({"b": 1}, sets((3, 3)), [], {}, elastic=True) == Changes(create={"b": 1}, delete=["a-1"])
+    assert scale({"b": 1}, sets((3, 3)), [], {}, elastic=True) == Changes(create={"b": 1})
 
 
 def test_a_job_is_named_by_its_experiment_and_number_and_owned():
