@@ -1,8 +1,8 @@
 """Scales the workers of a Kubernetes cluster: work-queue Jobs whose pods end when nothing is left to train.
 
 Each pass compares the target number of workers per experiment with the existing Jobs, including those of other dispatchers. Running
-workers are never removed to scale down: their number falls when they end by themselves. Only the workers of cancelled experiments are removed
-at once, and those of missing ones late.
+workers are never removed to scale down: their number falls when they end by themselves. Only the workers of cancelled experiments are
+removed at once, and those of missing ones late.
 """
 
 from collections import Counter
