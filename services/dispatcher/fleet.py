@@ -80,6 +80,13 @@ class Fleet:
         except ClusterError as error:
             log.warning("workers left as they are", error=str(error))
 
+    def pods(self) -> list[Pod]:
+        """Return the pods of all workers; none while they are unknown."""
+        try:
+            return self._cluster.pods()
+        except ClusterError:
+            return []
+
     def clear_metrics(self) -> None:
         """Remove all series, because another dispatcher leads and exports them."""
         self._keep_metrics_of(set())

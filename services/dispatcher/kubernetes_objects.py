@@ -35,6 +35,8 @@ class Pod:
         job: name of the pod's Job.
         problem: message why the pod cannot start, or how it failed; empty if nothing is wrong.
         reason: the same in one word, for metrics and events.
+        node: name of its node; empty before it has one.
+        killed: whether its container was killed, but not because of a disruption or a deletion of the pod.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Pod:
     phase: str
     problem: str
     reason: str
+    node: str = ""
+    killed: bool = False
 
 
 def parse_job(item: dict[str, Any]) -> Job:
@@ -73,6 +77,8 @@ def parse_pod(item: dict[str, Any]) -> Pod:
         phase=status.get("phase", "Pending"),
         problem=problem,
         reason=reason,
+        node=item["spec"].get("nodeName", ""),
+        killed="deletionTimestamp" not in item["metadata"] and _is_killed(status),
     )
 
 
@@ -97,6 +103,13 @@ def _problem(status: dict[str, Any]) -> tuple[str, str]:
         if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
             return "Unschedulable", _line("cannot be scheduled", scheduled.get("message"))
     return "", ""
+
+
+def _is_killed(status: dict[str, Any]) -> bool:
+    """Return whether a container of a failed pod was killed. A reason of the pod itself says that the kubelet ended it."""
+    if status.get("phase") != "Failed" or status.get("reason") or _disruption(status):
+        return False
+    return any(end["exitCode"] == _KILLED or end.get("reason") == "OOMKilled" for end in _terminated(status))
 
 
 def _line(what: str, *details: str | None) -> str:

@@ -163,18 +163,18 @@ class _Worker:
             self._pods.end(self._name)
 
     def _train(self, broker: Broker, assignment: Assignment) -> None:
-        key = keys.trial_batch(assignment.experiment, assignment.first, assignment.last)
-        if self._pods.store.exists(key) or not broker.acquire(assignment, self._name):
+        key, holder = keys.trial_batch(assignment.experiment, assignment.first, assignment.last), f"{self._name}/1"
+        if self._pods.store.exists(key) or not broker.acquire(assignment, holder):
             return
         end = time.monotonic() + self._pods.seconds
         while (left := end - time.monotonic()) > 0:
             if self._stopped.wait(min(left, self._settings.lease_seconds / 3)):
                 return
             with contextlib.suppress(redis.RedisError):
-                broker.renew(assignment, self._name)
+                broker.renew(assignment, holder)
         if self._pods.store.put_if_absent(key, self._pods.body(assignment)):
             self._pods.committed[assignment.id] += 1
-        broker.release(assignment, self._name)
+        broker.release(assignment, holder)
 
 
 class FaultyApiServer:

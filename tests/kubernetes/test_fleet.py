@@ -112,9 +112,32 @@ def test_evicted_and_failed_workers_are_replaced_with_a_notice(fleet):
         fleet.cluster.until(lambda: "exit code 137" in fleet.notice(), 60)
         fleet.cluster.until(lambda: fleet.done(experiment_store, 12), 120)
     assert set(pods.committed.values()) == {1}
+    # the worker that was killed, not the one that was evicted
+    [shard] = experiment_store.attempts()
+    [failure] = experiment_store.failures(shard)
+    assert failure.origin.host == failed.removeprefix("pod/")
+    assert failure.origin.node.startswith("node-")
     events = fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace)
     assert "WorkerDisrupted" in events
     assert "WorkerFailed" in events
+
+
+@pytest.mark.slow
+def test_a_shard_whose_container_is_killed_three_times_is_given_up(fleet):
+    fleet.dispatcher()
+    with fleet.pods(seconds=600):
+        experiment_store = fleet.submit(1)
+        killed = set()
+
+        def kill_next():
+            for pod in set(fleet.running()) - killed if fleet.cluster.broker().leased() else ():
+                killed.add(pod)
+                fleet.kubernetes.kubectl("annotate", pod, "--namespace", fleet.namespace, "memtail-test/exit-code=137")
+            return experiment_store.attempts().total() == 3
+
+        print(f"\ngiven up after {fleet.cluster.until(kill_next, 240, 0.5):.0f} s")
+        fleet.cluster.until(lambda: not fleet.running() and not fleet.names("jobs", "--field-selector", "status.successful=0"))
+    assert len(killed) == 3
 
 
 def test_a_lost_node_costs_its_workers_and_nothing_else(fleet):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from memtail.experiment_store import ExperimentStore
 from tests.e2e.deployment import WORKER, docker
 from tests.node.release import NODE, TRIALS, Release, Training, main_process
 
@@ -54,12 +55,6 @@ def delete_pod(training: Training) -> None:
     training.release.kubectl("delete", "pod", _name(training.workers()[0]))
 
 
-def kill_process(training: Training) -> None:
-    pod = training.workers()[0]
-    os.kill(main_process(pod, "services.worker"), signal.SIGKILL)
-    training.release.until(lambda: _name(pod) not in map(_name, training.workers()))
-
-
 def drain_node(training: Training) -> None:
     node = training.release.node
     node.kubectl("drain", NODE, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=300s")
@@ -81,6 +76,16 @@ def run_out_of_memory(training: Training) -> None:
     release.until(lambda: training.progress.failed_attempts or "OOMKilled" in release.kubectl("get", "pod", pod, "--output", "yaml"))
 
 
+def kill_container(training: Training) -> None:
+    """Kill all processes of a container, as the kernel does with cgroups of version 2."""
+    pod = training.workers()[0]
+    os.kill(main_process(pod, "services.worker"), signal.SIGKILL)
+    training.release.until(lambda: training.progress.failed_attempts)
+    [shard] = ExperimentStore(training.store, training.name).attempts()
+    [failure] = ExperimentStore(training.store, training.name).failures(shard)
+    assert failure.origin.host == _name(pod)
+
+
 def upgrade_release(training: Training) -> None:
     release = training.release
     before = {_name(pod) for component in ("dispatcher", "aggregator") for pod in release.pods(component)}
@@ -92,7 +97,7 @@ def upgrade_release(training: Training) -> None:
     assert after != before
 
 
-FAULTS = [delete_pod, kill_process, drain_node, restart_kubelet, run_out_of_memory, upgrade_release]
+FAULTS = [delete_pod, kill_container, drain_node, restart_kubelet, run_out_of_memory, upgrade_release]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

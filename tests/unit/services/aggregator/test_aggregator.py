@@ -115,6 +115,7 @@ def test_each_batch_and_each_part_of_a_publication_is_progress(store, submit, di
 def test_the_service_is_ready_with_the_first_progress_of_its_first_pass(store, submit, monkeypatch):
     submit("live", 1)
     served = []
+    monkeypatch.setattr(module, "publish_report", lambda store, name: None)
     monkeypatch.setattr(service, "serve", lambda port, heartbeat: served.append(heartbeat))
     monkeypatch.setattr(Aggregator, "run", lambda self, end_pass: self.catch_up())  # one pass, whose end is not recorded
     service._aggregate(ServiceSettings(store=store.address))

@@ -61,3 +61,23 @@ def test_a_completed_pod_that_is_drained_is_not_disrupted():
     assert pod("Running", conditions=[EVICTED]).reason == "Disrupted"
     assert pod("Failed", conditions=[EVICTED]).reason == "Disrupted"
     assert pod("Succeeded", conditions=[EVICTED]).reason == ""
+
+
+def test_a_killed_container_is_told_from_a_disruption_and_a_deletion():
+    out_of_memory = {"exitCode": 137, "reason": "OOMKilled"}
+    for killed in (
+        pod(terminated=out_of_memory),
+        pod(terminated={"exitCode": 137, "reason": "Error"}),
+        pod(terminated={"exitCode": 1, "reason": "OOMKilled"}),
+    ):
+        assert killed.killed
+        assert killed.node == "n"
+    for other in (
+        pod(terminated={"exitCode": 1, "reason": "Error"}),
+        pod(terminated=out_of_memory, conditions=[EVICTED]),
+        pod(terminated=out_of_memory, reason="Evicted"),
+        pod(terminated=out_of_memory, metadata={"name": "p", "uid": "u", "deletionTimestamp": "2026-01-01T00:00:00Z"}),
+        pod("Running", terminated=out_of_memory),
+        pod("Succeeded"),
+    ):
+        assert not other.killed
