@@ -7,16 +7,18 @@ removed at once, and those of missing ones late.
 
 from collections import Counter
 
+import redis
 import structlog
 
 from memtail.errors import StoreError
 from memtail.experiment_store import ExperimentStore, Notice
 from memtail.storage import ObjectStore
+from services.common.surplus import Surplus
 from services.dispatcher import metrics
 from services.dispatcher.absence import Absences
 from services.dispatcher.cluster import Cluster
 from services.dispatcher.kubernetes_objects import Job, Pod
-from services.dispatcher.shares import target_workers
+from services.dispatcher.shares import surplus_workers, target_workers
 from services.dispatcher.watch_cache import ClusterError
 from services.dispatcher.worker_jobs import (
     EXPERIMENT_LABEL,
@@ -39,10 +41,11 @@ class Fleet:
         settings: of the fleet.
         cluster: runs the workers.
         store: receives notices.
+        surplus: tells workers to end.
     """
 
-    def __init__(self, settings: FleetSettings, cluster: Cluster, store: ObjectStore) -> None:
-        self._settings, self._cluster, self._store = settings, cluster, store
+    def __init__(self, settings: FleetSettings, cluster: Cluster, store: ObjectStore, surplus: Surplus) -> None:
+        self._settings, self._cluster, self._store, self._surplus = settings, cluster, store, surplus
         self._notices: dict[str, Notice | None] = {}
         self._exported: set[str] = set()  # experiments with series
         self._absences = Absences()
@@ -75,9 +78,10 @@ class Fleet:
             changes = scale(targets, readable, cancelled, templates, elastic)
             metrics.MISSING.set(self._absences.remove(sets, listed, elastic, changes))
             self._apply(changes, {demand.experiment: demand for demand in demands}, jobs)
+            self._offer_surplus(allowed, running, per_worker, pods)
             self._report(demands, targets, sets, pods, violations)
             self._keep_metrics_of(listed)
-        except ClusterError as error:
+        except (ClusterError, redis.RedisError) as error:
             log.warning("workers left as they are", error=str(error))
 
     def pods(self) -> list[Pod]:
@@ -110,6 +114,14 @@ class Fleet:
         if changes != Changes():
             log.info("workers changed", created=changes.create, deleted=changes.delete, shrunk=changes.shrink)
 
+    def _offer_surplus(self, demands: list[Demand], running: dict[str, int], per_worker: dict[str, int], pods: list[Pod]) -> None:
+        """Tell the workers of each experiment how many of them are to end."""
+        stuck = {pod.labels.get(EXPERIMENT_LABEL, "") for pod in pods if pod.problem and pod.phase == "Pending"}
+        surplus = surplus_workers(demands, running, self._settings.max_workers, per_worker, stuck)
+        hosts = self._surplus.leaving()
+        leaving = Counter(pod.labels.get(EXPERIMENT_LABEL, "") for pod in pods if pod.phase == "Running" and pod.name in hosts)
+        self._surplus.offer({name: number - leaving[name] for name, number in surplus.items() if number > leaving[name]})
+
     def _report(
         self,
         demands: list[Demand],
@@ -122,7 +134,8 @@ class Fleet:
         by_experiment: dict[str, list[Pod]] = {}
         for pod in pods:
             by_experiment.setdefault(pod.labels.get(EXPERIMENT_LABEL, ""), []).append(pod)
-        for name in [demand.experiment for demand in demands]:
+        for demand in demands:
+            name = demand.experiment
             own_sets, own_pods = [worker_set for worker_set in sets if worker_set.experiment == name], by_experiment.get(name, [])
             problems = Counter(pod.problem for pod in own_pods if pod.problem)
             running, workers = sum(each.running for each in own_sets), sum(each.workers for each in own_sets)
@@ -136,6 +149,8 @@ class Fleet:
             lines = [violations[name]] if name in violations else []
             if targets[name] or workers:
                 lines.append(f"workers: {running} running, {workers - running} pending, target {targets[name]}")
+            elif demand.state == "running" and demand.outstanding and name not in violations:
+                lines.append(f"waits for workers: other experiments have all {self._settings.max_workers} (workers.max)")
             lines += [f"{problem} ({count} workers)" for problem, count in problems.items()]
             self._set_notice(name, Notice(tuple(lines)) if lines else None)
 

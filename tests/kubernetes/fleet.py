@@ -69,9 +69,9 @@ class Fleet:
         design = {"design": "balanced"} if per_shard % 20 == 0 else {}
         return self.cluster.submit(self._declare(per_shard * shards, name=name, execution=execution, subsets=design), self._digits)
 
-    def pods(self, seconds: float = 1.0) -> Pods:
+    def pods(self, seconds: float = 1.0, rest: float = 2.0) -> Pods:
         """Create the stand-in for the workers' containers."""
-        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster.redis.url, self.cluster.store, seconds)
+        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster.redis.url, self.cluster.store, seconds, rest)
 
     def names(self, kind: str, *options: str) -> list[str]:
         """Return the names of objects."""
@@ -82,9 +82,10 @@ class Fleet:
         patch = ("--subresource", "status", "--type", "merge", "--patch", json.dumps({"status": status}))
         self.kubernetes.kubectl("patch", pod, "--namespace", self.namespace, *patch)
 
-    def running(self) -> list[str]:
-        """Return the names of the workers' running pods."""
-        return self.names("pods", "--selector", WORKERS, "--field-selector", "status.phase=Running")
+    def running(self, name: str = "") -> list[str]:
+        """Return the names of the running pods of all workers, or of those of an experiment."""
+        selector = f"{WORKERS},memtail/experiment={name}" if name else WORKERS
+        return self.names("pods", "--selector", selector, "--field-selector", "status.phase=Running")
 
     def notice(self, name: str = "a") -> str:
         """Return the notice that `memtail status` shows."""

@@ -20,6 +20,7 @@ from memtail.errors import StoreError
 from memtail.storage import ObjectStore, keys
 from services.common.broker import PREFIX, Assignment, Broker, decode_assignment
 from services.common.settings import ServiceSettings
+from services.common.surplus import Surplus
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 
 
@@ -148,9 +149,12 @@ class _Worker:
 
     def _work(self) -> None:
         broker = Broker(self._settings)
+        surplus = Surplus(broker, 60)
         idle_since = time.monotonic()
         while not self._stopped.is_set() and time.monotonic() - idle_since < self._pods.rest:
             try:
+                if surplus.leave(self._settings.experiment, self._name):
+                    break
                 message = broker.redis.rpop(f"{PREFIX}shards.{self._settings.experiment}")
                 if message is None:
                     self._stopped.wait(min(1.0, self._pods.rest / 10))

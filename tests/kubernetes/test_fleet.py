@@ -152,6 +152,33 @@ def test_a_lost_node_costs_its_workers_and_nothing_else(fleet):
     fleet.kubernetes.nodes(1, 8)
 
 
+def test_an_experiment_gets_its_share_of_a_full_fleet_when_shards_of_another_end(fleet):
+    fleet.upgrade(workers__max=4)
+    fleet.dispatcher()
+    with fleet.pods(seconds=4) as pods:
+        first = fleet.submit(24, name="a")
+        fleet.cluster.until(lambda: len(fleet.running("a")) == 4, 60)
+        second = fleet.submit(8, name="b")
+        fleet.cluster.until(lambda: "waits for workers: other experiments have all 4" in fleet.notice("b"))
+        print(f"\nshared after {fleet.cluster.until(lambda: len(fleet.running('b')) == 2, 60):.0f} s")
+        assert len(fleet.running("a")) == 2
+        fleet.cluster.until(lambda: fleet.done(first, 24) and fleet.done(second, 8), 120)
+    assert set(pods.committed.values()) == {1}
+    assert pods.peak == 4
+
+
+def test_idle_workers_end_at_once_if_another_experiment_waits(fleet):
+    fleet.upgrade(workers__max=2)
+    fleet.dispatcher()
+    with fleet.pods(rest=600) as pods:
+        first = fleet.submit(2, name="a")
+        fleet.cluster.until(lambda: len(first.committed()) == 2, 60)
+        assert len(fleet.running()) == 2
+        second = fleet.submit(2, name="b")
+        fleet.cluster.until(lambda: len(second.committed()) == 2, 60)
+    assert pods.peak == 2
+
+
 def test_a_temporarily_unreadable_experiment_keeps_its_workers(fleet):
     dispatcher = fleet.dispatcher()
     with fleet.pods(seconds=2) as pods:

@@ -7,7 +7,7 @@ import pytest
 
 from memtail.spec import WorkersSpec
 from services.dispatcher.kubernetes_objects import Job, Pod
-from services.dispatcher.shares import target_workers
+from services.dispatcher.shares import surplus_workers, target_workers
 from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job, shards_per_worker, template_hash
 from services.dispatcher.worker_sets import Changes, WorkerSet, scale, worker_sets
 
@@ -88,6 +88,31 @@ def test_free_workers_are_shared_by_experiments_of_equal_priority():
     assert target_workers([demand("a", 100_000), demand("b", 20)], {}, 100, {}) == {"a": 80, "b": 20}
     assert target_workers([demand("a", 100_000), demand("b", 500)], {"a": 70}, 100, {}) == {"a": 70, "b": 30}
     assert target_workers([demand("a", 9), demand("b", 9), demand("c", 9)], {}, 10, {}) == {"a": 4, "b": 3, "c": 3}
+
+
+def test_workers_beyond_a_share_end_where_others_lack_workers():
+    both = [demand("a", 100), demand("b", 100)]
+    assert surplus_workers(both, {"a": 100}, 100, {}, ()) == {"a": 50}
+    assert surplus_workers(both, {"a": 90}, 100, {}, ()) == {"a": 40}
+    assert surplus_workers(both, {"a": 60, "b": 20}, 100, {}, ()) == {"a": 10}
+    assert surplus_workers([demand("a", 100), demand("b", 7)], {"a": 100}, 100, {}, ()) == {"a": 7}
+    assert surplus_workers([*both, demand("c", 100)], {"a": 80, "b": 20}, 100, {}, ()) == {"a": 46}
+
+
+def test_no_worker_ends_for_others_that_lack_none_or_cannot_start():
+    both = [demand("a", 100), demand("b", 100)]
+    assert surplus_workers(both, {"a": 50, "b": 50}, 100, {}, ()) == {}
+    assert surplus_workers(both, {"a": 50}, 100, {}, ()) == {}
+    assert surplus_workers(both, {"a": 51, "b": 49}, 100, {}, ()) == {}
+    assert surplus_workers(both, {"a": 100}, 100, {}, {"b"}) == {}
+    assert surplus_workers([demand("a", 100), demand("b", 100, state="paused")], {"a": 100}, 100, {}, ()) == {}
+    assert surplus_workers([demand("a", 0)], {"a": 100}, 100, {}, ()) == {}
+
+
+def test_idle_workers_and_those_of_lower_priority_end_first():
+    assert surplus_workers([demand("idle", 0), demand("b", 100)], {"idle": 4}, 4, {}, ()) == {"idle": 4}
+    assert surplus_workers([demand("low", 100), demand("high", 30, priority=1)], {"low": 100}, 100, {}, ()) == {"low": 30}
+    assert surplus_workers([demand("a", 100)], {"a": 100}, 60, {}, ()) == {"a": 40}
 
 
 def test_missing_workers_are_created_as_one_job():
