@@ -38,6 +38,7 @@ from services.common.settings import ServiceSettings
 from services.common.surplus import Surplus
 from services.tools.healthcheck import HEARTBEAT_TIMEOUT
 from services.worker.heartbeat import ConsumerHeartbeat
+from services.worker.last_resort import end_without_broker
 from services.worker.metric_updates import DIED, WorkerMetrics
 from services.worker.reports import Reports
 from services.worker.trainer import UNSUPPORTED, Trainer
@@ -163,6 +164,7 @@ class Worker:
 
     def _stop(self, **_: Any) -> None:
         self._stopping.value = 1
+        end_without_broker(Broker(self._settings, self.celery))
 
     def _count_unknown(self, **_: Any) -> None:
         self._reports.send("dropped")
