@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
@@ -111,7 +111,7 @@ class Aggregation:
         self._saving = Throttle(_SNAPSHOT_REST, clock=clock)
         self._published = 0
         self._published_at = float("-inf") if pace.first_at_once else clock()
-        self._publishing = Throttle(_PUBLISHING_REST, clock=clock)
+        self._publishing, self._has_published = Throttle(_PUBLISHING_REST, clock=clock), False
         self.pointer: ScorePointer | None = latest_version(experiment_store.store, experiment_store.name)
 
     @property
@@ -245,8 +245,10 @@ class Aggregation:
             ScoresError: no trial can be counted.
             StoreError: the store cannot be written.
         """
-        with self._publishing.working():
+        # the first publication does not count: it compiles code
+        with self._publishing.working() if self._has_published else nullcontext():
             summary = publish(self._store.store, self.record, self.statistics, self.dataset, self._progress)
+        self._has_published = True
         self._published, self._published_at = self.trials, self._clock()
         self.pointer = latest_version(self._store.store, self._store.name)
         return summary

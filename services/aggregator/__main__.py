@@ -21,7 +21,7 @@ def _aggregate(settings: ServiceSettings) -> None:
         for action in after_pass:
             action()
 
-    Aggregator(open_store(settings.store, observe=count_request), settings, heartbeat.progress).run(end_pass)
+    Aggregator(open_store(settings.store, observe=count_request), settings, heartbeat.record).run(end_pass)
 
 
 if __name__ == "__main__":

@@ -260,6 +260,12 @@ class Broker:
         """Return the ids of all leased assignments."""
         return {str(name).removeprefix(_LEASE) for name in self.redis.scan_iter(match=f"{_LEASE}*", count=1000)}
 
+    def holders(self) -> dict[str, str]:
+        """Return the holders of all leases, by the ids of their assignments."""
+        names = [f"{_LEASE}{id_}" for id_ in self.leased()]
+        values: Any = self.redis.mget(names) if names else []
+        return {name.removeprefix(_LEASE): holder for name, holder in zip(names, values, strict=True) if holder}
+
     def starts(self) -> dict[str, int]:
         """Count the unfinished starts per assignment id (for a leased assignment: lost workers + 1); malformed counts are skipped."""
         counts = {str(name): str(count) for name, count in self.redis.hgetall(_STARTS).items()}

@@ -100,7 +100,7 @@ class Heartbeat:
         timeout: seconds without a heartbeat after which the service counts as dead.
 
     Attributes:
-        ready: whether the first pass has ended.
+        ready: whether the first pass has ended, or has made progress.
         fault: why the service does no work; empty if it works.
     """
 
@@ -109,12 +109,8 @@ class Heartbeat:
         self.ready, self.fault = False, ""
 
     def record(self) -> None:
-        """Record the end of a pass."""
+        """Record the end of a pass, or progress within one."""
         self._last, self.ready = time.monotonic(), True
-
-    def progress(self) -> None:
-        """Record progress within a pass."""
-        self._last = time.monotonic()
 
     @property
     def alive(self) -> bool:

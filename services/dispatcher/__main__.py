@@ -6,6 +6,7 @@ from services.common.broker import Broker
 from services.common.metrics import count_request
 from services.common.process import Heartbeat, serve, start
 from services.common.settings import ServiceSettings
+from services.common.surplus import Surplus
 from services.dispatcher.dispatcher import Dispatcher
 from services.dispatcher.fleet import Fleet
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
@@ -15,19 +16,20 @@ def _dispatch(settings: ServiceSettings) -> None:
     heartbeat = Heartbeat(timeout=300)
     serve(settings.port, heartbeat)
     store = open_store(settings.store, observe=count_request)
-    dispatcher = Dispatcher(store, Broker(settings), settings, _fleet(settings, store) if settings.fleet else None)
+    broker = Broker(settings)
+    dispatcher = Dispatcher(store, broker, settings, _fleet(settings, store, broker) if settings.fleet else None)
     try:
         dispatcher.run(heartbeat.record)
     finally:
         dispatcher.stop()
 
 
-def _fleet(settings: ServiceSettings, store: ObjectStore) -> Fleet:
+def _fleet(settings: ServiceSettings, store: ObjectStore, broker: Broker) -> Fleet:
     from services.dispatcher.cluster import Cluster
 
     fleet = FleetSettings.load(settings.fleet)
     selector = f"app.kubernetes.io/instance={fleet.instance},{EXPERIMENT_LABEL}"
-    return Fleet(fleet, Cluster(fleet.namespace, selector), store)
+    return Fleet(fleet, Cluster(fleet.namespace, selector), store, Surplus(broker, settings.lease_seconds))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,7 @@ class Cluster:
     """
 
     def __init__(self, namespace: str, selector: str) -> None:
-        try:
-            config.load_config()
-        except config.ConfigException as error:
-            raise ClusterError(f"no Kubernetes cluster is configured ({error}): provide a kubeconfig, or unset MEMTAIL_FLEET") from None
+        _load_config()
         self._namespace = namespace
         self._batch, self._core, self._apps = client.BatchV1Api(), client.CoreV1Api(), client.AppsV1Api()
         self._jobs = WatchCache(self._batch.list_namespaced_job, namespace, selector, parse_job)
@@ -110,6 +107,18 @@ class Cluster:
     def _uid(self, job: str) -> str:
         cached = self._jobs.get(job)
         return cached.uid if cached else ""
+
+
+def _load_config() -> None:
+    """Use the kubeconfig, or else the service account of the pod. The client's own `load_config` prints a line when it does the same."""
+    try:
+        config.load_kube_config()
+    except config.ConfigException as no_kubeconfig:
+        try:
+            config.load_incluster_config()
+        except config.ConfigException as error:
+            reasons = f"{no_kubeconfig}; {error}"
+            raise ClusterError(f"no Kubernetes cluster is configured ({reasons}): provide a kubeconfig, or unset MEMTAIL_FLEET") from None
 
 
 @contextmanager

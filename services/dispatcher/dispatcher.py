@@ -26,6 +26,7 @@ from services.common.process import repeat
 from services.common.settings import ServiceSettings
 from services.dispatcher import metrics
 from services.dispatcher.fleet import Fleet
+from services.dispatcher.killed_workers import KilledWorkers
 from services.dispatcher.metric_updates import ExperimentMetrics, ExperimentStatus
 from services.dispatcher.reconcile import Actions, View, reconcile, shards_missing
 from services.dispatcher.worker_jobs import Demand
@@ -66,6 +67,7 @@ class Dispatcher:
         self._leased: set[str] = set()
         self._starts: dict[str, int] = {}
         self._metrics = ExperimentMetrics(settings.linger_seconds)
+        self._killed_workers = KilledWorkers(store, broker)
 
     def run(self, heartbeat: Callable[[], None]) -> None:
         """Reconcile forever, and call `heartbeat` after each pass. Outages of the bucket and the broker only end the pass."""
@@ -95,6 +97,8 @@ class Dispatcher:
 
     def reconcile(self) -> Actions:
         """Run one pass, and return its actions."""
+        if self._fleet:
+            self._killed_workers.record(self._fleet.pods())
         queues = {queue: list(self._broker.queued(queue)) for queue in self._broker.queues()}
         queued = [assignment for assignments in queues.values() for assignment in assignments]
         leased, starts = self._broker.leased(), self._broker.starts()

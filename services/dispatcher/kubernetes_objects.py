@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-# Reasons of a waiting container that no retry of the kubelet resolves by itself.
-_STUCK = frozenset(("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError", "CreateContainerError"))
+# Reasons of a waiting container that is about to start. All others are errors; their number grows with Kubernetes.
+_STARTING = frozenset(("", "ContainerCreating", "PodInitializing"))
+# Exit code of a container that was killed, as for want of memory where the kubelet did not see the reason.
+_KILLED = 137
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Pod:
         job: name of the pod's Job.
         problem: message why the pod cannot start, or how it failed; empty if nothing is wrong.
         reason: the same in one word, for metrics and events.
+        node: name of its node; empty before it has one.
+        killed: whether its container was killed, but not because of a disruption or a deletion of the pod.
     """
 
     name: str
@@ -42,6 +46,8 @@ class Pod:
     phase: str
     problem: str
     reason: str
+    node: str = ""
+    killed: bool = False
 
 
 def parse_job(item: dict[str, Any]) -> Job:
@@ -71,27 +77,56 @@ def parse_pod(item: dict[str, Any]) -> Pod:
         phase=status.get("phase", "Pending"),
         problem=problem,
         reason=reason,
+        node=item["spec"].get("nodeName", ""),
+        killed="deletionTimestamp" not in item["metadata"] and _is_killed(status),
     )
 
 
 def _problem(status: dict[str, Any]) -> tuple[str, str]:
     """Explain why a pod does not run or has failed, as (reason, message); empty strings if nothing is wrong."""
-    conditions = {each["type"]: each for each in status.get("conditions", [])}
-    if (disruption := conditions.get("DisruptionTarget")) and disruption["status"] == "True":
-        return "Disrupted", f"disrupted: {disruption.get('reason', '')}, {disruption.get('message', '')}"
-    containers = status.get("initContainerStatuses", []) + status.get("containerStatuses", [])
-    if status.get("phase") == "Failed":
-        for container in containers:
-            terminated = container.get("state", {}).get("terminated")
-            if terminated and terminated["exitCode"]:
-                return "Failed", f"failed: exit code {terminated['exitCode']}, {terminated.get('reason', 'Error')}"
-        return "Failed", f"failed: {status.get('reason', 'no reason known')}, {status.get('message', '')}"
-    if status.get("phase") == "Pending":
-        for container in containers:
+    phase, conditions = status.get("phase"), {each["type"]: each for each in status.get("conditions", [])}
+    if phase == "Succeeded":
+        return "", ""
+    if disruption := _disruption(status):
+        return "Disrupted", _line("disrupted", disruption.get("reason"), disruption.get("message"))
+    if phase == "Failed":
+        for terminated in _terminated(status):
+            reason = terminated.get("reason", "Error")
+            return "Failed" if reason == "Error" else reason, _line("failed", f"exit code {terminated['exitCode']}", reason)
+        return status.get("reason") or "Failed", _line("failed", status.get("reason", "no reason known"), status.get("message"))
+    if phase == "Pending":
+        for container in _containers(status):
             waiting = container.get("state", {}).get("waiting") or {}
-            if waiting.get("reason") in _STUCK:
-                return waiting["reason"], f"cannot start: {waiting['reason']}, {waiting.get('message', '')}"
+            if waiting.get("reason", "") not in _STARTING:
+                return waiting["reason"], _line("cannot start", waiting["reason"], waiting.get("message"))
         scheduled = conditions.get("PodScheduled", {})
         if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
-            return "Unschedulable", f"cannot be scheduled: {scheduled.get('message', '')}"
+            return "Unschedulable", _line("cannot be scheduled", scheduled.get("message"))
     return "", ""
+
+
+def _is_killed(status: dict[str, Any]) -> bool:
+    """Return whether a container of a failed pod was killed. A reason of the pod itself says that the kubelet ended it."""
+    if status.get("phase") != "Failed" or status.get("reason") or _disruption(status):
+        return False
+    return any(end["exitCode"] == _KILLED or end.get("reason") == "OOMKilled" for end in _terminated(status))
+
+
+def _line(what: str, *details: str | None) -> str:
+    return f"{what}: {', '.join(filter(None, details))}"
+
+
+def _disruption(status: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the condition of a pod that was evicted, preempted or lost with its node."""
+    conditions: list[dict[str, Any]] = status.get("conditions", [])
+    return next((each for each in conditions if each["type"] == "DisruptionTarget" and each["status"] == "True"), None)
+
+
+def _containers(status: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
+
+
+def _terminated(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the ends of the containers that ended with an error."""
+    ends = (container.get("state", {}).get("terminated") for container in _containers(status))
+    return [end for end in ends if end and end["exitCode"]]

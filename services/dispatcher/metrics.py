@@ -34,3 +34,4 @@ WORKERS = Gauge(
     ["experiment", "state"],
 )
 POD_TROUBLES = Counter("memtail_fleet_pod_troubles_total", "Pods of workers that failed, were disrupted or cannot start", ["reason"])
+MISSING = Gauge("memtail_fleet_missing_workers", "Workers in the cluster whose experiment is missing from the bucket")

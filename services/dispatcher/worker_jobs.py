@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from services.common.settings import ServiceError
 
 #: Labels of Jobs and pods: the experiment's name, and the number of the Job within the experiment.
 EXPERIMENT_LABEL, NUMBER_LABEL = "memtail/experiment", "memtail/number"
+#: Label of Jobs: hash of the settings that they were created with.
+TEMPLATE_LABEL = "memtail/template"
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _MIN_PARALLELISM = "kueue.x-k8s.io/job-min-parallelism"
 
@@ -121,27 +124,43 @@ def build_job(settings: FleetSettings, demand: Demand, number: int, workers: int
         workers: number of workers.
         owner: owner reference.
     """
-    job = copy.deepcopy(settings.job)
-    name = demand.experiment
+    job, name = _template(settings, demand), demand.experiment
     slug = re.sub(r"[^a-z0-9]+", "-", name)[:24].strip("-")
-    labels = {EXPERIMENT_LABEL: name, NUMBER_LABEL: str(number)}
-    metadata, spec = job.setdefault("metadata", {}), job["spec"]
+    labels, template = {EXPERIMENT_LABEL: name, NUMBER_LABEL: str(number)}, _hash(job)
+    metadata, spec = job["metadata"], job["spec"]
     metadata["name"] = f"{settings.instance[:24].rstrip('-')}-{slug}-{hashlib.sha256(name.encode()).hexdigest()[:6]}-{number}"
     metadata["namespace"] = settings.namespace
     metadata["ownerReferences"] = [owner]
-    metadata["labels"] = {**metadata.get("labels", {}), **labels}
+    metadata["labels"] |= {**labels, TEMPLATE_LABEL: template}
     spec["parallelism"] = workers
+    if settings.queue_name and workers > 1:  # Kueue may admit a part of the pods
+        metadata["annotations"] = {**metadata.get("annotations", {}), _MIN_PARALLELISM: "1"}
+    spec["template"]["metadata"]["labels"] |= labels
+    return {"apiVersion": "batch/v1", "kind": "Job", **job}
+
+
+def template_hash(settings: FleetSettings, demand: Demand) -> str:
+    """Return the hash that a Job created now would have; Jobs with another one were created with other settings."""
+    return _hash(_template(settings, demand))
+
+
+def _template(settings: FleetSettings, demand: Demand) -> dict[str, Any]:
+    """Build what all Jobs of an experiment share."""
+    job = copy.deepcopy(settings.job)
+    metadata, spec = job.setdefault("metadata", {}), job["spec"]
+    labels = metadata.setdefault("labels", {})
     if settings.queue_name:
         spec["suspend"] = True
-        metadata["labels"][_QUEUE_LABEL] = settings.queue_name
-        if workers > 1:  # Kueue may admit a part of the pods
-            metadata["annotations"] = {**metadata.get("annotations", {}), _MIN_PARALLELISM: "1"}
+        labels[_QUEUE_LABEL] = settings.queue_name
     pod = spec["template"]
-    pod_labels = pod.setdefault("metadata", {}).get("labels", {})
-    pod["metadata"]["labels"] = {**pod_labels, **labels}
+    pod.setdefault("metadata", {}).setdefault("labels", {})
     _apply(demand.workers or WorkersSpec(), settings.limits, pod["spec"])
-    _set_variable(_worker(pod["spec"]), "MEMTAIL_EXPERIMENT", name)
-    return {"apiVersion": "batch/v1", "kind": "Job", **job}
+    _set_variable(_worker(pod["spec"]), "MEMTAIL_EXPERIMENT", demand.experiment)
+    return job
+
+
+def _hash(template: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(template, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def shards_per_worker(settings: FleetSettings, requested: WorkersSpec | None) -> int:

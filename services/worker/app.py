@@ -35,8 +35,10 @@ from memtail.storage.open import open_store
 from services.common.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
 from services.common.process import Heartbeat, serve
 from services.common.settings import ServiceSettings
+from services.common.surplus import Surplus
 from services.tools.healthcheck import HEARTBEAT_TIMEOUT
 from services.worker.heartbeat import ConsumerHeartbeat
+from services.worker.last_resort import end_without_broker
 from services.worker.metric_updates import DIED, WorkerMetrics
 from services.worker.reports import Reports
 from services.worker.trainer import UNSUPPORTED, Trainer
@@ -65,7 +67,7 @@ class Worker:
     def __init__(self, settings: ServiceSettings, devices: list[str]) -> None:
         self._settings, self._devices = settings, devices
         self._name = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
-        self._stopping = Value("b", 0)
+        self._stopping, self._leaving = Value("b", 0), Value("b", 0)
         self._reports = Reports()
         self._health = Heartbeat(HEARTBEAT_TIMEOUT)
         self._store: ObjectStore = open_store(settings.store, observe=partial(self._reports.send, "store"))
@@ -75,7 +77,9 @@ class Worker:
         register()
         self.celery = celery_app(settings)
         self.celery.task(name=TASK)(self._run)
-        watchdog = Watchdog(Broker(settings, self.celery), settings.lease_seconds / 6, settings.rest_seconds)
+        broker = Broker(settings, self.celery)
+        self._surplus = Surplus(broker, settings.lease_seconds)
+        watchdog = Watchdog(broker, settings.lease_seconds / 6, settings.rest_seconds, self._is_surplus)
         self.celery.steps["consumer"].add(watchdog.step())
         self.celery.steps["consumer"].add(ConsumerHeartbeat(self._send_heartbeat).step())
         # by default signals hold only weak references
@@ -95,7 +99,7 @@ class Worker:
             ServiceError: the port of the metrics is unavailable.
         """
         serve(self._settings.port, self._health)
-        self._metrics.follow(self._reports)
+        self._metrics.follow(self._reports, self._leave)
         disabled = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
         program = _Program(app=self.celery, pool_cls="prefork", concurrency=len(self._devices), quiet=True, **disabled)
         program.start()
@@ -108,6 +112,7 @@ class Worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
             device = "cuda"
         broker = Broker(self._settings, self.celery)
+        self._surplus = Surplus(broker, self._settings.lease_seconds)
         settings, stopping = self._settings, lambda: bool(self._stopping.value)
         self._trainer = Trainer(
             self._store, broker, self._name, device, settings.lease_seconds, settings.silence_seconds, stopping, self._reports.send
@@ -120,6 +125,9 @@ class Worker:
             self._reports.send("dropped")
             log.warning("message dropped: not an assignment", errors=error.error_count())
             return
+        if not self._stopping.value and self._is_surplus():
+            self._reports.send("leaving")
+            raise Reject("leaving", requeue=True)
         sent = (self.celery.current_task.request.headers or {}).get(SENT_HEADER)
         outcome = ShardOutcome.HANDED_BACK.value if self._stopping.value else self._trainer.train(assignment, sent)
         # behind the message of an unsupported experiment there may be others, so only one that comes round again makes a pause
@@ -133,6 +141,17 @@ class Worker:
         if outcome in _RETURNED:
             raise Reject(outcome, requeue=True)
 
+    def _is_surplus(self) -> bool:
+        """Return whether the worker takes no further shards, because another experiment is below its share of workers."""
+        if not self._leaving.value and self._settings.experiment:
+            with suppress(redis.RedisError):
+                self._leaving.value = self._surplus.leave(self._settings.experiment, socket.gethostname())
+        return bool(self._leaving.value)
+
+    def _leave(self) -> None:
+        """End the worker when its other processes have finished their shards."""
+        state.should_stop = 0
+
     def _send_heartbeat(self) -> None:
         self._health.record()
         if self._settings.heartbeat_file:
@@ -145,6 +164,7 @@ class Worker:
 
     def _stop(self, **_: Any) -> None:
         self._stopping.value = 1
+        end_without_broker(Broker(self._settings, self.celery))
 
     def _count_unknown(self, **_: Any) -> None:
         self._reports.send("dropped")

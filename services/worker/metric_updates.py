@@ -60,8 +60,8 @@ class WorkerMetrics:
         metrics.DEVICES_BUSY.set_function(lambda: len(state.active_requests))
         Gpus(devices).follow()
 
-    def follow(self, reports: Reports) -> None:
-        """Count the reports of training processes in a background thread."""
+    def follow(self, reports: Reports, leave: Callable[[], None]) -> None:
+        """Count the reports of training processes in a background thread; one that the worker is to leave is passed on."""
         handlers: dict[str, Callable[..., None]] = {
             "store": count_request,
             "taken": self.count_taken,
@@ -70,6 +70,7 @@ class WorkerMetrics:
             "ended": self.count_ended,
             "dropped": metrics.DROPPED.inc,
             "fault": self.count_fault,
+            "leaving": leave,
         }
         reports.follow(handlers, self._series.expire, seconds=5)
 

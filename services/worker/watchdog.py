@@ -7,6 +7,7 @@ remedy is a new connection.
 
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -28,10 +29,11 @@ class Watchdog:
         broker: the queue.
         seconds: interval between checks; a consumer counts as stalled after two in a row.
         rest: idle time in seconds after which the worker ends.
+        is_surplus: whether the worker ends, although it may get further shards, because another experiment lacks workers.
     """
 
-    def __init__(self, broker: Broker, seconds: float, rest: float) -> None:
-        self._broker, self._seconds, self._rest = broker, seconds, rest
+    def __init__(self, broker: Broker, seconds: float, rest: float, is_surplus: Callable[[], bool]) -> None:
+        self._broker, self._seconds, self._rest, self._is_surplus = broker, seconds, rest, is_surplus
         self._stalled_checks = 0
         self._last_busy = time.monotonic()
 
@@ -66,7 +68,7 @@ class Watchdog:
         idle = not state.reserved_requests and not state.should_stop
         if waiting or not idle:
             self._last_busy = time.monotonic()
-        elif time.monotonic() - self._last_busy > self._rest:
+        elif time.monotonic() - self._last_busy > self._rest or self._is_surplus():
             log.info("worker idle, ending")
             state.should_stop = 0  # exit code
         self._stalled_checks = self._stalled_checks + 1 if waiting and idle else 0

@@ -1,5 +1,6 @@
 """A release of the chart in a namespace, and a real dispatcher with a broker and a bucket."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,19 @@ class Fleet:
     ) -> None:
         self.kubernetes, self.cluster, self._declare, self._digits = kubernetes, cluster, declare, digits
         self.namespace = kubernetes.namespace("fleet")
-        options = as_options({**_VALUES, "workers.max": max_workers})
-        done = helm("install", "memtail", str(CHART), "--namespace", self.namespace, *options, kubeconfig=kubernetes.kubeconfig)
-        assert done.returncode == 0, done.stderr
+        self._values = {**_VALUES, "workers.max": max_workers}
+        self._helm("install")
         self.kubeconfig = kubernetes.kubeconfig_of(self.namespace, ACCOUNT, cluster.folder / "kubeconfig")
+
+    def _helm(self, command: str) -> None:
+        options = ("--namespace", self.namespace, *as_options(self._values))
+        done = helm(command, "memtail", str(CHART), *options, kubeconfig=self.kubernetes.kubeconfig)
+        assert done.returncode == 0, done.stderr
+
+    def upgrade(self, **values: Any) -> None:
+        """Upgrade the release; two underscores stand for a dot in the name of a value. A dispatcher reads the settings when it starts."""
+        self._values |= {name.replace("__", "."): value for name, value in values.items()}
+        self._helm("upgrade")
 
     def dispatcher(self, kubeconfig: Path | None = None) -> Service:
         """Start a dispatcher with the settings of the chart and the rights of its service account."""
@@ -59,17 +69,23 @@ class Fleet:
         design = {"design": "balanced"} if per_shard % 20 == 0 else {}
         return self.cluster.submit(self._declare(per_shard * shards, name=name, execution=execution, subsets=design), self._digits)
 
-    def pods(self, seconds: float = 1.0) -> Pods:
+    def pods(self, seconds: float = 1.0, rest: float = 2.0) -> Pods:
         """Create the stand-in for the workers' containers."""
-        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster.redis.url, self.cluster.store, seconds)
+        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster.redis.url, self.cluster.store, seconds, rest)
 
     def names(self, kind: str, *options: str) -> list[str]:
         """Return the names of objects."""
         return self.kubernetes.kubectl("get", kind, "--namespace", self.namespace, "--output", "name", *options).split()
 
-    def running(self) -> list[str]:
-        """Return the names of the workers' running pods."""
-        return self.names("pods", "--selector", WORKERS, "--field-selector", "status.phase=Running")
+    def set_status(self, pod: str, **status: Any) -> None:
+        """Change the status of a pod, as a kubelet does."""
+        patch = ("--subresource", "status", "--type", "merge", "--patch", json.dumps({"status": status}))
+        self.kubernetes.kubectl("patch", pod, "--namespace", self.namespace, *patch)
+
+    def running(self, name: str = "") -> list[str]:
+        """Return the names of the running pods of all workers, or of those of an experiment."""
+        selector = f"{WORKERS},memtail/experiment={name}" if name else WORKERS
+        return self.names("pods", "--selector", selector, "--field-selector", "status.phase=Running")
 
     def notice(self, name: str = "a") -> str:
         """Return the notice that `memtail status` shows."""

@@ -20,6 +20,7 @@ from memtail.errors import StoreError
 from memtail.storage import ObjectStore, keys
 from services.common.broker import PREFIX, Assignment, Broker, decode_assignment
 from services.common.settings import ServiceSettings
+from services.common.surplus import Surplus
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 
 
@@ -148,9 +149,12 @@ class _Worker:
 
     def _work(self) -> None:
         broker = Broker(self._settings)
+        surplus = Surplus(broker, 60)
         idle_since = time.monotonic()
         while not self._stopped.is_set() and time.monotonic() - idle_since < self._pods.rest:
             try:
+                if surplus.leave(self._settings.experiment, self._name):
+                    break
                 message = broker.redis.rpop(f"{PREFIX}shards.{self._settings.experiment}")
                 if message is None:
                     self._stopped.wait(min(1.0, self._pods.rest / 10))
@@ -163,18 +167,18 @@ class _Worker:
             self._pods.end(self._name)
 
     def _train(self, broker: Broker, assignment: Assignment) -> None:
-        key = keys.trial_batch(assignment.experiment, assignment.first, assignment.last)
-        if self._pods.store.exists(key) or not broker.acquire(assignment, self._name):
+        key, holder = keys.trial_batch(assignment.experiment, assignment.first, assignment.last), f"{self._name}/1"
+        if self._pods.store.exists(key) or not broker.acquire(assignment, holder):
             return
         end = time.monotonic() + self._pods.seconds
         while (left := end - time.monotonic()) > 0:
             if self._stopped.wait(min(left, self._settings.lease_seconds / 3)):
                 return
             with contextlib.suppress(redis.RedisError):
-                broker.renew(assignment, self._name)
+                broker.renew(assignment, holder)
         if self._pods.store.put_if_absent(key, self._pods.body(assignment)):
             self._pods.committed[assignment.id] += 1
-        broker.release(assignment, self._name)
+        broker.release(assignment, holder)
 
 
 class FaultyApiServer:

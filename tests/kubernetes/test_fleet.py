@@ -55,6 +55,43 @@ def test_unschedulable_workers_have_a_notice_and_are_removed_when_the_work_is_do
         fleet.cluster.until(lambda: not fleet.names("pods", "--selector", "memtail/experiment=never"), 60)
 
 
+def test_workers_that_cannot_start_are_replaced_after_the_settings_were_corrected(fleet):
+    fleet.upgrade(workers__nodeSelector={"kubernetes.io/hostname": "none"})
+    wrong = fleet.dispatcher()
+    experiment_store = fleet.submit(6, max=2)
+    fleet.cluster.until(lambda: "cannot be scheduled" in fleet.notice(), 60)
+    stuck, _ = fleet.names("pods", "--selector", WORKERS)
+    waiting = {"reason": "ErrImageNeverPull", "message": "not present with pull policy of Never"}
+    fleet.set_status(
+        stuck,
+        containerStatuses=[
+            {"name": "worker", "image": "", "imageID": "", "ready": False, "restartCount": 0} | {"state": {"waiting": waiting}}
+        ],
+    )
+    fleet.cluster.until(lambda: "cannot start: ErrImageNeverPull, not present" in fleet.notice())
+    assert "WorkerErrImageNeverPull" in fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace)
+    wrong.stop()
+    fleet.upgrade(workers__nodeSelector={"kubernetes.io/os": "linux"})
+    with fleet.pods() as pods:
+        fleet.dispatcher()
+        fleet.cluster.until(lambda: fleet.done(experiment_store, 6), 60)
+    assert set(pods.committed.values()) == {1}
+    assert stuck not in fleet.names("pods")
+
+
+def test_running_workers_of_earlier_settings_finish_their_work(fleet):
+    before = fleet.dispatcher()
+    with fleet.pods(seconds=3) as pods:
+        experiment_store = fleet.submit(8, max=2)
+        fleet.cluster.until(lambda: pods.peak == 2, 60)
+        before.stop()
+        fleet.upgrade(workers__nodeSelector={"kubernetes.io/os": "linux"})
+        fleet.dispatcher()
+        fleet.cluster.until(lambda: fleet.done(experiment_store, 8), 60)
+    assert set(pods.committed.values()) == {1}
+    assert len(fleet.names("jobs", "--selector", WORKERS)) == 1
+
+
 def test_a_request_beyond_the_limits_is_refused_with_a_notice(fleet):
     fleet.dispatcher()
     fleet.submit(2, gpus=5)
@@ -75,9 +112,32 @@ def test_evicted_and_failed_workers_are_replaced_with_a_notice(fleet):
         fleet.cluster.until(lambda: "exit code 137" in fleet.notice(), 60)
         fleet.cluster.until(lambda: fleet.done(experiment_store, 12), 120)
     assert set(pods.committed.values()) == {1}
+    # the worker that was killed, not the one that was evicted
+    [shard] = experiment_store.attempts()
+    [failure] = experiment_store.failures(shard)
+    assert failure.origin.host == failed.removeprefix("pod/")
+    assert failure.origin.node.startswith("node-")
     events = fleet.kubernetes.kubectl("get", "events", "--namespace", fleet.namespace)
     assert "WorkerDisrupted" in events
     assert "WorkerFailed" in events
+
+
+@pytest.mark.slow
+def test_a_shard_whose_container_is_killed_three_times_is_given_up(fleet):
+    fleet.dispatcher()
+    with fleet.pods(seconds=600):
+        experiment_store = fleet.submit(1)
+        killed = set()
+
+        def kill_next():
+            for pod in set(fleet.running()) - killed if fleet.cluster.broker().leased() else ():
+                killed.add(pod)
+                fleet.kubernetes.kubectl("annotate", pod, "--namespace", fleet.namespace, "memtail-test/exit-code=137")
+            return experiment_store.attempts().total() == 3
+
+        print(f"\ngiven up after {fleet.cluster.until(kill_next, 240, 0.5):.0f} s")
+        fleet.cluster.until(lambda: not fleet.running() and not fleet.names("jobs", "--field-selector", "status.successful=0"))
+    assert len(killed) == 3
 
 
 def test_a_lost_node_costs_its_workers_and_nothing_else(fleet):
@@ -90,6 +150,33 @@ def test_a_lost_node_costs_its_workers_and_nothing_else(fleet):
         fleet.cluster.until(lambda: len(experiment_store.committed()) == 60, 180)
     assert set(pods.committed.values()) == {1}
     fleet.kubernetes.nodes(1, 8)
+
+
+def test_an_experiment_gets_its_share_of_a_full_fleet_when_shards_of_another_end(fleet):
+    fleet.upgrade(workers__max=4)
+    fleet.dispatcher()
+    with fleet.pods(seconds=4) as pods:
+        first = fleet.submit(24, name="a")
+        fleet.cluster.until(lambda: len(fleet.running("a")) == 4, 60)
+        second = fleet.submit(8, name="b")
+        fleet.cluster.until(lambda: "waits for workers: other experiments have all 4" in fleet.notice("b"))
+        print(f"\nshared after {fleet.cluster.until(lambda: len(fleet.running('b')) == 2, 60):.0f} s")
+        assert len(fleet.running("a")) == 2
+        fleet.cluster.until(lambda: fleet.done(first, 24) and fleet.done(second, 8), 120)
+    assert set(pods.committed.values()) == {1}
+    assert pods.peak == 4
+
+
+def test_idle_workers_end_at_once_if_another_experiment_waits(fleet):
+    fleet.upgrade(workers__max=2)
+    fleet.dispatcher()
+    with fleet.pods(rest=600) as pods:
+        first = fleet.submit(2, name="a")
+        fleet.cluster.until(lambda: len(first.committed()) == 2, 60)
+        assert len(fleet.running()) == 2
+        second = fleet.submit(2, name="b")
+        fleet.cluster.until(lambda: len(second.committed()) == 2, 60)
+    assert pods.peak == 2
 
 
 def test_a_temporarily_unreadable_experiment_keeps_its_workers(fleet):

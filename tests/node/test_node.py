@@ -1,14 +1,17 @@
 """The images and the chart on a real node: scaling from and to zero workers, and faults. Run by `make test-node`."""
 
+import json
 import os
 import signal
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memtail.experiment_store import ExperimentStore
 from tests.e2e.deployment import WORKER, docker
 from tests.node.release import NODE, TRIALS, Release, Training, main_process
 
@@ -50,14 +53,14 @@ def test_helm_test_succeeds(release: Release) -> None:
     assert "Succeeded" in release.helm("test", "--timeout", "5m")
 
 
+def test_every_line_of_a_service_is_json(release: Release) -> None:
+    for component in ("dispatcher", "aggregator"):
+        for line in release.kubectl("logs", f"deployment/{release.name}-{component}", "--container", component).splitlines():
+            assert json.loads(line)["event"]
+
+
 def delete_pod(training: Training) -> None:
     training.release.kubectl("delete", "pod", _name(training.workers()[0]))
-
-
-def kill_process(training: Training) -> None:
-    pod = training.workers()[0]
-    os.kill(main_process(pod, "services.worker"), signal.SIGKILL)
-    training.release.until(lambda: _name(pod) not in map(_name, training.workers()))
 
 
 def drain_node(training: Training) -> None:
@@ -81,6 +84,21 @@ def run_out_of_memory(training: Training) -> None:
     release.until(lambda: training.progress.failed_attempts or "OOMKilled" in release.kubectl("get", "pod", pod, "--output", "yaml"))
 
 
+def kill_containers(training: Training) -> None:
+    """Kill all processes of a container, as the kernel does with cgroups of version 2, until it was one with a shard."""
+    release, killed = training.release, set()
+    while not training.progress.failed_attempts:
+        release.until(training.workers)
+        pod = training.workers()[0]
+        killed.add(_name(pod))
+        os.kill(main_process(pod, "services.worker"), signal.SIGKILL)
+        release.until(lambda pod=pod: _name(pod) not in map(_name, training.workers()))
+        with suppress(AssertionError):
+            release.until(lambda: training.progress.failed_attempts, 10)
+    experiment_store = ExperimentStore(training.store, training.name)
+    assert {failure.origin.host for shard in experiment_store.attempts() for failure in experiment_store.failures(shard)} <= killed
+
+
 def upgrade_release(training: Training) -> None:
     release = training.release
     before = {_name(pod) for component in ("dispatcher", "aggregator") for pod in release.pods(component)}
@@ -92,7 +110,7 @@ def upgrade_release(training: Training) -> None:
     assert after != before
 
 
-FAULTS = [delete_pod, kill_process, drain_node, restart_kubelet, run_out_of_memory, upgrade_release]
+FAULTS = [delete_pod, kill_containers, drain_node, restart_kubelet, run_out_of_memory, upgrade_release]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
@@ -121,13 +139,25 @@ def test_an_image_that_cannot_be_pulled_gives_a_notice_and_is_used_once_availabl
     _assert_complete(training, embedded, tmp_path)
 
 
+def test_a_wrong_image_is_corrected_by_an_upgrade(release: Release, embedded: dict[str, bytes], tmp_path: Path) -> None:
+    # first, so that no worker waits while the services are replaced
+    release.helm("upgrade", "--wait", "--timeout", "5m", image__worker__tag="none", image__pullPolicy="Never")
+    training = release.submit("wrong-image")
+    release.until(lambda: any("ErrImageNeverPull" in line for line in training.progress.notice_lines))
+    assert not training.workers()
+    release.helm("upgrade", "--wait", "--timeout", "5m")
+    _assert_complete(training, embedded, tmp_path)
+
+
 def test_uninstalling_keeps_only_the_bucket_for_a_new_release(release: Release, embedded: dict[str, bytes], tmp_path: Path) -> None:
     """Runs last, because it uninstalls the release during training."""
+    release.helm("upgrade", "--wait", "--timeout", "5m", workers__terminationGracePeriodSeconds=300)
     training = release.submit("uninstalled")
     training.begin()
     release.helm("uninstall", "--wait", "--timeout", "5m")
     bucket = f"persistentvolumeclaim/data-{release.name}-minio-0"
-    release.until(lambda: release.contents() == {bucket, "configmap/kube-root-ca.crt", "serviceaccount/default"})
+    # the workers do not wait for the end of their grace period
+    release.until(lambda: release.contents() == {bucket, "configmap/kube-root-ca.crt", "serviceaccount/default"}, 120)
     release.helm("install", "--wait", "--timeout", "5m")
     _assert_complete(Training(release, training.name, release.store()), embedded, tmp_path)
 

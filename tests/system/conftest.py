@@ -54,6 +54,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment],
 
 
 @pytest.fixture
+def own_minio(tmp_path_factory):
+    with MinioServer(tmp_path_factory.mktemp("minio")) as server:
+        yield server
+
+
+@pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory, minio: MinioServer) -> Iterator[Cluster]:
     """A bucket and a broker for one test, without services."""
     with Cluster(tmp_path_factory.mktemp("cluster"), minio) as started:

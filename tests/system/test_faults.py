@@ -23,13 +23,7 @@ from tests.support.batches import commit
 from tests.support.cluster import LivingCluster, RedisServer
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty, gated
 from tests.support.metrics import scrape
-from tests.support.servers import LossyProxy, MinioServer, debian_program
-
-
-@pytest.fixture
-def own_minio(tmp_path_factory):
-    with MinioServer(tmp_path_factory.mktemp("minio")) as server:
-        yield server
+from tests.support.servers import LossyProxy, debian_program
 
 
 def trained(experiment_store, count=1):

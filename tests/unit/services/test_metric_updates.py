@@ -168,7 +168,7 @@ def test_the_second_fault_in_a_row_ends_a_worker_that_is_not_ready_after_the_fir
 
 def test_a_worker_exports_an_experiment_during_its_training_and_some_time_after():
     reports = Reports()
-    worker.WorkerMetrics(["cpu", "cpu"], 0.2, Heartbeat(60), lambda: None).follow(reports)
+    worker.WorkerMetrics(["cpu", "cpu"], 0.2, Heartbeat(60), lambda: None).follow(reports, lambda: None)
     for experiment in ("goes on", "ends"):
         reports.send("taken", experiment, None)
         reports.send("taken", experiment, None)

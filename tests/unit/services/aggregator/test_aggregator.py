@@ -14,6 +14,7 @@ from memtail.scores.pointer import latest_version
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
+from services.aggregator import __main__ as service
 from services.aggregator import aggregator as module
 from services.aggregator.aggregator import Aggregator
 from services.aggregator.metrics import PASSED_OVER
@@ -109,6 +110,16 @@ def test_each_batch_and_each_part_of_a_publication_is_progress(store, submit, di
     Aggregator(store, ServiceSettings(store=store.address), lambda: progress.append(None)).catch_up()
     assert trials(store, "live") == 20 * PER_SHARD
     assert len(progress) > 20 + len(digits.classes)
+
+
+def test_the_service_is_ready_with_the_first_progress_of_its_first_pass(store, submit, monkeypatch):
+    submit("live", 1)
+    served = []
+    monkeypatch.setattr(module, "publish_report", lambda store, name: None)
+    monkeypatch.setattr(service, "serve", lambda port, heartbeat: served.append(heartbeat))
+    monkeypatch.setattr(Aggregator, "run", lambda self, end_pass: self.catch_up())  # one pass, whose end is not recorded
+    service._aggregate(ServiceSettings(store=store.address))
+    assert served[0].ready
 
 
 @pytest.mark.parametrize(

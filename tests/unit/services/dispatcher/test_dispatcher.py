@@ -144,6 +144,9 @@ def test_an_experiment_is_not_paused_for_different_errors_or_lost_workers(dispat
 class Fleet:
     """Keeps the demands of the last pass."""
 
+    def pods(self):
+        return []
+
     def reconcile(self, demands, unreadable):
         self.outstanding = [demand.outstanding for demand in demands]
 

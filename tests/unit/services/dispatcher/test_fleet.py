@@ -1,11 +1,15 @@
 """Number of workers and manifests of their Jobs, without a cluster (see tests/kubernetes)."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 
 from memtail.spec import WorkersSpec
-from services.dispatcher.fleet import Changes, WorkerSet, scale, target_workers, worker_sets
 from services.dispatcher.kubernetes_objects import Job, Pod
-from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job, shards_per_worker
+from services.dispatcher.shares import surplus_workers, target_workers
+from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job, shards_per_worker, template_hash
+from services.dispatcher.worker_sets import Changes, WorkerSet, scale, worker_sets
 
 OWNER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "memtail-dispatcher", "uid": "u"}
 SETTINGS = {
@@ -86,18 +90,78 @@ def test_free_workers_are_shared_by_experiments_of_equal_priority():
     assert target_workers([demand("a", 9), demand("b", 9), demand("c", 9)], {}, 10, {}) == {"a": 4, "b": 3, "c": 3}
 
 
+def test_workers_beyond_a_share_end_where_others_lack_workers():
+    both = [demand("a", 100), demand("b", 100)]
+    assert surplus_workers(both, {"a": 100}, 100, {}, ()) == {"a": 50}
+    assert surplus_workers(both, {"a": 90}, 100, {}, ()) == {"a": 40}
+    assert surplus_workers(both, {"a": 60, "b": 20}, 100, {}, ()) == {"a": 10}
+    assert surplus_workers([demand("a", 100), demand("b", 7)], {"a": 100}, 100, {}, ()) == {"a": 7}
+    assert surplus_workers([*both, demand("c", 100)], {"a": 80, "b": 20}, 100, {}, ()) == {"a": 46}
+
+
+def test_no_worker_ends_for_others_that_lack_none_or_cannot_start():
+    both = [demand("a", 100), demand("b", 100)]
+    assert surplus_workers(both, {"a": 50, "b": 50}, 100, {}, ()) == {}
+    assert surplus_workers(both, {"a": 50}, 100, {}, ()) == {}
+    assert surplus_workers(both, {"a": 51, "b": 49}, 100, {}, ()) == {}
+    assert surplus_workers(both, {"a": 100}, 100, {}, {"b"}) == {}
+    assert surplus_workers([demand("a", 100), demand("b", 100, state="paused")], {"a": 100}, 100, {}, ()) == {}
+    assert surplus_workers([demand("a", 0)], {"a": 100}, 100, {}, ()) == {}
+
+
+def test_idle_workers_and_those_of_lower_priority_end_first():
+    assert surplus_workers([demand("idle", 0), demand("b", 100)], {"idle": 4}, 4, {}, ()) == {"idle": 4}
+    assert surplus_workers([demand("low", 100), demand("high", 30, priority=1)], {"low": 100}, 100, {}, ()) == {"low": 30}
+    assert surplus_workers([demand("a", 100)], {"a": 100}, 60, {}, ()) == {"a": 40}
+
+
 def test_missing_workers_are_created_as_one_job():
-    assert scale({"a": 5}, [], [], True) == Changes(create={"a": 5})
-    assert scale({"a": 5}, sets((3, 2)), [], True) == Changes(create={"a": 2})
-    assert scale({"a": 5}, sets((3, 2), (2, 0)), [], True) == Changes()
+    assert scale({"a": 5}, [], [], {}, elastic=True) == Changes(create={"a": 5})
+    assert scale({"a": 5}, sets((3, 2)), [], {}, elastic=True) == Changes(create={"a": 2})
+    assert scale({"a": 5}, sets((3, 2), (2, 0)), [], {}, elastic=True) == Changes()
 
 
 def test_running_workers_are_never_removed():
-    assert scale({"a": 0}, sets((3, 3), (2, 2)), [], True) == Changes()
-    assert scale({"a": 1}, sets((3, 2), (4, 0)), [], True) == Changes(delete=["a-2"], shrink={"a-1": 2})
-    assert scale({"a": 6}, sets((3, 2), (4, 0)), [], True) == Changes(shrink={"a-2": 3})
-    assert scale({"a": 6}, sets((3, 2), (4, 0)), [], elastic=False) == Changes()
-    assert scale({"a": 0}, sets((3, 1), winding_down=True), [], True) == Changes()
+    assert scale({"a": 0}, sets((3, 3), (2, 2)), [], {}, elastic=True) == Changes()
+    assert scale({"a": 1}, sets((3, 2), (4, 0)), [], {}, elastic=True) == Changes(delete=["a-2"], shrink={"a-1": 2})
+    assert scale({"a": 6}, sets((3, 2), (4, 0)), [], {}, elastic=True) == Changes(shrink={"a-2": 3})
+    assert scale({"a": 6}, sets((3, 2), (4, 0)), [], {}, elastic=False) == Changes()
+    assert scale({"a": 0}, sets((3, 1), winding_down=True), [], {}, elastic=True) == Changes()
+
+
+def outdated(workers, running):
+    return [replace(sets((workers, running))[0], template="old")]
+
+
+def test_outdated_workers_that_do_not_run_are_replaced():
+    current = {"a": "new"}
+    assert scale({"a": 3}, outdated(3, 0), [], current, elastic=True) == Changes(create={"a": 3}, delete=["a-1"])
+    assert scale({"a": 3}, outdated(3, 0), [], current, elastic=False) == Changes(create={"a": 3}, delete=["a-1"])
+    assert scale({"a": 3}, outdated(3, 2), [], current, elastic=True) == Changes(create={"a": 1}, shrink={"a-1": 2})
+    assert scale({"a": 3}, outdated(3, 2), [], current, elastic=False) == Changes()
+    assert scale({"a": 3}, outdated(3, 3), [], current, elastic=True) == Changes()
+    assert scale({"a": 3}, outdated(3, 0), [], {"a": "old"}, elastic=True) == Changes()
+    assert scale({"a": 3}, outdated(3, 0), [], {}, elastic=True) == Changes()
+
+
+def test_the_hash_of_a_template_follows_its_settings():
+    def of(requested=None, name="a", **changes):
+        return template_hash(fleet(**changes), Demand(name, "running", 0, 10, requested))
+
+    job = copy.deepcopy(SETTINGS["job"])
+    job["spec"]["template"]["spec"]["containers"][0]["image"] = "memtail-worker:2"
+    others = [
+        of(job=job),
+        of(queueName="team"),
+        of(name="b"),
+        of(WorkersSpec(memory="32Gi")),
+        of(WorkersSpec(node_selector={"gpu": "h100"})),
+        of(WorkersSpec(tolerations=[{"key": "spot"}])),
+    ]
+    assert len({of(), *others}) == 7
+    assert of() == of(WorkersSpec(max=7), maxWorkers=3)
+    numbered = [build_job(fleet(), demand(), number, 7, OWNER)["metadata"]["labels"]["memtail/template"] for number in (1, 2)]
+    assert numbered == [of(), of()]
 
 
 def test_a_job_whose_status_lags_behind_its_pods_is_left_to_end():
@@ -111,12 +175,12 @@ def test_a_job_whose_status_lags_behind_its_pods_is_left_to_end():
     ending = worker_sets([job], pods("Running", "Succeeded", "Succeeded", "Succeeded"))
     assert ending == [WorkerSet("a-1", "a", 1, 1, 1, winding_down=True)]
     for phases in (["Succeeded"] * 4, ["Running"] + ["Succeeded"] * 3):
-        assert scale({"a": 0}, worker_sets([job], pods(*phases)), [], True) == Changes()
+        assert scale({"a": 0}, worker_sets([job], pods(*phases)), [], {}, elastic=True) == Changes()
 
 
-def test_workers_of_cancelled_and_deleted_experiments_are_removed():
-    assert scale({"a": 0}, sets((3, 3)), ["a"], True) == Changes(delete=["a-1"])
-    assert scale({"b": 1}, sets((3, 3)), [], True) == Changes(create={"b": 1}, delete=["a-1"])
+def test_workers_of_cancelled_experiments_are_removed_at_once_and_those_of_missing_ones_are_not():
+    assert scale({"a": 0}, sets((3, 3)), ["a"], {}, elastic=True) == Changes(delete=["a-1"])
+    assert scale({"b": 1}, sets((3, 3)), [], {}, elastic=True) == Changes(create={"b": 1})
 
 
 def test_a_job_is_named_by_its_experiment_and_number_and_owned():
@@ -126,7 +190,12 @@ def test_a_job_is_named_by_its_experiment_and_number_and_owned():
     assert job["metadata"]["name"].endswith("-3")
     assert len(job["metadata"]["name"]) <= 60
     assert job["metadata"]["ownerReferences"] == [OWNER]
-    assert job["metadata"]["labels"] == {"app.kubernetes.io/instance": "memtail", "memtail/experiment": name, "memtail/number": "3"}
+    assert job["metadata"]["labels"] == {
+        "app.kubernetes.io/instance": "memtail",
+        "memtail/experiment": name,
+        "memtail/number": "3",
+        "memtail/template": template_hash(fleet(), demand(name)),
+    }
     assert job["spec"]["parallelism"] == 7
     assert "completions" not in job["spec"]
     assert "suspend" not in job["spec"]
