@@ -168,6 +168,14 @@ def test_each_bar_of_the_histogram_links_to_its_examples(client):
         assert count == len(shown(client, bar["href"]))
 
 
+def test_the_published_csv_holds_no_formula(explored):
+    (key,) = (key for key in explored.list(keys.all_scores("odd")) if key.endswith("/memorization.csv"))
+    rows = list(csv.DictReader(io.StringIO(explored.get(key).decode())))
+    assert {row["filename"][:5] for row in rows} == {CLASSES[0] + "/", f"'{CLASSES[1]}"}
+    parquet = pyarrow.parquet.read_table(io.BytesIO(explored.get(key.replace(".csv", ".parquet"))))
+    assert [row["filename"].removeprefix("'") for row in rows] == parquet["filename"].to_pylist()
+
+
 def test_examples_show_their_highest_and_lowest_influences(client, scores):
     train = int(scores.most_memorized(1)["index"][0])
     block = scores.influence(train=train)
