@@ -1,4 +1,4 @@
-# Two images. `control` runs the dispatcher, the aggregator and the command line; it has no torch. `worker` trains, and submits experiments.
+# Two images. `control` runs the dispatcher, the aggregator, the explorer and the command line; it has no torch. `worker` trains, and submits experiments.
 #
 #   docker build --target control --tag memtail-control .
 #   docker build --target worker --tag memtail-worker .

@@ -1,4 +1,4 @@
-"""Application of the explorer: its URLs, each a page, an image or a CSV file. All requests are GET or HEAD and change nothing."""
+"""Application of the explorer: its URLs, each a page, an image or a CSV file. Requests change nothing but the session of a browser."""
 
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from memtail.errors import MemtailError
 from memtail.execution.progress import ExperimentProgress
 from memtail.explorer import views
-from memtail.explorer.access import REPORT_POLICY, guard
+from memtail.explorer.access import LOGOUT, REPORT_POLICY, guard
 from memtail.explorer.library import Library
 from memtail.explorer.opened import Opened
 from memtail.explorer.score_cache import BeingReadError, NotPublishedError
@@ -48,18 +48,19 @@ _OVERVIEW = (
 Split = Literal["train", "test"]
 
 
-def create(store: ObjectStore, token: str | None = None) -> FastAPI:
+def create(store: ObjectStore, token: str | None = None, log_requests: bool = False) -> FastAPI:
     """Make the application.
 
     Args:
         store: the store whose experiments are shown.
         token: the access token (see `memtail.explorer.access`).
+        log_requests: whether to log each request.
     """
     app = FastAPI(title="memtail", openapi_url=None, redirect_slashes=False)
     get = partial(app.api_route, methods=["GET", "HEAD"])
-    library, pages = Library(store), _Pages()
+    library, pages = Library(store), _Pages(sign_out=LOGOUT if token else None)
     app.mount("/static", StaticFiles(packages=[("memtail.explorer", "static")]))
-    guard(app, token, pages.error)
+    guard(app, token, pages.error, log_requests)
 
     @get("/")
     def experiments() -> Response:
@@ -182,14 +183,18 @@ def create(store: ObjectStore, token: str | None = None) -> FastAPI:
 
 
 class _Pages:
-    """The templates, with the filters and values that all of them use."""
+    """The templates, with the filters and values that all of them use.
 
-    def __init__(self) -> None:
+    Args:
+        sign_out: path of the request that ends a session, if there are sessions.
+    """
+
+    def __init__(self, sign_out: str | None) -> None:
         self._templates = Environment(
             loader=PackageLoader("memtail.explorer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
         self._templates.filters |= {"decimal": fixed, "percent": percent, "moment": _moment}
-        self._templates.globals |= {"ORDERS": ORDERS, "release": version("memtail")}
+        self._templates.globals |= {"ORDERS": ORDERS, "release": version("memtail"), "SIGN_OUT": sign_out}
 
     def page(self, template: str, code: int = 200, **values: Any) -> Response:
         """Render a page."""

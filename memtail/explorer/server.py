@@ -3,21 +3,32 @@
 import ipaddress
 import secrets
 import socket
+from collections.abc import Callable
 from urllib.parse import quote
 
 import uvicorn
 
 from memtail.errors import MemtailError
 from memtail.explorer.app import create
-from memtail.settings import ExplorerSettings
+from memtail.settings import EXPLORER_TOKEN_VARIABLE, ExplorerSettings
 from memtail.storage import ObjectStore
 
 # Timeout of open requests at shutdown, in seconds.
 _SHUTDOWN_SECONDS = 5
+# Interval of heartbeats, in seconds.
+_HEARTBEAT_SECONDS = 5
+
+
+#: Fewest characters of a token, as many as a random one of 96 bits has.
+LEAST_TOKEN = 16
 
 
 class AddressError(MemtailError):
     """The explorer cannot listen on an address."""
+
+
+class TokenError(MemtailError):
+    """The explorer's token is missing or too short."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -33,10 +44,22 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def token_for(host: str) -> str | None:
-    """Return the configured token, or a random one if other machines can reach the address, or None. Raises: StoreError."""
+def configured_token() -> str | None:
+    """Return the configured token, or None.
+
+    Raises:
+        TokenError: it is too short.
+        StoreError: its file cannot be read.
+    """
     token = ExplorerSettings.from_environment().token
-    return token or (None if _is_loopback(host) else secrets.token_urlsafe(24))
+    if token is not None and len(token) < LEAST_TOKEN:
+        raise TokenError(f"{EXPLORER_TOKEN_VARIABLE} has {len(token)} characters: set it to {LEAST_TOKEN} random ones or more")
+    return token
+
+
+def token_for(host: str) -> str | None:
+    """Return the configured token, or a random one if other machines can reach the address, or None. Raises: TokenError, StoreError."""
+    return configured_token() or (None if _is_loopback(host) else secrets.token_urlsafe(24))
 
 
 def address(listening: socket.socket, token: str | None) -> str:
@@ -48,16 +71,31 @@ def address(listening: socket.socket, token: str | None) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}"
 
 
-def serve(store: ObjectStore, token: str | None, listening: socket.socket) -> None:
+def serve(
+    store: ObjectStore, token: str | None, listening: socket.socket, log_requests: bool = False, heartbeat: Callable[[], None] | None = None
+) -> None:
     """Serve until the process is interrupted or terminated.
 
     Args:
         store: the store whose experiments are shown.
         token: the access token (see `memtail.explorer.access`).
         listening: socket of `listen`.
+        log_requests: whether to log each request.
+        heartbeat: called every few seconds while the server handles requests.
     """
+
+    async def notify() -> None:
+        if heartbeat:
+            heartbeat()
+
     config = uvicorn.Config(
-        create(store, token), log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS
+        create(store, token, log_requests),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        callback_notify=notify,
+        timeout_notify=_HEARTBEAT_SECONDS,
     )
     uvicorn.Server(config).run(sockets=[listening])
 

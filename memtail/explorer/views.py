@@ -1,7 +1,7 @@
 """Content of the pages as plain values, and as CSV."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -9,19 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
 
 from memtail.estimators.binomial import standard_error
 from memtail.explorer.opened import Opened
 from memtail.explorer.selection import BY_HELD_OUT, Selection, select
+from memtail.scores.csv import write_csv
 from memtail.scores.reader import Column
 
 #: Examples on a page of the gallery.
 PER_PAGE = 60
 #: Examples in each list of influences.
 TOP = 12
-# First characters of a formula in a spreadsheet.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True)
@@ -201,18 +199,10 @@ def influencers_csv(opened: Opened, test: int) -> bytes:
 
 
 def csv(*tables: dict[str, Any]) -> bytes:
-    """Encode tables below each other as CSV; cells of missing columns are empty.
-
-    Texts that a spreadsheet would read as a formula get a leading apostrophe.
-    """
-    safe = [pa.table({name: values if _is_numbers(values) else _inert(values) for name, values in table.items()}) for table in tables]
+    """Encode tables below each other as CSV; cells of missing columns are empty."""
     buffer = io.BytesIO()
-    pyarrow.csv.write_csv(pa.concat_tables(safe, promote_options="default"), buffer)
+    write_csv(pa.concat_tables([pa.table(table) for table in tables], promote_options="default"), buffer)
     return buffer.getvalue()
-
-
-def _is_numbers(values: Any) -> bool:
-    return isinstance(values, np.ndarray) and values.dtype != object
 
 
 def _tiles(opened: Opened, split: str, index: Column, labels: Column, value: Column, se: Column, files: Sequence[str] | None) -> list[Tile]:
@@ -231,7 +221,3 @@ def _where(table: dict[str, Column], chosen: Column) -> dict[str, Column]:
 
 def _joined(tables: tuple[dict[str, Column], dict[str, Column]]) -> dict[str, Column]:
     return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-
-
-def _inert(values: Iterable[Any]) -> list[Any]:
-    return [f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value for value in values]

@@ -3,7 +3,7 @@
 * `memorization.parquet`, `.csv`: `index`, `label`, `mem`, `mem_se`, `p_in`, `p_out`, `k_in`, `k_out`. `other` and `p_other`: the most
   frequent misclassification by models trained without the example, and the share of these models that predict it; -1 and 0 if there is
   none, and no columns if a trial has not recorded predicted classes. `margin_in` and `margin_out`, mean logit margins, if recorded.
-  `filename` if the dataset has file names.
+  `filename` if the dataset has file names; in the csv, one that begins like a formula has a leading apostrophe (`memtail.scores.csv`).
 * `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
   float32 [train, test], `tr_classidx_{K}` and `tt_classidx_{K}`, all in original order.
 * `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors.
@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from memtail.datasets import DatasetLabels
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
 from memtail.estimators.binomial import share
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.scores.csv import write_csv
 from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, STATISTICS, SUMMARY
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SCHEMA, SE_QUANTILES, PairSummary, ScoreSummary
 from memtail.statistics import Statistics
@@ -162,7 +162,7 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
         columns["filename"] = [name.decode(errors="replace") for name in dataset.train_files.tolist()]
     table = pa.table(columns)
     pyarrow.parquet.write_table(table, folder / MEMORIZATION)
-    pyarrow.csv.write_csv(table, folder / MEMORIZATION_CSV)
+    write_csv(table, folder / MEMORIZATION_CSV)
 
 
 def _write_influence_matrix(

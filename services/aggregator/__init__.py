@@ -1,1 +1,1 @@
-"""The aggregator: accumulates each committed trial batch once, and publishes scores, reports and the explorer. It needs no torch."""
+"""The aggregator: accumulates each committed trial batch once, and publishes scores and reports. It needs no torch."""

@@ -2,26 +2,19 @@
 
 from memtail.storage.open import open_store
 from services.aggregator.aggregator import Aggregator
-from services.aggregator.explorer import Explorer
 from services.common.metrics import count_request
 from services.common.process import Heartbeat, serve, start
-from services.common.settings import ServiceSettings
+from services.common.settings import ServiceError, ServiceSettings
 
 
 def _aggregate(settings: ServiceSettings) -> None:
+    if settings.explorer_port:
+        raise ServiceError(
+            "MEMTAIL_EXPLORER_PORT is set, but the aggregator serves no explorer: set it for python -m services.explorer only"
+        )
     heartbeat = Heartbeat(timeout=900)
     serve(settings.port, heartbeat)
-    after_pass = [heartbeat.record]
-    if settings.explorer_port:
-        explorer = Explorer(settings.store, settings.explorer_port)
-        explorer.ensure_running()
-        after_pass.append(explorer.ensure_running)
-
-    def end_pass() -> None:
-        for action in after_pass:
-            action()
-
-    Aggregator(open_store(settings.store, observe=count_request), settings, heartbeat.record).run(end_pass)
+    Aggregator(open_store(settings.store, observe=count_request), settings, heartbeat.record).run(heartbeat.record)
 
 
 if __name__ == "__main__":

@@ -44,4 +44,3 @@ ACCUMULATE_SECONDS = Histogram(
 PUBLISH_SECONDS = Histogram("memtail_publish_seconds", "Duration of writing and publishing a version of the scores", buckets=LONG_BUCKETS)
 REPORT_SECONDS = Histogram("memtail_report_seconds", "Duration of rendering and publishing a report", buckets=LONG_BUCKETS)
 REPORT_FAILURES = Counter("memtail_report_failures_total", "Reports that failed to render or publish")
-EXPLORER_RESTARTS = Counter("memtail_explorer_restarts_total", "Restarts of the explorer's process after a crash")

@@ -38,7 +38,7 @@ class ServiceSettings:
         devices: devices of a worker, separated by commas, with one process each: "auto", "cpu", or "cuda:0,cuda:1".
         port: port of a service's metrics and health checks.
         linger_seconds: time after the end of an experiment until its metrics are removed: several scrape intervals.
-        explorer_port: port on which the aggregator serves the explorer; 0: no explorer.
+        explorer_port: port of the explorer, 8080 by default; the aggregator, which served the explorer in 0.1.0, refuses it.
         fleet: file that describes how the dispatcher starts workers in a Kubernetes cluster (see `services.dispatcher.worker_jobs`);
             empty: the dispatcher starts no workers.
         experiment: the only experiment that a worker trains; empty: all experiments.

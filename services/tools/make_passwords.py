@@ -14,6 +14,7 @@ PASSWORDS = {
     "s3-secret-key": "secret key of the S3 server, and password of its console",
     "grafana": "password of Grafana's user admin",
     "redis": "password of Redis",
+    "explorer": "token of the explorer",
 }
 
 

@@ -3,6 +3,7 @@
 import html
 import json
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -102,11 +103,10 @@ def test_fetched_scores_equal_those_of_an_embedded_run(deployment: Deployment, s
 
 
 def test_the_explorer_shows_scores_and_images(deployment: Deployment) -> None:
-    here = f"{deployment.address('aggregator', 8080)}/experiments/digits"
-    with urllib.request.urlopen(here) as page:
-        assert "1,438 training examples" in page.read().decode()
-    with urllib.request.urlopen(f"{here}/images/test/0.png") as image:
-        assert image.read().startswith(b"\x89PNG")
+    assert b"1,438 training examples" in _explored(deployment, "")
+    assert _explored(deployment, "/images/test/0.png").startswith(b"\x89PNG")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(deployment.address("explorer", 8080))
 
 
 def test_a_study_is_trained_by_the_workers_and_shown_in_the_explorer(deployment: Deployment) -> None:
@@ -122,8 +122,7 @@ def test_a_study_is_trained_by_the_workers_and_shown_in_the_explorer(deployment:
     assert [result["trials"] for result in results] == [6, TRIALS]
 
     def page() -> str:
-        with urllib.request.urlopen(f"{deployment.address('aggregator', 8080)}/experiments/digits/studies") as answer:
-            return html.unescape(answer.read().decode())
+        return html.unescape(_explored(deployment, "/studies").decode())
 
     deployment.until(lambda: all(result["title"] in page() for result in results), 60)
 
@@ -171,9 +170,18 @@ def test_prometheus_scrapes_all_services_and_has_the_rules(deployment: Deploymen
             targets = json.load(answer)["data"]["activeTargets"]
         return {target["labels"].get("service") for target in targets if target["health"] == "up"}
 
-    deployment.until(lambda: {"dispatcher", "aggregator", "worker", "minio"} <= up(), 60)
+    deployment.until(lambda: {"dispatcher", "aggregator", "explorer", "worker", "minio"} <= up(), 60)
     with urllib.request.urlopen(f"{address}/api/v1/rules", timeout=10) as answer:
         assert json.load(answer)["data"]["groups"]
+
+
+def _explored(deployment: Deployment, path: str) -> bytes:
+    """Return a page of the explorer about the experiment."""
+    address = f"{deployment.address('explorer', 8080)}/experiments/digits{path}"
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {deployment.passwords()['token of the explorer']}"})
+    with urllib.request.urlopen(request) as answer:
+        content: bytes = answer.read()
+        return content
 
 
 def _health(deployment: Deployment) -> list[str]:

@@ -16,6 +16,7 @@ from memtail.explorer.server import listen, serve
 from memtail.storage.local import LocalStore
 from tests.support.servers import free_port, server_binary
 
+TOKEN = "a token for this browser"
 # One page of each kind.
 PAGES = [
     "/",
@@ -49,7 +50,7 @@ def address(explored: LocalStore) -> Iterator[str]:
 def closed(explored: LocalStore) -> str:
     """Address of an explorer that requires a token; it ends with the tests."""
     listening = listen("127.0.0.1", 0)
-    threading.Thread(target=serve, args=(explored, "secret", listening), daemon=True).start()
+    threading.Thread(target=serve, args=(explored, TOKEN, listening), daemon=True).start()
     return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
@@ -183,12 +184,17 @@ def test_arrow_keys_change_the_page_only_where_nothing_else_has_the_focus(page: 
     page.wait_for_url("**?page=2")
 
 
-def test_a_token_opens_the_requested_page(page: Page, closed: str) -> None:
+def test_a_token_opens_the_requested_page_until_the_browser_signs_out(page: Page, closed: str) -> None:
     fits_a_phone(page, f"{closed}/experiments/digits?class=3")
-    page.get_by_label("Token").fill("secret")
+    page.get_by_label("Token").fill(TOKEN)
     page.get_by_role("button", name="Sign in").click()
     expect(page.locator("#shown")).to_be_visible(timeout=60_000)
     assert page.url == f"{closed}/experiments/digits?class=3"
+    fits_a_phone(page, f"{closed}/experiments/digits")
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("heading", name="Token required")).to_be_visible()
+    page.goto(f"{closed}/experiments/digits")
+    expect(page.get_by_label("Token")).to_be_visible()
 
 
 @pytest.mark.parametrize("path", PAGES)

@@ -36,6 +36,7 @@ EXTERNAL = {
     "externalS3.addressing": "path",
     "externalS3.ca.configMap": "authority",
     "externalS3.existingSecret": "their-keys",
+    "explorer.existingSecret": "look",
 }
 IDENTITY = {
     "redis.enabled": False,
@@ -43,6 +44,7 @@ IDENTITY = {
     "minio.enabled": False,
     "externalS3.bucket": "theirs",
     "serviceAccount.annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/memtail"},
+    "explorer.existingSecret": "look",
 }
 MONITORING = {
     "monitoring.serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
@@ -64,7 +66,14 @@ OF_A_POD = {
     "priorityClassName": "high",
     "runtimeClassName": "nvidia",
 }
-COMPONENTS = {"dispatcher": "dispatcher", "aggregator": "aggregator", "worker": "workers", "redis": "redis", "minio": "minio"}
+COMPONENTS = {
+    "dispatcher": "dispatcher",
+    "aggregator": "aggregator",
+    "explorer": "explorer",
+    "worker": "workers",
+    "redis": "redis",
+    "minio": "minio",
+}
 MATRIX: dict[str, dict[str, Any]] = {
     "defaults": {},
     "external": EXTERNAL,
@@ -77,7 +86,11 @@ MATRIX: dict[str, dict[str, Any]] = {
     "monitoring": MONITORING,
     "host-cache": {"workers.cache": {"type": "hostPath", "path": "/data/memtail", "limit": 100}},
     "claimed-cache": {"workers.cache": {"type": "claim", "claim": "datasets", "limit": 0.5}},
-    "explorer": {"explorer.existingSecret": "look", "networkPolicy.explorerFrom": [{"namespaceSelector": {}}]},
+    "explorer": {
+        "explorer.existingSecret": "look",
+        "explorer.existingSecretKey": "word",
+        "networkPolicy.explorerFrom": [{"namespaceSelector": {}}],
+    },
     "no-policies": {"networkPolicy.enabled": False, "minio.storageClass": "fast"},
     "everything-of-a-pod": {f"{name}.{key}": value for name in COMPONENTS.values() for key, value in OF_A_POD.items()},
     "images": {
@@ -139,7 +152,7 @@ def test_a_misspelt_key_is_not_valid(schemas):
 
 def test_every_container_meets_the_level_restricted(rendered):
     pods = list(rendered.pods())
-    assert {"dispatcher", "aggregator", "worker", "test"} <= {component for component, _ in pods}
+    assert {"dispatcher", "aggregator", "explorer", "worker", "test"} <= {component for component, _ in pods}
     for component, pod in pods:
         security = pod["securityContext"]
         assert (security["runAsNonRoot"], security["runAsUser"]) == (True, 1000)
@@ -180,8 +193,44 @@ def test_names_labels_and_selectors_match(rendered):
     ]
     for each in rendered.of("Service") + rendered.of("PodDisruptionBudget"):
         selector = each["spec"]["selector"].get("matchLabels", each["spec"]["selector"])
-        assert sum(selector.items() <= labels.items() for labels in components) == 1
+        shared = each["kind"] == "Service" and each["metadata"]["name"].endswith("-aggregator")
+        assert sum(selector.items() <= labels.items() for labels in components) == (2 if shared else 1)
         assert each["kind"] == "Service" or each["spec"]["maxUnavailable"] == 1
+
+
+def test_each_port_of_a_service_leads_to_one_component():
+    """Also the Service that selects two pods: a port has no address in a pod without a port of its name."""
+    chart = Rendered({})
+    pods = [each["spec"]["template"] for kind in ("Deployment", "StatefulSet") for each in chart.of(kind)]
+    led = {
+        (service["metadata"]["name"].removeprefix(f"{RELEASE}-memtail-"), port["port"]): [
+            pod["metadata"]["labels"]["app.kubernetes.io/component"]
+            for pod in pods
+            if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+            and port["targetPort"] in [own["name"] for own in pod["spec"]["containers"][0]["ports"]]
+        ]
+        for service in chart.of("Service")
+        for port in service["spec"]["ports"]
+    }
+    assert led == {
+        ("dispatcher", 9100): ["dispatcher"],
+        ("aggregator", 9100): ["aggregator"],
+        ("aggregator", 8080): ["explorer"],
+        ("explorer", 9100): ["explorer"],
+        ("explorer", 8080): ["explorer"],
+        ("redis", 6379): ["redis"],
+        ("minio", 9000): ["minio"],
+        ("minio", 9001): ["minio"],
+    }
+
+
+def test_an_upgrade_never_runs_two_aggregators_or_dispatchers():
+    strategies = {each["metadata"]["name"]: each["spec"].get("strategy") for each in Rendered({}).of("Deployment")}
+    assert strategies == {
+        f"{RELEASE}-memtail-dispatcher": {"type": "Recreate"},
+        f"{RELEASE}-memtail-aggregator": {"type": "Recreate"},
+        f"{RELEASE}-memtail-explorer": None,
+    }
 
 
 def test_a_long_release_name_is_shortened_to_valid_names():
@@ -368,39 +417,49 @@ def test_the_doctor_of_helm_test_connects_to_the_external_servers(minio, tmp_pat
     assert {"store", "conditional write", "broker"} <= checks.keys(), checks
 
 
-def test_the_aggregator_has_no_access_to_redis():
+def test_aggregator_and_explorer_have_no_access_to_redis():
     for values in ({}, EXTERNAL, IDENTITY):
         chart = Rendered(values)
-        assert "MEMTAIL_BROKER_FILE" not in chart.env("Deployment", "-aggregator")
-        assert '"broker"' not in json.dumps(chart.get("Deployment", "-aggregator"))
+        for name in ("-aggregator", "-explorer"):
+            assert "MEMTAIL_BROKER_FILE" not in chart.env("Deployment", name)
+            assert '"broker"' not in json.dumps(chart.get("Deployment", name))
 
 
-def test_only_the_clients_of_the_values_can_reach_the_explorer_with_the_configured_token():
+def test_only_the_clients_of_the_values_can_reach_the_explorer_which_has_a_token():
     trial, other = Rendered({}), Rendered(MATRIX["explorer"])
-    assert "MEMTAIL_EXPLORER_TOKEN_FILE" not in trial.env("Deployment", "-aggregator")
     assert not [each for each in trial.of("NetworkPolicy") if 8080 in ports(each, "ingress")]
-    assert ports(other.get("NetworkPolicy", "-explorer"), "ingress") == [8080]
-    for rendered in (trial, other):
-        assert rendered.env("Deployment", "-aggregator")["MEMTAIL_EXPLORER_PORT"] == "8080"
-        assert "MEMTAIL_EXPLORER_PORT" not in rendered.env("Deployment", "-dispatcher")
-        assert {"name": "explorer", "port": 8080, "targetPort": "explorer"} in rendered.get("Service", "-aggregator")["spec"]["ports"]
-    [container] = other.get("Deployment", "-aggregator")["spec"]["template"]["spec"]["containers"]
-    [mount] = [each["mountPath"] for each in container["volumeMounts"] if each["name"] == "explorer"]
-    assert other.env("Deployment", "-aggregator")["MEMTAIL_EXPLORER_TOKEN_FILE"] == f"{mount}/token"
-    [volume] = [
-        each["secret"]
-        for each in other.get("Deployment", "-aggregator")["spec"]["template"]["spec"]["volumes"]
-        if each["name"] == "explorer"
-    ]
-    assert volume == {"secretName": "look", "defaultMode": 0o440, "items": [{"key": "token", "path": "token"}]}
+    policy = other.get("NetworkPolicy", "-explorer")
+    assert ports(policy, "ingress") == [8080]
+    assert policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "explorer"
+    sources = {}
+    for name, chart in (("trial", trial), ("other", other)):
+        env, pod = chart.env("Deployment", "-explorer"), chart.get("Deployment", "-explorer")["spec"]["template"]["spec"]
+        assert env["MEMTAIL_EXPLORER_PORT"] == "8080"
+        [mount] = [each["mountPath"] for each in pod["containers"][0]["volumeMounts"] if each["name"] == "explorer"]
+        assert env["MEMTAIL_EXPLORER_TOKEN_FILE"] == f"{mount}/token"
+        [sources[name]] = [each["secret"] for each in pod["volumes"] if each["name"] == "explorer"]
+        for component in ("-dispatcher", "-aggregator"):
+            assert "MEMTAIL_EXPLORER_PORT" not in chart.env("Deployment", component)
+            assert "explorer-token" not in json.dumps(chart.get("Deployment", component))
+    assert sources["other"] == {"secretName": "look", "defaultMode": 0o440, "items": [{"key": "word", "path": "token"}]}
+    assert "explorer-token" not in other.get("Secret", "")["stringData"]
+    assert sources["trial"]["secretName"] == f"{RELEASE}-memtail"
+    [item] = sources["trial"]["items"]
+    assert len(trial.get("Secret", "")["stringData"][item["key"]]) == 32
 
 
 def test_pods_with_a_cloud_identity_have_no_keys():
     other = Rendered(IDENTITY)
     assert not [name for name in other.env("Deployment", "-dispatcher") if "KEY" in name]
     accounts = [each["metadata"] for each in other.of("ServiceAccount")]
-    assert len(accounts) == 2
+    assert len(accounts) == 4
     assert all(each["annotations"] == IDENTITY["serviceAccount.annotations"] for each in accounts)
+    own = {"serviceAccount.componentAnnotations": {"worker": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/worker"}}}
+    roles = {each["metadata"]["name"]: each["metadata"]["annotations"] for each in Rendered({**IDENTITY, **own}).of("ServiceAccount")}
+    assert roles == {
+        f"{RELEASE}-memtail": own["serviceAccount.componentAnnotations"]["worker"],
+        **{f"{RELEASE}-memtail-{name}": IDENTITY["serviceAccount.annotations"] for name in ("dispatcher", "aggregator", "explorer")},
+    }
     [secret] = other.of("Secret")
     assert secret["stringData"] == {"broker": "rediss://redis.example.com:6390/0"}
 
@@ -457,7 +516,7 @@ def test_network_policies_of_both_ends_match():
     trial = Rendered({})
     reached = {(client, server) for client in (*COMPONENTS, "test") for server in COMPONENTS if reachable(trial, client, server)}
     to_redis = {(client, "redis") for client in ("dispatcher", "worker", "test")}
-    assert reached == to_redis | {(client, "minio") for client in ("dispatcher", "aggregator", "worker", "test")}
+    assert reached == to_redis | {(client, "minio") for client in ("dispatcher", "aggregator", "explorer", "worker", "test")}
 
 
 def test_pods_restart_when_their_settings_or_passwords_change():
@@ -486,7 +545,7 @@ def test_scraped_series_have_the_labels_service_and_release():
     [endpoint], [pod_endpoint] = service["spec"]["endpoints"], pods["spec"]["podMetricsEndpoints"]
     assert endpoint == {"port": "metrics", "interval": "15s", "relabelings": relabelings("service")}
     assert pod_endpoint == {"port": "metrics", "interval": "15s", "relabelings": relabelings("pod")}
-    assert service["spec"]["selector"]["matchExpressions"][0]["values"] == ["dispatcher", "aggregator"]
+    assert service["spec"]["selector"]["matchExpressions"][0]["values"] == ["dispatcher", "aggregator", "explorer"]
     assert pods["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] == "worker"
     assert not {"ServiceMonitor", "PodMonitor", "PrometheusRule"} & {each["kind"] for each in Rendered({}).objects}
 

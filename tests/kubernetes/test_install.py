@@ -94,7 +94,7 @@ def namespace(kubernetes: Kubernetes) -> Iterator[Namespace]:
 def test_a_release_is_installed_upgraded_and_uninstalled_leaving_only_the_bucket(namespace: Namespace) -> None:
     before = namespace.contents()
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
-    assert namespace.components() == ["aggregator", "dispatcher", "minio", "redis"]
+    assert namespace.components() == ["aggregator", "dispatcher", "explorer", "minio", "redis"]
     [secret] = [each for each in namespace.get("secrets") if each["metadata"]["name"] == f"{RELEASE}-memtail"]
     pods = {pod["metadata"]["uid"] for pod in namespace.get("pods")}
     namespace.helm("upgrade", RELEASE, str(CHART), "--wait", "--timeout", "2m")
@@ -103,7 +103,7 @@ def test_a_release_is_installed_upgraded_and_uninstalled_leaving_only_the_bucket
     [kept] = [each for each in namespace.get("secrets") if each["metadata"]["name"] == f"{RELEASE}-memtail"]
     assert kept["data"] == secret["data"]
     assert len(set(secret["data"].values())) == 5
-    namespace.kubernetes.wait(lambda: namespace.components() == ["aggregator", "dispatcher", "minio", "redis"])
+    namespace.kubernetes.wait(lambda: namespace.components() == ["aggregator", "dispatcher", "explorer", "minio", "redis"])
     renewed = [pod for pod in namespace.get("pods") if pod["metadata"]["uid"] not in pods]
     assert [pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in renewed] == ["dispatcher"]
     namespace.helm("uninstall", RELEASE, "--wait")
@@ -146,7 +146,7 @@ def test_fixed_workers_and_other_stores_are_admitted_too(namespace: Namespace) -
         "workers.replicas": 3,
     }
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m", **values)
-    assert namespace.components() == ["aggregator", "dispatcher", "worker", "worker", "worker"]
+    assert namespace.components() == ["aggregator", "dispatcher", "explorer", "worker", "worker", "worker"]
 
 
 def test_the_dispatcher_has_only_the_rights_it_needs(namespace: Namespace) -> None:

@@ -1,31 +1,31 @@
-"""The explorer that the aggregator serves, from a bucket."""
+"""The explorer as a service, from a bucket."""
 
-import os
+import json
 import signal
-from pathlib import Path
 
+import pytest
 import urllib3
 
 from tests.support.explored import publish_random
 from tests.support.servers import free_port
 
+TOKEN = "a token of this service"
 
-def test_the_aggregator_restarts_its_explorer_which_requires_the_token_and_ends_with_it(cluster, declare, digits, tmp_path):
+
+def test_the_explorer_serves_the_bucket_to_holders_of_the_token(cluster, declare, digits, tmp_path):
     publish_random(cluster.store, declare(40), 40)
     cluster.submit(declare(40), digits)
-    (tmp_path / "token").write_text("secret\n")
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
     port = free_port()
-    aggregator = cluster.start("aggregator", MEMTAIL_EXPLORER_PORT=str(port), MEMTAIL_EXPLORER_TOKEN_FILE=str(tmp_path / "token"))
+    explorer = cluster.start("explorer", MEMTAIL_EXPLORER_PORT=str(port), MEMTAIL_EXPLORER_TOKEN_FILE=str(tmp_path / "token"))
+    cluster.until(lambda: cluster.serves(explorer))
     http = urllib3.PoolManager(retries=False)
 
-    def status(path: str, token: str = "secret") -> int:
-        try:
-            return http.request("GET", f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30).status
-        except urllib3.exceptions.HTTPError:
-            return 0
+    def status(path: str, token: str = TOKEN) -> int:
+        return http.request("GET", f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30).status
 
-    cluster.until(lambda: status("/") == 200)
     for path in (
+        "/",
         "/experiments/digits",
         "/experiments/digits/train/3",
         "/experiments/digits/test/3",
@@ -33,21 +33,33 @@ def test_the_aggregator_restarts_its_explorer_which_requires_the_token_and_ends_
     ):
         assert status(path, "guess") == 401
         cluster.until(lambda path=path: status(path) == 200)
-    serving = [child for child in aggregator.children() if b"spawn_main" in _command(child)]
-    os.kill(serving[0], signal.SIGKILL)
-    cluster.until(lambda: list(cluster.events(aggregator, "the explorer ended and is started again")))
-    cluster.until(lambda: status("/") == 200)
-    os.kill(aggregator.process.pid, signal.SIGKILL)  # without its children
-    cluster.until(lambda: status("/") == 0)
+    requests = [json.loads(line) for line in cluster.events(explorer, "request")]
+    assert {(each["path"], each["status"]) for each in requests} >= {("/", 401), ("/", 200)}
+    assert len(list(cluster.events(explorer, "login refused"))) == 5
+    metrics = http.request("GET", f"http://127.0.0.1:{explorer.port}/metrics", timeout=30).data.decode()
+    assert 'memtail_store_requests_total{operation="get",outcome="ok"}' in metrics
+    explorer.process.send_signal(signal.SIGTERM)
+    assert explorer.process.wait(30) == 0
+    assert TOKEN not in explorer.log.read_text()
 
 
-def test_an_unavailable_explorer_port_ends_the_aggregator_with_one_line(cluster):
+@pytest.mark.parametrize(
+    ("service", "environment", "line"),
+    [
+        ("explorer", {}, "MEMTAIL_EXPLORER_TOKEN is not set"),
+        ("explorer", {"MEMTAIL_EXPLORER_TOKEN": "secret"}, "MEMTAIL_EXPLORER_TOKEN has 6 characters"),
+        ("aggregator", {"MEMTAIL_EXPLORER_PORT": "8080"}, "set it for python -m services.explorer only"),
+    ],
+)
+def test_a_service_with_invalid_settings_of_the_explorer_ends_with_one_line(cluster, service, environment, line):
+    ended = cluster.start(service, **environment)
+    assert ended.process.wait(60) == 2
+    [text] = ended.log.read_text().splitlines()
+    assert line in json.loads(text)["event"]
+
+
+def test_an_unavailable_port_ends_the_explorer_with_one_line(cluster):
     port = str(free_port())
-    cluster.start("aggregator", MEMTAIL_PORT=port, MEMTAIL_EXPLORER_PORT=port)
-    second = cluster.services[-1]
-    assert second.process.wait(60) == 2
-    assert "the explorer cannot listen on all addresses" in second.log.read_text()
-
-
-def _command(process: int) -> bytes:
-    return Path(f"/proc/{process}/cmdline").read_bytes()
+    explorer = cluster.start("explorer", MEMTAIL_PORT=port, MEMTAIL_EXPLORER_PORT=port, MEMTAIL_EXPLORER_TOKEN=TOKEN)
+    assert explorer.process.wait(60) == 2
+    assert "the explorer cannot listen on all addresses" in explorer.log.read_text()

@@ -174,7 +174,8 @@ def test_an_upgrade_leaves_a_running_experiment_alone_until_the_rollback(cluster
 def test_keys_of_a_later_version_are_ignored_where_no_trial_depends_on_them(cluster, new_keys, declare, digits, expected, submit):
     port = free_port()
     dispatcher = cluster.start("dispatcher")
-    cluster.start("aggregator", MEMTAIL_EXPLORER_PORT=str(port))
+    cluster.start("aggregator")
+    cluster.start("explorer", MEMTAIL_EXPLORER_PORT=str(port), MEMTAIL_EXPLORER_TOKEN="a token of this test")
     cluster.start("worker")
     knob = submit(new_keys, "a-knob", training={"dropout": 0.1})
     speed = submit(new_keys, "b-speed", execution={"compile": "max"})
@@ -186,7 +187,7 @@ def test_keys_of_a_later_version_are_ignored_where_no_trial_depends_on_them(clus
     assert "b-speed" in output
     assert "a-knob: cannot be read" in output
     http = urllib3.PoolManager()
-    page = http.request("GET", f"http://127.0.0.1:{port}/", timeout=60).data.decode()
+    page = http.request("GET", f"http://127.0.0.1:{port}/", headers={"Authorization": "Bearer a token of this test"}).data.decode()
     assert "a-knob" in page
     assert "b-speed" in page
     # with the later dispatcher, an earlier worker receives its messages

@@ -49,7 +49,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- if not (hasKey $root.Values "passwords") -}}
 {{- $kept := (lookup "v1" "Secret" $root.Release.Namespace (include "memtail.fullname" $root)).data | default dict -}}
 {{- $passwords := dict -}}
-{{- range list "redis-password" "s3-access-key" "s3-secret-key" -}}
+{{- range list "redis-password" "s3-access-key" "s3-secret-key" "explorer-token" -}}
 {{- $_ := set $passwords . (hasKey $kept . | ternary (get $kept . | b64dec) (randAlphaNum 32)) -}}
 {{- end -}}
 {{- $_ := set $root.Values "passwords" $passwords -}}

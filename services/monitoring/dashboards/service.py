@@ -5,7 +5,7 @@ from grafana_foundation_sdk.builders import dashboard
 from services.monitoring.dashboards.layout import build_dashboard
 from services.monitoring.dashboards.panels import GREEN, RED, Query, Rows, stat_panel, table_panel, time_series_panel
 
-_SERVICES = '{NAMESPACE, service=~"dispatcher|aggregator|worker"}'
+_SERVICES = '{NAMESPACE, service=~"dispatcher|aggregator|explorer|worker"}'
 _LEGEND = "{{service}} {{instance}}"
 _LEADERS = "sum(memtail_dispatcher_leader{NAMESPACE})"
 
@@ -26,7 +26,7 @@ def service() -> dashboard.Dashboard:
         "Status": [
             stat_panel(
                 "Services down",
-                "Dispatchers, aggregators and workers that do not respond to Prometheus.",
+                "Dispatchers, aggregators, explorers and workers that do not respond to Prometheus.",
                 "none",
                 (f"sum(1 - up{_SERVICES})", ""),
                 instant=True,
