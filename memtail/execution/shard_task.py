@@ -98,7 +98,8 @@ def run_shard(
     checkpoints = StoredCheckpoints(experiment_store.store, experiment_store.name, shard)
     try:
         verifying = experiment_store.is_committed(shard)
-        if verifying and not experiment_store.unverified(record, [shard]):
+        to_train = experiment_store.unverified(record, [shard]) if verifying else experiment_store.finished(record) is None
+        if not to_train:
             checkpoints.remove()
             return ShardResult(shard, ShardOutcome.DONE_BEFORE)
         try:

@@ -45,6 +45,21 @@ def control(name: str) -> str:
     return f"experiments/{name}/control.json"
 
 
+def finished(name: str) -> str:
+    """Return the key of the record of an experiment's end."""
+    return f"experiments/{name}/finished.json"
+
+
+def changes() -> str:
+    """Return the prefix of all change markers."""
+    return "changes/"
+
+
+def change(name: str) -> str:
+    """Return the key of the change marker of an experiment: services look at it again, although it was finished."""
+    return f"{changes()}{name}"
+
+
 def device(name: str) -> str:
     """Return the key of the kind of device that an experiment requires, if it requires one."""
     return f"experiments/{name}/device.json"
