@@ -108,6 +108,7 @@ def run_shard(
             raise
         except Exception as error:  # of a model or a library; also MemoryError, which would end a Celery worker
             return _failed(experiment_store, shard, device, error)
+        experiment_store.check_registered(record.fingerprint)  # its trials would be counted in the next experiment of the name
         began = time.monotonic()
         committed = experiment_store.commit(batch, record.fingerprint)
         seconds = time.monotonic() - began

@@ -2,10 +2,11 @@
 
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.finished import Finished
+from memtail.experiment_store.names import changed_experiments, experiment_names
 from memtail.experiment_store.record import Record
 from memtail.experiment_store.replicas import Replica
 from memtail.experiment_store.shard_grid import missing_shards
-from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentStore, changed_experiments, experiment_names
+from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentStore
 
 __all__ = [
     "MAX_ATTEMPTS",

@@ -5,7 +5,7 @@ All state is in the store. Processes that train, accumulate or publish read here
 
 import json
 from collections import Counter
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from memtail.errors import ForeignObjectError, StoreError, UnsupportedError
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.finished import Finished
+from memtail.experiment_store.names import experiment_names, refuse_leftovers
 from memtail.experiment_store.record import Record
 from memtail.experiment_store.replicas import Replica, unverified
 from memtail.experiment_store.shard_grid import missing_shards
@@ -70,8 +71,11 @@ class ExperimentStore:
         More trials than recorded extend the experiment; the recorded size of shards stays.
 
         Raises:
-            StoreError: another experiment has the name (says what differs), or fewer trials are asked for than recorded.
+            StoreError: another experiment has the name (says what differs) or left trials under it, or fewer trials are asked for than
+                recorded.
         """
+        if not self.is_registered():
+            refuse_leftovers(self.store, self.name, declared.fingerprint)
         if self.store.put_if_absent(keys.experiment(self.name), declared.to_bytes()):
             return declared
         held = self.read_record()
@@ -94,6 +98,21 @@ class ExperimentStore:
             elif current.experiment.execution.verify > held.experiment.execution.verify:
                 self.reopen("more shards are to be verified")
         return current
+
+    def is_registered(self) -> bool:
+        """Whether the store has the experiment's record."""
+        return self.store.exists(keys.experiment(self.name))
+
+    def check_registered(self, fingerprint: str) -> None:
+        """Check that the experiment was not removed.
+
+        Raises:
+            ObjectNotFound: it was.
+            StoreError: another experiment has the name now, or the store cannot be read.
+        """
+        with suppress(UnsupportedError):  # a later version has written the record since
+            if self.read_record().fingerprint != fingerprint:
+                raise StoreError(f"another experiment has the name '{self.name}' now, and trials of the earlier one are dropped")
 
     def finished(self, record: Record) -> Finished | None:
         """Read the record of the experiment's end; None if there is none, or the experiment was extended or a batch discarded since.
@@ -399,19 +418,3 @@ class ExperimentStore:
                     yield Failure(Shard(*span), **content | {"origin": Origin(**content.get("origin", {}))})
                 except (ValueError, TypeError, AttributeError):
                     yield Failure(Shard(*span), 0, f"{key} cannot be read", "", "")
-
-
-def experiment_names(store: ObjectStore, known: Container[str] = ()) -> list[str]:
-    """List the names of all experiments in a store, ascending.
-
-    Args:
-        store: the store.
-        known: names whose record is not looked up again while there is any object of the experiment.
-    """
-    names = (name for name in store.folders(keys.experiments()) if NAME.fullmatch(name))
-    return [name for name in names if name in known or store.exists(keys.experiment(name))]
-
-
-def changed_experiments(store: ObjectStore) -> set[str]:
-    """List the names of the experiments with a change marker."""
-    return {key.removeprefix(keys.changes()) for key in store.list(keys.changes())}
