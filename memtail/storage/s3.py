@@ -22,13 +22,14 @@ import urllib3
 from minio import Minio
 from minio.credentials.credentials import Credentials
 from minio.credentials.providers import AWSConfigProvider, ChainedProvider, IamAwsProvider, StaticProvider
+from minio.datatypes import Object
 from minio.error import MinioException, S3Error, ServerError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 from urllib3.exceptions import HTTPError
 
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.settings import S3Settings
-from memtail.storage import ObjectNotFound, Observer, UnreachableError, keys
+from memtail.storage import ObjectNotFound, Observer, Stored, UnreachableError, keys
 from memtail.storage.atomic_file import atomic_file
 from memtail.storage.s3_errors import KEY_FIX, TRANSIENT_STATUS, cause_of, error_in, fix_of, is_transient, outcome_of
 
@@ -156,21 +157,31 @@ class S3Store:
 
     def list_tagged(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Yield the keys that start with a prefix, page by page, with their ETags."""
+        return ((key, entry.etag or "") for key, entry in self._listed(prefix))
+
+    def inventory(self, prefix: str) -> Iterator[Stored]:
+        """Yield the objects whose keys start with a prefix, page by page."""
+        for key, entry in self._listed(prefix):
+            yield Stored(key, entry.size or 0, entry.last_modified.timestamp() if entry.last_modified else 0.0)
+
+    def _listed(self, prefix: str) -> Iterator[tuple[str, Object]]:
         last: str | None = None
         while True:
 
-            def page(connection: _Connection, after: str | None = last) -> "list[tuple[str, str]]":
+            def page(connection: _Connection, after: str | None = last) -> "list[Object]":
                 objects = connection.s3.list_objects(
                     bucket_name=self._bucket, prefix=self._prefix + prefix, recursive=True, start_after=after
                 )
-                return [(entry.object_name or "", entry.etag or "") for entry in islice(objects, _PAGE)]
+                return list(islice(objects, _PAGE))
 
             entries = self._try(prefix, "listed", page)
-            # web consoles represent an empty folder by an object whose name ends in a slash
-            yield from ((name.removeprefix(self._prefix), tag) for name, tag in entries if not name.endswith("/"))
+            for entry in entries:
+                name = entry.object_name or ""
+                if not name.endswith("/"):  # web consoles represent an empty folder by an object whose name ends in a slash
+                    yield name.removeprefix(self._prefix), entry
             if len(entries) < _PAGE:
                 return
-            last = entries[-1][0]
+            last = entries[-1].object_name
 
     def folders(self, prefix: str) -> Iterator[str]:
         """Yield the names of the folders directly below a prefix, from listings with a delimiter."""
