@@ -121,7 +121,7 @@ def show_status(experiments: "list[ExperimentProgress]", unreadable: dict[str, s
     rows = [
         {
             "experiment": each.experiment,
-            "state": each.ending or each.control.state,
+            "state": "archived" if each.archived else each.ending or each.control.state,
             "prio": each.control.priority,
             "trials": f"{each.trials}/{each.total}",
             "shards": f"{len(each.committed)}/{len(each.committed) + len(each.missing)}",

@@ -157,6 +157,8 @@ def retry(
     name = resolve_name(opened, name)
     experiment_store = ExperimentStore(opened, name)
     count = experiment_store.retry(_shard(shard) if shard else None)
+    if experiment_store.reopen("retried"):
+        print(f"{name} was finished, and is open again: missing trials are trained")
     if not count:
         print(f"{name}: no failed attempts{f' of shard {shard}' if shard else ''}")
         return
@@ -188,8 +190,12 @@ def pause(name: OneName, store: Store = DEFAULT_STORE) -> None:
 
 
 def resume(name: OneName, store: Store = DEFAULT_STORE) -> None:
-    """Continue a paused or cancelled experiment."""
+    """Continue a paused or cancelled experiment, or train the missing trials of a finished one."""
+    from memtail.experiment_store import ExperimentStore
+
     control = _control(store, name, state="running")
+    if ExperimentStore(open_existing(store), name).reopen("resumed"):
+        print(f"{name} was finished, and is open again: missing trials are trained")
     print(f"{name} is running, with priority {control.priority}")
 
 

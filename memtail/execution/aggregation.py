@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,10 @@ from memtail.datasets import DatasetLabels
 from memtail.errors import ForeignObjectError
 from memtail.execution.stopping import next_round
 from memtail.execution.throttle import Throttle
-from memtail.experiment_store import ExperimentStore, Record
+from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
 from memtail.scores.pointer import ScorePointer, latest_version
-from memtail.scores.publish import publish
-from memtail.scores.summary import ScoreSummary
+from memtail.scores.publish import publish, score_version
+from memtail.scores.summary import SCHEMA, ScoreSummary
 from memtail.statistics import Statistics
 from memtail.statistics.snapshot import Snapshot
 from memtail.storage import ObjectNotFound, keys
@@ -252,6 +253,44 @@ class Aggregation:
         self._published, self._published_at = self.trials, self._clock()
         self.pointer = latest_version(self._store.store, self._store.name)
         return summary
+
+    def finish(self) -> Finished | None:
+        """Record that the experiment is finished, after which a trial batch that is removed changes nothing.
+
+        It is finished when the published scores count all trials of the batches in the store, no shard is left to be verified, and its
+        owner has not cancelled it.
+
+        Returns:
+            The record of the end; None if the experiment is not finished, or was changed meanwhile.
+
+        Raises:
+            StoreError: the store cannot be read or written.
+        """
+        if self.next_step() is not Step.DONE or not self.statistics.trials or self._store.control().state == "cancelled":
+            return None
+        discards = self._store.discards()  # before the batches are listed: a later discard then makes the record invalid
+        if self.new_shards() or not self.complete or self._is_unverified():
+            return None
+        pointer = self.pointer = latest_version(self._store.store, self._store.name)
+        if pointer is None or pointer.version != score_version(self.record.fingerprint, self.statistics):
+            return None
+        digest, when = self.statistics.digest(), datetime.now(UTC).isoformat(timespec="seconds")
+        batches = {shard.span: self._tags[shard] for shard in self._accumulated}
+        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, discards, when, batches)
+        held = self._store.finished(self.record)
+        if held is None or replace(held, when=when) != finished:
+            self._store.set_finished(finished)
+        self._store.store.delete(keys.change(self._store.name))
+        if self._store.finished(self._store.read_record()) is None:
+            self._store.reopen("it was changed while its end was recorded")
+            return None
+        log.info("finished", trials=self.trials, scores=pointer.version)
+        return finished
+
+    def _is_unverified(self) -> bool:
+        unverified = self._store.unverified(self.record, list(self._accumulated))
+        attempts = self._store.attempts() if unverified else {}
+        return any(attempts[shard] < MAX_ATTEMPTS for shard in unverified)
 
     def _accumulate(self, shard: Shard, read: Callable[[], TrialBatch]) -> bool:
         try:

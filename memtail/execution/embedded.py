@@ -24,9 +24,10 @@ from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, U
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.breaker import BREAKER_SHARDS, common_error
 from memtail.execution.declare import declare
+from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
-from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Record, missing_shards
+from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
 from memtail.scores.summary import ScoreSummary
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
@@ -192,11 +193,13 @@ class _Run:
 
     def to_the_end(self) -> RunResult:
         aggregation, state = self._aggregation, self._state
+        if finished := still_finished(self._experiment_store, state.record):
+            return self._result_before(finished)
         with self._writing():
             aggregation.accumulate_new()
         self._remove_checkpoints()
         while True:
-            missing = missing_shards(state.total, state.record.trials_per_shard, self._experiment_store.committed())
+            missing = self._experiment_store.missing(state.record)
             self._show(state)
             if missing:
                 self._train(_from_own_start(missing))
@@ -296,12 +299,23 @@ class _Run:
             if (span := keys.parse_span(key)) and self._experiment_store.is_committed(Shard(*span)):
                 self._store.delete(key)
 
+    def _result_before(self, finished: Finished) -> RunResult:
+        """The result of an earlier run or of the services. Raises: StoreError: the scores are missing."""
+        pointer, name = self._aggregation.pointer, self._experiment_store.name
+        if pointer is None or pointer.version != finished.version:
+            raise StoreError(
+                f"experiment '{name}' is finished, but its scores and trial batches were removed: restore them from a backup, "
+                f"or train again with memtail resume {name} and memtail run"
+            )
+        return RunResult(pointer.summary, self._store.address, name)
+
     def _result(self) -> RunResult:
         failed, refused, name = self._state.failed, self._aggregation.refused, self._experiment_store.name
         if not failed and not refused:
             summary = self._publish()
             profile = _profile(self._state, time.monotonic() - self._began) if self._profile else None
             self._verify()
+            self._aggregation.finish()
             return RunResult(summary, self._store.address, name, profile)
         published = self._publish() if self._state.statistics.trials else None
         records = f"{self._store.address}/{keys.failures(name)}"

@@ -177,7 +177,7 @@ def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) 
     if held.fingerprint != declared.fingerprint:
         raise StoreError(f"experiment '{experiment.name}' is in the store {store} and differs from this spec: choose another name or store")
     record = replace(declared, trials_per_shard=held.trials_per_shard)
-    return record, missing_shards(experiment.subsets.trials, record.trials_per_shard, experiment_store.committed())
+    return record, experiment_store.missing(record)
 
 
 def _fraction(experiment: Experiment, dataset: ImageDataset) -> float:

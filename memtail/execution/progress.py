@@ -36,6 +36,8 @@ class ExperimentProgress:
         trained_twice: the shards with a comparison of a second training, and whether one differed.
         unverified: the committed shards that are still to be trained a second time.
         differences: one line for each of the first `DIFFERENCES_SHOWN` shards that differ.
+        finished: whether its end is on record, after which trial batches may be removed; `committed` then lists those that were counted.
+        archived: whether they were removed by `memtail archive`.
     """
 
     experiment: str
@@ -52,6 +54,8 @@ class ExperimentProgress:
     trained_twice: dict[Shard, bool]
     unverified: list[Shard]
     differences: list[str]
+    finished: bool = False
+    archived: bool = False
 
     @property
     def dead(self) -> list[Shard]:
@@ -127,6 +131,8 @@ class ExperimentProgress:
             "experiment": self.experiment,
             "state": self.control.state,
             "ending": self.ending,
+            "finished": self.finished,
+            "archived": self.archived,
             "priority": self.control.priority,
             "trials": self.trials,
             "wanted": self.total,
@@ -158,9 +164,10 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
     """
     experiment_store = ExperimentStore(store, name)
     record = experiment_store.read_record()
-    attempts, committed = experiment_store.attempts(), experiment_store.committed()
+    attempts, finished = experiment_store.attempts(), experiment_store.finished(record)
+    committed = finished.shards if finished else experiment_store.committed()
     total = record.experiment.subsets.trials
-    missing = missing_shards(total, record.trials_per_shard, committed)
+    missing = [] if finished else missing_shards(total, record.trials_per_shard, committed)
     pointer = latest_version(store, name)
     trained_twice = experiment_store.trained_twice()
     different = [shard for shard, differs in trained_twice.items() if differs]
@@ -178,8 +185,10 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
         pointer=pointer,
         notices=experiment_store.notices(),
         trained_twice=trained_twice,
-        unverified=unverified(record.fingerprint, record.experiment.execution.verify, committed, trained_twice),
+        unverified=[] if finished else unverified(record.fingerprint, record.experiment.execution.verify, committed, trained_twice),
         differences=[experiment_store.difference(shard) for shard in different[:DIFFERENCES_SHOWN]],
+        finished=finished is not None,
+        archived=finished is not None and finished.archived is not None,
     )
 
 

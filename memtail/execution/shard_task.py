@@ -98,7 +98,8 @@ def run_shard(
     checkpoints = StoredCheckpoints(experiment_store.store, experiment_store.name, shard)
     try:
         verifying = experiment_store.is_committed(shard)
-        if verifying and not experiment_store.unverified(record, [shard]):
+        to_train = experiment_store.unverified(record, [shard]) if verifying else experiment_store.finished(record) is None
+        if not to_train:
             checkpoints.remove()
             return ShardResult(shard, ShardOutcome.DONE_BEFORE)
         try:
@@ -107,6 +108,7 @@ def run_shard(
             raise
         except Exception as error:  # of a model or a library; also MemoryError, which would end a Celery worker
             return _failed(experiment_store, shard, device, error)
+        experiment_store.check_registered(record.fingerprint)  # its trials would be counted in the next experiment of the name
         began = time.monotonic()
         committed = experiment_store.commit(batch, record.fingerprint)
         seconds = time.monotonic() - began

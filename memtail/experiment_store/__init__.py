@@ -1,20 +1,24 @@
 """Objects of one experiment in a store: record, control, failures, notices and trial batches; and the cut of trials into shards."""
 
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
+from memtail.experiment_store.finished import Finished
+from memtail.experiment_store.names import changed_experiments, experiment_names
 from memtail.experiment_store.record import Record
 from memtail.experiment_store.replicas import Replica
 from memtail.experiment_store.shard_grid import missing_shards
-from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentStore, experiment_names
+from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentStore
 
 __all__ = [
     "MAX_ATTEMPTS",
     "Control",
     "ExperimentStore",
     "Failure",
+    "Finished",
     "Notice",
     "Origin",
     "Record",
     "Replica",
+    "changed_experiments",
     "experiment_names",
     "missing_shards",
 ]

@@ -10,21 +10,29 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
+import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from memtail.errors import ForeignObjectError, StoreError, UnsupportedError
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
+from memtail.experiment_store.finished import Finished
+from memtail.experiment_store.names import experiment_names, refuse_leftovers
 from memtail.experiment_store.record import Record
 from memtail.experiment_store.replicas import Replica, unverified
+from memtail.experiment_store.shard_grid import missing_shards
 from memtail.spec.errors import differences
 from memtail.spec.experiment import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trials import Shard, TrialBatch, largest_batch
 
+log = structlog.get_logger()
+
 #: Number of failed attempts after which a shard is dead: not tried again.
 MAX_ATTEMPTS = 3
 # Limit in bytes of controls and notices.
 _SMALL = 1 << 20
+# Limit in bytes of a batch's entry in the record of an experiment's end.
+_TAGGED = 200
 # Verdicts on second trainings, in their keys.
 _EQUAL, _DIFFERENT = "equal", "different"
 
@@ -63,8 +71,11 @@ class ExperimentStore:
         More trials than recorded extend the experiment; the recorded size of shards stays.
 
         Raises:
-            StoreError: another experiment has the name (says what differs), or fewer trials are asked for than recorded.
+            StoreError: another experiment has the name (says what differs) or left trials under it, or fewer trials are asked for than
+                recorded.
         """
+        if not self.is_registered():
+            refuse_leftovers(self.store, self.name, declared.fingerprint)
         if self.store.put_if_absent(keys.experiment(self.name), declared.to_bytes()):
             return declared
         held = self.read_record()
@@ -82,7 +93,77 @@ class ExperimentStore:
         current = Record(declared.experiment, held.fingerprint, held.canonical, held.n_train, held.n_test, held.trials_per_shard)
         if current != held:
             self.store.put(keys.experiment(self.name), current.to_bytes())
+            if more > fewer:
+                self.reopen(f"extended from {fewer} to {more} trials")
+            elif current.experiment.execution.verify > held.experiment.execution.verify:
+                self.reopen("more shards are to be verified")
         return current
+
+    def is_registered(self) -> bool:
+        """Whether the store has the experiment's record."""
+        return self.store.exists(keys.experiment(self.name))
+
+    def check_registered(self, fingerprint: str) -> None:
+        """Check that the experiment was not removed.
+
+        Raises:
+            ObjectNotFound: it was.
+            StoreError: another experiment has the name now, or the store cannot be read.
+        """
+        with suppress(UnsupportedError):  # a later version has written the record since
+            if self.read_record().fingerprint != fingerprint:
+                raise StoreError(f"another experiment has the name '{self.name}' now, and trials of the earlier one are dropped")
+
+    def finished(self, record: Record) -> Finished | None:
+        """Read the record of the experiment's end; None if there is none, or the experiment was extended or a batch discarded since.
+
+        Args:
+            record: the experiment's record.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        key, trials = keys.finished(self.name), record.experiment.subsets.trials
+        try:
+            finished = Finished.from_bytes(self.store.get(key, limit=_SMALL + _TAGGED * trials), key)
+        except ObjectNotFound:
+            return None
+        except ForeignObjectError as error:
+            log.warning("record of the end ignored", experiment=self.name, reason=str(error))
+            return None
+        if finished.fingerprint != record.fingerprint or finished.trials < trials or finished.discards != self.discards():
+            return None
+        return finished
+
+    def set_finished(self, finished: Finished) -> None:
+        """Write the record of the experiment's end."""
+        self.store.put(keys.finished(self.name), finished.to_bytes())
+
+    def reopen(self, why: str) -> bool:
+        """Remove the record of the experiment's end, so that missing trials are trained, and tell the services.
+
+        Returns:
+            Whether the experiment was finished.
+
+        Raises:
+            StoreError: the store cannot be read or written.
+        """
+        finished = self.store.exists(keys.finished(self.name))
+        if finished:
+            self.store.delete(keys.finished(self.name))
+            log.info("experiment reopened", experiment=self.name, reason=why)
+        self.mark_changed()  # after the removal, which services then see
+        return finished
+
+    def mark_changed(self) -> None:
+        """Ask the services to look at the experiment again, although it is finished."""
+        self.store.put(keys.change(self.name), b"")
+
+    def missing(self, record: Record) -> list[Shard]:
+        """List the shards to train, by first trial; none of a finished experiment, even if its batches were removed."""
+        if self.finished(record):
+            return []
+        return missing_shards(record.experiment.subsets.trials, record.trials_per_shard, self.committed())
 
     def committed(self) -> list[Shard]:
         """List the shards that have a trial batch, by first trial."""
@@ -111,6 +192,7 @@ class ExperimentStore:
         self.store.delete(keys.trial_batch(self.name, shard.first, shard.last))
         for verdict in (_EQUAL, _DIFFERENT):  # comparisons with this batch
             self.store.delete(keys.replica(self.name, shard.first, shard.last, verdict))
+        self.reopen(f"{shard} discarded")
 
     def discards(self) -> int:
         """Count the discarded trial batches."""
@@ -336,8 +418,3 @@ class ExperimentStore:
                     yield Failure(Shard(*span), **content | {"origin": Origin(**content.get("origin", {}))})
                 except (ValueError, TypeError, AttributeError):
                     yield Failure(Shard(*span), 0, f"{key} cannot be read", "", "")
-
-
-def experiment_names(store: ObjectStore) -> list[str]:
-    """List the names of all experiments in a store, ascending."""
-    return [name for name in store.folders(keys.experiments()) if NAME.fullmatch(name) and store.exists(keys.experiment(name))]

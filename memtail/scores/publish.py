@@ -43,7 +43,7 @@ def publish(
         fix = "lower the learning rate" if statistics.diverged else "run it first"
         raise ScoresError(f"experiment '{record.experiment.name}' has no trial to take scores from ({statistics.diverged} diverged): {fix}")
     name = record.experiment.name
-    version = _version(record.fingerprint, statistics)
+    version = score_version(record.fingerprint, statistics)
     current = latest_version(store, name)
     if current is not None and current.version == version:
         return current.summary
@@ -68,7 +68,8 @@ def versions(store: ObjectStore, name: str) -> list[str]:
     return list(store.folders(keys.all_scores(name)))
 
 
-def _version(fingerprint: str, statistics: Statistics) -> str:
+def score_version(fingerprint: str, statistics: Statistics) -> str:
+    """Name the version of the scores of these trials."""
     content = f"{fingerprint} {SCHEMA} {statistics.digest()}"
     return f"{statistics.trials:08d}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 

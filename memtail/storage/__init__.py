@@ -1,16 +1,32 @@
 """Object stores: the contract that every store keeps. The other modules of this package implement it."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from memtail.errors import ObjectNotFound, UnreachableError
 
-__all__ = ["ObjectNotFound", "ObjectStore", "Observer", "UnreachableError"]
+__all__ = ["ObjectNotFound", "ObjectStore", "Observer", "Stored", "UnreachableError"]
 
 #: Is called after each request to a server, retries included, with the operation (get, put, list, head, delete), its outcome (ok, absent,
 #: exists, refused, failed), its seconds, and the bytes of an object that it read or wrote. It must not raise.
 Observer = Callable[[str, str, float, int], None]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object in an inventory.
+
+    Attributes:
+        key: of the object.
+        bytes: its size.
+        modified: time of its last writing, as Unix time by the store's clock.
+    """
+
+    key: str
+    bytes: int
+    modified: float
 
 
 class ObjectStore(Protocol):
@@ -142,6 +158,17 @@ class ObjectStore(Protocol):
 
     def list_tagged(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Yield the keys that start with a prefix, ascending, each with the tag of its object.
+
+        Args:
+            prefix: of the keys; it may end within a part.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        ...
+
+    def inventory(self, prefix: str) -> Iterator[Stored]:
+        """Yield the objects whose keys start with a prefix, ascending by key, with their sizes and ages.
 
         Args:
             prefix: of the keys; it may end within a part.

@@ -20,19 +20,34 @@ def check(key: str) -> str:
     return key
 
 
+def datasets() -> str:
+    """Return the prefix of all staged datasets."""
+    return "datasets/"
+
+
 def dataset(fingerprint: str, file: str) -> str:
     """Return the key of one file of a staged dataset."""
-    return f"datasets/{fingerprint}/{file}"
+    return f"{datasets()}{fingerprint}/{file}"
+
+
+def all_masks() -> str:
+    """Return the prefix of all masks."""
+    return "masks/"
 
 
 def masks(digest: str) -> str:
     """Return the key of an explicit design's masks, by the SHA-256 of the file."""
-    return f"masks/{digest}.npy"
+    return f"{all_masks()}{digest}.npy"
 
 
 def experiments() -> str:
     """Return the prefix of all experiments."""
     return "experiments/"
+
+
+def everything(name: str) -> str:
+    """Return the prefix of all objects of an experiment."""
+    return f"{experiments()}{name}/"
 
 
 def experiment(name: str) -> str:
@@ -43,6 +58,21 @@ def experiment(name: str) -> str:
 def control(name: str) -> str:
     """Return the key of an experiment's control: state and priority."""
     return f"experiments/{name}/control.json"
+
+
+def finished(name: str) -> str:
+    """Return the key of the record of an experiment's end."""
+    return f"experiments/{name}/finished.json"
+
+
+def changes() -> str:
+    """Return the prefix of all change markers."""
+    return "changes/"
+
+
+def change(name: str) -> str:
+    """Return the key of the change marker of an experiment: services look at it again, although it was finished."""
+    return f"{changes()}{name}"
 
 
 def device(name: str) -> str:
@@ -120,9 +150,14 @@ def failure(name: str, first: int, last: int, attempt: int) -> str:
     return f"{failures_of(name, first, last)}{attempt}.json"
 
 
+def statistics(name: str) -> str:
+    """Return the prefix of an experiment's statistics."""
+    return f"experiments/{name}/statistics/"
+
+
 def snapshot(name: str) -> str:
     """Return the key of the snapshot of an experiment's statistics."""
-    return f"experiments/{name}/statistics/snapshot.npz"
+    return f"{statistics(name)}snapshot.npz"
 
 
 def scores(name: str, version: str) -> str:

@@ -14,7 +14,7 @@ from typing import IO
 from filelock import FileLock
 
 from memtail.errors import ForeignObjectError, StoreError
-from memtail.storage import ObjectNotFound, keys
+from memtail.storage import ObjectNotFound, Stored, keys
 from memtail.storage.atomic_file import atomic_file
 
 _UNFINISHED = ".unfinished"
@@ -114,15 +114,20 @@ class LocalStore:
 
     def list_tagged(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Yield the keys that start with a prefix with the tags of their files."""
+        return ((key, _tag(status)) for key, status in self._statuses(prefix))
+
+    def inventory(self, prefix: str) -> Iterator[Stored]:
+        """Yield the objects whose keys start with a prefix."""
+        return (Stored(key, status.st_size, status.st_mtime) for key, status in self._statuses(prefix))
+
+    def _statuses(self, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
         for key in self.list(prefix):
             try:
-                status = (self.root / key).stat()
+                yield key, (self.root / key).stat()
             except FileNotFoundError:  # deleted since
                 continue
             except OSError as error:
                 self._unreadable(error)
-                continue
-            yield key, _tag(status)
 
     def folders(self, prefix: str) -> Iterator[str]:
         """Yield the names of the folders directly below a prefix that hold an object."""

@@ -11,11 +11,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from minio.datatypes import Object
 from minio.error import InvalidResponseError, MinioException, S3Error
 
 from memtail.errors import StoreError
 from memtail.settings import S3Settings
-from memtail.storage import Observer, keys
+from memtail.storage import Observer, Stored, keys
 from memtail.storage.proof import prove_races
 from memtail.storage.s3_client import Client, Connection
 from memtail.storage.s3_errors import status_of
@@ -135,21 +136,31 @@ class S3Store:
 
     def list_tagged(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Yield the keys that start with a prefix, page by page, with their ETags."""
+        return ((key, entry.etag or "") for key, entry in self._listed(prefix))
+
+    def inventory(self, prefix: str) -> Iterator[Stored]:
+        """Yield the objects whose keys start with a prefix, page by page."""
+        for key, entry in self._listed(prefix):
+            yield Stored(key, entry.size or 0, entry.last_modified.timestamp() if entry.last_modified else 0.0)
+
+    def _listed(self, prefix: str) -> Iterator[tuple[str, Object]]:
         last: str | None = None
         while True:
 
-            def page(connection: Connection, after: str | None = last) -> "list[tuple[str, str]]":
+            def page(connection: Connection, after: str | None = last) -> "list[Object]":
                 objects = connection.s3.list_objects(
                     bucket_name=self._bucket, prefix=self._prefix + prefix, recursive=True, start_after=after
                 )
-                return [(entry.object_name or "", entry.etag or "") for entry in islice(objects, _PAGE)]
+                return list(islice(objects, _PAGE))
 
             entries = self._client.run(prefix, "listed", page)
-            # web consoles represent an empty folder by an object whose name ends in a slash
-            yield from ((name.removeprefix(self._prefix), tag) for name, tag in entries if not name.endswith("/"))
+            for entry in entries:
+                name = entry.object_name or ""
+                if not name.endswith("/"):  # web consoles represent an empty folder by an object whose name ends in a slash
+                    yield name.removeprefix(self._prefix), entry
             if len(entries) < _PAGE:
                 return
-            last = entries[-1][0]
+            last = entries[-1].object_name
 
     def folders(self, prefix: str) -> Iterator[str]:
         """Yield the names of the folders directly below a prefix, from listings with a delimiter."""

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from memtail.errors import StoreError
+from memtail.experiment_store import ExperimentStore
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
 if TYPE_CHECKING:
@@ -139,3 +140,5 @@ def write_result(result: StudyResult, table: dict[str, Any], figure: "Figure") -
     for kind, data in encoded(figure).items():
         result.store.put(result.prefix + FIGURE.format(kind), data)
     result.store.put(result.prefix + RESULT, json.dumps(result.to_json(), indent=1).encode())
+    if result.store.exists(keys.finished(result.name)):
+        ExperimentStore(result.store, result.name).mark_changed()  # the aggregator then draws the report again

@@ -87,14 +87,21 @@ def read_outcomes(store: ObjectStore, experiment: Experiment) -> tuple[npt.NDArr
         diverge.
 
     Raises:
+        ScoresError: trial batches were removed since.
         StoreError: the store cannot be read, or holds a damaged object.
     """
     experiment_store = ExperimentStore(store, experiment.name)
     record = experiment_store.read_record()
     correct = np.zeros((experiment.subsets.trials, record.n_test), np.bool_)
-    counted = np.zeros(len(correct), np.bool_)
+    counted, read = np.zeros(len(correct), np.bool_), np.zeros(len(correct), np.bool_)
     for shard in experiment_store.iterate_committed():
         batch = experiment_store.batch(shard, record)
         correct[batch.trial] = unpack(batch.test_correct, record.n_test)
         counted[batch.trial] = [not each.diverged for each in batch.metrics]
+        read[batch.trial] = True
+    if not read.all():
+        raise ScoresError(
+            f"experiment '{experiment.name}': {np.count_nonzero(~read)} trials were removed from the store, and the study needs them: "
+            f"train them again with memtail resume {experiment.name}"
+        )
     return correct, counted

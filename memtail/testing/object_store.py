@@ -113,6 +113,14 @@ class ObjectStoreContract:
         with pytest.raises(ObjectNotFound, match="'missing'"):
             store.get_range("missing", 0, 0)
 
+    def test_an_inventory_has_sizes_and_ages(self, store: ObjectStore) -> None:
+        began = time.time()
+        for key, size in (("x/b/2", 3), ("x/a", 0), ("y", 5)):
+            store.put(key, b"." * size)
+        stored = list(store.inventory("x/"))
+        assert [(each.key, each.bytes) for each in stored] == [("x/a", 0), ("x/b/2", 3)]
+        assert all(-60 < each.modified - began < 60 for each in stored)
+
     def test_folders_yields_each_name_once_in_order_and_no_objects(self, store: ObjectStore) -> None:
         for key in ("x/b/2", "x/b/1/deep", "x/b-c/1", "x/a/1", "x/ü +%/1", "x/file", "xy/1", "file"):
             store.put(key, b"")

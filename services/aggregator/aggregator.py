@@ -1,15 +1,18 @@
 """The aggregator: an `Aggregation`, metrics and a report for each experiment of a bucket.
 
 All state is made from the bucket; a new aggregator catches up and publishes the same bits. Experiments take turns of bounded length, so
-that a large one does not delay the scores of a small one, and an error of one ends its turn only.
+that a large one does not delay the scores of a small one, and an error of one ends its turn only. Of a finished experiment nothing is kept
+in memory, and it has a turn once a day, or when it is marked as changed.
 """
 
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from contextvars import copy_context
+from dataclasses import dataclass
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -17,15 +20,17 @@ from structlog.contextvars import bound_contextvars
 from memtail.datasets.staged_dataset import fetch_labels
 from memtail.errors import MemtailError, UnreachableError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
+from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
 from memtail.execution.throttle import Throttle
-from memtail.experiment_store import ExperimentStore, Notice, Record, experiment_names
+from memtail.experiment_store import ExperimentStore, Notice, Record, changed_experiments, experiment_names
 from memtail.report.publish import is_current, publish_report
+from memtail.scores.pointer import latest_version
 from memtail.settings import Settings
-from memtail.storage import ObjectStore
+from memtail.storage import ObjectStore, keys
 from memtail.studies.experiment_names import parent_of
 from memtail.trials import Shard
-from services.aggregator.metric_updates import experiment_series, update_scores, update_statistics
+from services.aggregator.metric_updates import experiment_series, update_finished, update_scores, update_statistics
 from services.aggregator.metrics import ACCUMULATE_SECONDS, PASSED_OVER, PUBLISH_SECONDS, REFUSED, REPORT_FAILURES, REPORT_SECONDS
 from services.common.process import repeat
 from services.common.settings import ServiceSettings
@@ -39,6 +44,8 @@ _LISTING_REST, _METRICS_REST, _REPORT_REST = 5, 20, 50
 _QUIET = 60.0
 # Seconds for which an experiment accumulates until it is the turn of the next one.
 _TURN = 2.0
+# Seconds between two checks of a finished experiment that is not marked as changed: whether a batch was replaced, or the scores are lost.
+_FINISHED_CHECK = 86400.0
 
 
 class _Experiment:
@@ -60,6 +67,7 @@ class _Experiment:
         self.shown = (-1, 0)
         self.listing, self.metrics = Throttle(_LISTING_REST), Throttle(_METRICS_REST)
         self.report = Throttle(_REPORT_REST, at_least=_QUIET, first=_QUIET)
+        self.finishing = Throttle(0, at_least=_QUIET)
         self._progressed = (-1, 0.0)  # number of trials, and the time of its last change or of the last check for the end
         self._ended = False
 
@@ -78,6 +86,21 @@ class _Experiment:
         return self._ended
 
 
+@dataclass
+class _Finished:
+    """A finished experiment.
+
+    Attributes:
+        version: of its scores.
+        next_check: time of the next turn, unless it is marked as changed.
+        reported: whether a report was drawn of the scores, or the attempt failed.
+    """
+
+    version: str
+    next_check: float
+    reported: bool = False
+
+
 class Aggregator:
     """Accumulates and publishes all experiments of a bucket.
 
@@ -92,6 +115,9 @@ class Aggregator:
         self._pace = Pace(settings.publish_trials, settings.publish_seconds, first_at_once=True)
         self._series = experiment_series(settings.linger_seconds)
         self._experiments: dict[str, _Experiment] = {}
+        self._finished: dict[str, _Finished] = {}
+        self._changed: set[str] = set()  # finished experiments with a change marker, which are to have a turn
+        self._changes_listed_at = float("-inf")
         self._drawing: threading.Thread | None = None
         self._turns: dict[str, float] = {}  # when the last turn of each experiment began
 
@@ -105,15 +131,20 @@ class Aggregator:
         Raises:
             UnreachableError: the bucket does not respond. The experiment whose turn it was comes last in the next pass.
         """
-        names = experiment_names(self._store)
+        names = experiment_names(self._store, known=self._finished)
         self._experiments = {name: experiment for name, experiment in self._experiments.items() if name in names}
+        self._finished = {name: finished for name, finished in self._finished.items() if name in names}
+        self._list_changes()
         self._turns = {name: self._turns.get(name, float("-inf")) for name in names}
         self._series.keep_only(names)
         for name in sorted(names, key=self._turns.__getitem__):
             self._turns[name] = time.monotonic()
             with bound_contextvars(experiment=name):
                 try:
-                    self._take_turn(name)
+                    if self._rests(name):
+                        self._report_finished(name)
+                    else:
+                        self._take_turn(name)
                 except UnreachableError:  # the others would only wait for the same timeout
                     raise
                 except Exception as error:
@@ -122,11 +153,22 @@ class Aggregator:
             self._progress()
         self._series.expire()
 
+    def _list_changes(self) -> None:
+        if time.monotonic() - self._changes_listed_at >= self._settings.resync_seconds:
+            self._changed |= changed_experiments(self._store) & self._finished.keys()
+            self._changes_listed_at = time.monotonic()
+
+    def _rests(self, name: str) -> bool:
+        """Whether an experiment is finished and has no turn now."""
+        return name in self._finished and name not in self._changed and time.monotonic() < self._finished[name].next_check
+
     def _take_turn(self, name: str) -> None:
         began = time.monotonic()
         experiment_store = ExperimentStore(self._store, name)
         record = experiment_store.read_record()
         experiment = self._experiments.get(name)
+        if experiment is None and self._is_finished(experiment_store, record):
+            return
         if experiment is None or experiment.aggregation.record.fingerprint != record.fingerprint:
             experiment = self._experiments[name] = self._opened(experiment_store, record)
         experiment.aggregation.record = record
@@ -138,6 +180,43 @@ class Aggregator:
         self._advance(experiment)
         self._report(experiment)
         experiment.aggregation.save_snapshot()
+        self._finish(experiment)
+
+    def _is_finished(self, experiment_store: ExperimentStore, record: Record) -> bool:
+        """Check an experiment that is not in memory; of a finished one nothing is read into it."""
+        name = experiment_store.name
+        finished = still_finished(experiment_store, record)
+        if finished and name in self._changed:
+            self._store.delete(keys.change(name))
+            finished = still_finished(experiment_store, experiment_store.read_record())
+            if finished is None:  # changed before the marker was removed, which the dispatcher needs
+                experiment_store.mark_changed()
+        self._changed.discard(name)
+        if finished is None:
+            self._finished.pop(name, None)
+            return False
+        before, now = self._finished.get(name), time.monotonic()
+        # the first checks after a start are spread over a day
+        wait = _FINISHED_CHECK if before else _FINISHED_CHECK * zlib.crc32(name.encode()) / 2**32
+        self._finished[name] = _Finished(finished.version, now + wait)
+        self._series.update(name, ended=True)
+        if before is None and name in self._series.shown:
+            update_finished(name, latest_version(self._store, name))
+        return True
+
+    def _finish(self, experiment: _Experiment) -> None:
+        """Record the end of an experiment, and drop it from memory."""
+        name, aggregation = experiment.store.name, experiment.aggregation
+        if not (aggregation.complete and aggregation.published and experiment.finishing.due):
+            return
+        with experiment.finishing.working():
+            finished = aggregation.finish()
+        if finished is None:
+            return
+        if name in self._series.shown:
+            update_statistics(name, aggregation.record.experiment.subsets, aggregation.statistics)
+        self._finished[name] = _Finished(finished.version, time.monotonic() + _FINISHED_CHECK, experiment.reported == finished.version)
+        del self._experiments[name]
 
     def _accumulate(self, experiment: _Experiment, until: float) -> None:
         began = time.monotonic()
@@ -181,28 +260,47 @@ class Aggregator:
 
         A thread draws, since that takes seconds and the images may take hours to fetch; one report at a time.
         """
-        name, aggregation = experiment.store.name, experiment.aggregation
-        # a study draws the figure of the experiment it trains
-        if aggregation.pointer is None or parent_of(name) in self._experiments:
+        aggregation = experiment.aggregation
+        if aggregation.pointer is None:
             return
         version = aggregation.pointer.version
         last = aggregation.complete and aggregation.published and version != experiment.reported
-        if (not last and not experiment.report.due) or (self._drawing is not None and self._drawing.is_alive()):
+
+        def draw() -> None:
+            with experiment.report.working():
+                self._draw(experiment.store.name, version)
+            experiment.reported = version
+
+        if last or experiment.report.due:
+            self._start_drawing(experiment.store.name, draw)
+
+    def _report_finished(self, name: str) -> None:
+        """Draw the scores of a finished experiment, unless the report shows them and all studies."""
+        finished = self._finished[name]
+
+        def draw() -> None:
+            self._draw(name, finished.version)
+            finished.reported = True
+
+        if not finished.reported:
+            self._start_drawing(name, draw)
+
+    def _start_drawing(self, name: str, draw: Callable[[], None]) -> None:
+        # a study draws the figure of the experiment it trains
+        if parent_of(name) in self._turns or (self._drawing is not None and self._drawing.is_alive()):
             return
-        self._drawing = threading.Thread(target=copy_context().run, args=(self._draw, experiment, version), name="report", daemon=True)
+        self._drawing = threading.Thread(target=copy_context().run, args=(draw,), name="report", daemon=True)
         self._drawing.start()
 
-    def _draw(self, experiment: _Experiment, version: str) -> None:
-        with experiment.report.working():
-            try:
-                if not is_current(self._store, experiment.store.name):
-                    with REPORT_SECONDS.time():
-                        publish_report(self._store, experiment.store.name)
-                    log.info("report drawn", scores=version)
-            except Exception as error:
-                REPORT_FAILURES.inc()
-                log.exception("report could not be drawn", error=str(error))
-        experiment.reported = version
+    def _draw(self, name: str, version: str) -> None:
+        try:
+            if not is_current(self._store, name):
+                with REPORT_SECONDS.time():
+                    publish_report(self._store, name)
+                log.info("report drawn", scores=version)
+        except Exception as error:
+            REPORT_FAILURES.inc()
+            log.exception("report could not be drawn", error=str(error))
 
     def _update_metrics(self, experiment: _Experiment) -> None:
         name, aggregation = experiment.store.name, experiment.aggregation

@@ -61,6 +61,23 @@ def update_statistics(name: str, subsets: SubsetsSpec, statistics: Statistics) -
         metrics.HISTOGRAM.labels(name, f"{begin:.2f}").set(count)
 
 
+def update_finished(name: str, pointer: ScorePointer | None) -> None:
+    """Update the metrics of an experiment that was finished before this process began, as far as its published summary has them."""
+    if pointer is None:
+        return
+    summary = pointer.summary
+    update_scores(name, pointer)
+    metrics.ACCUMULATED.labels(name).set(summary.accumulated_trials)
+    metrics.DIVERGED.labels(name).set(summary.diverged)
+    metrics.NEEDED.labels(name).set(0)
+    for examples, attribute in _ACCURACIES.items():
+        if (accuracy := getattr(summary, attribute)) is not None:
+            metrics.ACCURACY.labels(name, examples).set(accuracy)
+    for quantile in SE_QUANTILES:
+        if (error := summary.mem_se_quantile(quantile)) is not None:
+            metrics.STANDARD_ERROR.labels(name, f"{quantile:g}").set(error)
+
+
 def update_scores(name: str, pointer: ScorePointer | None) -> None:
     """Update the metrics of the published scores."""
     if pointer is None:

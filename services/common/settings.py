@@ -31,7 +31,7 @@ class ServiceSettings:
         max_starts: number of workers lost on a shard that counts as one failed attempt.
         breaker_shards: number of shards that must fail alike, before any is committed, to pause their experiment.
         reconcile_seconds: interval between passes of the dispatcher and of the aggregator.
-        resync_seconds: interval between complete listings of the committed batches.
+        resync_seconds: interval between complete listings of the committed batches, and of the finished experiments that were changed.
         max_queued: maximum number of messages in the broker.
         publish_trials, publish_seconds: number of new trials, and interval, after which scores are published; less often where publishing
             would take more than a tenth of the time.

@@ -16,7 +16,7 @@ from structlog.contextvars import bound_contextvars
 
 from memtail.errors import MemtailError, UnreachableError, UnsupportedError
 from memtail.execution.breaker import common_error
-from memtail.experiment_store import Control, ExperimentStore, Failure, Notice, Record, experiment_names
+from memtail.experiment_store import Control, ExperimentStore, Failure, Notice, Record, changed_experiments, experiment_names
 from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
 from memtail.storage import ObjectStore
@@ -63,6 +63,7 @@ class Dispatcher:
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _TrackedExperiment] = {}
         self._unreadable: set[str] = set()
+        self._changes_listed_at = float("-inf")
         self._last_queued: dict[str, float] = {}  # when each assignment was sent, or last seen in a queue
         self._leased: set[str] = set()
         self._starts: dict[str, int] = {}
@@ -141,10 +142,11 @@ class Dispatcher:
         return self._last_queued.keys() - queued - leased
 
     def _read_bucket(self, ended: set[str]) -> None:
-        names = experiment_names(self._store)
+        finished = {experiment.name for experiment in self._experiments.values() if experiment.finished} - self._changed()
+        names = experiment_names(self._store, known=finished)
         self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in names}
         self._unreadable = set()
-        for experiment in list(self._experiments.values()):
+        for experiment in [each for each in self._experiments.values() if each.name not in finished]:
             with bound_contextvars(experiment=experiment.name):
                 try:
                     experiment.refresh(self._settings, ended)
@@ -156,6 +158,14 @@ class Dispatcher:
                     del self._experiments[experiment.name]
                     self._unreadable.add(experiment.name)
 
+    def _changed(self) -> set[str]:
+        """List the experiments with a change marker every `resync_seconds`, since finished ones are not looked at without one."""
+        if time.monotonic() - self._changes_listed_at < self._settings.resync_seconds:
+            return set()
+        changed = changed_experiments(self._store)
+        self._changes_listed_at = time.monotonic()
+        return changed
+
     def _record_lost(self, assignment: Assignment, starts: int) -> None:
         error = f"{starts} workers were lost while they trained the shard: killed with their container, or disconnected"
         failure = ExperimentStore(self._store, assignment.experiment).record_failure(assignment.shard, error)
@@ -164,10 +174,14 @@ class Dispatcher:
 
 
 class _TrackedExperiment:
-    """State of an experiment that is kept between passes."""
+    """State of an experiment that is kept between passes.
+
+    Attributes:
+        finished: whether its end is on record. It is then not looked at until it is marked as changed.
+    """
 
     def __init__(self, store: ObjectStore, name: str) -> None:
-        self.name = name
+        self.name, self.finished = name, False
         self._experiment_store = ExperimentStore(store, name)
         self._trials = 0
         self._missing: dict[Shard, None] = {}  # an ordered set
@@ -194,18 +208,25 @@ class _TrackedExperiment:
         except UnsupportedError as error:
             self._give_notice(str(error))
             raise
+        trials, now = record.experiment.subsets.trials, time.monotonic()
+        listing_due = self._listing is None and (now - self._listed_at >= settings.resync_seconds or trials != self._trials)
+        if listing_due:
+            before, self.finished = self.finished, self._experiment_store.finished(record) is not None
+            if self.finished:
+                self._forget(record)
+                return
+            if before:
+                self._settled_trials = 0  # the scores are to change
         control, attempts = self._experiment_store.control(), self._experiment_store.attempts()
-        trials = record.experiment.subsets.trials
         ended_shards = [shard for name, shard in filter(None, map(parse_id, ended)) if name == self.name]
         if len(ended_shards) > _MAX_LOOKUPS:
-            self._listed_at = float("-inf")
-            ended_shards = []
+            listing_due, ended_shards = self._listing is None, []
         for shard in ended_shards:
             if shard in self._missing and self._experiment_store.is_committed(shard):
                 del self._missing[shard]
                 self._missing_trials -= len(shard.trials)
                 self._committed.add(shard)
-        if self._listing is None and (time.monotonic() - self._listed_at >= settings.resync_seconds or trials != self._trials):
+        if listing_due:
             self._listing, self._committed = self._experiment_store.iterate_committed(), set()
         if self._listing is not None:
             chunk = list(islice(self._listing, _LISTING_CHUNK if self._trials else None))
@@ -222,6 +243,13 @@ class _TrackedExperiment:
         self._workers = record.experiment.execution.workers
         supported = self._is_supported(record, control)
         self.view = View(self.name, record.fingerprint, self._missing, control, attempts, resting, unverified, supported)
+
+    def _forget(self, record: Record) -> None:
+        """Keep nothing of a finished experiment but what its metrics show."""
+        self._trials = self._settled_trials = record.experiment.subsets.trials
+        self._missing, self._missing_trials, self._committed, self._listed_at = {}, 0, set(), float("-inf")
+        self._failed, self._failures, self._workers = None, {}, record.experiment.execution.workers
+        self.view = View(self.name, record.fingerprint, ())
 
     def _is_supported(self, record: Record, control: Control) -> bool:
         """Return whether workers of this version train the experiment; a notice says if not. An image of the experiment may be of any."""

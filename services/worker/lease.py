@@ -40,7 +40,7 @@ class Lease:
     Attributes:
         held: whether the shard may be trained.
         lost: whether another worker has taken the lease since.
-        cancelled: whether the experiment was cancelled.
+        cancelled: whether the experiment was cancelled or removed.
     """
 
     def __init__(
@@ -109,4 +109,5 @@ class Lease:
     def _watch(self) -> None:
         while not self._over.wait(self._seconds / 3):
             with suppress(StoreError):
-                self.cancelled = self._experiment_store.control().state == "cancelled"
+                removed = not self._experiment_store.is_registered()
+                self.cancelled = removed or self._experiment_store.control().state == "cancelled"

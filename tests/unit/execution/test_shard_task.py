@@ -152,6 +152,21 @@ def test_a_shard_is_trained_committed_and_then_skipped(caller):
     assert caller.attempt() == "done before"
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_shard_of_an_experiment_that_is_removed_while_it_trains_leaves_no_trials(caller, monkeypatch, again):
+    membership = training.membership  # type: ignore[attr-defined]
+
+    def removed(*arguments):
+        caller.store.delete(keys.experiment("digits"))
+        if again:  # another experiment of the name
+            caller.experiment_store.register(replace(caller.record, fingerprint=64 * "0"))
+        return membership(*arguments)
+
+    monkeypatch.setattr(training, "membership", removed)
+    assert caller.attempt() == "handed back"
+    assert not caller.experiment_store.committed()
+
+
 def test_the_first_of_two_commits_of_a_shard_counts(caller, monkeypatch):
     batch = train_shard(caller.record.experiment, caller.dataset, SHARD.trials, torch.device("cpu"))
     monkeypatch.setattr(ExperimentStore, "is_committed", lambda *_: False)

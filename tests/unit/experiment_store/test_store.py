@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from memtail.errors import ForeignObjectError, StoreError, UnsupportedError
 from memtail.experiment_store import Control, ExperimentStore, Origin, Record, missing_shards
 from memtail.spec import Experiment
+from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from tests.support.batches import random_batch
@@ -54,6 +55,20 @@ def test_more_trials_extend_an_experiment_on_its_own_grid_and_fewer_are_refused(
     assert experiment_store.read_record() == longer
     with pytest.raises(StoreError, match="with 200 trials, this spec has 100"):
         experiment_store.register(record(100))
+
+
+def test_a_name_with_trials_of_a_removed_experiment_is_refused_and_trials_of_the_same_one_are_counted(experiment_store):
+    kept = replace(record(), n_train=13)
+    batch = random_batch()[0]
+    batch = replace(batch, provenance=replace(batch.provenance, fingerprint=kept.fingerprint))
+    experiment_store.register(kept)
+    assert experiment_store.commit(batch, kept.fingerprint)
+    experiment_store.store.delete(keys.experiment("e"))
+    with pytest.raises(StoreError, match=r"trials of another experiment 'e', .* are left in .*: memtail remove e, or choose another name"):
+        experiment_store.register(record(epochs=3))
+    assert not experiment_store.is_registered()
+    experiment_store.register(kept)
+    assert experiment_store.committed() == [Shard(10, 12)]
 
 
 def test_a_batch_whose_trials_differ_from_its_name_is_refused_and_foreign_files_are_ignored(experiment_store):

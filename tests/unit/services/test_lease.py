@@ -29,10 +29,10 @@ class Broker:
 
 
 class Store:
-    """An experiment store whose control is read by `read`."""
+    """An experiment store whose control is read by `read`, and which is there if `registered`."""
 
-    def __init__(self, read):
-        self.control = read
+    def __init__(self, read, registered):
+        self.control, self.is_registered = read, lambda: registered
 
 
 def until(condition):
@@ -42,8 +42,8 @@ def until(condition):
         time.sleep(0.005)
 
 
-def lease(broker, read=Control, silence=300.0):
-    return Lease(broker, None, "worker", 0.03, silence, Store(read))
+def lease(broker, read=Control, silence=300.0, registered=True):
+    return Lease(broker, None, "worker", 0.03, silence, Store(read, registered))
 
 
 def test_a_store_that_does_not_respond_does_not_stop_renewals():
@@ -69,6 +69,11 @@ def test_a_store_that_fails_is_asked_again_until_the_experiment_is_cancelled():
         return answer
 
     with lease(Broker(), read) as held:
+        until(lambda: held.cancelled)
+
+
+def test_training_stops_when_the_experiment_is_removed():
+    with lease(Broker(), registered=False) as held:
         until(lambda: held.cancelled)
 
 

@@ -1,0 +1,39 @@
+"""Names of experiments in a store: those that are taken, those that are marked as changed, and those with leftovers of another one."""
+
+from collections.abc import Container
+from itertools import islice
+
+from memtail.errors import StoreError
+from memtail.spec.experiment import NAME
+from memtail.storage import ObjectStore, keys
+from memtail.trials import TrialBatch
+
+
+def experiment_names(store: ObjectStore, known: Container[str] = ()) -> list[str]:
+    """List the names of all experiments in a store, ascending.
+
+    Args:
+        store: the store.
+        known: names whose record is not looked up again while there is any object of the experiment.
+    """
+    names = (name for name in store.folders(keys.experiments()) if NAME.fullmatch(name))
+    return [name for name in names if name in known or store.exists(keys.experiment(name))]
+
+
+def changed_experiments(store: ObjectStore) -> set[str]:
+    """List the names of the experiments with a change marker."""
+    return {key.removeprefix(keys.changes()) for key in store.list(keys.changes())}
+
+
+def refuse_leftovers(store: ObjectStore, name: str, fingerprint: str) -> None:
+    """Refuse a name without a record under which an experiment of another fingerprint left trials; those of this one will count.
+
+    Raises:
+        StoreError: there are such trials, or the store cannot be read.
+    """
+    for key in islice(store.list(keys.trials(name)), 1):
+        if TrialBatch.from_bytes(store.get(key), key).fingerprint != fingerprint:
+            raise StoreError(
+                f"trials of another experiment '{name}', whose record was removed, are left in {store.address} ({key}): "
+                f"memtail remove {name}, or choose another name"
+            )

@@ -1,0 +1,204 @@
+"""Commands that free space: what they show, remove, refuse and leave. Trials are random: no test trains."""
+
+import os
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from memtail import load_scores
+from memtail.cli.app import app
+from memtail.datasets.staged_dataset import fetch, stage
+from memtail.errors import MemtailError, ObjectNotFound, ScoresError, StoreError
+from memtail.execution import retention
+from memtail.execution.aggregation import Aggregation, Pace
+from memtail.execution.declare import declare as declare_record
+from memtail.execution.finishing import still_finished
+from memtail.execution.progress import progress_of
+from memtail.experiment_store import Control, ExperimentStore
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from memtail.trials import Shard
+from tests.support.batches import commit
+
+SHARDS = [Shard(0, 3), Shard(4, 7)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path / "store")
+
+
+@pytest.fixture
+def call(store):
+    """Runs a command on the store in this process; raises the error that users would see."""
+
+    def invoke(*arguments, code=0, answer=None):
+        result = CliRunner().invoke(app, [*map(str, arguments), "--store", store.address], input=answer)
+        if isinstance(result.exception, MemtailError):
+            raise result.exception
+        assert result.exit_code == code, (result.output, result.exception)
+        return result.stdout
+
+    return invoke
+
+
+@pytest.fixture
+def submit(store, declare, digits):
+    """Register an experiment with a staged dataset; commit its shards, and record its end, if `done`."""
+
+    def submitted(name="done", done=True, **parts):
+        parts = {"execution": {"trials_per_shard": 4, "device": "cpu"}, "subsets": {"design": "balanced"}, **parts}
+        stage(digits, store)
+        experiment_store = ExperimentStore(store, name)
+        record = experiment_store.register(declare_record(declare(8, name=name, **parts), digits, 4))
+        if done:
+            commit(experiment_store, *SHARDS)
+            aggregation = Aggregation(experiment_store, record, digits, Pace(1, 1, first_at_once=True))
+            aggregation.accumulate_new()
+            aggregation.publish()
+            assert aggregation.finish()
+        return experiment_store
+
+    return submitted
+
+
+def age(store, hours, *prefixes):
+    """Make objects older."""
+    for prefix in prefixes:
+        for key in store.list(prefix):
+            os.utime(store.root / key, (time.time() - 3600 * hours,) * 2)
+
+
+def test_remove_shows_what_it_frees_and_asks(call, store, submit):
+    submit()
+    before = list(store.list(""))
+    text = call("remove", "done", code=1, answer="n\n")
+    assert f"{'trial batches':<15} {2:>8} objects" in text
+    assert "total" in text
+    assert f"remove experiment done from {store.address}?" in text
+    assert list(store.list("")) == before
+    assert "done is removed" in call("remove", "done", answer="y\n")
+    assert not list(store.list("experiments/"))
+    assert list(store.list("datasets/"))
+
+
+def test_a_running_experiment_is_removed_only_once_it_is_cancelled(call, store, submit):
+    experiment_store = submit(done=False)
+    with pytest.raises(StoreError, match="'done' is running: stop it first with memtail cancel done"):
+        call("remove", "done", "--yes")
+    call("cancel", "done")
+    call("remove", "done", "--yes")
+    assert not experiment_store.is_registered()
+    with pytest.raises(ObjectNotFound, match="there is nothing of an experiment 'done'"):
+        call("remove", "done", "--yes")
+    with pytest.raises(ObjectNotFound, match=r"there is nothing of an experiment '\.\./x'"):
+        call("remove", "../x", "--yes")
+
+
+@pytest.mark.parametrize("written", [1, 2, 5])
+def test_an_interrupted_removal_trains_nothing_and_is_completed_by_another(call, store, submit, monkeypatch, written):
+    submit()
+    planned = retention.planned_removal(store, "done")
+    retention._delete(store, planned[:written])  # and the command is killed
+    assert not ExperimentStore(store, "done").is_registered()
+    call("remove", "done", "--yes")
+    assert not list(store.list("experiments/"))
+
+
+def test_an_experiment_whose_record_is_damaged_can_be_removed(call, store, submit):
+    submit()
+    store.put(keys.experiment("done"), b"{")
+    call("remove", "done", "--yes")
+    assert not list(store.list("experiments/"))
+
+
+def test_archive_keeps_scores_and_report_and_nothing_is_trained_again(call, store, submit):
+    experiment_store = submit()
+    record = experiment_store.read_record()
+    folder = store.root / "experiments" / "done"
+    before = load_scores(folder)
+    influence = before.influence(train=[0, 1], test=slice(0, 5)).value
+    call("archive", "done", code=1, answer="n\n")
+    assert experiment_store.committed() == SHARDS
+    assert "done is archived" in call("archive", "done", "--yes")
+    assert not experiment_store.committed()
+    assert still_finished(experiment_store, record).archived
+    assert experiment_store.missing(record) == []
+    after = load_scores(folder)
+    assert (after.summary, after.influence(train=[0, 1], test=slice(0, 5)).value.tolist()) == (before.summary, influence.tolist())
+    assert "archived" in call("status")
+    assert progress_of(store, "done").ending == "published"
+    call("archive", "done", "--yes")  # again: nothing is left to remove
+    assert "open again: missing trials are trained" in call("resume", "done")
+    assert experiment_store.missing(record) == SHARDS
+
+
+def test_archive_refuses_what_its_scores_do_not_replace(call, store, submit):
+    experiment_store = submit("open", done=False)
+    with pytest.raises(StoreError, match="'open' is not finished, so its trial batches are needed"):
+        call("archive", "open", "--yes")
+    experiment_store = submit()
+    version = experiment_store.finished(experiment_store.read_record()).version
+    store.delete(keys.scores("done", version) + "statistics.npz")
+    with pytest.raises(ScoresError, match=r"statistics\.npz is missing: remove .*latest\.json, then memtail resume done"):
+        call("archive", "done", "--yes")
+    store.delete(keys.latest_scores("done"))
+    with pytest.raises(ScoresError, match="the scores of experiment 'done' are missing"):
+        call("archive", "done", "--yes")
+    assert experiment_store.committed() == SHARDS
+
+
+def test_gc_removes_what_no_experiment_needs_after_a_day(call, store, submit, digits):
+    submit()
+    store.put("datasets/" + 64 * "a" + "/manifest.json", b"{}")
+    store.put("datasets/" + 64 * "a" + "/train_images.npy", b"123")
+    store.put(keys.masks(64 * "b"), b"1")
+    store.put(keys.checkpoint("done", 0, 3), b"12")
+    store.put(keys.checkpoint("removed", 0, 3), b"12")
+    assert "nothing to remove" in call("gc")
+    age(store, 25, "datasets/", "masks/", "experiments/")
+    store.put(keys.masks(64 * "c"), b"1")
+    before = list(store.list(""))
+    text = call("gc", code=1, answer="n\n")
+    assert list(store.list("")) == before
+    for kind, count in {"datasets": 2, "masks": 1, "checkpoints": 2, "total": 5}.items():
+        assert f"{kind:<15} {count:>8}" in text
+    call("gc", "--yes")
+    gone = [key for key in before if key not in set(store.list(""))]
+    assert len(gone) == 5
+    assert fetch(store, digits.fingerprint, store.root.parent / "cache").n_train == digits.n_train
+    assert "nothing to remove" in call("gc")
+    call("gc", "--older-than", 0, "--yes")
+    assert not list(store.list("masks/"))
+
+
+def test_gc_keeps_checkpoints_that_shards_continue_from(call, store, submit):
+    experiment_store = submit("open", done=False)
+    commit(experiment_store, SHARDS[0])
+    for shard in SHARDS:
+        store.put(keys.checkpoint("open", shard.first, shard.last), b"state")
+    age(store, 25, "experiments/")
+    call("gc", "--yes")
+    assert list(store.list(keys.checkpoints("open"))) == [keys.checkpoint("open", 4, 7)]
+    experiment_store.set_control(Control("cancelled"))
+    assert "nothing to remove" in call("gc")
+
+
+def test_gc_leaves_a_dataset_that_has_come_to_be_needed(store, submit, digits):
+    stage(digits, store)
+    age(store, 25, "datasets/")
+    planned = retention.planned_collection(store, 3600)
+    assert planned[0].key.endswith("/manifest.json")
+    submit(done=False)
+    retention.collect(store, planned)
+    assert set(store.list("datasets/")) == {each.key for each in planned}
+
+
+def test_gc_removes_nothing_while_an_experiment_cannot_be_read(call, store, submit):
+    submit()
+    age(store, 25, "datasets/")
+    store.put(keys.experiment("done"), b"{")
+    with pytest.raises(StoreError, match="an object of experiment 'done' is damaged, so it is unknown which datasets it needs"):
+        call("gc", "--yes")
+    assert list(store.list("datasets/"))

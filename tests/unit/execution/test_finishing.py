@@ -1,0 +1,217 @@
+"""The record of an experiment's end: when it is written, what it makes of missing batches, and what reopens the experiment."""
+
+from dataclasses import replace
+
+import pytest
+
+import memtail
+from memtail.errors import StoreError
+from memtail.execution.aggregation import Step
+from memtail.execution.finishing import still_finished
+from memtail.execution.progress import progress_of
+from memtail.execution.shard_task import ShardOutcome, run_shard
+from memtail.experiment_store import Control, ExperimentStore, changed_experiments
+from memtail.experiment_store.replicas import compare
+from memtail.scores.pointer import latest_version
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from memtail.trials import Shard
+from tests.unit.execution.test_aggregation import Trained
+
+SHARDS = [Shard(0, 7), Shard(8, 15)]
+
+
+@pytest.fixture
+def trained(tmp_path, declare, digits):
+    """An experiment of two shards, both committed."""
+    made = Trained(tmp_path / "store", declare, digits, 16)
+    made.commit(0)
+    made.commit(8)
+    return made
+
+
+def finish(trained):
+    """Accumulate, publish and record the end, as a run does; return the record of the end."""
+    aggregation = trained.aggregation()
+    aggregation.accumulate_new()
+    if aggregation.next_step() is Step.PUBLISH:
+        aggregation.publish()
+    return aggregation.finish()
+
+
+def remove_batches(trained, *shards):
+    for shard in shards or SHARDS:
+        trained.store.store.delete(keys.trial_batch(trained.store.name, shard.first, shard.last))
+
+
+def finished(trained):
+    return still_finished(trained.store, trained.store.read_record())
+
+
+def test_the_end_is_recorded_once_all_trials_are_published(trained):
+    aggregation = trained.aggregation()
+    assert aggregation.finish() is None
+    aggregation.accumulate_new()
+    assert aggregation.finish() is None
+    aggregation.publish()
+    record = aggregation.finish()
+    assert record == trained.store.finished(trained.record)
+    assert (record.trials, record.version, record.digest) == (16, aggregation.pointer.version, aggregation.statistics.digest())
+    assert record.shards == SHARDS
+    assert progress_of(trained.store.store, trained.store.name).finished
+
+
+@pytest.mark.parametrize("gone", [SHARDS[:1], SHARDS])
+def test_a_batch_that_is_missing_after_the_end_changes_nothing(trained, gone):
+    record = finish(trained)
+    remove_batches(trained, *gone)
+    assert finished(trained) == record
+    assert trained.store.missing(trained.record) == []
+    progress = progress_of(trained.store.store, trained.store.name)
+    assert (progress.ending, progress.trials, progress.missing, progress.committed) == ("published", 16, [], SHARDS)
+
+
+def test_a_batch_that_is_missing_before_the_end_is_trained_again(trained):
+    aggregation = trained.aggregation()
+    aggregation.accumulate_new()
+    aggregation.publish()  # and the process is killed
+    remove_batches(trained, SHARDS[0])
+    assert finish(trained) is None
+    assert trained.store.missing(trained.record) == SHARDS[:1]
+
+
+def test_a_process_killed_between_publication_and_the_record_of_the_end_is_made_up_for(trained):
+    aggregation = trained.aggregation()
+    aggregation.accumulate_new()
+    aggregation.publish()
+    published = latest_version(trained.store.store, trained.store.name)
+    assert finish(trained).version == published.version
+    assert latest_version(trained.store.store, trained.store.name) == published
+
+
+def test_a_replaced_batch_reopens_the_experiment_and_its_scores_follow(trained):
+    before = finish(trained)
+    remove_batches(trained, SHARDS[0])
+    trained.commit(0, correct=0.9)
+    assert finished(trained) is None
+    assert trained.store.name in changed_experiments(trained.store.store)
+    after = finish(trained)
+    assert after.version != before.version
+    assert trained.store.name not in changed_experiments(trained.store.store)
+
+
+def test_a_discarded_batch_reopens_the_experiment(trained):
+    finish(trained)
+    trained.store.discard(SHARDS[0], "bad")
+    assert finished(trained) is None
+    assert trained.store.missing(trained.record) == SHARDS[:1]
+    trained.commit(0)
+    assert finish(trained).discards == 1
+
+
+def test_more_trials_reopen_the_experiment(trained):
+    finish(trained)
+    trained.record = trained.store.register(trained.record.with_trials(24))
+    assert finished(trained) is None
+    assert trained.store.missing(trained.record) == [Shard(16, 23)]
+    trained.commit(16)
+    assert finish(trained).trials == 24
+
+
+def test_the_same_declaration_does_not_reopen_the_experiment(trained):
+    finish(trained)
+    remove_batches(trained)
+    trained.store.register(trained.record)
+    assert finished(trained)
+
+
+def test_more_verification_reopens_the_experiment_until_each_shard_is_trained_twice(trained):
+    finish(trained)
+    experiment = trained.record.experiment
+    experiment = experiment.model_copy(update={"execution": experiment.execution.model_copy(update={"verify": 1.0})})
+    trained.record = trained.store.register(replace(trained.record, experiment=experiment))
+    assert finish(trained) is None
+    batch = trained.store.batch(SHARDS[0], trained.record)
+    trained.store.record_replica(compare(batch, batch))
+    assert finish(trained) is None
+    for _ in range(3):  # given up
+        trained.store.record_failure(SHARDS[1], "boom")
+    assert finish(trained)
+
+
+def test_a_cancelled_experiment_is_not_finished(trained):
+    trained.store.set_control(Control("cancelled"))
+    assert finish(trained) is None
+    trained.store.set_control(Control())
+    assert finish(trained)
+
+
+@pytest.mark.parametrize("change", ["extended", "discarded"])
+def test_a_change_while_the_end_is_recorded_is_not_lost(trained, monkeypatch, change):
+    record_end = ExperimentStore.set_finished
+
+    def changed_before(store, record):
+        monkeypatch.undo()
+        if change == "extended":
+            store.register(trained.record.with_trials(24))
+        else:
+            store.discard(SHARDS[0], "bad")
+        record_end(store, record)
+
+    monkeypatch.setattr(ExperimentStore, "set_finished", changed_before)
+    assert finish(trained) is None
+    assert not trained.store.store.exists(keys.finished(trained.store.name))
+    assert trained.store.missing(trained.store.read_record())
+
+
+def test_two_aggregations_record_one_end(trained):
+    first, second = trained.aggregation(), trained.aggregation()
+    for aggregation in (first, second):
+        aggregation.accumulate_new()
+        aggregation.publish()
+    record = first.finish()
+    data = trained.store.store.get(keys.finished(trained.store.name))
+    assert second.finish() == replace(record, when=second.finish().when)
+    assert trained.store.store.get(keys.finished(trained.store.name)) == data
+
+
+def test_lost_scores_are_published_again_from_the_batches_and_never_by_training(trained):
+    before = finish(trained)
+    trained.store.store.delete(keys.latest_scores(trained.store.name))
+    assert finished(trained) is None
+    assert finish(trained).version == before.version
+    trained.store.store.delete(keys.latest_scores(trained.store.name))
+    remove_batches(trained, SHARDS[1])
+    assert finished(trained)
+    assert trained.store.missing(trained.record) == []
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"schema": 1}', b'{"schema": 2}', b'{"schema": 1, "batches": {"x": "y"}}'])
+def test_a_damaged_record_of_the_end_is_replaced(trained, data):
+    before = finish(trained)
+    trained.store.store.put(keys.finished(trained.store.name), data)
+    assert finished(trained) is None
+    assert finish(trained).batches == before.batches
+
+
+def test_a_shard_of_a_finished_experiment_is_not_trained_again(trained):
+    finish(trained)
+    remove_batches(trained)
+    result = run_shard(trained.store, trained.record, SHARDS[0], "cpu", lambda checkpoints: pytest.fail("trained"))
+    assert result.outcome is ShardOutcome.DONE_BEFORE
+
+
+def test_an_embedded_run_records_the_end_and_trains_nothing_after_it(declare, digits, tmp_path):
+    experiment = declare(8, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
+    store = LocalStore(tmp_path / "store")
+    before = memtail.run(experiment, store.root, dataset=digits)
+    for key in list(store.list(keys.trials("digits"))):
+        store.delete(key)
+    after = memtail.run(experiment, store.root, dataset=digits)
+    assert after.summary == before.summary
+    assert not list(store.list(keys.trials("digits")))
+    store.delete(keys.latest_scores("digits"))
+    with pytest.raises(StoreError, match="restore them from a backup, or train again with memtail resume digits"):
+        memtail.run(experiment, store.root, dataset=digits)
+    ExperimentStore(store, "digits").reopen("resumed")
+    assert memtail.run(experiment, store.root, dataset=digits).summary == before.summary

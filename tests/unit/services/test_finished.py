@@ -1,0 +1,242 @@
+"""Dispatcher and aggregator beside finished experiments, on a folder and a simulated clock: what they send, keep and ask the store."""
+
+from collections import Counter
+
+import pytest
+
+from memtail.datasets.staged_dataset import stage
+from memtail.execution.declare import declare as declare_record
+from memtail.experiment_store import ExperimentStore, Finished
+from memtail.scores.pointer import latest_version
+from memtail.storage import keys
+from memtail.storage.local import LocalStore
+from memtail.trials import Shard
+from services.aggregator import aggregator as module
+from services.aggregator import metrics
+from services.aggregator.aggregator import Aggregator
+from services.common.settings import ServiceSettings
+from services.dispatcher.dispatcher import Dispatcher
+from tests.support.batches import commit
+from tests.unit.services.dispatcher.test_dispatcher import Broker
+
+PER_SHARD = 4
+
+
+class CountingStore(LocalStore):
+    """Counts requests by method and by the kind of object: the last folder of the prefix, or the name of the file."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.requests = Counter()
+
+
+def _counted(method):
+    def call(self, key, *arguments, **options):
+        self.requests[method, key.rstrip("/").rpartition("/")[2]] += 1
+        return getattr(LocalStore, method)(self, key, *arguments, **options)
+
+    return call
+
+
+for method in ("get", "put", "put_if_absent", "list", "folders", "exists", "delete", "upload", "download"):
+    setattr(CountingStore, method, _counted(method))
+
+
+class Clock:
+    """Replaces `time.monotonic`."""
+
+    now = 1e6
+
+    def __call__(self):
+        return self.now
+
+
+class Services:
+    """A dispatcher and an aggregator, of which the test makes passes."""
+
+    def __init__(self, store, clock):
+        self.store, self.clock, self.broker = store, clock, Broker()
+        self.settings = ServiceSettings(store=store.address)
+        self.restart()
+
+    def restart(self):
+        self.dispatcher, self.aggregator = Dispatcher(self.store, self.broker, self.settings), Aggregator(self.store, self.settings)
+
+    def one_pass(self, seconds=2.0):
+        self.clock.now += seconds
+        self.aggregator.catch_up()
+        self.broker.messages.clear()
+        actions = self.dispatcher.reconcile()
+        if self.aggregator._drawing:
+            self.aggregator._drawing.join()
+        return [assignment.shard for assignment in actions.send]
+
+    def hour(self, seconds=60.0):
+        """Make passes for an hour, and return the requests by method and kind, without those of an empty store: the listing of names."""
+        self.store.requests.clear()
+        for _ in range(round(3600 / seconds)):
+            self.one_pass(seconds)
+        return Counter({key: count for key, count in self.store.requests.items() if key != ("folders", "experiments")})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("services.dispatcher.dispatcher.time.monotonic", clock)
+    return clock
+
+
+@pytest.fixture
+def services(tmp_path, monkeypatch, digits, clock):
+    store = CountingStore(tmp_path / "store")
+    stage(digits, store)
+    monkeypatch.setattr(module, "publish_report", lambda store, name: None)
+    return Services(store, clock)
+
+
+@pytest.fixture
+def submit(services, declare, digits):
+    """Register an experiment all of whose shards are committed."""
+
+    def submitted(name="done", shards=2):
+        execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+        experiment = declare(PER_SHARD * shards, name=name, execution=execution, subsets={"design": "balanced"})
+        experiment_store = ExperimentStore(services.store, name)
+        experiment_store.register(declare_record(experiment, digits, PER_SHARD))
+        commit(experiment_store, *map(shard, range(shards)))
+        return experiment_store
+
+    return submitted
+
+
+def shard(number):
+    return Shard(PER_SHARD * number, PER_SHARD * (number + 1) - 1)
+
+
+def remove_batches(experiment_store):
+    for key in list(experiment_store.store.list(keys.trials(experiment_store.name))):
+        experiment_store.store.delete(key)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_batches_that_expire_after_the_end_are_not_trained_again_and_the_scores_stay(services, submit, restarted):
+    experiment_store = submit()
+    services.one_pass()
+    published = latest_version(services.store, "done")
+    assert published.summary.accumulated_trials == 2 * PER_SHARD
+    remove_batches(experiment_store)
+    if restarted:
+        services.restart()
+    assert [services.one_pass(seconds=61.0) for _ in range(5)] == [[]] * 5
+    assert latest_version(services.store, "done") == published
+
+
+def test_a_finished_experiment_holds_no_statistics_and_is_seldom_looked_at(services, submit):
+    submit()
+    services.one_pass()
+    services.one_pass(61.0)
+    assert not services.aggregator._experiments
+    assert services.hour().total() <= 2 * 60 + 10
+    services.restart()
+    services.one_pass()
+    assert not services.aggregator._experiments
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_changes_bring_a_finished_experiment_back_within_a_minute(services, submit, restarted):
+    experiment_store = submit()
+    record = experiment_store.read_record()
+    for _ in range(3):
+        services.one_pass(61.0)
+    if restarted:
+        services.restart()
+        services.one_pass()
+    experiment_store.register(record.with_trials(3 * PER_SHARD))
+    assert services.one_pass(61.0) == [shard(2)]
+    commit(experiment_store, shard(2))
+    for _ in range(3):
+        services.one_pass(61.0)
+    assert latest_version(services.store, "done").summary.accumulated_trials == 3 * PER_SHARD
+    assert not services.aggregator._experiments
+    experiment_store.discard(shard(0), "bad")
+    assert services.one_pass(61.0) == [shard(0)]
+    commit(experiment_store, shard(0))
+    for _ in range(3):
+        services.one_pass(61.0)
+    assert latest_version(services.store, "done").discards == 1
+    assert not services.aggregator._experiments
+    remove_batches(experiment_store)
+    experiment_store.reopen("resumed")
+    assert services.one_pass(61.0) == [shard(0), shard(1), shard(2)]
+
+
+def test_a_batch_that_was_replaced_by_hand_is_counted_within_a_day(services, submit):
+    experiment_store = submit()
+    services.one_pass()
+    before = latest_version(services.store, "done")
+    services.store.delete(keys.trial_batch("done", 0, PER_SHARD - 1))
+    commit(experiment_store, shard(0), diverged=True)
+    services.one_pass(86400.0)
+    services.one_pass(61.0)
+    after = latest_version(services.store, "done")
+    assert (after.summary.trials, before.summary.trials) == (PER_SHARD, 2 * PER_SHARD)
+
+
+def test_a_study_that_ends_after_its_experiment_is_drawn(services, submit, monkeypatch):
+    drawn = []
+    experiment_store = submit()
+    monkeypatch.setattr(module, "publish_report", lambda store, name: drawn.append(name))
+    services.one_pass()
+    assert drawn == ["done"]
+    monkeypatch.setattr(module, "is_current", lambda store, name: False)
+    services.one_pass(61.0)
+    assert drawn == ["done"]
+    experiment_store.mark_changed()
+    services.one_pass(61.0)
+    services.one_pass()
+    assert drawn == ["done", "done"]
+    assert not list(services.store.list(keys.changes()))
+
+
+def test_metrics_of_a_finished_experiment_stay_until_they_expire(services, submit):
+    submit()
+    services.one_pass()
+    shown = {"experiment": "done"}
+    assert metrics.ACCUMULATED.labels(**shown)._value.get() == 2 * PER_SHARD
+    services.restart()
+    services.one_pass()
+    assert metrics.ACCUMULATED.labels(**shown)._value.get() == 2 * PER_SHARD
+    assert metrics.PUBLISHED_TRIALS.labels(**shown)._value.get() == 2 * PER_SHARD
+    services.one_pass(services.settings.linger_seconds + 1)
+    assert not [sample for sample in metrics.ACCUMULATED.collect()[0].samples if sample.labels == shown]
+
+
+def test_an_experiment_that_is_removed_and_submitted_again_starts_over(services, submit):
+    experiment_store = submit()
+    for _ in range(2):
+        services.one_pass(61.0)
+    for key in list(services.store.list("experiments/done/")):
+        services.store.delete(key)
+    services.one_pass()
+    submit(shards=1)
+    remove_batches(experiment_store)
+    assert services.one_pass() == [shard(0)]
+
+
+def test_a_hundred_finished_experiments_cost_fewer_than_200_requests_an_hour(services, submit):
+    submit("model", 1)
+    services.one_pass()
+    model = ExperimentStore(services.store, "model")
+    finished, pointer = model.finished(model.read_record()), services.store.get(keys.latest_scores("model"))
+    for number in range(100):
+        experiment_store = submit(f"e-{number}", 1)
+        tags = {each.span: tag for each, tag in experiment_store.committed_tags().items()}
+        services.store.put(keys.latest_scores(experiment_store.name), pointer)
+        experiment_store.set_finished(Finished(**{**vars(finished), "batches": tags}))
+    services.one_pass()
+    for _ in range(100):  # a pass looks at one report at least
+        if all(each.reported for each in services.aggregator._finished.values()):
+            break
+        services.one_pass()
+    requests = services.hour()
+    assert 100 < requests.total() < 200, requests
