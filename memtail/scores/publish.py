@@ -3,6 +3,7 @@
 import hashlib
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from memtail.scores.files import write_scores
 from memtail.scores.pointer import ScorePointer, latest_version, superseded
 from memtail.scores.summary import SCHEMA, ScoreSummary
 from memtail.statistics import Statistics
-from memtail.storage import ObjectStore, keys
+from memtail.storage import ObjectNotFound, ObjectStore, keys
 
 
 def publish(
@@ -56,11 +57,27 @@ def publish(
             progress()
     when, discards = datetime.now(UTC).isoformat(timespec="seconds"), ExperimentStore(store, name).discards()
     pointer = ScorePointer(version, when, tuple(files), summary, discards)
-    if current is not None and current.summary.fingerprint == record.fingerprint and current.order > pointer.order:
-        return summary
-    store.put(keys.latest_scores(name), pointer.to_json().encode())
-    _remove_old(store, name, version)
+    if _move_pointer(store, name, pointer):
+        _remove_old(store, name, version)
     return summary
+
+
+def _move_pointer(store: ObjectStore, name: str, pointer: ScorePointer) -> bool:
+    """Point readers to a version, unless the pointer names a later one; it may have moved while the version was written."""
+    key, data = keys.latest_scores(name), pointer.to_json().encode()
+    while True:
+        try:
+            held, tag = store.get_tagged(key)
+        except ObjectNotFound:
+            if store.put_if_absent(key, data):
+                return True
+            continue
+        with suppress(ValueError, KeyError, TypeError):  # a damaged pointer is replaced
+            current = ScorePointer.from_json(held)
+            if current.summary.fingerprint == pointer.summary.fingerprint and current.order > pointer.order:
+                return False
+        if store.put_if_match(key, data, tag):
+            return True
 
 
 def versions(store: ObjectStore, name: str) -> list[str]:
@@ -77,5 +94,8 @@ def score_version(fingerprint: str, statistics: Statistics) -> str:
 def _remove_old(store: ObjectStore, name: str, current: str) -> None:
     # not the versions after it, which another run may be writing
     for version in superseded(versions(store, name), current):
+        pointer = latest_version(store, name)
+        if pointer is None or pointer.version != current:  # moved by another run, which removes what is old for it
+            return
         for key in list(store.list(keys.scores(name, version))):
             store.delete(key)

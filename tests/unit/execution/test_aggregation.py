@@ -12,6 +12,7 @@ from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
+from memtail.scores.files import write_scores
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.storage import keys
@@ -365,3 +366,37 @@ def test_a_refused_batch_is_read_again_only_when_it_was_replaced(trained, monkey
     assert not aggregation.refused
     experiment.commit(0)
     assert aggregation.new_shards() == [Shard(0, 7)]
+
+
+@pytest.mark.parametrize("moment", ["while the files are written", "after the pointer is read"])
+def test_of_two_aggregations_the_one_with_more_trials_wins_and_its_files_stay(trained, monkeypatch, moment):
+    experiment = trained(24)
+    experiment.commit(0)
+    older = experiment.aggregation()
+    older.accumulate_new()
+    experiment.commit(8)
+    newer = experiment.aggregation()
+    newer.accumulate_new()
+    read = LocalStore.get_tagged
+
+    def written(*arguments):
+        summary = write_scores(*arguments)
+        monkeypatch.undo()
+        newer.publish()
+        return summary
+
+    def pointed(store, key, limit=None):
+        held = read(store, key, limit)
+        monkeypatch.undo()
+        newer.publish()
+        return held
+
+    if moment == "while the files are written":
+        monkeypatch.setattr("memtail.scores.publish.write_scores", written)
+    else:
+        experiment.store.store.put(keys.latest_scores("digits"), b"damaged")
+        monkeypatch.setattr(LocalStore, "get_tagged", pointed)
+    older.publish()
+    pointer = latest_version(experiment.store.store, "digits")
+    assert pointer.summary.trials == 16
+    assert set(pointer.files) == {key.rpartition("/")[2] for key in experiment.store.store.list(keys.scores("digits", pointer.version))}
