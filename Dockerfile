@@ -11,6 +11,8 @@ FROM ${PYTHON_IMAGE} AS base
 # One uid in both images, since they share volumes. 1000 is the first user of most machines, who can then read files on bind mounts.
 RUN groupadd --gid 1000 memtail \
  && useradd --uid 1000 --gid memtail --no-create-home --home-dir /var/cache/memtail memtail \
+ && for name in worker dispatcher aggregator explorer client redis minio grafana; do \
+      install --directory --owner memtail --group memtail "/run/services/$name" || exit 1; done \
  && install --directory --owner memtail --group memtail /var/cache/memtail /run/memtail \
  && python -m venv /opt/memtail
 # Datasets and compiled code are written to the cache, a volume or a tmpfs. Nothing else is written, so the root file system may be

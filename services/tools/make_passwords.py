@@ -1,6 +1,7 @@
-"""`python -m services.tools.make_passwords FOLDER`: generates the random passwords of a deployment, in files that the services read.
+"""`python -m services.tools.make_passwords FOLDER SERVICES`: generates the random passwords of a deployment, in files for the services.
 
-Existing passwords are kept: to change a password, delete its file and run the command again. `--show` prints the passwords for logins.
+FOLDER holds all of them, and SERVICES a folder for each service with the files of that service alone. Existing passwords are kept: to
+change one, delete its file and run the command again. `--show` instead of SERVICES prints the passwords for logins.
 """
 
 import os
@@ -8,24 +9,47 @@ import secrets
 import sys
 from pathlib import Path
 
-#: File of each password, and its purpose.
+from services.tools.rights import REDIS_RULES, RIGHTS, redis_users, user
+
+#: File of each password for logins, and its purpose.
 PASSWORDS = {
-    "s3-access-key": "access key of the S3 server, and user of its console",
-    "s3-secret-key": "secret key of the S3 server, and password of its console",
+    "s3-access-key": "access key of the S3 server's administrator, and user of its console",
+    "s3-secret-key": "secret key of the S3 server's administrator, and password of its console",
+    "s3-secret-key-client": f"secret key for clients, with the access key {user('client')}",
     "grafana": "password of Grafana's user admin",
-    "redis": "password of Redis",
+    "redis": "password of Redis's administrator",
     "explorer": "token of the explorer",
 }
+# Passwords of the components.
+_OF_COMPONENTS = (
+    *(f"s3-secret-key-{component}" for component in RIGHTS if component != "client"),
+    *(f"redis-{component}" for component in REDIS_RULES),
+)
+# Users of Redis by component; a client checks the connection as the dispatcher.
+_BROKERS = {"worker": "worker", "dispatcher": "dispatcher", "client": "dispatcher"}
 
 
-def make(folder: Path) -> None:
-    """Generate missing passwords, and write the configuration files of Redis and its clients."""
-    for name in PASSWORDS:
+def make(folder: Path, services: Path) -> None:
+    """Generate missing passwords in `folder`, and write the files of each service to a folder in `services`."""
+    for name in (*PASSWORDS, *_OF_COMPONENTS):
         if not (folder / name).exists():
             _write(folder / name, secrets.token_hex(20))
-    redis = (folder / "redis").read_text()
-    _write(folder / "redis.conf", f"requirepass {redis}\n")
-    _write(folder / "broker", f"redis://:{redis}@redis:6379/0")
+    password = {name: (folder / name).read_text() for name in (*PASSWORDS, *_OF_COMPONENTS)}
+    users = redis_users({component: password[f"redis-{component}"] for component in REDIS_RULES})
+    files = {
+        "redis": {"redis.conf": f"requirepass {password['redis']}\n{users}"},
+        "minio": {name: password[name] for name in ("s3-access-key", "s3-secret-key")},
+        "grafana": {"grafana": password["grafana"]},
+    }
+    for component in RIGHTS:
+        files[component] = {"s3-access-key": user(component), "s3-secret-key": password[f"s3-secret-key-{component}"]}
+        if account := _BROKERS.get(component):
+            files[component]["broker"] = f"redis://{user(account)}:{password[f'redis-{account}']}@redis:6379/0"
+    files["explorer"]["explorer"] = password["explorer"]
+    for service, contents in files.items():
+        (services / service).mkdir(parents=True, exist_ok=True)
+        for name, text in contents.items():
+            _write(services / service / name, text)
 
 
 def show(folder: Path) -> None:
@@ -44,4 +68,7 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    (show if "--show" in sys.argv[2:] else make)(Path(sys.argv[1]))
+    if sys.argv[2] == "--show":
+        show(Path(sys.argv[1]))
+    else:
+        make(Path(sys.argv[1]), Path(sys.argv[2]))

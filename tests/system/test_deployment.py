@@ -49,25 +49,63 @@ def test_the_configurations_of_prometheus_and_grafana_name_mounted_files() -> No
 
 
 def test_passwords_are_generated_once_and_readable_only_by_owner_and_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_passwords.make(tmp_path)
-    generated = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    make_passwords.make(tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == generated
-    assert len({generated[name] for name in make_passwords.PASSWORDS}) == len(make_passwords.PASSWORDS)
-    assert all(stat.S_IMODE(path.stat().st_mode) == 0o440 for path in tmp_path.iterdir())
-    assert generated["redis"] in generated["redis.conf"]
-    assert generated["redis"] in generated["broker"]
-    make_passwords.show(tmp_path)
+    folder, services = tmp_path / "all", tmp_path / "services"
+    folder.mkdir()
+    make_passwords.make(folder, services)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    contents = {path: path.read_text() for path in files}
+    make_passwords.make(folder, services)
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == contents
+    generated = {path.name: contents[path] for path in folder.iterdir()}
+    assert len(set(generated.values())) == len(generated)
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o440 for path in files)
+    make_passwords.show(folder)
     assert generated["grafana"] in capsys.readouterr().out
 
 
 def test_a_password_is_regenerated_after_its_file_is_deleted(tmp_path: Path) -> None:
-    make_passwords.make(tmp_path)
-    before = (tmp_path / "redis").read_text()
-    (tmp_path / "redis").unlink()
-    make_passwords.make(tmp_path)
-    assert (tmp_path / "redis").read_text() != before
-    assert before not in (tmp_path / "broker").read_text() + (tmp_path / "redis.conf").read_text()
+    make_passwords.make(tmp_path, tmp_path / "services")
+    before = (tmp_path / "redis-worker").read_text()
+    (tmp_path / "redis-worker").unlink()
+    make_passwords.make(tmp_path, tmp_path / "services")
+    after = (tmp_path / "redis-worker").read_text()
+    assert after != before
+    for file in ("worker/broker", "redis/redis.conf"):
+        text = (tmp_path / "services" / file).read_text()
+        assert after in text
+        assert before not in text
+
+
+def test_a_service_has_the_passwords_that_it_needs_and_no_others(tmp_path: Path) -> None:
+    make_passwords.make(tmp_path, tmp_path / "services")
+    password = {path.read_text(): path.name for path in tmp_path.iterdir() if path.is_file()}
+    held: dict[str, set[str]] = {}
+    for path in (tmp_path / "services").glob("*/*"):
+        text = path.read_text()
+        held.setdefault(path.parent.name, set()).update(name for secret, name in password.items() if secret in text)
+    assert held == {
+        "worker": {"s3-secret-key-worker", "redis-worker"},
+        "dispatcher": {"s3-secret-key-dispatcher", "redis-dispatcher"},
+        "aggregator": {"s3-secret-key-aggregator"},
+        "explorer": {"s3-secret-key-explorer", "explorer"},
+        "client": {"s3-secret-key-client", "redis-dispatcher"},
+        "minio": {"s3-access-key", "s3-secret-key"},
+        "redis": {"redis", "redis-worker", "redis-dispatcher"},
+        "grafana": {"grafana"},
+    }
+    composed = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
+    volumes = {name: [entry for entry in service.get("volumes", []) if isinstance(entry, str)] for name, service in composed.items()}
+    whole = {name for name, entries in volumes.items() if any(entry.startswith("passwords:") for entry in entries)}
+    assert whole == {"passwords", "bucket"}
+    mounted_by = {name: [entry.split(":")[0] for entry in entries if entry.startswith("keys-")] for name, entries in volumes.items()}
+    clients = {name: ["keys-client"] for name in ("submit", "study", "cli")}
+    own = {name: [f"keys-{name}"] for name in held if name != "client"}
+    assert {name: found for name, found in mounted_by.items() if found and name != "passwords"} == {
+        **own,
+        **clients,
+        "worker-gpu": ["keys-worker"],
+    }
+    assert sorted(mounted_by["passwords"]) == sorted(f"keys-{name}" for name in held)
 
 
 def test_the_bucket_is_created_unless_it_exists(minio: MinioServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +115,7 @@ def test_the_bucket_is_created_unless_it_exists(minio: MinioServer, monkeypatch:
         monkeypatch.setattr(module, hook, getattr(module, hook))  # restored after the test: services replace them
     monkeypatch.setenv("MEMTAIL_STORE", "s3://made-by-test/prefix")
     monkeypatch.setenv("MEMTAIL_S3_REGION", REGION)
+    monkeypatch.setattr(sys, "argv", ["make_bucket"])
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
             runpy.run_module("services.tools.make_bucket", run_name="__main__")

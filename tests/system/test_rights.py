@@ -1,0 +1,224 @@
+"""Each component has the rights that it needs, and no others, on a real S3 server and a real Redis."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import urllib3
+
+from memtail.errors import ObjectNotFound, StoreError
+from memtail.storage import keys
+from memtail.storage.s3 import S3Store
+from services.tools import make_passwords
+from services.tools.rights import REDIS_RULES, RIGHTS, rendered, s3_policy, user
+from tests.support.cluster import PROJECT, Cluster
+from tests.support.servers import MinioServer, free_port
+
+PREFIX = "team/a"
+# Keys of one experiment, by what they are.
+OBJECTS = {
+    "dataset": keys.dataset("f00d", "manifest.json"),
+    "masks": keys.masks("f00d"),
+    "record": keys.experiment("digits"),
+    "control": keys.control("digits"),
+    "device": keys.device("digits"),
+    "trials": keys.trial_batch("digits", 0, 3),
+    "checkpoint": keys.checkpoint("digits", 0, 3),
+    "failure": keys.failure("digits", 0, 3, 1),
+    "replica": keys.replica("digits", 0, 3, "equal"),
+    "worker's notice": keys.notice("digits", "worker"),
+    "dispatcher's notice": keys.notice("digits", "dispatcher"),
+    "aggregator's notice": keys.notice("digits", "aggregator"),
+    "discard": keys.discard("digits", 0, 3, "now"),
+    "snapshot": keys.snapshot("digits"),
+    "pointer": keys.latest_scores("digits"),
+    "scores": keys.scores("digits", "v1") + "memorization.csv",
+    "report": keys.latest_report("digits"),
+    "study": keys.study("digits", "removal") + "result.json",
+    "probe": keys.probe(),
+}
+EVERYTHING = set(OBJECTS)
+WRITTEN = {
+    "worker": {"device", "trials", "checkpoint", "failure", "replica", "worker's notice", "probe"},
+    "dispatcher": {"control", "failure", "dispatcher's notice", "probe"},
+    "aggregator": {"record", "failure", "aggregator's notice", "snapshot", "pointer", "scores", "report", "probe"},
+    "explorer": set(),
+    "client": EVERYTHING,
+}
+DELETED = {
+    "worker": {"checkpoint", "worker's notice", "probe"},
+    "dispatcher": {"dispatcher's notice", "probe"},
+    "aggregator": {"aggregator's notice", "snapshot", "pointer", "scores", "report", "probe"},
+    "explorer": set(),
+    "client": EVERYTHING,
+}
+READ = {
+    "worker": EVERYTHING - {"discard", "snapshot", "pointer", "scores", "report", "study"},
+    "dispatcher": EVERYTHING - {"dataset", "masks"},
+    "aggregator": EVERYTHING,
+    "explorer": EVERYTHING - {"masks", "probe"},
+    "client": EVERYTHING,
+}
+
+
+class Deployed:
+    """A store whose server has the users of the components, with the passwords that compose generates."""
+
+    def __init__(self, minio: MinioServer, bucket: str, folder: Path, prefix: str = "") -> None:
+        self._minio, self._bucket, self._prefix, self.folder = minio, bucket, prefix, folder
+        (folder / "s3-access-key").write_text(minio.access_key)
+        make_passwords.make(folder, folder / "services")
+        address = f"s3://{bucket}/{prefix}".rstrip("/")
+        command = [sys.executable, "-m", "services.tools.make_bucket", str(folder)]
+        for _ in range(2):  # which may be repeated
+            done = subprocess.run(
+                command, cwd=PROJECT, env={**minio.environment(), "MEMTAIL_STORE": address}, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+
+    def secret(self, component: str, name: str) -> str:
+        return (self.folder / "services" / component / name).read_text()
+
+    def keys(self, component: str) -> dict[str, str]:
+        return {"access_key": self.secret(component, "s3-access-key"), "secret_key": self.secret(component, "s3-secret-key")}
+
+    def store(self, component: str) -> S3Store:
+        return S3Store(self._bucket, self._prefix, settings=self._minio.settings(**self.keys(component)))
+
+
+@pytest.fixture(scope="module")
+def deployed(minio: MinioServer, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    return Deployed(minio, minio.new_bucket(), tmp_path_factory.mktemp("passwords"), PREFIX)
+
+
+def permitted(action: Callable[[str], object]) -> set[str]:
+    """Return the objects with which an action is permitted."""
+    found = set()
+    for name, key in OBJECTS.items():
+        try:
+            action(key)
+        except ObjectNotFound:
+            found.add(name)
+        except StoreError as error:
+            if "AccessDenied" not in str(error):
+                raise
+        else:
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("component", RIGHTS)
+def test_a_component_reads_writes_and_removes_what_it_needs_and_nothing_else(deployed, component):
+    store = deployed.store(component)
+    assert permitted(store.get) == READ[component]
+    assert (
+        permitted(lambda key: store.put_if_absent(key, b"{}") if key in _created(component) else store.put(key, b"{}"))
+        == WRITTEN[component]
+    )
+    assert permitted(store.delete) == DELETED[component]
+    assert not store.exists(keys.experiment("none"))  # not found, rather than denied
+    list(store.list("experiments/"))
+
+
+def _created(component: str) -> set[str]:
+    return {OBJECTS[name] for name in ("trials", "failure", "replica", "device")} if component == "worker" else set()
+
+
+def test_a_component_has_no_rights_outside_of_the_prefix(deployed, minio):
+    settings = minio.settings(**deployed.keys("client"))
+    outside = S3Store(deployed._bucket, "team/b", settings=settings)
+    assert permitted(outside.get) == permitted(lambda key: outside.put(key, b"")) == permitted(outside.delete) == set()
+
+
+def test_on_aws_what_is_written_once_is_written_under_a_condition():
+    statements = {each["Sid"]: each for each in s3_policy("worker", "b", "p/")["Statement"]}
+    assert statements["Create"]["Condition"] == {"Null": {"s3:if-none-match": "false"}}
+    assert "arn:aws:s3:::b/p/experiments/*/trials/*" in statements["Create"]["Resource"]
+    assert not set(statements["Create"]["Resource"]) & set(statements["Write"]["Resource"] + statements["Delete"]["Resource"])
+    assert len(json.dumps(s3_policy("worker", "b" * 63, "p" * 20), separators=(",", ":"))) < 6144  # AWS's limit
+
+
+def test_the_generated_files_are_up_to_date():
+    assert {path: path.read_text() for path in rendered()} == rendered(), "run python -m services.tools.rights"
+
+
+@pytest.fixture
+def restricted(cluster: Cluster, tmp_path: Path) -> Iterator[tuple[Cluster, Callable[[str], dict[str, str]]]]:
+    """A cluster whose servers have the users, and the environment of each component."""
+    deployed = Deployed(cluster.minio, cluster.bucket, tmp_path)
+    for line in (tmp_path / "services/redis/redis.conf").read_text().splitlines()[1:]:
+        cluster.redis.client().execute_command("ACL", "SETUSER", *line.split()[1:])
+
+    def environment(component: str) -> dict[str, str]:
+        s3 = deployed.keys(component)
+        broker = {}
+        if component in REDIS_RULES:
+            url = deployed.secret(component, "broker").replace("@redis:6379", f"@127.0.0.1:{cluster.redis.port}")
+            broker = {"MEMTAIL_BROKER": url}
+        return {"MEMTAIL_S3_ACCESS_KEY": s3["access_key"], "MEMTAIL_S3_SECRET_KEY": s3["secret_key"], "MEMTAIL_BROKER": "", **broker}
+
+    return cluster, environment
+
+
+def test_services_run_an_experiment_with_their_own_keys(restricted, experiment, digits, expected):
+    cluster, environment = restricted
+    port = free_port()
+    for component in ("dispatcher", "worker", "aggregator"):
+        cluster.start(component, **environment(component))
+    token = {"MEMTAIL_EXPLORER_TOKEN": "a token of this test", "MEMTAIL_EXPLORER_PORT": str(port)}
+    cluster.start("explorer", **environment("explorer"), **token)
+    experiment_store = cluster.submit(experiment, digits)
+    cluster.until_published(experiment_store, experiment.subsets.trials)
+    assert cluster.scores(experiment.name) == expected(experiment)
+    cluster.until(lambda: list(cluster.store.list(keys.all_reports(experiment.name))))
+    address = f"http://127.0.0.1:{port}/experiments/{experiment.name}"
+    headers = {"Authorization": "Bearer a token of this test"}
+    cluster.until(lambda: b"training examples" in urllib3.request("GET", address, headers=headers, timeout=60).data)
+    log = cluster.logs()
+    assert "AccessDenied" not in log
+    assert "NOPERM" not in log.upper()
+    doctor = subprocess.run(
+        [sys.executable, "-m", "memtail", "doctor"],
+        env={**cluster.environment, **environment("dispatcher")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert doctor.returncode == 0, doctor.stdout
+
+
+def test_redis_denies_what_a_component_does_not_need(restricted):
+    _, environment = restricted
+    denied = [
+        (component, command) for component in REDIS_RULES for command in ("FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "GET theirs")
+    ]
+    denied += [("worker", command) for command in ("GET memtail2:leader", "SET memtail2:leader me", "INFO")]
+    for component, command in denied:
+        client = redis.Redis.from_url(environment(component)["MEMTAIL_BROKER"])
+        assert client.ping()
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            client.execute_command(*command.split())
+
+
+def test_redis_starts_with_the_generated_configuration(tmp_path: Path):
+    make_passwords.make(tmp_path, tmp_path / "services")
+    port = free_port()
+    command = ["redis-server", str(tmp_path / "services/redis/redis.conf"), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, env=os.environ)
+    try:
+        for component in REDIS_RULES:
+            url = (tmp_path / "services" / component / "broker").read_text().replace("redis:6379", f"127.0.0.1:{port}")
+            retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.1), 100)
+            client = redis.Redis.from_url(url, retry=retry, retry_on_error=[redis.ConnectionError])
+            assert f"//{user(component)}:" in url
+            assert client.ping()
+        with pytest.raises(redis.AuthenticationError):
+            redis.Redis(port=port).ping()
+    finally:
+        server.terminate()
+        server.wait()
