@@ -36,6 +36,8 @@ log = structlog.get_logger()
 
 # Failed pods of a Job that are kept for `kubectl logs` and `kubectl describe`.
 _FAILED_PODS = 10
+# Failed pods deleted in a pass.
+_DELETIONS = 100
 
 
 class Fleet:
@@ -83,11 +85,12 @@ class Fleet:
             changes = scale(targets, readable, cancelled, replaced, elastic)
             metrics.MISSING.set(self._absences.remove(sets, listed, elastic, changes))
             self._apply(changes, {demand.experiment: demand for demand in demands}, jobs)
-            for pod in failed_beyond(pods, _FAILED_PODS):
-                self._cluster.delete_pod(pod)
             self._offer_surplus(allowed, running, per_worker, pods)
             self._report(demands, targets, sets, pods, violations)
             self._keep_metrics_of(listed)
+            # last, since a role that was made by hand may not allow it
+            for pod in failed_beyond(pods, _FAILED_PODS)[:_DELETIONS]:
+                self._cluster.delete_pod(pod)
         except (ClusterError, redis.RedisError) as error:
             log.warning("workers left as they are", error=str(error))
 
