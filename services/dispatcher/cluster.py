@@ -32,8 +32,8 @@ class Cluster:
         _load_config()
         self._namespace = namespace
         self._batch, self._core, self._apps = client.BatchV1Api(), client.CoreV1Api(), client.AppsV1Api()
-        self._jobs = WatchCache(self._batch.list_namespaced_job, namespace, selector, parse_job)
-        self._pods = WatchCache(self._core.list_namespaced_pod, namespace, selector, parse_pod, self._on_pod_change)
+        self._jobs = WatchCache("jobs", self._batch.list_namespaced_job, namespace, selector, parse_job)
+        self._pods = WatchCache("pods", self._core.list_namespaced_pod, namespace, selector, parse_pod, self._on_pod_change)
         self._owner: dict[str, Any] | None = None
         self._reported: set[tuple[str, str]] = set()  # (Job, reason)
 
@@ -64,6 +64,12 @@ class Cluster:
         with _request(f"delete Job {name}", ignored_status=404):
             self._batch.delete_namespaced_job(name, self._namespace, propagation_policy="Background", _request_timeout=TIMEOUT)
         self._jobs.remove(name)
+
+    def delete_pod(self, name: str) -> None:
+        """Delete a pod, if it exists. Raises: ClusterError."""
+        with _request(f"delete pod {name}", ignored_status=404):
+            self._core.delete_namespaced_pod(name, self._namespace, _request_timeout=TIMEOUT)
+        self._pods.remove(name)
 
     def shrink_job(self, name: str, parallelism: int) -> None:
         """Reduce the number of a Job's pods; Kubernetes removes pending pods first. Raises: ClusterError."""

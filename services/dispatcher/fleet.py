@@ -19,6 +19,7 @@ from services.dispatcher.absence import Absences
 from services.dispatcher.cluster import Cluster
 from services.dispatcher.kubernetes_objects import Job, Pod
 from services.dispatcher.shares import surplus_workers, target_workers
+from services.dispatcher.stalls import Stalls
 from services.dispatcher.watch_cache import ClusterError
 from services.dispatcher.worker_jobs import (
     EXPERIMENT_LABEL,
@@ -29,9 +30,14 @@ from services.dispatcher.worker_jobs import (
     shards_per_worker,
     template_hash,
 )
-from services.dispatcher.worker_sets import Changes, WorkerSet, scale, worker_sets
+from services.dispatcher.worker_sets import Changes, WorkerSet, failed_beyond, outdated, scale, worker_sets
 
 log = structlog.get_logger()
+
+# Failed pods of a Job that are kept for `kubectl logs` and `kubectl describe`.
+_FAILED_PODS = 10
+# Failed pods deleted in a pass.
+_DELETIONS = 100
 
 
 class Fleet:
@@ -48,7 +54,7 @@ class Fleet:
         self._settings, self._cluster, self._store, self._surplus = settings, cluster, store, surplus
         self._notices: dict[str, Notice | None] = {}
         self._exported: set[str] = set()  # experiments with series
-        self._absences = Absences()
+        self._absences, self._stalls = Absences(), Stalls()
 
     def reconcile(self, demands: list[Demand], unreadable: set[str]) -> None:
         """Run one pass. After an error of the API server the next pass tries again.
@@ -75,12 +81,16 @@ class Fleet:
             cancelled = [demand.experiment for demand in demands if demand.state == "cancelled"]
             templates = {demand.experiment: template_hash(self._settings, demand) for demand in allowed if demand.experiment in running}
             elastic, listed = not self._settings.queue_name, {demand.experiment for demand in demands} | unreadable
-            changes = scale(targets, readable, cancelled, templates, elastic)
+            replaced = outdated(readable, templates) | self._stalls.overdue(readable)
+            changes = scale(targets, readable, cancelled, replaced, elastic)
             metrics.MISSING.set(self._absences.remove(sets, listed, elastic, changes))
             self._apply(changes, {demand.experiment: demand for demand in demands}, jobs)
             self._offer_surplus(allowed, running, per_worker, pods)
             self._report(demands, targets, sets, pods, violations)
             self._keep_metrics_of(listed)
+            # last, since a role that was made by hand may not allow it
+            for pod in failed_beyond(pods, _FAILED_PODS)[:_DELETIONS]:
+                self._cluster.delete_pod(pod)
         except (ClusterError, redis.RedisError) as error:
             log.warning("workers left as they are", error=str(error))
 

@@ -36,6 +36,7 @@ class Pod:
         problem: message why the pod cannot start, or how it failed; empty if nothing is wrong.
         reason: the same in one word, for metrics and events.
         node: name of its node; empty before it has one.
+        ended: time at which its last container ended, else that of its creation, ISO 8601.
         killed: whether its container was killed, but not because of a disruption or a deletion of the pod.
     """
 
@@ -47,6 +48,7 @@ class Pod:
     problem: str
     reason: str
     node: str = ""
+    ended: str = ""
     killed: bool = False
 
 
@@ -69,6 +71,7 @@ def parse_pod(item: dict[str, Any]) -> Pod:
     status = item.get("status", {})
     reason, problem = _problem(status)
     labels = item["metadata"].get("labels", {})
+    ends = [end["finishedAt"] for end in _terminated(status) if end.get("finishedAt")]
     return Pod(
         name=item["metadata"]["name"],
         uid=item["metadata"]["uid"],
@@ -78,6 +81,7 @@ def parse_pod(item: dict[str, Any]) -> Pod:
         problem=problem,
         reason=reason,
         node=item["spec"].get("nodeName", ""),
+        ended=max(ends, default=item["metadata"].get("creationTimestamp", "")),
         killed="deletionTimestamp" not in item["metadata"] and _is_killed(status),
     )
 

@@ -35,3 +35,9 @@ WORKERS = Gauge(
 )
 POD_TROUBLES = Counter("memtail_fleet_pod_troubles_total", "Pods of workers that failed, were disrupted or cannot start", ["reason"])
 MISSING = Gauge("memtail_fleet_missing_workers", "Workers in the cluster whose experiment is missing from the bucket")
+WATCHED = Gauge(
+    "memtail_fleet_watched_timestamp_seconds",
+    "Last time the API server answered the watch of jobs or pods, as Unix time; it does so at least once a minute",
+    ["kind"],
+)
+WATCH_INTERRUPTIONS = Counter("memtail_fleet_watch_interruptions_total", "Interruptions of the watch of jobs or pods", ["kind"])

@@ -13,6 +13,7 @@ from kubernetes.client.exceptions import ApiException
 from tenacity import wait_random_exponential
 
 from memtail.errors import MemtailError
+from services.dispatcher import metrics
 from services.dispatcher.kubernetes_objects import Job, Pod
 
 log = structlog.get_logger()
@@ -33,6 +34,7 @@ class WatchCache(threading.Thread, Generic[KubernetesObject]):
     """All objects of a kind that match a selector.
 
     Args:
+        kind: name of the kind in metrics and logs.
         list_objects: method of the Kubernetes client that lists the objects.
         namespace: namespace of the objects.
         selector: label selector.
@@ -42,6 +44,7 @@ class WatchCache(threading.Thread, Generic[KubernetesObject]):
 
     def __init__(
         self,
+        kind: str,
         list_objects: Callable[..., Any],
         namespace: str,
         selector: str,
@@ -49,7 +52,9 @@ class WatchCache(threading.Thread, Generic[KubernetesObject]):
         on_change: Callable[[KubernetesObject | None, KubernetesObject], None] | None = None,
     ) -> None:
         super().__init__(daemon=True)
-        self._list, self._parse, self._on_change = list_objects, parse, on_change
+        self._kind, self._list, self._parse, self._on_change = kind, list_objects, parse, on_change
+        metrics.WATCH_INTERRUPTIONS.labels(kind)
+        metrics.WATCHED.labels(kind).set_to_current_time()
         self._scope = {"namespace": namespace, "label_selector": selector}
         self._objects: dict[str, tuple[int, KubernetesObject]] = {}  # (resource version, object) by name
         self._lock = threading.Lock()
@@ -85,12 +90,15 @@ class WatchCache(threading.Thread, Generic[KubernetesObject]):
             try:
                 for _ in self._follow():
                     failures, self._error = 0, ""
-            except (ApiException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                    metrics.WATCHED.labels(self._kind).set_to_current_time()
+            except Exception as error:  # without this thread the fleet would follow a picture that never changes
                 if getattr(error, "status", None) == 410:  # the resource version has expired: list again
                     continue
                 failures += 1
                 self._error = short_message(error)
-                log.warning("watch interrupted", error=self._error)
+                metrics.WATCH_INTERRUPTIONS.labels(self._kind).inc()
+                foreseen = isinstance(error, (ApiException, urllib3.exceptions.HTTPError, OSError, ValueError))
+                log.warning("watch interrupted", kind=self._kind, error=self._error, exc_info=not foreseen)
                 time.sleep(backoff(_Attempt(failures)))  # type: ignore[arg-type]
 
     def _follow(self) -> Iterator[None]:

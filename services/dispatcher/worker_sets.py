@@ -16,6 +16,7 @@ class WorkerSet:
         workers: pods that the Job has or is about to create.
         running: pods that run.
         winding_down: whether a pod has ended because nothing was left to train; the Job then creates no more pods.
+        stalled: pods that failed and that the Job has not replaced.
         template: hash of the settings that the Job was created with; empty if it was created by a version that did not record it.
     """
 
@@ -25,6 +26,7 @@ class WorkerSet:
     workers: int
     running: int
     winding_down: bool = False
+    stalled: int = 0
     template: str = ""
 
 
@@ -53,23 +55,38 @@ def worker_sets(jobs: Iterable[Job], pods: Iterable[Pod]) -> list[WorkerSet]:
         running, winding_down = phases[job.name, "Running"], bool(job.succeeded or phases[job.name, "Succeeded"])
         # a Job that winds down replaces no pods
         workers = running + phases[job.name, "Pending"] if winding_down else job.parallelism
+        stalled = max(0, workers - running - phases[job.name, "Pending"]) if phases[job.name, "Failed"] else 0
         number, template = int(job.labels.get(NUMBER_LABEL, 0)), job.labels.get(TEMPLATE_LABEL, "")
-        sets.append(WorkerSet(job.name, job.labels[EXPERIMENT_LABEL], number, workers, min(workers, running), winding_down, template))
+        sets.append(
+            WorkerSet(job.name, job.labels[EXPERIMENT_LABEL], number, workers, min(workers, running), winding_down, stalled, template)
+        )
     return sets
 
 
+def outdated(sets: Iterable[WorkerSet], templates: Mapping[str, str]) -> dict[str, int]:
+    """Count the workers, by the name of their Job, that do not run and were created with other settings, which may be why.
+
+    Args:
+        sets: unfinished Jobs.
+        templates: hash of the current settings, by experiment; the Jobs of an experiment without one are left alone.
+    """
+    return {
+        each.name: each.workers - each.running
+        for each in sets
+        if each.workers > each.running and each.template != templates.get(each.experiment, each.template)
+    }
+
+
 def scale(
-    targets: dict[str, int], sets: Iterable[WorkerSet], cancelled: Iterable[str], templates: Mapping[str, str], elastic: bool
+    targets: dict[str, int], sets: Iterable[WorkerSet], cancelled: Iterable[str], replaced: Mapping[str, int], elastic: bool
 ) -> Changes:
     """Compute the changes from the existing workers to the target.
-
-    Workers that are not running yet are replaced if they were created with other settings, since those may be why they do not run.
 
     Args:
         targets: target number of workers, by experiment.
         sets: unfinished Jobs.
         cancelled: experiments whose workers are removed at once.
-        templates: hash of the current settings, by experiment; the Jobs of an experiment without one are not replaced.
+        replaced: numbers of workers that are to be replaced, by the name of their Job.
         elastic: whether the parallelism of a Job may be reduced; otherwise only whole Jobs are deleted.
     """
     changes = Changes()
@@ -83,7 +100,7 @@ def scale(
         if name in removed:
             changes.delete.extend(worker_set.name for worker_set in all_sets)
             continue
-        own_sets = _without_outdated(all_sets, templates[name], elastic, changes) if name in templates else all_sets
+        own_sets = _without_replaced(all_sets, replaced, elastic, changes)
         surplus = sum(worker_set.workers for worker_set in own_sets) - targets[name]
         if surplus < 0:
             changes.create[name] = -surplus
@@ -102,18 +119,26 @@ def scale(
     return changes
 
 
-def _without_outdated(sets: list[WorkerSet], template: str, elastic: bool, changes: Changes) -> list[WorkerSet]:
-    """Remove the workers of outdated Jobs that are not running yet; returns the sets that remain."""
+def failed_beyond(pods: Iterable[Pod], kept: int) -> list[str]:
+    """Name the failed pods of each Job but the last `kept` ones; Kubernetes would keep them until the Job ends."""
+    failed: dict[str, list[Pod]] = {}
+    for pod in pods:
+        if pod.phase == "Failed":
+            failed.setdefault(pod.job, []).append(pod)
+    return [pod.name for each in failed.values() for pod in sorted(each, key=lambda pod: pod.ended)[: max(0, len(each) - kept)]]
+
+
+def _without_replaced(sets: list[WorkerSet], replaced: Mapping[str, int], elastic: bool, changes: Changes) -> list[WorkerSet]:
+    """Remove the workers that are to be replaced; returns the sets that remain."""
     remaining = []
     for worker_set in sets:
-        pending = worker_set.workers - worker_set.running
-        if worker_set.template == template or not pending:
-            remaining.append(worker_set)
-        elif not worker_set.running:
+        kept = worker_set.workers - replaced.get(worker_set.name, 0)
+        if worker_set.name in replaced and not kept:
             changes.delete.append(worker_set.name)
-        elif elastic and not worker_set.winding_down:
-            changes.shrink[worker_set.name] = worker_set.running
-            remaining.append(replace(worker_set, workers=worker_set.running))
+            continue
+        if kept < worker_set.workers and elastic and not worker_set.winding_down:
+            changes.shrink[worker_set.name] = kept
+            remaining.append(replace(worker_set, workers=kept))
         else:
             remaining.append(worker_set)
     return remaining

@@ -92,6 +92,35 @@ def test_running_workers_of_earlier_settings_finish_their_work(fleet):
     assert len(fleet.names("jobs", "--selector", WORKERS)) == 1
 
 
+@pytest.mark.timeout(280)
+def test_pods_that_their_node_rejects_cause_no_storm_and_a_notice(fleet):
+    fleet.dispatcher()
+    experiment_store = fleet.submit(20, max=16)
+    rejected = set()
+
+    def reject():
+        """Fail each pod as soon as it is bound, as a kubelet without a healthy device does."""
+        for pod in fleet.running():
+            rejected.add(pod)
+            fleet.set_status(pod, phase="Failed", reason="UnexpectedAdmissionError", message="no healthy devices", containerStatuses=[])
+        return "failed: UnexpectedAdmissionError, no healthy devices (" in fleet.notice() and len(rejected) >= 16
+
+    fleet.cluster.until(reject, 90)
+    fleet.cluster.until(lambda: reject() and len(fleet.names("pods", "--field-selector", "status.phase=Failed")) <= 10)
+    began, before = time.monotonic(), len(rejected)
+    while time.monotonic() - began < 15:
+        reject()
+    print(f"\n{before} pods, then {len(rejected) - before} in 15 s")
+    assert len(rejected) - before <= 16  # one round
+    assert len(fleet.names("jobs", "--selector", WORKERS)) <= 2
+    assert not experiment_store.attempts()
+    with fleet.pods() as pods:
+        recovered = fleet.cluster.until(lambda: pods.peak == 16, 90)
+        print(f"recovered after {recovered:.0f} s")
+        fleet.cluster.until(lambda: fleet.done(experiment_store, 20), 90)
+    assert set(pods.committed.values()) == {1}
+
+
 def test_a_request_beyond_the_limits_is_refused_with_a_notice(fleet):
     fleet.dispatcher()
     fleet.submit(2, gpus=5)

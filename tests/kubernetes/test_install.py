@@ -154,7 +154,7 @@ def test_the_dispatcher_has_only_the_rights_it_needs(namespace: Namespace) -> No
     dispatcher = f"{RELEASE}-memtail-dispatcher"
     allowed = {
         *(f"{verb} jobs.batch" for verb in ("get", "list", "watch", "create", "patch", "delete")),
-        *(f"{verb} pods" for verb in ("get", "list", "watch")),
+        *(f"{verb} pods" for verb in ("get", "list", "watch", "delete")),
         *(f"{verb} events" for verb in ("create", "patch")),
         f"get deployments.apps/{dispatcher}",
     }

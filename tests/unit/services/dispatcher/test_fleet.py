@@ -8,8 +8,9 @@ import pytest
 from memtail.spec import WorkersSpec
 from services.dispatcher.kubernetes_objects import Job, Pod
 from services.dispatcher.shares import surplus_workers, target_workers
+from services.dispatcher.stalls import Stalls
 from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job, shards_per_worker, template_hash
-from services.dispatcher.worker_sets import Changes, WorkerSet, scale, worker_sets
+from services.dispatcher.worker_sets import Changes, WorkerSet, failed_beyond, outdated, scale, worker_sets
 
 OWNER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "memtail-dispatcher", "uid": "u"}
 SETTINGS = {
@@ -129,19 +130,49 @@ def test_running_workers_are_never_removed():
     assert scale({"a": 0}, sets((3, 1), winding_down=True), [], {}, elastic=True) == Changes()
 
 
-def outdated(workers, running):
-    return [replace(sets((workers, running))[0], template="old")]
-
-
 def test_outdated_workers_that_do_not_run_are_replaced():
-    current = {"a": "new"}
-    assert scale({"a": 3}, outdated(3, 0), [], current, elastic=True) == Changes(create={"a": 3}, delete=["a-1"])
-    assert scale({"a": 3}, outdated(3, 0), [], current, elastic=False) == Changes(create={"a": 3}, delete=["a-1"])
-    assert scale({"a": 3}, outdated(3, 2), [], current, elastic=True) == Changes(create={"a": 1}, shrink={"a-1": 2})
-    assert scale({"a": 3}, outdated(3, 2), [], current, elastic=False) == Changes()
-    assert scale({"a": 3}, outdated(3, 3), [], current, elastic=True) == Changes()
-    assert scale({"a": 3}, outdated(3, 0), [], {"a": "old"}, elastic=True) == Changes()
-    assert scale({"a": 3}, outdated(3, 0), [], {}, elastic=True) == Changes()
+    def changes(workers, running, elastic=True, **current):
+        old = [replace(sets((workers, running))[0], template="old")]
+        return scale({"a": 3}, old, [], outdated(old, current), elastic=elastic)
+
+    assert changes(3, 0, a="new") == changes(3, 0, a="new", elastic=False) == Changes(create={"a": 3}, delete=["a-1"])
+    assert changes(3, 2, a="new") == Changes(create={"a": 1}, shrink={"a-1": 2})
+    assert changes(3, 2, a="new", elastic=False) == Changes()
+    assert changes(3, 3, a="new") == changes(3, 0, a="old") == changes(3, 0, b="new") == Changes()
+
+
+def test_workers_that_the_job_controller_does_not_replace_are_replaced_after_pauses_that_grow():
+    now = 0.0
+    stalls = Stalls(lambda: now)
+
+    def replaced_after():
+        """Advance the clock until the workers of a new stalled Job are replaced; returns the seconds."""
+        nonlocal now
+        began, job = now, WorkerSet(f"a-{now}", "a", 1, 20, 0, stalled=20)
+        while not (replaced := stalls.overdue([job])):
+            now += 1
+        assert replaced == {job.name: 20}
+        assert not stalls.overdue([])
+        return now - began
+
+    assert [replaced_after() for _ in range(7)] == [15, 30, 60, 120, 240, 300, 300]
+    now += 601
+    assert replaced_after() == 15
+
+
+def test_pods_that_failed_and_were_not_replaced_are_stalled():
+    labels = {"memtail/experiment": "a", "memtail/number": "1"}
+    job = Job("a-1", "uid", labels, parallelism=3, succeeded=0, ended=False)
+
+    def stalled(*phases):
+        [worker_set] = worker_sets([job], [Pod(str(number), "uid", "a-1", labels, phase, "", "") for number, phase in enumerate(phases)])
+        return worker_set.stalled
+
+    assert stalled() == 0
+    assert stalled("Running", "Failed") == 2
+    assert stalled("Failed", "Failed", "Failed") == 3
+    assert stalled("Running", "Pending", "Running", "Failed") == 0
+    assert stalled("Running", "Succeeded", "Failed") == 0
 
 
 def test_the_hash_of_a_template_follows_its_settings():
@@ -176,6 +207,13 @@ def test_a_job_whose_status_lags_behind_its_pods_is_left_to_end():
     assert ending == [WorkerSet("a-1", "a", 1, 1, 1, winding_down=True)]
     for phases in (["Succeeded"] * 4, ["Running"] + ["Succeeded"] * 3):
         assert scale({"a": 0}, worker_sets([job], pods(*phases)), [], {}, elastic=True) == Changes()
+
+
+def test_the_last_failed_pods_of_each_job_are_kept():
+    pods = [Pod(f"{job}-{n}", "uid", job, {}, "Failed", "", "", ended=f"2026-01-01T00:00:{n:02}Z") for job in "ab" for n in (2, 0, 1)]
+    running = [Pod("a-9", "uid", "a", {}, "Running", "", "")] * 5
+    assert failed_beyond(pods + running, 2) == ["a-0", "b-0"]
+    assert failed_beyond(pods + running, 3) == []
 
 
 def test_workers_of_cancelled_experiments_are_removed_at_once_and_those_of_missing_ones_are_not():

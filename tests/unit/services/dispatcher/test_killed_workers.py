@@ -19,7 +19,7 @@ def broker():
 
 
 def pod(name, killed=True):
-    return Pod(name, f"uid of {name}", "a-1", {}, "Failed", "failed: exit code 137, OOMKilled", "OOMKilled", "node", killed)
+    return Pod(name, f"uid of {name}", "a-1", {}, "Failed", "failed: exit code 137, OOMKilled", "OOMKilled", "node", killed=killed)
 
 
 def test_the_shards_of_a_killed_worker_fail_once_and_their_leases_end(broker, experiment_store):

@@ -63,6 +63,13 @@ def test_a_completed_pod_that_is_drained_is_not_disrupted():
     assert pod("Succeeded", conditions=[EVICTED]).reason == ""
 
 
+def test_a_pod_ended_with_its_container_or_when_the_node_rejected_it():
+    created = {"name": "p", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"}
+    ended = {"exitCode": 1, "finishedAt": "2026-01-02T00:00:00Z"}
+    assert pod(terminated=ended, metadata=created).ended == "2026-01-02T00:00:00Z"
+    assert pod(reason="UnexpectedAdmissionError", metadata=created).ended == "2026-01-01T00:00:00Z"
+
+
 def test_a_killed_container_is_told_from_a_disruption_and_a_deletion():
     out_of_memory = {"exitCode": 137, "reason": "OOMKilled"}
     for killed in (
