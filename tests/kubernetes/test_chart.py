@@ -18,6 +18,7 @@ import yaml
 
 from memtail.spec import WorkersSpec
 from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job
+from services.tools.rights import REDIS_RULES, RIGHTS, redis_users, user
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
 from tests.kubernetes.conftest import install_tools
 from tests.support.cluster import RedisServer
@@ -417,6 +418,58 @@ def test_the_doctor_of_helm_test_connects_to_the_external_servers(minio, tmp_pat
     assert {"store", "conditional write", "broker"} <= checks.keys(), checks
 
 
+def secret_keys(pod: dict[str, Any], container: dict[str, Any]) -> set[str]:
+    """Return what a container mounts of Secrets, as `SECRET/KEY`."""
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    volumes = [volume for volume in pod["volumes"] if volume["name"] in mounted]
+    secrets = [source["secret"] for volume in volumes for source in volume.get("projected", {}).get("sources", []) if "secret" in source]
+    secrets += [{**volume["secret"], "name": volume["secret"]["secretName"]} for volume in volumes if "secret" in volume]
+    return {f"{secret['name']}/{item['key']}" for secret in secrets for item in secret["items"]}
+
+
+def test_each_container_has_its_own_keys_and_no_others():
+    chart = Rendered({})
+    held = {component: secret_keys(pod, pod["containers"][0]) for component, pod in chart.pods()}
+    own = {name: {f"s3-access-key-{name}", f"s3-secret-key-{name}"} for name in RIGHTS}
+    expected = {
+        "worker": own["worker"] | {"broker-worker"},
+        "dispatcher": own["dispatcher"] | {"broker-dispatcher"},
+        "test": own["dispatcher"] | {"broker-dispatcher"},
+        "aggregator": own["aggregator"],
+        "explorer": own["explorer"] | {"explorer-token"},
+        "redis": {"redis.conf"},
+        "minio": {"s3-access-key", "s3-secret-key"},
+    }
+    assert held == {name: {f"{RELEASE}-memtail/{key}" for key in keys} for name, keys in expected.items()}
+    pod = chart.get("Deployment", "-dispatcher")["spec"]["template"]["spec"]
+    [bucket] = pod["initContainers"]
+    users = {f"{RELEASE}-memtail/s3-secret-key-{name}" for name in RIGHTS}
+    assert secret_keys(pod, bucket) == users | {f"{RELEASE}-memtail/s3-{kind}-key" for kind in ("access", "secret")}
+    secret = chart.get("Secret", "")["stringData"]
+    assert {name: secret[f"s3-access-key-{name}"] for name in RIGHTS} == {name: user(name) for name in RIGHTS}
+    password = {name: secret[f"redis-password-{name}"] for name in REDIS_RULES}
+    assert secret["redis.conf"] == f"requirepass {secret['redis-password']}\n{redis_users(password)}"
+    for name in REDIS_RULES:
+        assert secret[f"broker-{name}"] == f"redis://{user(name)}:{password[name]}@{RELEASE}-memtail-redis:6379/0"
+    passwords = [value for key, value in secret.items() if "password" in key or "secret" in key or "token" in key]
+    assert len(set(passwords)) == len(passwords)
+
+
+def test_components_may_have_secrets_of_their_own_for_external_servers():
+    secrets = {
+        "externalS3.componentSecrets": {"worker": "worker-keys", "explorer": "explorer-keys"},
+        "externalRedis.componentSecrets": {"worker": "worker-redis"},
+    }
+    held = {component: secret_keys(pod, pod["containers"][0]) for component, pod in Rendered({**EXTERNAL, **secrets}).pods()}
+    assert held["worker"] == {"worker-keys/access-key", "worker-keys/secret-key", "worker-redis/broker"}
+    assert held["explorer"] == {"explorer-keys/access-key", "explorer-keys/secret-key", "look/token"}
+    assert held["aggregator"] == {"their-keys/access-key", "their-keys/secret-key"}
+    assert "their-redis/broker" in held["dispatcher"]
+    mixed = Rendered({**IDENTITY, "externalS3.componentSecrets": {"worker": "worker-keys"}})
+    identities = mixed.get("NetworkPolicy", "-to-identity")["spec"]["podSelector"]["matchExpressions"][0]["values"]
+    assert identities == ["dispatcher", "aggregator", "explorer", "test"]
+
+
 def test_aggregator_and_explorer_have_no_access_to_redis():
     for values in ({}, EXTERNAL, IDENTITY):
         chart = Rendered(values)
@@ -479,7 +532,18 @@ def test_network_policies_allow_only_the_required_connections():
     assert ports(other.get("NetworkPolicy", "-to-redis"), "egress") == [6380]
     assert ports(other.get("NetworkPolicy", "-to-s3"), "egress") == [8443]
     assert ports(identity.get("NetworkPolicy", "-to-redis"), "egress") == [6390]
-    assert ports(identity.get("NetworkPolicy", "-to-s3"), "egress") == [443, 443, 80, 988]
+    assert ports(identity.get("NetworkPolicy", "-to-s3"), "egress") == [443]
+    token_service, agent = identity.get("NetworkPolicy", "-to-identity")["spec"]["egress"]
+    assert token_service == {"ports": [{"port": 443}]}
+    assert agent["to"] == [{"ipBlock": {"cidr": "169.254.0.0/16", "except": ["169.254.169.254/32"]}}]
+    assert "-to-identity" not in trial.text + other.text
+    bounds = {
+        "networkPolicy.s3To": [{"ipBlock": {"cidr": "192.0.2.0/24"}}],
+        "networkPolicy.identityTo": [{"ipBlock": {"cidr": "192.0.2.7/32"}}],
+    }
+    bounded = Rendered({**IDENTITY, **bounds})
+    for name, value in (("-to-s3", "s3To"), ("-to-identity", "identityTo")):
+        assert bounded.get("NetworkPolicy", name)["spec"]["egress"][0]["to"] == bounds[f"networkPolicy.{value}"]
     assert not Rendered(MATRIX["no-policies"]).of("NetworkPolicy")
     for mode, there in (("jobs", 1), ("deployment", 0), ("keda", 0)):
         policies = Rendered({"workers.mode": mode}).of("NetworkPolicy")

@@ -49,7 +49,11 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- if not (hasKey $root.Values "passwords") -}}
 {{- $kept := (lookup "v1" "Secret" $root.Release.Namespace (include "memtail.fullname" $root)).data | default dict -}}
 {{- $passwords := dict -}}
-{{- range list "redis-password" "s3-access-key" "s3-secret-key" "explorer-token" -}}
+{{- $names := list "redis-password" "redis-password-worker" "redis-password-dispatcher" "s3-access-key" "s3-secret-key" "explorer-token" -}}
+{{- range include "memtail.s3Users" $root | fromJsonArray -}}
+{{- $names = append $names (printf "s3-secret-key-%s" .) -}}
+{{- end -}}
+{{- range $names -}}
 {{- $_ := set $passwords . (hasKey $kept . | ternary (get $kept . | b64dec) (randAlphaNum 32)) -}}
 {{- end -}}
 {{- $_ := set $root.Values "passwords" $passwords -}}
@@ -57,31 +61,56 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- get $root.Values.passwords (index . 1) -}}
 {{- end }}
 
-{{/* Secret and key of Redis's URL, as YAML. */}}
+{{/* Components with a user on the bundled S3 server, as JSON; services/tools/rights.py has their policies. */}}
+{{- define "memtail.s3Users" -}}
+["worker", "dispatcher", "aggregator", "explorer", "client"]
+{{- end }}
+
+{{/* Secret and key of Redis's URL, as YAML; empty if the component does not connect to Redis. Takes (root, component). */}}
 {{- define "memtail.brokerSecret" -}}
-{{- if and .Values.externalRedis.existingSecret (not .Values.redis.enabled) -}}
-{name: {{ .Values.externalRedis.existingSecret }}, items: [{key: {{ .Values.externalRedis.existingSecretKey }}, path: broker}]}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- $external := $root.Values.externalRedis -}}
+{{- if has $component (list "worker" "dispatcher") -}}
+{{- if $root.Values.redis.enabled -}}
+{name: {{ include "memtail.fullname" $root }}, items: [{key: broker-{{ $component }}, path: broker}]}
+{{- else if $external.url -}}
+{name: {{ include "memtail.fullname" $root }}, items: [{key: broker, path: broker}]}
 {{- else -}}
-{name: {{ include "memtail.fullname" . }}, items: [{key: broker, path: broker}]}
+{name: {{ get $external.componentSecrets $component | default $external.existingSecret }}, items: [{key: {{ $external.existingSecretKey }}, path: broker}]}
+{{- end -}}
 {{- end -}}
 {{- end }}
 
-{{/* Secret with the keys of the bucket, as YAML; empty if pods use the identity of their service account. */}}
+{{/*
+Secret with a component's keys of the bucket, as YAML; empty if its pods use the identity of their service account. Takes (root, component);
+the component "administrator" has the key of the bundled server, and the keys of all components.
+*/}}
 {{- define "memtail.s3Secret" -}}
-{{- if .Values.minio.enabled -}}
-{name: {{ include "memtail.fullname" . }}, items: [{key: s3-access-key, path: s3-access-key}, {key: s3-secret-key, path: s3-secret-key}]}
-{{- else if .Values.externalS3.existingSecret -}}
-{name: {{ .Values.externalS3.existingSecret }}, items: [{key: access-key, path: s3-access-key}, {key: secret-key, path: s3-secret-key}]}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- if eq $component "administrator" -}}
+{{- $items := list (dict "key" "s3-access-key" "path" "s3-access-key") (dict "key" "s3-secret-key" "path" "s3-secret-key") -}}
+{{- range include "memtail.s3Users" $root | fromJsonArray -}}
+{{- $items = append $items (dict "key" (printf "s3-secret-key-%s" .) "path" (printf "s3-secret-key-%s" .)) -}}
+{{- end -}}
+{{- dict "name" (include "memtail.fullname" $root) "items" $items | toYaml -}}
+{{- else if $root.Values.minio.enabled -}}
+{name: {{ include "memtail.fullname" $root }}, items: [{key: s3-access-key-{{ $component }}, path: s3-access-key}, {key: s3-secret-key-{{ $component }}, path: s3-secret-key}]}
+{{- else -}}
+{{- with get $root.Values.externalS3.componentSecrets $component | default $root.Values.externalS3.existingSecret -}}
+{name: {{ . }}, items: [{key: access-key, path: s3-access-key}, {key: secret-key, path: s3-secret-key}]}
+{{- end -}}
 {{- end -}}
 {{- end }}
 
-{{/* Environment variables for connections to the bucket and to Redis. Takes (root, whether Redis is used). */}}
+{{/* Environment variables for connections to the bucket and to Redis. Takes (root, component). */}}
 {{- define "memtail.connections" -}}
 {{- $root := index . 0 -}}
-{{- if index . 1 }}
+{{- if include "memtail.brokerSecret" . }}
 - {name: MEMTAIL_BROKER_FILE, value: /run/memtail/broker}
 {{- end }}
-{{- if include "memtail.s3Secret" $root }}
+{{- if include "memtail.s3Secret" . }}
 - {name: MEMTAIL_S3_ACCESS_KEY_FILE, value: /run/memtail/s3-access-key}
 - {name: MEMTAIL_S3_SECRET_KEY_FILE, value: /run/memtail/s3-secret-key}
 {{- end }}
@@ -107,15 +136,16 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* Volume of the files named by these variables; empty without files. Takes (root, whether Redis is used). */}}
+{{/* Volume of the files named by these variables; empty without files. Takes (root, component). */}}
 {{- define "memtail.connectionFiles" -}}
 {{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
 {{- $ca := $root.Values.externalS3.ca -}}
 {{- $sources := list -}}
-{{- if index . 1 -}}
-{{- $sources = append $sources (dict "secret" (include "memtail.brokerSecret" $root | fromYaml)) -}}
+{{- with include "memtail.brokerSecret" . -}}
+{{- $sources = append $sources (dict "secret" (fromYaml .)) -}}
 {{- end -}}
-{{- with include "memtail.s3Secret" $root -}}
+{{- with include "memtail.s3Secret" . -}}
 {{- $sources = append $sources (dict "secret" (fromYaml .)) -}}
 {{- end -}}
 {{- if not $root.Values.minio.enabled -}}
@@ -127,7 +157,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end -}}
 {{- end -}}
 {{- with $sources -}}
-- name: connections
+- name: {{ eq $component "administrator" | ternary "administrator" "connections" }}
   projected:
     defaultMode: 0440
     sources:
@@ -195,7 +225,7 @@ spec:
 {{- if $gpus -}}
 {{- $_ := set $resources "limits" (set (get $resources "limits" | default dict) $values.gpuResource $gpus) -}}
 {{- end -}}
-{{- $files := include "memtail.connectionFiles" (list $root true) -}}
+{{- $files := include "memtail.connectionFiles" (list $root "worker") -}}
 metadata:
   labels: {{ include "memtail.podLabels" (list $root "worker" $values) | nindent 4 }}
   annotations:
@@ -217,7 +247,7 @@ spec:
       command: [python, -m, services.worker]
       {{- include "memtail.containerSecurity" $root | nindent 6 }}
       env:
-        {{- include "memtail.connections" (list $root true) | indent 8 }}
+        {{- include "memtail.connections" (list $root "worker") | indent 8 }}
         - name: MEMTAIL_DEVICES
           value: {{ range $index := until $gpus }}{{ if $index }},{{ end }}cuda:{{ $index }}{{ else }}auto{{ end }}
         - {name: MEMTAIL_HEARTBEAT_FILE, value: /tmp/heartbeat}
