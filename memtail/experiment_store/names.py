@@ -1,9 +1,10 @@
 """Names of experiments in a store: those that are taken, those that are marked as changed, and those with leftovers of another one."""
 
 from collections.abc import Container
+from contextlib import suppress
 from itertools import islice
 
-from memtail.errors import StoreError
+from memtail.errors import ForeignObjectError, ObjectNotFound, StoreError
 from memtail.spec.experiment import NAME
 from memtail.storage import ObjectStore, keys
 from memtail.trials import TrialBatch
@@ -32,8 +33,9 @@ def refuse_leftovers(store: ObjectStore, name: str, fingerprint: str) -> None:
         StoreError: there are such trials, or the store cannot be read.
     """
     for key in islice(store.list(keys.trials(name)), 1):
-        if TrialBatch.from_bytes(store.get(key), key).fingerprint != fingerprint:
-            raise StoreError(
-                f"trials of another experiment '{name}', whose record was removed, are left in {store.address} ({key}): "
-                f"memtail remove {name}, or choose another name"
-            )
+        with suppress(ObjectNotFound, ForeignObjectError):  # a damaged batch is refused later
+            if TrialBatch.from_bytes(store.get(key), key).fingerprint != fingerprint:
+                raise StoreError(
+                    f"trials of another experiment '{name}', whose record was removed, are left in {store.address} ({key}): "
+                    f"memtail remove {name}, or choose another name"
+                )

@@ -88,3 +88,16 @@ def test_an_old_store_is_extended_without_training_a_trial_again(store, experime
     assert {name: batches[name] for name in held} == held
     assert sorted(batches.keys() - held.keys()) == ["00000024-00000031.npz", "00000032-00000039.npz"]
     assert result.scores.summary.trials == 40
+
+
+def test_a_complete_experiment_of_an_old_store_is_finished_in_the_first_pass_and_its_scores_outlive_its_batches(store, experiment):
+    dataset = memtail.datasets.prepare(experiment.dataset)
+    experiment_store = ExperimentStore(store, "old")
+    aggregation = Aggregation(experiment_store, experiment_store.read_record(), dataset, Pace(1, 1, first_at_once=True))
+    aggregation.accumulate_new()
+    aggregation.publish()
+    assert aggregation.finish().trials == 24
+    for key in list(store.list(keys.trials("old"))):
+        store.delete(key)
+    assert experiment_store.missing(aggregation.record) == []
+    assert memtail.load_scores(store.root / "experiments" / "old").summary.trials == 24

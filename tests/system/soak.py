@@ -123,6 +123,7 @@ class Faults:
         if committed := self.experiment_store.committed():
             shard = self._rng.choice(committed)
             self._cluster.store.delete(keys.trial_batch(self.experiment_store.name, shard.first, shard.last))
+            self.experiment_store.reopen("soak test")  # it may have ended
 
     def batch_discarded(self) -> None:
         assert self.experiment_store is not None

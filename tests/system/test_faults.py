@@ -125,7 +125,6 @@ def test_a_second_dispatcher_waits_and_takes_over(living, slow, digits, expected
         living.until(lambda: living.serves(second))
         assert not list(living.events(second, "sent"))
         dispatcher.stop()
-        living.gate.open()
         shard = experiment_store.committed()[0]
 
         def sends():
@@ -134,6 +133,7 @@ def test_a_second_dispatcher_waits_and_takes_over(living, slow, digits, expected
             return list(living.events(second, "sent"))
 
         living.until(sends)
+        living.gate.open()
         living.until(lambda: shard in experiment_store.committed())
 
 
@@ -240,10 +240,9 @@ def test_a_shard_hangs(living, declare, digits, expected, limit):
 def test_a_committed_trial_batch_is_deleted(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "committed object deleted"):
-        living.gate.open()
-        living.until(trained(experiment_store, 2))
         shard = experiment_store.committed()[0]
         living.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
+        living.gate.open()
         again = living.until(lambda: shard in experiment_store.committed())
         print(f"\ncommitted again after {again:.1f} s")
 

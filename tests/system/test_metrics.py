@@ -101,7 +101,7 @@ def test_a_new_aggregator_exports_published_scores_before_it_accumulates_trials(
     experiment_store = living.submit(experiment, digits)
     living.until_published(experiment_store, TRIALS)
     living.end(*living.services)
-    for key in list(living.store.list(keys.trials(experiment.name))):
+    for key in [keys.finished(experiment.name), *living.store.list(keys.trials(experiment.name))]:
         living.store.delete(key)
     aggregator = living.start("aggregator")
     living.until(lambda: living.serves(aggregator))
