@@ -33,7 +33,7 @@ class Submission:
     @property
     def shards(self) -> int:
         """Number of shards of all trials."""
-        return -(-self.record.experiment.subsets.trials // self.record.trials_per_shard)
+        return self.record.shards
 
 
 def submit(experiment: Experiment, store: ObjectStore, *, dataset: ImageDataset | None = None, priority: int | None = None) -> Submission:

@@ -64,6 +64,7 @@ class ExperimentStore:
 
         Raises:
             StoreError: another experiment has the name (says what differs), or fewer trials are asked for than recorded.
+            UnsupportedError: with the recorded size of shards the experiment is too large.
         """
         if self.store.put_if_absent(keys.experiment(self.name), declared.to_bytes()):
             return declared
@@ -80,6 +81,7 @@ class ExperimentStore:
         if more < fewer:
             raise StoreError(f"experiment '{self.name}' is in the store with {fewer} trials, this spec has {more}: ask for {fewer} or more")
         current = Record(declared.experiment, held.fingerprint, held.canonical, held.n_train, held.n_test, held.trials_per_shard)
+        current.check_limits()  # with the recorded size of shards
         if current != held:
             self.store.put(keys.experiment(self.name), current.to_bytes())
         return current

@@ -149,6 +149,34 @@ def test_submitting_again_changes_nothing_and_more_trials_extend(call, spec, sto
         call("submit", spec())
 
 
+@pytest.mark.parametrize(
+    ("trials", "message"),
+    [
+        (3_000_000, "has 3000000 trials, and at most 1000000 are allowed: declare fewer trials, or raise MEMTAIL_MAX_TRIALS"),
+        (900_000, "experiment 'tiny' has 225000 shards, and at most 200000 are allowed: declare more trials per shard"),
+        (10**30, "experiment 'tiny' has 1000000000000000000000000000000 trials"),
+    ],
+)
+def test_an_experiment_that_is_too_large_is_not_submitted(call, spec, store, trials, message):
+    with pytest.raises(UnsupportedError, match=message):
+        call("submit", spec(trials=trials))
+    assert not list(store.list(""))
+
+
+def test_an_experiment_is_not_extended_beyond_the_limit(call, spec, submitted, monkeypatch):
+    monkeypatch.setenv("MEMTAIL_MAX_TRIALS", "16")
+    with pytest.raises(UnsupportedError, match="has 20 trials, and at most 16"):
+        call("submit", spec(trials=20))
+    assert submitted.read_record().experiment.subsets.trials == 12
+
+
+@pytest.mark.parametrize("limit", ["0", "many", "-1", "9" * 5000])
+def test_a_limit_that_is_no_number_is_named(call, spec, monkeypatch, limit):
+    monkeypatch.setenv("MEMTAIL_MAX_SHARDS", limit)
+    with pytest.raises(StoreError, match=r"MEMTAIL_MAX_SHARDS is '.*': give a whole number above 0"):
+        call("submit", spec())
+
+
 def test_an_extended_experiment_keeps_its_trials_when_its_first_declaration_is_submitted_again(call, spec, store):
     subsets = {"trials": 12, "design": "balanced", "fraction": 0.5, "until": {"standard_error": 0.1}}
     call("submit", spec(subsets=subsets))

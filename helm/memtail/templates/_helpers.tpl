@@ -75,9 +75,13 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end -}}
 {{- end }}
 
-{{/* Environment variables for connections to the bucket and to Redis. Takes (root, whether Redis is used). */}}
+{{/* Environment variables for connections to the bucket and to Redis, and limits on experiments. Takes (root, whether Redis is used). */}}
 {{- define "memtail.connections" -}}
 {{- $root := index . 0 -}}
+{{- with $root.Values.limits }}
+- {name: MEMTAIL_MAX_TRIALS, value: {{ int64 .maxTrials | quote }}}
+- {name: MEMTAIL_MAX_SHARDS, value: {{ int64 .maxShards | quote }}}
+{{- end }}
 {{- if index . 1 }}
 - {name: MEMTAIL_BROKER_FILE, value: /run/memtail/broker}
 {{- end }}

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memtail.errors import UnsupportedError
 from memtail.execution.declare import declare as declare_record
+from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
@@ -51,7 +53,6 @@ def store(record, tmp_path):
 
 
 def served(store):
-    # fewer trials than any large number, so that a pass is short
     dispatcher = Dispatcher(store, Broker(), ServiceSettings(store="-"))
     return {assignment.experiment for assignment in dispatcher.reconcile().send}
 
@@ -64,6 +65,21 @@ def test_any_json_in_a_record(store, record, data):
     changed = replaced(content, path, data.draw(JSON))
     store.put(keys.experiment("changed"), json.dumps(changed).encode())
     assert "healthy" in served(store)
+
+
+@pytest.mark.parametrize(("trials", "per_shard"), [(3_000_000, 4), (10**30, 1), (10**30, 10**29), (900_000, 1)])
+def test_an_experiment_that_is_too_large_is_passed_over_with_a_notice(store, record, trials, per_shard):
+    content = json.loads(record.to_bytes())
+    content["experiment"]["subsets"]["trials"], content["trials_per_shard"] = trials, per_shard
+    store.put(keys.experiment("changed"), json.dumps(content).encode())
+    assert served(store) == {"healthy"}
+    (line,) = ExperimentStore(store, "changed").notices()["dispatcher"].lines
+    assert "are allowed" in line
+    with pytest.raises(UnsupportedError, match="are allowed"):
+        progress_of(store, "changed")
+    store.put(keys.experiment("changed"), record.to_bytes())
+    assert served(store) == {"healthy", "changed"}
+    assert not ExperimentStore(store, "changed").notices()
 
 
 @given(content=JSON | st.fixed_dictionaries({"state": JSON, "priority": JSON}))
