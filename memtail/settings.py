@@ -68,8 +68,8 @@ class Settings:
 class Limits:
     """Maximum size of an experiment. Larger ones are refused when they are declared, and not read by any command or service.
 
-    A typing error could otherwise exhaust the services, which serve all experiments: the dispatcher holds about 250 bytes per shard, and looks
-    at each shard in every pass. The default numbers are 250 times the trials of the paper, and 50 MB of the dispatcher's memory. Set the same
+    A typing error could otherwise exhaust the services, which serve all experiments: the dispatcher holds about 250 bytes per shard, and
+    looks at each shard in every pass. The defaults are 250 times the trials of the paper, and 50 MB of the memory. Set the same
     values for all services and clients.
 
     Attributes:

@@ -61,7 +61,7 @@ class Fleet:
 
     def pods(self, seconds: float = 1.0) -> Pods:
         """Create the stand-in for the workers' containers."""
-        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster.redis.url, self.cluster.store, seconds)
+        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster.settings(lease_seconds=30.0), self.cluster.store, seconds)
 
     def names(self, kind: str, *options: str) -> list[str]:
         """Return the names of objects."""

@@ -18,7 +18,7 @@ class Broker:
     """One queue, from which a test takes messages as a worker does; no lease."""
 
     def __init__(self):
-        self.messages, self.nodes = [], ["a"]
+        self.messages, self.nodes, self.leader = [], ["a"], None
 
     def queues(self):
         return {"shards"} if self.messages else set()
@@ -26,10 +26,13 @@ class Broker:
     def queued(self, queue):
         return iter(self.messages)
 
-    def leased(self):
-        return set()
+    def lead(self, holder):
+        return self.leader in (None, holder)
 
-    def starts(self):
+    def leased(self):
+        return {}
+
+    def take_expired(self):
         return {}
 
     def send(self, assignments):
