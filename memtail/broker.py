@@ -76,6 +76,18 @@ return redis.call('zadd', KEYS[1], now, ARGV[1])
 """
 
 
+#: The scripts with arguments, with which `memtail doctor` runs each of them once. Each leaves nothing for the next, of another type of key.
+TRIAL_RUN = (
+    (ACQUIRE, ("probe", "doctor", 1000)),
+    (RENEW, ("probe", "doctor", 1000)),
+    (EXPIRED, (1000,)),
+    (RELEASE, ("probe", "doctor")),
+    (LEAD, ("doctor", 1000)),
+    (STEP_DOWN, ("doctor",)),
+    (REGISTER, ("doctor", 1000)),
+)
+
+
 def key_prefix(store: str, endpoint: str) -> str:
     """Return the prefix of the keys of a store's services, so that those of several stores may share one Redis.
 

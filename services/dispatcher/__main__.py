@@ -8,6 +8,7 @@ from services.common.process import Heartbeat, serve, start
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
 from services.dispatcher.fleet import Fleet
+from services.dispatcher.metrics import BROKER
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
 
 
@@ -15,7 +16,9 @@ def _dispatch(settings: ServiceSettings) -> None:
     heartbeat = Heartbeat(timeout=300)
     serve(settings.port, heartbeat)
     store = open_store(settings.store, observe=count_request)
-    dispatcher = Dispatcher(store, Broker(settings), settings, _fleet(settings, store) if settings.fleet else None)
+    broker = Broker(settings)
+    BROKER.info({"prefix": broker.prefix})
+    dispatcher = Dispatcher(store, broker, settings, _fleet(settings, store) if settings.fleet else None)
     try:
         dispatcher.run(heartbeat.record)
     finally:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import socket
+import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError
@@ -15,6 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from memtail import datasets
+from memtail.broker import key_prefix
 from memtail.cli import doctor, watch
 from memtail.cli.app import app
 from memtail.cli.doctor import examine
@@ -32,7 +34,7 @@ from tests.support.arrays import write_arrays
 from tests.support.batches import commit
 from tests.support.cli import command
 from tests.support.cluster import RedisServer
-from tests.support.servers import MinioServer, free_port
+from tests.support.servers import MinioServer, free_port, server_binary
 
 TRIALS, PER_SHARD = 12, 4
 SHARDS = [Shard(0, 3), Shard(4, 7), Shard(8, 11)]
@@ -502,6 +504,17 @@ def test_doctor_accepts_a_machine_without_torch_but_not_one_with_half_of_the_pac
     assert [check.name for check in examined("torchvision").values() if not check.fine] == ["torchvision"]
 
 
+def until_answers(port):
+    end = time.monotonic() + 20
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
 def _broker(monkeypatch, tmp_path, url):
     monkeypatch.setenv("MEMTAIL_BROKER", url)
     return next(check for check in examine(tmp_path) if check.name == "broker")
@@ -515,7 +528,9 @@ def test_doctor_checks_a_configured_broker_and_never_shows_its_password(monkeypa
     try:
         check = _broker(monkeypatch, tmp_path, server.url)
         assert check.fine
-        assert check.finding == f"Redis at 127.0.0.1:{server.port} answers"
+        prefix = key_prefix(str(tmp_path), "https://s3.amazonaws.com")
+        assert check.finding == f"Redis at 127.0.0.1:{server.port} answers; keys of this store begin with {prefix}"
+        assert not server.client().keys("*")
         (tmp_path / "url").write_text(server.url)
         monkeypatch.setenv("MEMTAIL_BROKER_FILE", str(tmp_path / "url"))
         assert _broker(monkeypatch, tmp_path, "").fine
@@ -526,6 +541,7 @@ def test_doctor_checks_a_configured_broker_and_never_shows_its_password(monkeypa
             (f"redis://:a-secret@127.0.0.1:{free_port()}/0", "does not answer (Error 111"),
             ("redis://:a-secret@no-such-host.invalid/0", "no-such-host.invalid:6379 does not answer"),
             ("redis://:a/secret@127.0.0.1:1/0", "is not a Redis URL: use redis://:PASSWORD@HOST:PORT/0"),
+            ("sentinel://:a-secret@127.0.0.1:26379/0", "is the URL of a Redis Sentinel: use a single server"),
             ("redis://secret/password@127.0.0.1:1/0", "is not a Redis URL"),
             ("redis://:a#secret@127.0.0.1:1/0", "is not a Redis URL"),
             ("redis://:a-secret@127.0.0.1:port/0", "is not a Redis URL"),
@@ -544,6 +560,67 @@ def test_doctor_checks_a_configured_broker_and_never_shows_its_password(monkeypa
     assert not check.fine
     assert "does not answer" in check.finding
     assert "secret" not in check.finding
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (["+@all", "-@scripting", "~*"], "has no permissions to run the 'eval' command"),
+        (["+@all", "-info", "~*"], "has no permissions to run the 'info"),
+        (["+@all", "~memtail:*"], "no permissions to access one of the keys"),
+        (["+@all", "-time", "~*"], "time"),
+    ],
+)
+def test_doctor_names_what_a_redis_user_may_not_do(monkeypatch, tmp_path, rules, message):
+    server = RedisServer()
+    server.start()
+    try:
+        server.client().execute_command("ACL", "SETUSER", "limited", "on", ">a-secret", *rules)
+        check = _broker(monkeypatch, tmp_path, f"redis://limited:a-secret@127.0.0.1:{server.port}/0")
+        assert not check.fine
+        assert check.finding.startswith(f"Redis at 127.0.0.1:{server.port} refuses what the services do (")
+        assert message.lower() in check.finding.lower()
+        prefix = key_prefix(str(tmp_path), "https://s3.amazonaws.com")
+        assert f"allow its user all commands on keys that begin with {prefix}" in check.finding
+        assert "secret" not in check.finding
+        assert "\n" not in check.finding
+        enough = ["reset", "on", ">a-secret", "+@all", "-@dangerous", "+info", f"~{prefix}*"]
+        server.client().execute_command("ACL", "SETUSER", "limited", *enough)
+        assert _broker(monkeypatch, tmp_path, f"redis://limited:a-secret@127.0.0.1:{server.port}/0").fine
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("mode", ["cluster", "sentinel"])
+def test_doctor_refuses_a_redis_cluster_and_a_sentinel(monkeypatch, tmp_path, mode):
+    port, configuration = free_port(), tmp_path / "sentinel.conf"
+    configuration.write_text("")
+    options = [configuration, "--sentinel"] if mode == "sentinel" else ["--cluster-enabled", "yes", "--dir", tmp_path]
+    command = [server_binary("redis-server"), *options, "--port", str(port), "--bind", "127.0.0.1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        until_answers(port)
+        check = _broker(monkeypatch, tmp_path, f"redis://127.0.0.1:{port}/0")
+        assert not check.fine
+        assert f"runs as a {mode}: use a single server" in check.finding
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("s3://bucket", "http://minio:9000"), ("s3://bucket/", "https://MINIO:9000/"), True),
+        (("s3://bucket", "https://s3.amazonaws.com"), ("s3://bucket", "https://s3.amazonaws.com:443"), True),
+        (("s3://bucket", "http://minio:9000"), ("s3://bucket", "http://other:9000"), False),
+        (("s3://bucket", "http://minio:9000"), ("s3://bucket/a", "http://minio:9000"), False),
+        (("s3://bucket", "http://minio:9000"), ("s3://other", "http://minio:9000"), False),
+    ],
+)
+def test_keys_in_redis_begin_with_a_digest_of_the_address_of_the_store(one, other, same):
+    assert re.fullmatch("memtail2:[0-9a-f]{8}:", key_prefix(*one))
+    assert (key_prefix(*one) == key_prefix(*other)) is same
 
 
 def test_bad_input_is_one_line_and_exit_code_2(spec, tmp_path):
