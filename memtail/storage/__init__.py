@@ -22,6 +22,9 @@ class ObjectStore(Protocol):
     * Visibility: once a write has returned, every later `get`, `exists` and listing sees it, in any process on any machine.
     * Durability: once a write has returned, the object survives a crash of the writer.
     * First writer wins: of any number of concurrent `put_if_absent` of one key exactly one returns True. The store decides, not the caller.
+    * No lost update: of any number of concurrent `put_if_match` of one key with one tag at most one writes.
+    * Tags: an object keeps its tag until it is replaced by another one. `get_tagged`, `list_tagged` and `put_if_match` use the same.
+      They are compared, not interpreted; a bucket may keep the tag of an object that is replaced by equal bytes.
     * Order: listings yield in ascending order.
 
     Every method may be called from any thread and any process, also one forked from the process that opened the store. A store on a network
@@ -47,6 +50,37 @@ class ObjectStore(Protocol):
         Raises:
             ObjectNotFound: no object has the key.
             ForeignObjectError: the object is larger than `limit`.
+            StoreError: the store cannot be read.
+        """
+        ...
+
+    def get_tagged(self, key: str, limit: int | None = None) -> tuple[bytes, str]:
+        """Return an object's bytes and their tag, for `put_if_match`.
+
+        Args:
+            key: of the object.
+            limit: refuse, without reading it, an object of more bytes.
+
+        Raises:
+            ObjectNotFound: no object has the key.
+            ForeignObjectError: the object is larger than `limit`.
+            StoreError: the store cannot be read.
+        """
+        ...
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """Return consecutive bytes of an object, without reading the others.
+
+        Args:
+            key: of the object.
+            offset: of the first byte, 0 or more.
+            length: number of bytes, 0 or more.
+
+        Returns:
+            Fewer than `length` bytes only where the object ends before; none if it ends at or before `offset`.
+
+        Raises:
+            ObjectNotFound: no object has the key.
             StoreError: the store cannot be read.
         """
         ...
@@ -78,6 +112,23 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def put_if_match(self, key: str, data: bytes, tag: str) -> bool:
+        """Replace an object if it still has a tag: read with `get_tagged`, change, write, and begin again where this returns False.
+
+        Args:
+            key: of the object.
+            data: its bytes.
+            tag: of the object to replace.
+
+        Returns:
+            True if this call wrote the object; False if the object has another tag or does not exist. After a lost response, a write that
+            another one has replaced since is reported as False too: a change must bear being applied twice.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        ...
+
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that start with a prefix, ascending.
 
@@ -90,7 +141,7 @@ class ObjectStore(Protocol):
         ...
 
     def list_tagged(self, prefix: str) -> Iterator[tuple[str, str]]:
-        """Yield the keys that start with a prefix, ascending, each with a tag that changes when its object is replaced by another one.
+        """Yield the keys that start with a prefix, ascending, each with the tag of its object.
 
         Args:
             prefix: of the keys; it may end within a part.

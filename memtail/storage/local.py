@@ -11,11 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock
+
 from memtail.errors import ForeignObjectError, StoreError
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.atomic_file import atomic_file
 
 _UNFINISHED = ".unfinished"
+_LOCK = ".lock"
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
@@ -23,7 +26,8 @@ class LocalStore:
     """`ObjectStore` on a local or shared file system with hard links.
 
     An object is written to a temporary file, flushed to the disk, and then linked or renamed to its name in one step. Temporary files of
-    writers that were killed stay in a hidden folder until `sweep` removes them a day later.
+    writers that were killed stay in a hidden folder until `sweep` removes them a day later. A tag is the file's time of writing, size and
+    inode; under a lock its comparison and the replacement are one step.
 
     Args:
         root: the folder; it is made by the first write.
@@ -44,21 +48,45 @@ class LocalStore:
 
     def get(self, key: str, limit: int | None = None) -> bytes:
         """Return an object's bytes."""
+        return self.get_tagged(key, limit)[0]
+
+    def get_tagged(self, key: str, limit: int | None = None) -> tuple[bytes, str]:
+        """Return an object's bytes and their tag."""
         with self._reading(key), self.local_path(key).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if limit is not None and size > limit:
-                raise ForeignObjectError(f"store {self.root}: '{key}' has {size} bytes, more than the {limit} that are read: remove it")
-            return file.read()
+            status = os.fstat(file.fileno())
+            if limit is not None and status.st_size > limit:
+                raise ForeignObjectError(
+                    f"store {self.root}: '{key}' has {status.st_size} bytes, more than the {limit} that are read: remove it"
+                )
+            return file.read(), _tag(status)
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """Return consecutive bytes of an object."""
+        with self._reading(key), self.local_path(key).open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
 
     def put(self, key: str, data: bytes) -> None:
         """Write or replace an object by a rename."""
-        self._write(key, lambda file: file.write(data), replace=True)
+        self._write(key, lambda file: file.write(data), self._replace)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write an object by a hard link, which fails if the key exists."""
         if self.local_path(key).exists():
             return False
-        return self._write(key, lambda file: file.write(data), replace=False)
+        return self._write(key, lambda file: file.write(data), _link)
+
+    def put_if_match(self, key: str, data: bytes, tag: str) -> bool:
+        """Replace an object by a rename, if its file still has a tag."""
+
+        def replace_match(temporary: Path, target: Path) -> bool:
+            with self._lock():
+                if not target.is_file() or _tag(target.stat()) != tag:
+                    return False
+                temporary.replace(target)
+                return True
+
+        return self._write(key, lambda file: file.write(data), replace_match)
 
     def upload(self, key: str, path: Path) -> None:
         """Write or replace an object with the content of a file."""
@@ -67,7 +95,7 @@ class LocalStore:
             with path.open("rb") as source:
                 shutil.copyfileobj(source, file, 1 << 20)
 
-        self._write(key, copy, replace=True)
+        self._write(key, copy, self._replace)
 
     def download(self, key: str, path: Path) -> None:
         """Write an object to a file."""
@@ -85,7 +113,7 @@ class LocalStore:
         yield from sorted(key for key in names if key.startswith(prefix))
 
     def list_tagged(self, prefix: str) -> Iterator[tuple[str, str]]:
-        """Yield the keys that start with a prefix with tags: time of writing, size and inode of the file."""
+        """Yield the keys that start with a prefix with the tags of their files."""
         for key in self.list(prefix):
             try:
                 status = (self.root / key).stat()
@@ -94,7 +122,7 @@ class LocalStore:
             except OSError as error:
                 self._unreadable(error)
                 continue
-            yield key, f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
+            yield key, _tag(status)
 
     def folders(self, prefix: str) -> Iterator[str]:
         """Yield the names of the folders directly below a prefix that hold an object."""
@@ -116,12 +144,16 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         """Remove an object, if it exists."""
+        path = self.local_path(key)
         try:
-            self.local_path(key).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                path.lstat()
+                with self._lock():
+                    path.unlink()
         except OSError as error:
             raise StoreError(f"store {self.root}: '{key}' cannot be removed ({error.strerror})") from error
 
-    def _write(self, key: str, fill: Callable[[IO[bytes]], object], *, replace: bool) -> bool:
+    def _write(self, key: str, fill: Callable[[IO[bytes]], object], place: Callable[[Path, Path], bool]) -> bool:
         target = self.local_path(key)
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
@@ -133,12 +165,10 @@ class LocalStore:
                     file.flush()
                     os.fsync(file.fileno())
                     temporary.chmod(0o644)
-                    if replace:
-                        temporary.replace(target)
-                    else:
-                        target.hardlink_to(temporary)
-                except FileExistsError:
-                    return False
+                    # the system's own times advance in steps of milliseconds, within which two files could have one tag
+                    os.utime(temporary, ns=(time.time_ns(), time.time_ns()))
+                    if not place(temporary, target):
+                        return False
                 finally:
                     temporary.unlink(missing_ok=True)
             _flush_folder(target.parent)
@@ -146,10 +176,22 @@ class LocalStore:
             raise StoreError(f"store {self.root}: '{key}' cannot be written ({error.strerror}){_hint(error)}") from error
         return True
 
+    def _replace(self, temporary: Path, target: Path) -> bool:
+        with self._lock():
+            temporary.replace(target)
+        return True
+
+    def _lock(self) -> FileLock:
+        """Return the lock under which files are replaced, removed, and compared with a tag."""
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        return FileLock(self._unfinished / _LOCK, poll_interval=0.002)
+
     def sweep(self) -> None:
         """Remove temporary files that were last written more than a day ago."""
         try:
             for file in self._unfinished.glob("*"):
+                if file.name == _LOCK:  # a second lock file would let two processes hold the lock
+                    continue
                 with suppress(FileNotFoundError):
                     if time.time() - file.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                         file.unlink()
@@ -171,6 +213,18 @@ class LocalStore:
             raise ObjectNotFound(f"store {self.root}: there is no '{key}'") from None
         except OSError as error:
             raise StoreError(f"store {self.root}: '{key}' cannot be read ({error.strerror})") from error
+
+
+def _tag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
+
+
+def _link(temporary: Path, target: Path) -> bool:
+    try:
+        target.hardlink_to(temporary)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _flush_folder(folder: Path) -> None:

@@ -7,12 +7,13 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from xml.etree.ElementTree import ParseError
@@ -22,7 +23,7 @@ import urllib3
 from minio import Minio
 from minio.credentials.credentials import Credentials
 from minio.credentials.providers import AWSConfigProvider, ChainedProvider, IamAwsProvider, StaticProvider
-from minio.error import MinioException, S3Error, ServerError
+from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 from urllib3.exceptions import HTTPError
 
@@ -114,15 +115,35 @@ class S3Store:
 
     def get(self, key: str, limit: int | None = None) -> bytes:
         """Return an object's bytes."""
+        return self.get_tagged(key, limit)[0]
 
-        def read(connection: _Connection) -> bytes:
+    def get_tagged(self, key: str, limit: int | None = None) -> tuple[bytes, str]:
+        """Return an object's bytes and their ETag."""
+
+        def read(connection: _Connection) -> tuple[bytes, str]:
             with self._opened(connection, key) as response:
                 size = response.headers.get("Content-Length", "an unknown number of")
                 if limit is not None and not (size.isdigit() and int(size) <= limit):
                     raise ForeignObjectError(
                         f"store {self.address}: '{key}' has {size} bytes, more than the {limit} that are read: remove it"
                     )
-                return response.read(decode_content=False)
+                return response.read(decode_content=False), _etag(response)
+
+        return self._try(key, "read", read, lambda read: ("ok", len(read[0])))
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """Return consecutive bytes of an object by a ranged request."""
+
+        def read(connection: _Connection) -> bytes:
+            try:
+                with self._opened(connection, key, {"Range": f"bytes={offset}-{offset + max(length, 1) - 1}"}) as response:
+                    if response.status != 206:
+                        raise InvalidResponseError(response.status, None, None)
+                    return response.read(decode_content=False)[:length]
+            except S3Error as error:
+                if error.code != "InvalidRange":
+                    raise
+                return b""
 
         return self._try(key, "read", read, lambda data: ("ok", len(data)))
 
@@ -132,7 +153,11 @@ class S3Store:
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write an object by a conditional request, which the server refuses if the key exists."""
-        return self._put_new(key, data, uuid.uuid4().hex)
+        return self._put_if(key, data, {"If-None-Match": "*"}, uuid.uuid4().hex)
+
+    def put_if_match(self, key: str, data: bytes, tag: str) -> bool:
+        """Replace an object by a conditional request, which the server refuses if the object has another ETag."""
+        return self._put_if(key, data, {"If-Match": f'"{tag}"'}, uuid.uuid4().hex)
 
     def upload(self, key: str, path: Path) -> None:
         """Write or replace an object with the content of a file."""
@@ -235,7 +260,7 @@ class S3Store:
         """
         key, writer = keys.probe(), uuid.uuid4().hex
         next(self.list(key), None)  # of all requests, its errors name faults of the bucket, the key and the clock most clearly
-        first = self._put_new(key, b"first", writer)
+        first = self._put_if(key, b"first", {"If-None-Match": "*"}, writer)
         kept = self._try(key, "checked", lambda connection: self._writer(connection, key))
         second = self.put_if_absent(key, b"second")
         self.delete(key)
@@ -277,19 +302,19 @@ class S3Store:
 
         self._try(key, "written", write, lambda _: ("ok", size))
 
-    def _put_new(self, key: str, data: bytes, writer: str) -> bool:
-        """Write an object unless its key exists; return whether this call wrote it.
+    def _put_if(self, key: str, data: bytes, condition: dict[str, str], writer: str) -> bool:
+        """Write an object under a condition; return whether this call wrote it.
 
         After a lost response, and after every refusal (a proxy may have repeated the request), the object's `writer` tells whether an
         existing object is this call's own.
         """
         name, again = self._name(key), False
-        headers = {"If-None-Match": "*", "Content-MD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+        headers = {**condition, "Content-MD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
         def write(connection: _Connection) -> bool:
             nonlocal again
-            if again and (existing := self._writer(connection, key)) is not None:
-                return existing == writer
+            if again and self._writer(connection, key) == writer:
+                return True
             again = True
             # minio's put_object drops If-None-Match; and servers refuse unsigned x-amz- headers, so the writer is in the URL
             url = connection.s3.get_presigned_url(
@@ -302,9 +327,12 @@ class S3Store:
             response = connection.http.urlopen("PUT", url, body=data, headers=headers, redirect=False)
             if response.status == 412:
                 return self._writer(connection, key) == writer
-            if response.status != 200:
-                raise error_in(response)
-            return True
+            if response.status == 200:
+                return True
+            error = error_in(response)
+            if "If-Match" in condition and isinstance(error, S3Error) and error.code == "NoSuchKey":
+                return False
+            raise error
 
         return self._try(key, "written", write, lambda written: ("ok", len(data)) if written else ("exists", 0))
 
@@ -319,8 +347,10 @@ class S3Store:
         return (head.metadata or {}).get(_WRITER) or ""
 
     @contextmanager
-    def _opened(self, connection: _Connection, key: str) -> Iterator[urllib3.BaseHTTPResponse]:
-        response = connection.s3.get_object(bucket_name=self._bucket, object_name=self._name(key))
+    def _opened(
+        self, connection: _Connection, key: str, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[urllib3.BaseHTTPResponse]:
+        response = connection.s3.get_object(bucket_name=self._bucket, object_name=self._name(key), request_headers={**headers})
         try:
             yield response
         finally:
@@ -391,6 +421,10 @@ class S3Store:
             # `from None`: the cause may hold a signed URL
             kind = UnreachableError if is_transient(error) else StoreError
             raise kind(f"{at}: '{key}' cannot be {done} ({cause}): {fix}") from None
+
+
+def _etag(response: urllib3.BaseHTTPResponse) -> str:
+    return response.headers.get("ETag", "").strip('"')
 
 
 class _AmbientCredentials(ChainedProvider):

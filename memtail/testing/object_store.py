@@ -73,6 +73,46 @@ class ObjectStoreContract:
         assert after["x/a"] == before["x/a"]
         assert after["x/b"] != before["x/b"]
 
+    def test_an_object_is_replaced_only_if_it_still_has_the_tag(self, store: ObjectStore) -> None:
+        assert not store.put_if_match("x/k", b"new", "0123456789abcdef0123456789abcdef")
+        assert not store.exists("x/k")
+        store.put("x/k", b"one")
+        data, tag = store.get_tagged("x/k")
+        assert data == b"one"
+        assert dict(store.list_tagged("x/")) == {"x/k": tag}
+        assert store.put_if_match("x/k", b"two", tag)
+        assert not store.put_if_match("x/k", b"three", tag)
+        data, changed = store.get_tagged("x/k")
+        assert data == b"two"
+        assert changed != tag
+        store.delete("x/k")
+        assert not store.put_if_match("x/k", b"three", changed)
+        assert not store.exists("x/k")
+        with pytest.raises(ObjectNotFound, match="'x/k'"):
+            store.get_tagged("x/k")
+
+    def test_no_concurrent_update_is_lost(self, store: ObjectStore) -> None:
+        def add(name: int) -> None:
+            while True:
+                data, tag = store.get_tagged("set")
+                if store.put_if_match("set", data + f"{name} ".encode(), tag):
+                    return
+
+        store.put("set", b"")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(add, range(24)))
+        assert sorted(map(int, store.get("set").split())) == list(range(24))
+
+    def test_a_range_is_the_bytes_that_the_object_has_of_it(self, store: ObjectStore) -> None:
+        store.put("k", b"0123456789")
+        store.put("empty", b"")
+        for offset in (0, 1, 9, 10, 11):
+            for length in (0, 1, 4, 10, 11):
+                assert store.get_range("k", offset, length) == b"0123456789"[offset : offset + length]
+        assert store.get_range("empty", 0, 5) == b""
+        with pytest.raises(ObjectNotFound, match="'missing'"):
+            store.get_range("missing", 0, 0)
+
     def test_folders_yields_each_name_once_in_order_and_no_objects(self, store: ObjectStore) -> None:
         for key in ("x/b/2", "x/b/1/deep", "x/b-c/1", "x/a/1", "x/ü +%/1", "x/file", "xy/1", "file"):
             store.put(key, b"")
@@ -112,8 +152,9 @@ class ObjectStoreContract:
     def test_an_object_beyond_the_limit_is_refused(self, store: ObjectStore) -> None:
         store.put("k", b"12345")
         assert store.get("k", limit=5) == b"12345"
-        with pytest.raises(ForeignObjectError, match="'k' has 5 bytes, more than the 4"):
-            store.get("k", limit=4)
+        for read in (store.get, store.get_tagged):
+            with pytest.raises(ForeignObjectError, match="'k' has 5 bytes, more than the 4"):
+                read("k", limit=4)
         assert store.get("k") == b"12345"
 
     @pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a//b", "a/./b", "a/", "a\nb", "a\0b"])
@@ -123,6 +164,9 @@ class ObjectStoreContract:
             lambda: store.get(key),
             lambda: store.put(key, b""),
             lambda: store.put_if_absent(key, b""),
+            lambda: store.get_tagged(key),
+            lambda: store.get_range(key, 0, 1),
+            lambda: store.put_if_match(key, b"", "tag"),
             lambda: store.exists(key),
             lambda: store.delete(key),
             lambda: store.upload(key, tmp_path / "file"),
