@@ -216,10 +216,9 @@ def _control(
 
     experiment_store = ExperimentStore(open_existing(store), name)
     experiment_store.read_record()
-    control = experiment_store.control()
-    changed = replace(control, state=state or control.state, priority=control.priority if priority is None else priority)
-    if changed != control:
-        experiment_store.set_control(changed)
+    _, changed = experiment_store.change_control(
+        lambda held: replace(held, state=state or held.state, priority=held.priority if priority is None else priority)
+    )
     return changed
 
 

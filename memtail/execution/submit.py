@@ -58,10 +58,7 @@ def submit(experiment: Experiment, store: ObjectStore, *, dataset: ImageDataset 
     staged = stage(dataset, store)
     if experiment.subsets.masks is not None:
         stage_masks(experiment.subsets.masks, declared.canonical["subsets"]["masks"], store)
-    control = experiment_store.control()
-    if priority is not None and priority != control.priority:
-        control = replace(control, priority=priority)
-        experiment_store.set_control(control)
+    _, control = experiment_store.change_control(lambda held: held if priority is None else replace(held, priority=priority))
     if before is None:
         declared = experiment_store.register(declared)
     return Submission(declared, dataset.fingerprint, staged, before, control)

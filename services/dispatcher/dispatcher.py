@@ -310,8 +310,7 @@ class _TrackedExperiment:
             f"memtail retry {self.name}"
         )
         self._give_notice(line)
-        self.view.control = replace(control, state="paused", tripped=True)
-        self._experiment_store.set_control(self.view.control)
+        _, self.view.control = self._experiment_store.change_control(_tripped)
 
     def _is_settled(self) -> bool:
         """Return whether the published scores count all trials, or a final notice says that there will be no scores."""
@@ -330,3 +329,8 @@ class _TrackedExperiment:
         """Describe the workers that the experiment can use."""
         control, outstanding = self.view.control, actions.outstanding[self.name] if self.view.supported else 0
         return Demand(self.name, control.state, control.priority, outstanding, self._workers)
+
+
+def _tripped(control: Control) -> Control:
+    """Return the control of an experiment that is paused because of its failures, unless its owner has changed its state meanwhile."""
+    return replace(control, state="paused", tripped=True) if control.state == "running" else control
