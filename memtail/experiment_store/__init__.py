@@ -1,5 +1,6 @@
 """Objects of one experiment in a store: record, control, failures, notices and trial batches; and the cut of trials into shards."""
 
+from memtail.experiment_store.audit import Action, record_action, recorded_actions
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.record import Record
 from memtail.experiment_store.replicas import Replica
@@ -8,6 +9,7 @@ from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentStore, experi
 
 __all__ = [
     "MAX_ATTEMPTS",
+    "Action",
     "Control",
     "ExperimentStore",
     "Failure",
@@ -17,4 +19,6 @@ __all__ = [
     "Replica",
     "experiment_names",
     "missing_shards",
+    "record_action",
+    "recorded_actions",
 ]

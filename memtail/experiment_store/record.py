@@ -1,6 +1,7 @@
 """The record of an experiment, `experiment.json`: its declaration, its fingerprint, and the size of its shards."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -17,6 +18,9 @@ from memtail.storage.keys import LAST_TRIAL
 from memtail.trials import Shard
 
 SCHEMA = 1
+
+#: Pattern of an owner: one line of printable characters.
+OWNER = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,100}")
 
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -43,6 +47,7 @@ class _Content(BaseModel):
     n_train: PositiveInt
     n_test: PositiveInt
     trials_per_shard: PositiveInt
+    owner: Annotated[str, Field(pattern=f"^{OWNER.pattern}$")] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Record:
         canonical: the canonical declaration, with the dataset's fingerprint.
         n_train, n_test: numbers of training and test examples.
         trials_per_shard: number of trials in a shard.
+        owner: who or which team owns the experiment, if the submission says so.
     """
 
     experiment: Experiment
@@ -66,6 +72,7 @@ class Record:
     n_train: int
     n_test: int
     trials_per_shard: int
+    owner: str | None = None
 
     def to_bytes(self) -> bytes:
         """The record as JSON."""
@@ -78,6 +85,7 @@ class Record:
                 "n_train": self.n_train,
                 "n_test": self.n_test,
                 "trials_per_shard": self.trials_per_shard,
+                **({"owner": self.owner} if self.owner else {}),
             },
             indent=1,
         ).encode()

@@ -85,7 +85,7 @@ class ExperimentStore:
         more, fewer = declared.experiment.subsets.trials, held.experiment.subsets.trials
         if more < fewer:
             raise StoreError(f"experiment '{self.name}' is in the store with {fewer} trials, this spec has {more}: ask for {fewer} or more")
-        extended = replace(held, experiment=declared.experiment)
+        extended = replace(held, experiment=declared.experiment, owner=declared.owner or held.owner)
         extended.check_limits()  # with the recorded size of shards
         return extended
 

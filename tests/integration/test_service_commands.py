@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +21,7 @@ from memtail.cli import doctor, watch
 from memtail.cli.app import app
 from memtail.cli.doctor import examine
 from memtail.datasets.staged_dataset import fetch
-from memtail.errors import MemtailError, StoreError, UnsupportedError
+from memtail.errors import MemtailError, SpecError, StoreError, UnsupportedError
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import Control, ExperimentStore, Origin
 from memtail.scores.publish import publish
@@ -186,6 +186,62 @@ def test_an_extended_experiment_keeps_its_trials_when_its_first_declaration_is_s
     assert "20 in 5 shards of 4" in call("submit", spec(subsets=subsets))
     made = json.loads(call("submit", spec(subsets=subsets), "--json"))
     assert (made["trials_before"], made["trials"]) == (20, 20)
+
+
+def test_each_action_of_a_person_is_on_record(call, spec, store, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "ada")
+    call("submit", spec(), "--priority", 5, "--owner", "team vision")
+    call("submit", spec(), "--priority", 5)  # changes nothing
+    monkeypatch.setenv("LOGNAME", "grace")
+    call("submit", spec(trials=20), "--owner", "Grace")
+    for arguments in (["pause"], ["pause"], ["resume"], ["cancel"], ["priority"], ["retry"]):
+        call(arguments[0], "tiny", *(["-3"] if arguments == ["priority"] else []))
+    experiment_store = ExperimentStore(store, "tiny")
+    fail(experiment_store, SHARDS[0], 2)
+    call("retry", "tiny", "--shard", "0-3")
+    commit(experiment_store, SHARDS[1])
+    call("discard", "tiny", "--shard", "4-7", "--why", "a broken GPU")
+    actions = json.loads(call("history", "tiny", "--json"))
+    assert [(each["user"], each["action"], each["details"]) for each in actions] == [
+        ("ada", "submit", "12 trials, priority 0 -> 5, owner team vision"),
+        ("grace", "submit", "12 -> 20 trials, owner Grace"),
+        ("grace", "pause", "running -> paused"),
+        ("grace", "resume", "paused -> running"),
+        ("grace", "cancel", "running -> cancelled"),
+        ("grace", "priority", "5 -> -3"),
+        ("grace", "retry", "2 failed attempts of shard 0-3"),
+        ("grace", "discard", "trials 4-7: a broken GPU"),
+    ]
+    assert {(each["host"], each["memtail"]) for each in actions} == {(socket.gethostname(), version("memtail"))}
+    assert re.search(r"grace +\S+ +\S+ +priority +5 -> -3", call("history"))
+    for key in list(store.list(keys.audits("tiny")))[:2]:
+        store.put(key, b"{")
+    assert len(json.loads(call("history", "tiny", "--json"))) == 6
+    store.delete(keys.experiment("tiny"))
+    assert "a broken GPU" in call("history", "tiny")
+    with pytest.raises(ObjectNotFound, match="there is no experiment 'other'"):
+        call("history", "other")
+
+
+def test_an_owner_is_recorded_and_shown_only_if_named(call, spec, store):
+    call("submit", spec())
+    assert b'"owner"' not in store.get(keys.experiment("tiny"))
+    assert "owner" not in call("status")
+    assert json.loads(call("submit", spec(), "--owner", "team vision", "--json"))["owner"] == "team vision"
+    call("submit", spec(trials=20))
+    experiment_store = ExperimentStore(store, "tiny")
+    assert experiment_store.extend(24).owner == experiment_store.read_record().owner == "team vision"
+    assert "team vision" in call("status")
+    assert json.loads(call("status", "--json"))[0]["owner"] == "team vision"
+    fail(experiment_store, SHARDS[0], 1)
+    assert "owner: team vision" in call("failures")
+
+
+@pytest.mark.parametrize("owner", ["", "two\nlines", "\x1b[31mred", "x" * 101])
+def test_an_owner_is_one_printable_line(call, spec, store, owner):
+    with pytest.raises(SpecError, match="give one line of 1 to 100 printable characters"):
+        call("submit", spec(), "--owner", owner)
+    assert not list(store.list(""))
 
 
 def test_another_experiment_under_the_name_is_refused_before_its_dataset_is_staged(call, spec, store, tmp_path):
