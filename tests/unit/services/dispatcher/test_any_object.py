@@ -1,6 +1,7 @@
 """Whatever an experiment's objects hold, the dispatcher's loop does not end, and the other experiments are served."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from memtail.errors import UnsupportedError
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.progress import progress_of
-from memtail.experiment_store import ExperimentStore
+from memtail.experiment_store import ExperimentStore, record_action, recorded_actions
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from services.common.settings import ServiceSettings
@@ -42,7 +43,7 @@ def replaced(content: Any, path: tuple[Any, ...], value: Any) -> Any:
 @pytest.fixture
 def record(declare, digits):
     execution = {"trials_per_shard": 4, "device": "cpu"}
-    return declare_record(declare(8, execution=execution, subsets={"design": "balanced"}), digits, 4)
+    return replace(declare_record(declare(8, execution=execution, subsets={"design": "balanced"}), digits, 4), owner="somebody")
 
 
 @pytest.fixture
@@ -87,6 +88,19 @@ def test_an_experiment_that_is_too_large_is_passed_over_with_a_notice(store, rec
 def test_any_json_in_a_control(store, record, content):
     ExperimentStore(store, "changed").register(record)
     store.put(keys.control("changed"), json.dumps(content).encode())
+    assert "healthy" in served(store)
+
+
+ACTION = {"action": "pause", "details": "", "when": "", "user": "", "host": "", "memtail": ""}
+
+
+@given(content=JSON | st.fixed_dictionaries(dict.fromkeys(ACTION, JSON)) | st.just(ACTION))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_in_a_record_of_an_action(store, content):
+    record_action(store, "healthy", "pause")
+    store.put(keys.audit("healthy", "0"), json.dumps(content).encode())
+    *_, last = recorded_actions(store, "healthy")
+    assert last.action == "pause"
     assert "healthy" in served(store)
 
 
