@@ -17,6 +17,10 @@ BROKER_VARIABLE = "MEMTAIL_BROKER"
 EXPLORER_TOKEN_VARIABLE = "MEMTAIL_EXPLORER_TOKEN"  # noqa: S105 - the name of a variable
 
 
+# Most digits of a number: far more than any use has, and few enough to be read quickly.
+_COUNT_DIGITS = 18
+
+
 def _from_environment(variable: str, default: Path | None) -> Path | None:
     value = os.environ.get(variable)
     return Path(value).expanduser().absolute() if value else default
@@ -30,6 +34,13 @@ def _bytes_from_environment(variable: str) -> int | None:
         return int(float(text) * 2**30)
     except (ValueError, OverflowError):
         raise StoreError(f"{variable} is '{text}': give a number of GiB") from None
+
+
+def _count_from_environment(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if text.isascii() and text.isdecimal() and len(text) <= _COUNT_DIGITS and int(text):
+        return int(text)
+    raise StoreError(f"{variable} is '{text}': give a whole number above 0")
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,23 @@ class Settings:
     def places(self, root: Path | None) -> list[Path]:
         """Return the folders that are searched for a dataset, in order; `root` is the first."""
         return [place for place in (root, self.data, self.cache) if place is not None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Maximum size of an experiment. Larger ones are refused when they are declared, and not read by any command or service.
+
+    A typing error could otherwise exhaust the services, which serve all experiments: the dispatcher holds about 250 bytes per shard, and
+    looks at each shard in every pass. The defaults are 250 times the trials of the paper, and 50 MB of the memory. Set the same
+    values for all services and clients.
+
+    Attributes:
+        trials: `MEMTAIL_MAX_TRIALS`: maximum number of trials of an experiment; 1,000,000 by default.
+        shards: `MEMTAIL_MAX_SHARDS`: maximum number of shards of an experiment; 200,000 by default.
+    """
+
+    trials: int = field(default_factory=lambda: _count_from_environment("MEMTAIL_MAX_TRIALS", 1_000_000))
+    shards: int = field(default_factory=lambda: _count_from_environment("MEMTAIL_MAX_SHARDS", 200_000))
 
 
 @dataclass(frozen=True)

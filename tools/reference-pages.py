@@ -27,6 +27,15 @@ from memtail.spec.experiment import Experiment
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 _VARIABLE = re.compile(r"MEMTAIL_[A-Z0-9_]*[A-Z0-9]")
 
+# Titles of the settings classes.
+_TITLES = {
+    "Settings": "Folders",
+    "Limits": "Limits",
+    "S3Settings": "S3",
+    "ExplorerSettings": "Explorer",
+    "ServiceSettings": "Services",
+}
+
 _EXPERIMENT = """# Experiment file
 
 One YAML file declares an experiment; relative paths in it start from the file's folder. Only `name` and `dataset` are required. An unknown
@@ -179,7 +188,7 @@ def _settings(module: ModuleType) -> str:
 
 def _settings_class(settings: Any) -> str:
     text, meanings = _docstring(settings.__doc__ or "")
-    title = {"Settings": "Folders", "S3Settings": "S3", "ExplorerSettings": "Explorer", "ServiceSettings": "Services"}[settings.__name__]
+    title = _TITLES[settings.__name__]
     rows = [_variable_row(entry, meanings.get(entry.name, "")) for entry in dataclasses.fields(settings)]
     return "\n".join([f"## {title}", "", text, "", "| variable | default | meaning |", "|---|---|---|", *rows, ""])
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memtail.execution.forecast import Forecast
     from memtail.execution.progress import ExperimentProgress
     from memtail.execution.submit import Submission
-    from memtail.experiment_store import Failure, Origin
+    from memtail.experiment_store import Action, Failure, Origin
     from memtail.scores.reader import Column, Scores
     from memtail.spec import Experiment
 
@@ -29,7 +29,7 @@ if not console.is_terminal:
 _BAR_WIDTH = 40
 _WIDEST = 1000
 # Left-aligned columns of tables.
-_TEXTS = ("experiment", "filename", "state")
+_TEXTS = ("experiment", "filename", "state", "owner")
 
 
 def show_spec(experiment: "Experiment") -> None:
@@ -122,6 +122,7 @@ def show_status(experiments: "list[ExperimentProgress]", unreadable: dict[str, s
         {
             "experiment": each.experiment,
             "state": "archived" if each.archived else each.ending or each.control.state,
+            "owner": each.owner or "",
             "prio": each.control.priority,
             "trials": f"{each.trials}/{each.total}",
             "shards": f"{len(each.committed)}/{len(each.committed) + len(each.missing)}",
@@ -135,7 +136,7 @@ def show_status(experiments: "list[ExperimentProgress]", unreadable: dict[str, s
     ]
     if rows:
         table = {column: np.array([row[column] for row in rows], dtype=object) for column in rows[0]}
-        show_table({column: values for column, values in table.items() if any(value != 0 for value in values)})
+        show_table({column: values for column, values in table.items() if any(value not in (0, "") for value in values)})
     for each in experiments:
         for line in each.lines:
             console.print(f"{each.experiment}: {line}")
@@ -162,6 +163,7 @@ def show_submission(submission: "Submission", store: str) -> None:
         ("fingerprint", submission.record.fingerprint[:16]),
         ("dataset", f"{submission.dataset[:16]}, {'staged to the store' if submission.staged else 'already in the store'}"),
         ("priority", str(submission.control.priority)),
+        *([("owner", submission.record.owner)] if submission.record.owner else []),
         ("state", state),
     ]
     for name, value in facts:
@@ -184,12 +186,25 @@ def show_failures(failures: "list[Failure]", progress: "ExperimentProgress", tra
         for each in failures:
             table.add_row(each.shard.span, str(each.attempt), each.when, _where(each.origin), progress.fate(each.shard), Text(each.error))
         console.print(table, soft_wrap=False, crop=False)
+    if progress.owner:
+        console.print(Text(f"\nowner: {progress.owner}"))
     if progress.dead:
         count, name = len(progress.dead), progress.experiment
         console.print(f"\n{count} shard{'s' * (count > 1)} given up: retry with memtail retry {name}")
         nodes = [{each.origin.node for each in failures if each.shard == shard} for shard in progress.dead]
         if alone := {node for tried in nodes if len(tried) == 1 for node in tried} - {""}:
             console.print(f"Some failed on {', '.join(sorted(alone))} only: no other node had a worker, so the node may be at fault")
+
+
+def show_history(actions: "list[Action]") -> None:
+    """Print one line per action."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("when", "user", "host", "memtail", "action"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("details", overflow="fold")
+    for each in actions:
+        table.add_row(*map(Text, (each.when, each.user, each.host, each.memtail, each.action, each.details)))
+    console.print(table, soft_wrap=False, crop=False)
 
 
 def _where(origin: "Origin") -> str:

@@ -7,17 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from memtail.broker import TRIAL_RUN, key_prefix
 from memtail.errors import MemtailError
-from memtail.settings import BROKER_VARIABLE, Settings, secret
+from memtail.settings import BROKER_VARIABLE, S3Settings, Settings, secret
 from memtail.storage.open import is_url, open_bucket
+
+if TYPE_CHECKING:
+    import redis
 
 # Timeouts of the object store and the broker, and the largest clock difference, in seconds.
 _STORE_TIMEOUT = 10.0
 _BROKER_TIMEOUT = 5.0
 _CLOCK_TOLERANCE = 300.0
 _WRITE, _ONE_WINS = "conditional write", "one of several concurrent writers wins"
+_ONE_SERVER = "use a single server, or the address that leads to the current master"
 _INSTALL = "pip install 'memtail[train]'"
 
 
@@ -40,7 +46,7 @@ def examine(store: str | Path) -> list[Check]:
         Check("dataset folders", True, ", ".join(str(place) for place in settings.places(None))),
         _folder("cache", settings.cache),
         *(_bucket(str(store)) if is_url(store) else [_folder("store", Path(store)), *_store(Path(store))]),
-        *_broker(),
+        *_broker(str(store)),
     ]
 
 
@@ -119,8 +125,8 @@ def _bucket(address: str) -> list[Check]:
         return [Check("store", False, str(error))]
 
 
-def _broker() -> list[Check]:
-    """Check the broker if it is configured. No finding contains its password."""
+def _broker(store: str) -> list[Check]:
+    """Check the broker of a store's services, if it is configured. No finding contains its password."""
     try:
         url = secret(BROKER_VARIABLE)
         if url is None:
@@ -133,6 +139,8 @@ def _broker() -> list[Check]:
     except ModuleNotFoundError:
         return [Check("broker", False, "unknown: redis is not installed: pip install 'memtail[services]'")]
     malformed = Check("broker", False, f"{BROKER_VARIABLE} is not a Redis URL: use redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS")
+    if "sentinel" in url.partition(":")[0]:
+        return [replace(malformed, finding=f"{BROKER_VARIABLE} is the URL of a Redis Sentinel: {_ONE_SERVER}")]
     try:
         if "@" in url and "@" not in urlsplit(url).netloc:  # else a part of the password would be parsed, and shown, as the host
             return [replace(malformed, finding=f"{malformed.finding}, with / # and ? in the password written as %2F %23 and %3F")]
@@ -148,7 +156,26 @@ def _broker() -> list[Check]:
     except redis.RedisError as error:
         fix = f"check that Redis runs, and that {BROKER_VARIABLE} is its URL"
         return [Check("broker", False, f"Redis at {place} does not answer ({str(error).rstrip('.')}): {fix}")]
-    return [Check("broker", True, f"Redis at {place} answers")]
+    return [_broker_rights(client, place, key_prefix(store, S3Settings.from_environment().endpoint))]
+
+
+def _broker_rights(client: "redis.Redis", place: str, prefix: str) -> Check:
+    """Check that a Redis server runs the services' scripts."""
+    import redis
+
+    key = f"{prefix}doctor"
+    try:
+        mode = client.info("server")["redis_mode"]
+        if mode != "standalone":
+            return Check("broker", False, f"Redis at {place} runs as a {mode}: {_ONE_SERVER}")
+        for script, arguments in TRIAL_RUN:
+            client.delete(key)
+            client.eval(script, 1, key, *map(str, arguments))
+        client.delete(key)
+    except redis.RedisError as error:
+        fix = f"allow its user all commands on keys that begin with {prefix}, and INFO, TIME and scripts"
+        return Check("broker", False, f"Redis at {place} refuses what the services do ({str(error).rstrip('.')}): {fix}")
+    return Check("broker", True, f"Redis at {place} answers; keys of this store begin with {prefix}")
 
 
 def _or_error(name: str, check: Callable[[], Check]) -> Check:

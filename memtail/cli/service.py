@@ -66,6 +66,10 @@ def submit(
         int | None,
         typer.Option(help="Higher priorities are trained first; by default 0, or as before.", metavar="N", show_default=False),
     ] = None,
+    owner: Annotated[
+        str | None,
+        typer.Option(help="Who owns it; by default nobody is named, or as before.", metavar="NAME", show_default=False),
+    ] = None,
     store: Store = DEFAULT_STORE,
     json_: Json = False,
 ) -> None:
@@ -82,7 +86,7 @@ def submit(
     with preparation(quiet=json_) as on_preparation:
         datasets.prepare(experiment.dataset, on_preparation)
     with display.working("staging the dataset", quiet=json_):
-        submission = submit_experiment(experiment, opened, priority=priority)
+        submission = submit_experiment(experiment, opened, priority=priority, owner=owner)
     if json_:
         facts = {
             "experiment": experiment.name,
@@ -94,6 +98,7 @@ def submit(
             "trials_per_shard": submission.record.trials_per_shard,
             "dataset": submission.dataset,
             "staged": submission.staged,
+            "owner": submission.record.owner,
             **asdict(submission.control),
         }
         print(json.dumps(facts, indent=1))
@@ -151,7 +156,7 @@ def retry(
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Retry failed shards. Their failed attempts are cleared."""
-    from memtail.experiment_store import ExperimentStore
+    from memtail.experiment_store import ExperimentStore, record_action
 
     opened = open_existing(store)
     name = resolve_name(opened, name)
@@ -162,6 +167,7 @@ def retry(
     if not count:
         print(f"{name}: no failed attempts{f' of shard {shard}' if shard else ''}")
         return
+    record_action(opened, name, "retry", f"{count} failed attempts{f' of shard {shard}' if shard else ''}")
     state = experiment_store.control().state
     when = "" if state == "running" else f" once it runs again: it is {state}, continue with memtail resume {name}"
     print(f"{name}: cleared {count} failed attempt{'s' * (count > 1)}, missing shards are retried{when}")
@@ -174,18 +180,20 @@ def discard(
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Take bad trials out of an experiment. They are trained again."""
-    from memtail.experiment_store import ExperimentStore
+    from memtail.experiment_store import ExperimentStore, record_action
 
-    experiment_store = ExperimentStore(open_existing(store), name)
+    opened = open_existing(store)
+    experiment_store = ExperimentStore(opened, name)
     experiment_store.read_record()
     parsed = _shard(shard)
     experiment_store.discard(parsed, why)
+    record_action(opened, name, "discard", f"{parsed}: {why}")
     print(f"{name}: discarded {parsed}; it is trained again by the services, or by memtail run")
 
 
 def pause(name: OneName, store: Store = DEFAULT_STORE) -> None:
     """Pause an experiment. Shards in training are finished, no others start."""
-    _control(store, name, state="paused")
+    _control(store, name, "pause", state="paused")
     print(f"{name} is paused: shards in training are finished, no others start; continue with memtail resume {name}")
 
 
@@ -193,7 +201,7 @@ def resume(name: OneName, store: Store = DEFAULT_STORE) -> None:
     """Continue a paused or cancelled experiment, or train the missing trials of a finished one."""
     from memtail.experiment_store import ExperimentStore
 
-    control = _control(store, name, state="running")
+    control = _control(store, name, "resume", state="running")
     if ExperimentStore(open_existing(store), name).reopen("resumed"):
         print(f"{name} was finished, and is open again: missing trials are trained")
     print(f"{name} is running, with priority {control.priority}")
@@ -201,7 +209,7 @@ def resume(name: OneName, store: Store = DEFAULT_STORE) -> None:
 
 def cancel(name: OneName, store: Store = DEFAULT_STORE) -> None:
     """Cancel an experiment. Committed trials are kept."""
-    _control(store, name, state="cancelled")
+    _control(store, name, "cancel", state="cancelled")
     print(f"{name} is cancelled: shards in training are dropped, committed trials are kept; continue with memtail resume {name}")
 
 
@@ -211,22 +219,43 @@ def priority(
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Set the priority of an experiment."""
-    control = _control(store, name, priority=level)
+    control = _control(store, name, "priority", priority=level)
     print(f"{name} has priority {level}" + ("" if control.state == "running" else f", and is {control.state}"))
 
 
-def _control(
-    store: str, name: str, *, state: Literal["running", "paused", "cancelled"] | None = None, priority: int | None = None
-) -> "Control":
-    from memtail.experiment_store import ExperimentStore
+def history(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False) -> None:
+    """Show who submitted and changed an experiment, when and from where."""
+    from memtail.cli import display
+    from memtail.experiment_store import recorded_actions
 
-    experiment_store = ExperimentStore(open_existing(store), name)
+    opened = open_existing(store)
+    actions = list(recorded_actions(opened, name)) if name else []  # also those of an experiment that was removed
+    if not actions:
+        name = resolve_name(opened, name)
+        actions = list(recorded_actions(opened, name))
+    if json_:
+        print(json.dumps([asdict(each) for each in actions], indent=1))
+    elif not actions:
+        print(f"{name}: no actions on record")
+    else:
+        display.show_history(actions)
+
+
+def _control(
+    store: str, name: str, action: str, *, state: Literal["running", "paused", "cancelled"] | None = None, priority: int | None = None
+) -> "Control":
+    from memtail.experiment_store import ExperimentStore, record_action
+
+    opened = open_existing(store)
+    experiment_store = ExperimentStore(opened, name)
     experiment_store.read_record()
-    control = experiment_store.control()
-    changed = replace(control, state=state or control.state, priority=control.priority if priority is None else priority)
-    if changed != control:
-        experiment_store.set_control(changed)
-    return changed
+    before, after = experiment_store.change_control(
+        lambda held: replace(held, state=state or held.state, priority=held.priority if priority is None else priority)
+    )
+    if after != before:
+        change = f"{before.state} -> {after.state}" if priority is None else f"{before.priority} -> {after.priority}"
+        record_action(opened, name, action, change)
+    return after
 
 
 def _shard(span: str) -> "Shard":
@@ -240,6 +269,6 @@ def _shard(span: str) -> "Shard":
 
 def register(app: typer.Typer) -> None:
     """Add these commands to an application."""
-    for command in (stage, submit, watch, failures, retry, discard, pause, resume, cancel):
+    for command in (stage, submit, watch, failures, history, retry, discard, pause, resume, cancel):
         app.command()(command)
     app.command(context_settings={"ignore_unknown_options": True})(priority)  # -1 is a priority, not an option

@@ -224,7 +224,7 @@ class Aggregation:
 
         An extension comes first, so that the scores of a round are never taken for the final ones.
         """
-        if self.complete and (trials := next_round(self.record.experiment.subsets, self.statistics)):
+        if self.complete and (trials := next_round(self.record.experiment.subsets, self.statistics, self.record.most_trials)):
             return Extend(trials)
         if self.published or not self.statistics.trials:
             return Step.DONE if self.complete else Step.WAIT

@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 
 def declare(experiment: Experiment, dataset: ImageDataset, trials_per_shard: int) -> Record:
-    """Make the record of an experiment, after checking that its subset design fits the dataset.
+    """Make the record of an experiment, after checking that its subset design fits the dataset and that it is not too large.
 
     Args:
         experiment: the declaration.
@@ -26,9 +26,9 @@ def declare(experiment: Experiment, dataset: ImageDataset, trials_per_shard: int
 
     Raises:
         SpecError: the subset design does not fit the dataset.
+        UnsupportedError: the experiment has more trials or shards than `memtail.settings.Limits` allow.
     """
-    check_trials(experiment.subsets, dataset.train_labels)
-    return Record(
+    record = Record(
         experiment=experiment,
         fingerprint=experiment.fingerprint(dataset.fingerprint),
         canonical=experiment.canonical(dataset.fingerprint),
@@ -36,6 +36,9 @@ def declare(experiment: Experiment, dataset: ImageDataset, trials_per_shard: int
         n_test=dataset.n_test,
         trials_per_shard=trials_per_shard,
     )
+    record.check_limits()
+    check_trials(experiment.subsets, dataset.train_labels)
+    return record
 
 
 def shard_size_in_child(experiment: Experiment, dataset: ImageDataset) -> int:

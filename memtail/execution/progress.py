@@ -25,6 +25,7 @@ class ExperimentProgress:
 
     Attributes:
         experiment, fingerprint: its name and fingerprint.
+        owner: who owns it, if its submission said so.
         control: its control.
         committed: the shards that have a trial batch.
         trials, total: number of committed trials, and of all trials.
@@ -42,6 +43,7 @@ class ExperimentProgress:
 
     experiment: str
     fingerprint: str
+    owner: str | None
     control: Control
     committed: list[Shard]
     trials: int
@@ -134,6 +136,7 @@ class ExperimentProgress:
             "finished": self.finished,
             "archived": self.archived,
             "priority": self.control.priority,
+            "owner": self.owner,
             "trials": self.trials,
             "wanted": self.total,
             "shards_committed": len(self.committed),
@@ -175,6 +178,7 @@ def progress_of(store: ObjectStore, name: str) -> ExperimentProgress:
     return ExperimentProgress(
         experiment=name,
         fingerprint=record.fingerprint,
+        owner=record.owner,
         control=experiment_store.control(),
         committed=committed,
         trials=len({trial for shard in committed for trial in shard.trials}),

@@ -13,17 +13,18 @@ from memtail.spec import SubsetsSpec, UntilSpec
 from memtail.statistics import Statistics
 
 
-def next_round(subsets: SubsetsSpec, statistics: Statistics) -> int | None:
+def next_round(subsets: SubsetsSpec, statistics: Statistics, limit: int) -> int | None:
     """Return the number of trials of the next round, once `subsets.trials` are accumulated; None if these are enough.
 
     Args:
         subsets: the subset design, with the present number of trials and the bound `until` on a quantile of the standard errors.
         statistics: statistics of these trials; diverged ones do not count.
+        limit: maximum number of trials, whatever the bound.
     """
     until = subsets.until
     if until is None:
         return None
-    needed, most = trials_needed(until, statistics), until.most_trials(subsets.fraction)
+    needed, most = trials_needed(until, statistics), min(limit, until.most_trials(subsets.fraction))
     if needed <= statistics.trials or subsets.trials >= most:
         return None
     # at least a tenth more, so that few rounds are needed, of which each waits for its slowest shard

@@ -1,5 +1,6 @@
 """Objects of one experiment in a store: record, control, failures, notices and trial batches; and the cut of trials into shards."""
 
+from memtail.experiment_store.audit import Action, record_action, recorded_actions
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.finished import Finished
 from memtail.experiment_store.names import changed_experiments, experiment_names
@@ -10,6 +11,7 @@ from memtail.experiment_store.store import MAX_ATTEMPTS, ExperimentStore
 
 __all__ = [
     "MAX_ATTEMPTS",
+    "Action",
     "Control",
     "ExperimentStore",
     "Failure",
@@ -21,4 +23,6 @@ __all__ = [
     "changed_experiments",
     "experiment_names",
     "missing_shards",
+    "record_action",
+    "recorded_actions",
 ]

@@ -1,6 +1,7 @@
 """The record of an experiment, `experiment.json`: its declaration, its fingerprint, and the size of its shards."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -8,13 +9,18 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from memtail.errors import SpecError, StoreError, UnsupportedError
+from memtail.settings import Limits
 from memtail.spec.base import Part
 from memtail.spec.cluster import WorkersSpec
 from memtail.spec.errors import describe, differences
 from memtail.spec.experiment import RECIPE_VERSION, ExecutionSpec, Experiment
+from memtail.storage.keys import LAST_TRIAL
 from memtail.trials import Shard
 
 SCHEMA = 1
+
+#: Pattern of an owner: one line of printable characters.
+OWNER = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,100}")
 
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -41,6 +47,7 @@ class _Content(BaseModel):
     n_train: PositiveInt
     n_test: PositiveInt
     trials_per_shard: PositiveInt
+    owner: Annotated[str, Field(pattern=f"^{OWNER.pattern}$")] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Record:
         canonical: the canonical declaration, with the dataset's fingerprint.
         n_train, n_test: numbers of training and test examples.
         trials_per_shard: number of trials in a shard.
+        owner: who or which team owns the experiment, if the submission says so.
     """
 
     experiment: Experiment
@@ -64,6 +72,7 @@ class Record:
     n_train: int
     n_test: int
     trials_per_shard: int
+    owner: str | None = None
 
     def to_bytes(self) -> bytes:
         """The record as JSON."""
@@ -76,6 +85,7 @@ class Record:
                 "n_train": self.n_train,
                 "n_test": self.n_test,
                 "trials_per_shard": self.trials_per_shard,
+                **({"owner": self.owner} if self.owner else {}),
             },
             indent=1,
         ).encode()
@@ -94,6 +104,31 @@ class Record:
         if changes := differences(self.canonical, read):
             raise UnsupportedError(f"memtail {version('memtail')} reads another declaration than was registered ({', '.join(changes)})")
 
+    @property
+    def shards(self) -> int:
+        """Number of shards of all trials."""
+        return -(-self.experiment.subsets.trials // self.trials_per_shard)
+
+    @property
+    def most_trials(self) -> int:
+        """Number of trials to which the experiment may be extended."""
+        limits = Limits()
+        return min(limits.trials, limits.shards * self.trials_per_shard, LAST_TRIAL + 1)
+
+    def check_limits(self) -> None:
+        """Check that the experiment is not too large. Raises: UnsupportedError."""
+        limits, trials, name = Limits(), self.experiment.subsets.trials, self.experiment.name
+        for count, unit, most, variable in (
+            (trials, "trials", min(limits.trials, LAST_TRIAL + 1), "MEMTAIL_MAX_TRIALS"),
+            (self.shards, "shards", limits.shards, "MEMTAIL_MAX_SHARDS"),
+        ):
+            if count > most:
+                remedy = "more trials per shard, or fewer trials" if unit == "shards" else "fewer trials"
+                raise UnsupportedError(
+                    f"experiment '{name}' has {count} {unit}, and at most {most} are allowed: declare {remedy}, or raise {variable} "
+                    f"for all services and clients"
+                )
+
     def has(self, shard: Shard) -> bool:
         """Whether a shard can belong to this experiment: not empty, not larger than its shards, no trial beyond the last."""
         return 0 < len(shard.trials) <= self.trials_per_shard and shard.last < self.experiment.subsets.trials
@@ -108,7 +143,7 @@ class Record:
         """Read a record. Unknown keys of `execution`, which no trial depends on, are ignored.
 
         Raises:
-            UnsupportedError: a newer memtail wrote it.
+            UnsupportedError: a newer memtail wrote it, or the experiment is too large.
             StoreError: it is corrupt.
         """
         try:
@@ -120,7 +155,7 @@ class Record:
             if execution.get("workers"):
                 execution["workers"] = _known(execution["workers"], WorkersSpec)
             known = _Content.model_validate(content)
-            return cls(experiment=Experiment.parse(declared, source=source), **dict(known))
+            record = cls(experiment=Experiment.parse(declared, source=source), **dict(known))
         except ValidationError as error:
             raise StoreError(f"{source}: is corrupt ({describe(error, _Content)}): restore it, or remove the experiment") from None
         except SpecError as error:
@@ -129,6 +164,8 @@ class Record:
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{source}: is corrupt ({error}): restore it, or remove the experiment") from None
+        record.check_limits()
+        return record
 
 
 def _known(values: dict[str, Any], part: type[Part]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ All state is in the store. Processes that train, accumulate or publish read here
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -29,6 +29,8 @@ log = structlog.get_logger()
 
 #: Number of failed attempts after which a shard is dead: not tried again.
 MAX_ATTEMPTS = 3
+# Tries to change an object that others change at the same time.
+_MOST_TRIES = 100
 # Limit in bytes of controls and notices.
 _SMALL = 1 << 20
 # Limit in bytes of a batch's entry in the record of an experiment's end.
@@ -73,12 +75,22 @@ class ExperimentStore:
         Raises:
             StoreError: another experiment has the name (says what differs) or left trials under it, or fewer trials are asked for than
                 recorded.
+            UnsupportedError: with the recorded size of shards the experiment is too large.
         """
         if not self.is_registered():
             refuse_leftovers(self.store, self.name, declared.fingerprint)
         if self.store.put_if_absent(keys.experiment(self.name), declared.to_bytes()):
             return declared
-        held = self.read_record()
+        held, extended = self._change_record(lambda held: self._extended(held, declared))
+        before, after = held.experiment, extended.experiment
+        if after.subsets.trials > before.subsets.trials:
+            self.reopen(f"extended from {before.subsets.trials} to {after.subsets.trials} trials")
+        elif after.execution.verify > before.execution.verify:
+            self.reopen("more shards are to be verified")
+        return extended
+
+    def _extended(self, held: Record, declared: Record) -> Record:
+        """Return the record that a declaration makes of the one in the store. Raises: StoreError: they do not go together."""
         if held.fingerprint != declared.fingerprint:
             changes = ", ".join(differences(held.canonical, declared.canonical)) or "an unknown part"
             raise StoreError(
@@ -90,14 +102,27 @@ class ExperimentStore:
         more, fewer = declared.experiment.subsets.trials, held.experiment.subsets.trials
         if more < fewer:
             raise StoreError(f"experiment '{self.name}' is in the store with {fewer} trials, this spec has {more}: ask for {fewer} or more")
-        current = Record(declared.experiment, held.fingerprint, held.canonical, held.n_train, held.n_test, held.trials_per_shard)
-        if current != held:
-            self.store.put(keys.experiment(self.name), current.to_bytes())
-            if more > fewer:
-                self.reopen(f"extended from {fewer} to {more} trials")
-            elif current.experiment.execution.verify > held.experiment.execution.verify:
-                self.reopen("more shards are to be verified")
-        return current
+        extended = replace(held, experiment=declared.experiment, owner=declared.owner or held.owner)
+        extended.check_limits()  # with the recorded size of shards
+        return extended
+
+    def _change_record(self, change: Callable[[Record], Record]) -> tuple[Record, Record]:
+        """Replace the record by what a function makes of it, also if others do so at the same time.
+
+        Returns:
+            The record before and after.
+
+        Raises:
+            StoreError: the record cannot be read or written, or others change it all the time.
+        """
+        key = keys.experiment(self.name)
+        for _ in range(_MOST_TRIES):
+            data, tag = self.store.get_tagged(key)
+            held = Record.from_bytes(data, key)
+            changed = change(held)
+            if changed == held or self.store.put_if_match(key, changed.to_bytes(), tag):
+                return held, changed
+        raise StoreError(f"{key}: others change it all the time: try again")
 
     def is_registered(self) -> bool:
         """Whether the store has the experiment's record."""
@@ -309,25 +334,48 @@ class ExperimentStore:
 
     def extend(self, trials: int) -> Record:
         """Raise the number of trials to `trials`, unless it is that high; returns the record in the store. Raises: StoreError."""
-        held = self.read_record()
-        if trials <= held.experiment.subsets.trials:
-            return held
-        extended = held.with_trials(trials)
-        self.store.put(keys.experiment(self.name), extended.to_bytes())
-        return extended
+        return self._change_record(lambda held: held.with_trials(max(trials, held.experiment.subsets.trials)))[1]
 
     def control(self) -> Control:
         """Read the control; the default one if none was set. Raises: StoreError: it is corrupt, or the store cannot be read."""
         key = keys.control(self.name)
         try:
-            return TypeAdapter(Control).validate_json(self.store.get(key, limit=_SMALL))
+            return self._parsed_control(self.store.get(key, limit=_SMALL))
         except ObjectNotFound:
             return Control()
+
+    def _parsed_control(self, data: bytes) -> Control:
+        try:
+            return TypeAdapter(Control).validate_json(data)
         except ValidationError as error:
-            raise StoreError(f"{key}: is corrupt ({error.error_count()} errors): remove it") from None
+            raise StoreError(f"{keys.control(self.name)}: is corrupt ({error.error_count()} errors): remove it") from None
+
+    def change_control(self, change: Callable[[Control], Control]) -> tuple[Control, Control]:
+        """Replace the control by what a function makes of it, also if others do so at the same time.
+
+        Returns:
+            The control before and after.
+
+        Raises:
+            StoreError: it is corrupt, or the store cannot be read or written.
+        """
+        key = keys.control(self.name)
+        for _ in range(_MOST_TRIES):
+            try:
+                data, tag = self.store.get_tagged(key, limit=_SMALL)
+                before = self._parsed_control(data)
+            except ObjectNotFound:
+                before, tag = Control(), None
+            after = change(before)
+            content = json.dumps(asdict(after)).encode()
+            if after == before:
+                return before, after
+            if self.store.put_if_absent(key, content) if tag is None else self.store.put_if_match(key, content, tag):
+                return before, after
+        raise StoreError(f"{key}: others change it all the time: try again")
 
     def set_control(self, control: Control) -> None:
-        """Write the control."""
+        """Write the control, in place of any other one."""
         self.store.put(keys.control(self.name), json.dumps(asdict(control)).encode())
 
     def notices(self) -> dict[str, Notice]:
@@ -394,10 +442,8 @@ class ExperimentStore:
         Raises:
             StoreError: the store cannot be read or written.
         """
-        count, control = self.clear_failures(shard), self.control()
-        if control.tripped:
-            state = "running" if control.state == "paused" else control.state
-            self.set_control(replace(control, state=state, tripped=False))
+        count = self.clear_failures(shard)
+        self.change_control(_continued)
         return count
 
     def clear_failures(self, shard: Shard | None = None) -> int:
@@ -418,3 +464,10 @@ class ExperimentStore:
                     yield Failure(Shard(*span), **content | {"origin": Origin(**content.get("origin", {}))})
                 except (ValueError, TypeError, AttributeError):
                     yield Failure(Shard(*span), 0, f"{key} cannot be read", "", "")
+
+
+def _continued(control: Control) -> Control:
+    """Return the control of an experiment that is no longer paused because of its failures."""
+    if not control.tripped:
+        return control
+    return replace(control, state="running" if control.state == "paused" else control.state, tripped=False)

@@ -125,6 +125,16 @@ def discard(name: str, first: int, last: int, when: str) -> str:
     return f"{discards(name)}{_span(first, last)}/{when}.json"
 
 
+def audits(name: str) -> str:
+    """Return the prefix of all records of people's actions."""
+    return f"experiments/{name}/audit/"
+
+
+def audit(name: str, action: str) -> str:
+    """Return the key of the record of an action, by its time and a random suffix."""
+    return f"{audits(name)}{action}.json"
+
+
 def replicas(name: str) -> str:
     """Return the prefix of all comparisons of second trainings with committed batches."""
     return f"experiments/{name}/replicas/"

@@ -1,8 +1,7 @@
 """State in Redis: assignments of shards to workers, leases, and the leader election of dispatchers.
 
 All of it may be lost. The dispatcher resends a lost assignment, a worker drops a duplicate because its shard is committed or leased, and
-running workers renew their leases within seconds after Redis restarts empty. Times come from Redis's clock, so workers' clocks do not
-matter.
+running workers renew their leases within seconds after Redis restarts empty. `memtail.broker` has the scripts, and the prefix of all keys.
 """
 
 import base64
@@ -18,6 +17,8 @@ import redis
 from celery import Celery
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from memtail import broker as scripts
+from memtail.broker import key_prefix
 from memtail.spec import NAME
 from memtail.storage.keys import LAST_TRIAL
 from memtail.trials import Shard
@@ -32,33 +33,7 @@ SENT_HEADER = "memtail_sent"
 #: Exceptions raised while decoding a malformed queue entry.
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
-#: Prefix of all keys. Its number is raised when earlier workers must not receive the messages: those of 0.1.0 read `memtail:`.
-PREFIX = "memtail2:"
-_LEASE = f"{PREFIX}lease:"
 _QUEUE = "shards"
-_STARTS = f"{PREFIX}starts"
-_LEADER = f"{PREFIX}leader"
-_WORKERS = f"{PREFIX}workers"
-
-# Acquires a lease and counts an unfinished start of the shard. A lost worker never releases its lease, so its start stays counted.
-_ACQUIRE = """
-if not redis.call('set', KEYS[1], ARGV[1], 'nx', 'px', ARGV[2]) then return 0 end
-return redis.call('hincrby', KEYS[2], ARGV[3], 1)
-"""
-# Renews a lease, or acquires it again after Redis was flushed, unless another holder has it.
-_RENEW = """
-local holder = redis.call('get', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('set', KEYS[1], ARGV[1], 'px', ARGV[2])
-return 1
-"""
-# Releases a lease if ARGV[1] is its holder, or the prefix of its holder: a worker releases the leases of its dead processes.
-_RELEASE = """
-local holder = redis.call('get', KEYS[1])
-if not holder or string.sub(holder, 1, #ARGV[1]) ~= ARGV[1] then return 0 end
-if ARGV[2] and redis.call('hincrby', KEYS[2], ARGV[2], -1) <= 0 then redis.call('hdel', KEYS[2], ARGV[2]) end
-return redis.call('del', KEYS[1])
-"""
 
 
 class Assignment(BaseModel):
@@ -148,7 +123,7 @@ def celery_app(settings: ServiceSettings) -> Celery:
         # kombu's default for rediss:// URLs accepts any certificate
         broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED} if settings.broker.startswith("rediss:") else None,
         broker_transport_options={
-            "global_keyprefix": PREFIX,
+            "global_keyprefix": key_prefix(settings.store, settings.endpoint),
             # Redis redelivers unacknowledged messages after this timeout; longer than any shard, because the dispatcher resends earlier
             "visibility_timeout": settings.shard_seconds + 3600,
             "socket_connect_timeout": 5,
@@ -194,13 +169,20 @@ class Broker:
             self.redis = redis.Redis.from_url(settings.broker, **options)
         except ValueError:  # its message may contain a part of the password
             raise ServiceError("MEMTAIL_BROKER is not a Redis URL: use redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS") from None
-        self._acquire, self._renew, self._release = map(self.redis.register_script, (_ACQUIRE, _RENEW, _RELEASE))
+        #: Prefix of all keys.
+        self.prefix = key_prefix(settings.store, settings.endpoint)
+        self._leases, self._leader, self._workers, self._queues = (self.prefix + key for key in ("leases", "leader", "workers", "queues"))
+        self._acquire, self._renew, self._release, self._expired, self._lead, self._step_down, self._register = map(
+            self.redis.register_script,
+            (scripts.ACQUIRE, scripts.RENEW, scripts.RELEASE, scripts.EXPIRED, scripts.LEAD, scripts.STEP_DOWN, scripts.REGISTER),
+        )
 
     def send(self, assignments: list[Assignment]) -> None:
         """Append assignments to their queues."""
         if not assignments:
             return
         headers = {SENT_HEADER: self.time()}
+        self.redis.sadd(self._queues, *{queue_name(self._settings, assignment.experiment) for assignment in assignments})
         with self._celery.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=5)
             with self._celery.amqp.Producer(connection) as producer:
@@ -216,7 +198,7 @@ class Broker:
 
     def queued(self, queue: str) -> Iterator[Assignment]:
         """Iterate over a queue's assignments that no worker has taken yet; malformed entries are skipped."""
-        for message in self.redis.lrange(PREFIX + queue, 0, -1):
+        for message in self.redis.lrange(self.prefix + queue, 0, -1):
             try:
                 yield decode_assignment(message)
             except MALFORMED:
@@ -224,7 +206,7 @@ class Broker:
 
     def waiting(self) -> int:
         """Count the messages in the queue of the settings' experiment, or in the shared queue."""
-        return int(self.redis.llen(PREFIX + queue_name(self._settings)))
+        return int(self.redis.llen(self.prefix + queue_name(self._settings)))
 
     def load(self) -> BrokerLoad:
         """Measure the load of Redis."""
@@ -232,57 +214,51 @@ class Broker:
         for section in ("memory", "clients"):
             pipeline.info(section)
         for queue in self.queues():
-            pipeline.llen(PREFIX + queue)
+            pipeline.llen(self.prefix + queue)
         memory, clients, *lengths = pipeline.execute()
         return BrokerLoad(sum(lengths), memory["used_memory"], clients["connected_clients"])
 
     def clear(self, queue: str) -> None:
-        """Remove all messages from a queue."""
-        self.redis.delete(PREFIX + queue)
+        """Remove a queue and its messages."""
+        self.redis.delete(self.prefix + queue)
+        self.redis.srem(self._queues, queue)
 
     def queues(self) -> set[str]:
-        """Return the names of all queues that are not empty."""
-        return {str(name).removeprefix(PREFIX) for name in self.redis.scan_iter(match=f"{PREFIX}{_QUEUE}*", count=1000)}
+        """Return the names of the queues to which assignments were sent since they were cleared."""
+        names: Any = self.redis.smembers(self._queues)
+        return {name for name in map(str, names) if name.partition(".")[0] == _QUEUE}
 
     def acquire(self, assignment: Assignment, holder: str) -> bool:
-        """Lease a shard to `holder` and count the start; False if another holder has the lease."""
-        return bool(self._acquire(keys=[_LEASE + assignment.id, _STARTS], args=[holder, self._lease, assignment.id]))
+        """Lease a shard to `holder`; False if another holder has the lease."""
+        return bool(self._acquire(keys=[self._leases], args=[assignment.id, holder, self._lease]))
 
     def renew(self, assignment: Assignment, holder: str) -> bool:
         """Renew a lease; False if another holder has it."""
-        return bool(self._renew(keys=[_LEASE + assignment.id], args=[holder, self._lease]))
+        return bool(self._renew(keys=[self._leases], args=[assignment.id, holder, self._lease]))
 
     def release(self, assignment: Assignment, holder: str) -> None:
-        """Release a lease and discount its start; `holder` may be a prefix of the holder's name."""
-        self._release(keys=[_LEASE + assignment.id, _STARTS], args=[holder, assignment.id])
+        """Release a lease; `holder` may be a prefix of the holder's name."""
+        self._release(keys=[self._leases], args=[assignment.id, holder])
 
-    def leased(self) -> set[str]:
-        """Return the ids of all leased assignments."""
-        return {str(name).removeprefix(_LEASE) for name in self.redis.scan_iter(match=f"{_LEASE}*", count=1000)}
+    def leased(self) -> dict[str, str]:
+        """Return the holders of all leases that have not expired, by the ids of their assignments; what is no lease is skipped."""
+        now, held = self.time() * 1000, {}
+        values: Any = self.redis.hgetall(self._leases)
+        for id_, value in values.items():
+            match = re.fullmatch("([0-9]{1,15}) (.*)", value, re.DOTALL)
+            if match and now < int(match[1]) <= now + 10 * self._lease:
+                held[str(id_)] = match[2]
+        return held
 
-    def holders(self) -> dict[str, str]:
-        """Return the holders of all leases, by the ids of their assignments."""
-        names = [f"{_LEASE}{id_}" for id_ in self.leased()]
-        values: Any = self.redis.mget(names) if names else []
-        return {name.removeprefix(_LEASE): holder for name, holder in zip(names, values, strict=True) if holder}
-
-    def starts(self) -> dict[str, int]:
-        """Count the unfinished starts per assignment id (for a leased assignment: lost workers + 1); malformed counts are skipped."""
-        counts = {str(name): str(count) for name, count in self.redis.hgetall(_STARTS).items()}
-        return {name: int(count) for name, count in counts.items() if re.fullmatch("[0-9]{1,9}", count)}
-
-    def clear_starts(self, ids: list[str]) -> None:
-        """Reset the unfinished starts of assignments, after they were recorded as a failure."""
-        if ids:
-            self.redis.hdel(_STARTS, *ids)
+    def take_expired(self) -> dict[str, str]:
+        """Remove the leases that expired, because their holders neither renewed nor released them; returns the holders by id."""
+        expired = self._expired(keys=[self._leases], args=[self._lease])
+        return dict(zip(expired[::2], expired[1::2], strict=True))
 
     def register_worker(self, node: str, host: str) -> None:
         """Register a worker of the settings' queue for the duration of a lease, and forget those that did not register since."""
-        now, place = self.time(), WorkerPlace(queue_name(self._settings), node, host)
-        pipeline = self.redis.pipeline(transaction=False)
-        pipeline.zadd(_WORKERS, {json.dumps(place): now})
-        pipeline.zremrangebyscore(_WORKERS, "-inf", now - self._settings.lease_seconds)
-        pipeline.execute()
+        place = WorkerPlace(queue_name(self._settings), node, host)
+        self._register(keys=[self._workers], args=[json.dumps(place), self._lease])
 
     def workers(self, experiment: str = "") -> list[WorkerPlace]:
         """List the workers that registered within the duration of a lease; malformed entries are skipped.
@@ -291,7 +267,7 @@ class Broker:
             experiment: list those that take its messages; by default of the settings' experiment.
         """
         places = []
-        entries: Any = self.redis.zrangebyscore(_WORKERS, self.time() - self._settings.lease_seconds, "+inf")
+        entries: Any = self.redis.zrangebyscore(self._workers, self.time() * 1000 - self._lease, "+inf")
         for entry in entries:
             with suppress(*MALFORMED):
                 queue, node, host = map(str, json.loads(entry))
@@ -300,11 +276,11 @@ class Broker:
 
     def lead(self, holder: str) -> bool:
         """Acquire or renew the leadership of dispatchers; False if another dispatcher leads."""
-        return bool(self._renew(keys=[_LEADER], args=[holder, self._lease]))
+        return bool(self._lead(keys=[self._leader], args=[holder, self._lease]))
 
     def step_down(self, holder: str) -> None:
         """Release the leadership, so that another dispatcher can take over immediately."""
-        self._release(keys=[_LEADER], args=[holder])
+        self._step_down(keys=[self._leader], args=[holder])
 
 
 def decode_assignment(message: Any) -> Assignment:

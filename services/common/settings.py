@@ -7,7 +7,7 @@ from typing import Any
 
 from memtail.errors import MemtailError
 from memtail.execution.breaker import BREAKER_SHARDS
-from memtail.settings import BROKER_VARIABLE, STORE_VARIABLE, secret
+from memtail.settings import BROKER_VARIABLE, STORE_VARIABLE, S3Settings, secret
 
 
 class ServiceError(MemtailError):
@@ -24,11 +24,13 @@ class ServiceSettings:
 
     Attributes:
         store: `MEMTAIL_STORE`: address of the bucket.
+        endpoint: `MEMTAIL_S3_ENDPOINT`: URL of the bucket's server. The prefix of the keys in Redis follows from it and `store`, so all
+            services must name the server alike.
         broker: `MEMTAIL_BROKER` (or the file named by `MEMTAIL_BROKER_FILE`): Redis's URL with its password; not in the repr.
         lease_seconds: duration of a lease; a worker that stops renewing it loses its shard.
         silence_seconds: time without progress after which a training process counts as hung, and ends; longer if its own pauses are.
         shard_seconds: maximum training time of a shard, after which its process is killed.
-        max_starts: number of workers lost on a shard that counts as one failed attempt.
+        max_starts: number of workers lost on a shard that counts as one failed attempt, as far as one dispatcher saw their leases expire.
         breaker_shards: number of shards that must fail alike, before any is committed, to pause their experiment.
         reconcile_seconds: interval between passes of the dispatcher and of the aggregator.
         resync_seconds: interval between complete listings of the committed batches, and of the finished experiments that were changed.
@@ -47,6 +49,7 @@ class ServiceSettings:
     """
 
     store: str = _variable(STORE_VARIABLE, "")
+    endpoint: str = _variable("MEMTAIL_S3_ENDPOINT", S3Settings.endpoint)
     broker: str = _variable(BROKER_VARIABLE, "redis://127.0.0.1:6379/0", repr=False)
     lease_seconds: float = _variable("MEMTAIL_LEASE_SECONDS", 60.0)
     silence_seconds: float = _variable("MEMTAIL_SILENCE_SECONDS", 300.0)

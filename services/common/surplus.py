@@ -7,9 +7,8 @@ from contextlib import suppress
 
 import redis
 
-from services.common.broker import PREFIX, Broker
+from services.common.broker import Broker
 
-_SURPLUS, _LEAVING = f"{PREFIX}surplus", f"{PREFIX}leaving"
 # Seconds after which a worker that leaves is forgotten: longer than any shard that its other devices may have to finish.
 _FORGOTTEN = 86_400
 
@@ -35,25 +34,26 @@ class Surplus:
 
     def __init__(self, broker: Broker, seconds: float) -> None:
         self._broker, self._redis, self._seconds = broker, broker.redis, seconds
+        self._surplus, self._leaving = broker.prefix + "surplus", broker.prefix + "leaving"
         self._leave = self._redis.register_script(_LEAVE)
 
     def offer(self, numbers: dict[str, int]) -> None:
         """Replace the numbers of workers that are to leave."""
         pipeline = self._redis.pipeline()
-        pipeline.delete(_SURPLUS)
+        pipeline.delete(self._surplus)
         if numbers:
-            pipeline.hset(_SURPLUS, items=[part for item in numbers.items() for part in item])
-            pipeline.pexpire(_SURPLUS, int(self._seconds * 1000))
+            pipeline.hset(self._surplus, items=[part for item in numbers.items() for part in item])
+            pipeline.pexpire(self._surplus, int(self._seconds * 1000))
         pipeline.execute()
 
     def leave(self, experiment: str, host: str) -> bool:
         """Return whether a worker on a host is to end; it then must."""
-        return bool(self._leave(keys=[_SURPLUS, _LEAVING], args=[experiment, host, self._broker.time()]))
+        return bool(self._leave(keys=[self._surplus, self._leaving], args=[experiment, host, self._broker.time()]))
 
     def leaving(self) -> set[str]:
         """Return the hosts of the workers that leave, and of those that left within a day."""
         with suppress(redis.ResponseError):
-            self._redis.zremrangebyscore(_LEAVING, "-inf", self._broker.time() - _FORGOTTEN)
-            return set(map(str, self._redis.zrange(_LEAVING, 0, -1)))
-        self._redis.delete(_LEAVING)  # it holds something else
+            self._redis.zremrangebyscore(self._leaving, "-inf", self._broker.time() - _FORGOTTEN)
+            return set(map(str, self._redis.zrange(self._leaving, 0, -1)))
+        self._redis.delete(self._leaving)  # it holds something else
         return set()

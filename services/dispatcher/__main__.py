@@ -9,6 +9,7 @@ from services.common.settings import ServiceSettings
 from services.common.surplus import Surplus
 from services.dispatcher.dispatcher import Dispatcher
 from services.dispatcher.fleet import Fleet
+from services.dispatcher.metrics import BROKER
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
 
 
@@ -17,6 +18,7 @@ def _dispatch(settings: ServiceSettings) -> None:
     serve(settings.port, heartbeat)
     store = open_store(settings.store, observe=count_request)
     broker = Broker(settings)
+    BROKER.info({"prefix": broker.prefix})
     dispatcher = Dispatcher(store, broker, settings, _fleet(settings, store, broker) if settings.fleet else None)
     try:
         dispatcher.run(heartbeat.record)

@@ -23,10 +23,11 @@ from memtail.storage import ObjectStore
 from memtail.trials import Shard
 from services.common.broker import Assignment, Broker, parse_id, queue_name
 from services.common.process import repeat
-from services.common.settings import ServiceSettings
+from services.common.settings import ServiceError, ServiceSettings
 from services.dispatcher import metrics
 from services.dispatcher.fleet import Fleet
 from services.dispatcher.killed_workers import KilledWorkers
+from services.dispatcher.lost_workers import LostWorkers
 from services.dispatcher.metric_updates import ExperimentMetrics, ExperimentStatus
 from services.dispatcher.reconcile import Actions, View, reconcile, shards_missing
 from services.dispatcher.worker_jobs import Demand
@@ -36,6 +37,10 @@ log = structlog.get_logger()
 # Time from the receipt of a message to the lease, as a share of the lease's duration. After it the assignment is sent again; the worker
 # that then receives it second finds the shard leased and drops the message.
 _TRANSIT_SHARE = 0.25
+# Time after which the leadership is renewed within a pass, as a share of its duration.
+_LEAD_SHARE = 1 / 6
+# Time for which a lease must have been watched to tell of a lost worker when it expires, as a share of its duration.
+_WATCHED_SHARE = 0.5
 # Pause after the first failed attempt at a shard, as a share of the lease's duration, and the factor by which it grows.
 _PAUSE_SHARE, _PAUSE_GROWTH = 0.25, 4
 # Batches listed per pass; a longer listing continues in the next passes.
@@ -66,7 +71,8 @@ class Dispatcher:
         self._changes_listed_at = float("-inf")
         self._last_queued: dict[str, float] = {}  # when each assignment was sent, or last seen in a queue
         self._leased: set[str] = set()
-        self._starts: dict[str, int] = {}
+        self._led_at = float("-inf")  # when the leadership was renewed
+        self._lost_workers = LostWorkers(_WATCHED_SHARE * settings.lease_seconds)
         self._metrics = ExperimentMetrics(settings.linger_seconds)
         self._killed_workers = KilledWorkers(store, broker)
 
@@ -82,7 +88,7 @@ class Dispatcher:
     def _reconcile_if_leader(self) -> None:
         leads = False
         try:
-            leads = self._broker.lead(self._holder)
+            leads = self._lead()
         finally:
             metrics.LEADER.set(leads)
         load = self._broker.load()
@@ -96,27 +102,47 @@ class Dispatcher:
             if self._fleet:
                 self._fleet.clear_metrics()
 
+    def _lead(self) -> bool:
+        now = time.monotonic()
+        leads = self._broker.lead(self._holder)
+        self._led_at = now if leads else float("-inf")
+        return leads
+
+    def _keep_leading(self) -> None:
+        """Renew the leadership in the middle of a pass, so that no other dispatcher acts beside this one.
+
+        Raises:
+            ServiceError: another dispatcher leads, because this one took longer than its leadership lasts.
+        """
+        if time.monotonic() - self._led_at > _LEAD_SHARE * self._settings.lease_seconds and not self._lead():
+            raise ServiceError("another dispatcher leads since this pass began")
+
     def reconcile(self) -> Actions:
         """Run one pass, and return its actions."""
         if self._fleet:
             self._killed_workers.record(self._fleet.pods())
         queues = {queue: list(self._broker.queued(queue)) for queue in self._broker.queues()}
         queued = [assignment for assignments in queues.values() for assignment in assignments]
-        leased, starts = self._broker.leased(), self._broker.starts()
-        ended = self._leased - leased
+        expired, holders = self._broker.take_expired(), self._broker.leased()
+        self._lost_workers.update(holders, expired, time.monotonic())
+        leased = set(holders)
+        ended = (self._leased | expired.keys()) - leased
         in_transit = self._in_transit({assignment.id for assignment in queued}, leased, ended)
-        self._metrics.count_expired_leases(id_ for id_ in ended if starts.get(id_, 0) >= self._starts.get(id_, 1))
+        self._metrics.count_expired_leases(expired)
         self._read_bucket(in_transit | ended)
-        self._leased, self._starts = leased, starts
+        self._leased = leased
+        self._lost_workers.keep_only(self._remains)
+        losses = self._lost_workers.counts
         views: dict[str, list[View]] = {queue: [] for queue in queues}
         for experiment in self._experiments.values():
             views.setdefault(queue_name(self._settings, experiment.name), []).append(experiment.view)
         limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, len(views)))}
-        by_queue = {queue: reconcile(views[queue], queues.get(queue, []), leased | in_transit, starts, **limits) for queue in views}
+        by_queue = {queue: reconcile(views[queue], queues.get(queue, []), leased | in_transit, losses, **limits) for queue in views}
         for queue, actions in by_queue.items():
+            self._keep_leading()
             for assignment in actions.lost:
-                self._record_lost(assignment, starts[assignment.id])
-            if actions.clear:
+                self._record_lost(assignment, losses[assignment.id])
+            if actions.clear or not views[queue]:
                 self._broker.clear(queue)
                 self._metrics.discount_cleared(queues.pop(queue, []))
             self._broker.send(actions.send)
@@ -131,6 +157,7 @@ class Dispatcher:
         statuses = [experiment.status(merged) for experiment in self._experiments.values()]
         self._metrics.update(statuses, self._unreadable, leased, still_queued | in_transit)
         if self._fleet:
+            self._keep_leading()
             self._fleet.reconcile([experiment.demand(merged) for experiment in self._experiments.values()], self._unreadable)
         return merged
 
@@ -147,6 +174,7 @@ class Dispatcher:
         self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in names}
         self._unreadable = set()
         for experiment in [each for each in self._experiments.values() if each.name not in finished]:
+            self._keep_leading()
             with bound_contextvars(experiment=experiment.name):
                 try:
                     experiment.refresh(self._settings, ended)
@@ -166,10 +194,16 @@ class Dispatcher:
         self._changes_listed_at = time.monotonic()
         return changed
 
-    def _record_lost(self, assignment: Assignment, starts: int) -> None:
-        error = f"{starts} workers were lost while they trained the shard: killed with their container, or disconnected"
+    def _remains(self, id_: str) -> bool:
+        """Return whether an assignment is still to be trained."""
+        name, shard = parse_id(id_) or ("", None)
+        view = self._experiments[name].view if name in self._experiments else None
+        return view is not None and (shard in view.missing or shard in view.unverified)
+
+    def _record_lost(self, assignment: Assignment, lost: int) -> None:
+        error = f"{lost} workers were lost while they trained the shard: killed with their container, or disconnected"
         failure = ExperimentStore(self._store, assignment.experiment).record_failure(assignment.shard, error)
-        self._broker.clear_starts([assignment.id])
+        self._lost_workers.forget(assignment.id)
         log.error("shard failed", experiment=assignment.experiment, shard=str(assignment.shard), attempt=failure.attempt, error=error)
 
 
@@ -308,8 +342,7 @@ class _TrackedExperiment:
             f"memtail retry {self.name}"
         )
         self._give_notice(line)
-        self.view.control = replace(control, state="paused", tripped=True)
-        self._experiment_store.set_control(self.view.control)
+        _, self.view.control = self._experiment_store.change_control(_tripped)
 
     def _is_settled(self) -> bool:
         """Return whether the published scores count all trials, or a final notice says that there will be no scores."""
@@ -328,3 +361,8 @@ class _TrackedExperiment:
         """Describe the workers that the experiment can use."""
         control, outstanding = self.view.control, actions.outstanding[self.name] if self.view.supported else 0
         return Demand(self.name, control.state, control.priority, outstanding, self._workers)
+
+
+def _tripped(control: Control) -> Control:
+    """Return the control of an experiment that is paused because of its failures, unless its owner has changed its state meanwhile."""
+    return replace(control, state="paused", tripped=True) if control.state == "running" else control

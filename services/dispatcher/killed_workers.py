@@ -39,7 +39,7 @@ class KilledWorkers:
         """
         killed = {pod.name: pod for pod in pods if pod.killed}
         if any(pod.uid not in self._handled for pod in killed.values()):
-            for id_, holder in self._broker.holders().items():
+            for id_, holder in self._broker.leased().items():
                 pod, parsed = killed.get(holder.partition("/")[0]), parse_id(id_)
                 if pod and parsed:
                     self._record(pod, holder, *parsed)

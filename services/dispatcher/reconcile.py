@@ -5,7 +5,7 @@ itself) is therefore repaired by the next pass.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice, zip_longest
 
@@ -93,7 +93,7 @@ def reconcile(
     views: Collection[View],
     queued: list[Assignment],
     busy: set[str],
-    starts: dict[str, int],
+    losses: Mapping[str, int],
     *,
     max_starts: int,
     max_queued: int,
@@ -104,7 +104,7 @@ def reconcile(
         views: experiments that share the queue.
         queued: assignments in the queue, in its order.
         busy: ids of assignments that are leased, or in transit from the queue to a lease.
-        starts: unfinished starts per assignment id (for a leased assignment: lost workers + 1).
+        losses: lost workers per assignment id.
         max_starts: number of lost workers that counts as one failed attempt.
         max_queued: maximum length of the queue.
     """
@@ -124,7 +124,7 @@ def reconcile(
             assignment = view.assignment(shard)
             if shard in exhausted or shard in view.resting or assignment.id in busy:
                 continue
-            if starts.get(assignment.id, 0) >= max_starts:
+            if losses.get(assignment.id, 0) >= max_starts:
                 lost.append(assignment)
             else:
                 left_to_others -= not view.supported
@@ -146,17 +146,17 @@ def reconcile(
     )
     chosen = ready[:max_queued] if clear else send
     room = max(0, max_queued - len(chosen) - (0 if clear else len(queued)))
-    verifications = (each for each in _verifications(views, busy, starts, max_starts) if clear or each.id not in queued_ids)
+    verifications = (each for each in _verifications(views, busy, losses, max_starts) if clear or each.id not in queued_ids)
     return Actions(chosen + list(islice(verifications, room)), clear, lost, outstanding, dead)
 
 
-def _verifications(views: Iterable[View], busy: set[str], starts: dict[str, int], max_starts: int) -> Iterator[Assignment]:
+def _verifications(views: Iterable[View], busy: set[str], losses: Mapping[str, int], max_starts: int) -> Iterator[Assignment]:
     """Yield assignments of shards to train a second time; a shard that failed often, or lost its workers, is not verified."""
     for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):
         for shard in view.unverified if view.control.state == "running" else ():
             assignment = view.assignment(shard)
             tried = view.attempts[shard] >= MAX_ATTEMPTS or shard in view.resting
-            if not tried and assignment.id not in busy and starts.get(assignment.id, 0) < max_starts:
+            if not tried and assignment.id not in busy and losses.get(assignment.id, 0) < max_starts:
                 yield assignment
 
 

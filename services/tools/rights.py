@@ -87,7 +87,7 @@ RIGHTS = {
 
 # Commands of both users: without CONFIG, FLUSHALL, KEYS and the like, and without changing scripts of others.
 _COMMANDS = "+@read +@write +@connection +@transaction +eval +evalsha +script|load +script|exists +time +publish -@dangerous"
-_WORKERS_KEYS = " ".join(f"~memtail*:{key}*" for key in ("shards", "lease", "starts", "workers", "unacked", "_kombu"))
+_WORKERS_KEYS = " ".join(f"~memtail*:{key}*" for key in ("shards", "leases", "workers", "surplus", "leaving", "unacked", "_kombu"))
 #: Rules of Redis's users by component. A worker cannot lead, and sees no keys but those of its queue and leases.
 REDIS_RULES = {
     "worker": f"resetchannels {_WORKERS_KEYS} {_COMMANDS}",

@@ -33,6 +33,7 @@ REPLICAS_DIFFER = Counter(
     ["experiment", "kinds"],
 )
 DROPPED = Counter("memtail_messages_dropped_total", "Messages that were dropped because they are not assignments")
+UNREADABLE = Counter("memtail_worker_reports_unreadable_total", "Reports of training processes that could not be read or counted")
 FAULTS = Counter("memtail_worker_faults_total", "Shards handed back because this worker was at fault: its device, disk or cache")
 
 DEVICES = Gauge("memtail_worker_devices", "Devices of a worker, with one training process each")

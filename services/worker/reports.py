@@ -10,7 +10,10 @@ import select
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
+
+from services.worker import metrics
 
 
 class Reports:
@@ -40,10 +43,22 @@ class Reports:
     def _follow(self, handlers: Mapping[str, Callable[..., None]], tick: Callable[[], None], seconds: float) -> None:
         rest = b""
         while True:
-            tick()
+            self._call(tick)
             if not select.select([self._source], [], [], seconds)[0]:
                 continue
             *lines, rest = (rest + os.read(self._source, 1 << 16)).split(b"\n")
+            rest = rest[: select.PIPE_BUF]  # no report is longer
             for line in lines:
-                kind, *values = json.loads(line)
-                handlers[kind](*values)
+                self._call(partial(_handle, line, handlers))
+
+    def _call(self, function: Callable[[], object]) -> None:
+        """Call a function whose errors must not end the thread; they are counted, since threads of the parent do not log."""
+        try:
+            function()
+        except Exception:  # user code can write to the pipe too
+            metrics.UNREADABLE.inc()
+
+
+def _handle(line: bytes, handlers: Mapping[str, Callable[..., None]]) -> None:
+    kind, *values = json.loads(line)
+    handlers[kind](*values)

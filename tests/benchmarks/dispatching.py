@@ -14,7 +14,7 @@ from memtail.storage import keys
 from memtail.storage.s3 import S3Store
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import Shard
-from services.common.broker import PREFIX, Assignment, Broker
+from services.common.broker import Assignment, Broker
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
 from tests.benchmarks.bench import Row
@@ -55,7 +55,7 @@ def _passes(store: S3Store, broker: Broker, settings: ServiceSettings) -> list[R
             began = time.perf_counter()
             plan = dispatcher.reconcile()
             times.append(time.perf_counter() - began)
-            broker.redis.ltrim(f"{PREFIX}shards", 0, -201)  # as if workers took some
+            broker.redis.ltrim(f"{broker.prefix}shards", 0, -201)  # as if workers took some
     assert plan.outstanding["big"] == SHARDS - COMMITTED
     assert Shard(COMMITTED, COMMITTED) not in {assignment.shard for assignment in plan.send}
     memory = broker.redis.info("memory")["used_memory_peak"] / 2**20

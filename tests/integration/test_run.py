@@ -33,6 +33,17 @@ def finished(tmp_path_factory):
     return folder / "store", result.stdout
 
 
+def test_a_run_of_too_many_trials_is_refused_in_one_line(tmp_path):
+    path = spec(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["subsets"]["trials"] = 10**9
+    path.write_text(yaml.safe_dump(content))
+    result = command("run", path, "--store", tmp_path / "store")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("memtail: experiment ")
+    assert "has 1000000000 trials, and at most 1000000 are allowed: declare fewer trials, or raise MEMTAIL_MAX_TRIALS" in result.stderr
+
+
 def test_a_run_prints_the_spec_the_progress_and_the_summary(finished):
     store, text = finished
     assert "batch_size: 64" in text

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import re
 import socket
+import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +16,12 @@ import yaml
 from typer.testing import CliRunner
 
 from memtail import datasets
+from memtail.broker import key_prefix
 from memtail.cli import doctor, watch
 from memtail.cli.app import app
 from memtail.cli.doctor import examine
 from memtail.datasets.staged_dataset import fetch
-from memtail.errors import MemtailError, StoreError, UnsupportedError
+from memtail.errors import MemtailError, SpecError, StoreError, UnsupportedError
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import Control, ExperimentStore, Origin
 from memtail.scores.publish import publish
@@ -32,7 +34,7 @@ from tests.support.arrays import write_arrays
 from tests.support.batches import commit
 from tests.support.cli import command
 from tests.support.cluster import RedisServer
-from tests.support.servers import MinioServer, free_port
+from tests.support.servers import MinioServer, free_port, server_binary
 
 TRIALS, PER_SHARD = 12, 4
 SHARDS = [Shard(0, 3), Shard(4, 7), Shard(8, 11)]
@@ -149,6 +151,34 @@ def test_submitting_again_changes_nothing_and_more_trials_extend(call, spec, sto
         call("submit", spec())
 
 
+@pytest.mark.parametrize(
+    ("trials", "message"),
+    [
+        (3_000_000, "has 3000000 trials, and at most 1000000 are allowed: declare fewer trials, or raise MEMTAIL_MAX_TRIALS"),
+        (900_000, "experiment 'tiny' has 225000 shards, and at most 200000 are allowed: declare more trials per shard"),
+        (10**30, "experiment 'tiny' has 1000000000000000000000000000000 trials"),
+    ],
+)
+def test_an_experiment_that_is_too_large_is_not_submitted(call, spec, store, trials, message):
+    with pytest.raises(UnsupportedError, match=message):
+        call("submit", spec(trials=trials))
+    assert not list(store.list(""))
+
+
+def test_an_experiment_is_not_extended_beyond_the_limit(call, spec, submitted, monkeypatch):
+    monkeypatch.setenv("MEMTAIL_MAX_TRIALS", "16")
+    with pytest.raises(UnsupportedError, match="has 20 trials, and at most 16"):
+        call("submit", spec(trials=20))
+    assert submitted.read_record().experiment.subsets.trials == 12
+
+
+@pytest.mark.parametrize("limit", ["0", "many", "-1", "9" * 5000])
+def test_a_limit_that_is_no_number_is_named(call, spec, monkeypatch, limit):
+    monkeypatch.setenv("MEMTAIL_MAX_SHARDS", limit)
+    with pytest.raises(StoreError, match=r"MEMTAIL_MAX_SHARDS is '.*': give a whole number above 0"):
+        call("submit", spec())
+
+
 def test_an_extended_experiment_keeps_its_trials_when_its_first_declaration_is_submitted_again(call, spec, store):
     subsets = {"trials": 12, "design": "balanced", "fraction": 0.5, "until": {"standard_error": 0.1}}
     call("submit", spec(subsets=subsets))
@@ -156,6 +186,62 @@ def test_an_extended_experiment_keeps_its_trials_when_its_first_declaration_is_s
     assert "20 in 5 shards of 4" in call("submit", spec(subsets=subsets))
     made = json.loads(call("submit", spec(subsets=subsets), "--json"))
     assert (made["trials_before"], made["trials"]) == (20, 20)
+
+
+def test_each_action_of_a_person_is_on_record(call, spec, store, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "ada")
+    call("submit", spec(), "--priority", 5, "--owner", "team vision")
+    call("submit", spec(), "--priority", 5)  # changes nothing
+    monkeypatch.setenv("LOGNAME", "grace")
+    call("submit", spec(trials=20), "--owner", "Grace")
+    for arguments in (["pause"], ["pause"], ["resume"], ["cancel"], ["priority"], ["retry"]):
+        call(arguments[0], "tiny", *(["-3"] if arguments == ["priority"] else []))
+    experiment_store = ExperimentStore(store, "tiny")
+    fail(experiment_store, SHARDS[0], 2)
+    call("retry", "tiny", "--shard", "0-3")
+    commit(experiment_store, SHARDS[1])
+    call("discard", "tiny", "--shard", "4-7", "--why", "a broken GPU")
+    actions = json.loads(call("history", "tiny", "--json"))
+    assert [(each["user"], each["action"], each["details"]) for each in actions] == [
+        ("ada", "submit", "12 trials, priority 0 -> 5, owner team vision"),
+        ("grace", "submit", "12 -> 20 trials, owner Grace"),
+        ("grace", "pause", "running -> paused"),
+        ("grace", "resume", "paused -> running"),
+        ("grace", "cancel", "running -> cancelled"),
+        ("grace", "priority", "5 -> -3"),
+        ("grace", "retry", "2 failed attempts of shard 0-3"),
+        ("grace", "discard", "trials 4-7: a broken GPU"),
+    ]
+    assert {(each["host"], each["memtail"]) for each in actions} == {(socket.gethostname(), version("memtail"))}
+    assert re.search(r"grace +\S+ +\S+ +priority +5 -> -3", call("history"))
+    for key in list(store.list(keys.audits("tiny")))[:2]:
+        store.put(key, b"{")
+    assert len(json.loads(call("history", "tiny", "--json"))) == 6
+    store.delete(keys.experiment("tiny"))
+    assert "a broken GPU" in call("history", "tiny")
+    with pytest.raises(ObjectNotFound, match="there is no experiment 'other'"):
+        call("history", "other")
+
+
+def test_an_owner_is_recorded_and_shown_only_if_named(call, spec, store):
+    call("submit", spec())
+    assert b'"owner"' not in store.get(keys.experiment("tiny"))
+    assert "owner" not in call("status")
+    assert json.loads(call("submit", spec(), "--owner", "team vision", "--json"))["owner"] == "team vision"
+    call("submit", spec(trials=20))
+    experiment_store = ExperimentStore(store, "tiny")
+    assert experiment_store.extend(24).owner == experiment_store.read_record().owner == "team vision"
+    assert "team vision" in call("status")
+    assert json.loads(call("status", "--json"))[0]["owner"] == "team vision"
+    fail(experiment_store, SHARDS[0], 1)
+    assert "owner: team vision" in call("failures")
+
+
+@pytest.mark.parametrize("owner", ["", "two\nlines", "\x1b[31mred", "x" * 101])
+def test_an_owner_is_one_printable_line(call, spec, store, owner):
+    with pytest.raises(SpecError, match="give one line of 1 to 100 printable characters"):
+        call("submit", spec(), "--owner", owner)
+    assert not list(store.list(""))
 
 
 def test_another_experiment_under_the_name_is_refused_before_its_dataset_is_staged(call, spec, store, tmp_path):
@@ -474,6 +560,17 @@ def test_doctor_accepts_a_machine_without_torch_but_not_one_with_half_of_the_pac
     assert [check.name for check in examined("torchvision").values() if not check.fine] == ["torchvision"]
 
 
+def until_answers(port):
+    end = time.monotonic() + 20
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
 def _broker(monkeypatch, tmp_path, url):
     monkeypatch.setenv("MEMTAIL_BROKER", url)
     return next(check for check in examine(tmp_path) if check.name == "broker")
@@ -487,7 +584,9 @@ def test_doctor_checks_a_configured_broker_and_never_shows_its_password(monkeypa
     try:
         check = _broker(monkeypatch, tmp_path, server.url)
         assert check.fine
-        assert check.finding == f"Redis at 127.0.0.1:{server.port} answers"
+        prefix = key_prefix(str(tmp_path), "https://s3.amazonaws.com")
+        assert check.finding == f"Redis at 127.0.0.1:{server.port} answers; keys of this store begin with {prefix}"
+        assert not server.client().keys("*")
         (tmp_path / "url").write_text(server.url)
         monkeypatch.setenv("MEMTAIL_BROKER_FILE", str(tmp_path / "url"))
         assert _broker(monkeypatch, tmp_path, "").fine
@@ -498,6 +597,7 @@ def test_doctor_checks_a_configured_broker_and_never_shows_its_password(monkeypa
             (f"redis://:a-secret@127.0.0.1:{free_port()}/0", "does not answer (Error 111"),
             ("redis://:a-secret@no-such-host.invalid/0", "no-such-host.invalid:6379 does not answer"),
             ("redis://:a/secret@127.0.0.1:1/0", "is not a Redis URL: use redis://:PASSWORD@HOST:PORT/0"),
+            ("sentinel://:a-secret@127.0.0.1:26379/0", "is the URL of a Redis Sentinel: use a single server"),
             ("redis://secret/password@127.0.0.1:1/0", "is not a Redis URL"),
             ("redis://:a#secret@127.0.0.1:1/0", "is not a Redis URL"),
             ("redis://:a-secret@127.0.0.1:port/0", "is not a Redis URL"),
@@ -516,6 +616,67 @@ def test_doctor_checks_a_configured_broker_and_never_shows_its_password(monkeypa
     assert not check.fine
     assert "does not answer" in check.finding
     assert "secret" not in check.finding
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (["+@all", "-@scripting", "~*"], "has no permissions to run the 'eval' command"),
+        (["+@all", "-info", "~*"], "has no permissions to run the 'info"),
+        (["+@all", "~memtail:*"], "no permissions to access one of the keys"),
+        (["+@all", "-time", "~*"], "time"),
+    ],
+)
+def test_doctor_names_what_a_redis_user_may_not_do(monkeypatch, tmp_path, rules, message):
+    server = RedisServer()
+    server.start()
+    try:
+        server.client().execute_command("ACL", "SETUSER", "limited", "on", ">a-secret", *rules)
+        check = _broker(monkeypatch, tmp_path, f"redis://limited:a-secret@127.0.0.1:{server.port}/0")
+        assert not check.fine
+        assert check.finding.startswith(f"Redis at 127.0.0.1:{server.port} refuses what the services do (")
+        assert message.lower() in check.finding.lower()
+        prefix = key_prefix(str(tmp_path), "https://s3.amazonaws.com")
+        assert f"allow its user all commands on keys that begin with {prefix}" in check.finding
+        assert "secret" not in check.finding
+        assert "\n" not in check.finding
+        enough = ["reset", "on", ">a-secret", "+@all", "-@dangerous", "+info", f"~{prefix}*"]
+        server.client().execute_command("ACL", "SETUSER", "limited", *enough)
+        assert _broker(monkeypatch, tmp_path, f"redis://limited:a-secret@127.0.0.1:{server.port}/0").fine
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("mode", ["cluster", "sentinel"])
+def test_doctor_refuses_a_redis_cluster_and_a_sentinel(monkeypatch, tmp_path, mode):
+    port, configuration = free_port(), tmp_path / "sentinel.conf"
+    configuration.write_text("")
+    options = [configuration, "--sentinel"] if mode == "sentinel" else ["--cluster-enabled", "yes", "--dir", tmp_path]
+    command = [server_binary("redis-server"), *options, "--port", str(port), "--bind", "127.0.0.1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        until_answers(port)
+        check = _broker(monkeypatch, tmp_path, f"redis://127.0.0.1:{port}/0")
+        assert not check.fine
+        assert f"runs as a {mode}: use a single server" in check.finding
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("s3://bucket", "http://minio:9000"), ("s3://bucket/", "https://MINIO:9000/"), True),
+        (("s3://bucket", "https://s3.amazonaws.com"), ("s3://bucket", "https://s3.amazonaws.com:443"), True),
+        (("s3://bucket", "http://minio:9000"), ("s3://bucket", "http://other:9000"), False),
+        (("s3://bucket", "http://minio:9000"), ("s3://bucket/a", "http://minio:9000"), False),
+        (("s3://bucket", "http://minio:9000"), ("s3://other", "http://minio:9000"), False),
+    ],
+)
+def test_keys_in_redis_begin_with_a_digest_of_the_address_of_the_store(one, other, same):
+    assert re.fullmatch("memtail2:[0-9a-f]{8}:", key_prefix(*one))
+    assert (key_prefix(*one) == key_prefix(*other)) is same
 
 
 def test_bad_input_is_one_line_and_exit_code_2(spec, tmp_path):

@@ -71,7 +71,9 @@ class Fleet:
 
     def pods(self, seconds: float = 1.0, rest: float = 2.0) -> Pods:
         """Create the stand-in for the workers' containers."""
-        return Pods(self.kubernetes.kubeconfig, self.namespace, self.cluster.redis.url, self.cluster.store, seconds, rest)
+        return Pods(
+            self.kubernetes.kubeconfig, self.namespace, self.cluster.settings(lease_seconds=30.0), self.cluster.store, seconds, rest
+        )
 
     def names(self, kind: str, *options: str) -> list[str]:
         """Return the names of objects."""

@@ -30,6 +30,7 @@ from memtail.spec import Experiment
 from memtail.storage.s3 import S3Store
 from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
 from services.common.broker import Assignment
+from services.common.settings import ServiceSettings
 from tests.kubernetes.conftest import CONTROL_PLANE, Kubernetes, install_tools
 from tests.kubernetes.fleet import Fleet
 from tests.kubernetes.simulation import Pods
@@ -131,7 +132,8 @@ def _run(fleet: Fleet, workers: int, shards: int, seconds: float) -> None:
 def _start_pods(fleet: Fleet, seconds: float) -> tuple[list[Any], list[Connection]]:
     spawn = multiprocessing.get_context("spawn")
     settings = fleet.cluster.minio.settings()
-    arguments = (fleet.kubernetes.kubeconfig, fleet.namespace, fleet.cluster.redis.url, fleet.cluster.bucket, settings, seconds)
+    services = fleet.cluster.settings(lease_seconds=60.0)
+    arguments = (fleet.kubernetes.kubeconfig, fleet.namespace, services, fleet.cluster.bucket, settings, seconds)
     processes, pipes = [], []
     for part in range(PROCESSES):
         pipe, other = spawn.Pipe()
@@ -141,11 +143,13 @@ def _start_pods(fleet: Fleet, seconds: float) -> tuple[list[Any], list[Connectio
     return processes, pipes
 
 
-def _pods(kubeconfig: str, namespace: str, broker: str, bucket: str, settings: S3Settings, seconds: float, part: int, pipe: Any) -> None:
+def _pods(
+    kubeconfig: str, namespace: str, services: ServiceSettings, bucket: str, settings: S3Settings, seconds: float, part: int, pipe: Any
+) -> None:
     urllib3.disable_warnings()
     store = S3Store(bucket, settings=settings)
     body = RandomTrials(store)
-    with Pods(kubeconfig, namespace, broker, store, seconds, rest=60, lease=60, part=(part, PROCESSES), body=body) as pods:
+    with Pods(kubeconfig, namespace, services, store, seconds, rest=60, part=(part, PROCESSES), body=body) as pods:
         while (question := pipe.recv()) != "stop":
             pipe.send({"count": len(pods.committed), "committed": pods.committed}[question])
 

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -18,7 +19,7 @@ from kubernetes import client, config
 
 from memtail.errors import StoreError
 from memtail.storage import ObjectStore, keys
-from services.common.broker import PREFIX, Assignment, Broker, decode_assignment
+from services.common.broker import Assignment, Broker, decode_assignment
 from services.common.settings import ServiceSettings
 from services.common.surplus import Surplus
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
@@ -30,11 +31,10 @@ class Pods:
     Args:
         kubeconfig: kubeconfig of an administrator.
         namespace: namespace of the pods.
-        broker: URL of Redis.
+        services: settings of the services.
         store: the bucket.
         seconds: duration of a shard.
         rest: idle time in seconds after which a worker ends.
-        lease: duration of a lease in seconds.
         part: (i, k): runs only part i of k of the pods, to divide them among processes.
         body: returns the content of the trial batch of an assignment.
 
@@ -47,17 +47,15 @@ class Pods:
         self,
         kubeconfig: str,
         namespace: str,
-        broker: str,
+        services: ServiceSettings,
         store: ObjectStore,
         seconds: float = 1.0,
         rest: float = 2.0,
-        lease: float = 30.0,
         part: tuple[int, int] = (0, 1),
         body: Callable[[Assignment], bytes] = lambda _: b"",
     ) -> None:
         self._core = client.CoreV1Api(config.new_client_from_config(kubeconfig))
-        self.namespace, self.broker, self.store, self.seconds, self.rest, self.body = namespace, broker, store, seconds, rest, body
-        self.lease = lease
+        self.namespace, self.services, self.store, self.seconds, self.rest, self.body = namespace, services, store, seconds, rest, body
         self._part = part
         self._workers: dict[str, _Worker] = {}
         self._over = threading.Event()
@@ -140,7 +138,7 @@ class Pods:
 class _Worker:
     def __init__(self, name: str, experiment: str, pods: Pods) -> None:
         self._name, self._pods = name, pods
-        self._settings = ServiceSettings(store="-", broker=pods.broker, experiment=experiment, lease_seconds=pods.lease)
+        self._settings = replace(pods.services, experiment=experiment)
         self._stopped = threading.Event()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -155,7 +153,7 @@ class _Worker:
             try:
                 if surplus.leave(self._settings.experiment, self._name):
                     break
-                message = broker.redis.rpop(f"{PREFIX}shards.{self._settings.experiment}")
+                message = broker.redis.rpop(f"{broker.prefix}shards.{self._settings.experiment}")
                 if message is None:
                     self._stopped.wait(min(1.0, self._pods.rest / 10))
                     continue

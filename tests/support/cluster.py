@@ -178,9 +178,14 @@ class Cluster:
         experiment_store.register(declare(experiment, dataset, checked_shard_size(experiment, dataset)))
         return experiment_store
 
+    def settings(self, **settings: Any) -> ServiceSettings:
+        """Return the settings of the services, with which a test reaches their keys in Redis."""
+        own = {"store": self.environment["MEMTAIL_STORE"], "endpoint": self.minio.endpoint, "broker": self.redis.url}
+        return ServiceSettings(**{**own, **settings})
+
     def broker(self) -> Broker:
         """Open the queue and the leases."""
-        return Broker(ServiceSettings(store="-", broker=self.redis.url))
+        return Broker(self.settings())
 
     def until(self, condition: Callable[[], Any], seconds: float = 90, poll_seconds: float = 0.05) -> float:
         """Wait until a condition is true; returns the seconds waited."""

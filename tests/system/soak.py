@@ -26,8 +26,7 @@ from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
-from services.common.broker import Assignment, Broker
-from services.common.settings import ServiceSettings
+from services.common.broker import Assignment
 from tests.support.cluster import Cluster, Service
 from tests.support.servers import MinioServer
 
@@ -135,7 +134,7 @@ class Faults:
         first = self._rng.randrange(0, TRIALS, PER_SHARD)
         fingerprint = self.experiment_store.read_record().fingerprint
         assignment = Assignment(experiment=self.experiment_store.name, fingerprint=fingerprint, first=first, last=first + PER_SHARD - 1)
-        Broker(ServiceSettings(store="-", broker=self._cluster.redis.url)).send([assignment] * 5)
+        self._cluster.broker().send([assignment] * 5)
 
     def _one(self, name: str) -> Service:
         return self._rng.choice([service for service in self._cluster.services if service.name == name])

@@ -19,7 +19,6 @@ import urllib3
 import yaml
 
 from memtail.spec import Experiment
-from services.common.broker import PREFIX
 from services.monitoring.dashboards import FOLDER
 from tests.support import dashboard_pictures as pictures
 from tests.support.cluster import PROJECT, Cluster, Service
@@ -62,9 +61,7 @@ class Run:
 def holds_lease_when_frozen(worker: Service, cluster: Cluster) -> bool:
     """Stop a worker's processes, and return whether one holds a lease; otherwise they continue."""
     os.killpg(worker.process.pid, signal.SIGSTOP)
-    redis = cluster.redis.client()
-    holders = filter(None, (redis.get(key) for key in redis.scan_iter(f"{PREFIX}lease:*")))
-    processes = {holder.split("/")[2] for holder in holders}  # HOST/WORKER/PROCESS/ID
+    processes = {holder.split("/")[2] for holder in cluster.broker().leased().values()}  # HOST/WORKER/PROCESS/ID
     if processes & {str(process) for process in worker.children()}:
         return True
     os.killpg(worker.process.pid, signal.SIGCONT)

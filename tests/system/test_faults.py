@@ -16,8 +16,7 @@ from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
 from memtail.storage import keys
 from memtail.trials import Shard
-from services.common.broker import PREFIX, Assignment, Broker
-from services.common.settings import ServiceSettings
+from services.common.broker import Assignment, Broker
 from services.worker.app import WORKER_AT_FAULT
 from tests.support.batches import commit
 from tests.support.cluster import LivingCluster, RedisServer
@@ -112,7 +111,7 @@ def test_the_dispatcher_is_killed(living, slow, digits, expected):
     experiment_store = half_done(living, slow, digits)
     with recovery(living, experiment_store, slow, expected, "dispatcher killed"):
         living.end(*living.kinds("dispatcher"))
-        living.redis.client().delete(f"{PREFIX}shards")  # so that its successor must send shards
+        living.redis.client().delete(f"{living.broker().prefix}shards")  # so that its successor must send shards
         living.start("dispatcher")
         living.gate.open()
 
@@ -179,7 +178,7 @@ def test_two_workers_that_train_one_shard_differently_are_shown(living, slow, di
     workers = [living.start("worker"), living.start("worker", MEMTAIL_BROKER=other.url, DEVIATION="0.1")]
     try:
         living.broker().send([assignment])
-        Broker(ServiceSettings(store="-", broker=other.url)).send([assignment])
+        Broker(living.settings(broker=other.url)).send([assignment])
         living.until(lambda: living.gate.waiting == 2)
         living.gate.open()
         living.until(experiment_store.trained_twice)
@@ -271,14 +270,30 @@ def test_a_damaged_and_a_foreign_batch_are_refused_and_reported(living, experime
             living.store.delete(keys.trial_batch("third", shard.first, shard.last))
 
 
+def test_leases_and_counts_are_forged(living, slow, digits, expected):
+    experiment_store = half_done(living, slow, digits)
+    redis, prefix = living.redis.client(), living.broker().prefix
+    with recovery(living, experiment_store, slow, expected, "redis forged"):
+        for turn in range(60):
+            for first in range(0, TRIALS, PER_SHARD):
+                id_ = f"{slow.name}/{first}-{first + PER_SHARD - 1}"
+                redis.hset("memtail2:starts", id_, 99)
+                redis.hset(f"{prefix}starts", id_, 99)
+                redis.hset(f"{prefix}leases", id_, (f"1 forged/{turn}", "999999999999999 forged", "forged")[turn % 3])
+            time.sleep(0.05)
+        living.gate.open()
+    assert not experiment_store.attempts()
+
+
 def test_responses_to_writes_are_lost(living, slow, digits, expected):
-    living.end(*living.kinds("worker"))
+    living.end(*living.kinds("dispatcher"), *living.kinds("worker"))
     experiment_store = living.submit(slow, digits)
     living.gate.open()
     with LossyProxy(living.minio) as proxy, recovery(living, experiment_store, slow, expected, "answers to writes lost"):
         path = f"PUT /{living.bucket}/{keys.trials(slow.name)}".encode()
         proxy.cuts += [(path, 0)] * 3
-        worker = living.start("worker", MEMTAIL_S3_ENDPOINT=proxy.endpoint)
+        # the endpoint is in the prefix of the keys in Redis
+        _, worker = [living.start(name, MEMTAIL_S3_ENDPOINT=proxy.endpoint) for name in ("dispatcher", "worker")]
         living.until(lambda: not proxy.cuts)
         living.until(trained(experiment_store, SHARDS))
         assert '"outcome": "lost race"' not in worker.log.read_text()

@@ -16,8 +16,7 @@ from memtail.scores.pointer import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership
 from memtail.trials import Shard
-from services.common.broker import PREFIX, TASK, Assignment, Broker
-from services.common.settings import ServiceSettings
+from services.common.broker import TASK, Assignment, Broker
 from services.worker.metric_updates import OUTCOMES
 from tests.support.cluster import PROJECT
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty, gated
@@ -203,7 +202,7 @@ def test_series_of_an_experiment_are_removed_after_its_end_and_return_after_an_e
 
 def test_a_worker_logs_one_line_per_shard_and_names_experiment_and_shard_in_warnings(cluster, experiment, digits):
     experiment_store, name = cluster.submit(experiment, digits), experiment.name
-    broker, fingerprint = Broker(ServiceSettings(store="-", broker=cluster.redis.url)), experiment_store.read_record().fingerprint
+    fingerprint = experiment_store.read_record().fingerprint
 
     def train(numbers):
         shards = [Shard(first, first + PER_SHARD - 1) for first in range(numbers.start * PER_SHARD, numbers.stop * PER_SHARD, PER_SHARD)]
@@ -212,6 +211,7 @@ def test_a_worker_logs_one_line_per_shard_and_names_experiment_and_shard_in_warn
         return [str(shard) for shard in shards]
 
     with LossyProxy(cluster.minio) as proxy:
+        broker = Broker(cluster.settings(endpoint=proxy.endpoint))
         worker = cluster.start("worker", MEMTAIL_S3_ENDPOINT=proxy.endpoint, MEMTAIL_LEASE_SECONDS="60")
         shards = train(range(SHARDS - 1))
         lines = logged(worker.log.read_text())
@@ -299,7 +299,7 @@ def test_malformed_messages_are_dropped_logged_and_counted(living, experiment, d
         f'{{"properties": {properties}, "headers": {{}}, "body": ""}}',
         f'{{"properties": {properties}, "headers": {{"task": "{TASK}", "id": "1"}}, "body": "x"}}',
     ]
-    living.redis.client().lpush(f"{PREFIX}shards", *entries)
+    living.redis.client().lpush(f"{living.broker().prefix}shards", *entries)
     dispatcher = living.start("dispatcher")
     living.until(lambda: list(living.events(dispatcher, "sent")))
     worker = living.start("worker")

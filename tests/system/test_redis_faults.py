@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from services.common.broker import PREFIX, Assignment
+from services.common.broker import Assignment
 from tests.support.cluster import Cluster
 from tests.support.experiments import gated
 from tests.support.faulty_models import Gate
@@ -54,13 +54,13 @@ def test_redis_is_restarted_five_times_while_workers_train(living, slow, digits,
 def test_a_mutex_that_never_expires_keeps_messages_of_a_killed_worker(living, slow, digits, expected):
     """Kombu then restores no message; the dispatcher sends the shard again when its lease has ended."""
     experiment_store = half_done(living, slow, digits)
-    living.redis.client().set(f"{PREFIX}unacked_mutex", "x")
+    living.redis.client().set(f"{living.broker().prefix}unacked_mutex", "x")
     with recovery(living, experiment_store, slow, expected, "worker killed under a mutex"):
         living.end(living.kinds("worker")[0])
         living.start("worker")
         living.gate.open()
-    assert living.redis.client().ttl(f"{PREFIX}unacked_mutex") == -1
-    living.redis.client().delete(f"{PREFIX}unacked_mutex")
+    assert living.redis.client().ttl(f"{living.broker().prefix}unacked_mutex") == -1
+    living.redis.client().delete(f"{living.broker().prefix}unacked_mutex")
     assert not experiment_store.attempts()
 
 
@@ -73,7 +73,7 @@ def test_a_message_that_is_redelivered_during_training_is_dropped(living, slow, 
     broker.send([Assignment(experiment=slow.name, fingerprint=fingerprint, first=first, last=last) for first, last in shards])
     workers = [living.start("worker", prefix=(sys.executable, "-c", _SHORT_VISIBILITY)) for _ in shards]
     with recovery(living, experiment_store, slow, expected, "messages redelivered during training"):
-        living.until(lambda: {assignment.id for assignment in broker.queued("shards")} == broker.leased() != set())
+        living.until(lambda: {assignment.id for assignment in broker.queued("shards")} == set(broker.leased()) != set())
         living.gate.admit(1)
         living.until(lambda: any('"outcome": "leased by another"' in line for w in workers for line in living.events(w, "shard ended")))
         living.start("dispatcher")
@@ -98,7 +98,7 @@ def continues(cluster, gate, experiment_store):
     done = len(experiment_store.committed())
     gate.admit(8)
     cluster.until(trained(experiment_store, done + 8))
-    cluster.until(lambda: cluster.redis.client().llen(f"{PREFIX}shards") > 3000)
+    cluster.until(lambda: cluster.redis.client().llen(f"{cluster.broker().prefix}shards") > 3000)
     assert all(service.process.poll() is None for service in cluster.services), cluster.logs()
     assert not experiment_store.attempts()
     outcomes = "".join(line for service in cluster.services for line in cluster.events(service, "shard ended"))

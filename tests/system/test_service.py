@@ -177,7 +177,7 @@ def test_a_worker_of_one_experiment_takes_only_its_shards_and_ends_when_none_is_
             "first": 0,
             "last": PER_SHARD - 1,
         }
-        Broker(ServiceSettings(store="-", broker=living.redis.url, experiment=experiment_store.name)).send([Assignment(**fields)])
+        Broker(living.settings(experiment=experiment_store.name)).send([Assignment(**fields)])
     worker = living.start("worker", MEMTAIL_EXPERIMENT="mine", MEMTAIL_REST_SECONDS="2")
     assert worker.process.wait(90) == 0, worker.log.read_text()
     assert len(mine.committed()) == 1

@@ -104,9 +104,13 @@ the component "administrator" has the key of the bundled server, and the keys of
 {{- end -}}
 {{- end }}
 
-{{/* Environment variables for connections to the bucket and to Redis. Takes (root, component). */}}
+{{/* Environment variables for connections to the bucket and to Redis, and limits on experiments. Takes (root, component). */}}
 {{- define "memtail.connections" -}}
 {{- $root := index . 0 -}}
+{{- with $root.Values.limits }}
+- {name: MEMTAIL_MAX_TRIALS, value: {{ int64 .maxTrials | quote }}}
+- {name: MEMTAIL_MAX_SHARDS, value: {{ int64 .maxShards | quote }}}
+{{- end }}
 {{- if include "memtail.brokerSecret" . }}
 - {name: MEMTAIL_BROKER_FILE, value: /run/memtail/broker}
 {{- end }}

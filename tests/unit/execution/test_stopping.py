@@ -61,7 +61,9 @@ def test_a_run_ends_once_its_standard_errors_reach_the_bound(tmp_path):
 def test_examples_without_an_estimate_prolong_a_run_at_most_to_the_worst_case():
     experiment = spec(until={"standard_error": 0.1}, trials=10)
     nothing = Statistics(5, 5)
-    assert 10 < next_round(experiment.subsets, nothing) <= most_trials(0.1, 0.7)
+    assert 10 < next_round(experiment.subsets, nothing, 10**6) <= most_trials(0.1, 0.7)
     assert np.isnan(memorization(nothing).standard_error).all()
-    assert next_round(spec(until={"standard_error": 0.1}, trials=most_trials(0.1, 0.7)).subsets, nothing) is None
-    assert next_round(spec(trials=10).subsets, nothing) is None
+    assert next_round(spec(until={"standard_error": 0.1}, trials=most_trials(0.1, 0.7)).subsets, nothing, 10**6) is None
+    assert next_round(experiment.subsets, nothing, 12) == 12
+    assert next_round(spec(until={"standard_error": 0.1}, trials=12).subsets, nothing, 12) is None
+    assert next_round(spec(trials=10).subsets, nothing, 10**6) is None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from memtail.errors import ForeignObjectError, StoreError, UnsupportedError
 from memtail.experiment_store import Control, ExperimentStore, Origin, Record, missing_shards
 from memtail.spec import Experiment
-from memtail.storage import keys
+from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from tests.support.batches import random_batch
@@ -202,3 +203,80 @@ def test_an_experiment_is_extended_and_never_shrinks(experiment_store):
     experiment_store.register(record(100))
     assert experiment_store.extend(150).experiment.subsets.trials == 150 == experiment_store.read_record().experiment.subsets.trials
     assert experiment_store.extend(120).experiment.subsets.trials == 150
+
+
+class InterruptedStore(LocalStore):
+    """A store in which another client makes a change between the next read of an object and the write that follows."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.interruption = None
+
+    def _interrupt(self, result):
+        interruption, self.interruption = self.interruption, None
+        if interruption:
+            interruption()
+        return result
+
+    def get(self, key, limit=None):
+        return self._interrupt(super().get(key, limit))
+
+    def get_tagged(self, key, limit=None):
+        try:
+            return self._interrupt(super().get_tagged(key, limit))
+        except ObjectNotFound:
+            self._interrupt(None)
+            raise
+
+
+@pytest.fixture
+def two_clients(tmp_path):
+    store = InterruptedStore(tmp_path)
+    one, other = ExperimentStore(store, "e"), ExperimentStore(LocalStore(tmp_path), "e")
+    one.register(record())
+    return one, other
+
+
+def test_of_two_submissions_at_once_no_trials_are_lost(two_clients):
+    one, other = two_clients
+    one.store.interruption = lambda: other.register(record(300))
+    with pytest.raises(StoreError, match="with 300 trials, this spec has 200"):
+        one.register(record(200))
+    one.store.interruption = lambda: other.register(record(400))
+    assert one.register(record(500)).experiment.subsets.trials == 500
+    one.store.interruption = lambda: other.extend(900)
+    assert one.extend(600).experiment.subsets.trials == 900
+    assert other.read_record().experiment.subsets.trials == 900
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_changes_of_the_control_at_once_none_is_lost(two_clients, first):
+    one, other = two_clients
+    if not first:
+        one.set_control(Control(priority=-1))
+    one.store.interruption = lambda: other.change_control(lambda held: replace(held, priority=5))
+    before, after = one.change_control(lambda held: replace(held, state="paused"))
+    assert (before, after) == (Control(priority=5), Control("paused", 5))
+    assert other.control() == after
+
+
+def test_a_change_that_always_comes_too_late_is_given_up(two_clients):
+    one, other = two_clients
+
+    def interrupt():
+        other.change_control(lambda held: replace(held, priority=held.priority + 1))
+        one.store.interruption = interrupt
+
+    one.store.interruption = interrupt
+    with pytest.raises(StoreError, match=r"control\.json: others change it all the time: try again"):
+        one.change_control(lambda held: replace(held, state="paused"))
+    assert other.control().state == "running"
+
+
+def test_many_clients_change_the_control_at_once(tmp_path):
+    def count(_):
+        ExperimentStore(LocalStore(tmp_path), "e").change_control(lambda held: replace(held, priority=held.priority + 1))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(count, range(40)))
+    assert ExperimentStore(LocalStore(tmp_path), "e").control().priority == 40

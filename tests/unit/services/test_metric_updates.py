@@ -3,8 +3,11 @@
 import os
 import signal
 import time
+from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from memtail.execution.shard_task import ShardOutcome
@@ -230,3 +233,50 @@ def test_reports_are_dropped_if_the_pipe_is_full_or_they_are_too_long():
     reports.send("a", "x" * 10_000)
     until("z")
     assert "x" * 10_000 not in received
+
+
+@given(
+    junk=st.lists(
+        st.binary(max_size=40) | st.sampled_from([b"[]", b"{}", b'["a"]', b'["unknown", 1]', b'["fails", 1]', b"x" * 9000]), max_size=5
+    )
+)
+@settings(max_examples=30, deadline=None)
+def test_lines_that_are_no_reports_do_not_end_the_reports(junk):
+    """User code in a training process can write to the pipe."""
+    reports, received, ticks = Reports(), [], []
+
+    def fail(_):
+        raise KeyError("x")
+
+    def tick():
+        ticks.append(1)
+        raise ValueError("of a metric")
+
+    before = value("memtail_worker_reports_unreadable_total")
+    reports.follow({"a": received.append, "fails": fail}, tick, 60)
+    for line in junk:
+        os.write(reports._sink, line + b"\n")
+    reports.send("a", "end")
+    end = time.monotonic() + 30
+    while not received or received[-1] != "end":
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    assert value("memtail_worker_reports_unreadable_total") >= before
+
+
+def test_a_line_without_end_takes_no_memory():
+    reports, received = Reports(), []
+    reports.follow({"a": received.append}, lambda: None, 60)
+    for _ in range(200):
+        while True:
+            with suppress(BlockingIOError):
+                os.write(reports._sink, b"x" * 4096)
+                break
+            time.sleep(0.001)
+    os.write(reports._sink, b"\n")
+    reports.send("a", "end")
+    end = time.monotonic() + 30
+    while not received:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    assert received == ["end"]

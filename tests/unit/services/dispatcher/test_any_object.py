@@ -1,14 +1,17 @@
 """Whatever an experiment's objects hold, the dispatcher's loop does not end, and the other experiments are served."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memtail.errors import UnsupportedError
 from memtail.execution.declare import declare as declare_record
-from memtail.experiment_store import ExperimentStore
+from memtail.execution.progress import progress_of
+from memtail.experiment_store import ExperimentStore, record_action, recorded_actions
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from services.common.settings import ServiceSettings
@@ -40,7 +43,7 @@ def replaced(content: Any, path: tuple[Any, ...], value: Any) -> Any:
 @pytest.fixture
 def record(declare, digits):
     execution = {"trials_per_shard": 4, "device": "cpu"}
-    return declare_record(declare(8, execution=execution, subsets={"design": "balanced"}), digits, 4)
+    return replace(declare_record(declare(8, execution=execution, subsets={"design": "balanced"}), digits, 4), owner="somebody")
 
 
 @pytest.fixture
@@ -51,7 +54,6 @@ def store(record, tmp_path):
 
 
 def served(store):
-    # fewer trials than any large number, so that a pass is short
     dispatcher = Dispatcher(store, Broker(), ServiceSettings(store="-"))
     return {assignment.experiment for assignment in dispatcher.reconcile().send}
 
@@ -66,11 +68,39 @@ def test_any_json_in_a_record(store, record, data):
     assert "healthy" in served(store)
 
 
+@pytest.mark.parametrize(("trials", "per_shard"), [(3_000_000, 4), (10**30, 1), (10**30, 10**29), (900_000, 1)])
+def test_an_experiment_that_is_too_large_is_passed_over_with_a_notice(store, record, trials, per_shard):
+    content = json.loads(record.to_bytes())
+    content["experiment"]["subsets"]["trials"], content["trials_per_shard"] = trials, per_shard
+    store.put(keys.experiment("changed"), json.dumps(content).encode())
+    assert served(store) == {"healthy"}
+    (line,) = ExperimentStore(store, "changed").notices()["dispatcher"].lines
+    assert "are allowed" in line
+    with pytest.raises(UnsupportedError, match="are allowed"):
+        progress_of(store, "changed")
+    store.put(keys.experiment("changed"), record.to_bytes())
+    assert served(store) == {"healthy", "changed"}
+    assert not ExperimentStore(store, "changed").notices()
+
+
 @given(content=JSON | st.fixed_dictionaries({"state": JSON, "priority": JSON}))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_in_a_control(store, record, content):
     ExperimentStore(store, "changed").register(record)
     store.put(keys.control("changed"), json.dumps(content).encode())
+    assert "healthy" in served(store)
+
+
+ACTION = {"action": "pause", "details": "", "when": "", "user": "", "host": "", "memtail": ""}
+
+
+@given(content=JSON | st.fixed_dictionaries(dict.fromkeys(ACTION, JSON)) | st.just(ACTION))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_in_a_record_of_an_action(store, content):
+    record_action(store, "healthy", "pause")
+    store.put(keys.audit("healthy", "0"), json.dumps(content).encode())
+    *_, last = recorded_actions(store, "healthy")
+    assert last.action == "pause"
     assert "healthy" in served(store)
 
 

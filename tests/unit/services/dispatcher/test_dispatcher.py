@@ -5,6 +5,7 @@ import time
 import pytest
 
 from memtail.errors import UnreachableError
+from memtail.execution.breaker import common_error
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import Control, ExperimentStore, Origin, record
 from memtail.storage.local import LocalStore
@@ -18,7 +19,7 @@ class Broker:
     """One queue, from which a test takes messages as a worker does; no lease."""
 
     def __init__(self):
-        self.messages, self.nodes = [], ["a"]
+        self.messages, self.nodes, self.leader = [], ["a"], None
 
     def queues(self):
         return {"shards"} if self.messages else set()
@@ -26,10 +27,13 @@ class Broker:
     def queued(self, queue):
         return iter(self.messages)
 
-    def leased(self):
-        return set()
+    def lead(self, holder):
+        return self.leader in (None, holder)
 
-    def starts(self):
+    def leased(self):
+        return {}
+
+    def take_expired(self):
         return {}
 
     def send(self, assignments):
@@ -122,6 +126,18 @@ def test_an_experiment_whose_first_five_shards_failed_alike_is_paused_once(dispa
     fail(experiment_store, 5)
     dispatcher.reconcile()
     assert experiment_store.control() == Control("paused", tripped=True)
+
+
+def test_an_experiment_whose_owner_pauses_it_meanwhile_keeps_its_priority(dispatcher, experiment_store, monkeypatch):
+    fail(experiment_store, 5)
+
+    def interrupted(*arguments):
+        experiment_store.set_control(Control("cancelled", priority=7))
+        return common_error(*arguments)
+
+    monkeypatch.setattr("services.dispatcher.dispatcher.common_error", interrupted)
+    dispatcher.reconcile()
+    assert experiment_store.control() == Control("cancelled", priority=7)
 
 
 def test_an_experiment_is_not_paused_if_its_shards_failed_on_one_of_several_nodes_only(dispatcher, broker, experiment_store):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,6 +90,41 @@ def test_of_a_hundred_workers_those_that_become_free_serve_a_small_experiment_wi
     actions = decide([large, small], queued, busy, max_queued=2000)
     assert actions.clear
     assert sum(assignment.experiment == "b" for assignment in actions.send[:200]) == 50
+
+
+def test_a_small_experiment_starts_within_the_next_two_hundred_shards_of_a_hundred_workers():
+    """Passes and workers in turns: in each pass 20 of the 100 workers become free and take messages."""
+    large, small = view("a", trials=400_000), view("b", trials=200)
+    queued, training, started = decide([large], max_queued=2000).send, [], []
+    training, queued = queued[:100], queued[100:]
+    while len(started) < 200:
+        for done in training[:20]:
+            del (large if done.experiment == "a" else small).missing[done.shard]
+        training = training[20:]
+        actions = decide([large, small], queued, {each.id for each in training}, max_queued=2000)
+        queued = actions.send if actions.clear else queued + actions.send
+        taken, queued = queued[:20], queued[20:]
+        training += taken
+        started += taken
+    assert sum(assignment.experiment == "b" for assignment in started) == 50
+
+
+@pytest.mark.parametrize("experiments", [3, 30])
+def test_experiments_of_equal_priority_get_equal_numbers_of_starts_whenever_they_come(experiments):
+    views, queued, started = [], [], Counter()
+    for number in range(experiments):
+        views.append(view(f"e-{number:02}", trials=4000))
+        actions = decide(views, queued)
+        queued = actions.send if actions.clear else queued + actions.send
+    for _ in range(10):
+        taken, queued = queued[:90], queued[90:]
+        started.update(assignment.experiment for assignment in taken)
+        for assignment in taken:
+            del next(each for each in views if each.name == assignment.experiment).missing[assignment.shard]
+        actions = decide(views, queued)
+        queued = actions.send if actions.clear else queued + actions.send
+    assert max(started.values()) - min(started.values()) <= 0.2 * 900 / experiments
+    assert len(started) == experiments
 
 
 def test_second_trainings_come_last_and_only_where_there_is_room():
