@@ -120,9 +120,10 @@ def test_a_foreign_or_corrupt_batch_is_refused_recorded_and_left_out_of_the_scor
     run = spec(tmp_path, training={"epochs": 5})
     (tmp_path / "store" / "experiments" / "digits" / "trials").mkdir(parents=True)
     foreign = tmp_path / "store" / "experiments" / "digits" / "trials" / batches(store)[0].name
-    foreign.write_bytes(batches(store)[0].read_bytes())
+    data = batches(store)[0].read_bytes()
     experiment_store = ExperimentStore(LocalStore(tmp_path / "store"), "digits")
-    for reason in ("belongs to another experiment", "truncated or corrupt"):
+    for reason, content in (("truncated or corrupt", data[:100]), ("belongs to another experiment", data)):
+        foreign.write_bytes(content)
         result = command("run", run, "--store", tmp_path / "store")
         assert result.returncode == 1
         line = result.stderr.splitlines()[-1]
@@ -132,7 +133,6 @@ def test_a_foreign_or_corrupt_batch_is_refused_recorded_and_left_out_of_the_scor
         assert latest_version(experiment_store.store, "digits").summary.trials == 55
         *_, failure = experiment_store.failures()
         assert reason in failure.error
-        foreign.write_bytes(foreign.read_bytes()[:100])
     foreign.unlink()
     result = command("run", run, "--store", tmp_path / "store")
     assert result.returncode == 0, result.stderr

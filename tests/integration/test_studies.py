@@ -14,7 +14,7 @@ from memtail import datasets
 from memtail.cli.app import app
 from memtail.datasets.staged_dataset import fetch
 from memtail.datasets.staged_masks import fetch_masks
-from memtail.errors import MemtailError
+from memtail.errors import MemtailError, ScoresError
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.embedded import run
 from memtail.experiment_store import Control, ExperimentStore
@@ -111,6 +111,9 @@ def test_removal_trains_without_the_memorized_examples_and_without_equally_many_
     folder = store.local_path(f"experiments/{result.experiments[0]}/trials")
     held = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     min(held).unlink()
+    with pytest.raises(ScoresError, match=f"10 trials were removed .*: train them again with memtail resume {result.experiments[0]}"):
+        study(store, "removal", "digits", "--theta", 0.25, "--theta", 0.5, "--repeats", 4)
+    ExperimentStore(store, result.experiments[0]).reopen("resumed")
     study(store, "removal", "digits", "--theta", 0.25, "--theta", 0.5, "--repeats", 4)
     assert [path for path in folder.iterdir() if held[path] != path.stat().st_mtime_ns] == [min(held)]
     assert result_of(store, "removal").measured == result.measured

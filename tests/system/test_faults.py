@@ -124,15 +124,16 @@ def test_a_second_dispatcher_waits_and_takes_over(living, slow, digits, expected
         living.until(lambda: living.serves(second))
         assert not list(living.events(second, "sent"))
         dispatcher.stop()
+        living.gate.open()
         shard = experiment_store.committed()[0]
 
         def sends():
             # a missing batch makes the second dispatcher send a shard, even if the first had sent all others
             living.store.delete(keys.trial_batch(slow.name, shard.first, shard.last))
+            experiment_store.reopen("it may have ended")
             return list(living.events(second, "sent"))
 
         living.until(sends)
-        living.gate.open()
         living.until(lambda: shard in experiment_store.committed())
 
 
