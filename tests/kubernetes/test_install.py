@@ -102,7 +102,7 @@ def test_a_release_is_installed_upgraded_and_uninstalled_leaving_only_the_bucket
     namespace.helm("upgrade", RELEASE, str(CHART), "--wait", "--timeout", "2m", **{"workers.max": 7})
     [kept] = [each for each in namespace.get("secrets") if each["metadata"]["name"] == f"{RELEASE}-memtail"]
     assert kept["data"] == secret["data"]
-    assert len(set(secret["data"].values())) == 5
+    assert len(set(secret["data"].values())) == len(secret["data"])
     namespace.kubernetes.wait(lambda: namespace.components() == ["aggregator", "dispatcher", "explorer", "minio", "redis"])
     renewed = [pod for pod in namespace.get("pods") if pod["metadata"]["uid"] not in pods]
     assert [pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in renewed] == ["dispatcher"]
@@ -192,3 +192,37 @@ def test_helm_test_reports_the_result_of_the_doctor(namespace: Namespace, exit_c
         output = testing.communicate(timeout=60)[0]
     assert f"Phase:          {word}" in output, output
     assert testing.returncode == int(exit_code), output
+
+
+def test_the_documented_admission_policy_bounds_the_jobs_of_the_dispatcher(namespace: Namespace, tmp_path: Path) -> None:
+    namespace.helm("install", RELEASE, str(CHART))
+    text = (CHART / "README.md").read_text()
+    policy = "apiVersion: admissionregistration" + text.partition("apiVersion: admissionregistration")[2].partition("```")[0]
+    policy = (
+        policy.replace("NAMESPACE", namespace.name).replace("RELEASE", RELEASE).replace("name: memtail-jobs", f"name: {namespace.name}")
+    )
+    policy = policy.replace("policyName: memtail-jobs", f"policyName: {namespace.name}")
+    namespace.kubernetes.kubectl("apply", "--filename", "-", stdin=policy)
+    kubeconfig = namespace.kubernetes.kubeconfig_of(namespace.name, f"{RELEASE}-memtail-dispatcher", tmp_path / "kubeconfig")
+    [fleet] = [each for each in namespace.get("configmaps") if each["metadata"]["name"].endswith("-fleet")]
+    (tmp_path / "fleet.yaml").write_text(fleet["data"]["fleet.yaml"])
+    job = build_job(FleetSettings.load(str(tmp_path / "fleet.yaml")), Demand("a", "running", 0, 1), 1, 1, {})
+    del job["metadata"]["ownerReferences"]
+
+    def create(changed: dict[str, Any]) -> str:
+        command = ["kubectl", "--kubeconfig", str(kubeconfig), "create", "--dry-run=server", "--filename", "-"]
+        return subprocess.run(command, input=json.dumps(changed), capture_output=True, text=True, check=False).stderr
+
+    other = json.loads(json.dumps(job))
+    other["spec"]["template"]["spec"]["serviceAccountName"] = f"{RELEASE}-memtail-aggregator"
+    keys = json.loads(json.dumps(job).replace("s3-secret-key-worker", "s3-secret-key"))
+    whole = json.loads(json.dumps(job))
+    whole["spec"]["template"]["spec"]["volumes"].append({"name": "all", "secret": {"secretName": f"{RELEASE}-memtail"}})
+    try:
+        namespace.kubernetes.wait(lambda: "service account of workers" in create(other), 60)  # a policy takes effect after a moment
+        assert "other component's keys" in create(keys)
+        assert "other component's keys" in create(whole)
+        assert create(job) == ""
+    finally:
+        for kind in ("validatingadmissionpolicybinding", "validatingadmissionpolicy"):
+            namespace.kubernetes.kubectl("delete", kind, namespace.name)

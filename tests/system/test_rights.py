@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,7 +148,7 @@ def test_the_generated_files_are_up_to_date():
 
 
 @pytest.fixture
-def restricted(cluster: Cluster, tmp_path: Path) -> Iterator[tuple[Cluster, Callable[[str], dict[str, str]]]]:
+def restricted(cluster: Cluster, tmp_path: Path) -> tuple[Cluster, Callable[[str], dict[str, str]]]:
     """A cluster whose servers have the users, and the environment of each component."""
     deployed = Deployed(cluster.minio, cluster.bucket, tmp_path)
     for line in (tmp_path / "services/redis/redis.conf").read_text().splitlines()[1:]:
