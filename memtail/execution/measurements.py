@@ -112,6 +112,7 @@ def measure_shard(record: Record, dataset: ImageDataset, fraction: float, device
 
 def _train_at_once(workers: Workers, shards: list[Shard], store: Path, record: Record, **changes: Any) -> tuple[float, list[ShardResult]]:
     """Train one shard per process into an empty store; returns the mean of their seconds, and their results."""
+    ExperimentStore(LocalStore(store), record.experiment.name).register(record)
     began, seconds, results = time.perf_counter(), [], []
     for shard in shards:
         workers.start(shard, store=str(store), record=record, **changes)

@@ -38,5 +38,4 @@ def test_the_shards_of_a_killed_worker_fail_once_and_their_leases_end(broker, ex
     [failure] = experiment_store.failures(Shard(0, 3))
     assert failure.error.startswith("the container of the worker was killed (exit code 137, OOMKilled): give workers more memory")
     assert (failure.origin.node, failure.origin.host) == ("node", "a-1-x")
-    assert broker.leased() == {third.id}
-    assert broker.starts() == {third.id: 1}
+    assert broker.leased() == {third.id: "a-1-xy/1/8/4"}
