@@ -23,10 +23,18 @@ def faulty(image_shape: tuple[int, int, int], classes: int, how: str, always: bo
     folder = os.environ.get("FAULT_FOLDER")
     if folder:
         marker = Path(folder) / how
-        if (always and not marker.with_name("fixed").exists()) or not (always or marker.exists()):
-            marker.touch()
+        if (always and not marker.with_name("fixed").exists()) or (not always and _is_first(marker)):
             _go_wrong(how)
     return nn.Sequential(*_layers(image_shape, classes))
+
+
+def _is_first(marker: Path) -> bool:
+    """Make the marker; returns whether this process was the first to do so."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def gated(image_shape: tuple[int, int, int], classes: int, trials: int) -> nn.Module:

@@ -32,7 +32,9 @@ RULES = yaml.safe_load((FOLDER.parent / "rules.yaml").read_text())
 # Queries without data on a machine without GPU and Kubernetes cluster.
 EMPTY = {
     "memtail_device_": "no GPU",
-    "memtail_fleet_": "no cluster",
+    "memtail_fleet_pod": "no cluster",
+    "memtail_fleet_watch": "no cluster",
+    "memtail_fleet_workers": "no cluster",
     "kubelet_": "no cluster",
     "label_values(memtail_build_info, namespace)": "namespaces exist only in a cluster",
 }

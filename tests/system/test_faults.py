@@ -82,7 +82,9 @@ def test_the_store_is_down_at_start_and_at_commits(tmp_path_factory, own_minio, 
             own_minio.stop()
             cluster.gate.open()
             for worker in cluster.kinds("worker"):  # all reach a commit
-                cluster.until(lambda worker=worker: keys.trials(slow.name) in "".join(cluster.events(worker, "store fails, trying again")))
+                cluster.until(
+                    lambda worker=worker: keys.experiment(slow.name) in "".join(cluster.events(worker, "store fails, trying again"))
+                )
             own_minio.start()
         assert not experiment_store.attempts()
 

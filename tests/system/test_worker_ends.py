@@ -3,7 +3,6 @@
 import pytest
 
 from services.common.broker import Assignment, Broker
-from services.common.settings import ServiceSettings
 from services.common.surplus import Surplus
 from tests.support.cluster import Cluster
 from tests.support.experiments import PER_SHARD, gated
@@ -31,7 +30,7 @@ def cluster(tmp_path_factory, own_minio, folder):
 
 @pytest.fixture
 def broker(cluster):
-    return Broker(ServiceSettings(store="-", broker=cluster.redis.url, experiment="ending"))
+    return Broker(cluster.settings(experiment="ending"))
 
 
 @pytest.fixture
@@ -53,7 +52,6 @@ def test_a_surplus_worker_ends_after_its_shard(cluster, broker, worker, gate):
     assert len(surplus.leaving()) == 1
     assert broker.waiting() == 2
     assert not broker.leased()
-    assert not broker.starts()
 
 
 def test_an_idle_surplus_worker_ends_at_once(cluster, broker, worker, gate):
