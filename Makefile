@@ -7,7 +7,7 @@
 # make docs             build the documentation in site/; warnings are errors, and no page may load anything from another host
 # make bench            benchmarks against baselines (ROW=name: one row, ROW=list: the names)
 # make e2e              docker compose up, from the build to the scores (needs Docker with the compose plugin)
-# make test-kubernetes  the chart and the autoscaling of workers on a real API server with simulated nodes
+# make test-kubernetes  the chart and the autoscaling of workers on a real API server with simulated nodes (ARGS="-m slow": the slow tests)
 # make test-node        the images and the chart on a real node, with faults (needs root; building its tools takes up to an hour)
 # make test-lowest      the tests with the lowest versions that pyproject.toml allows
 # make test-python      the tests with another Python (PYTHON=3.13)
@@ -44,7 +44,7 @@ coverage: .venv/installed-dev
 	$(BIN)/coverage report
 
 test-kubernetes: .venv/installed-dev
-	$(BIN)/pytest tests/kubernetes -n 0 --timeout 600 $(ARGS)
+	$(BIN)/pytest tests/kubernetes -n 0 --timeout 600 -m "not slow" $(ARGS)
 
 test-node: .venv/installed-dev
 	$(BIN)/pytest tests/node -n 0 --timeout 3600 --capture=no $(ARGS)

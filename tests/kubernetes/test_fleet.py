@@ -93,6 +93,7 @@ def test_running_workers_of_earlier_settings_finish_their_work(fleet):
 
 
 @pytest.mark.timeout(280)
+@pytest.mark.slow
 def test_pods_that_their_node_rejects_cause_no_storm_and_a_notice(fleet):
     fleet.dispatcher()
     experiment_store = fleet.submit(20, max=16)
@@ -181,6 +182,7 @@ def test_a_lost_node_costs_its_workers_and_nothing_else(fleet):
     fleet.kubernetes.nodes(1, 8)
 
 
+@pytest.mark.slow
 def test_an_experiment_gets_its_share_of_a_full_fleet_when_shards_of_another_end(fleet):
     fleet.upgrade(workers__max=4)
     fleet.dispatcher()
