@@ -7,7 +7,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -186,10 +186,10 @@ class LocalStore:
             temporary.replace(target)
         return True
 
-    def _lock(self) -> FileLock:
-        """Return the lock under which files are replaced, removed, and compared with a tag."""
+    def _lock(self) -> AbstractContextManager[object]:
+        """Take the lock under which files are replaced, removed, and compared with a tag."""
         self._unfinished.mkdir(parents=True, exist_ok=True)
-        return FileLock(self._unfinished / _LOCK, poll_interval=0.002)
+        return FileLock(self._unfinished / _LOCK).acquire(poll_interval=0.002)
 
     def sweep(self) -> None:
         """Remove temporary files that were last written more than a day ago."""
