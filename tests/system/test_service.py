@@ -53,10 +53,10 @@ def test_chosen_shards_are_trained_twice_also_after_a_flush_of_redis_and_not_aga
     assert not any(experiment_store.trained_twice().values())
     progress = progress_of(living.store, "twice")
     assert (progress.ending, progress.unverified, progress.lines) == ("published", [], [])
-    # without leases after the flush, two workers may have verified one shard
+    # without leases after the flush, two workers may have verified one shard, or trained one at once, which compares them too
     living.until(lambda: not living.broker().leased() and not living.broker().waiting())
     ended = living.log_lines("worker", "shard ended", "twice")
-    assert "".join(ended).count('"outcome": "verified"') >= 3
+    assert sum('"outcome": "verified"' in line or '"outcome": "lost race"' in line for line in ended) >= 3
     passes = scrape(living.kinds("dispatcher")[0]).value("memtail_passes_total")
     living.until(lambda: scrape(living.kinds("dispatcher")[0]).value("memtail_passes_total") >= passes + 5)
     assert living.log_lines("worker", "shard ended", "twice") == ended
