@@ -284,7 +284,6 @@ class Aggregation:
         if self._store.finished(self._store.read_record()) is None:
             self._store.reopen("it was changed while its end was recorded")
             return None
-        log.info("finished", trials=self.trials, scores=pointer.version)
         return finished
 
     def _is_unverified(self) -> bool:

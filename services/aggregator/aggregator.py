@@ -213,6 +213,7 @@ class Aggregator:
             finished = aggregation.finish()
         if finished is None:
             return
+        log.info("finished", trials=finished.trials, scores=finished.version)
         if name in self._series.shown:
             update_statistics(name, aggregation.record.experiment.subsets, aggregation.statistics)
         self._finished[name] = _Finished(finished.version, time.monotonic() + _FINISHED_CHECK, experiment.reported == finished.version)
