@@ -23,6 +23,7 @@ class FakeS3(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64  # with the default of 5, some of many concurrent connections wait for a second
 
     def __init__(self, *faults: str, failures: Iterable[tuple[int, str]] = (), clock: float = 0.0) -> None:
         self.faults, self.failures, self.clock = faults, list(failures), clock
