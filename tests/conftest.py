@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Each process of pytest-xdist has about one core, which threads that wait in a loop would keep busy: torch gets one, and those of numba sleep.
+# Each process of pytest-xdist has about one core, which threads that wait in a loop would keep busy: torch gets one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -97,7 +97,7 @@ class _FakeHandler(BaseHTTPRequestHandler):
             held = self.server.objects.get(path)
             met = self.is_met(held, faults)
             if races:
-                time.sleep(0.02)
+                time.sleep(0.1)
             if not met:
                 status = next((int(fault.removeprefix("answers-")) for fault in faults if fault.startswith("answers-")), 412)
                 return lambda: self.answer(status, b"" if status in (200, 304) else b"<Error><Code>Conflict</Code></Error>", ETag='"x"')
