@@ -1,5 +1,6 @@
 """Shared fixtures (cache, small experiments, servers), markers, and the distribution of tests over the processes of pytest-xdist."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 # A background job of a shell ignores SIGINT. Processes started by tests would inherit that, but tests interrupt them by SIGINT.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Each process of pytest-xdist has about one core, which threads that wait in a loop would keep busy: torch gets one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _TESTS = Path(__file__).parent
 _SERVERS = {"living": "cluster", "cluster": "cluster", "kubernetes": "kubernetes", "chromium": "browser"}
@@ -57,8 +62,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Use a new cache folder for this test session."""
-    import os
-
     os.environ["MEMTAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("MEMTAIL_DATA", None)
     os.environ.pop("MEMTAIL_STORE", None)

@@ -1,7 +1,7 @@
 """Local processes that run shards: one per device, or per core of a CPU.
 
 Each has its own process pool, so a process that dies (out of memory, a segfault) takes only its own shard with it and is replaced.
-Processes end when their parent does, also if it was killed.
+Processes end when their parent does, also if it was killed. Each imports the script that started them, as multiprocessing does.
 """
 
 import multiprocessing
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from memtail import logs
 from memtail.datasets import ImageDataset
+from memtail.errors import MemtailError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
 from memtail.experiment_store import ExperimentStore, Record
@@ -27,6 +28,9 @@ from memtail.trials import Shard, TrialBatch
 
 if TYPE_CHECKING:
     import torch
+
+#: Exit code of a process whose import of the script starts training, by which the process that started it knows the cause.
+_SCRIPT_TRAINS = 70
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Workers:
     """
 
     def __init__(self, task: Task, devices: list[str]) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # multiprocessing's mark of a process that imports the script
+            sys.exit(_SCRIPT_TRAINS)
         self._context = multiprocessing.get_context("spawn")
         self._reports: multiprocessing.queues.Queue[tuple[Shard, float]] = self._context.Queue()
         self._tasks = [replace(task, device=device) for device in devices]
@@ -93,6 +99,9 @@ class Workers:
         """Return the results since the last call; wait up to `timeout` seconds for the first.
 
         The result of a shard whose process died is FAILED with `attempt` 0: the failure is not recorded yet.
+
+        Raises:
+            MemtailError: the script starts training when a process imports it.
         """
         results = []
         for future in wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done:
@@ -104,6 +113,11 @@ class Workers:
                     _end(self._pools[index])
                     self._pools[index] = self._pool()
             except BrokenProcessPool:
+                if _SCRIPT_TRAINS in _exit_codes(self._pools[index]):
+                    raise MemtailError(
+                        f"{sys.argv[0]} starts training as soon as it is imported, and training processes import it: "
+                        'put the call under `if __name__ == "__main__":`'
+                    ) from None
                 self._pools[index] = self._pool()
                 error = "the training process died (killed, out of memory, or a crash in native code)"
                 results.append(ShardResult(shard, ShardOutcome.FAILED, error=error))
@@ -130,6 +144,13 @@ def _end(pool: ProcessPoolExecutor) -> None:
         process.terminate()
     for process in processes:
         process.join()
+
+
+def _exit_codes(broken: ProcessPoolExecutor) -> list[int | None]:
+    """Return the exit codes of a pool whose process died."""
+    processes = list((broken._processes or {}).values())
+    broken.shutdown()  # waits for the thread that collects the codes
+    return [process.exitcode for process in processes]
 
 
 _reports: Any = None

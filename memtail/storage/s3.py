@@ -270,16 +270,21 @@ class S3Store:
 
     def _writer_of(self, connection: Connection, key: str) -> str | None:
         """Return the writer of an object, "" if it names none, None if there is no object."""
+        name = self._name(key)
         try:
-            head = connection.s3.stat_object(bucket_name=self._bucket, object_name=self._name(key))
+            try:
+                headers = connection.s3.stat_object(bucket_name=self._bucket, object_name=name).metadata
+            except S3Error as error:
+                if error.code != "AccessDenied":
+                    raise
+                # a response to HEAD has no content: a read names the cause, or is allowed, if the key has been replaced since
+                with connection.opened(name) as response:
+                    headers = response.headers
         except S3Error as error:
-            if error.code == "AccessDenied":  # a response to HEAD has no content: a read names the cause
-                with connection.opened(self._name(key), {"Range": "bytes=0-0"}):
-                    pass
             if error.code != "NoSuchKey":
                 raise
             return None
-        return (head.metadata or {}).get(WRITER) or ""
+        return (headers or {}).get(WRITER) or ""
 
     def _name(self, key: str) -> str:
         return self._prefix + keys.check(key)

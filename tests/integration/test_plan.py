@@ -18,6 +18,7 @@ from memtail.trials import TrialBatch
 from tests.support.cli import command
 
 CPU = torch.device("cpu")
+START = planning._START
 
 
 def spec(folder, **parts):
@@ -40,19 +41,22 @@ def size_of(folder):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _measured_quickly():
-    """Shorten the measurements of forecasts from four seconds to half a second."""
+def quickly():
+    """Shorten the start of a process, which forecasts measure, to that of Python."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurements, "_MEASURED_SECONDS", 0.5)
+        patch.setattr(planning, "_START", "")
         yield
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "margins"])
-def planned(request, tmp_path_factory):
-    """A forecast as JSON, and a profiled run of the same experiment; the second parameter records margins."""
+def planned(request, tmp_path_factory, quickly):
+    """A forecast as JSON, and a profiled run of the same experiment; the second parameter records margins, the first measures the start."""
     folder = tmp_path_factory.mktemp("planned")
     path = spec(folder, record={"margins": request.param})
-    plan = command("plan", path, "--store", folder / "store", "--price", 3, "--standard-error", 0.05, "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.param:
+            patch.setattr(planning, "_START", START)
+        plan = command("plan", path, "--store", folder / "store", "--price", 3, "--standard-error", 0.05, "--json")
     assert plan.returncode == 0, plan.stderr
     assert not (folder / "store").exists()
     run = command("run", path, "--store", folder / "store", "--profile", "--json")

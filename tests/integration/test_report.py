@@ -3,8 +3,6 @@
 import base64
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -200,17 +198,13 @@ def test_names_of_classes_and_files_are_escaped(tmp_path):
 
 
 def test_the_command_makes_and_copies_the_report_and_names_missing_scores_on_one_line(store, tmp_path):
-    def report(*arguments):
-        command = [sys.executable, "-m", "memtail", "report", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-    result = report("digits", "--store", store.root, "--fetch", tmp_path, "--json")
+    result = command("report", "digits", "--store", store.root, "--fetch", tmp_path, "--json")
     assert result.returncode == 0, result.stderr
     pointer = json.loads(result.stdout)
     assert pointer["folder"] == str(tmp_path)
     assert sorted(pointer["files"]) == sorted(path.name for path in tmp_path.iterdir())
     (store.root / "experiments/digits/scores/latest.json").rename(tmp_path / "latest.json")
-    result = report("digits", "--store", store.root)
+    result = command("report", "digits", "--store", store.root)
     (tmp_path / "latest.json").rename(store.root / "experiments/digits/scores/latest.json")
     assert result.returncode == 2
     assert "has no published scores yet" in result.stderr

@@ -2,14 +2,13 @@
 
 import os
 import time
+from functools import partial
 
 import pytest
-from typer.testing import CliRunner
 
 from memtail import load_scores
-from memtail.cli.app import app
 from memtail.datasets.staged_dataset import fetch, stage
-from memtail.errors import MemtailError, ObjectNotFound, ScoresError, StoreError
+from memtail.errors import ObjectNotFound, ScoresError, StoreError
 from memtail.execution import retention
 from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
@@ -20,6 +19,7 @@ from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from tests.support.batches import commit
+from tests.support.cli import invoke
 
 SHARDS = [Shard(0, 3), Shard(4, 7)]
 
@@ -32,15 +32,7 @@ def store(tmp_path):
 @pytest.fixture
 def call(store):
     """Runs a command on the store in this process; raises the error that users would see."""
-
-    def invoke(*arguments, code=0, answer=None):
-        result = CliRunner().invoke(app, [*map(str, arguments), "--store", store.address], input=answer)
-        if isinstance(result.exception, MemtailError):
-            raise result.exception
-        assert result.exit_code == code, (result.output, result.exception)
-        return result.stdout
-
-    return invoke
+    return partial(invoke, store.address)
 
 
 @pytest.fixture

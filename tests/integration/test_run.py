@@ -220,8 +220,8 @@ def _run_arrays(tmp_path, name):
         {
             "name": name,
             "dataset": {"name": "arrays", "root": tmp_path / f"{name}.npz"},
-            "model": {"name": "mlp", "hidden": [256, 256]},
-            "training": {"epochs": 30, "optimizer": {"weight_decay": 0.0}},
+            "model": {"name": "mlp", "hidden": [128, 128]},
+            "training": {"epochs": 40, "optimizer": {"weight_decay": 0.0}},
             "subsets": {"trials": 60},
         }
     )

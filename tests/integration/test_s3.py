@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import structlog
 import trustme
+from minio import Minio
 from minio.credentials.providers import AssumeRoleProvider
 
 from memtail.cli.doctor import examine
@@ -396,6 +397,27 @@ def test_a_key_rotated_during_writes_loses_none(minio, bucket, key_files, logs, 
     assert any("SignatureDoesNotMatch" in event["error"] for event in logs)
     assert set(store.list("")) == set(written)
     assert all(store.get(key) == b"2" for key in written)
+
+
+def test_a_check_is_answered_if_its_key_is_replaced_just_after_it_was_refused(minio, bucket, key_files, environment):
+    """A response to HEAD has no content, so the cause of a refusal is asked for by a second request."""
+    key_files(minio.access_key, minio.secret_key)
+    store = S3Store(bucket, "replaced")
+    store.put("k", b"1")
+    store.put("empty", b"")
+    head = Minio.stat_object
+
+    def replaced_after(*arguments, **options):
+        key_files(minio.access_key, "secret-before")
+        try:
+            return head(*arguments, **options)
+        finally:
+            key_files(minio.access_key, minio.secret_key)
+
+    environment.setattr(Minio, "stat_object", replaced_after)
+    assert store.exists("k")
+    assert store.exists("empty")
+    assert not store.exists("none")
 
 
 def test_a_key_in_a_file_that_never_worked_is_refused_at_once(minio, bucket, key_files, logs):

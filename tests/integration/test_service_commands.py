@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from memtail.cli import doctor, watch
 from memtail.cli.app import app
 from memtail.cli.doctor import examine
 from memtail.datasets.staged_dataset import fetch
-from memtail.errors import MemtailError, SpecError, StoreError, UnsupportedError
+from memtail.errors import SpecError, StoreError, UnsupportedError
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import Control, ExperimentStore, Origin
 from memtail.scores.publish import publish
@@ -32,7 +33,7 @@ from memtail.storage.s3 import S3Store
 from memtail.trials import Shard
 from tests.support.arrays import write_arrays
 from tests.support.batches import commit
-from tests.support.cli import command
+from tests.support.cli import command, invoke
 from tests.support.cluster import RedisServer
 from tests.support.servers import MinioServer, free_port, server_binary
 
@@ -69,15 +70,7 @@ def store(tmp_path):
 @pytest.fixture
 def call(store):
     """Runs a command on the store in this process; raises the error that users would see."""
-
-    def invoke(*arguments, code=0):
-        result = CliRunner().invoke(app, [*map(str, arguments), "--store", store.address])
-        if isinstance(result.exception, MemtailError):
-            raise result.exception
-        assert result.exit_code == code, (result.output, result.exception)
-        return result.stdout
-
-    return invoke
+    return partial(invoke, store.address)
 
 
 @pytest.fixture
@@ -501,11 +494,7 @@ def in_a_bucket(minio, monkeypatch):
 
 
 def test_the_commands_work_on_a_bucket(in_a_bucket, spec, tmp_path):
-    def call(*arguments, code=0):
-        result = CliRunner().invoke(app, [*map(str, arguments), "--store", in_a_bucket.address])
-        assert result.exit_code == code, (result.output, result.exception)
-        return result.stdout
-
+    call = partial(invoke, in_a_bucket.address)
     experiment_store = ExperimentStore(in_a_bucket, "tiny")
     assert json.loads(call("submit", spec(), "--priority", 1, "--json"))["staged"] is True
     assert "already staged" in call("stage", spec())

@@ -30,6 +30,7 @@ from memtail.studies.study import Study
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import unpack
 from tests.support.arrays import write_arrays
+from tests.support.cli import invoke
 
 SPEC = {
     "name": "digits",
@@ -54,11 +55,7 @@ def store(own_cache, tmp_path_factory):
 
 def study(store, *arguments):
     """Runs `memtail study` in this process; raises the error that users would see."""
-    result = CliRunner().invoke(app, ["study", *map(str, arguments), "--store", store.address])
-    if isinstance(result.exception, MemtailError):
-        raise result.exception
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
+    return invoke(store.address, "study", *arguments)
 
 
 def rows(store, result):

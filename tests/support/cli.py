@@ -14,9 +14,11 @@ from unittest import mock
 
 import structlog
 import yaml
+from typer.testing import CliRunner
 
 import memtail
-from memtail.cli.app import main
+from memtail.cli.app import app, main
+from memtail.errors import MemtailError
 
 MEMTAIL = [sys.executable, "-m", "memtail"]
 
@@ -54,6 +56,25 @@ def command(*arguments: object, env: Mapping[str, str] | None = None) -> Answer:
             signal.signal(signal.SIGTERM, terminate)
             structlog.reset_defaults()
     return Answer(int(code or 0), output.getvalue(), errors.getvalue())
+
+
+def invoke(store: str, *arguments: object, code: int = 0, answer: str | None = None) -> str:
+    """Run a command on a store in this process, and raise the error that users would see.
+
+    Args:
+        store: its address.
+        arguments: arguments of the command line, without the store.
+        code: the expected exit code.
+        answer: text on the standard input.
+
+    Returns:
+        The standard output.
+    """
+    result = CliRunner().invoke(app, [*map(str, arguments), "--store", store], input=answer)
+    if isinstance(result.exception, MemtailError):
+        raise result.exception
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout
 
 
 def command_in_process(*arguments: object, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":

@@ -23,6 +23,7 @@ class FakeS3(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64  # with the default of 5, some of many concurrent connections wait for a second
 
     def __init__(self, *faults: str, failures: Iterable[tuple[int, str]] = (), clock: float = 0.0) -> None:
         self.faults, self.failures, self.clock = faults, list(failures), clock
@@ -96,7 +97,7 @@ class _FakeHandler(BaseHTTPRequestHandler):
             held = self.server.objects.get(path)
             met = self.is_met(held, faults)
             if races:
-                time.sleep(0.02)
+                time.sleep(0.1)
             if not met:
                 status = next((int(fault.removeprefix("answers-")) for fault in faults if fault.startswith("answers-")), 412)
                 return lambda: self.answer(status, b"" if status in (200, 304) else b"<Error><Code>Conflict</Code></Error>", ETag='"x"')

@@ -12,7 +12,7 @@ from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from tests.support import inline
-from tests.support.cluster import Cluster, LivingCluster
+from tests.support.cluster import Cluster, LivingCluster, RedisServer
 from tests.support.experiments import PER_SHARD, TRIALS, Declare, gated
 from tests.support.servers import MinioServer
 
@@ -51,6 +51,15 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment],
         return {**made[text], "summary.json": summary}
 
     return scores
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    """A Redis server without services, for the tests of a file."""
+    started = RedisServer()
+    started.start()
+    yield started
+    started.stop()
 
 
 @pytest.fixture

@@ -11,20 +11,11 @@ from memtail.storage.local import LocalStore
 from services.common.broker import Broker
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
-from tests.support.cluster import RedisServer
 
 NUMBERS = st.sampled_from([b"", b"0", b"-1", b"nan", b"1e9", b"9" * 5000, b"10/3"])
 BYTES = st.binary(max_size=20) | NUMBERS
 SHARDS = st.sampled_from([b"other/0-3", b"other/4-7", b"other/9-1", b"other/" + b"9" * 30 + b"-" + b"9" * 31, b"/", b"other/-"])
 LEASES = st.sampled_from([b"0 x", b"1 ", b"9" * 15 + b" x", b"9" * 5000 + b" x", b"9999999999999 x", b"-1 x", b"1e9 x"])
-
-
-@pytest.fixture(scope="module")
-def server():
-    made = RedisServer()
-    made.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture

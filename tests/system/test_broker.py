@@ -10,18 +10,9 @@ from memtail.storage.local import LocalStore
 from services.common.broker import Assignment, Broker
 from services.common.settings import ServiceError, ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
-from tests.support.cluster import RedisServer
 
 LEASE, MAX_STARTS, SHARDS = 0.4, 3, 6
 SHARD = Assignment(experiment="e", fingerprint="0" * 64, first=0, last=3)
-
-
-@pytest.fixture(scope="module")
-def server():
-    made = RedisServer()
-    made.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture

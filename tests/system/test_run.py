@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -150,3 +151,17 @@ def test_a_run_ends_when_its_first_shards_fail_alike(tmp_path):
     experiment_store = ExperimentStore(LocalStore(tmp_path / "store"), "digits")
     # other devices may have a failing shard each
     assert len(experiment_store.attempts()) < 10
+
+
+def test_a_script_without_a_guard_ends_with_one_line_that_names_the_fix(tmp_path):
+    """Training processes import the script, and would start training again."""
+    script, path = tmp_path / "script.py", spec(tmp_path)
+    script.write_text(f"import memtail\nmemtail.run(memtail.Experiment.load({str(path)!r}), {str(tmp_path / 'store')!r})\n")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=100)
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback") == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"memtail.errors.MemtailError: {script} starts training as soon as it is imported, and training processes import it: "
+        'put the call under `if __name__ == "__main__":`'
+    )
+    assert batches(tmp_path / "store") == []
