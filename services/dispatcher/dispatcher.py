@@ -136,7 +136,8 @@ class Dispatcher:
         views: dict[str, list[View]] = {queue: [] for queue in queues}
         for experiment in self._experiments.values():
             views.setdefault(queue_name(self._settings, experiment.name), []).append(experiment.view)
-        limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, len(views)))}
+        busy = sum(any(view.trains for view in each) for each in views.values())
+        limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, busy))}
         by_queue = {queue: reconcile(views[queue], queues.get(queue, []), leased | in_transit, losses, **limits) for queue in views}
         for queue, actions in by_queue.items():
             self._keep_leading()

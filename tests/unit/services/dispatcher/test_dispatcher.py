@@ -1,6 +1,7 @@
 """Passes of the dispatcher on a store in a folder, without Redis."""
 
 import time
+from collections import Counter
 
 import pytest
 
@@ -8,9 +9,10 @@ from memtail.errors import UnreachableError
 from memtail.execution.breaker import common_error
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import Control, ExperimentStore, Origin, record
+from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
-from services.common.broker import WorkerPlace
+from services.common.broker import WorkerPlace, queue_name
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
 
@@ -155,6 +157,33 @@ def test_an_experiment_is_not_paused_for_different_errors_or_lost_workers(dispat
     fail(experiment_store, 6, "10 workers were lost", node="")
     dispatcher.reconcile()
     assert experiment_store.control().state == "running"
+
+
+class Queues(Broker):
+    """A queue for each experiment, as workers of a cluster have."""
+
+    def queues(self):
+        return {queue_name(FLEET, each.experiment) for each in self.messages}
+
+    def queued(self, queue):
+        return (each for each in self.messages if queue_name(FLEET, each.experiment) == queue)
+
+
+FLEET = ServiceSettings(store="-", fleet="fleet.yaml", max_queued=12)
+
+
+def test_only_experiments_with_something_to_train_share_the_queues(declare, digits, tmp_path):
+    store = LocalStore(tmp_path)
+    for name in ("busy", "paused", "committed-1", "committed-2"):
+        experiment = declare(48, name=name, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
+        ExperimentStore(store, name).register(declare_record(experiment, digits, 4))
+        for first in range(0, 48, 4) if name.startswith("committed") else ():
+            store.put(keys.trial_batch(name, first, first + 3), b"")
+    ExperimentStore(store, "paused").set_control(Control("paused"))
+    assert len(Dispatcher(store, Queues(), FLEET, Fleet()).reconcile().send) == 12
+    ExperimentStore(store, "paused").set_control(Control())
+    sent = Dispatcher(store, Queues(), FLEET, Fleet()).reconcile().send
+    assert Counter(each.experiment for each in sent) == {"busy": 6, "paused": 6}
 
 
 class Fleet:
