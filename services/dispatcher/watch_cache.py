@@ -1,8 +1,10 @@
 """Local copy of Kubernetes objects, kept current by a list and a watch in a background thread."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -28,6 +30,10 @@ KubernetesObject = TypeVar("KubernetesObject", bound=Job | Pod)
 
 class ClusterError(MemtailError):
     """A request to the Kubernetes API server failed."""
+
+
+class RefusedError(ClusterError):
+    """The API server refused a request because of its content, as for a quota or a policy; other requests may succeed."""
 
 
 class WatchCache(threading.Thread, Generic[KubernetesObject]):
@@ -135,7 +141,10 @@ class WatchCache(threading.Thread, Generic[KubernetesObject]):
 def short_message(error: Exception) -> str:
     """Summarize an error of the Kubernetes client in one line."""
     if isinstance(error, ApiException):
-        return f"{error.status} {error.reason}: {' '.join(str(error.body or '').split())[:300]}"
+        message = error.body or ""
+        with suppress(ValueError, KeyError, TypeError):
+            message = json.loads(message)["message"]
+        return f"{error.status} {error.reason}: {' '.join(str(message).split())[:300]}"
     return str(error) or type(error).__name__
 
 

@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from memtail.experiment_store import ExperimentStore
 from memtail.spec import WorkersSpec
+from memtail.storage.local import LocalStore
+from services.dispatcher.fleet import Fleet
 from services.dispatcher.kubernetes_objects import Job, Pod
 from services.dispatcher.shares import surplus_workers, target_workers
 from services.dispatcher.stalls import Stalls
+from services.dispatcher.watch_cache import ClusterError, RefusedError
 from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job, shards_per_worker, template_hash
 from services.dispatcher.worker_sets import Changes, WorkerSet, failed_beyond, outdated, scale, worker_sets
 
@@ -219,6 +223,88 @@ def test_the_last_failed_pods_of_each_job_are_kept():
 def test_workers_of_cancelled_experiments_are_removed_at_once_and_those_of_missing_ones_are_not():
     assert scale({"a": 0}, sets((3, 3)), ["a"], {}, elastic=True) == Changes(delete=["a-1"])
     assert scale({"b": 1}, sets((3, 3)), [], {}, elastic=True) == Changes(create={"b": 1})
+
+
+class Cluster:
+    """An API server without Jobs that answers the creation of some with an error."""
+
+    def __init__(self):
+        self.errors, self.created, self.requests = {}, [], 0
+
+    def jobs(self):
+        return []
+
+    pods = jobs
+
+    def owner(self, name):
+        return OWNER
+
+    def create_job(self, job):
+        self.requests += 1
+        name = job["metadata"]["labels"]["memtail/experiment"]
+        if name in self.errors:
+            raise self.errors[name]
+        self.created.append(name)
+
+
+class Surplus:
+    """Keeps the offers."""
+
+    def leaving(self):
+        return set()
+
+    def offer(self, numbers):
+        self.offered = numbers
+
+
+def test_a_refused_job_is_shown_by_its_experiment_and_does_not_stop_others(tmp_path):
+    store, cluster = LocalStore(tmp_path), Cluster()
+    scaled = Fleet(fleet(), cluster, store, Surplus())
+    cluster.errors["b"] = RefusedError("cannot create Job memtail-b-1: 422 Unprocessable Entity: tolerations[0].operator: Invalid value")
+    scaled.reconcile([demand(name) for name in "abc"], set())
+    assert cluster.created == ["a", "c"]
+    notices = {name: ExperimentStore(store, name).notices()["fleet"].lines for name in "abc"}
+    assert notices["b"] == ("workers: 0 running, 0 pending, target 10", f"workers cannot be changed: {cluster.errors['b']}")
+    assert notices["a"] == notices["c"] == notices["b"][:1]
+    cluster.errors.clear()
+    scaled.reconcile([demand("b")], set())
+    assert ExperimentStore(store, "b").notices()["fleet"].lines == notices["b"][:1]
+
+
+def test_an_api_server_that_does_not_answer_ends_the_pass_at_the_first_job(tmp_path):
+    cluster = Cluster()
+    cluster.errors = dict.fromkeys("abc", ClusterError("cannot create Job: timeout"))
+    Fleet(fleet(), cluster, LocalStore(tmp_path), Surplus()).reconcile([demand(name) for name in "abc"], set())
+    assert cluster.requests == 1
+
+
+def test_no_workers_end_for_an_experiment_whose_job_is_refused(tmp_path):
+    cluster, surplus = Cluster(), Surplus()
+    cluster.errors["b"] = RefusedError("cannot create Job")
+    labels = {"memtail/experiment": "a", "memtail/number": "1"}
+    cluster.jobs = lambda: [Job("a-1", "uid", labels, parallelism=4, succeeded=0, ended=False)]
+    cluster.pods = lambda: [Pod(f"a-{number}", "uid", "a-1", labels, "Running", "", "") for number in range(4)]
+    Fleet(fleet(maxWorkers=5), cluster, LocalStore(tmp_path), surplus).reconcile([demand("a"), demand("b")], set())
+    assert surplus.offered == {}
+    cluster.errors.clear()
+    Fleet(fleet(maxWorkers=5), cluster, LocalStore(tmp_path), surplus).reconcile([demand("a"), demand("b")], set())
+    assert surplus.offered == {"a": 1}
+
+
+def test_a_refused_deletion_does_not_stop_other_changes(tmp_path):
+    cluster, deleted = Cluster(), []
+    labels = [{"memtail/experiment": name, "memtail/number": "1"} for name in "ab"]
+    cluster.jobs = lambda: [Job(f"{each['memtail/experiment']}-1", "uid", each, parallelism=4, succeeded=0, ended=False) for each in labels]
+
+    def delete(name):
+        if name == "a-1":
+            raise RefusedError("cannot delete Job a-1: 403 Forbidden")
+        deleted.append(name)
+
+    cluster.delete_job, store = delete, LocalStore(tmp_path)
+    Fleet(fleet(), cluster, store, Surplus()).reconcile([demand(name, state="cancelled") for name in "ab"], set())
+    assert deleted == ["b-1"]
+    assert ExperimentStore(store, "a").notices()["fleet"].lines[-1] == "workers cannot be changed: cannot delete Job a-1: 403 Forbidden"
 
 
 def test_a_job_is_named_by_its_experiment_and_number_and_owned():
