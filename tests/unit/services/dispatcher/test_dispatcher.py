@@ -15,6 +15,7 @@ from memtail.trials import Shard
 from services.common.broker import WorkerPlace, queue_name
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
+from tests.support.restricted import RestrictedStore
 
 
 class Broker:
@@ -54,8 +55,8 @@ def broker():
 
 
 @pytest.fixture
-def dispatcher(experiment_store, broker):
-    return Dispatcher(experiment_store.store, broker, ServiceSettings(store="-", lease_seconds=8.0))
+def dispatcher(experiment_store, broker, tmp_path):
+    return Dispatcher(RestrictedStore(tmp_path, "dispatcher"), broker, ServiceSettings(store="-", lease_seconds=8.0))
 
 
 def test_a_message_taken_between_two_passes_is_sent_again_only_after_a_while(dispatcher, broker):
@@ -180,9 +181,9 @@ def test_only_experiments_with_something_to_train_share_the_queues(declare, digi
         for first in range(0, 48, 4) if name.startswith("committed") else ():
             store.put(keys.trial_batch(name, first, first + 3), b"")
     ExperimentStore(store, "paused").set_control(Control("paused"))
-    assert len(Dispatcher(store, Queues(), FLEET, Fleet()).reconcile().send) == 12
+    assert len(Dispatcher(RestrictedStore(tmp_path, "dispatcher"), Queues(), FLEET, Fleet()).reconcile().send) == 12
     ExperimentStore(store, "paused").set_control(Control())
-    sent = Dispatcher(store, Queues(), FLEET, Fleet()).reconcile().send
+    sent = Dispatcher(RestrictedStore(tmp_path, "dispatcher"), Queues(), FLEET, Fleet()).reconcile().send
     assert Counter(each.experiment for each in sent) == {"busy": 6, "paused": 6}
 
 
@@ -205,7 +206,8 @@ def test_no_workers_are_started_for_what_this_version_does_not_train(declare, di
     experiment_store.register(declare_record(experiment, digits, 4))
 
     def outstanding():  # of a dispatcher that has just started
-        assert Dispatcher(store, Broker(), ServiceSettings(store="-"), fleet).reconcile().send  # for workers that run
+        restricted = RestrictedStore(tmp_path, "dispatcher")
+        assert Dispatcher(restricted, Broker(), ServiceSettings(store="-"), fleet).reconcile().send  # for workers that run
         return fleet.outstanding
 
     assert outstanding() == [2]

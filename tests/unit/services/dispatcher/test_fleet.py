@@ -7,7 +7,6 @@ import pytest
 
 from memtail.experiment_store import ExperimentStore
 from memtail.spec import WorkersSpec
-from memtail.storage.local import LocalStore
 from services.dispatcher.fleet import Fleet
 from services.dispatcher.kubernetes_objects import Job, Pod
 from services.dispatcher.shares import surplus_workers, target_workers
@@ -15,6 +14,7 @@ from services.dispatcher.stalls import Stalls
 from services.dispatcher.watch_cache import ClusterError, RefusedError
 from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job, shards_per_worker, template_hash
 from services.dispatcher.worker_sets import Changes, WorkerSet, failed_beyond, outdated, scale, worker_sets
+from tests.support.restricted import RestrictedStore
 
 OWNER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "memtail-dispatcher", "uid": "u"}
 SETTINGS = {
@@ -258,7 +258,7 @@ class Surplus:
 
 
 def test_a_refused_job_is_shown_by_its_experiment_and_does_not_stop_others(tmp_path):
-    store, cluster = LocalStore(tmp_path), Cluster()
+    store, cluster = RestrictedStore(tmp_path, "dispatcher"), Cluster()
     scaled = Fleet(fleet(), cluster, store, Surplus())
     cluster.errors["b"] = RefusedError("cannot create Job memtail-b-1: 422 Unprocessable Entity: tolerations[0].operator: Invalid value")
     scaled.reconcile([demand(name) for name in "abc"], set())
@@ -274,7 +274,7 @@ def test_a_refused_job_is_shown_by_its_experiment_and_does_not_stop_others(tmp_p
 def test_an_api_server_that_does_not_answer_ends_the_pass_at_the_first_job(tmp_path):
     cluster = Cluster()
     cluster.errors = dict.fromkeys("abc", ClusterError("cannot create Job: timeout"))
-    Fleet(fleet(), cluster, LocalStore(tmp_path), Surplus()).reconcile([demand(name) for name in "abc"], set())
+    Fleet(fleet(), cluster, RestrictedStore(tmp_path, "dispatcher"), Surplus()).reconcile([demand(name) for name in "abc"], set())
     assert cluster.requests == 1
 
 
@@ -284,10 +284,10 @@ def test_no_workers_end_for_an_experiment_whose_job_is_refused(tmp_path):
     labels = {"memtail/experiment": "a", "memtail/number": "1"}
     cluster.jobs = lambda: [Job("a-1", "uid", labels, parallelism=4, succeeded=0, ended=False)]
     cluster.pods = lambda: [Pod(f"a-{number}", "uid", "a-1", labels, "Running", "", "") for number in range(4)]
-    Fleet(fleet(maxWorkers=5), cluster, LocalStore(tmp_path), surplus).reconcile([demand("a"), demand("b")], set())
+    Fleet(fleet(maxWorkers=5), cluster, RestrictedStore(tmp_path, "dispatcher"), surplus).reconcile([demand("a"), demand("b")], set())
     assert surplus.offered == {}
     cluster.errors.clear()
-    Fleet(fleet(maxWorkers=5), cluster, LocalStore(tmp_path), surplus).reconcile([demand("a"), demand("b")], set())
+    Fleet(fleet(maxWorkers=5), cluster, RestrictedStore(tmp_path, "dispatcher"), surplus).reconcile([demand("a"), demand("b")], set())
     assert surplus.offered == {"a": 1}
 
 
@@ -301,7 +301,7 @@ def test_a_refused_deletion_does_not_stop_other_changes(tmp_path):
             raise RefusedError("cannot delete Job a-1: 403 Forbidden")
         deleted.append(name)
 
-    cluster.delete_job, store = delete, LocalStore(tmp_path)
+    cluster.delete_job, store = delete, RestrictedStore(tmp_path, "dispatcher")
     Fleet(fleet(), cluster, store, Surplus()).reconcile([demand(name, state="cancelled") for name in "ab"], set())
     assert deleted == ["b-1"]
     assert ExperimentStore(store, "a").notices()["fleet"].lines[-1] == "workers cannot be changed: cannot delete Job a-1: 403 Forbidden"

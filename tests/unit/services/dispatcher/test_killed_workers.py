@@ -8,6 +8,7 @@ from services.common.settings import ServiceSettings
 from services.dispatcher.killed_workers import KilledWorkers
 from services.dispatcher.kubernetes_objects import Pod
 from tests.support.cluster import RedisServer
+from tests.support.restricted import RestrictedStore
 
 
 @pytest.fixture
@@ -22,17 +23,18 @@ def pod(name, killed=True):
     return Pod(name, f"uid of {name}", "a-1", {}, "Failed", "failed: exit code 137, OOMKilled", "OOMKilled", "node", killed=killed)
 
 
-def test_the_shards_of_a_killed_worker_fail_once_and_their_leases_end(broker, experiment_store):
+def test_the_shards_of_a_killed_worker_fail_once_and_their_leases_end(broker, experiment_store, tmp_path):
     record = experiment_store.read_record()
     first, second, third = (
         Assignment(experiment=record.experiment.name, fingerprint=record.fingerprint, first=shard, last=shard + 3) for shard in (0, 4, 8)
     )
     for assignment, holder in ((first, "a-1-x/1/8/2"), (second, "a-1-x/1/9/3"), (third, "a-1-xy/1/8/4")):
         assert broker.acquire(assignment, holder)
-    killed_workers = KilledWorkers(experiment_store.store, broker)
+    store = RestrictedStore(tmp_path, "dispatcher")
+    killed_workers = KilledWorkers(store, broker)
     killed_workers.record([pod("a-1-x", killed=False)])
     assert not experiment_store.attempts()
-    for each in (killed_workers, killed_workers, KilledWorkers(experiment_store.store, broker)):
+    for each in (killed_workers, killed_workers, KilledWorkers(store, broker)):
         each.record([pod("a-1-x"), pod("a-1")])
     assert experiment_store.attempts() == {Shard(0, 3): 1, Shard(4, 7): 1}
     [failure] = experiment_store.failures(Shard(0, 3))
