@@ -120,7 +120,7 @@ class Dispatcher:
     def reconcile(self) -> Actions:
         """Run one pass, and return its actions."""
         if self._fleet:
-            self._killed_workers.record(self._fleet.pods())
+            self._killed_workers.record(self._fleet.pods(), self._lost_workers.watched)
         queues = {queue: list(self._broker.queued(queue)) for queue in self._broker.queues()}
         queued = [assignment for assignments in queues.values() for assignment in assignments]
         expired, holders = self._broker.take_expired(), self._broker.leased()

@@ -38,6 +38,7 @@ class Pod:
         node: name of its node; empty before it has one.
         ended: time at which its last container ended, else that of its creation, ISO 8601.
         killed: whether its container was killed, but not because of a disruption or a deletion of the pod.
+        devices: number of devices of its worker, each of which trains a shard.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Pod:
     node: str = ""
     ended: str = ""
     killed: bool = False
+    devices: int = 1
 
 
 def parse_job(item: dict[str, Any]) -> Job:
@@ -83,7 +85,14 @@ def parse_pod(item: dict[str, Any]) -> Pod:
         node=item["spec"].get("nodeName", ""),
         ended=max(ends, default=item["metadata"].get("creationTimestamp", "")),
         killed="deletionTimestamp" not in item["metadata"] and _is_killed(status),
+        devices=devices_of(item["spec"]),
     )
+
+
+def devices_of(pod: dict[str, Any]) -> int:
+    """Count the devices of the worker in a pod's spec."""
+    variables = (entry for container in pod.get("containers", []) if container["name"] == "worker" for entry in container.get("env", []))
+    return next((len(entry.get("value", "").split(",")) for entry in variables if entry["name"] == "MEMTAIL_DEVICES"), 1)
 
 
 def _problem(status: dict[str, Any]) -> tuple[str, str]:
