@@ -264,7 +264,11 @@ class _TrackedExperiment:
         if listing_due:
             self._listing, self._committed = self._experiment_store.iterate_committed(), set()
         if self._listing is not None:
-            chunk = list(islice(self._listing, _LISTING_CHUNK if self._trials else None))
+            try:
+                chunk = list(islice(self._listing, _LISTING_CHUNK if self._trials else None))
+            except Exception:
+                self._listing, self._listed_at = None, float("-inf")  # the next pass would take the iterator for exhausted
+                raise
             self._committed.update(chunk)
             if not self._trials or len(chunk) < _LISTING_CHUNK:
                 self._missing = dict.fromkeys(shards_missing(trials, record.trials_per_shard, self._committed))

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 
@@ -103,6 +104,29 @@ def test_a_store_that_stops_responding_ends_the_pass_at_the_first_experiment(dec
     with pytest.raises(UnreachableError):
         Dispatcher(store, broker, ServiceSettings(store="-")).reconcile()
     assert store.requests == 1
+
+
+@pytest.mark.parametrize("error", [UnreachableError("SlowDown"), OSError("odd")])
+def test_a_listing_that_fails_begins_again(experiment_store, broker, tmp_path, error):
+    class Flaky(LocalStore):
+        fails = False
+
+        def list(self, prefix):
+            for key in super().list(prefix):
+                yield key
+                if self.fails and "/trials/" in prefix:
+                    self.fails = False
+                    raise error
+
+    store = Flaky(tmp_path)
+    for first in range(0, 20, 4):
+        store.put(keys.trial_batch("digits", first, first + 3), b"")
+    dispatcher = Dispatcher(store, broker, ServiceSettings(store="-", resync_seconds=0.0))
+    assert dispatcher.reconcile().outstanding == {"digits": 1}
+    store.fails = True
+    with pytest.raises(UnreachableError) if isinstance(error, UnreachableError) else nullcontext():
+        assert dispatcher.reconcile().outstanding == {}
+    assert dispatcher.reconcile().outstanding == {"digits": 1}
 
 
 def fail(experiment_store, shards, error="KeyError: {}", node="a"):
