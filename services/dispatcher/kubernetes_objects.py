@@ -5,8 +5,9 @@ from typing import Any
 
 # Reasons of a waiting container that is about to start. All others are errors; their number grows with Kubernetes.
 _STARTING = frozenset(("", "ContainerCreating", "PodInitializing"))
-# Exit code of a container that was killed, as for want of memory where the kubelet did not see the reason.
-_KILLED = 137
+# Exit code of a container that was killed, as for want of memory where the kubelet did not see the reason. A container that the kubelet
+# lost, as after a restart of the node, has it too, with a reason that says so.
+_KILLED, _LOST = 137, "ContainerStatusUnknown"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def _is_killed(status: dict[str, Any]) -> bool:
     """Return whether a container of a failed pod was killed. A reason of the pod itself says that the kubelet ended it."""
     if status.get("phase") != "Failed" or status.get("reason") or _disruption(status):
         return False
-    return any(end["exitCode"] == _KILLED or end.get("reason") == "OOMKilled" for end in _terminated(status))
+    ends = [(end["exitCode"], end.get("reason")) for end in _terminated(status)]
+    return any(reason == "OOMKilled" or (code == _KILLED and reason != _LOST) for code, reason in ends)
 
 
 def _line(what: str, *details: str | None) -> str:

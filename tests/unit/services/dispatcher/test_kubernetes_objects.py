@@ -93,6 +93,7 @@ def test_a_killed_container_is_told_from_a_disruption_and_a_deletion():
         pod(terminated=out_of_memory, conditions=[EVICTED]),
         pod(terminated=out_of_memory, reason="Evicted"),
         pod(terminated=out_of_memory, metadata={"name": "p", "uid": "u", "deletionTimestamp": "2026-01-01T00:00:00Z"}),
+        pod(terminated={"exitCode": 137, "reason": "ContainerStatusUnknown", "message": "The container could not be located"}),
         pod("Running", terminated=out_of_memory),
         pod("Succeeded"),
     ):
