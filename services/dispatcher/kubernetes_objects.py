@@ -18,6 +18,7 @@ class Job:
         parallelism: number of pods that the Job keeps.
         succeeded: number of pods that succeeded.
         ended: whether the Job is complete, failed, or being deleted.
+        suspended: whether the Job has no pods until it is admitted, as by Kueue, which may also suspend it again.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Job:
     parallelism: int
     succeeded: int
     ended: bool
+    suspended: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def parse_job(item: dict[str, Any]) -> Job:
         succeeded=status.get("succeeded", 0),
         ended=any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in status.get("conditions", []))
         or "deletionTimestamp" in item["metadata"],
+        suspended=bool(item["spec"].get("suspend")),
     )
 
 

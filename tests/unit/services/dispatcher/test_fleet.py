@@ -8,7 +8,7 @@ import pytest
 from memtail.experiment_store import ExperimentStore
 from memtail.spec import WorkersSpec
 from services.dispatcher.fleet import Fleet
-from services.dispatcher.kubernetes_objects import Job, Pod
+from services.dispatcher.kubernetes_objects import Job, Pod, parse_job
 from services.dispatcher.shares import surplus_workers, target_workers
 from services.dispatcher.stalls import Stalls
 from services.dispatcher.watch_cache import ClusterError, RefusedError
@@ -177,6 +177,24 @@ def test_pods_that_failed_and_were_not_replaced_are_stalled():
     assert stalled("Failed", "Failed", "Failed") == 3
     assert stalled("Running", "Pending", "Running", "Failed") == 0
     assert stalled("Running", "Succeeded", "Failed") == 0
+
+
+def test_a_job_that_kueue_suspended_again_keeps_its_place_in_the_queue():
+    labels = {"memtail/experiment": "a", "memtail/number": "1"}
+    metadata = {"name": "a-1", "uid": "uid", "labels": labels}
+    failed = Pod("a-1-x", "uid", "a-1", labels, "Failed", "", "")
+    now = 0.0
+    stalls = Stalls(lambda: now)
+
+    def changes(seconds, **spec):
+        nonlocal now
+        now = seconds
+        existing = worker_sets([parse_job({"metadata": metadata, "spec": {"parallelism": 4, **spec}})], [failed])
+        return scale({"a": 4}, existing, [], stalls.overdue(existing), elastic=False)
+
+    assert changes(0, suspend=True) == changes(16, suspend=True) == changes(999, suspend=True) == Changes()
+    assert changes(1000, suspend=False) == changes(1014, suspend=False) == Changes()
+    assert changes(1016, suspend=False) == Changes(create={"a": 4}, delete=["a-1"])
 
 
 def test_the_hash_of_a_template_follows_its_settings():
