@@ -36,9 +36,12 @@ def _checked(method: str, *kinds: str) -> Callable[..., Any]:
     return run
 
 
-for _method in ("get", "get_tagged", "get_range", "exists", "download"):
-    setattr(RestrictedStore, _method, _checked(_method, "read"))
-for _method in ("put", "put_if_match", "upload"):
-    setattr(RestrictedStore, _method, _checked(_method, "write"))
-RestrictedStore.put_if_absent = _checked("put_if_absent", "create", "write")  # type: ignore[method-assign]
-RestrictedStore.delete = _checked("delete", "delete")  # type: ignore[method-assign]
+_KINDS = {
+    "read": ("get", "get_tagged", "get_range", "exists", "download"),
+    "write": ("put", "put_if_match", "upload"),
+    "delete": ("delete",),
+}
+for _kind, _methods in _KINDS.items():
+    for _method in _methods:
+        setattr(RestrictedStore, _method, _checked(_method, _kind))
+RestrictedStore.put_if_absent = _checked("put_if_absent", "create", "write")

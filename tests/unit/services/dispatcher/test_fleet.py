@@ -244,10 +244,10 @@ def test_workers_of_cancelled_experiments_are_removed_at_once_and_those_of_missi
 
 
 class Cluster:
-    """An API server without Jobs that answers the creation of some with an error."""
+    """An API server without Jobs that answers some requests with an error."""
 
     def __init__(self):
-        self.errors, self.created, self.requests = {}, [], 0
+        self.errors, self.created, self.deleted, self.requests = {}, [], [], 0
 
     def jobs(self):
         return []
@@ -263,6 +263,11 @@ class Cluster:
         if name in self.errors:
             raise self.errors[name]
         self.created.append(name)
+
+    def delete_job(self, name):
+        if name in self.errors:
+            raise self.errors[name]
+        self.deleted.append(name)
 
 
 class Surplus:
@@ -310,18 +315,12 @@ def test_no_workers_end_for_an_experiment_whose_job_is_refused(tmp_path):
 
 
 def test_a_refused_deletion_does_not_stop_other_changes(tmp_path):
-    cluster, deleted = Cluster(), []
+    cluster, store = Cluster(), RestrictedStore(tmp_path, "dispatcher")
+    cluster.errors["a-1"] = RefusedError("cannot delete Job a-1: 403 Forbidden")
     labels = [{"memtail/experiment": name, "memtail/number": "1"} for name in "ab"]
     cluster.jobs = lambda: [Job(f"{each['memtail/experiment']}-1", "uid", each, parallelism=4, succeeded=0, ended=False) for each in labels]
-
-    def delete(name):
-        if name == "a-1":
-            raise RefusedError("cannot delete Job a-1: 403 Forbidden")
-        deleted.append(name)
-
-    cluster.delete_job, store = delete, RestrictedStore(tmp_path, "dispatcher")
     Fleet(fleet(), cluster, store, Surplus()).reconcile([demand(name, state="cancelled") for name in "ab"], set())
-    assert deleted == ["b-1"]
+    assert cluster.deleted == ["b-1"]
     assert ExperimentStore(store, "a").notices()["fleet"].lines[-1] == "workers cannot be changed: cannot delete Job a-1: 403 Forbidden"
 
 

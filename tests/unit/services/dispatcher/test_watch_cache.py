@@ -54,7 +54,7 @@ def test_a_watch_that_ends_at_once_is_restarted_after_pauses_that_grow(monkeypat
             threading.Event().wait()
         return {"items": [], "metadata": {"resourceVersion": "1"}}
 
-    monkeypatch.setattr(watch_cache.watch, "Watch", Watch)
+    monkeypatch.setattr("services.dispatcher.watch_cache.watch.Watch", Watch)
     WatchCache("jobs", list_objects, "namespace", "selector", parse_job)
     _until(lambda: len(attempts) >= 4)
     assert attempts[:4] == [1, 2, 3, 4]
