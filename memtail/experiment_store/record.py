@@ -153,7 +153,10 @@ class Record:
             declared = content.pop("experiment")
             declared["execution"] = execution = _known(declared["execution"], ExecutionSpec)
             if execution.get("workers"):
-                execution["workers"] = _known(execution["workers"], WorkersSpec)
+                execution["workers"] = workers = _known(execution["workers"], WorkersSpec)
+                for toleration in workers.get("tolerations", ()):
+                    if toleration.get("value"):  # 0.1.0 allowed it with Exists, as no API server does
+                        toleration["operator"] = "Equal"
             known = _Content.model_validate(content)
             record = cls(experiment=Experiment.parse(declared, source=source), **dict(known))
         except ValidationError as error:

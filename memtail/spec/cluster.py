@@ -1,8 +1,8 @@
 """Requests to a Kubernetes cluster: number, size and placement of an experiment's workers."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from memtail.spec.base import Part
 
@@ -24,6 +24,15 @@ class Toleration(Part):
     operator: Literal["Exists", "Equal"] = "Exists"
     value: str | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+    @model_validator(mode="after")
+    def _value_needs_equal(self) -> Self:
+        if self.value and self.operator == "Exists":
+            raise ValueError(
+                f"toleration of {self.key} has value {self.value}, and operator Exists, the default, tolerates every value: "
+                "set operator: Equal, or remove the value"
+            )
+        return self
 
 
 class WorkersSpec(Part):

@@ -35,6 +35,7 @@ class Absences:
         self._since: dict[str, float] = {}  # when the first pass without each missing experiment began
         self._seen: set[str] = set()
         self._next = float("-inf")
+        self._saved = 0  # workers that might have been deleted, but for the size of their Jobs
 
     def remove(self, sets: Iterable[WorkerSet], listed: set[str], elastic: bool, changes: Changes) -> int:
         """Add the changes to the Jobs of missing experiments.
@@ -58,17 +59,22 @@ class Absences:
         due = [each for each in missing if now - self._since[each.experiment] >= PATIENCE]
         changes.delete.extend(each.name for each in due if not each.running)
         busy = [each for each in due if each.running and each.experiment in seen]
-        if busy and others and now >= self._next:
+        if not busy:
+            self._saved = 0
+        elif others and now >= self._next:
             self._next = now + _PAUSE
-            self._remove_busy(busy, max(1, int(_SHARE * sum(each.running for each in sets))), elastic, changes)
+            most = self._saved + max(1, int(_SHARE * sum(each.running for each in sets)))
+            self._saved = self._remove_busy(busy, most, elastic, changes)
         return sum(each.workers for each in missing)
 
-    def _remove_busy(self, busy: list[WorkerSet], most: int, elastic: bool, changes: Changes) -> None:
+    def _remove_busy(self, busy: list[WorkerSet], most: int, elastic: bool, changes: Changes) -> int:
+        """Remove at most a number of running workers; returns the rest of it, with which a later pass deletes a larger Job."""
         for worker_set in busy:
-            if worker_set.running <= most or not elastic:
+            if worker_set.running <= most:
                 changes.delete.append(worker_set.name)
-            elif not worker_set.winding_down:  # one that winds down ends by itself
-                changes.shrink[worker_set.name] = worker_set.running - most
-            most -= worker_set.running
-            if most <= 0:
-                return
+                most -= worker_set.running
+            elif elastic:
+                if most and not worker_set.winding_down:  # one that winds down ends by itself
+                    changes.shrink[worker_set.name] = worker_set.running - most
+                return 0
+        return most

@@ -12,9 +12,12 @@ from kubernetes.client.exceptions import ApiException
 
 from services.dispatcher import metrics
 from services.dispatcher.kubernetes_objects import Job, Pod, parse_job, parse_pod
-from services.dispatcher.watch_cache import TIMEOUT, ClusterError, WatchCache, short_message
+from services.dispatcher.watch_cache import TIMEOUT, ClusterError, RefusedError, WatchCache, short_message
 
 log = structlog.get_logger()
+
+# Statuses below 500 with which the API server refuses requests of any content: credentials, timeout, too many requests.
+_NOT_ABOUT_CONTENT = (401, 408, 429)
 
 
 class Cluster:
@@ -136,12 +139,14 @@ def _request(action: str, ignored_status: int | None = None) -> Iterator[None]:
         ignored_status: HTTP status with which the API server answers if the action is already done.
 
     Raises:
+        RefusedError: the API server refused it.
         ClusterError: the request failed.
     """
     try:
         yield
     except ApiException as error:
         if error.status != ignored_status:
-            raise ClusterError(f"cannot {action}: {short_message(error)}") from None
+            refused = error.status in range(400, 500) and error.status not in _NOT_ABOUT_CONTENT
+            raise (RefusedError if refused else ClusterError)(f"cannot {action}: {short_message(error)}") from None
     except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         raise ClusterError(f"cannot {action}: {short_message(error)}") from None

@@ -120,7 +120,7 @@ class Dispatcher:
     def reconcile(self) -> Actions:
         """Run one pass, and return its actions."""
         if self._fleet:
-            self._killed_workers.record(self._fleet.pods())
+            self._killed_workers.record(self._fleet.pods(), self._lost_workers.watched)
         queues = {queue: list(self._broker.queued(queue)) for queue in self._broker.queues()}
         queued = [assignment for assignments in queues.values() for assignment in assignments]
         expired, holders = self._broker.take_expired(), self._broker.leased()
@@ -136,7 +136,8 @@ class Dispatcher:
         views: dict[str, list[View]] = {queue: [] for queue in queues}
         for experiment in self._experiments.values():
             views.setdefault(queue_name(self._settings, experiment.name), []).append(experiment.view)
-        limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, len(views)))}
+        busy = sum(any(view.trains for view in each) for each in views.values())
+        limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, busy))}
         by_queue = {queue: reconcile(views[queue], queues.get(queue, []), leased | in_transit, losses, **limits) for queue in views}
         for queue, actions in by_queue.items():
             self._keep_leading()
@@ -263,7 +264,11 @@ class _TrackedExperiment:
         if listing_due:
             self._listing, self._committed = self._experiment_store.iterate_committed(), set()
         if self._listing is not None:
-            chunk = list(islice(self._listing, _LISTING_CHUNK if self._trials else None))
+            try:
+                chunk = list(islice(self._listing, _LISTING_CHUNK if self._trials else None))
+            except Exception:
+                self._listing, self._listed_at = None, float("-inf")  # the next pass would take the iterator for exhausted
+                raise
             self._committed.update(chunk)
             if not self._trials or len(chunk) < _LISTING_CHUNK:
                 self._missing = dict.fromkeys(shards_missing(trials, record.trials_per_shard, self._committed))

@@ -6,6 +6,8 @@ removed at once, and those of missing ones late.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import redis
 import structlog
@@ -20,7 +22,7 @@ from services.dispatcher.cluster import Cluster
 from services.dispatcher.kubernetes_objects import Job, Pod
 from services.dispatcher.shares import surplus_workers, target_workers
 from services.dispatcher.stalls import Stalls
-from services.dispatcher.watch_cache import ClusterError
+from services.dispatcher.watch_cache import ClusterError, RefusedError
 from services.dispatcher.worker_jobs import (
     EXPERIMENT_LABEL,
     NUMBER_LABEL,
@@ -54,6 +56,7 @@ class Fleet:
         self._settings, self._cluster, self._store, self._surplus = settings, cluster, store, surplus
         self._notices: dict[str, Notice | None] = {}
         self._exported: set[str] = set()  # experiments with series
+        self._refused: dict[str, str] = {}  # why the last pass could not create a Job, by experiment
         self._absences, self._stalls = Absences(), Stalls()
 
     def reconcile(self, demands: list[Demand], unreadable: set[str]) -> None:
@@ -112,21 +115,39 @@ class Fleet:
         self._exported &= experiments
 
     def _apply(self, changes: Changes, demands: dict[str, Demand], jobs: list[Job]) -> None:
+        """Carry out the changes. What the API server refuses is kept in `_refused`, for the notice of its experiment."""
+        experiments = {job.name: job.labels.get(EXPERIMENT_LABEL, "") for job in jobs}
+        before, self._refused, done = self._refused, {}, Changes()
+
+        @contextmanager
+        def refusals_of(experiment: str) -> Iterator[None]:
+            try:
+                yield
+            except RefusedError as error:
+                self._refused[experiment] = str(error)
+                if before.get(experiment) != str(error):
+                    log.warning("change of workers refused", experiment=experiment, error=str(error))
+
         for name in changes.delete:
-            self._cluster.delete_job(name)
+            with refusals_of(experiments[name]):
+                self._cluster.delete_job(name)
+                done.delete.append(name)
         for name, workers in changes.shrink.items():
-            self._cluster.shrink_job(name, workers)
+            with refusals_of(experiments[name]):
+                self._cluster.shrink_job(name, workers)
+                done.shrink[name] = workers
         for experiment, workers in changes.create.items():
-            numbers = [int(job.labels[NUMBER_LABEL]) for job in jobs if job.labels.get(EXPERIMENT_LABEL) == experiment]
-            number = max(numbers, default=0) + 1
-            owner = self._cluster.owner(self._settings.owner)
-            self._cluster.create_job(build_job(self._settings, demands[experiment], number, workers, owner))
-        if changes != Changes():
-            log.info("workers changed", created=changes.create, deleted=changes.delete, shrunk=changes.shrink)
+            with refusals_of(experiment):
+                number = max((int(job.labels[NUMBER_LABEL]) for job in jobs if experiments[job.name] == experiment), default=0) + 1
+                owner = self._cluster.owner(self._settings.owner)
+                self._cluster.create_job(build_job(self._settings, demands[experiment], number, workers, owner))
+                done.create[experiment] = workers
+        if done != Changes():
+            log.info("workers changed", created=done.create, deleted=done.delete, shrunk=done.shrink)
 
     def _offer_surplus(self, demands: list[Demand], running: dict[str, int], per_worker: dict[str, int], pods: list[Pod]) -> None:
         """Tell the workers of each experiment how many of them are to end."""
-        stuck = {pod.labels.get(EXPERIMENT_LABEL, "") for pod in pods if pod.problem and pod.phase == "Pending"}
+        stuck = {pod.labels.get(EXPERIMENT_LABEL, "") for pod in pods if pod.problem and pod.phase == "Pending"} | self._refused.keys()
         surplus = surplus_workers(demands, running, self._settings.max_workers, per_worker, stuck)
         hosts = self._surplus.leaving()
         leaving = Counter(pod.labels.get(EXPERIMENT_LABEL, "") for pod in pods if pod.phase == "Running" and pod.name in hosts)
@@ -161,6 +182,8 @@ class Fleet:
                 lines.append(f"workers: {running} running, {workers - running} pending, target {targets[name]}")
             elif demand.state == "running" and demand.outstanding and name not in violations:
                 lines.append(f"waits for workers: other experiments have all {self._settings.max_workers} (workers.max)")
+            if name in self._refused:
+                lines.append(f"workers cannot be changed: {self._refused[name]}")
             lines += [f"{problem} ({count} workers)" for problem, count in problems.items()]
             self._set_notice(name, Notice(tuple(lines)) if lines else None)
 

@@ -5,8 +5,9 @@ from typing import Any
 
 # Reasons of a waiting container that is about to start. All others are errors; their number grows with Kubernetes.
 _STARTING = frozenset(("", "ContainerCreating", "PodInitializing"))
-# Exit code of a container that was killed, as for want of memory where the kubelet did not see the reason.
-_KILLED = 137
+# Exit code of a container that was killed, as for want of memory where the kubelet did not see the reason. A container that the kubelet
+# lost, as after a restart of the node, has it too, with a reason that says so.
+_KILLED, _LOST = 137, "ContainerStatusUnknown"
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Job:
         parallelism: number of pods that the Job keeps.
         succeeded: number of pods that succeeded.
         ended: whether the Job is complete, failed, or being deleted.
+        suspended: whether the Job has no pods until it is admitted, as by Kueue, which may also suspend it again.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Job:
     parallelism: int
     succeeded: int
     ended: bool
+    suspended: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Pod:
         node: name of its node; empty before it has one.
         ended: time at which its last container ended, else that of its creation, ISO 8601.
         killed: whether its container was killed, but not because of a disruption or a deletion of the pod.
+        devices: number of devices of its worker, each of which trains a shard.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Pod:
     node: str = ""
     ended: str = ""
     killed: bool = False
+    devices: int = 1
 
 
 def parse_job(item: dict[str, Any]) -> Job:
@@ -63,6 +68,7 @@ def parse_job(item: dict[str, Any]) -> Job:
         succeeded=status.get("succeeded", 0),
         ended=any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in status.get("conditions", []))
         or "deletionTimestamp" in item["metadata"],
+        suspended=bool(item["spec"].get("suspend")),
     )
 
 
@@ -83,7 +89,14 @@ def parse_pod(item: dict[str, Any]) -> Pod:
         node=item["spec"].get("nodeName", ""),
         ended=max(ends, default=item["metadata"].get("creationTimestamp", "")),
         killed="deletionTimestamp" not in item["metadata"] and _is_killed(status),
+        devices=devices_of(item["spec"]),
     )
+
+
+def devices_of(pod: dict[str, Any]) -> int:
+    """Count the devices of the worker in a pod's spec."""
+    variables = (entry for container in pod.get("containers", []) if container["name"] == "worker" for entry in container.get("env", []))
+    return next((len(entry.get("value", "").split(",")) for entry in variables if entry["name"] == "MEMTAIL_DEVICES"), 1)
 
 
 def _problem(status: dict[str, Any]) -> tuple[str, str]:
@@ -113,7 +126,8 @@ def _is_killed(status: dict[str, Any]) -> bool:
     """Return whether a container of a failed pod was killed. A reason of the pod itself says that the kubelet ended it."""
     if status.get("phase") != "Failed" or status.get("reason") or _disruption(status):
         return False
-    return any(end["exitCode"] == _KILLED or end.get("reason") == "OOMKilled" for end in _terminated(status))
+    ends = [(end["exitCode"], end.get("reason")) for end in _terminated(status)]
+    return any(reason == "OOMKilled" or (code == _KILLED and reason != _LOST) for code, reason in ends)
 
 
 def _line(what: str, *details: str | None) -> str:

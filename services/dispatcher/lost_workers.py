@@ -44,6 +44,11 @@ class LostWorkers:
         self._lost.pop(id_, None)
 
     @property
+    def watched(self) -> Mapping[tuple[str, str], float]:
+        """Times at which the leases of the last update, as (id of the assignment, holder), were first seen."""
+        return self._seen
+
+    @property
     def counts(self) -> Counter[str]:
         """Numbers of lost workers by the id of the assignment."""
         return Counter({id_: len(lost) for id_, lost in self._lost.items()})

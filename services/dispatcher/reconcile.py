@@ -38,6 +38,11 @@ class View:
     unverified: Collection[Shard] = ()
     supported: bool = True
 
+    @property
+    def trains(self) -> bool:
+        """Whether the experiment is running and has shards to train."""
+        return self.control.state == "running" and bool(self.missing or self.unverified)
+
     def assignment(self, shard: Shard) -> Assignment:
         """Create the message that assigns a shard to a worker."""
         return Assignment(experiment=self.name, fingerprint=self.fingerprint, first=shard.first, last=shard.last)

@@ -1,8 +1,10 @@
 """Local copy of Kubernetes objects, kept current by a list and a watch in a background thread."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -22,12 +24,18 @@ log = structlog.get_logger()
 TIMEOUT = 10
 # Seconds until a watch is restarted with a list, and read timeout of a watch, longer than the interval between bookmarks.
 _RESYNC, _READ_TIMEOUT = 300, 120
+# Seconds after which the end of a watch is none of a series of failures.
+_LASTING = 5.0
 
 KubernetesObject = TypeVar("KubernetesObject", bound=Job | Pod)
 
 
 class ClusterError(MemtailError):
     """A request to the Kubernetes API server failed."""
+
+
+class RefusedError(ClusterError):
+    """The API server refused a request because of its content, as for a quota or a policy; other requests may succeed."""
 
 
 class WatchCache(threading.Thread, Generic[KubernetesObject]):
@@ -85,21 +93,21 @@ class WatchCache(threading.Thread, Generic[KubernetesObject]):
 
     def run(self) -> None:
         """Follow the API server forever; the thread's main function."""
-        backoff, failures = wait_random_exponential(multiplier=0.5, max=30), 0
+        backoff, attempt = wait_random_exponential(multiplier=0.5, max=30), 0
         while True:
+            began = time.monotonic()
             try:
                 for _ in self._follow():
-                    failures, self._error = 0, ""
+                    self._error = ""
                     metrics.WATCHED.labels(self._kind).set_to_current_time()
             except Exception as error:  # without this thread the fleet would follow a picture that never changes
-                if getattr(error, "status", None) == 410:  # the resource version has expired: list again
-                    continue
-                failures += 1
-                self._error = short_message(error)
-                metrics.WATCH_INTERRUPTIONS.labels(self._kind).inc()
-                foreseen = isinstance(error, (ApiException, urllib3.exceptions.HTTPError, OSError, ValueError))
-                log.warning("watch interrupted", kind=self._kind, error=self._error, exc_info=not foreseen)
-                time.sleep(backoff(_Attempt(failures)))  # type: ignore[arg-type]
+                if getattr(error, "status", None) != 410:  # of a resource version that has expired, which a list renews
+                    self._error = short_message(error)
+                    metrics.WATCH_INTERRUPTIONS.labels(self._kind).inc()
+                    foreseen = isinstance(error, (ApiException, urllib3.exceptions.HTTPError, OSError, ValueError))
+                    log.warning("watch interrupted", kind=self._kind, error=self._error, exc_info=not foreseen)
+            attempt = 1 if time.monotonic() - began >= _LASTING else attempt + 1
+            time.sleep(backoff(_Attempt(attempt)))  # type: ignore[arg-type]
 
     def _follow(self) -> Iterator[None]:
         """List once, then watch until the watch ends; yields after the list and after each event."""
@@ -135,7 +143,10 @@ class WatchCache(threading.Thread, Generic[KubernetesObject]):
 def short_message(error: Exception) -> str:
     """Summarize an error of the Kubernetes client in one line."""
     if isinstance(error, ApiException):
-        return f"{error.status} {error.reason}: {' '.join(str(error.body or '').split())[:300]}"
+        message = error.body or ""
+        with suppress(ValueError, KeyError, TypeError):
+            message = json.loads(message)["message"]
+        return f"{error.status} {error.reason}: {' '.join(str(message).split())[:300]}"
     return str(error) or type(error).__name__
 
 

@@ -15,6 +15,7 @@ from pydantic.alias_generators import to_camel
 
 from memtail.spec import WorkersSpec
 from services.common.settings import ServiceError
+from services.dispatcher.kubernetes_objects import devices_of
 
 #: Labels of Jobs and pods: the experiment's name, and the number of the Job within the experiment.
 EXPERIMENT_LABEL, NUMBER_LABEL = "memtail/experiment", "memtail/number"
@@ -167,8 +168,7 @@ def shards_per_worker(settings: FleetSettings, requested: WorkersSpec | None) ->
     """Count the shards that a worker trains at a time: one per device."""
     if requested and requested.gpus is not None:
         return max(1, requested.gpus)
-    variables = _worker(settings.job["spec"]["template"]["spec"]).get("env", [])
-    return next((len(entry["value"].split(",")) for entry in variables if entry["name"] == "MEMTAIL_DEVICES"), 1)
+    return devices_of(settings.job["spec"]["template"]["spec"])
 
 
 def _apply(requested: WorkersSpec, limits: Limits, pod: dict[str, Any]) -> None:

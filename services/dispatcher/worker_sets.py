@@ -16,7 +16,7 @@ class WorkerSet:
         workers: pods that the Job has or is about to create.
         running: pods that run.
         winding_down: whether a pod has ended because nothing was left to train; the Job then creates no more pods.
-        stalled: pods that failed and that the Job has not replaced.
+        stalled: pods that failed and that the Job has not replaced, although it is not suspended.
         template: hash of the settings that the Job was created with; empty if it was created by a version that did not record it.
     """
 
@@ -55,7 +55,8 @@ def worker_sets(jobs: Iterable[Job], pods: Iterable[Pod]) -> list[WorkerSet]:
         running, winding_down = phases[job.name, "Running"], bool(job.succeeded or phases[job.name, "Succeeded"])
         # a Job that winds down replaces no pods
         workers = running + phases[job.name, "Pending"] if winding_down else job.parallelism
-        stalled = max(0, workers - running - phases[job.name, "Pending"]) if phases[job.name, "Failed"] else 0
+        failed = phases[job.name, "Failed"] and not job.suspended
+        stalled = max(0, workers - running - phases[job.name, "Pending"]) if failed else 0
         number, template = int(job.labels.get(NUMBER_LABEL, 0)), job.labels.get(TEMPLATE_LABEL, "")
         sets.append(
             WorkerSet(job.name, job.labels[EXPERIMENT_LABEL], number, workers, min(workers, running), winding_down, stalled, template)

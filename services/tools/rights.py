@@ -63,8 +63,8 @@ RIGHTS = {
     "dispatcher": Rights(
         read=(_EXPERIMENT, _CHANGES, _PROBES),
         create=(_FAILURES,),
-        write=(keys.control("*"), keys.notice("*", "dispatcher"), _PROBES),
-        delete=(keys.notice("*", "dispatcher"), _PROBES),
+        write=(keys.control("*"), keys.notice("*", "dispatcher"), keys.notice("*", "fleet"), _PROBES),
+        delete=(keys.notice("*", "dispatcher"), keys.notice("*", "fleet"), _PROBES),
     ),
     "aggregator": Rights(
         read=(_DATASETS, _MASKS, _EXPERIMENT, _CHANGES, _PROBES),

@@ -225,11 +225,12 @@ def test_each_port_of_a_service_leads_to_one_component():
     }
 
 
-def test_an_upgrade_never_runs_two_aggregators_or_dispatchers():
+def test_an_upgrade_stops_an_aggregator_or_dispatcher_before_it_starts_the_next():
     strategies = {each["metadata"]["name"]: each["spec"].get("strategy") for each in Rendered({}).of("Deployment")}
+    one_at_a_time = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
     assert strategies == {
-        f"{RELEASE}-memtail-dispatcher": {"type": "Recreate"},
-        f"{RELEASE}-memtail-aggregator": {"type": "Recreate"},
+        f"{RELEASE}-memtail-dispatcher": one_at_a_time,
+        f"{RELEASE}-memtail-aggregator": one_at_a_time,
         f"{RELEASE}-memtail-explorer": None,
     }
 
@@ -260,6 +261,7 @@ def test_a_long_release_name_is_shortened_to_valid_names():
         ({"externalRedis.url": "redis://r:6379/0"}, "set redis.enabled to false"),
         ({"minio.enabled": False}, "set externalS3.bucket"),
         ({"externalS3.bucket": "theirs"}, "set minio.enabled to false"),
+        ({"serviceAccount.componentAnnotations": None}, "use --reset-then-reuse-values"),
     ],
 )
 def test_invalid_values_are_refused(values, message):

@@ -129,6 +129,18 @@ def test_a_request_beyond_the_limits_is_refused_with_a_notice(fleet):
     assert not fleet.names("jobs")
 
 
+def test_a_job_that_the_api_server_refuses_has_a_notice_and_does_not_stop_others(fleet):
+    fleet.upgrade(workers__limits__nodeSelectors={"zone": ["not valid!"]})
+    fleet.submit(2, name="a", node_selector={"zone": "not valid!"})
+    fleet.dispatcher()
+    with fleet.pods():
+        other = fleet.submit(2, name="b")
+        fleet.cluster.until(lambda: fleet.done(other, 2), 60)
+    assert "workers cannot be changed: cannot create Job memtail-a-" in fleet.notice("a")
+    assert "422" in fleet.notice("a")
+    assert 'Invalid value: "not valid!"' in fleet.notice("a")
+
+
 def test_evicted_and_failed_workers_are_replaced_with_a_notice(fleet):
     fleet.dispatcher()
     with fleet.pods(seconds=3) as pods:

@@ -15,6 +15,7 @@ from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes, install_tools
 
 RELEASE = "trial"
+CHART_0_1_0 = Path(__file__).parents[1] / "fixtures" / "chart-0.1.0.tgz"
 # The control plane has no volume provisioner: each namespace gets one volume in a separate storage class.
 VOLUME = """
 apiVersion: storage.k8s.io/v1
@@ -109,6 +110,22 @@ def test_a_release_is_installed_upgraded_and_uninstalled_leaving_only_the_bucket
     namespace.helm("uninstall", RELEASE, "--wait")
     namespace.kubernetes.wait(lambda: namespace.contents() - before == {f"persistentvolumeclaim/data-{RELEASE}-memtail-minio-0"})
     namespace.helm("install", RELEASE, str(CHART), "--wait", "--timeout", "2m")
+
+
+def test_a_release_of_0_1_0_is_upgraded_and_keeps_its_values(namespace: Namespace) -> None:
+    namespace.helm("install", RELEASE, str(CHART_0_1_0), **{"workers.max": 7})
+    arguments = ("upgrade", RELEASE, str(CHART), "--namespace", namespace.name)
+    refused = helm(*arguments, "--reuse-values", kubeconfig=namespace.kubernetes.kubeconfig)
+    assert refused.returncode != 0
+    assert "lack keys of this one: use --reset-then-reuse-values" in refused.stderr
+    namespace.helm("upgrade", RELEASE, str(CHART), "--reset-then-reuse-values", "--wait", "--timeout", "2m")
+    assert namespace.components() == ["aggregator", "dispatcher", "explorer", "minio", "redis"]
+    [fleet] = [each for each in namespace.get("configmaps") if each["metadata"]["name"] == f"{RELEASE}-memtail-fleet"]
+    assert yaml.safe_load(fleet["data"]["fleet.yaml"])["maxWorkers"] == 7
+    strategies = {each["metadata"]["name"]: each["spec"]["strategy"] for each in namespace.get("deployments")}
+    for component in ("dispatcher", "aggregator"):
+        rolling = {"maxSurge": 0, "maxUnavailable": 1}
+        assert strategies[f"{RELEASE}-memtail-{component}"] == {"type": "RollingUpdate", "rollingUpdate": rolling}
 
 
 def test_the_dispatchers_jobs_are_admitted_run_and_are_deleted_with_the_release(namespace: Namespace, tmp_path: Path) -> None:

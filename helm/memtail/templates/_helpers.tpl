@@ -1,5 +1,8 @@
-{{/* Prefix of names: the release's name, followed by the chart's unless it contains that. */}}
+{{/* Prefix of names: the release's name, followed by the chart's unless it contains that. Every template begins with it, hence the check. */}}
 {{- define "memtail.fullname" -}}
+{{- if not (hasKey .Values.serviceAccount "componentAnnotations") -}}
+{{- fail "the values of an earlier chart lack keys of this one: use --reset-then-reuse-values instead of --reuse-values" -}}
+{{- end -}}
 {{- $name := contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) -}}
 {{- $name | trunc 40 | trimSuffix "-" -}}
 {{- end }}

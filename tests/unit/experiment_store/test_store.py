@@ -160,6 +160,15 @@ def test_unknown_settings_of_speed_and_unknown_fields_of_a_record_are_ignored(ex
     assert replace(held, experiment=held.experiment.model_copy(update={"execution": execution})) == record()
 
 
+def test_a_toleration_with_a_value_in_a_record_of_an_earlier_version_tolerates_that_value(experiment_store):
+    tolerations = [{"key": "gpu", "operator": "Exists", "value": "a100", "effect": None}, {"key": "spot", "operator": "Exists"}]
+    workers = {"tolerations": tolerations}
+    data = changed(lambda content: content["experiment"]["execution"].update(workers=workers))
+    experiment_store.store.put("experiments/e/experiment.json", data)
+    read = experiment_store.read_record().experiment.execution.workers.tolerations
+    assert [(each.key, each.operator, each.value) for each in read] == [("gpu", "Equal", "a100"), ("spot", "Exists", None)]
+
+
 def test_an_unknown_part_of_the_recipe_is_not_supported(experiment_store):
     experiment_store.store.put("experiments/e/experiment.json", changed(lambda content: content["experiment"]["training"].update(new=1)))
     with pytest.raises(UnsupportedError, match=r"unknown key 'training\.new'.*: memtail .* cannot read this experiment: use the version"):

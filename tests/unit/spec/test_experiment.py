@@ -59,6 +59,12 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("dataset", {"name": "digits", "resolution": 3}, "resolution is for dataset 'folder'"),
         ("subsets.masks", "m.npy", "are required for design 'explicit'"),
         ("training.optimizer", {"momentum": 0.0}, "nesterov needs a momentum"),
+        (
+            "execution.workers",
+            {"tolerations": [{"key": "spot"}, {"key": "gpu", "value": "a100"}]},
+            "execution.workers.tolerations.1: toleration of gpu has value a100, and operator Exists, the default, tolerates every value: "
+            "set operator: Equal",
+        ),
     ],
 )
 def test_a_fault_is_reported_in_one_line(path, value, message):

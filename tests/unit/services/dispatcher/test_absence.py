@@ -65,9 +65,12 @@ def test_an_experiment_that_comes_back_in_time_keeps_its_workers():
 
 
 def test_jobs_that_cannot_be_reduced_are_deleted_whole_or_end_by_themselves():
-    suspended = Passes([job("a", 40), job("b", 60)], elastic=False)
-    suspended.run("a", "b")
-    assert suspended.run("b", minutes=MINUTES + 1) == Changes(delete=["a-1"])
+    suspended = Passes([job("a", 40), job("b", 50), job("c", 10)], elastic=False)
+    suspended.run("a", "b", "c")
+    assert suspended.run("b", minutes=MINUTES) == Changes()
+    assert suspended.run("b") == Changes(delete=["c-1"])  # a tenth
+    assert suspended.run("b", minutes=4) == Changes()  # then a tenth of 90 per minute
+    assert suspended.run("b") == Changes(delete=["a-1"])
     ending = Passes([job("a", 40, winding_down=True), job("b", 60)])
     ending.run("a", "b")
     assert ending.run("b", minutes=100) == Changes()

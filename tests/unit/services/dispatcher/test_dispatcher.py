@@ -1,6 +1,8 @@
 """Passes of the dispatcher on a store in a folder, without Redis."""
 
 import time
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 
@@ -8,11 +10,13 @@ from memtail.errors import UnreachableError
 from memtail.execution.breaker import common_error
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import Control, ExperimentStore, Origin, record
+from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
-from services.common.broker import WorkerPlace
+from services.common.broker import WorkerPlace, queue_name
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
+from tests.support.restricted import RestrictedStore
 
 
 class Broker:
@@ -52,8 +56,8 @@ def broker():
 
 
 @pytest.fixture
-def dispatcher(experiment_store, broker):
-    return Dispatcher(experiment_store.store, broker, ServiceSettings(store="-", lease_seconds=8.0))
+def dispatcher(experiment_store, broker, tmp_path):
+    return Dispatcher(RestrictedStore(tmp_path, "dispatcher"), broker, ServiceSettings(store="-", lease_seconds=8.0))
 
 
 def test_a_message_taken_between_two_passes_is_sent_again_only_after_a_while(dispatcher, broker):
@@ -100,6 +104,29 @@ def test_a_store_that_stops_responding_ends_the_pass_at_the_first_experiment(dec
     with pytest.raises(UnreachableError):
         Dispatcher(store, broker, ServiceSettings(store="-")).reconcile()
     assert store.requests == 1
+
+
+@pytest.mark.parametrize("error", [UnreachableError("SlowDown"), OSError("odd")])
+def test_a_listing_that_fails_begins_again(experiment_store, broker, tmp_path, error):
+    class Flaky(LocalStore):
+        fails = False
+
+        def list(self, prefix):
+            for key in super().list(prefix):
+                yield key
+                if self.fails and "/trials/" in prefix:
+                    self.fails = False
+                    raise error
+
+    store = Flaky(tmp_path)
+    for first in range(0, 20, 4):
+        store.put(keys.trial_batch("digits", first, first + 3), b"")
+    dispatcher = Dispatcher(store, broker, ServiceSettings(store="-", resync_seconds=0.0))
+    assert dispatcher.reconcile().outstanding == {"digits": 1}
+    store.fails = True
+    with pytest.raises(UnreachableError) if isinstance(error, UnreachableError) else nullcontext():
+        assert dispatcher.reconcile().outstanding == {}
+    assert dispatcher.reconcile().outstanding == {"digits": 1}
 
 
 def fail(experiment_store, shards, error="KeyError: {}", node="a"):
@@ -157,6 +184,33 @@ def test_an_experiment_is_not_paused_for_different_errors_or_lost_workers(dispat
     assert experiment_store.control().state == "running"
 
 
+class Queues(Broker):
+    """A queue for each experiment, as workers of a cluster have."""
+
+    def queues(self):
+        return {queue_name(FLEET, each.experiment) for each in self.messages}
+
+    def queued(self, queue):
+        return (each for each in self.messages if queue_name(FLEET, each.experiment) == queue)
+
+
+FLEET = ServiceSettings(store="-", fleet="fleet.yaml", max_queued=12)
+
+
+def test_only_experiments_with_something_to_train_share_the_queues(declare, digits, tmp_path):
+    store = LocalStore(tmp_path)
+    for name in ("busy", "paused", "committed-1", "committed-2"):
+        experiment = declare(48, name=name, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
+        ExperimentStore(store, name).register(declare_record(experiment, digits, 4))
+        for first in range(0, 48, 4) if name.startswith("committed") else ():
+            store.put(keys.trial_batch(name, first, first + 3), b"")
+    ExperimentStore(store, "paused").set_control(Control("paused"))
+    assert len(Dispatcher(RestrictedStore(tmp_path, "dispatcher"), Queues(), FLEET, Fleet()).reconcile().send) == 12
+    ExperimentStore(store, "paused").set_control(Control())
+    sent = Dispatcher(RestrictedStore(tmp_path, "dispatcher"), Queues(), FLEET, Fleet()).reconcile().send
+    assert Counter(each.experiment for each in sent) == {"busy": 6, "paused": 6}
+
+
 class Fleet:
     """Keeps the demands of the last pass."""
 
@@ -176,7 +230,8 @@ def test_no_workers_are_started_for_what_this_version_does_not_train(declare, di
     experiment_store.register(declare_record(experiment, digits, 4))
 
     def outstanding():  # of a dispatcher that has just started
-        assert Dispatcher(store, Broker(), ServiceSettings(store="-"), fleet).reconcile().send  # for workers that run
+        restricted = RestrictedStore(tmp_path, "dispatcher")
+        assert Dispatcher(restricted, Broker(), ServiceSettings(store="-"), fleet).reconcile().send  # for workers that run
         return fleet.outstanding
 
     assert outstanding() == [2]

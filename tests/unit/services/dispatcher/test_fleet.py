@@ -5,12 +5,16 @@ from dataclasses import replace
 
 import pytest
 
+from memtail.experiment_store import ExperimentStore
 from memtail.spec import WorkersSpec
-from services.dispatcher.kubernetes_objects import Job, Pod
+from services.dispatcher.fleet import Fleet
+from services.dispatcher.kubernetes_objects import Job, Pod, parse_job
 from services.dispatcher.shares import surplus_workers, target_workers
 from services.dispatcher.stalls import Stalls
+from services.dispatcher.watch_cache import ClusterError, RefusedError
 from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job, shards_per_worker, template_hash
 from services.dispatcher.worker_sets import Changes, WorkerSet, failed_beyond, outdated, scale, worker_sets
+from tests.support.restricted import RestrictedStore
 
 OWNER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "memtail-dispatcher", "uid": "u"}
 SETTINGS = {
@@ -175,6 +179,24 @@ def test_pods_that_failed_and_were_not_replaced_are_stalled():
     assert stalled("Running", "Succeeded", "Failed") == 0
 
 
+def test_a_job_that_kueue_suspended_again_keeps_its_place_in_the_queue():
+    labels = {"memtail/experiment": "a", "memtail/number": "1"}
+    metadata = {"name": "a-1", "uid": "uid", "labels": labels}
+    failed = Pod("a-1-x", "uid", "a-1", labels, "Failed", "", "")
+    now = 0.0
+    stalls = Stalls(lambda: now)
+
+    def changes(seconds, **spec):
+        nonlocal now
+        now = seconds
+        existing = worker_sets([parse_job({"metadata": metadata, "spec": {"parallelism": 4, **spec}})], [failed])
+        return scale({"a": 4}, existing, [], stalls.overdue(existing), elastic=False)
+
+    assert changes(0, suspend=True) == changes(16, suspend=True) == changes(999, suspend=True) == Changes()
+    assert changes(1000, suspend=False) == changes(1014, suspend=False) == Changes()
+    assert changes(1016, suspend=False) == Changes(create={"a": 4}, delete=["a-1"])
+
+
 def test_the_hash_of_a_template_follows_its_settings():
     def of(requested=None, name="a", **changes):
         return template_hash(fleet(**changes), Demand(name, "running", 0, 10, requested))
@@ -219,6 +241,87 @@ def test_the_last_failed_pods_of_each_job_are_kept():
 def test_workers_of_cancelled_experiments_are_removed_at_once_and_those_of_missing_ones_are_not():
     assert scale({"a": 0}, sets((3, 3)), ["a"], {}, elastic=True) == Changes(delete=["a-1"])
     assert scale({"b": 1}, sets((3, 3)), [], {}, elastic=True) == Changes(create={"b": 1})
+
+
+class Cluster:
+    """An API server without Jobs that answers some requests with an error."""
+
+    def __init__(self):
+        self.errors, self.created, self.deleted, self.requests = {}, [], [], 0
+
+    def jobs(self):
+        return []
+
+    pods = jobs
+
+    def owner(self, name):
+        return OWNER
+
+    def create_job(self, job):
+        self.requests += 1
+        name = job["metadata"]["labels"]["memtail/experiment"]
+        if name in self.errors:
+            raise self.errors[name]
+        self.created.append(name)
+
+    def delete_job(self, name):
+        if name in self.errors:
+            raise self.errors[name]
+        self.deleted.append(name)
+
+
+class Surplus:
+    """Keeps the offers."""
+
+    def leaving(self):
+        return set()
+
+    def offer(self, numbers):
+        self.offered = numbers
+
+
+def test_a_refused_job_is_shown_by_its_experiment_and_does_not_stop_others(tmp_path):
+    store, cluster = RestrictedStore(tmp_path, "dispatcher"), Cluster()
+    scaled = Fleet(fleet(), cluster, store, Surplus())
+    cluster.errors["b"] = RefusedError("cannot create Job memtail-b-1: 422 Unprocessable Entity: tolerations[0].operator: Invalid value")
+    scaled.reconcile([demand(name) for name in "abc"], set())
+    assert cluster.created == ["a", "c"]
+    notices = {name: ExperimentStore(store, name).notices()["fleet"].lines for name in "abc"}
+    assert notices["b"] == ("workers: 0 running, 0 pending, target 10", f"workers cannot be changed: {cluster.errors['b']}")
+    assert notices["a"] == notices["c"] == notices["b"][:1]
+    cluster.errors.clear()
+    scaled.reconcile([demand("b")], set())
+    assert ExperimentStore(store, "b").notices()["fleet"].lines == notices["b"][:1]
+
+
+def test_an_api_server_that_does_not_answer_ends_the_pass_at_the_first_job(tmp_path):
+    cluster = Cluster()
+    cluster.errors = dict.fromkeys("abc", ClusterError("cannot create Job: timeout"))
+    Fleet(fleet(), cluster, RestrictedStore(tmp_path, "dispatcher"), Surplus()).reconcile([demand(name) for name in "abc"], set())
+    assert cluster.requests == 1
+
+
+def test_no_workers_end_for_an_experiment_whose_job_is_refused(tmp_path):
+    cluster, surplus = Cluster(), Surplus()
+    cluster.errors["b"] = RefusedError("cannot create Job")
+    labels = {"memtail/experiment": "a", "memtail/number": "1"}
+    cluster.jobs = lambda: [Job("a-1", "uid", labels, parallelism=4, succeeded=0, ended=False)]
+    cluster.pods = lambda: [Pod(f"a-{number}", "uid", "a-1", labels, "Running", "", "") for number in range(4)]
+    Fleet(fleet(maxWorkers=5), cluster, RestrictedStore(tmp_path, "dispatcher"), surplus).reconcile([demand("a"), demand("b")], set())
+    assert surplus.offered == {}
+    cluster.errors.clear()
+    Fleet(fleet(maxWorkers=5), cluster, RestrictedStore(tmp_path, "dispatcher"), surplus).reconcile([demand("a"), demand("b")], set())
+    assert surplus.offered == {"a": 1}
+
+
+def test_a_refused_deletion_does_not_stop_other_changes(tmp_path):
+    cluster, store = Cluster(), RestrictedStore(tmp_path, "dispatcher")
+    cluster.errors["a-1"] = RefusedError("cannot delete Job a-1: 403 Forbidden")
+    labels = [{"memtail/experiment": name, "memtail/number": "1"} for name in "ab"]
+    cluster.jobs = lambda: [Job(f"{each['memtail/experiment']}-1", "uid", each, parallelism=4, succeeded=0, ended=False) for each in labels]
+    Fleet(fleet(), cluster, store, Surplus()).reconcile([demand(name, state="cancelled") for name in "ab"], set())
+    assert cluster.deleted == ["b-1"]
+    assert ExperimentStore(store, "a").notices()["fleet"].lines[-1] == "workers cannot be changed: cannot delete Job a-1: 403 Forbidden"
 
 
 def test_a_job_is_named_by_its_experiment_and_number_and_owned():

@@ -70,6 +70,15 @@ def test_a_pod_ended_with_its_container_or_when_the_node_rejected_it():
     assert pod(reason="UnexpectedAdmissionError", metadata=created).ended == "2026-01-01T00:00:00Z"
 
 
+def test_a_pod_has_the_devices_of_its_worker():
+    def devices(*env):
+        containers = [{"name": "proxy"}, {"name": "worker", "env": list(env)}]
+        return parse_pod({"metadata": {"name": "p", "uid": "u"}, "spec": {"containers": containers}}).devices
+
+    assert devices({"name": "MEMTAIL_DEVICES", "value": "cuda:0,cuda:1"}) == 2
+    assert devices({"name": "MEMTAIL_DEVICES", "value": "auto"}) == devices() == 1
+
+
 def test_a_killed_container_is_told_from_a_disruption_and_a_deletion():
     out_of_memory = {"exitCode": 137, "reason": "OOMKilled"}
     for killed in (
@@ -84,6 +93,7 @@ def test_a_killed_container_is_told_from_a_disruption_and_a_deletion():
         pod(terminated=out_of_memory, conditions=[EVICTED]),
         pod(terminated=out_of_memory, reason="Evicted"),
         pod(terminated=out_of_memory, metadata={"name": "p", "uid": "u", "deletionTimestamp": "2026-01-01T00:00:00Z"}),
+        pod(terminated={"exitCode": 137, "reason": "ContainerStatusUnknown", "message": "The container could not be located"}),
         pod("Running", terminated=out_of_memory),
         pod("Succeeded"),
     ):
