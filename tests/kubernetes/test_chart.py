@@ -87,6 +87,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     "monitoring": MONITORING,
     "host-cache": {"workers.cache": {"type": "hostPath", "path": "/data/memtail", "limit": 100}},
     "claimed-cache": {"workers.cache": {"type": "claim", "claim": "datasets", "limit": 0.5}},
+    "unlimited-cache": {"workers.cache": {"type": "claim", "claim": "datasets"}},
     "explorer": {
         "explorer.existingSecret": "look",
         "explorer.existingSecretKey": "word",
@@ -369,9 +370,44 @@ def test_the_cache_has_the_type_of_the_values():
         pod = Rendered(values).worker()["spec"]
         return next(volume for volume in pod["volumes"] if volume["name"] == "cache"), variables(pod).get("MEMTAIL_CACHE_LIMIT")
 
-    assert cache({}) == ({"name": "cache", "emptyDir": {"sizeLimit": "50Gi"}}, None)
+    assert cache({}) == ({"name": "cache", "emptyDir": {"sizeLimit": "10Gi"}}, "9.5")
     assert cache(MATRIX["host-cache"]) == ({"name": "cache", "hostPath": {"path": "/data/memtail", "type": "Directory"}}, "100")
     assert cache(MATRIX["claimed-cache"]) == ({"name": "cache", "persistentVolumeClaim": {"claimName": "datasets"}}, "0.5")
+    assert cache(MATRIX["unlimited-cache"])[1] is None  # what the volume has room for
+
+
+@pytest.mark.parametrize(
+    ("size", "limit"), [("200Gi", 190), ("1Ti", 972.8), ("500M", 0.4424), ("1.5Gi", 1.425), ("2147483648", 1.9), ("20Ti", 19456)]
+)
+def test_the_limit_of_an_empty_dir_leaves_room_for_the_rest_of_the_cache(size, limit):
+    pod = Rendered({"workers.cache.sizeLimit": size}).worker()["spec"]
+    assert float(variables(pod)["MEMTAIL_CACHE_LIMIT"]) == pytest.approx(limit, rel=1e-3)
+    assert pod["containers"][0]["resources"]["requests"]["ephemeral-storage"] == size
+
+
+def test_a_cache_limit_above_the_size_of_the_empty_dir_is_refused():
+    done = helm("template", RELEASE, str(CHART), *as_options({"workers.cache.sizeLimit": "1Gi", "workers.cache.limit": 1.5}))
+    assert done.returncode
+    assert "workers.cache.limit is 1.5 GiB, more than workers.cache.sizeLimit, 1Gi: lower the limit, or raise sizeLimit" in done.stderr
+    allowed = Rendered({"workers.cache.sizeLimit": "1Gi", "workers.cache.limit": 1}).worker()["spec"]
+    assert variables(allowed)["MEMTAIL_CACHE_LIMIT"] == "1"
+
+
+def test_every_cache_in_an_empty_dir_has_a_size_that_is_requested_of_the_node(rendered):
+    for component, pod in rendered.pods():
+        cache = next((volume for volume in pod["volumes"] if volume["name"] == "cache"), {})
+        requested = pod["containers"][0]["resources"]["requests"].get("ephemeral-storage")
+        assert requested == cache.get("emptyDir", {}).get("sizeLimit"), component
+        if component in ("aggregator", "explorer"):
+            assert requested
+            assert variables(pod)["MEMTAIL_CACHE_LIMIT"] == "3"
+
+
+def test_a_request_of_storage_in_the_values_takes_precedence():
+    values = {"workers.resources.requests.ephemeral-storage": "1Gi", "explorer.cache.sizeLimit": "8Gi"}
+    rendered = Rendered(values)
+    assert rendered.worker()["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"] == "1Gi"
+    assert rendered.env("Deployment", "-explorer")["MEMTAIL_CACHE_LIMIT"] == "6"
 
 
 def test_external_redis_and_s3_are_configured_by_the_values():

@@ -220,6 +220,38 @@ spec:
     matchLabels: {{ include "memtail.selector" . | nindent 6 }}
 {{- end }}
 
+{{/* GiB of a quantity, times a share of it. Takes (quantity, share). */}}
+{{- define "memtail.gib" -}}
+{{- $quantity := index . 0 | toString -}}
+{{- $unit := regexFind "[a-zA-Z]*$" $quantity -}}
+{{- $bytes := dict "" 1.0 "m" 1e-3 "k" 1e3 "K" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 "Ei" 1152921504606846976.0 -}}
+{{- divf (mulf (trimSuffix $unit $quantity | float64) (get $bytes $unit) (index . 1)) 1073741824.0 -}}
+{{- end }}
+
+{{/*
+Value of MEMTAIL_CACHE_LIMIT in GiB; empty where the volume sets the limit. What the cache holds beside datasets has the rest of an emptyDir.
+Takes (values of the cache, share of the datasets).
+*/}}
+{{- define "memtail.cacheLimit" -}}
+{{- $cache := index . 0 -}}
+{{- if eq ($cache.type | default "emptyDir") "emptyDir" -}}
+{{- $size := include "memtail.gib" (list $cache.sizeLimit 1.0) | float64 -}}
+{{- if gt ($cache.limit | default 0 | float64) $size -}}
+{{- fail (printf "workers.cache.limit is %v GiB, more than workers.cache.sizeLimit, %s: lower the limit, or raise sizeLimit" $cache.limit $cache.sizeLimit) -}}
+{{- end -}}
+{{- $cache.limit | default (include "memtail.gib" (list $cache.sizeLimit (index . 1)) | float64 | printf "%.4g") -}}
+{{- else if $cache.limit -}}
+{{- $cache.limit -}}
+{{- end -}}
+{{- end }}
+
+{{/* Resources of a container that fills an emptyDir, whose size is requested of the node. Takes (resources, size). */}}
+{{- define "memtail.resourcesWithStorage" -}}
+{{- $resources := deepCopy (index . 0) -}}
+{{- $_ := set $resources "requests" (merge $resources.requests (dict "ephemeral-storage" (index . 1))) -}}
+{{- toYaml $resources -}}
+{{- end }}
+
 {{/* Pod template of a worker. Takes (root, restartPolicy). */}}
 {{- define "memtail.worker" -}}
 {{- $root := index . 0 -}}
@@ -228,6 +260,9 @@ spec:
 {{- $resources := deepCopy $values.resources -}}
 {{- if $gpus -}}
 {{- $_ := set $resources "limits" (set (get $resources "limits" | default dict) $values.gpuResource $gpus) -}}
+{{- end -}}
+{{- if eq $values.cache.type "emptyDir" -}}
+{{- $resources = include "memtail.resourcesWithStorage" (list $resources $values.cache.sizeLimit) | fromYaml -}}
 {{- end -}}
 {{- $files := include "memtail.connectionFiles" (list $root "worker") -}}
 metadata:
@@ -257,7 +292,7 @@ spec:
         - {name: MEMTAIL_HEARTBEAT_FILE, value: /tmp/heartbeat}
         - {name: MEMTAIL_NODE, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
         - {name: MEMTAIL_CACHE, value: /var/cache/memtail}
-        {{- with $values.cache.limit }}
+        {{- with include "memtail.cacheLimit" (list $values.cache 0.95) }}
         - {name: MEMTAIL_CACHE_LIMIT, value: {{ . | quote }}}
         {{- end }}
         {{- if ne (include "memtail.mode" $root) "deployment" }}
