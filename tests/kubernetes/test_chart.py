@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from memtail.spec import WorkersSpec
+from services.dispatcher.cache_fills import build_fill
 from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job
 from services.tools.rights import REDIS_RULES, RIGHTS, redis_users, user
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
@@ -88,6 +89,13 @@ MATRIX: dict[str, dict[str, Any]] = {
     "host-cache": {"workers.cache": {"type": "hostPath", "path": "/data/memtail", "limit": 100}},
     "claimed-cache": {"workers.cache": {"type": "claim", "claim": "datasets", "limit": 0.5}},
     "unlimited-cache": {"workers.cache": {"type": "claim", "claim": "datasets"}},
+    "filled-claim": {"workers.cache": {"type": "claim", "claim": "datasets", "limit": 80, "fill": True}, "workers.gpus": 1},
+    "filled-hosts": {
+        "workers.cache": {"type": "hostPath", "path": "/data/memtail", "fill": True},
+        "workers.gpus": 1,
+        "workers.nodeSelector": {"gpu": "yes"},
+        "workers.tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+    },
     "explorer": {
         "explorer.existingSecret": "look",
         "explorer.existingSecretKey": "word",
@@ -172,7 +180,7 @@ def test_every_container_meets_the_level_restricted(rendered):
             assert not any("secretKeyRef" in variable.get("valueFrom", {}) for variable in container.get("env", []))
         kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
         assert kinds <= {"emptyDir", "projected", "secret", "configMap", "persistentVolumeClaim"} | (
-            {"hostPath"} if component == "worker" else set()
+            {"hostPath"} if component in ("worker", "cache") else set()
         )
         assert pod["automountServiceAccountToken"] is False
         with_token = [
@@ -401,6 +409,50 @@ def test_every_cache_in_an_empty_dir_has_a_size_that_is_requested_of_the_node(re
         if component in ("aggregator", "explorer"):
             assert requested
             assert variables(pod)["MEMTAIL_CACHE_LIMIT"] == "3"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_job_without_gpus_fills_a_claimed_cache(schemas, version):
+    rendered = Rendered(MATRIX["filled-claim"] | {"workers.nodeSelector": {"gpu": "yes"}})
+    settings = FleetSettings.model_validate(rendered.fleet())
+    job = build_fill(settings, "a.b", {"apiVersion": "apps/v1", "kind": "Deployment", "name": settings.owner, "uid": "u"})
+    assert conforms(json.dumps(job), schemas, version) == ""
+    pod, worker = job["spec"]["template"]["spec"], rendered.worker()["spec"]
+    (container,) = pod["containers"]
+    assert (container["command"], container["args"]) == (["memtail", "cache"], ["a.b"])
+    assert "nvidia.com/gpu" not in json.dumps(job)
+    assert "nodeSelector" not in pod
+    assert [each for each in pod["volumes"] if each["name"] == "cache"] == [each for each in worker["volumes"] if each["name"] == "cache"]
+    for name in ("MEMTAIL_CACHE", "MEMTAIL_CACHE_LIMIT", "MEMTAIL_STORE", "MEMTAIL_S3_ACCESS_KEY_FILE"):
+        assert variables(pod)[name] == variables(worker)[name]
+    assert pod["serviceAccountName"] == worker["serviceAccountName"]
+    assert job["metadata"]["labels"]["memtail/experiment"] == job["spec"]["template"]["metadata"]["labels"]["memtail/experiment"] == "a.b"
+    assert "fill" not in Rendered(MATRIX["claimed-cache"]).fleet()
+
+
+def test_a_daemon_set_without_gpus_fills_the_caches_of_the_workers_nodes():
+    rendered = Rendered(MATRIX["filled-hosts"])
+    pod, worker = rendered.get("DaemonSet", "-cache")["spec"]["template"]["spec"], rendered.worker()["spec"]
+    assert "memtail cache --all" in pod["containers"][0]["command"][-1]
+    assert "nvidia.com/gpu" not in json.dumps(pod["containers"])
+    for key in ("nodeSelector", "tolerations"):
+        assert pod[key] == worker[key]
+    assert [each for each in pod["volumes"] if each["name"] == "cache"] == [each for each in worker["volumes"] if each["name"] == "cache"]
+    assert "fill" not in rendered.fleet()
+    assert not Rendered(MATRIX["host-cache"]).of("DaemonSet")
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"workers.cache.fill": True}, "set workers.cache.type to claim or hostPath"),
+        (MATRIX["filled-claim"] | {"workers.mode": "keda"}, "needs workers.mode jobs, not keda"),
+    ],
+)
+def test_a_cache_that_cannot_be_filled_before_workers_start_is_refused(values, fault):
+    done = helm("template", RELEASE, str(CHART), *as_options(values))
+    assert done.returncode
+    assert fault in done.stderr
 
 
 def test_a_request_of_storage_in_the_values_takes_precedence():

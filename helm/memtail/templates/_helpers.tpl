@@ -326,21 +326,70 @@ spec:
         {{- end }}
   volumes:
     - {name: tmp, emptyDir: {}}
-    - name: cache
-      {{- with $values.cache }}
-      {{- if eq .type "hostPath" }}
-      hostPath: {path: {{ .path }}, type: Directory}
-      {{- else if eq .type "claim" }}
-      persistentVolumeClaim: {claimName: {{ required "workers.cache.type is claim: set workers.cache.claim" .claim }}}
-      {{- else }}
-      emptyDir: {sizeLimit: {{ .sizeLimit }}}
-      {{- end }}
-      {{- end }}
+    - {{- include "memtail.cacheVolume" $values.cache | nindent 6 }}
     - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ $values.sharedMemory }}}}
     {{- $files | nindent 4 }}
     {{- with $values.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
+{{- end }}
+
+{{/* Volume of the workers' cache. Takes the values of the cache. */}}
+{{- define "memtail.cacheVolume" -}}
+name: cache
+{{- if eq .type "hostPath" }}
+hostPath: {path: {{ .path }}, type: Directory}
+{{- else if eq .type "claim" }}
+persistentVolumeClaim: {claimName: {{ required "workers.cache.type is claim: set workers.cache.claim" .claim }}}
+{{- else }}
+emptyDir: {sizeLimit: {{ .sizeLimit }}}
+{{- end }}
+{{- end }}
+
+{{/* Pod template that fills the workers' cache, with a worker's keys of the bucket and without GPUs. Takes (root, command, placement, restartPolicy). */}}
+{{- define "memtail.fill" -}}
+{{- $root := index . 0 -}}
+{{- $cache := $root.Values.workers.cache -}}
+metadata:
+  labels: {{ include "memtail.podLabels" (list $root "cache" $root.Values.workers) | nindent 4 }}
+  annotations:
+    {{- include "memtail.secretChecksum" $root | nindent 4 }}
+spec:
+  restartPolicy: {{ index . 3 }}
+  serviceAccountName: {{ include "memtail.fullname" $root }}
+  automountServiceAccountToken: false
+  {{- include "memtail.podSecurity" $root | nindent 2 }}
+  {{- include "memtail.placement" (list $root (index . 2)) | indent 2 }}
+  containers:
+    - name: fill
+      image: {{ include "memtail.image" (list $root.Values.image.control $root.Chart.AppVersion) }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      command: {{ toJson (index . 1) }}
+      terminationMessagePolicy: FallbackToLogsOnError
+      {{- include "memtail.containerSecurity" $root | nindent 6 }}
+      env:
+        {{- include "memtail.connections" (list $root "worker") | indent 8 }}
+        - {name: MEMTAIL_CACHE, value: /var/cache/memtail}
+        {{- with include "memtail.cacheLimit" (list $cache 0.95) }}
+        - {name: MEMTAIL_CACHE_LIMIT, value: {{ . | quote }}}
+        {{- end }}
+        {{- with $root.Values.workers.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      {{- with $root.Values.workers.extraEnvFrom }}
+      envFrom: {{ toYaml . | nindent 8 }}
+      {{- end }}
+      resources:
+        requests: {cpu: 250m, memory: 256Mi}
+        limits: {memory: 1Gi}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: cache, mountPath: /var/cache/memtail}
+        - {name: connections, mountPath: /run/memtail, readOnly: true}
+  volumes:
+    - {name: tmp, emptyDir: {}}
+    - {{- include "memtail.cacheVolume" $cache | nindent 6 }}
+    {{- include "memtail.connectionFiles" (list $root "worker") | nindent 4 }}
 {{- end }}
 
 {{/* Spec of a Job of workers, without parallelism. Disruptions do not count as failures, and terminating pods are replaced only when they are gone. */}}
