@@ -1,7 +1,7 @@
 """Jobs without GPUs that fill the workers' shared cache, one for each experiment, before its workers are created.
 
-Such a Job stays until the experiment has nothing left to train, as a sign that the cache has its dataset. If the Job is deleted, another one
-looks for the dataset again; if the dataset is evicted before workers run, a worker fetches it.
+Such a Job stays until the experiment has nothing left to train, as a sign that the cache has its dataset. If the Job is deleted, another
+one looks for the dataset again; if the dataset is evicted before workers run, a worker fetches it.
 """
 
 import copy
