@@ -33,7 +33,8 @@ _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 def is_complete(folder: Path) -> bool:
     """Return whether a dataset's folder is complete."""
-    return (folder / "meta.json").exists()
+    # NFS remembers for up to a minute that a name is there or not, unless the folder is listed
+    return folder in folder.parent.iterdir() and (folder / "meta.json").exists()
 
 
 def open_if_complete(kind: type[T], folder: Path) -> T | None:

@@ -28,8 +28,8 @@ class CacheLock:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a shared file system needs it open for writing to grant an exclusive lock
-        self._file = path.open("ab")
+        # NFS requires reading for a shared lock, and writing for an exclusive one
+        self._file = path.open("a+b")
         self._maps = 0
 
     def share(self) -> None:

@@ -245,3 +245,13 @@ def test_a_file_system_without_locks_is_named(staged, store, cache, monkeypatch)
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(DatasetError, match=r"cache/datasets cannot be written \(No locks available\): set MEMTAIL_CACHE to another folder"):
         fetch(store, staged[0].fingerprint, cache)
+
+
+def test_locks_work_as_nfs_implements_them(staged, store, cache, hold, monkeypatch):
+    """NFS maps them to locks of byte ranges, which also depend on how the file was opened."""
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+    holder = hold(staged[0])
+    with pytest.raises(DatasetError, match="in use"):
+        fetch(store, staged[1].fingerprint, cache, room_for(staged[:1]))
+    holder.kill()
+    assert fetch(store, staged[1].fingerprint, cache, room_for(staged[:1])).n_train == 40
