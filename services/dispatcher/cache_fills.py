@@ -12,7 +12,7 @@ import structlog
 
 from services.dispatcher.cluster import Cluster
 from services.dispatcher.kubernetes_objects import Job, Pod
-from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, TEMPLATE_LABEL, Demand, FleetSettings, job_name, settings_hash
+from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, NUMBER_LABEL, TEMPLATE_LABEL, Demand, FleetSettings, job_name, settings_hash
 
 log = structlog.get_logger()
 
@@ -67,7 +67,8 @@ def build_fill(settings: FleetSettings, experiment: str, owner: dict[str, Any]) 
     job, labels = copy.deepcopy(settings.fill or {}), {EXPERIMENT_LABEL: experiment, CACHE_LABEL: "fill"}
     metadata, pod = job["metadata"], job["spec"]["template"]
     metadata |= {"name": job_name(settings, experiment, "cache"), "namespace": settings.namespace, "ownerReferences": [owner]}
-    metadata["labels"] |= {**labels, TEMPLATE_LABEL: settings_hash(settings.fill or {})}
+    # earlier versions, to which a release may be rolled back, expect a number
+    metadata["labels"] |= {**labels, NUMBER_LABEL: "0", TEMPLATE_LABEL: settings_hash(settings.fill or {})}
     pod["metadata"]["labels"] |= labels
     pod["spec"]["containers"][0]["args"] = [experiment]
     return {"apiVersion": "batch/v1", "kind": "Job", **job}

@@ -4,7 +4,7 @@ import pytest
 
 from services.dispatcher.cache_fills import CACHE_LABEL, CacheFills
 from services.dispatcher.kubernetes_objects import Job, Pod, parse_pod
-from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, Demand, FleetSettings
+from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, NUMBER_LABEL, Demand, FleetSettings
 from tests.unit.services.dispatcher.test_fleet import SETTINGS
 
 FILL = {
@@ -60,6 +60,7 @@ def test_workers_wait_for_a_job_per_experiment_that_lasts_as_long_as_the_work(re
     (job,) = cluster.manifests.values()
     assert job["spec"]["template"]["spec"]["containers"][0]["args"] == ["a"]
     assert job["spec"]["template"]["metadata"]["labels"] == {EXPERIMENT_LABEL: "a", CACHE_LABEL: "fill"}
+    assert int(job["metadata"]["labels"][NUMBER_LABEL]) == 0  # which a dispatcher of an earlier version reads
     assert reconcile(demand()) == {"a": BEING_FILLED}
     cluster.end(succeeded=True)
     assert reconcile(demand()) == {}
