@@ -51,7 +51,8 @@ class Settings:
         cache: `MEMTAIL_CACHE`: folder of downloads, prepared datasets and fetched scores; the user's cache folder by default.
         data: `MEMTAIL_DATA`: folder in which datasets are searched before the cache.
         node: `MEMTAIL_NODE`: name of the machine, or of the cluster's node, in failure records; the host's by default.
-        cache_limit: `MEMTAIL_CACHE_LIMIT`: maximum size in GiB of datasets fetched from a bucket, as bytes; no limit by default.
+        cache_limit: `MEMTAIL_CACHE_LIMIT`: maximum size in GiB of prepared and fetched datasets, as bytes; by default what the cache's
+            volume has room for, less 5%.
     """
 
     cache: Path = field(default_factory=lambda: _from_environment("MEMTAIL_CACHE", None) or user_cache_path("memtail"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memtail.cli import cache as cli_cache
 from memtail.cli import retention as cli_retention
 from memtail.cli import service as cli_service
 from memtail.cli import study as cli_study
@@ -284,5 +285,6 @@ def _scores_of(store: "ObjectStore", name: str | None) -> "Scores":
 
 
 cli_service.register(app)
+cli_cache.register(app)
 cli_retention.register(app)
 app.add_typer(cli_study.app, name="study")

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from filelock import FileLock
 
+from memtail.datasets.cache_folder import open_if_complete
 from memtail.datasets.image_dataset import DatasetLabels, ImageDataset
 from memtail.datasets.prepared import OnProgress, write_dataset
 from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays
@@ -70,13 +71,10 @@ def _prepare(source: _Source, cache: Path, on_progress: OnProgress | None) -> Im
     known = cache / "sources" / key
     known.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(known.with_suffix(".lock")):
-        if known.exists():
-            folder = cache / "datasets" / known.read_text()
-            if (folder / "meta.json").exists():
-                return ImageDataset.open(folder)
-        folder = source.prepare(cache / "datasets", on_progress)
-        known.write_text(folder.name)
-    return ImageDataset.open(folder)
+        while True:
+            if known.exists() and (dataset := open_if_complete(ImageDataset, cache / "datasets" / known.read_text())):
+                return dataset
+            known.write_text(source.prepare(cache / "datasets", on_progress).name)
 
 
 def _in_memory(spec: DatasetSpec, files: list[Path] | None, load: Callable[[], InMemoryDataset]) -> _Source:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 
+from memtail.datasets.cache_folder import is_complete
+from memtail.datasets.cache_lock import exclusive
 from memtail.datasets.image_dataset import Images, Labels, Names
 from memtail.datasets.sources import InMemoryDataset
 from memtail.errors import DatasetError
@@ -133,12 +134,12 @@ def finish(folder: Path, target: Path, train: Split, test: Split, classes: Itera
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     folder.chmod(0o755)
     final = target / fingerprint
-    with FileLock(target / ".finish.lock"):  # two sources may have the same content
-        if (final / "meta.json").exists():
-            shutil.rmtree(folder)
-        else:
-            shutil.rmtree(final, ignore_errors=True)
-            folder.rename(final)
+    if not is_complete(final):  # two sources may have the same content, and one of them may be in use
+        with exclusive(final):
+            if not is_complete(final):
+                shutil.rmtree(final, ignore_errors=True)
+                folder.rename(final)
+    shutil.rmtree(folder, ignore_errors=True)
     return final
 
 

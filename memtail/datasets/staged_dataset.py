@@ -1,42 +1,58 @@
 """Prepared datasets in a store: staged once, and fetched into the cache of each machine that needs them.
 
-A staged dataset is complete when its manifest exists: it is written last, and names every file with its size and digest.
+A staged dataset is complete when its manifest exists: it is written last, and names every file with its size and digest. A file larger than
+a part is staged as several objects, whose keys end with their digests: what has such a key and the size need not be uploaded again.
 """
 
-import os
-import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from memtail.datasets.folder_lock import locked
+from memtail.datasets import cache_folder
+from memtail.datasets.cache_lock import exclusive, usable
 from memtail.datasets.image_dataset import DatasetLabels, ImageDataset
-from memtail.digests import file_digest
+from memtail.datasets.staged_file import DamagedFileError, Piece, complete_file
+from memtail.digests import file_digest, stretch_digest
 from memtail.errors import DatasetError, ForeignObjectError
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
+#: Is called with (bytes on the disk, all bytes), when each object has been fetched.
+OnBytes = Callable[[int, int], None]
+
+T = TypeVar("T", bound=DatasetLabels)
+
+#: Bytes of a part.
+PART_BYTES = 1 << 30
+
 _MANIFEST = "manifest.json"
 _WITHOUT_IMAGES = ("meta.json", "train_labels.npy", "test_labels.npy", "train_files.npy", "test_files.npy")
-_MOST_MANIFEST_BYTES = 1 << 16
+# 8,000 parts take 1 MiB.
+_MOST_MANIFEST_BYTES = 1 << 22
 
 
-class _File(BaseModel):
+class _Object(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     size: Annotated[int, Field(ge=0)]
-    sha256: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Parts(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    parts: list[_Object]
 
 
 class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    files: dict[Annotated[str, Field(pattern=r"^[a-z_]+\.(json|npy)$")], _File]
+    files: dict[Annotated[str, Field(pattern=r"^[a-z_]+\.(json|npy)$")], _Object | _Parts]
 
 
 def stage(dataset: ImageDataset, store: ObjectStore) -> bool:
-    """Upload a prepared dataset, unless the store has it.
+    """Upload a prepared dataset, unless the store has it. A staging that was interrupted is continued.
 
     Args:
         dataset: the dataset.
@@ -51,40 +67,59 @@ def stage(dataset: ImageDataset, store: ObjectStore) -> bool:
     manifest_key = keys.dataset(dataset.fingerprint, _MANIFEST)
     if store.exists(manifest_key):
         return False
-    files = {}
+    held = {each.key: each.bytes for each in store.inventory(keys.dataset(dataset.fingerprint, ""))}
+    files: dict[str, _Object | _Parts] = {}
     for path in sorted(dataset.folder.iterdir()):
-        if path.suffix in (".json", ".npy"):
+        if path.suffix not in (".json", ".npy"):
+            continue
+        size = path.stat().st_size
+        if size > PART_BYTES:
+            files[path.name] = _stage_parts(store, dataset.fingerprint, path, size, held)
+        else:
             store.upload(keys.dataset(dataset.fingerprint, path.name), path)
-            files[path.name] = _File(size=path.stat().st_size, sha256=file_digest(path))
+            files[path.name] = _Object(size=size, sha256=file_digest(path))
     return store.put_if_absent(manifest_key, _Manifest(files=files).model_dump_json(indent=1).encode())
 
 
-def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None = None) -> ImageDataset:
-    """Open a staged dataset, downloaded unless the cache has it.
+def _stage_parts(store: ObjectStore, fingerprint: str, path: Path, size: int, held: dict[str, int]) -> _Parts:
+    """Upload the parts of a file that the store does not hold, by the sizes of the objects that it holds."""
+    parts = []
+    for start in range(0, size, PART_BYTES):
+        length = min(PART_BYTES, size - start)
+        part = _Object(size=length, sha256=stretch_digest(path, start, length))
+        key = keys.dataset_part(fingerprint, path.name, part.sha256)
+        if held.get(key) != length:
+            store.upload(key, path, start, length)
+        parts.append(part)
+    return _Parts(parts=parts)
 
-    Safe to call from several processes and machines that share the cache: one downloads, the others wait. Where the cache would grow beyond
-    `limit`, the datasets opened longest ago are removed; a process that has one open may continue to read it.
+
+def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None = None, on_progress: OnBytes | None = None) -> ImageDataset:
+    """Open a staged dataset, downloaded unless the cache has it. It is not evicted while one of its arrays exists.
+
+    Safe to call from several processes and machines that share the cache: one downloads, those that need the same dataset wait. A download
+    that was interrupted is continued. Where the cache would grow beyond `limit`, datasets that nobody has open are removed, those used
+    longest ago first.
 
     Args:
         store: the store.
         fingerprint: of the dataset.
         cache: the folder of the cache.
-        limit: bytes that staged and prepared datasets may take in the cache, None without a limit.
+        limit: bytes that staged and prepared datasets may take in the cache; None for what its volume has room for.
+        on_progress: is called during the download. What it raises interrupts the download.
 
     Raises:
-        DatasetError: the dataset is not staged, is damaged in the store, or is larger than `limit`; or the cache cannot be written.
+        DatasetError: the dataset is not staged, is damaged in the store, or finds no room in the cache; or the cache cannot be written.
         StoreError: the store cannot be read.
     """
     folder = cache / "datasets" / fingerprint
-    with locked(folder.parent):
-        if not (folder / "meta.json").exists():
-            files = _staged_files(store, fingerprint)
-            size = sum(file.size for file in files.values())
-            if limit is not None:
-                _evict(folder.parent, limit - size, f"dataset {fingerprint[:8]}... has {size} bytes")
-            _download(store, fingerprint, files, folder, ImageDataset)
-        os.utime(folder)
-    return ImageDataset.open(folder)
+
+    def fill() -> None:
+        files = _staged_files(store, fingerprint)
+        cache_folder.reserve(folder, sum(piece.size for pieces in files.values() for piece in pieces), limit)
+        _download(store, fingerprint, files, folder, ImageDataset, on_progress)
+
+    return _opened(ImageDataset, folder, fill)
 
 
 def fetch_labels(store: ObjectStore, fingerprint: str, cache: Path) -> DatasetLabels:
@@ -103,58 +138,75 @@ def fetch_labels(store: ObjectStore, fingerprint: str, cache: Path) -> DatasetLa
         StoreError: the store cannot be read.
     """
     folder = cache / "labels" / fingerprint
-    with locked(folder.parent):
-        if not (folder / "meta.json").exists():
-            files = {name: file for name, file in _staged_files(store, fingerprint).items() if name in _WITHOUT_IMAGES}
-            _download(store, fingerprint, files, folder, DatasetLabels)
-    return DatasetLabels.open(folder)
+
+    def fill() -> None:
+        files = {name: pieces for name, pieces in _staged_files(store, fingerprint).items() if name in _WITHOUT_IMAGES}
+        _download(store, fingerprint, files, folder, DatasetLabels, None)
+
+    return _opened(DatasetLabels, folder, fill)
 
 
-def _staged_files(store: ObjectStore, fingerprint: str) -> dict[str, _File]:
+def _opened(kind: type[T], folder: Path, fill: Callable[[], None]) -> T:
+    with usable(folder.parent):
+        while (dataset := cache_folder.open_if_complete(kind, folder)) is None:
+            with exclusive(folder):
+                if not cache_folder.is_complete(folder):  # another process may have filled it meanwhile
+                    fill()
+        return dataset
+
+
+def _staged_files(store: ObjectStore, fingerprint: str) -> dict[str, list[Piece]]:
+    """Read the manifest; return the objects of each file in order."""
     try:
         data = store.get(keys.dataset(fingerprint, _MANIFEST), limit=_MOST_MANIFEST_BYTES)
-        return dict(_Manifest.model_validate_json(data).files)
+        files = _Manifest.model_validate_json(data).files
     except ObjectNotFound:
         raise DatasetError(f"dataset {fingerprint[:8]}... is not in {store.address}: memtail stage SPEC puts it there") from None
     except (ValidationError, ForeignObjectError):
         raise _damaged(store, fingerprint, "its manifest is damaged") from None
+    return {
+        name: [Piece(keys.dataset_part(fingerprint, name, part.sha256), part.size, part.sha256) for part in file.parts]
+        if isinstance(file, _Parts)
+        else [Piece(keys.dataset(fingerprint, name), file.size, file.sha256)]
+        for name, file in files.items()
+    }
 
 
-def _download(store: ObjectStore, fingerprint: str, files: dict[str, _File], folder: Path, kind: type[DatasetLabels]) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as temporary:
-        unfinished = Path(temporary) / fingerprint
-        for name, file in files.items():
-            try:
-                store.download(keys.dataset(fingerprint, name), unfinished / name)
-            except ObjectNotFound:
-                raise _damaged(store, fingerprint, f"{name} is missing") from None
-            if file_digest(unfinished / name) != file.sha256:
-                raise _damaged(store, fingerprint, f"{name} is damaged")
+def _download(
+    store: ObjectStore,
+    fingerprint: str,
+    files: dict[str, list[Piece]],
+    folder: Path,
+    kind: type[DatasetLabels],
+    on_progress: OnBytes | None,
+) -> None:
+    filled = cache_folder.unfinished(folder)
+    done, size = 0, sum(piece.size for pieces in files.values() for piece in pieces)
+
+    def fetched(piece: Piece) -> None:
+        nonlocal done
+        done += piece.size
+        if on_progress:
+            on_progress(done, size)
+
+    for name, pieces in files.items():
         try:
-            actual = kind.open(unfinished).fingerprint
-        except (DatasetError, ValueError, KeyError, TypeError):
-            raise _damaged(store, fingerprint, "its files make no dataset") from None
-        if actual != fingerprint:
-            raise _damaged(store, fingerprint, f"its fingerprint is {actual[:8]}...")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+            complete_file(store, pieces, filled / name, fetched)
+        except ObjectNotFound:
+            raise _damaged(store, fingerprint, f"{name} is missing") from None
+        except DamagedFileError as error:
+            # the key of a part holds its digest, so a part that is not removed would not be staged again
+            raise _damaged(store, fingerprint, f"{name} is damaged", "" if len(pieces) == 1 else f"{error.key} and ") from None
+    try:
+        actual = kind.open(filled).fingerprint
+    except (DatasetError, ValueError, KeyError, TypeError):
+        raise _damaged(store, fingerprint, "its files make no dataset") from None
+    if actual != fingerprint:
+        raise _damaged(store, fingerprint, f"its fingerprint is {actual[:8]}...")
+    cache_folder.finish(folder, set(files))
 
 
-def _damaged(store: ObjectStore, fingerprint: str, fault: str) -> DatasetError:
+def _damaged(store: ObjectStore, fingerprint: str, fault: str, also: str = "") -> DatasetError:
     """Return an error whose fix removes the manifest, without which a dataset is staged again."""
     manifest = keys.dataset(fingerprint, _MANIFEST)
-    return DatasetError(f"dataset {fingerprint[:8]}... in {store.address}: {fault}: remove {manifest} there, then memtail stage SPEC")
-
-
-def _evict(folder: Path, room: int, what: str) -> None:
-    """Remove the datasets opened longest ago until the rest takes no more than `room` bytes."""
-    if room < 0:
-        raise DatasetError(f"{what}, more than the cache may hold: set MEMTAIL_CACHE_LIMIT to more")
-    cached = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in cached}
-    taken = sum(sizes.values())
-    for path in cached:
-        if taken <= room:
-            return
-        shutil.rmtree(path, ignore_errors=True)
-        taken -= sizes[path]
+    return DatasetError(f"dataset {fingerprint[:8]}... in {store.address}: {fault}: remove {also}{manifest} there, then memtail stage SPEC")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from memtail.datasets.folder_lock import locked
+from memtail.datasets.cache_lock import exclusive, usable
 from memtail.digests import file_digest
 from memtail.errors import DatasetError
 from memtail.storage import ObjectNotFound, ObjectStore, keys
@@ -37,8 +37,10 @@ def fetch_masks(store: ObjectStore, digest: str, cache: Path) -> Path:
     """
     key = keys.check(keys.masks(digest))
     path = cache / key
-    with locked(path.parent):
-        if not path.exists():
+    if path.exists():
+        return path
+    with usable(path.parent), exclusive(path):
+        if not path.exists():  # another process may have fetched it meanwhile
             unfinished = path.with_suffix(".unfinished")
             try:
                 store.download(key, unfinished)

@@ -211,12 +211,14 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def upload(self, key: str, path: Path) -> None:
-        """Write or replace an object with the content of a file, without holding it in memory.
+    def upload(self, key: str, path: Path, start: int = 0, length: int | None = None) -> None:
+        """Write or replace an object with the content of a file, or a part of it, without holding it in memory.
 
         Args:
             key: of the object.
             path: of the file.
+            start: offset of the first byte.
+            length: number of bytes, which the file must have; None for all from `start` on.
 
         Raises:
             StoreError: the file cannot be read, or the store cannot be written.

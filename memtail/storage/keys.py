@@ -30,6 +30,11 @@ def dataset(fingerprint: str, file: str) -> str:
     return f"{datasets()}{fingerprint}/{file}"
 
 
+def dataset_part(fingerprint: str, file: str, digest: str) -> str:
+    """Return the key of a part of a large file of a staged dataset, by the SHA-256 of the part."""
+    return f"{dataset(fingerprint, file)}.{digest}"
+
+
 def all_masks() -> str:
     """Return the prefix of all masks."""
     return "masks/"

@@ -88,12 +88,16 @@ class LocalStore:
 
         return self._write(key, lambda file: file.write(data), replace_match)
 
-    def upload(self, key: str, path: Path) -> None:
-        """Write or replace an object with the content of a file."""
+    def upload(self, key: str, path: Path, start: int = 0, length: int | None = None) -> None:
+        """Write or replace an object with the content of a file, or a part of it."""
 
         def copy(file: IO[bytes]) -> None:
             with path.open("rb") as source:
-                shutil.copyfileobj(source, file, 1 << 20)
+                left = os.fstat(source.fileno()).st_size - start if length is None else length
+                source.seek(start)
+                while left > 0 and (block := source.read(min(left, 1 << 20))):
+                    file.write(block)
+                    left -= len(block)
 
         self._write(key, copy, self._replace)
 

@@ -122,9 +122,9 @@ class S3Store:
         """Replace an object by a conditional request, which the server refuses if the object has another ETag."""
         return self._put_if(key, data, {"If-Match": f'"{tag}"'}, uuid.uuid4().hex)
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, start: int = 0, length: int | None = None) -> None:
         """Write or replace an object with the content of a file, a large one in parts; continue an upload of the key that was cut off."""
-        self._writer.upload(key, self._name(key), path)
+        self._writer.upload(key, self._name(key), path, start, length)
 
     def download(self, key: str, path: Path) -> None:
         """Write an object to a file, a large one in parts; continue a download to the path that was cut off."""

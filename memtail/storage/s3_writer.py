@@ -49,22 +49,22 @@ class Writer:
         """Write or replace an object."""
         self._write(key, name, lambda start, length: data[start : start + length], len(data))
 
-    def upload(self, key: str, name: str, path: Path) -> None:
-        """Write or replace an object with the content of a file, which must not change meanwhile."""
+    def upload(self, key: str, name: str, path: Path, start: int, length: int | None) -> None:
+        """Write or replace an object with bytes of a file, which must not change meanwhile; all from `start` on without a length."""
         try:
             with path.open("rb") as file:
                 before, lock = os.fstat(file.fileno()), threading.Lock()
 
-                def read(start: int, length: int) -> bytes:
+                def read(offset: int, count: int) -> bytes:
                     with lock:
-                        file.seek(start)
-                        data = file.read(length)
+                        file.seek(start + offset)
+                        data = file.read(count)
                     after = os.fstat(file.fileno())
                     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                         raise StoreError(f"store {self._client.address}: '{key}' cannot be written: {path} has changed: upload it again")
                     return data
 
-                self._write(key, name, read, before.st_size)
+                self._write(key, name, read, before.st_size - start if length is None else length)
         except OSError as error:
             raise StoreError(f"store {self._client.address}: '{key}' cannot be written ({path}: {error.strerror or error})") from error
 

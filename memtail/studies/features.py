@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from memtail.datasets import ImageDataset
+from memtail.datasets.cache_folder import open_if_complete
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
 from memtail.datasets.staged_dataset import fetch, stage
@@ -104,7 +105,9 @@ def features_of(store: ObjectStore, record: Record, images: Callable[[], ImageDa
         )
     pixels = _as_images(train, test)
     made = InMemoryDataset(pixels[0], dataset.train_labels, pixels[1], dataset.test_labels, dataset.classes)
-    features = ImageDataset.open(write_dataset(made, settings.cache / "datasets"))
+    features = None
+    while features is None:  # evicted before it was opened
+        features = open_if_complete(ImageDataset, write_dataset(made, settings.cache / "datasets"))
     stage(features, store)
     pointer = _Pointer(features.fingerprint, train.shape[1], accuracy, _model_of(record))
     store.put(key, json.dumps(asdict(pointer), indent=1).encode())

@@ -157,6 +157,13 @@ class ObjectStoreContract:
             store.download("missing", tmp_path / "new" / "missing")
         assert not (tmp_path / "new" / "missing").exists()
 
+    def test_a_part_of_a_file_is_uploaded(self, store: ObjectStore, tmp_path: Path) -> None:
+        (tmp_path / "up").write_bytes(bytes(range(100)))
+        store.upload("part", tmp_path / "up", 10, 20)
+        assert store.get("part") == bytes(range(10, 30))
+        store.upload("rest", tmp_path / "up", 90)
+        assert store.get("rest") == bytes(range(90, 100))
+
     def test_an_object_beyond_the_limit_is_refused(self, store: ObjectStore) -> None:
         store.put("k", b"12345")
         assert store.get("k", limit=5) == b"12345"

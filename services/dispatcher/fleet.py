@@ -8,6 +8,7 @@ removed at once, and those of missing ones late.
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import redis
 import structlog
@@ -18,6 +19,7 @@ from memtail.storage import ObjectStore
 from services.common.surplus import Surplus
 from services.dispatcher import metrics
 from services.dispatcher.absence import Absences
+from services.dispatcher.cache_fills import CACHE_LABEL, CacheFills
 from services.dispatcher.cluster import Cluster
 from services.dispatcher.kubernetes_objects import Job, Pod
 from services.dispatcher.shares import surplus_workers, target_workers
@@ -35,6 +37,8 @@ from services.dispatcher.worker_jobs import (
 from services.dispatcher.worker_sets import Changes, WorkerSet, failed_beyond, outdated, scale, worker_sets
 
 log = structlog.get_logger()
+
+T = TypeVar("T", Job, Pod)
 
 # Failed pods of a Job that are kept for `kubectl logs` and `kubectl describe`.
 _FAILED_PODS = 10
@@ -57,7 +61,7 @@ class Fleet:
         self._notices: dict[str, Notice | None] = {}
         self._exported: set[str] = set()  # experiments with series
         self._refused: dict[str, str] = {}  # why the last pass could not create a Job, by experiment
-        self._absences, self._stalls = Absences(), Stalls()
+        self._absences, self._stalls, self._fills = Absences(), Stalls(), CacheFills(settings, cluster)
 
     def reconcile(self, demands: list[Demand], unreadable: set[str]) -> None:
         """Run one pass. After an error of the API server the next pass tries again.
@@ -67,19 +71,23 @@ class Fleet:
             unreadable: names of experiments that cannot be read; their workers are left alone.
         """
         try:
-            jobs, pods = self._cluster.jobs(), self._cluster.pods()
+            all_jobs, all_pods = self._cluster.jobs(), self._cluster.pods()
+            jobs, pods = _workers(all_jobs), _workers(all_pods)
             sets = worker_sets(jobs, pods)
-            violations = {
+            blocked = {
                 demand.experiment: f"execution.workers: {violation}"
                 for demand in demands
                 if demand.workers and (violation := self._settings.limits.violation(demand.workers))
             }
+            fills = [job for job in all_jobs if CACHE_LABEL in job.labels and job.labels[EXPERIMENT_LABEL] not in unreadable]
+            allowed = [demand for demand in demands if demand.experiment not in blocked]
+            blocked |= self._fills.reconcile(allowed, fills, [pod for pod in all_pods if CACHE_LABEL in pod.labels])
             per_worker = {demand.experiment: shards_per_worker(self._settings, demand.workers) for demand in demands}
             running = dict.fromkeys((worker_set.experiment for worker_set in sets), 0)
             for worker_set in sets:
                 running[worker_set.experiment] += worker_set.running
-            allowed = [demand for demand in demands if demand.experiment not in violations]
-            targets = dict.fromkeys(violations, 0) | target_workers(allowed, running, self._settings.max_workers, per_worker)
+            allowed = [demand for demand in demands if demand.experiment not in blocked]
+            targets = dict.fromkeys(blocked, 0) | target_workers(allowed, running, self._settings.max_workers, per_worker)
             readable = [worker_set for worker_set in sets if worker_set.experiment not in unreadable]
             cancelled = [demand.experiment for demand in demands if demand.state == "cancelled"]
             templates = {demand.experiment: template_hash(self._settings, demand) for demand in allowed if demand.experiment in running}
@@ -89,10 +97,10 @@ class Fleet:
             metrics.MISSING.set(self._absences.remove(sets, listed, elastic, changes))
             self._apply(changes, {demand.experiment: demand for demand in demands}, jobs)
             self._offer_surplus(allowed, running, per_worker, pods)
-            self._report(demands, targets, sets, pods, violations)
+            self._report(demands, targets, sets, pods, blocked)
             self._keep_metrics_of(listed)
             # last, since a role that was made by hand may not allow it
-            for pod in failed_beyond(pods, _FAILED_PODS)[:_DELETIONS]:
+            for pod in failed_beyond(all_pods, _FAILED_PODS)[:_DELETIONS]:
                 self._cluster.delete_pod(pod)
         except (ClusterError, redis.RedisError) as error:
             log.warning("workers left as they are", error=str(error))
@@ -100,7 +108,7 @@ class Fleet:
     def pods(self) -> list[Pod]:
         """Return the pods of all workers; none while they are unknown."""
         try:
-            return self._cluster.pods()
+            return _workers(self._cluster.pods())
         except ClusterError:
             return []
 
@@ -159,7 +167,7 @@ class Fleet:
         targets: dict[str, int],
         sets: list[WorkerSet],
         pods: list[Pod],
-        violations: dict[str, str],
+        blocked: dict[str, str],
     ) -> None:
         """Update the metrics and the notice of each experiment."""
         by_experiment: dict[str, list[Pod]] = {}
@@ -177,10 +185,10 @@ class Fleet:
                     metrics.WORKERS.labels(name, state).set(count)
             else:
                 self._keep_metrics_of(self._exported - {name})
-            lines = [violations[name]] if name in violations else []
+            lines = [blocked[name]] if name in blocked else []
             if targets[name] or workers:
                 lines.append(f"workers: {running} running, {workers - running} pending, target {targets[name]}")
-            elif demand.state == "running" and demand.outstanding and name not in violations:
+            elif demand.state == "running" and demand.outstanding and name not in blocked:
                 lines.append(f"waits for workers: other experiments have all {self._settings.max_workers} (workers.max)")
             if name in self._refused:
                 lines.append(f"workers cannot be changed: {self._refused[name]}")
@@ -197,3 +205,8 @@ class Fleet:
                 self._notices[name] = notice
         except StoreError as error:
             log.warning("notice not written", experiment=name, error=str(error))
+
+
+def _workers(objects: list[T]) -> list[T]:
+    """Return the Jobs or pods of workers, without those that fill the cache."""
+    return [each for each in objects if CACHE_LABEL not in each.labels]

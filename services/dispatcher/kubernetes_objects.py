@@ -109,7 +109,8 @@ def _problem(status: dict[str, Any]) -> tuple[str, str]:
     if phase == "Failed":
         for terminated in _terminated(status):
             reason = terminated.get("reason", "Error")
-            return "Failed" if reason == "Error" else reason, _line("failed", f"exit code {terminated['exitCode']}", reason)
+            last = terminated.get("message", "").strip().rpartition("\n")[2]  # of the log, if the container is to report it
+            return "Failed" if reason == "Error" else reason, _line("failed", f"exit code {terminated['exitCode']}", reason, last)
         return status.get("reason") or "Failed", _line("failed", status.get("reason", "no reason known"), status.get("message"))
     if phase == "Pending":
         for container in _containers(status):

@@ -76,6 +76,8 @@ class FleetSettings(_Section):
         queue_name: Kueue's LocalQueue that admits the Jobs; empty: no Kueue.
         limits: limits on the requests of experiments.
         job: `metadata` and `spec` of a Job, with a container called `worker`.
+        fill: the same of a Job that fills the workers' shared cache, with a container that takes an experiment's name as its argument;
+            None: workers fill it themselves.
     """
 
     namespace: str
@@ -85,6 +87,7 @@ class FleetSettings(_Section):
     queue_name: str
     limits: Limits
     job: dict[str, Any]
+    fill: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, path: str) -> "FleetSettings":
@@ -126,10 +129,9 @@ def build_job(settings: FleetSettings, demand: Demand, number: int, workers: int
         owner: owner reference.
     """
     job, name = _template(settings, demand), demand.experiment
-    slug = re.sub(r"[^a-z0-9]+", "-", name)[:24].strip("-")
-    labels, template = {EXPERIMENT_LABEL: name, NUMBER_LABEL: str(number)}, _hash(job)
+    labels, template = {EXPERIMENT_LABEL: name, NUMBER_LABEL: str(number)}, settings_hash(job)
     metadata, spec = job["metadata"], job["spec"]
-    metadata["name"] = f"{settings.instance[:24].rstrip('-')}-{slug}-{hashlib.sha256(name.encode()).hexdigest()[:6]}-{number}"
+    metadata["name"] = job_name(settings, name, str(number))
     metadata["namespace"] = settings.namespace
     metadata["ownerReferences"] = [owner]
     metadata["labels"] |= {**labels, TEMPLATE_LABEL: template}
@@ -140,9 +142,15 @@ def build_job(settings: FleetSettings, demand: Demand, number: int, workers: int
     return {"apiVersion": "batch/v1", "kind": "Job", **job}
 
 
+def job_name(settings: FleetSettings, experiment: str, suffix: str) -> str:
+    """Name a Job for an experiment."""
+    slug = re.sub(r"[^a-z0-9]+", "-", experiment)[:24].strip("-")
+    return f"{settings.instance[:24].rstrip('-')}-{slug}-{hashlib.sha256(experiment.encode()).hexdigest()[:6]}-{suffix}"
+
+
 def template_hash(settings: FleetSettings, demand: Demand) -> str:
     """Return the hash that a Job created now would have; Jobs with another one were created with other settings."""
-    return _hash(_template(settings, demand))
+    return settings_hash(_template(settings, demand))
 
 
 def _template(settings: FleetSettings, demand: Demand) -> dict[str, Any]:
@@ -160,7 +168,8 @@ def _template(settings: FleetSettings, demand: Demand) -> dict[str, Any]:
     return job
 
 
-def _hash(template: dict[str, Any]) -> str:
+def settings_hash(template: dict[str, Any]) -> str:
+    """Return a hash of the settings of a Job, for its label."""
     return hashlib.sha256(json.dumps(template, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -13,9 +13,10 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from memtail.datasets import ImageDataset
+from memtail.datasets.cache_folder import note_use
 from memtail.datasets.staged_dataset import fetch
 from memtail.datasets.staged_masks import fetch_masks
-from memtail.errors import DatasetError, LocalFileError, SpecError, StoreError, UnsupportedError, WorkerFaultError
+from memtail.errors import DatasetError, LocalFileError, SpecError, StoreError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Failure, Notice, Record
@@ -225,14 +226,18 @@ class Trainer:
 
         device = available_devices(self._device)[0]
         ExperimentStore(self._store, record.experiment.name).check_device(record, device_kind(device))
-        try:
-            experiment, dataset = self._experiment_of(record), self._dataset_of(record)
-        except (DatasetError, LocalFileError, OSError, NotImplementedError) as error:  # not all file systems can lock
-            raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
+
+        def interrupted() -> bool:
+            return self._stopping() or lease.cancelled or lease.lost
 
         def stop() -> bool:
             lease.progress()
-            return self._stopping() or lease.cancelled or lease.lost
+            return interrupted()
+
+        try:
+            experiment, dataset = self._experiment_of(record), self._dataset_of(record, interrupted)
+        except (DatasetError, LocalFileError, OSError) as error:
+            raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
 
         lease.progress()
         try:
@@ -263,10 +268,22 @@ class Trainer:
             return record.experiment
         return record.experiment.with_masks(fetch_masks(self._store, record.canonical["subsets"]["masks"], Settings().cache))
 
-    def _dataset_of(self, record: Record) -> ImageDataset:
+    def _dataset_of(self, record: Record, interrupted: Callable[[], bool]) -> ImageDataset:
         """The dataset; the last one stays open, so that its images stay on the device from shard to shard."""
+        from memtail.trainers.images.images import device_images
+
         fingerprint = record.canonical["dataset"]["fingerprint"]
-        if self._dataset is None or self._dataset.fingerprint != fingerprint:
-            settings = Settings()
-            self._dataset = fetch(self._store, fingerprint, settings.cache, settings.cache_limit)
+        if self._dataset is not None and self._dataset.fingerprint == fingerprint:
+            note_use(self._dataset)
+            return self._dataset
+        # not in use any more, so that it can be evicted
+        self._dataset = None
+        device_images.cache_clear()
+
+        def on_progress(*_: int) -> None:
+            if interrupted():
+                raise TrainingStopped
+
+        settings = Settings()
+        self._dataset = fetch(self._store, fingerprint, settings.cache, settings.cache_limit, on_progress)
         return self._dataset

@@ -42,9 +42,9 @@ class DistantStore(LocalStore):
         time.sleep(LATENCY)
         return super().exists(key)
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, start: int = 0, length: int | None = None) -> None:
         time.sleep(LATENCY)
-        super().upload(key, path)
+        super().upload(key, path, start, length)
 
     def download(self, key: str, path: Path) -> None:
         time.sleep(LATENCY)

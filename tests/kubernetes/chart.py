@@ -67,7 +67,7 @@ class Rendered:
         for each in self.objects:
             if each["kind"] == "Pod":
                 yield each["metadata"]["labels"]["app.kubernetes.io/component"], each["spec"]
-            elif each["kind"] in ("Deployment", "StatefulSet"):
+            elif each["kind"] in ("Deployment", "StatefulSet", "DaemonSet"):
                 pod = each["spec"]["template"]
                 yield pod["metadata"]["labels"]["app.kubernetes.io/component"], pod["spec"]
         if not any(each["metadata"]["name"].endswith("-worker") for each in self.of("Deployment")):

@@ -24,6 +24,26 @@ _VALUES = {
     "workers.limits.gpus": 4,
     "workers.limits.gpuResources": ["nvidia.com/gpu", "nvidia.com/mig-1g.10gb"],
 }
+_CLAIM = """
+apiVersion: v1
+kind: PersistentVolume
+metadata: {{name: "{namespace}-{name}"}}
+spec:
+  storageClassName: ""
+  claimRef: {{namespace: "{namespace}", name: "{name}"}}
+  capacity: {{storage: 50Gi}}
+  accessModes: [ReadWriteMany]
+  hostPath: {{path: /nowhere}}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {{name: "{name}", namespace: "{namespace}"}}
+spec:
+  storageClassName: ""
+  volumeName: "{namespace}-{name}"
+  accessModes: [ReadWriteMany]
+  resources: {{requests: {{storage: 50Gi}}}}
+"""
 
 
 class Fleet:
@@ -83,6 +103,14 @@ class Fleet:
         """Change the status of a pod, as a kubelet does."""
         patch = ("--subresource", "status", "--type", "merge", "--patch", json.dumps({"status": status}))
         self.kubernetes.kubectl("patch", pod, "--namespace", self.namespace, *patch)
+
+    def end(self, pod: str, code: int) -> None:
+        """Let the container of a pod end with an exit code."""
+        self.kubernetes.kubectl("annotate", pod, "--namespace", self.namespace, f"memtail-test/exit-code={code}")
+
+    def claim(self, name: str) -> None:
+        """Create a claim on a volume that all nodes share."""
+        self.kubernetes.kubectl("apply", "--filename", "-", stdin=_CLAIM.format(name=name, namespace=self.namespace))
 
     def running(self, name: str = "") -> list[str]:
         """Return the names of the running pods of all workers, or of those of an experiment."""

@@ -22,6 +22,7 @@ from memtail.storage import ObjectStore, keys
 from services.common.broker import Assignment, Broker, decode_assignment
 from services.common.settings import ServiceSettings
 from services.common.surplus import Surplus
+from services.dispatcher.cache_fills import CACHE_LABEL
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL
 
 
@@ -110,7 +111,11 @@ class Pods:
 
     def _list(self, **options: Any) -> Any:
         """Return the list, or with `watch` the response to read lines from. Bypasses the client's models, which are slow."""
-        selector: dict[str, Any] = {"label_selector": EXPERIMENT_LABEL, "_preload_content": False, "_request_timeout": 10}
+        selector: dict[str, Any] = {
+            "label_selector": f"{EXPERIMENT_LABEL},!{CACHE_LABEL}",
+            "_preload_content": False,
+            "_request_timeout": 10,
+        }
         response: Any = self._core.list_namespaced_pod(self.namespace, **selector, **options)
         return response if options else json.loads(response.data)
 

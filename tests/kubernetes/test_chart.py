@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from memtail.spec import WorkersSpec
+from services.dispatcher.cache_fills import build_fill
 from services.dispatcher.worker_jobs import Demand, FleetSettings, build_job
 from services.tools.rights import REDIS_RULES, RIGHTS, redis_users, user
 from tests.kubernetes.chart import CHART, NAMESPACE, RELEASE, Rendered, as_options, helm, variables
@@ -87,6 +88,14 @@ MATRIX: dict[str, dict[str, Any]] = {
     "monitoring": MONITORING,
     "host-cache": {"workers.cache": {"type": "hostPath", "path": "/data/memtail", "limit": 100}},
     "claimed-cache": {"workers.cache": {"type": "claim", "claim": "datasets", "limit": 0.5}},
+    "unlimited-cache": {"workers.cache": {"type": "claim", "claim": "datasets"}},
+    "filled-claim": {"workers.cache": {"type": "claim", "claim": "datasets", "limit": 80, "fill": True}, "workers.gpus": 1},
+    "filled-hosts": {
+        "workers.cache": {"type": "hostPath", "path": "/data/memtail", "fill": True},
+        "workers.gpus": 1,
+        "workers.nodeSelector": {"gpu": "yes"},
+        "workers.tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+    },
     "explorer": {
         "explorer.existingSecret": "look",
         "explorer.existingSecretKey": "word",
@@ -171,7 +180,7 @@ def test_every_container_meets_the_level_restricted(rendered):
             assert not any("secretKeyRef" in variable.get("valueFrom", {}) for variable in container.get("env", []))
         kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
         assert kinds <= {"emptyDir", "projected", "secret", "configMap", "persistentVolumeClaim"} | (
-            {"hostPath"} if component == "worker" else set()
+            {"hostPath"} if component in ("worker", "cache") else set()
         )
         assert pod["automountServiceAccountToken"] is False
         with_token = [
@@ -371,9 +380,88 @@ def test_the_cache_has_the_type_of_the_values():
         pod = Rendered(values).worker()["spec"]
         return next(volume for volume in pod["volumes"] if volume["name"] == "cache"), variables(pod).get("MEMTAIL_CACHE_LIMIT")
 
-    assert cache({}) == ({"name": "cache", "emptyDir": {"sizeLimit": "50Gi"}}, None)
+    assert cache({}) == ({"name": "cache", "emptyDir": {"sizeLimit": "10Gi"}}, "9.5")
     assert cache(MATRIX["host-cache"]) == ({"name": "cache", "hostPath": {"path": "/data/memtail", "type": "Directory"}}, "100")
     assert cache(MATRIX["claimed-cache"]) == ({"name": "cache", "persistentVolumeClaim": {"claimName": "datasets"}}, "0.5")
+    assert cache(MATRIX["unlimited-cache"])[1] is None  # what the volume has room for
+
+
+@pytest.mark.parametrize(
+    ("size", "limit"), [("200Gi", 190), ("1Ti", 972.8), ("500M", 0.4424), ("1.5Gi", 1.425), ("2147483648", 1.9), ("20Ti", 19456)]
+)
+def test_the_limit_of_an_empty_dir_leaves_room_for_the_rest_of_the_cache(size, limit):
+    pod = Rendered({"workers.cache.sizeLimit": size}).worker()["spec"]
+    assert float(variables(pod)["MEMTAIL_CACHE_LIMIT"]) == pytest.approx(limit, rel=1e-3)
+    assert pod["containers"][0]["resources"]["requests"]["ephemeral-storage"] == size
+
+
+def test_a_cache_limit_above_the_size_of_the_empty_dir_is_refused():
+    done = helm("template", RELEASE, str(CHART), *as_options({"workers.cache.sizeLimit": "1Gi", "workers.cache.limit": 1.5}))
+    assert done.returncode
+    assert "workers.cache.limit is 1.5 GiB, more than workers.cache.sizeLimit, 1Gi: lower the limit, or raise sizeLimit" in done.stderr
+    allowed = Rendered({"workers.cache.sizeLimit": "1Gi", "workers.cache.limit": 1}).worker()["spec"]
+    assert variables(allowed)["MEMTAIL_CACHE_LIMIT"] == "1"
+
+
+def test_every_cache_in_an_empty_dir_has_a_size_that_is_requested_of_the_node(rendered):
+    for component, pod in rendered.pods():
+        cache = next((volume for volume in pod["volumes"] if volume["name"] == "cache"), {})
+        requested = pod["containers"][0]["resources"]["requests"].get("ephemeral-storage")
+        assert requested == cache.get("emptyDir", {}).get("sizeLimit"), component
+        if component in ("aggregator", "explorer"):
+            assert requested
+            assert variables(pod)["MEMTAIL_CACHE_LIMIT"] == "3"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_job_without_gpus_fills_a_claimed_cache(schemas, version):
+    rendered = Rendered(MATRIX["filled-claim"] | {"workers.nodeSelector": {"gpu": "yes"}})
+    settings = FleetSettings.model_validate(rendered.fleet())
+    job = build_fill(settings, "a.b", {"apiVersion": "apps/v1", "kind": "Deployment", "name": settings.owner, "uid": "u"})
+    assert conforms(json.dumps(job), schemas, version) == ""
+    pod, worker = job["spec"]["template"]["spec"], rendered.worker()["spec"]
+    (container,) = pod["containers"]
+    assert (container["command"], container["args"]) == (["memtail", "cache"], ["a.b"])
+    assert "nvidia.com/gpu" not in json.dumps(job)
+    assert "nodeSelector" not in pod
+    assert [each for each in pod["volumes"] if each["name"] == "cache"] == [each for each in worker["volumes"] if each["name"] == "cache"]
+    for name in ("MEMTAIL_CACHE", "MEMTAIL_CACHE_LIMIT", "MEMTAIL_STORE", "MEMTAIL_S3_ACCESS_KEY_FILE"):
+        assert variables(pod)[name] == variables(worker)[name]
+    assert pod["serviceAccountName"] == worker["serviceAccountName"]
+    assert job["metadata"]["labels"]["memtail/experiment"] == job["spec"]["template"]["metadata"]["labels"]["memtail/experiment"] == "a.b"
+    assert "fill" not in Rendered(MATRIX["claimed-cache"]).fleet()
+
+
+def test_a_daemon_set_without_gpus_fills_the_caches_of_the_workers_nodes():
+    rendered = Rendered(MATRIX["filled-hosts"])
+    pod, worker = rendered.get("DaemonSet", "-cache")["spec"]["template"]["spec"], rendered.worker()["spec"]
+    assert "memtail cache --all" in pod["containers"][0]["command"][-1]
+    assert "nvidia.com/gpu" not in json.dumps(pod["containers"])
+    for key in ("nodeSelector", "tolerations"):
+        assert pod[key] == worker[key]
+    assert [each for each in pod["volumes"] if each["name"] == "cache"] == [each for each in worker["volumes"] if each["name"] == "cache"]
+    assert "fill" not in rendered.fleet()
+    assert not Rendered(MATRIX["host-cache"]).of("DaemonSet")
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"workers.cache.fill": True}, "set workers.cache.type to claim or hostPath"),
+        (MATRIX["filled-claim"] | {"workers.mode": "keda"}, "needs workers.mode jobs, not keda"),
+    ],
+)
+def test_a_cache_that_cannot_be_filled_before_workers_start_is_refused(values, fault):
+    done = helm("template", RELEASE, str(CHART), *as_options(values))
+    assert done.returncode
+    assert fault in done.stderr
+
+
+def test_a_request_of_storage_in_the_values_takes_precedence():
+    values = {"workers.resources.requests.ephemeral-storage": "1Gi", "explorer.cache.sizeLimit": "8Gi"}
+    rendered = Rendered(values)
+    assert rendered.worker()["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"] == "1Gi"
+    assert rendered.env("Deployment", "-explorer")["MEMTAIL_CACHE_LIMIT"] == "6"
 
 
 def test_external_redis_and_s3_are_configured_by_the_values():

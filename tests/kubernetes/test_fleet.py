@@ -79,6 +79,32 @@ def test_workers_that_cannot_start_are_replaced_after_the_settings_were_correcte
     assert stuck not in fleet.names("pods")
 
 
+@pytest.mark.slow
+def test_workers_start_when_the_shared_cache_has_been_filled(fleet):
+    def fills(kind="pods", *options):
+        return fleet.names(kind, "--selector", "memtail/cache", *options)
+
+    def running():
+        return fills("pods", "--field-selector", "status.phase=Running")
+
+    fleet.claim("datasets")
+    fleet.upgrade(workers__cache={"type": "claim", "claim": "datasets", "fill": True})
+    fleet.dispatcher()
+    experiment_store = fleet.submit(4, max=2)
+    fleet.cluster.until(lambda: fleet.notice().startswith("the cache is being filled: workers start when it has the dataset"))
+    fleet.cluster.until(running, 60)
+    (first,) = running()
+    fleet.end(first, 2)
+    fleet.cluster.until(lambda: "the cache cannot be filled, and workers wait for it: failed: exit code 2" in fleet.notice(), 60)
+    fleet.cluster.until(running, 60)  # again
+    assert not fleet.names("jobs", "--selector", WORKERS)
+    with fleet.pods() as pods:
+        fleet.end(*running(), 0)
+        fleet.cluster.until(lambda: fleet.done(experiment_store, 4), 60)
+    assert set(pods.committed.values()) == {1}
+    fleet.cluster.until(lambda: not fills("jobs"))
+
+
 def test_running_workers_of_earlier_settings_finish_their_work(fleet):
     before = fleet.dispatcher()
     with fleet.pods(seconds=3) as pods:

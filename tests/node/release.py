@@ -37,6 +37,7 @@ VALUES = {
     "workers.resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}},
     "workers.max": 4,
     "workers.terminationGracePeriodSeconds": 30,
+    **{f"{component}.cache.sizeLimit": "1Gi" for component in ("workers", "aggregator", "explorer")},
     **{f"{component}.extraEnv": _QUICK for component in ("dispatcher", "aggregator", "workers")},
 }
 

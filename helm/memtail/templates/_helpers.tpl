@@ -223,6 +223,38 @@ spec:
     matchLabels: {{ include "memtail.selector" . | nindent 6 }}
 {{- end }}
 
+{{/* GiB of a quantity, times a share of it. Takes (quantity, share). */}}
+{{- define "memtail.gib" -}}
+{{- $quantity := index . 0 | toString -}}
+{{- $unit := regexFind "[a-zA-Z]*$" $quantity -}}
+{{- $bytes := dict "" 1.0 "m" 1e-3 "k" 1e3 "K" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 "Ei" 1152921504606846976.0 -}}
+{{- divf (mulf (trimSuffix $unit $quantity | float64) (get $bytes $unit) (index . 1)) 1073741824.0 -}}
+{{- end }}
+
+{{/*
+Value of MEMTAIL_CACHE_LIMIT in GiB; empty where the volume sets the limit. What the cache holds beside datasets has the rest of an emptyDir.
+Takes (values of the cache, share of the datasets).
+*/}}
+{{- define "memtail.cacheLimit" -}}
+{{- $cache := index . 0 -}}
+{{- if eq ($cache.type | default "emptyDir") "emptyDir" -}}
+{{- $size := include "memtail.gib" (list $cache.sizeLimit 1.0) | float64 -}}
+{{- if gt ($cache.limit | default 0 | float64) $size -}}
+{{- fail (printf "workers.cache.limit is %v GiB, more than workers.cache.sizeLimit, %s: lower the limit, or raise sizeLimit" $cache.limit $cache.sizeLimit) -}}
+{{- end -}}
+{{- $cache.limit | default (include "memtail.gib" (list $cache.sizeLimit (index . 1)) | float64 | printf "%.4g") -}}
+{{- else if $cache.limit -}}
+{{- $cache.limit -}}
+{{- end -}}
+{{- end }}
+
+{{/* Resources of a container that fills an emptyDir, whose size is requested of the node. Takes (resources, size). */}}
+{{- define "memtail.resourcesWithStorage" -}}
+{{- $resources := deepCopy (index . 0) -}}
+{{- $_ := set $resources "requests" (merge $resources.requests (dict "ephemeral-storage" (index . 1))) -}}
+{{- toYaml $resources -}}
+{{- end }}
+
 {{/* Pod template of a worker. Takes (root, restartPolicy). */}}
 {{- define "memtail.worker" -}}
 {{- $root := index . 0 -}}
@@ -231,6 +263,9 @@ spec:
 {{- $resources := deepCopy $values.resources -}}
 {{- if $gpus -}}
 {{- $_ := set $resources "limits" (set (get $resources "limits" | default dict) $values.gpuResource $gpus) -}}
+{{- end -}}
+{{- if eq $values.cache.type "emptyDir" -}}
+{{- $resources = include "memtail.resourcesWithStorage" (list $resources $values.cache.sizeLimit) | fromYaml -}}
 {{- end -}}
 {{- $files := include "memtail.connectionFiles" (list $root "worker") -}}
 metadata:
@@ -260,7 +295,7 @@ spec:
         - {name: MEMTAIL_HEARTBEAT_FILE, value: /tmp/heartbeat}
         - {name: MEMTAIL_NODE, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
         - {name: MEMTAIL_CACHE, value: /var/cache/memtail}
-        {{- with $values.cache.limit }}
+        {{- with include "memtail.cacheLimit" (list $values.cache 0.95) }}
         - {name: MEMTAIL_CACHE_LIMIT, value: {{ . | quote }}}
         {{- end }}
         {{- if ne (include "memtail.mode" $root) "deployment" }}
@@ -294,21 +329,70 @@ spec:
         {{- end }}
   volumes:
     - {name: tmp, emptyDir: {}}
-    - name: cache
-      {{- with $values.cache }}
-      {{- if eq .type "hostPath" }}
-      hostPath: {path: {{ .path }}, type: Directory}
-      {{- else if eq .type "claim" }}
-      persistentVolumeClaim: {claimName: {{ required "workers.cache.type is claim: set workers.cache.claim" .claim }}}
-      {{- else }}
-      emptyDir: {sizeLimit: {{ .sizeLimit }}}
-      {{- end }}
-      {{- end }}
+    - {{- include "memtail.cacheVolume" $values.cache | nindent 6 }}
     - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ $values.sharedMemory }}}}
     {{- $files | nindent 4 }}
     {{- with $values.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
+{{- end }}
+
+{{/* Volume of the workers' cache. Takes the values of the cache. */}}
+{{- define "memtail.cacheVolume" -}}
+name: cache
+{{- if eq .type "hostPath" }}
+hostPath: {path: {{ .path }}, type: Directory}
+{{- else if eq .type "claim" }}
+persistentVolumeClaim: {claimName: {{ required "workers.cache.type is claim: set workers.cache.claim" .claim }}}
+{{- else }}
+emptyDir: {sizeLimit: {{ .sizeLimit }}}
+{{- end }}
+{{- end }}
+
+{{/* Pod template that fills the workers' cache, with a worker's keys of the bucket and without GPUs. Takes (root, command, placement, restartPolicy). */}}
+{{- define "memtail.fill" -}}
+{{- $root := index . 0 -}}
+{{- $cache := $root.Values.workers.cache -}}
+metadata:
+  labels: {{ include "memtail.podLabels" (list $root "cache" $root.Values.workers) | nindent 4 }}
+  annotations:
+    {{- include "memtail.secretChecksum" $root | nindent 4 }}
+spec:
+  restartPolicy: {{ index . 3 }}
+  serviceAccountName: {{ include "memtail.fullname" $root }}
+  automountServiceAccountToken: false
+  {{- include "memtail.podSecurity" $root | nindent 2 }}
+  {{- include "memtail.placement" (list $root (index . 2)) | indent 2 }}
+  containers:
+    - name: fill
+      image: {{ include "memtail.image" (list $root.Values.image.control $root.Chart.AppVersion) }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      command: {{ toJson (index . 1) }}
+      terminationMessagePolicy: FallbackToLogsOnError
+      {{- include "memtail.containerSecurity" $root | nindent 6 }}
+      env:
+        {{- include "memtail.connections" (list $root "worker") | indent 8 }}
+        - {name: MEMTAIL_CACHE, value: /var/cache/memtail}
+        {{- with include "memtail.cacheLimit" (list $cache 0.95) }}
+        - {name: MEMTAIL_CACHE_LIMIT, value: {{ . | quote }}}
+        {{- end }}
+        {{- with $root.Values.workers.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      {{- with $root.Values.workers.extraEnvFrom }}
+      envFrom: {{ toYaml . | nindent 8 }}
+      {{- end }}
+      resources:
+        requests: {cpu: 250m, memory: 256Mi}
+        limits: {memory: 1Gi}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: cache, mountPath: /var/cache/memtail}
+        - {name: connections, mountPath: /run/memtail, readOnly: true}
+  volumes:
+    - {name: tmp, emptyDir: {}}
+    - {{- include "memtail.cacheVolume" $cache | nindent 6 }}
+    {{- include "memtail.connectionFiles" (list $root "worker") | nindent 4 }}
 {{- end }}
 
 {{/* Spec of a Job of workers, without parallelism. Disruptions do not count as failures, and terminating pods are replaced only when they are gone. */}}

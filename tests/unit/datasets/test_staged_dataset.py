@@ -2,34 +2,16 @@
 
 import json
 import multiprocessing
-import os
 import shutil
 
 import numpy as np
 import pytest
 
-from memtail import datasets
-from memtail.datasets.folder_lock import locked
+from memtail.datasets.cache_lock import exclusive
 from memtail.datasets.staged_dataset import fetch, fetch_labels, stage
 from memtail.errors import DatasetError
-from memtail.spec import DatasetSpec
 from memtail.storage import keys
-from memtail.storage.local import LocalStore
-from tests.support.arrays import write_arrays
-
-
-class CountingStore(LocalStore):
-    """A store that counts downloads, in a file that other processes add to."""
-
-    def download(self, key, path):
-        with (self.root / "downloads").open("a") as file:
-            file.write(f"{key}\n")
-        super().download(key, path)
-
-    @property
-    def downloads(self):
-        path = self.root / "downloads"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+from tests.support.staged import CountingStore, prepare
 
 
 @pytest.fixture
@@ -40,17 +22,6 @@ def store(tmp_path):
 @pytest.fixture
 def cache(tmp_path):
     return tmp_path / "cache"
-
-
-def prepare(tmp_path, shade=0):
-    """Prepare one of several small datasets."""
-    rng = np.random.default_rng(shade)
-    path = write_arrays(tmp_path / f"{shade}.npz", train_images=rng.integers(0, 255, (40, 6, 6)).astype(np.uint8))
-    return datasets.prepare(DatasetSpec(name="arrays", root=path))
-
-
-def size_of(folder):
-    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def change(store, fingerprint, **files):
@@ -71,25 +42,25 @@ def test_a_staged_dataset_is_fetched_unchanged_and_once(tmp_path, store, cache):
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         np.testing.assert_array_equal(getattr(fetched, name), getattr(dataset, name))
     assert (fetched.classes, fetched.mean, fetched.std) == (dataset.classes, dataset.mean, dataset.std)
-    before = store.downloads
-    assert before > 0
+    before = store.noted("downloads")
+    assert before
     fetch(store, dataset.fingerprint, cache)
-    assert store.downloads == before
+    assert store.noted("downloads") == before
     assert not list((cache / "datasets").glob(".unfinished-*"))
 
 
 def test_labels_and_names_are_fetched_without_images_also_while_images_are_fetched(tmp_path, store, cache):
     dataset = prepare(tmp_path)
     stage(dataset, store)
-    with locked(cache / "datasets"):
+    with exclusive(cache / "datasets" / dataset.fingerprint):
         labels = fetch_labels(store, dataset.fingerprint, cache)
-    assert "images" not in (store.root / "downloads").read_text()
+    assert not any("images" in key for key in store.noted("downloads"))
     np.testing.assert_array_equal(labels.train_labels, dataset.train_labels)
     np.testing.assert_array_equal(labels.test_labels, dataset.test_labels)
     assert (labels.classes, labels.fingerprint, labels.n_train, labels.n_test) == (dataset.classes, dataset.fingerprint, 40, dataset.n_test)
-    before = store.downloads
+    before = store.noted("downloads")
     fetch_labels(store, dataset.fingerprint, cache)
-    assert store.downloads == before
+    assert store.noted("downloads") == before
     assert fetch(store, dataset.fingerprint, cache).n_train == 40
 
 
@@ -155,24 +126,8 @@ def test_a_manifest_that_names_a_path_is_refused_unread(tmp_path, store, cache, 
     change(store, dataset.fingerprint, **{name: {"size": 1, "sha256": "0" * 64}})
     with pytest.raises(DatasetError, match="its manifest is damaged"):
         fetch(store, dataset.fingerprint, cache)
-    assert store.downloads == 0
+    assert not store.noted("downloads")
     assert not list(tmp_path.rglob("*escaped*"))
-
-
-def test_a_full_cache_evicts_the_dataset_opened_longest_ago(tmp_path, store, cache):
-    made = [prepare(tmp_path, shade) for shade in range(3)]
-    for dataset in made:
-        stage(dataset, store)
-    limit = 2 * max(size_of(dataset.folder) for dataset in made) + 100
-    first, second = (fetch(store, dataset.fingerprint, cache, limit) for dataset in made[:2])
-    os.utime(first.folder, (1, 1))
-    os.utime(second.folder, (2, 2))
-    fetch(store, made[0].fingerprint, cache, limit)  # now the second was opened longest ago
-    fetch(store, made[2].fingerprint, cache, limit)
-    there = {path.name for path in (cache / "datasets").iterdir() if path.is_dir()}
-    assert there == {made[0].fingerprint, made[2].fingerprint}
-    np.testing.assert_array_equal(second.train_images, made[1].train_images)  # a process that has it open can still read it
-    assert fetch(store, made[1].fingerprint, cache, limit).n_train == 40
 
 
 def test_a_dataset_larger_than_the_cache_limit_is_refused_without_an_eviction(tmp_path, store, cache):
@@ -180,10 +135,10 @@ def test_a_dataset_larger_than_the_cache_limit_is_refused_without_an_eviction(tm
     stage(small, store)
     stage(large, store)
     fetch(store, small.fingerprint, cache)
-    before = store.downloads
+    before = store.noted("downloads")
     with pytest.raises(DatasetError, match=r"has \d+ bytes, more than the cache may hold: set MEMTAIL_CACHE_LIMIT to more"):
         fetch(store, large.fingerprint, cache, limit=100)
-    assert store.downloads == before
+    assert store.noted("downloads") == before
     assert (cache / "datasets" / small.fingerprint).exists()
 
 
@@ -203,4 +158,4 @@ def test_one_of_several_processes_downloads_a_dataset(tmp_path, store, cache):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert store.downloads == len(list(dataset.folder.iterdir()))
+    assert len(store.noted("downloads")) == len(list(dataset.folder.iterdir()))

@@ -190,7 +190,7 @@ def test_a_writer_that_dies_leaves_the_earlier_snapshot(experiment, monkeypatch)
         raise StoreError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr("memtail.storage.local.shutil.copyfileobj", die)
+        patched.setattr("memtail.storage.local.os.fsync", die)
         with pytest.raises(StoreError):
             aggregation.save_snapshot()
     assert experiment.restarted()[1] == SHARDS[4:]

@@ -1,13 +1,20 @@
-"""Decisions of a worker about a shard before it trains, on a store in a folder and without Redis."""
+"""Decisions of a worker before it trains a shard, and its dataset; on a store in a folder and without Redis."""
 
+import os
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from memtail.datasets.staged_dataset import stage
+from memtail.errors import TrainingStopped
 from memtail.experiment_store import Origin
+from memtail.trainers.images.images import device_images
 from memtail.trials import Shard
 from services.common.broker import Assignment, WorkerPlace
 from services.worker.trainer import LEASED, LEFT, NOT_WANTED, Trainer
+from tests.support.staged import CountingStore, prepare, size_of
 
 SHARD = Shard(0, 3)
 LEASE = 60.0
@@ -79,3 +86,47 @@ def test_a_damaged_time_of_a_failure_ends_no_worker(experiment_store, outcome, w
 def test_failures_of_lost_workers_and_of_0_1_0_name_no_node_and_leave_the_shard_to_anyone(experiment_store, outcome):
     experiment_store.record_failure(SHARD, "10 workers were lost")
     assert outcome("a", "a-1", ("b", "b-1")) == LEASED
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Two small datasets."""
+    return [prepare(tmp_path, shade) for shade in range(2)]
+
+
+@pytest.fixture
+def trainer(tmp_path, made, monkeypatch):
+    """A trainer whose cache has room for one of the two datasets."""
+    store = CountingStore(tmp_path / "store")
+    for dataset in made:
+        stage(dataset, store)
+    monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MEMTAIL_CACHE_LIMIT", str((size_of(made[0]) + 100) / 2**30))
+    return Trainer(store, Broker(), "w", "cpu", LEASE, 300.0, lambda: False, lambda *_: None)
+
+
+def record_of(dataset):
+    return SimpleNamespace(canonical={"dataset": {"fingerprint": dataset.fingerprint}})
+
+
+def test_the_dataset_of_the_last_experiment_makes_room_for_that_of_the_next(made, trainer):
+    first, second = map(record_of, made)
+    device_images(trainer._dataset_of(first, lambda: False), torch.device("cpu"))  # as training keeps them
+    assert trainer._dataset_of(second, lambda: False).fingerprint == made[1].fingerprint
+
+
+def test_each_shard_is_a_use_of_its_dataset(made, trainer):
+    record = record_of(made[0])
+    folder = trainer._dataset_of(record, lambda: False).folder
+    os.utime(folder, (1, 1))
+    trainer._dataset_of(record, lambda: False)
+    assert folder.stat().st_mtime > 1
+
+
+def test_a_worker_that_is_to_stop_interrupts_a_download_which_the_next_one_continues(made, trainer):
+    record, downloads = record_of(made[0]), lambda: trainer._store.noted("downloads")
+    with pytest.raises(TrainingStopped):
+        trainer._dataset_of(record, lambda: True)
+    assert len(downloads()) == 1
+    trainer._dataset_of(record, lambda: False)
+    assert len(downloads()) == len(set(downloads())) > 1

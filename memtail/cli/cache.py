@@ -1,0 +1,124 @@
+"""`memtail cache`: downloads the datasets of experiments before they are needed, as by workers with a GPU."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memtail.cli.arguments import DEFAULT_STORE, Store, open_existing
+from memtail.errors import DatasetError, SpecError, StoreError, UnreachableError
+
+if TYPE_CHECKING:
+    from memtail.datasets import ImageDataset
+    from memtail.experiment_store import Record
+    from memtail.storage import ObjectStore
+
+# Pause between two lines of progress where no terminal shows a bar.
+_PLAIN_LINE_SECONDS = 10.0
+
+
+def cache(
+    names: Annotated[list[str] | None, typer.Argument(help="The experiments.", metavar="NAME...", show_default=False)] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All experiments that are not finished, paused or cancelled.")] = False,
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Download the datasets and masks of experiments into the cache, for workers that share it. Exits with 1 if one is missing."""
+    from memtail import logs
+
+    if bool(names) == all_:
+        raise SpecError("give the names of experiments, or --all for those that are to be trained")
+    logs.configure()
+    opened = open_existing(store)
+    held: list[ImageDataset] = []  # open, so that none is evicted for the next
+    failed = False
+    for name in names or _unfinished(opened):
+        try:
+            held.append(_cache(opened, name))
+        except UnreachableError:
+            raise
+        except (DatasetError, StoreError) as error:
+            print(f"memtail: {name}: {error}", file=sys.stderr, flush=True)
+            failed = True
+    if failed:
+        sys.exit(1)
+
+
+def _unfinished(store: "ObjectStore") -> list[str]:
+    from memtail.experiment_store import ExperimentStore, experiment_names
+
+    names = []
+    for name in experiment_names(store):
+        experiment_store = ExperimentStore(store, name)
+        try:
+            record = experiment_store.read_record()
+            if experiment_store.control().state == "running" and experiment_store.finished(record) is None:
+                names.append(name)
+        except UnreachableError:
+            raise
+        except StoreError as error:  # of another version, or damaged
+            print(f"memtail: {name}: {error}", file=sys.stderr, flush=True)
+    return names
+
+
+def _cache(store: "ObjectStore", name: str) -> "ImageDataset":
+    from rich.filesize import decimal
+
+    from memtail.datasets.staged_dataset import fetch
+    from memtail.datasets.staged_masks import fetch_masks
+    from memtail.experiment_store import ExperimentStore
+    from memtail.settings import Settings
+
+    settings = Settings()
+    record: Record = ExperimentStore(store, name).read_record()
+    with _Download(name) as download:
+        dataset = fetch(store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit, download.update)
+        if record.experiment.subsets.masks is not None:
+            fetch_masks(store, record.canonical["subsets"]["masks"], settings.cache)
+    size = sum(path.stat().st_size for path in dataset.folder.iterdir())
+    how = "downloaded" if download.began else "there before"
+    print(f"{name}: dataset {dataset.fingerprint[:8]}... of {decimal(size)} in {dataset.folder}, {how}", flush=True)
+    return dataset
+
+
+class _Download:
+    """Progress of a download: a bar on a terminal, a plain line now and then elsewhere; nothing if there is none.
+
+    Attributes:
+        began: whether anything was downloaded.
+    """
+
+    def __init__(self, name: str) -> None:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        from memtail.cli.display import console
+
+        columns = TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        self._name, self._console, self._bar = name, console, Progress(*columns, console=console)
+        self.began, self._shown_at = False, time.monotonic()
+
+    def __enter__(self) -> "_Download":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.began and self._console.is_terminal:
+            self._bar.stop()
+
+    def update(self, done: int, size: int) -> None:
+        """Show that `done` of `size` bytes are on the disk."""
+        from rich.filesize import decimal
+
+        if not self.began and self._console.is_terminal:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=size)
+        self.began = True
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=done)
+        elif time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS:
+            self._shown_at = time.monotonic()
+            print(f"{self._name}: {decimal(done)} of {decimal(size)}", flush=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to an application."""
+    app.command()(cache)
