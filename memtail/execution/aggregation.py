@@ -138,6 +138,9 @@ class Aggregation:
     def new_shards(self) -> list[Shard]:
         """List the committed shards whose batches are neither accumulated nor refused.
 
+        Shards beyond the recorded number of trials are left out: another process has extended the experiment, and `record` is not the
+        latest.
+
         The first call restores the snapshot. If an accumulated batch was replaced or removed, the statistics start over, since a trial
         cannot be taken out of them.
 
@@ -162,7 +165,8 @@ class Aggregation:
         for shard in [shard for shard, tag in self._refused_tags.items() if self._tags.get(shard) != tag]:
             del self._refused_tags[shard]
             self.refused.pop(shard, None)
-        return [shard for shard in self._tags if shard not in self._accumulated and shard not in self._refused_tags]
+        known = self._accumulated.keys() | self._refused_tags.keys()
+        return [shard for shard in self._tags if shard not in known and shard.last < self.total]
 
     def accumulate(self, shard: Shard) -> bool:
         """Accumulate a committed shard, each of its trials once.

@@ -400,3 +400,18 @@ def test_of_two_aggregations_the_one_with_more_trials_wins_and_its_files_stay(tr
     pointer = latest_version(experiment.store.store, "digits")
     assert pointer.summary.trials == 16
     assert set(pointer.files) == {key.rpartition("/")[2] for key in experiment.store.store.list(keys.scores("digits", pointer.version))}
+
+
+def test_batches_of_an_extension_by_another_process_wait_for_the_record_and_are_not_refused(trained):
+    experiment = trained(16)
+    experiment.commit(0)
+    aggregation = experiment.aggregation()
+    extended = experiment.store.extend(32)
+    experiment.commit(16)
+    aggregation.accumulate_new()
+    assert aggregation.trials == 8
+    aggregation.record = extended
+    aggregation.accumulate_new()
+    assert aggregation.trials == 16
+    assert not aggregation.refused
+    assert not list(experiment.store.failures())
