@@ -9,7 +9,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +28,11 @@ from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
+from memtail.scores.pointer import latest_version
 from memtail.scores.summary import ScoreSummary
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
-from memtail.storage import ObjectStore, keys
+from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import open_store
 from memtail.trainers.images.devices import available_devices, device_kind
 from memtail.trainers.images.profiling import PHASES
@@ -193,21 +194,42 @@ class _Run:
 
     def to_the_end(self) -> RunResult:
         aggregation, state = self._aggregation, self._state
-        if finished := still_finished(self._experiment_store, state.record):
-            return self._result_before(finished)
-        with self._writing():
-            aggregation.accumulate_new()
         self._remove_checkpoints()
         while True:
+            self._follow_record()
+            if finished := still_finished(self._experiment_store, state.record):
+                return self._result_before(finished)
+            with self._writing():
+                aggregation.accumulate_new()
             missing = self._experiment_store.missing(state.record)
+            state.failed = {shard: error for shard, error in state.failed.items() if shard in missing}
             self._show(state)
-            if missing:
-                self._train(_from_own_start(missing))
-            step = aggregation.next_step()
-            if state.failed or not isinstance(step, Extend):
-                break
-            aggregation.extend(step.trials)
-        return self._result()
+            if shards := [shard for shard in missing if shard not in state.failed]:
+                self._train(_from_own_start(shards))
+            elif isinstance(step := aggregation.next_step(), Extend):
+                aggregation.extend(step.trials)
+            elif aggregation.complete or state.failed or aggregation.refused:
+                result = self._result()
+                if aggregation.finish() or not self._is_changed():
+                    return result
+
+    def _follow_record(self) -> None:
+        """Read the record again, which others may have extended.
+
+        Raises:
+            ObjectNotFound: the experiment was removed.
+            StoreError: another experiment has the name now, or the store cannot be read.
+        """
+        self._experiment_store.check_registered(self._state.record.fingerprint)
+        with suppress(UnsupportedError):  # a later version has written the record since
+            self._aggregation.record = self._experiment_store.read_record()
+
+    def _is_changed(self) -> bool:
+        """Return whether the experiment was extended, or a batch discarded or replaced, since the scores were published."""
+        self._follow_record()
+        with self._writing():
+            self._aggregation.accumulate_new()
+        return self._aggregation.next_step() is not Step.DONE
 
     def _train(self, shards: list[Shard]) -> None:
         state, began = self._state, time.monotonic()
@@ -227,8 +249,6 @@ class _Run:
                     with self._writing():
                         self._aggregation.accumulate_new()
                     self._publish()
-        with self._writing():
-            self._aggregation.accumulate_new()
 
     def _workers(self, shards: int) -> Workers:
         """Start processes for a number of shards. Raises: UnsupportedError: the experiment requires another kind of device."""
@@ -276,7 +296,7 @@ class _Run:
             case ShardOutcome.WORKER_FAULT:
                 raise WorkerFaultError(f"{result.shard} cannot be trained here: {result.error}; trained trials are in the store")
             case _:
-                with self._writing():
+                with self._writing(), suppress(ObjectNotFound):  # discarded since: it is missing in the next turn
                     self._aggregation.accumulate(result.shard)
                 self._state.phases["writing"] += result.commit_seconds
                 for phase, seconds in result.phases.items():
@@ -301,7 +321,8 @@ class _Run:
 
     def _result_before(self, finished: Finished) -> RunResult:
         """The result of an earlier run or of the services. Raises: StoreError: the scores are missing."""
-        pointer, name = self._aggregation.pointer, self._experiment_store.name
+        name = self._experiment_store.name
+        pointer = latest_version(self._store, name)
         if pointer is None or pointer.version != finished.version:
             raise StoreError(
                 f"experiment '{name}' is finished, but its scores and trial batches were removed: restore them from a backup, "
@@ -315,7 +336,6 @@ class _Run:
             summary = self._publish()
             profile = _profile(self._state, time.monotonic() - self._began) if self._profile else None
             self._verify()
-            self._aggregation.finish()
             return RunResult(summary, self._store.address, name, profile)
         published = self._publish() if self._state.statistics.trials else None
         records = f"{self._store.address}/{keys.failures(name)}"
