@@ -106,6 +106,7 @@ class Aggregation:
         self.refused: dict[Shard, str] = {}
         self._store, self._pace, self._clock, self._progress = experiment_store, pace, clock, progress
         self._tags: dict[Shard, str] = {}  # of the batches in the last listing
+        self._discards = 0  # number of discarded batches before that listing, so that a later discard makes what counts it invalid
         self._accumulated: dict[Shard, str | None] = {}  # tags of the accumulated batches; None until the first listing after it
         self._refused_tags: dict[Shard, str | None] = {}
         self._in_snapshot: int | None = None  # number of batches in the snapshot; None until it was looked for
@@ -149,6 +150,7 @@ class Aggregation:
         """
         # read before the listing, which then holds every batch of the snapshot that was not removed
         snapshot = self._snapshot() if self._in_snapshot is None and not self._accumulated else None
+        self._discards = self._store.discards()
         self._tags = self._store.committed_tags()
         if snapshot is not None:
             self.statistics, self._accumulated = snapshot.statistics, dict(snapshot.batches)
@@ -252,7 +254,7 @@ class Aggregation:
         """
         # the first publication does not count: it compiles code
         with self._publishing.working() if self._has_published else nullcontext():
-            summary = publish(self._store.store, self.record, self.statistics, self.dataset, self._progress)
+            summary = publish(self._store.store, self.record, self.statistics, self.dataset, self._discards, self._progress)
         self._has_published = True
         self._published, self._published_at = self.trials, self._clock()
         self.pointer = latest_version(self._store.store, self._store.name)
@@ -272,7 +274,6 @@ class Aggregation:
         """
         if self.next_step() is not Step.DONE or not self.statistics.trials or self._store.control().state == "cancelled":
             return None
-        discards = self._store.discards()  # before the batches are listed: a later discard then makes the record invalid
         if self.new_shards() or not self.complete or self._is_unverified():
             return None
         pointer = self.pointer = latest_version(self._store.store, self._store.name)
@@ -280,7 +281,7 @@ class Aggregation:
             return None
         digest, when = self.statistics.digest(), datetime.now(UTC).isoformat(timespec="seconds")
         batches = {shard.span: self._tags[shard] for shard in self._accumulated}
-        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, discards, when, batches)
+        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, self._discards, when, batches)
         held = self._store.finished(self.record)
         if held is None or replace(held, when=when) != finished:
             self._store.set_finished(finished)

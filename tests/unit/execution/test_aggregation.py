@@ -354,6 +354,26 @@ def test_discarded_trials_leave_the_scores_at_once(trained):
     assert (pointer.summary.accumulated_trials, pointer.discards) == (16, 1)
 
 
+def test_trials_that_are_discarded_while_their_scores_are_written_leave_the_next_scores(trained, monkeypatch):
+    experiment = trained(16)
+    experiment.commit(0)
+    experiment.commit(8)
+    aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+
+    def discarded(*arguments):
+        monkeypatch.undo()
+        experiment.store.discard(Shard(8, 15), "the memory of the GPU was damaged")
+        return write_scores(*arguments)
+
+    monkeypatch.setattr("memtail.scores.publish.write_scores", discarded)
+    aggregation.publish()
+    aggregation.accumulate_new()
+    aggregation.publish()
+    pointer = latest_version(experiment.store.store, "digits")
+    assert (pointer.summary.accumulated_trials, pointer.discards) == (8, 1)
+
+
 def test_a_refused_batch_is_read_again_only_when_it_was_replaced(trained, monkeypatch):
     experiment = trained(16)
     experiment.commit(0, fingerprint="f" * 64)
