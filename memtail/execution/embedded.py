@@ -23,6 +23,7 @@ from memtail.datasets import ImageDataset
 from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, UnsupportedError, WorkerFaultError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.breaker import BREAKER_SHARDS, common_error
+from memtail.execution.checkpoints import left_over
 from memtail.execution.declare import declare
 from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
@@ -314,10 +315,10 @@ class _Run:
             )
 
     def _remove_checkpoints(self) -> None:
-        """Remove checkpoints of committed shards, left behind by processes that were killed between the commit and the removal."""
-        for key in list(self._store.list(keys.checkpoints(self._experiment_store.name))):
-            if (span := keys.parse_span(key)) and self._experiment_store.is_committed(Shard(*span)):
-                self._store.delete(key)
+        """Remove checkpoints left behind by processes that were killed between the commit and the removal."""
+        checkpoints = list(self._store.list(keys.checkpoints(self._experiment_store.name)))
+        for key in left_over(self._experiment_store, checkpoints) if checkpoints else ():
+            self._store.delete(key)
 
     def _result_before(self, finished: Finished) -> RunResult:
         """The result of an earlier run or of the services. Raises: StoreError: the scores are missing."""
