@@ -16,6 +16,7 @@ from typing import IO, TypeVar
 
 from filelock import FileLock, Timeout
 from minio.error import InvalidResponseError, MinioException
+from urllib3.exceptions import IncompleteRead
 
 from memtail.errors import ForeignObjectError, LocalFileError, StoreError
 from memtail.storage.atomic_file import atomic_file
@@ -72,6 +73,8 @@ class _Stretch:
                 for block in response.stream(_BLOCK, decode_content=False):
                     self._write(self._position, block)
                     self._position += len(block)
+                if self._position != self._end:  # HTTP allows to send less than was asked for
+                    raise IncompleteRead(self._position - began, self._end - self._position)
         except MinioException as error:
             if headers and status_of(error) in (404, 412, 416):
                 raise _ReplacedError from None

@@ -230,6 +230,15 @@ def test_a_refused_upload_is_aborted(file):
     assert server.requests[-1] == "DELETE"
 
 
+def test_a_part_of_which_the_server_sends_less_is_continued(file):
+    with FakeS3("sends-less") as server, structlog.testing.capture_logs():
+        store = S3Store("bucket", settings=server.settings(), part_size=_PART, attempts=4)
+        server.objects["/bucket/k"] = (_CONTENT, "")
+        assert store.get("k") == _CONTENT
+        store.download("k", file.with_name("down"))
+    assert file.with_name("down").read_bytes() == _CONTENT
+
+
 def test_a_file_that_changes_during_its_upload_is_refused(minio, store, file):
     def change(operation, outcome, seconds, size):
         if size:
