@@ -239,6 +239,11 @@ def test_a_part_of_which_the_server_sends_less_is_continued(file):
     assert file.with_name("down").read_bytes() == _CONTENT
 
 
+def test_an_upload_that_others_end_again_and_again_is_one_clear_error(file):
+    with FakeS3("loses-uploads") as server, pytest.raises(UnreachableError, match=r"'k' cannot be written .*: end its other writer"):
+        S3Store("bucket", settings=server.settings(), part_size=_PART).upload("k", file)
+
+
 def test_a_file_that_changes_during_its_upload_is_refused(minio, store, file):
     def change(operation, outcome, seconds, size):
         if size:

@@ -17,7 +17,7 @@ class FakeS3(ThreadingHTTPServer):
     """The part of S3 that a store with one bucket uses, with injected faults.
 
     Faults: `ignores-condition`, `ignores-match`, `ignores-range`, `drops-metadata`, `repeats`, `refuses`, `refuses-parts`, `fails-late` (an
-    upload in parts ends with an error, status 200), `sends-less` (than a range: 1 MiB at most), `races` and
+    upload in parts ends with an error, status 200), `loses-uploads` (in parts), `sends-less` (than a range: 1 MiB at most), `races` and
     `races-match` (a condition is tested some time before the write), and `answers-STATUS` (to a write whose condition is not met, which is
     not made).
     `failures`, as (status, code), are the first responses; `clock` is the number of seconds by which the server's clock is ahead.
@@ -69,6 +69,8 @@ class _FakeHandler(BaseHTTPRequestHandler):
         if self.command == "POST" and "fails-late" in self.server.faults:
             self.server.faults = ()
             return self.answer(200, b"<Error><Code>InternalError</Code><Message>m</Message></Error>")
+        if self.command == "POST" and "loses-uploads" in self.server.faults:
+            return self.answer(404, b"<Error><Code>NoSuchUpload</Code><Message>m</Message></Error>")
         if self.command == "POST":
             self.server.objects[url.path] = (data, "")
             return self.answer(200, b"<CompleteMultipartUploadResult><ETag>x-1</ETag></CompleteMultipartUploadResult>")
