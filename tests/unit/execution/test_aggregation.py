@@ -435,3 +435,18 @@ def test_batches_of_an_extension_by_another_process_wait_for_the_record_and_are_
     assert aggregation.trials == 16
     assert not aggregation.refused
     assert not list(experiment.store.failures())
+
+
+def test_a_batch_that_is_replaced_between_its_count_and_the_first_listing_reaches_the_scores(trained):
+    experiment = trained(16)
+    experiment.commit(0)
+    experiment.commit(8)
+    aggregation = experiment.aggregation()
+    assert aggregation.accumulate(Shard(0, 7))
+    experiment.store.discard(Shard(0, 7), "the memory of the GPU was damaged")
+    experiment.commit(0, correct=0.9)
+    aggregation.accumulate_new()
+    rebuilt = experiment.aggregation()
+    rebuilt.accumulate_new()
+    assert aggregation.publish() == rebuilt.publish()
+    assert aggregation.statistics.digest() == rebuilt.statistics.digest()
