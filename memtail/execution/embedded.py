@@ -7,7 +7,7 @@ decides which trial batch counts.
 import os
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -188,8 +188,7 @@ class _Run:
         self._aggregation = state.aggregation
         self._show = on_progress or (lambda state: None)
         self._began = time.monotonic()
-        # attempts are counted on record; this run subtracts earlier ones, so that a run after a fix tries all missing shards again
-        self._attempts_before = experiment_store.attempts()
+        self._failures: Counter[Shard] = Counter()  # of this run: a run after a fix tries all missing shards again
         self._handed_back: dict[Shard, int] = defaultdict(int)
         self._errors: dict[Shard, str] = {}  # last error of each failed shard
 
@@ -249,7 +248,8 @@ class _Run:
                 if self._aggregation.next_step() is Step.PUBLISH and (shards or workers.running):
                     with self._writing():
                         self._aggregation.accumulate_new()
-                    self._publish()
+                    if state.statistics.trials:  # not all discarded
+                        self._publish()
 
     def _workers(self, shards: int) -> Workers:
         """Start processes for a number of shards. Raises: UnsupportedError: the experiment requires another kind of device."""
@@ -284,9 +284,11 @@ class _Run:
         match result.outcome:
             case ShardOutcome.FAILED:
                 error = result.error or ""
-                attempt = result.attempt or self._experiment_store.record_failure(result.shard, error).attempt
+                if not result.attempt:
+                    self._experiment_store.record_failure(result.shard, error)
+                self._failures[result.shard] += 1
                 self._end_if_broken(result.shard, error)
-                if attempt - self._attempts_before[result.shard] < MAX_ATTEMPTS:
+                if self._failures[result.shard] < MAX_ATTEMPTS:
                     return False
                 self._state.failed[result.shard] = error
             case ShardOutcome.HANDED_BACK:

@@ -4,7 +4,7 @@ import pytest
 
 import memtail
 from memtail.errors import StoreError
-from memtail.execution import aggregation
+from memtail.execution import aggregation, embedded
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
@@ -58,7 +58,7 @@ def test_a_batch_that_is_discarded_while_a_run_trains_is_trained_again(run, expe
 
 
 def test_a_batch_that_is_discarded_between_its_commit_and_its_count_is_trained_again(run, experiment_store, monkeypatch):
-    read, discards = ExperimentStore.batch, []
+    read, discards = ExperimentStore.tagged_batch, []
 
     def discarded(experiment_store, shard, record):
         if not discards:
@@ -66,7 +66,7 @@ def test_a_batch_that_is_discarded_between_its_commit_and_its_count_is_trained_a
             experiment_store.discard(shard, "bad")
         return read(experiment_store, shard, record)
 
-    monkeypatch.setattr(ExperimentStore, "batch", discarded)
+    monkeypatch.setattr(ExperimentStore, "tagged_batch", discarded)
     assert run(lambda _: None).summary.trials == 8
     assert discards
 
@@ -130,3 +130,28 @@ def test_a_shard_that_a_run_gave_up_and_another_one_trained_counts(run, experime
     monkeypatch.setattr(ExperimentStore, "record_failure", trained)
     assert run(break_device, trials=32).summary.trials == 32
     assert set(experiment_store.attempts().values()) == {3}
+
+
+def test_a_run_goes_on_when_all_trials_are_discarded_before_it_publishes(run, monkeypatch):
+    def discard(experiment_store):
+        for shard in experiment_store.committed():
+            experiment_store.discard(shard, "bad")
+
+    monkeypatch.setattr(embedded, "PUBLISH_SECONDS", 0.0)
+    assert run(discard, trials=32).summary.trials == 32
+
+
+def test_failures_that_another_run_records_do_not_count_in_a_run(run, experiment_store, monkeypatch):
+    train, failed = trainers.train_shard, []
+
+    def fail_twice(experiment, dataset, trials, *rest, **options):
+        if len(failed) < 2:
+            failed.append(trials)
+            for _ in range(2):
+                experiment_store.record_failure(Shard(trials[0], trials[-1]), "of another run")
+            raise ValueError("too large for this device")
+        return train(experiment, dataset, trials, *rest, **options)
+
+    monkeypatch.setattr(trainers, "train_shard", fail_twice)
+    assert run(lambda _: None, trials=4).summary.trials == 4
+    assert list(experiment_store.attempts().values()) == [6]
