@@ -275,6 +275,8 @@ class _Run:
                     workers.start(shards.pop(0))
                 for result in workers.finished(timeout=0.2):
                     if result.outcome is not ShardOutcome.VERIFIED:
+                        if result.outcome is ShardOutcome.FAILED and not result.attempt:  # so that it is not verified forever
+                            self._experiment_store.record_failure(result.shard, result.error or "")
                         log.warning("shard not verified", shard=str(result.shard), outcome=result.outcome.value, error=result.error)
                 workers.progress()
                 self._show(self._state)

@@ -1,10 +1,12 @@
 """Embedded runs of experiments that are changed by others while they train."""
 
+from concurrent.futures.process import BrokenProcessPool
+
 import pytest
 
 import memtail
 from memtail.errors import StoreError
-from memtail.execution import aggregation, embedded
+from memtail.execution import aggregation, embedded, pool
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
@@ -155,3 +157,18 @@ def test_failures_that_another_run_records_do_not_count_in_a_run(run, experiment
     monkeypatch.setattr(trainers, "train_shard", fail_twice)
     assert run(lambda _: None, trials=4).summary.trials == 4
     assert list(experiment_store.attempts().values()) == [6]
+
+
+def test_a_second_training_whose_process_dies_counts_as_an_attempt(run, experiment_store, monkeypatch):
+    train = pool._train
+
+    def die(task, shard):
+        if experiment_store.is_committed(shard):
+            raise BrokenProcessPool
+        return train(task, shard)
+
+    monkeypatch.setattr(pool, "_train", die)
+    for _ in range(3):
+        assert run(lambda _: None, trials=4, execution={"verify": 1.0}).summary.trials == 4
+    assert experiment_store.attempts() == {Shard(0, 3): 3}
+    assert experiment_store.finished(experiment_store.read_record())
