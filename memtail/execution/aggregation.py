@@ -106,7 +106,8 @@ class Aggregation:
         self.refused: dict[Shard, str] = {}
         self._store, self._pace, self._clock, self._progress = experiment_store, pace, clock, progress
         self._tags: dict[Shard, str] = {}  # of the batches in the last listing
-        self._accumulated: dict[Shard, str | None] = {}  # tags of the accumulated batches; None until the first listing after it
+        self._discards = 0  # number of discarded batches before that listing, so that a later discard makes what counts it invalid
+        self._accumulated: dict[Shard, str] = {}  # tags of the accumulated batches
         self._refused_tags: dict[Shard, str | None] = {}
         self._in_snapshot: int | None = None  # number of batches in the snapshot; None until it was looked for
         self._saving = Throttle(_SNAPSHOT_REST, clock=clock)
@@ -138,6 +139,9 @@ class Aggregation:
     def new_shards(self) -> list[Shard]:
         """List the committed shards whose batches are neither accumulated nor refused.
 
+        Shards beyond the recorded number of trials are left out: another process has extended the experiment, and `record` is not the
+        latest.
+
         The first call restores the snapshot. If an accumulated batch was replaced or removed, the statistics start over, since a trial
         cannot be taken out of them.
 
@@ -146,23 +150,22 @@ class Aggregation:
         """
         # read before the listing, which then holds every batch of the snapshot that was not removed
         snapshot = self._snapshot() if self._in_snapshot is None and not self._accumulated else None
+        self._discards = self._store.discards()
         self._tags = self._store.committed_tags()
         if snapshot is not None:
             self.statistics, self._accumulated = snapshot.statistics, dict(snapshot.batches)
             log.info("snapshot restored", trials=self.trials)
         if self._in_snapshot is None:
             self._in_snapshot = len(self._accumulated)
-        for shard, tag in self._accumulated.items():
-            if tag is None and shard in self._tags:
-                self._accumulated[shard] = self._tags[shard]
-        changed = [shard for shard, tag in self._accumulated.items() if shard not in self._tags or self._tags[shard] != tag]
+        changed = [shard for shard, tag in self._accumulated.items() if self._tags.get(shard) != tag]
         if changed:
             log.warning("trial batches changed, starting over", first=str(changed[0]), changed=len(changed))
             self._start_over()
         for shard in [shard for shard, tag in self._refused_tags.items() if self._tags.get(shard) != tag]:
             del self._refused_tags[shard]
             self.refused.pop(shard, None)
-        return [shard for shard in self._tags if shard not in self._accumulated and shard not in self._refused_tags]
+        known = self._accumulated.keys() | self._refused_tags.keys()
+        return [shard for shard in self._tags if shard not in known and shard.last < self.total]
 
     def accumulate(self, shard: Shard) -> bool:
         """Accumulate a committed shard, each of its trials once.
@@ -176,7 +179,7 @@ class Aggregation:
             ObjectNotFound: the shard is not committed.
             StoreError: the store cannot be read.
         """
-        return self._accumulate(shard, partial(self._store.batch, shard, self.record))
+        return self._accumulate(shard, partial(self._store.tagged_batch, shard, self.record))
 
     def accumulate_each(self, shards: Sequence[Shard]) -> Generator[Shard, None, None]:
         """Accumulate listed shards in order, and yield each when it is accumulated, refused, or has no batch any more.
@@ -186,11 +189,11 @@ class Aggregation:
         Raises:
             StoreError: the store cannot be read.
         """
-        ahead: deque[tuple[Shard, Future[TrialBatch]]] = deque()
+        ahead: deque[tuple[Shard, Future[tuple[TrialBatch, str]]]] = deque()
         with ThreadPoolExecutor(_READERS) as readers:
             for number in range(len(shards) + _READERS):
                 if number < len(shards):
-                    ahead.append((shards[number], readers.submit(self._store.batch, shards[number], self.record)))
+                    ahead.append((shards[number], readers.submit(self._store.tagged_batch, shards[number], self.record)))
                 if number >= _READERS and ahead:
                     shard, batch = ahead.popleft()
                     with suppress(ObjectNotFound):  # removed since it was listed
@@ -210,14 +213,11 @@ class Aggregation:
         """
         if len(self._accumulated) - (self._in_snapshot or 0) < _SNAPSHOT_BATCHES or not self._saving.due:
             return
-        batches = {shard: tag for shard, tag in self._accumulated.items() if tag is not None}
-        if len(batches) < len(self._accumulated):  # not all are in the last listing, so they cannot be verified
-            return
         with self._saving.working(), tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
             path = Path(temporary, "snapshot.npz")
-            Snapshot(self.record.fingerprint, self.statistics, batches).write(path)
+            Snapshot(self.record.fingerprint, self.statistics, self._accumulated).write(path)
             self._store.store.upload(keys.snapshot(self._store.name), path)
-        self._in_snapshot = len(batches)
+        self._in_snapshot = len(self._accumulated)
 
     def next_step(self) -> Extend | Step:
         """Decide the next step. The last version of the scores is published immediately, earlier ones at the pace.
@@ -248,7 +248,7 @@ class Aggregation:
         """
         # the first publication does not count: it compiles code
         with self._publishing.working() if self._has_published else nullcontext():
-            summary = publish(self._store.store, self.record, self.statistics, self.dataset, self._progress)
+            summary = publish(self._store.store, self.record, self.statistics, self.dataset, self._discards, self._progress)
         self._has_published = True
         self._published, self._published_at = self.trials, self._clock()
         self.pointer = latest_version(self._store.store, self._store.name)
@@ -268,15 +268,14 @@ class Aggregation:
         """
         if self.next_step() is not Step.DONE or not self.statistics.trials or self._store.control().state == "cancelled":
             return None
-        discards = self._store.discards()  # before the batches are listed: a later discard then makes the record invalid
         if self.new_shards() or not self.complete or self._is_unverified():
             return None
         pointer = self.pointer = latest_version(self._store.store, self._store.name)
         if pointer is None or pointer.version != score_version(self.record.fingerprint, self.statistics):
             return None
         digest, when = self.statistics.digest(), datetime.now(UTC).isoformat(timespec="seconds")
-        batches = {shard.span: self._tags[shard] for shard in self._accumulated}
-        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, discards, when, batches)
+        batches = {shard.span: tag for shard, tag in self._accumulated.items()}
+        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, self._discards, when, batches)
         held = self._store.finished(self.record)
         if held is None or replace(held, when=when) != finished:
             self._store.set_finished(finished)
@@ -291,9 +290,9 @@ class Aggregation:
         attempts = self._store.attempts() if unverified else {}
         return any(attempts[shard] < MAX_ATTEMPTS for shard in unverified)
 
-    def _accumulate(self, shard: Shard, read: Callable[[], TrialBatch]) -> bool:
+    def _accumulate(self, shard: Shard, read: Callable[[], tuple[TrialBatch, str]]) -> bool:
         try:
-            batch = read()
+            batch, tag = read()
         except ForeignObjectError as error:
             self._refuse(shard, str(error))
             return False
@@ -303,7 +302,7 @@ class Aggregation:
             self._start_over()
             raise
         self.refused.pop(shard, None)
-        self._accumulated[shard] = self._tags.get(shard)
+        self._accumulated[shard] = tag
         return True
 
     def _start_over(self) -> None:

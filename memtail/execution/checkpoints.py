@@ -1,8 +1,11 @@
 """Checkpoints of unfinished shards, kept in the store."""
 
+from collections.abc import Iterable
+
 import structlog
 
 from memtail.errors import StoreError
+from memtail.experiment_store import ExperimentStore
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.trials import Shard
 
@@ -18,11 +21,12 @@ class StoredCheckpoints:
         store: the object store.
         name: name of the experiment.
         shard: the unfinished shard.
+        second: whether it is trained a second time, for a comparison that must not begin with a state of the first training.
     """
 
-    def __init__(self, store: ObjectStore, name: str, shard: Shard) -> None:
+    def __init__(self, store: ObjectStore, name: str, shard: Shard, second: bool = False) -> None:
         self._store = store
-        self._key = keys.checkpoint(name, shard.first, shard.last)
+        self._key = keys.checkpoint(name, shard.first, shard.last, second)
 
     def load(self) -> bytes | None:
         """Return the last saved state, None if there is none. Raises: StoreError."""
@@ -44,3 +48,14 @@ class StoredCheckpoints:
             self._store.delete(self._key)
         except StoreError as error:
             log.warning("checkpoint not removed", key=self._key, error=str(error))
+
+
+def left_over(experiment_store: ExperimentStore, checkpoints: Iterable[str]) -> set[str]:
+    """Select those keys of checkpoints from which no training continues: the shard is committed, or for a second training, compared.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    committed, compared = set(experiment_store.committed()), experiment_store.trained_twice().keys()
+    spans = ((key, keys.parse_span(key)) for key in checkpoints)
+    return {key for key, span in spans if span and Shard(*span) in (compared if keys.is_second_checkpoint(key) else committed)}

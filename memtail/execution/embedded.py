@@ -7,9 +7,9 @@ decides which trial batch counts.
 import os
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,15 +23,17 @@ from memtail.datasets import ImageDataset
 from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, UnsupportedError, WorkerFaultError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.breaker import BREAKER_SHARDS, common_error
+from memtail.execution.checkpoints import left_over
 from memtail.execution.declare import declare
 from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
+from memtail.scores.pointer import latest_version
 from memtail.scores.summary import ScoreSummary
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
-from memtail.storage import ObjectStore, keys
+from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import open_store
 from memtail.trainers.images.devices import available_devices, device_kind
 from memtail.trainers.images.profiling import PHASES
@@ -186,28 +188,48 @@ class _Run:
         self._aggregation = state.aggregation
         self._show = on_progress or (lambda state: None)
         self._began = time.monotonic()
-        # attempts are counted on record; this run subtracts earlier ones, so that a run after a fix tries all missing shards again
-        self._attempts_before = experiment_store.attempts()
+        self._failures: Counter[Shard] = Counter()  # of this run: a run after a fix tries all missing shards again
         self._handed_back: dict[Shard, int] = defaultdict(int)
         self._errors: dict[Shard, str] = {}  # last error of each failed shard
 
     def to_the_end(self) -> RunResult:
         aggregation, state = self._aggregation, self._state
-        if finished := still_finished(self._experiment_store, state.record):
-            return self._result_before(finished)
-        with self._writing():
-            aggregation.accumulate_new()
         self._remove_checkpoints()
         while True:
+            self._follow_record()
+            if finished := still_finished(self._experiment_store, state.record):
+                return self._result_before(finished)
+            with self._writing():
+                aggregation.accumulate_new()
             missing = self._experiment_store.missing(state.record)
+            state.failed = {shard: error for shard, error in state.failed.items() if shard in missing}
             self._show(state)
-            if missing:
-                self._train(_from_own_start(missing))
-            step = aggregation.next_step()
-            if state.failed or not isinstance(step, Extend):
-                break
-            aggregation.extend(step.trials)
-        return self._result()
+            if shards := [shard for shard in missing if shard not in state.failed]:
+                self._train(_from_own_start(shards))
+            elif isinstance(step := aggregation.next_step(), Extend):
+                aggregation.extend(step.trials)
+            elif aggregation.complete or state.failed or aggregation.refused:
+                result = self._result()
+                if aggregation.finish() or not self._is_changed():
+                    return result
+
+    def _follow_record(self) -> None:
+        """Read the record again, which others may have extended.
+
+        Raises:
+            ObjectNotFound: the experiment was removed.
+            StoreError: another experiment has the name now, or the store cannot be read.
+        """
+        self._experiment_store.check_registered(self._state.record.fingerprint)
+        with suppress(UnsupportedError):  # a later version has written the record since
+            self._aggregation.record = self._experiment_store.read_record()
+
+    def _is_changed(self) -> bool:
+        """Return whether the experiment was extended, or a batch discarded or replaced, since the scores were published."""
+        self._follow_record()
+        with self._writing():
+            self._aggregation.accumulate_new()
+        return self._aggregation.next_step() is not Step.DONE
 
     def _train(self, shards: list[Shard]) -> None:
         state, began = self._state, time.monotonic()
@@ -226,9 +248,8 @@ class _Run:
                 if self._aggregation.next_step() is Step.PUBLISH and (shards or workers.running):
                     with self._writing():
                         self._aggregation.accumulate_new()
-                    self._publish()
-        with self._writing():
-            self._aggregation.accumulate_new()
+                    if state.statistics.trials:  # not all discarded
+                        self._publish()
 
     def _workers(self, shards: int) -> Workers:
         """Start processes for a number of shards. Raises: UnsupportedError: the experiment requires another kind of device."""
@@ -254,6 +275,8 @@ class _Run:
                     workers.start(shards.pop(0))
                 for result in workers.finished(timeout=0.2):
                     if result.outcome is not ShardOutcome.VERIFIED:
+                        if result.outcome is ShardOutcome.FAILED and not result.attempt:  # so that it is not verified forever
+                            self._experiment_store.record_failure(result.shard, result.error or "")
                         log.warning("shard not verified", shard=str(result.shard), outcome=result.outcome.value, error=result.error)
                 workers.progress()
                 self._show(self._state)
@@ -263,9 +286,11 @@ class _Run:
         match result.outcome:
             case ShardOutcome.FAILED:
                 error = result.error or ""
-                attempt = result.attempt or self._experiment_store.record_failure(result.shard, error).attempt
+                if not result.attempt:
+                    self._experiment_store.record_failure(result.shard, error)
+                self._failures[result.shard] += 1
                 self._end_if_broken(result.shard, error)
-                if attempt - self._attempts_before[result.shard] < MAX_ATTEMPTS:
+                if self._failures[result.shard] < MAX_ATTEMPTS:
                     return False
                 self._state.failed[result.shard] = error
             case ShardOutcome.HANDED_BACK:
@@ -276,7 +301,7 @@ class _Run:
             case ShardOutcome.WORKER_FAULT:
                 raise WorkerFaultError(f"{result.shard} cannot be trained here: {result.error}; trained trials are in the store")
             case _:
-                with self._writing():
+                with self._writing(), suppress(ObjectNotFound):  # discarded since: it is missing in the next turn
                     self._aggregation.accumulate(result.shard)
                 self._state.phases["writing"] += result.commit_seconds
                 for phase, seconds in result.phases.items():
@@ -294,14 +319,15 @@ class _Run:
             )
 
     def _remove_checkpoints(self) -> None:
-        """Remove checkpoints of committed shards, left behind by processes that were killed between the commit and the removal."""
-        for key in list(self._store.list(keys.checkpoints(self._experiment_store.name))):
-            if (span := keys.parse_span(key)) and self._experiment_store.is_committed(Shard(*span)):
-                self._store.delete(key)
+        """Remove checkpoints left behind by processes that were killed between the commit and the removal."""
+        checkpoints = list(self._store.list(keys.checkpoints(self._experiment_store.name)))
+        for key in left_over(self._experiment_store, checkpoints) if checkpoints else ():
+            self._store.delete(key)
 
     def _result_before(self, finished: Finished) -> RunResult:
         """The result of an earlier run or of the services. Raises: StoreError: the scores are missing."""
-        pointer, name = self._aggregation.pointer, self._experiment_store.name
+        name = self._experiment_store.name
+        pointer = latest_version(self._store, name)
         if pointer is None or pointer.version != finished.version:
             raise StoreError(
                 f"experiment '{name}' is finished, but its scores and trial batches were removed: restore them from a backup, "
@@ -315,7 +341,6 @@ class _Run:
             summary = self._publish()
             profile = _profile(self._state, time.monotonic() - self._began) if self._profile else None
             self._verify()
-            self._aggregation.finish()
             return RunResult(summary, self._store.address, name, profile)
         published = self._publish() if self._state.statistics.trials else None
         records = f"{self._store.address}/{keys.failures(name)}"

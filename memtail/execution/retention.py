@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from itertools import groupby
 
 from memtail.errors import ScoresError, StoreError, UnreachableError, UnsupportedError
+from memtail.execution.checkpoints import left_over
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore, Finished
 from memtail.scores.pointer import latest_version
 from memtail.spec.experiment import NAME
 from memtail.storage import ObjectNotFound, ObjectStore, Stored, keys
-from memtail.trials import Shard
 
 # Kinds of objects by the folder or file below an experiment; the others are records.
 _KINDS = {
@@ -172,7 +172,7 @@ def _needed(store: ObjectStore) -> set[str]:
 
 
 def _useless_checkpoints(store: ObjectStore) -> list[Stored]:
-    """Checkpoints of shards that are committed, of finished experiments, and of experiments that are removed."""
+    """Checkpoints from which no shard continues, of finished experiments, and of experiments that are removed."""
     found: list[Stored] = []
     for name in store.folders(keys.experiments()):
         checkpoints = list(store.inventory(keys.checkpoints(name))) if NAME.fullmatch(name) else []
@@ -185,8 +185,8 @@ def _useless_checkpoints(store: ObjectStore) -> list[Stored]:
             finished = True
         except UnsupportedError:  # left to the version that can read it
             continue
-        committed = set(experiment_store.committed())
-        found += [each for each in checkpoints if finished or ((span := keys.parse_span(each.key)) and Shard(*span) in committed)]
+        useless = left_over(experiment_store, (each.key for each in checkpoints))
+        found += [each for each in checkpoints if finished or each.key in useless]
     return found
 
 

@@ -241,7 +241,11 @@ class ExperimentStore:
         return self.store.put_if_absent(key, batch.to_bytes())
 
     def batch(self, shard: Shard, record: Record) -> TrialBatch:
-        """Read a committed trial batch, and check that it belongs to the experiment.
+        """Read a committed trial batch, as `tagged_batch` does, without its tag."""
+        return self.tagged_batch(shard, record)[0]
+
+    def tagged_batch(self, shard: Shard, record: Record) -> tuple[TrialBatch, str]:
+        """Read a committed trial batch with its tag, and check that it belongs to the experiment.
 
         Raises:
             ObjectNotFound: it is missing.
@@ -251,14 +255,14 @@ class ExperimentStore:
         key = keys.trial_batch(self.name, shard.first, shard.last)
         if shard.last >= record.experiment.subsets.trials or not len(shard.trials) > 0:
             raise ForeignObjectError(f"{key}: the experiment has {record.experiment.subsets.trials} trials: remove it")
-        data = self.store.get(key, limit=largest_batch(len(shard.trials), record.n_train, record.n_test))
+        data, tag = self.store.get_tagged(key, limit=largest_batch(len(shard.trials), record.n_train, record.n_test))
         batch = TrialBatch.from_bytes(data, key)
         if batch.trial.tolist() != list(shard.trials):
             raise ForeignObjectError(f"{key}: holds other trials than its name says: remove it, then run again")
         self._check(key, batch, record.fingerprint)
         if (batch.n_train, batch.n_test) != (record.n_train, record.n_test):
             raise ForeignObjectError(f"{key}: is of a dataset of another size: remove it, then run again")
-        return batch
+        return batch, tag
 
     def check_device(self, record: Record, kind: str) -> None:
         """Check that a device may train an experiment that requires devices of one kind (`execution.require`).

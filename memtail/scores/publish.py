@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memtail.datasets import DatasetLabels
 from memtail.errors import ScoresError
-from memtail.experiment_store import ExperimentStore, Record
+from memtail.experiment_store import Record
 from memtail.scores.files import write_scores
 from memtail.scores.pointer import ScorePointer, latest_version, superseded
 from memtail.scores.summary import SCHEMA, ScoreSummary
@@ -18,7 +18,12 @@ from memtail.storage import ObjectNotFound, ObjectStore, keys
 
 
 def publish(
-    store: ObjectStore, record: Record, statistics: Statistics, dataset: DatasetLabels, progress: Callable[[], object] = lambda: None
+    store: ObjectStore,
+    record: Record,
+    statistics: Statistics,
+    dataset: DatasetLabels,
+    discards: int = 0,
+    progress: Callable[[], object] = lambda: None,
 ) -> ScoreSummary:
     """Write the scores of all accumulated trials and point readers to them.
 
@@ -31,6 +36,8 @@ def publish(
         record: of the experiment.
         statistics: of its trials.
         dataset: labels and names of the experiment's dataset.
+        discards: number of trial batches that had been discarded when those of the statistics were listed. One that is discarded later
+            may be counted, so that the next scores take the place of these.
         progress: called after each piece of work.
 
     Returns:
@@ -55,8 +62,7 @@ def publish(
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)
             progress()
-    when, discards = datetime.now(UTC).isoformat(timespec="seconds"), ExperimentStore(store, name).discards()
-    pointer = ScorePointer(version, when, tuple(files), summary, discards)
+    pointer = ScorePointer(version, datetime.now(UTC).isoformat(timespec="seconds"), tuple(files), summary, discards)
     if _move_pointer(store, name, pointer):
         _remove_old(store, name, version)
     return summary

@@ -3,7 +3,7 @@
 Schema 1, for t accumulated trials of b batches on n training and q test examples, in W words of 64 trials:
 
 * `header`, JSON text: `schema`, the experiment's `fingerprint`, and the `conditions` of the statistics.
-* `first`, `last` int64 [b] and `tag` bytes [b]: the batches, with the tags that the store's listing had for them.
+* `first`, `last` int64 [b] and `tag` bytes [b]: the batches, with the store's tags of what was read.
 * `membership`, `train_correct` uint64 [W, n], `test_correct` uint64 [W, q] and `counted` uint64 [W]: the arrays of `PackedTrials`.
 * `trial` int64 [t], `diverged` bool [t], and `values` float64 [t, 4], the other metrics of the trials; NaN for None.
 * `misclassified` int64 and `frequency` int32: the arrays of `Misclassifications`, unless a trial has not recorded them.

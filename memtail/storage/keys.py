@@ -5,6 +5,8 @@ import uuid
 
 from memtail.errors import StoreError
 
+# End of the keys of checkpoints of second trainings.
+_SECOND = "/second.pt"
 #: Largest index of a trial: keys hold eight digits, so that they sort as trials do.
 LAST_TRIAL = 99_999_999
 
@@ -105,9 +107,14 @@ def trial_batch(name: str, first: int, last: int) -> str:
     return f"{trials(name)}{_span(first, last)}.npz"
 
 
-def checkpoint(name: str, first: int, last: int) -> str:
-    """Return the key of the checkpoint of a shard in training."""
-    return f"{checkpoints(name)}{_span(first, last)}.pt"
+def checkpoint(name: str, first: int, last: int, second: bool = False) -> str:
+    """Return the key of the checkpoint of a shard in training, or of its second training."""
+    return f"{checkpoints(name)}{_span(first, last)}{_SECOND if second else '.pt'}"
+
+
+def is_second_checkpoint(key: str) -> bool:
+    """Return whether a key is that of the checkpoint of a second training."""
+    return key.endswith(_SECOND)
 
 
 def checkpoints(name: str) -> str:
@@ -222,7 +229,7 @@ def study(name: str, study: str) -> str:
 
 def parse_span(key: str) -> tuple[int, int] | None:
     """Return (first, last) of the key of a trial batch, checkpoint, failure record or comparison, None of any other key."""
-    match = re.search(r"/(\d+)-(\d+)(?:\.npz|\.pt|/(?:\d+|equal|different)\.json)$", key)
+    match = re.search(r"/(\d+)-(\d+)(?:\.npz|\.pt|/second\.pt|/(?:\d+|equal|different)\.json)$", key)
     return match and (int(match[1]), int(match[2]))
 
 

@@ -12,6 +12,8 @@ from memtail.storage import ObjectStore, keys
 WRITERS = 16
 # The first round also opens the connections, so that the requests of the second one arrive at once.
 _ROUNDS = 2
+# Timeout for the start of all writers.
+_START_SECONDS = 60.0
 
 
 def prove_races(one: ObjectStore, other: ObjectStore) -> str | None:
@@ -29,13 +31,20 @@ def prove_races(one: ObjectStore, other: ObjectStore) -> str | None:
     """
 
     def winners(write: Callable[[ObjectStore, bytes], bool]) -> list[bytes]:
-        barrier, writers = threading.Barrier(WRITERS), [str(number).encode() for number in range(WRITERS)]
+        barrier, writers = threading.Barrier(WRITERS, timeout=_START_SECONDS), [str(number).encode() for number in range(WRITERS)]
 
         def compete(writer: bytes) -> bool:
             barrier.wait()
             return write((one, other)[int(writer) % 2], writer)
 
-        return [writer for writer, won in zip(writers, pool.map(compete, writers), strict=True) if won]
+        try:
+            return [writer for writer, won in zip(writers, pool.map(compete, writers), strict=True) if won]
+        except RuntimeError as error:  # a thread cannot start, and the others wait for it
+            barrier.abort()
+            raise StoreError(
+                f"store {one.address} cannot be checked: {WRITERS} threads do not start ({error or type(error).__name__}): "
+                f"raise the limit of processes (ulimit -u; pids of a container)"
+            ) from error
 
     with ThreadPoolExecutor(WRITERS) as pool:
         for _ in range(_ROUNDS):

@@ -16,6 +16,7 @@ from typing import IO, TypeVar
 
 from filelock import FileLock, Timeout
 from minio.error import InvalidResponseError, MinioException
+from urllib3.exceptions import IncompleteRead
 
 from memtail.errors import ForeignObjectError, LocalFileError, StoreError
 from memtail.storage.atomic_file import atomic_file
@@ -72,6 +73,8 @@ class _Stretch:
                 for block in response.stream(_BLOCK, decode_content=False):
                     self._write(self._position, block)
                     self._position += len(block)
+                if self._position != self._end:  # HTTP allows to send less than was asked for
+                    raise IncompleteRead(self._position - began, self._end - self._position)
         except MinioException as error:
             if headers and status_of(error) in (404, 412, 416):
                 raise _ReplacedError from None
@@ -123,8 +126,10 @@ class Reader:
                 return
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(journal_of(path), timeout=0):
+                lock = path.with_name(f".{path.name}.lock")  # not the journal: a lock may empty or remove its file
+                with FileLock(lock, timeout=0):
                     self._download_parts(key, name, size, tag, path)
+                    lock.unlink()
             except Timeout:  # another process or thread downloads it to this path
                 with atomic_file(path) as file:
                     self._read_parts(key, name, size, tag, file, range(-(-size // self._part_size)))
@@ -172,7 +177,7 @@ class Reader:
         in_parallel(read, parts)
 
     def _download_parts(self, key: str, name: str, size: int, tag: str, path: Path) -> None:
-        partial, journal = path.with_name(f".{path.name}.partial"), journal_of(path)
+        partial, journal = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "journal"))
         header = json.dumps({"object": f"{self._client.address}/{key}", "tag": tag, "size": size, "part": self._part_size})
         done = self._verified(partial, journal, header)
         with partial.open("r+b" if done else "wb") as file, journal.open("a" if done else "w") as lines:
@@ -204,11 +209,6 @@ class Reader:
             with suppress(_ReplacedError):
                 return read()
         raise StoreError(f"store {self._client.address}: '{key}' is replaced again and again while it is read: end its other writer")
-
-
-def journal_of(path: Path) -> Path:
-    """Return the path of a download's journal."""
-    return path.with_name(f".{path.name}.journal")
 
 
 def _read_at(file: IO[bytes], offset: int, length: int) -> bytes:

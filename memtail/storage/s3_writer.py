@@ -78,7 +78,13 @@ class Writer:
         with suppress(_LostUploadError):
             return upload.send(*upload.find())
         if not upload.is_complete():
-            upload.send(None, {})
+            try:
+                upload.send(None, {})
+            except _LostUploadError:
+                raise UnreachableError(
+                    f"store {self._client.address}: '{key}' cannot be written (its upload was ended from elsewhere, twice): "
+                    f"end its other writer"
+                ) from None
 
     def _put(self, connection: Connection, *, name: str, data: bytes) -> None:
         connection.s3.put_object(

@@ -177,6 +177,18 @@ def test_gc_keeps_checkpoints_that_shards_continue_from(call, store, submit):
     assert "nothing to remove" in call("gc")
 
 
+def test_gc_keeps_checkpoints_of_second_trainings_until_the_shard_is_verified(call, store, submit):
+    experiment_store = submit("open", done=False)
+    commit(experiment_store, SHARDS[0])
+    for shard in SHARDS:
+        store.put(keys.checkpoint("open", shard.first, shard.last, second=True), b"state")
+    age(store, 25, "experiments/")
+    assert "nothing to remove" in call("gc")
+    store.put(keys.replica("open", 0, 3, "equal"), b"{}")
+    call("gc", "--yes")
+    assert list(store.list(keys.checkpoints("open"))) == [keys.checkpoint("open", 4, 7, second=True)]
+
+
 def test_gc_leaves_a_dataset_that_has_come_to_be_needed(store, submit, digits):
     stage(digits, store)
     age(store, 25, "datasets/")

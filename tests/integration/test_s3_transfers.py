@@ -7,9 +7,11 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import structlog
+from filelock import FileLock
 
 from memtail.errors import StoreError
 from memtail.storage import UnreachableError
@@ -92,6 +94,28 @@ def test_a_killed_download_is_continued(minio, store, connect, file):
         connect(proxy).download("k", down)
         reads = [request for request in proxy.requests if request.startswith(b"GET") and b"/k " in request]
         assert len(reads) == 8 - finished + 1  # the first asks for the size
+    assert down.read_bytes() == _CONTENT
+    assert {path.name for path in file.parent.iterdir()} == {"file", "down"}
+
+
+def test_a_download_is_continued_although_the_lock_empties_and_removes_its_file(minio, store, connect, file, monkeypatch):
+    @contextmanager
+    def lock(path, timeout):
+        """Lock as filelock does before release 4.3."""
+        with FileLock(path, timeout=timeout):
+            path.write_bytes(b"")
+            yield
+        path.unlink(missing_ok=True)
+
+    monkeypatch.setattr("memtail.storage.s3_reader.FileLock", lock)
+    store.put("k", _CONTENT)
+    down = file.with_name("down")
+    with ResettingProxy(minio.port, after_bytes=6 << 20) as proxy, pytest.raises(UnreachableError):
+        connect(proxy, attempts=1).download("k", down)
+    with ResettingProxy(minio.port) as proxy:
+        connect(proxy).download("k", down)
+        reads = [request for request in proxy.requests if request.startswith(b"GET") and b"/k " in request]
+        assert len(reads) < 8 + 1  # the first asks for the size
     assert down.read_bytes() == _CONTENT
     assert {path.name for path in file.parent.iterdir()} == {"file", "down"}
 
@@ -204,6 +228,20 @@ def test_a_refused_upload_is_aborted(file):
     with FakeS3("refuses-parts") as server, pytest.raises(StoreError, match="AccessDenied"):
         S3Store("bucket", settings=server.settings(), part_size=_PART).upload("k", file)
     assert server.requests[-1] == "DELETE"
+
+
+def test_a_part_of_which_the_server_sends_less_is_continued(file):
+    with FakeS3("sends-less") as server, structlog.testing.capture_logs():
+        store = S3Store("bucket", settings=server.settings(), part_size=_PART, attempts=4)
+        server.objects["/bucket/k"] = (_CONTENT, "")
+        assert store.get("k") == _CONTENT
+        store.download("k", file.with_name("down"))
+    assert file.with_name("down").read_bytes() == _CONTENT
+
+
+def test_an_upload_that_others_end_again_and_again_is_one_clear_error(file):
+    with FakeS3("loses-uploads") as server, pytest.raises(UnreachableError, match=r"'k' cannot be written .*: end its other writer"):
+        S3Store("bucket", settings=server.settings(), part_size=_PART).upload("k", file)
 
 
 def test_a_file_that_changes_during_its_upload_is_refused(minio, store, file):

@@ -1,6 +1,7 @@
 """Stores: the conformance suite on each, temporary files of a folder, and openers by scheme."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from memtail.storage import keys
 from memtail.storage import open as open_module
 from memtail.storage.local import LocalStore
 from memtail.storage.open import open_store
+from memtail.storage.proof import WRITERS, prove_races
 from memtail.storage.s3 import S3Store
 from memtail.testing import ObjectStoreContract
 
@@ -64,3 +66,20 @@ def test_a_file_in_place_of_the_folder_is_one_clear_error(tmp_path):
 def test_keys_are_parsed_to_their_shards():
     assert keys.parse_span(keys.trial_batch("x", 64, 127)) == (64, 127)
     assert keys.parse_span(keys.failure("x", 0, 9, 2)) == (0, 9)
+
+
+def test_a_check_whose_threads_cannot_all_start_is_one_clear_error(tmp_path, monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def limited(thread):
+        if len(started) == WRITERS // 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    store = LocalStore(tmp_path)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(StoreError, match=r"16 threads do not start \(can't start new thread\): raise the limit of processes"):
+        prove_races(store, store)
+    monkeypatch.undo()
+    assert prove_races(store, store) is None

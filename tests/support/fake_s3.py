@@ -17,8 +17,9 @@ class FakeS3(ThreadingHTTPServer):
     """The part of S3 that a store with one bucket uses, with injected faults.
 
     Faults: `ignores-condition`, `ignores-match`, `ignores-range`, `drops-metadata`, `repeats`, `refuses`, `refuses-parts`, `fails-late` (an
-    upload in parts ends with an error, status 200), `races` and `races-match` (a condition is tested some time before the write), and
-    `answers-STATUS` (to a write whose condition is not met, which is not made).
+    upload in parts ends with an error, status 200), `loses-uploads` (in parts), `sends-less` (than a range: 1 MiB at most), `races` and
+    `races-match` (a condition is tested some time before the write), and `answers-STATUS` (to a write whose condition is not met, which is
+    not made).
     `failures`, as (status, code), are the first responses; `clock` is the number of seconds by which the server's clock is ahead.
     """
 
@@ -69,6 +70,8 @@ class _FakeHandler(BaseHTTPRequestHandler):
         if self.command == "POST" and "fails-late" in self.server.faults:
             self.server.faults = ()
             return self.answer(200, b"<Error><Code>InternalError</Code><Message>m</Message></Error>")
+        if self.command == "POST" and "loses-uploads" in self.server.faults:
+            return self.answer(404, b"<Error><Code>NoSuchUpload</Code><Message>m</Message></Error>")
         if self.command == "POST":
             self.server.objects[url.path] = (data, "")
             return self.answer(200, b"<CompleteMultipartUploadResult><ETag>x-1</ETag></CompleteMultipartUploadResult>")
@@ -87,7 +90,8 @@ class _FakeHandler(BaseHTTPRequestHandler):
         headers = {"ETag": tag_of(data), **({"x-amz-meta-writer": writer} if writer else {})}
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if span and "ignores-range" not in self.server.faults:
-            return self.answer(206, data[int(span[1]) : int(span[2]) + 1], **headers)
+            part = data[int(span[1]) : int(span[2]) + 1]
+            return self.answer(206, part[: 1 << 20] if "sends-less" in self.server.faults else part, **headers)
         return self.answer(200, data, **headers)
 
     def put(self, path, query, data):

@@ -354,6 +354,26 @@ def test_discarded_trials_leave_the_scores_at_once(trained):
     assert (pointer.summary.accumulated_trials, pointer.discards) == (16, 1)
 
 
+def test_trials_that_are_discarded_while_their_scores_are_written_leave_the_next_scores(trained, monkeypatch):
+    experiment = trained(16)
+    experiment.commit(0)
+    experiment.commit(8)
+    aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+
+    def discarded(*arguments):
+        monkeypatch.undo()
+        experiment.store.discard(Shard(8, 15), "the memory of the GPU was damaged")
+        return write_scores(*arguments)
+
+    monkeypatch.setattr("memtail.scores.publish.write_scores", discarded)
+    aggregation.publish()
+    aggregation.accumulate_new()
+    aggregation.publish()
+    pointer = latest_version(experiment.store.store, "digits")
+    assert (pointer.summary.accumulated_trials, pointer.discards) == (8, 1)
+
+
 def test_a_refused_batch_is_read_again_only_when_it_was_replaced(trained, monkeypatch):
     experiment = trained(16)
     experiment.commit(0, fingerprint="f" * 64)
@@ -400,3 +420,33 @@ def test_of_two_aggregations_the_one_with_more_trials_wins_and_its_files_stay(tr
     pointer = latest_version(experiment.store.store, "digits")
     assert pointer.summary.trials == 16
     assert set(pointer.files) == {key.rpartition("/")[2] for key in experiment.store.store.list(keys.scores("digits", pointer.version))}
+
+
+def test_batches_of_an_extension_by_another_process_wait_for_the_record_and_are_not_refused(trained):
+    experiment = trained(16)
+    experiment.commit(0)
+    aggregation = experiment.aggregation()
+    extended = experiment.store.extend(32)
+    experiment.commit(16)
+    aggregation.accumulate_new()
+    assert aggregation.trials == 8
+    aggregation.record = extended
+    aggregation.accumulate_new()
+    assert aggregation.trials == 16
+    assert not aggregation.refused
+    assert not list(experiment.store.failures())
+
+
+def test_a_batch_that_is_replaced_between_its_count_and_the_first_listing_reaches_the_scores(trained):
+    experiment = trained(16)
+    experiment.commit(0)
+    experiment.commit(8)
+    aggregation = experiment.aggregation()
+    assert aggregation.accumulate(Shard(0, 7))
+    experiment.store.discard(Shard(0, 7), "the memory of the GPU was damaged")
+    experiment.commit(0, correct=0.9)
+    aggregation.accumulate_new()
+    rebuilt = experiment.aggregation()
+    rebuilt.accumulate_new()
+    assert aggregation.publish() == rebuilt.publish()
+    assert aggregation.statistics.digest() == rebuilt.statistics.digest()

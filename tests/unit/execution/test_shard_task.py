@@ -289,6 +289,26 @@ def test_the_checkpoint_is_resumed_and_removed_after_the_commit(caller, monkeypa
     assert checkpoints.load() is None
 
 
+def test_a_second_training_continues_from_its_own_checkpoint_only(caller):
+    change_execution(caller, verify=1.0)
+    assert caller.attempt() == "committed"
+    first = StoredCheckpoints(caller.store, "digits", SHARD)
+    first.save(b"of a process that was killed after its commit")
+    loads = []
+
+    def stopped(checkpoints):
+        loads.append(checkpoints.load())
+        checkpoints.save(b"of the second training")
+        raise TrainingStopped
+
+    for _ in range(2):
+        assert run_shard(caller.experiment_store, caller.record, SHARD, "cpu", stopped).outcome is ShardOutcome.STOPPED
+    assert loads == [None, b"of the second training"]
+    assert first.load() is None
+    assert caller.attempt() == "verified"
+    assert not list(caller.store.list(keys.checkpoints("digits")))
+
+
 def test_stopped_training_leaves_a_checkpoint_and_no_attempt(caller):
     def stopped(checkpoints):
         checkpoints.save(b"state")

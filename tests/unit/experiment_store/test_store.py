@@ -26,6 +26,10 @@ def test_missing_shards_are_exactly_the_missing_trials_cut_at_the_grid(trials, s
     assert all(shard.first // size == shard.last // size for shard in missing)
 
 
+def test_a_shard_that_ends_beyond_the_last_trial_does_not_count_as_committed():
+    assert missing_shards(6, 4, [Shard(0, 3), Shard(4, 7)]) == [Shard(4, 5)]
+
+
 def record(trials=100, **training):
     spec = {"name": "e", "dataset": {"name": "digits"}, "training": training, "subsets": {"trials": trials}}
     experiment = Experiment.parse(spec)
