@@ -275,8 +275,8 @@ class Aggregation:
         if pointer is None or pointer.version != score_version(self.record.fingerprint, self.statistics):
             return None
         digest, when = self.statistics.digest(), datetime.now(UTC).isoformat(timespec="seconds")
-        batches = {shard.span: self._tags[shard] for shard in self._accumulated}
-        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, discards, when, batches)
+        batches, verify = {shard.span: self._tags[shard] for shard in self._accumulated}, self.record.experiment.execution.verify
+        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, discards, when, batches, verify)
         held = self._store.finished(self.record)
         if held is None or replace(held, when=when) != finished:
             self._store.set_finished(finished)

@@ -81,12 +81,9 @@ class ExperimentStore:
             refuse_leftovers(self.store, self.name, declared.fingerprint)
         if self.store.put_if_absent(keys.experiment(self.name), declared.to_bytes()):
             return declared
-        held, extended = self._change_record(lambda held: self._extended(held, declared))
-        before, after = held.experiment, extended.experiment
-        if after.subsets.trials > before.subsets.trials:
-            self.reopen(f"extended from {before.subsets.trials} to {after.subsets.trials} trials")
-        elif after.execution.verify > before.execution.verify:
-            self.reopen("more shards are to be verified")
+        extended = self._change_record(lambda held: self._extended(held, declared))
+        if self.finished(extended) is None:  # it was extended, now or by a submission that was interrupted here
+            self.reopen("it was submitted with more trials, or with more shards to verify")
         return extended
 
     def _extended(self, held: Record, declared: Record) -> Record:
@@ -106,11 +103,8 @@ class ExperimentStore:
         extended.check_limits()  # with the recorded size of shards
         return extended
 
-    def _change_record(self, change: Callable[[Record], Record]) -> tuple[Record, Record]:
-        """Replace the record by what a function makes of it, also if others do so at the same time.
-
-        Returns:
-            The record before and after.
+    def _change_record(self, change: Callable[[Record], Record]) -> Record:
+        """Replace the record by what a function makes of it, and return that, also if others do so at the same time.
 
         Raises:
             StoreError: the record cannot be read or written, or others change it all the time.
@@ -121,7 +115,7 @@ class ExperimentStore:
             held = Record.from_bytes(data, key)
             changed = change(held)
             if changed == held or self.store.put_if_match(key, changed.to_bytes(), tag):
-                return held, changed
+                return changed
         raise StoreError(f"{key}: others change it all the time: try again")
 
     def is_registered(self) -> bool:
@@ -140,7 +134,9 @@ class ExperimentStore:
                 raise StoreError(f"another experiment has the name '{self.name}' now, and trials of the earlier one are dropped")
 
     def finished(self, record: Record) -> Finished | None:
-        """Read the record of the experiment's end; None if there is none, or the experiment was extended or a batch discarded since.
+        """Read the record of the experiment's end; None if there is none, or it does not hold any more.
+
+        It holds until the experiment is extended, more of its shards are to be verified, or a batch is discarded.
 
         Args:
             record: the experiment's record.
@@ -148,7 +144,7 @@ class ExperimentStore:
         Raises:
             StoreError: the store cannot be read.
         """
-        key, trials = keys.finished(self.name), record.experiment.subsets.trials
+        key, experiment, trials = keys.finished(self.name), record.experiment, record.experiment.subsets.trials
         try:
             finished = Finished.from_bytes(self.store.get(key, limit=_SMALL + _TAGGED * trials), key)
         except ObjectNotFound:
@@ -156,9 +152,9 @@ class ExperimentStore:
         except ForeignObjectError as error:
             log.warning("record of the end ignored", experiment=self.name, reason=str(error))
             return None
-        if finished.fingerprint != record.fingerprint or finished.trials < trials or finished.discards != self.discards():
+        if finished.fingerprint != record.fingerprint or finished.trials < trials or finished.verify < experiment.execution.verify:
             return None
-        return finished
+        return finished if finished.discards == self.discards() else None
 
     def set_finished(self, finished: Finished) -> None:
         """Write the record of the experiment's end."""
@@ -334,7 +330,7 @@ class ExperimentStore:
 
     def extend(self, trials: int) -> Record:
         """Raise the number of trials to `trials`, unless it is that high; returns the record in the store. Raises: StoreError."""
-        return self._change_record(lambda held: held.with_trials(max(trials, held.experiment.subsets.trials)))[1]
+        return self._change_record(lambda held: held.with_trials(max(trials, held.experiment.subsets.trials)))
 
     def control(self) -> Control:
         """Read the control; the default one if none was set. Raises: StoreError: it is corrupt, or the store cannot be read."""

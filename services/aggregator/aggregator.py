@@ -189,10 +189,10 @@ class Aggregator:
         if finished and name in self._changed:
             self._store.delete(keys.change(name))
             finished = still_finished(experiment_store, experiment_store.read_record())
-            if finished is None:  # changed before the marker was removed, which the dispatcher needs
-                experiment_store.mark_changed()
         self._changed.discard(name)
         if finished is None:
+            # for the dispatcher: whoever changed the experiment may have been interrupted before the marker, or the marker was removed here
+            experiment_store.mark_changed()
             self._finished.pop(name, None)
             return False
         before, now = self._finished.get(name), time.monotonic()

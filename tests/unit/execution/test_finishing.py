@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import memtail
-from memtail.errors import StoreError
+from memtail.errors import StoreError, UnreachableError
 from memtail.execution.aggregation import Step
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
@@ -127,9 +127,7 @@ def test_the_same_declaration_does_not_reopen_the_experiment(trained):
 
 def test_more_verification_reopens_the_experiment_until_each_shard_is_trained_twice(trained):
     finish(trained)
-    experiment = trained.record.experiment
-    experiment = experiment.model_copy(update={"execution": experiment.execution.model_copy(update={"verify": 1.0})})
-    trained.record = trained.store.register(replace(trained.record, experiment=experiment))
+    trained.record = trained.store.register(verifying(trained.record, 1.0))
     assert finish(trained) is None
     batch = trained.store.batch(SHARDS[0], trained.record)
     trained.store.record_replica(compare(batch, batch))
@@ -137,6 +135,37 @@ def test_more_verification_reopens_the_experiment_until_each_shard_is_trained_tw
     for _ in range(3):  # given up
         trained.store.record_failure(SHARDS[1], "boom")
     assert finish(trained)
+
+
+def verifying(record, share):
+    """Return a record with another share of shards to verify."""
+    experiment = record.experiment
+    return replace(
+        record, experiment=experiment.model_copy(update={"execution": experiment.execution.model_copy(update={"verify": share})})
+    )
+
+
+def test_more_verification_that_is_cut_off_before_it_reopens_the_experiment_takes_effect_if_repeated(trained, monkeypatch):
+    finish(trained)
+    more = verifying(trained.record, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ExperimentStore, "reopen", lambda store, why: (_ for _ in ()).throw(UnreachableError("store: no answer")))
+        with pytest.raises(UnreachableError):
+            trained.store.register(more)
+    trained.record = trained.store.register(more)
+    assert not trained.store.store.exists(keys.finished(trained.store.name))
+    assert finish(trained) is None
+
+
+def test_less_verification_does_not_reopen_the_experiment(trained):
+    trained.record = trained.store.register(verifying(trained.record, 1.0))
+    for shard in SHARDS:
+        batch = trained.store.batch(shard, trained.record)
+        trained.store.record_replica(compare(batch, batch))
+    before = finish(trained)
+    trained.store.register(verifying(trained.record, 0.5))
+    trained.store.register(verifying(trained.record, 1.0))
+    assert finished(trained) == before
 
 
 def test_a_cancelled_experiment_is_not_finished(trained):

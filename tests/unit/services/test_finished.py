@@ -1,10 +1,12 @@
 """Dispatcher and aggregator beside finished experiments, on a folder and a simulated clock: what they send, keep and ask the store."""
 
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 
 from memtail.datasets.staged_dataset import stage
+from memtail.errors import UnreachableError
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import ExperimentStore, Finished
 from memtail.scores.pointer import latest_version
@@ -113,6 +115,21 @@ def shard(number):
     return Shard(PER_SHARD * number, PER_SHARD * (number + 1) - 1)
 
 
+@contextmanager
+def outage(store, method, kind):
+    """Make a store unreachable for one method and one kind of object, so that a client is cut off between two steps."""
+
+    def fail(key, *arguments):
+        if kind in key:
+            raise UnreachableError("store: no answer")
+        return getattr(type(store), method)(store, key, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, method, fail)
+        with pytest.raises(UnreachableError):
+            yield
+
+
 def remove_batches(experiment_store):
     for key in list(experiment_store.store.list(keys.trials(experiment_store.name))):
         experiment_store.store.delete(key)
@@ -168,6 +185,23 @@ def test_changes_bring_a_finished_experiment_back_within_a_minute(services, subm
     remove_batches(experiment_store)
     experiment_store.reopen("resumed")
     assert services.one_pass(61.0) == [shard(0), shard(1), shard(2)]
+
+
+@pytest.mark.parametrize(("method", "kind"), [("delete", "finished.json"), ("put", "changes/")])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_an_extension_that_is_cut_off_takes_effect_if_repeated_and_else_within_a_day(services, submit, method, kind, repeated):
+    experiment_store = submit()
+    record = experiment_store.read_record()
+    for _ in range(3):
+        services.one_pass(61.0)
+    with outage(services.store, method, kind):
+        experiment_store.register(record.with_trials(3 * PER_SHARD))
+    if repeated:
+        experiment_store.register(record.with_trials(3 * PER_SHARD))
+    else:
+        services.one_pass(86400.0)
+    services.one_pass(61.0)
+    assert services.one_pass(61.0) == [shard(2)]
 
 
 def test_a_batch_that_was_replaced_by_hand_is_counted_within_a_day(services, submit):
