@@ -202,18 +202,27 @@ class ExperimentStore:
     def discard(self, shard: Shard, why: str) -> None:
         """Remove a shard's trial batch, so that the scores no longer count it and it is trained again; the reason stays on record.
 
+        One that was interrupted is completed by another.
+
         Raises:
             ObjectNotFound: the shard has no batch.
             StoreError: the store cannot be written.
         """
-        if not self.is_committed(shard):
+        if self.is_committed(shard):
+            when = datetime.now(UTC).isoformat(timespec="microseconds")
+            content = json.dumps({"why": why, "when": when}, indent=1).encode()
+            self.store.put(keys.discard(self.name, shard.first, shard.last, when), content)
+            for verdict in (_EQUAL, _DIFFERENT):  # comparisons with this batch
+                self.store.delete(keys.replica(self.name, shard.first, shard.last, verdict))
+            self.store.delete(keys.trial_batch(self.name, shard.first, shard.last))
+        elif not self._is_discarded(shard):
             raise ObjectNotFound(f"experiment '{self.name}' has no trial batch {shard.span}: list them with memtail status --json")
-        when = datetime.now(UTC).isoformat(timespec="microseconds")
-        self.store.put(keys.discard(self.name, shard.first, shard.last, when), json.dumps({"why": why, "when": when}, indent=1).encode())
-        self.store.delete(keys.trial_batch(self.name, shard.first, shard.last))
-        for verdict in (_EQUAL, _DIFFERENT):  # comparisons with this batch
-            self.store.delete(keys.replica(self.name, shard.first, shard.last, verdict))
         self.reopen(f"{shard} discarded")
+
+    def _is_discarded(self, shard: Shard) -> bool:
+        """Whether a shard's batch was discarded, and the experiment has not ended since: later a batch is missing for another reason."""
+        discarded = any(self.store.list(keys.discards_of(self.name, shard.first, shard.last)))
+        return discarded and self.finished(self.read_record()) is None
 
     def discards(self) -> int:
         """Count the discarded trial batches."""

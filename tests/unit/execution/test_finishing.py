@@ -13,7 +13,7 @@ from memtail.execution.shard_task import ShardOutcome, run_shard
 from memtail.experiment_store import Control, ExperimentStore, changed_experiments
 from memtail.experiment_store.replicas import compare
 from memtail.scores.pointer import latest_version
-from memtail.storage import keys
+from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from tests.unit.execution.test_aggregation import Trained
@@ -107,6 +107,17 @@ def test_a_discarded_batch_reopens_the_experiment(trained):
     assert trained.store.missing(trained.record) == SHARDS[:1]
     trained.commit(0)
     assert finish(trained).discards == 1
+
+
+def test_a_batch_that_was_discarded_and_trained_again_is_not_discarded_once_it_is_removed(trained):
+    finish(trained)
+    trained.store.discard(SHARDS[0], "bad")
+    trained.commit(0)
+    before = finish(trained)
+    remove_batches(trained)
+    with pytest.raises(ObjectNotFound, match="has no trial batch 0-7"):
+        trained.store.discard(SHARDS[0], "bad")
+    assert finished(trained) == before
 
 
 def test_more_trials_reopen_the_experiment(trained):

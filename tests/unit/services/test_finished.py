@@ -204,6 +204,23 @@ def test_an_extension_that_is_cut_off_takes_effect_if_repeated_and_else_within_a
     assert services.one_pass(61.0) == [shard(2)]
 
 
+@pytest.mark.parametrize(("method", "kind"), [("delete", "finished.json"), ("put", "changes/")])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_discard_that_is_cut_off_takes_effect_if_repeated_and_else_within_a_day(services, submit, method, kind, repeated):
+    experiment_store = submit()
+    for _ in range(3):
+        services.one_pass(61.0)
+    with outage(services.store, method, kind):
+        experiment_store.discard(shard(0), "bad")
+    if repeated:
+        experiment_store.discard(shard(0), "bad")
+    else:
+        services.one_pass(86400.0)
+    services.one_pass(61.0)
+    assert services.one_pass(61.0) == [shard(0)]
+    assert experiment_store.discards() == 1
+
+
 def test_a_batch_that_was_replaced_by_hand_is_counted_within_a_day(services, submit):
     experiment_store = submit()
     services.one_pass()
