@@ -80,6 +80,7 @@ class ExperimentStore:
         if not self.is_registered():
             refuse_leftovers(self.store, self.name, declared.fingerprint)
         if self.store.put_if_absent(keys.experiment(self.name), declared.to_bytes()):
+            self.mark_changed()  # services may know a finished experiment of this name, which was removed
             return declared
         extended = self._change_record(lambda held: self._extended(held, declared))
         if self.finished(extended) is None:  # it was extended, now or by a submission that was interrupted here

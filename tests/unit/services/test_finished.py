@@ -7,6 +7,7 @@ import pytest
 
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import UnreachableError
+from memtail.execution import retention
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import ExperimentStore, Finished
 from memtail.scores.pointer import latest_version
@@ -98,11 +99,11 @@ def services(tmp_path, monkeypatch, digits, clock):
 
 @pytest.fixture
 def submit(services, declare, digits):
-    """Register an experiment all of whose shards are committed."""
+    """Register an experiment and commit its first shards, by default all of them."""
 
-    def submitted(name="done", shards=2):
+    def submitted(name="done", shards=2, trials=None, **parts):
         execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
-        experiment = declare(PER_SHARD * shards, name=name, execution=execution, subsets={"design": "balanced"})
+        experiment = declare(trials or PER_SHARD * shards, name=name, execution=execution, subsets={"design": "balanced"}, **parts)
         experiment_store = ExperimentStore(services.store, name)
         experiment_store.register(declare_record(experiment, digits, PER_SHARD))
         commit(experiment_store, *map(shard, range(shards)))
@@ -274,6 +275,39 @@ def test_an_experiment_that_is_removed_and_submitted_again_starts_over(services,
     submit(shards=1)
     remove_batches(experiment_store)
     assert services.one_pass() == [shard(0)]
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_another_experiment_under_the_name_of_a_finished_one_is_trained(services, submit, left, cut_off):
+    """Also if a thread of the aggregator left an object of the first one, or if the client lost the store after it wrote the record."""
+    submit()
+    for _ in range(3):
+        services.one_pass(61.0)
+    retention.remove(services.store, "done", retention.planned_removal(services.store, "done"))
+    if left:
+        services.store.put(keys.report("done", "v") + "report.html", b"")
+        services.one_pass(61.0)
+    if cut_off:
+        with outage(services.store, "put", "changes/"):
+            submit(training={"epochs": 3}, shards=0, trials=2 * PER_SHARD)
+        services.one_pass(86400.0)
+    else:
+        submit(training={"epochs": 3}, shards=0, trials=2 * PER_SHARD)
+    services.one_pass(61.0)
+    assert services.one_pass(61.0) == [shard(0), shard(1)]
+
+
+def test_a_finished_experiment_of_which_only_other_objects_are_left_is_forgotten_and_no_error(services, submit):
+    submit()
+    for _ in range(3):
+        services.one_pass(61.0)
+    services.store.delete(keys.experiment("done"))
+    passed_over = metrics.PASSED_OVER._value.get()
+    services.one_pass(86400.0)
+    services.one_pass(2.0)
+    assert not services.aggregator._finished
+    assert metrics.PASSED_OVER._value.get() == passed_over
 
 
 def test_a_hundred_finished_experiments_cost_fewer_than_200_requests_an_hour(services, submit):
