@@ -50,17 +50,32 @@ def planned_removal(store: ObjectStore, name: str) -> list[Stored]:
     stored = list(store.inventory(keys.everything(name))) if NAME.fullmatch(name) else []
     if not stored:
         raise ObjectNotFound(f"there is nothing of an experiment '{name}' in {store.address}: list the experiments with memtail status")
-    if _is_running(store, name):
-        raise StoreError(f"experiment '{name}' is running: stop it first with memtail cancel {name}")
+    _refuse_running(store, name)
     return sorted(stored, key=lambda each: each.key != keys.experiment(name))
 
 
 def remove(store: ObjectStore, name: str, planned: Iterable[Stored]) -> None:
-    """Carry out a planned removal. Raises: StoreError: the store cannot be written."""
+    """Carry out a planned removal.
+
+    Raises:
+        StoreError: the experiment is running again, or was submitted again meanwhile; or the store cannot be written.
+    """
+    _refuse_running(store, name)
     _delete(store, planned)
-    # what a worker wrote meanwhile
-    _delete(store, list(store.inventory(keys.everything(name))))
+    written = list(store.inventory(keys.everything(name)))  # by workers, meanwhile
     store.delete(keys.change(name))
+    if store.exists(keys.experiment(name)):
+        ExperimentStore(store, name).mark_changed()  # the marker may have been of this experiment
+        raise StoreError(
+            f"experiment '{name}' was submitted again while it was removed, and is kept: see memtail status {name}, "
+            f"and set its priority again"
+        )
+    _delete(store, written)
+
+
+def _refuse_running(store: ObjectStore, name: str) -> None:
+    if _is_running(store, name):
+        raise StoreError(f"experiment '{name}' is running: stop it first with memtail cancel {name}")
 
 
 def _is_running(store: ObjectStore, name: str) -> bool:

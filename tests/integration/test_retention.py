@@ -15,7 +15,7 @@ from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
-from memtail.experiment_store import Control, ExperimentStore
+from memtail.experiment_store import Control, ExperimentStore, changed_experiments
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -104,6 +104,42 @@ def test_an_interrupted_removal_trains_nothing_and_is_completed_by_another(call,
     assert not ExperimentStore(store, "done").is_registered()
     call("remove", "done", "--yes")
     assert not list(store.list("experiments/"))
+
+
+class HookedStore(LocalStore):
+    """A store in which another client acts after a number of deletions."""
+
+    after, act = 0, None
+
+    def delete(self, key):
+        super().delete(key)
+        self.after -= 1
+        if self.act and self.after == 0:
+            self.act()
+
+
+@pytest.mark.parametrize("deleted", ["the record", "all planned objects", "the change marker"])
+def test_an_experiment_that_is_submitted_again_while_it_is_removed_is_kept(store, submit, deleted):
+    submit()
+    planned = retention.planned_removal(store, "done")
+    hooked = HookedStore(store.root)
+    hooked.after = {"the record": 1, "all planned objects": len(planned), "the change marker": len(planned) + 1}[deleted]
+    hooked.act = lambda: submit(done=False)
+    with pytest.raises(StoreError, match="'done' was submitted again while it was removed, and is kept: see memtail status done"):
+        retention.remove(hooked, "done", planned)
+    experiment_store = ExperimentStore(store, "done")
+    assert experiment_store.is_registered()
+    assert changed_experiments(store) == {"done"}
+
+
+def test_an_experiment_that_is_submitted_again_before_the_confirmation_is_not_removed(store, submit):
+    submit()
+    planned = retention.planned_removal(store, "done")
+    retention.remove(store, "done", planned)
+    submit(done=False)
+    with pytest.raises(StoreError, match="'done' is running: stop it first with memtail cancel done"):
+        retention.remove(store, "done", planned)
+    assert ExperimentStore(store, "done").is_registered()
 
 
 def test_an_experiment_whose_record_is_damaged_can_be_removed(call, store, submit):
