@@ -73,8 +73,8 @@ class ExperimentStore:
         More trials than recorded extend the experiment; the recorded size of shards stays.
 
         Raises:
-            StoreError: another experiment has the name (says what differs) or left trials under it, or fewer trials are asked for than
-                recorded.
+            StoreError: another experiment has the name (says what differs) or left trials or scores under it, or fewer trials are asked
+                for than recorded.
             UnsupportedError: with the recorded size of shards the experiment is too large.
         """
         if not self.is_registered():
@@ -132,7 +132,7 @@ class ExperimentStore:
         """
         with suppress(UnsupportedError):  # a later version has written the record since
             if self.read_record().fingerprint != fingerprint:
-                raise StoreError(f"another experiment has the name '{self.name}' now, and trials of the earlier one are dropped")
+                raise StoreError(f"another experiment has the name '{self.name}' now, and what is made of the earlier one is dropped")
 
     def finished(self, record: Record) -> Finished | None:
         """Read the record of the experiment's end; None if there is none, or it does not hold any more.

@@ -18,7 +18,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from memtail.datasets.staged_dataset import fetch_labels
-from memtail.errors import MemtailError, ObjectNotFound, UnreachableError
+from memtail.errors import MemtailError, UnreachableError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
@@ -148,6 +148,10 @@ class Aggregator:
                 except UnreachableError:  # the others would only wait for the same timeout
                     raise
                 except Exception as error:
+                    if not ExperimentStore(self._store, name).is_registered():  # removed since it was listed, or after its end
+                        self._experiments.pop(name, None)
+                        self._finished.pop(name, None)
+                        continue
                     PASSED_OVER.inc()
                     log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
             self._progress()
@@ -165,12 +169,7 @@ class Aggregator:
     def _take_turn(self, name: str) -> None:
         began = time.monotonic()
         experiment_store = ExperimentStore(self._store, name)
-        try:
-            record = experiment_store.read_record()
-        except ObjectNotFound:  # removed; names of finished experiments are listed as long as there is any object
-            self._experiments.pop(name, None)
-            self._finished.pop(name, None)
-            return
+        record = experiment_store.read_record()
         experiment = self._experiments.get(name)
         if experiment is None and self._is_finished(experiment_store, record):
             return
