@@ -281,7 +281,7 @@ class Aggregation:
         if held is None or replace(held, when=when) != finished:
             self._store.set_finished(finished)
         self._store.store.delete(keys.change(self._store.name))
-        if self._store.finished(self._store.read_record()) is None:
+        if self._store.finished(self._store.read_record()) is None or self._store.control().state == "cancelled":
             self._store.reopen("it was changed while its end was recorded")
             return None
         return finished

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 
 import pytest
 from typer.testing import CliRunner
@@ -109,7 +110,8 @@ def test_an_interrupted_removal_trains_nothing_and_is_completed_by_another(call,
 class HookedStore(LocalStore):
     """A store in which another client acts after a number of deletions."""
 
-    after, act = 0, None
+    after = 0
+    act: Callable[[], object] | None = None
 
     def delete(self, key):
         super().delete(key)

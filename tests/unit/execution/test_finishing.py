@@ -186,22 +186,27 @@ def test_a_cancelled_experiment_is_not_finished(trained):
     assert finish(trained)
 
 
-@pytest.mark.parametrize("change", ["extended", "discarded"])
+CHANGES = {
+    "extended": lambda trained: trained.store.register(trained.record.with_trials(24)),
+    "discarded": lambda trained: trained.store.discard(SHARDS[0], "bad"),
+    "to be verified": lambda trained: trained.store.register(verifying(trained.record, 1.0)),
+    "cancelled": lambda trained: trained.store.set_control(Control("cancelled")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_while_the_end_is_recorded_is_not_lost(trained, monkeypatch, change):
     record_end = ExperimentStore.set_finished
 
     def changed_before(store, record):
         monkeypatch.undo()
-        if change == "extended":
-            store.register(trained.record.with_trials(24))
-        else:
-            store.discard(SHARDS[0], "bad")
+        CHANGES[change](trained)
         record_end(store, record)
 
     monkeypatch.setattr(ExperimentStore, "set_finished", changed_before)
     assert finish(trained) is None
     assert not trained.store.store.exists(keys.finished(trained.store.name))
-    assert trained.store.missing(trained.store.read_record())
+    assert changed_experiments(trained.store.store) == {trained.store.name}
 
 
 def test_two_aggregations_record_one_end(trained):

@@ -7,10 +7,11 @@ import pytest
 
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import UnreachableError
-from memtail.execution import aggregation, retention
+from memtail.execution import retention
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import Control, ExperimentStore, Finished
 from memtail.scores.pointer import latest_version
+from memtail.scores.publish import publish
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -312,14 +313,14 @@ def test_a_finished_experiment_of_which_only_other_objects_are_left_is_forgotten
 
 def test_an_experiment_that_is_removed_while_its_scores_are_written_is_forgotten_and_no_error(services, submit, monkeypatch):
     experiment_store = submit()
-    passed_over, publish = metrics.PASSED_OVER._value.get(), aggregation.publish
+    passed_over = metrics.PASSED_OVER._value.get()
 
     def removed_before(*arguments):
         experiment_store.set_control(Control("cancelled"))
         retention.remove(services.store, "done", retention.planned_removal(services.store, "done"))
         return publish(*arguments)
 
-    monkeypatch.setattr(aggregation, "publish", removed_before)
+    monkeypatch.setattr("memtail.execution.aggregation.publish", removed_before)
     services.one_pass()
     assert not services.aggregator._experiments
     assert not list(services.store.list("experiments/"))
