@@ -177,9 +177,14 @@ class Aggregator:
             experiment = self._experiments[name] = self._opened(experiment_store, record)
         experiment.aggregation.record = record
         if experiment.listing.due:
+            before = experiment.aggregation.trials
             with experiment.listing.working():  # the longer a listing takes, the more rarely it is repeated
                 experiment.listed = deque(experiment.aggregation.new_shards())
             self._progress()
+            # batches may be removed after the end, which another process may have recorded
+            if experiment.aggregation.trials < before and self._is_finished(experiment_store, record):
+                del self._experiments[name]
+                return
         self._accumulate(experiment, began + _TURN)
         self._advance(experiment)
         self._report(experiment)

@@ -8,6 +8,7 @@ import pytest
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import UnreachableError
 from memtail.execution import retention
+from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import Control, ExperimentStore, Finished
 from memtail.scores.pointer import latest_version
@@ -221,6 +222,22 @@ def test_a_discard_that_is_cut_off_takes_effect_if_repeated_and_else_within_a_da
     services.one_pass(61.0)
     assert services.one_pass(61.0) == [shard(0)]
     assert experiment_store.discards() == 1
+
+
+def test_an_experiment_that_another_process_finished_and_whose_batches_expired_is_left_alone(services, submit, digits):
+    experiment_store = submit(shards=2, trials=4 * PER_SHARD)
+    services.one_pass(61.0)
+    assert services.aggregator._experiments["done"].aggregation.trials == 2 * PER_SHARD
+    commit(experiment_store, shard(2), shard(3))
+    run = Aggregation(experiment_store, experiment_store.read_record(), digits, Pace(1, 1, first_at_once=True))
+    run.accumulate_new()
+    run.publish()
+    assert run.finish()
+    remove_batches(experiment_store)
+    assert [services.one_pass(61.0) for _ in range(3)] == [[]] * 3
+    assert not services.aggregator._experiments
+    assert services.aggregator._finished["done"].version == run.pointer.version
+    assert metrics.ACCUMULATED.labels(experiment="done")._value.get() == 4 * PER_SHARD
 
 
 def test_a_batch_that_was_replaced_by_hand_is_counted_within_a_day(services, submit):
