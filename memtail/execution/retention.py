@@ -6,6 +6,7 @@ Each removal is planned as a list of objects in a safe order. One that was inter
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -99,7 +100,8 @@ def planned_archival(store: ObjectStore, name: str) -> list[Stored]:
         ScoresError: published files are missing.
         StoreError: the experiment is not finished, or the store cannot be read.
     """
-    finished, pointer = _finished(store, name), latest_version(store, name)
+    finished, _ = _finished(store, name)
+    pointer = latest_version(store, name)
     if pointer is None or pointer.version != finished.version:
         raise ScoresError(f"the scores of experiment '{name}' are missing: publish them again with memtail resume {name}")
     lost = next((key for file in pointer.files if not store.exists(key := keys.scores(name, pointer.version) + file)), None)
@@ -113,23 +115,28 @@ def archive(store: ObjectStore, name: str, planned: Iterable[Stored]) -> None:
     """Carry out a planned archival.
 
     Raises:
-        StoreError: the experiment is not finished any more, or the store cannot be written.
+        StoreError: the experiment is not finished any more, was changed meanwhile, or the store cannot be written.
     """
-    finished, when = _finished(store, name), datetime.now(UTC).isoformat(timespec="seconds")
-    ExperimentStore(store, name).set_finished(replace(finished, archived=finished.archived or when))
-    _finished(store, name)  # not reopened meanwhile
+    (finished, tag), when = _finished(store, name), datetime.now(UTC).isoformat(timespec="seconds")
+    archived = replace(finished, archived=finished.archived or when)
+    if not store.put_if_match(keys.finished(name), archived.to_bytes(), tag):
+        raise StoreError(f"experiment '{name}' was changed meanwhile: look at memtail status {name}, then archive it again")
+    _finished(store, name)  # not extended meanwhile
     _delete(store, planned)
 
 
-def _finished(store: ObjectStore, name: str) -> Finished:
+def _finished(store: ObjectStore, name: str) -> tuple[Finished, str]:
+    """Read the record of an experiment's end, and a tag that it does not have any more if it was replaced since."""
     experiment_store = ExperimentStore(store, name)
-    finished = experiment_store.finished(experiment_store.read_record())
-    if finished is None:
-        raise StoreError(
-            f"experiment '{name}' is not finished, so its trial batches are needed: see memtail status {name}; "
-            f"memtail run SPEC or the aggregator records the end"
-        )
-    return finished
+    record = experiment_store.read_record()
+    with suppress(ObjectNotFound):
+        tag = store.get_tagged(keys.finished(name))[1]
+        if finished := experiment_store.finished(record):
+            return finished, tag
+    raise StoreError(
+        f"experiment '{name}' is not finished, so its trial batches are needed: see memtail status {name}; "
+        f"memtail run SPEC or the aggregator records the end"
+    )
 
 
 def planned_collection(store: ObjectStore, seconds: float, clock: Callable[[], float] = time.time) -> list[Stored]:

@@ -52,16 +52,21 @@ def submit(store, declare, digits):
         parts = {"execution": {"trials_per_shard": 4, "device": "cpu"}, "subsets": {"design": "balanced"}, **parts}
         stage(digits, store)
         experiment_store = ExperimentStore(store, name)
-        record = experiment_store.register(declare_record(declare(8, name=name, **parts), digits, 4))
+        experiment_store.register(declare_record(declare(8, name=name, **parts), digits, 4))
         if done:
             commit(experiment_store, *SHARDS)
-            aggregation = Aggregation(experiment_store, record, digits, Pace(1, 1, first_at_once=True))
-            aggregation.accumulate_new()
-            aggregation.publish()
-            assert aggregation.finish()
+            record_end(experiment_store, digits)
         return experiment_store
 
     return submitted
+
+
+def record_end(experiment_store, digits):
+    """Publish all trials, and record the end, as the aggregator does."""
+    aggregation = Aggregation(experiment_store, experiment_store.read_record(), digits, Pace(1, 1, first_at_once=True))
+    aggregation.accumulate_new()
+    aggregation.publish()
+    assert aggregation.finish()
 
 
 def age(store, hours, *prefixes):
@@ -170,6 +175,26 @@ def test_archive_keeps_scores_and_report_and_nothing_is_trained_again(call, stor
     call("archive", "done", "--yes")  # again: nothing is left to remove
     assert "open again: missing trials are trained" in call("resume", "done")
     assert experiment_store.missing(record) == SHARDS
+
+
+@pytest.mark.parametrize("finished_again", [False, True])
+def test_archive_removes_nothing_of_an_experiment_that_is_resumed_at_the_same_time(store, submit, digits, monkeypatch, finished_again):
+    experiment_store = submit()
+    planned = retention.planned_archival(store, "done")
+    archived = retention.replace
+
+    def resumed_before(finished, **changes):
+        experiment_store.reopen("resumed")
+        if finished_again:
+            record_end(experiment_store, digits)
+        return archived(finished, **changes)
+
+    monkeypatch.setattr(retention, "replace", resumed_before)
+    with pytest.raises(StoreError, match="'done' was changed meanwhile: look at memtail status done, then archive it again"):
+        retention.archive(store, "done", planned)
+    assert experiment_store.committed() == SHARDS
+    end = experiment_store.finished(experiment_store.read_record())
+    assert (end is not None, end and end.archived) == (finished_again, None)
 
 
 def test_archive_refuses_what_its_scores_do_not_replace(call, store, submit):
