@@ -16,7 +16,7 @@ from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
-from memtail.experiment_store import Control, ExperimentStore, changed_experiments
+from memtail.experiment_store import Control, ExperimentStore, changed_experiments, recorded_actions
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -165,6 +165,7 @@ def test_archive_keeps_scores_and_report_and_nothing_is_trained_again(call, stor
     call("archive", "done", code=1, answer="n\n")
     assert experiment_store.committed() == SHARDS
     assert "done is archived" in call("archive", "done", "--yes")
+    assert [(each.action, each.details) for each in recorded_actions(store, "done")] == [("archive", "2 objects removed")]
     assert not experiment_store.committed()
     assert still_finished(experiment_store, record).archived
     assert experiment_store.missing(record) == []
