@@ -157,22 +157,40 @@ def planned_collection(store: ObjectStore, seconds: float, clock: Callable[[], f
         dataset = list(files)
         if fingerprint not in needed and all(each.modified < before for each in dataset):
             # the manifest first: without it a dataset is staged again
-            planned += sorted(dataset, key=lambda each: not each.key.endswith("/manifest.json"))
+            planned += sorted(dataset, key=lambda each: each.key != _manifest(fingerprint))
     masks = [each for each in store.inventory(keys.all_masks()) if _digest(each.key) not in needed]
     return planned + [each for each in masks + _useless_checkpoints(store) if each.modified < before]
 
 
 def _digest(key: str) -> str:
-    """The fingerprint of a dataset, or the digest of masks, in a key."""
+    """The fingerprint of a dataset, the digest of masks, or the name of a checkpoint's experiment, in a key."""
     return key.split("/")[1].removesuffix(".npy")
 
 
+def _manifest(fingerprint: str) -> str:
+    return keys.dataset(fingerprint, "manifest.json")
+
+
 def collect(store: ObjectStore, planned: Iterable[Stored]) -> None:
-    """Carry out a planned collection, without what has come to be needed since. Raises: StoreError: the store cannot be written."""
+    """Carry out a planned collection, without what has come to be needed since, or was written again.
+
+    A dataset that is being staged is left alone as a whole: its objects are written before the experiment that needs it.
+
+    Raises:
+        StoreError: the store cannot be read or written.
+    """
     for kind, objects in groupby(planned, lambda each: kind_of(each.key)):
         for digest, files in groupby(objects, lambda each: _digest(each.key)):
-            if kind == "checkpoints" or digest not in _needed(store):
-                _delete(store, files)
+            old = list(files)
+            if kind == "checkpoints":
+                current = set(store.inventory(keys.checkpoints(digest)))
+                _delete(store, [each for each in old if each in current])
+            else:
+                prefix = keys.dataset(digest, "") if kind == "datasets" else keys.masks(digest)
+                if set(store.inventory(prefix)) <= set(old) and digest not in _needed(store):
+                    _delete(store, old)
+                    if kind == "datasets":
+                        store.delete(_manifest(digest))  # if it was staged meanwhile, it lacks objects, and is to be staged again
 
 
 def _needed(store: ObjectStore) -> set[str]:

@@ -259,6 +259,50 @@ def test_gc_leaves_a_dataset_that_has_come_to_be_needed(store, submit, digits):
     assert set(store.list("datasets/")) == {each.key for each in planned}
 
 
+@pytest.mark.parametrize("completed", [False, True])
+def test_gc_leaves_a_dataset_that_is_staged_again(store, digits, completed):
+    """An interrupted staging is made up for while `gc` waits for its confirmation."""
+    stage(digits, store)
+    manifest = keys.dataset(digits.fingerprint, "manifest.json")
+    store.delete(manifest)
+    age(store, 25, "datasets/")
+    planned = retention.planned_collection(store, 3600)
+    assert planned
+    if completed:
+        stage(digits, store)
+    else:  # another file of it has been uploaded again
+        store.put(planned[-1].key, store.get(planned[-1].key))
+    retention.collect(store, planned)
+    assert set(store.list("datasets/")) == {each.key for each in planned} | ({manifest} if completed else set())
+
+
+def test_a_dataset_that_is_staged_while_gc_removes_it_can_be_staged_again(store, digits):
+    stage(digits, store)
+    age(store, 25, "datasets/")
+    hooked = HookedStore(store.root)
+    hooked.after, hooked.act = 2, lambda: stage(digits, store)
+    retention.collect(hooked, retention.planned_collection(store, 3600))
+    stage(digits, store)
+    assert fetch(store, digits.fingerprint, store.root.parent / "cache").n_train == digits.n_train
+
+
+def test_gc_leaves_masks_and_checkpoints_that_were_written_again(store, submit):
+    experiment_store = submit(done=False)
+    for key in (masks := keys.masks(64 * "b"), checkpoint := keys.checkpoint("done", 0, 3), useless := keys.checkpoint("done", 4, 7)):
+        store.put(key, b"1")
+    commit(experiment_store, *SHARDS)
+    age(store, 25, "masks/", "experiments/")
+    planned = retention.planned_collection(store, 3600)
+    assert {each.key for each in planned} == {masks, checkpoint, useless}
+    experiment_store.discard(SHARDS[0], "bad")
+    store.put(checkpoint, b"2")
+    store.put(masks, b"1")
+    retention.collect(store, planned)
+    assert store.exists(masks)
+    assert store.exists(checkpoint)
+    assert not store.exists(useless)
+
+
 def test_gc_removes_nothing_while_an_experiment_cannot_be_read(call, store, submit):
     submit()
     age(store, 25, "datasets/")
