@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -182,15 +183,14 @@ def test_archive_keeps_scores_and_report_and_nothing_is_trained_again(call, stor
 def test_archive_removes_nothing_of_an_experiment_that_is_resumed_at_the_same_time(store, submit, digits, monkeypatch, finished_again):
     experiment_store = submit()
     planned = retention.planned_archival(store, "done")
-    archived = retention.replace
 
     def resumed_before(finished, **changes):
         experiment_store.reopen("resumed")
         if finished_again:
             record_end(experiment_store, digits)
-        return archived(finished, **changes)
+        return replace(finished, **changes)
 
-    monkeypatch.setattr(retention, "replace", resumed_before)
+    monkeypatch.setattr("memtail.execution.retention.replace", resumed_before)
     with pytest.raises(StoreError, match="'done' was changed meanwhile: look at memtail status done, then archive it again"):
         retention.archive(store, "done", planned)
     assert experiment_store.committed() == SHARDS
