@@ -29,12 +29,14 @@ def remove(name: OneName, yes: Yes = False, store: Store = DEFAULT_STORE) -> Non
 def archive(name: OneName, yes: Yes = False, store: Store = DEFAULT_STORE) -> None:
     """Remove the trial batches of a finished experiment. Scores, report and record stay; more trials would train all again."""
     from memtail.execution import retention
+    from memtail.experiment_store import record_action
 
     opened = open_existing(store)
     planned = retention.planned_archival(opened, name)
     _show(planned)
     _confirm(f"archive experiment {name} in {opened.address}? It can then be extended only by training all trials again", yes)
     retention.archive(opened, name, planned)
+    record_action(opened, name, "archive", f"{len(planned)} object{'s' if len(planned) != 1 else ''} removed")
     print(f"{name} is archived: scores and report stay")
 
 

@@ -275,12 +275,13 @@ class Aggregation:
             return None
         digest, when = self.statistics.digest(), datetime.now(UTC).isoformat(timespec="seconds")
         batches = {shard.span: tag for shard, tag in self._accumulated.items()}
-        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, self._discards, when, batches)
+        verify = self.record.experiment.execution.verify
+        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, self._discards, when, batches, verify)
         held = self._store.finished(self.record)
         if held is None or replace(held, when=when) != finished:
             self._store.set_finished(finished)
         self._store.store.delete(keys.change(self._store.name))
-        if self._store.finished(self._store.read_record()) is None:
+        if self._store.finished(self._store.read_record()) is None or self._store.control().state == "cancelled":
             self._store.reopen("it was changed while its end was recorded")
             return None
         return finished

@@ -5,6 +5,7 @@ import structlog
 from memtail.experiment_store import ExperimentStore, Finished, Record
 from memtail.scores.pointer import latest_version
 from memtail.scores.summary import SCHEMA
+from memtail.storage import keys
 
 log = structlog.get_logger()
 
@@ -12,8 +13,9 @@ log = structlog.get_logger()
 def still_finished(experiment_store: ExperimentStore, record: Record) -> Finished | None:
     """Return the record of an experiment's end, if nothing has changed since; otherwise reopen the experiment.
 
-    A trial batch that is missing changes nothing. One that was replaced reopens the experiment; so do scores that are lost or of an earlier
-    schema, if all batches are there to publish them again.
+    A record that does not hold any more was left by a command that was interrupted before it reopened the experiment. A trial batch that is
+    missing changes nothing. One that was replaced reopens the experiment; so do scores that are lost or of an earlier schema, if all
+    batches are there to publish them again.
 
     Args:
         experiment_store: the experiment's objects.
@@ -24,6 +26,8 @@ def still_finished(experiment_store: ExperimentStore, record: Record) -> Finishe
     """
     finished = experiment_store.finished(record)
     if finished is None:
+        if experiment_store.store.exists(keys.finished(experiment_store.name)):
+            experiment_store.reopen("it was changed by a command that was interrupted")
         return None
     tags = {shard.span: tag for shard, tag in experiment_store.committed_tags().items()}
     if replaced := [span for span, tag in tags.items() if finished.batches.get(span, tag) != tag]:

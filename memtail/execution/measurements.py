@@ -171,6 +171,7 @@ def measure_writing(record: Record, dataset: ImageDataset, fraction: float, fold
     name, total, size = record.experiment.name, record.experiment.subsets.trials, record.trials_per_shard
     store = LocalStore(folder / "written")
     experiment_store, statistics = ExperimentStore(store, name), Statistics(dataset.n_train, dataset.n_test)
+    experiment_store.register(record)
     rng = np.random.default_rng(0)
     memorized = rng.random(dataset.n_train) < 0.05
 

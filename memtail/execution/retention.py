@@ -6,6 +6,7 @@ Each removal is planned as a list of objects in a safe order. One that was inter
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -50,17 +51,32 @@ def planned_removal(store: ObjectStore, name: str) -> list[Stored]:
     stored = list(store.inventory(keys.everything(name))) if NAME.fullmatch(name) else []
     if not stored:
         raise ObjectNotFound(f"there is nothing of an experiment '{name}' in {store.address}: list the experiments with memtail status")
-    if _is_running(store, name):
-        raise StoreError(f"experiment '{name}' is running: stop it first with memtail cancel {name}")
+    _refuse_running(store, name)
     return sorted(stored, key=lambda each: each.key != keys.experiment(name))
 
 
 def remove(store: ObjectStore, name: str, planned: Iterable[Stored]) -> None:
-    """Carry out a planned removal. Raises: StoreError: the store cannot be written."""
+    """Carry out a planned removal.
+
+    Raises:
+        StoreError: the experiment is running again, or was submitted again meanwhile; or the store cannot be written.
+    """
+    _refuse_running(store, name)
     _delete(store, planned)
-    # what a worker wrote meanwhile
-    _delete(store, list(store.inventory(keys.everything(name))))
+    written = list(store.inventory(keys.everything(name)))  # by workers, meanwhile
     store.delete(keys.change(name))
+    if store.exists(keys.experiment(name)):
+        ExperimentStore(store, name).mark_changed()  # the marker may have been of this experiment
+        raise StoreError(
+            f"experiment '{name}' was submitted again while it was removed, and is kept: see memtail status {name}, "
+            f"and set its priority again"
+        )
+    _delete(store, written)
+
+
+def _refuse_running(store: ObjectStore, name: str) -> None:
+    if _is_running(store, name):
+        raise StoreError(f"experiment '{name}' is running: stop it first with memtail cancel {name}")
 
 
 def _is_running(store: ObjectStore, name: str) -> bool:
@@ -84,7 +100,8 @@ def planned_archival(store: ObjectStore, name: str) -> list[Stored]:
         ScoresError: published files are missing.
         StoreError: the experiment is not finished, or the store cannot be read.
     """
-    finished, pointer = _finished(store, name), latest_version(store, name)
+    finished, _ = _finished(store, name)
+    pointer = latest_version(store, name)
     if pointer is None or pointer.version != finished.version:
         raise ScoresError(f"the scores of experiment '{name}' are missing: publish them again with memtail resume {name}")
     lost = next((key for file in pointer.files if not store.exists(key := keys.scores(name, pointer.version) + file)), None)
@@ -98,23 +115,28 @@ def archive(store: ObjectStore, name: str, planned: Iterable[Stored]) -> None:
     """Carry out a planned archival.
 
     Raises:
-        StoreError: the experiment is not finished any more, or the store cannot be written.
+        StoreError: the experiment is not finished any more, was changed meanwhile, or the store cannot be written.
     """
-    finished, when = _finished(store, name), datetime.now(UTC).isoformat(timespec="seconds")
-    ExperimentStore(store, name).set_finished(replace(finished, archived=finished.archived or when))
-    _finished(store, name)  # not reopened meanwhile
+    (finished, tag), when = _finished(store, name), datetime.now(UTC).isoformat(timespec="seconds")
+    archived = replace(finished, archived=finished.archived or when)
+    if not store.put_if_match(keys.finished(name), archived.to_bytes(), tag):
+        raise StoreError(f"experiment '{name}' was changed meanwhile: look at memtail status {name}, then archive it again")
+    _finished(store, name)  # not extended meanwhile
     _delete(store, planned)
 
 
-def _finished(store: ObjectStore, name: str) -> Finished:
+def _finished(store: ObjectStore, name: str) -> tuple[Finished, str]:
+    """Read the record of an experiment's end, and a tag that it does not have any more if it was replaced since."""
     experiment_store = ExperimentStore(store, name)
-    finished = experiment_store.finished(experiment_store.read_record())
-    if finished is None:
-        raise StoreError(
-            f"experiment '{name}' is not finished, so its trial batches are needed: see memtail status {name}; "
-            f"memtail run SPEC or the aggregator records the end"
-        )
-    return finished
+    record = experiment_store.read_record()
+    with suppress(ObjectNotFound):
+        tag = store.get_tagged(keys.finished(name))[1]
+        if finished := experiment_store.finished(record):
+            return finished, tag
+    raise StoreError(
+        f"experiment '{name}' is not finished, so its trial batches are needed: see memtail status {name}; "
+        f"memtail run SPEC or the aggregator records the end"
+    )
 
 
 def planned_collection(store: ObjectStore, seconds: float, clock: Callable[[], float] = time.time) -> list[Stored]:
@@ -135,22 +157,40 @@ def planned_collection(store: ObjectStore, seconds: float, clock: Callable[[], f
         dataset = list(files)
         if fingerprint not in needed and all(each.modified < before for each in dataset):
             # the manifest first: without it a dataset is staged again
-            planned += sorted(dataset, key=lambda each: not each.key.endswith("/manifest.json"))
+            planned += sorted(dataset, key=lambda each: each.key != _manifest(fingerprint))
     masks = [each for each in store.inventory(keys.all_masks()) if _digest(each.key) not in needed]
     return planned + [each for each in masks + _useless_checkpoints(store) if each.modified < before]
 
 
 def _digest(key: str) -> str:
-    """The fingerprint of a dataset, or the digest of masks, in a key."""
+    """The fingerprint of a dataset, the digest of masks, or the name of a checkpoint's experiment, in a key."""
     return key.split("/")[1].removesuffix(".npy")
 
 
+def _manifest(fingerprint: str) -> str:
+    return keys.dataset(fingerprint, "manifest.json")
+
+
 def collect(store: ObjectStore, planned: Iterable[Stored]) -> None:
-    """Carry out a planned collection, without what has come to be needed since. Raises: StoreError: the store cannot be written."""
+    """Carry out a planned collection, without what has come to be needed since, or was written again.
+
+    A dataset that is being staged is left alone as a whole: its objects are written before the experiment that needs it.
+
+    Raises:
+        StoreError: the store cannot be read or written.
+    """
     for kind, objects in groupby(planned, lambda each: kind_of(each.key)):
         for digest, files in groupby(objects, lambda each: _digest(each.key)):
-            if kind == "checkpoints" or digest not in _needed(store):
-                _delete(store, files)
+            old = list(files)
+            if kind == "checkpoints":
+                current = set(store.inventory(keys.checkpoints(digest)))
+                _delete(store, [each for each in old if each in current])
+            else:
+                prefix = keys.dataset(digest, "") if kind == "datasets" else keys.masks(digest)
+                if set(store.inventory(prefix)) <= set(old) and digest not in _needed(store):
+                    _delete(store, old)
+                    if kind == "datasets":
+                        store.delete(_manifest(digest))  # if it was staged meanwhile, it lacks objects, and is to be staged again
 
 
 def _needed(store: ObjectStore) -> set[str]:

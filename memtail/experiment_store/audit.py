@@ -29,7 +29,7 @@ class Action:
     """One action of a person.
 
     Attributes:
-        action: the command: submit, pause, resume, cancel, priority, retry, discard.
+        action: the command: submit, pause, resume, cancel, priority, retry, discard, archive.
         details: what it changed, in one line; may be empty.
         when: time in UTC, ISO 8601, by the client's clock.
         user: name of the operating system's user.

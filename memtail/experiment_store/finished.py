@@ -29,6 +29,7 @@ class Finished:
         discards: number of trial batches that had been discarded before.
         when: time in UTC, ISO 8601.
         batches: the tag of each trial batch that counts, by FIRST-LAST.
+        verify: the share of the shards that was to be verified; 1 in a record that does not say.
         archived: time at which the trial batches were removed by `memtail archive`; None if they were not.
     """
 
@@ -40,6 +41,7 @@ class Finished:
     discards: int
     when: str
     batches: dict[Annotated[str, Field(pattern=r"^\d+-\d+$")], str]
+    verify: float = 1.0
     archived: str | None = None
 
     @property

@@ -1,5 +1,6 @@
 """Names of experiments in a store: those that are taken, those that are marked as changed, and those with leftovers of another one."""
 
+import json
 from collections.abc import Container
 from contextlib import suppress
 from itertools import islice
@@ -27,15 +28,24 @@ def changed_experiments(store: ObjectStore) -> set[str]:
 
 
 def refuse_leftovers(store: ObjectStore, name: str, fingerprint: str) -> None:
-    """Refuse a name without a record under which an experiment of another fingerprint left trials; those of this one will count.
+    """Refuse a name without a record under which an experiment of another fingerprint left trials or scores.
+
+    Those of this experiment will count.
 
     Raises:
-        StoreError: there are such trials, or the store cannot be read.
+        StoreError: there are such objects, or the store cannot be read.
     """
     for key in islice(store.list(keys.trials(name)), 1):
         with suppress(ObjectNotFound, ForeignObjectError):  # a damaged batch is refused later
             if TrialBatch.from_bytes(store.get(key), key).fingerprint != fingerprint:
-                raise StoreError(
-                    f"trials of another experiment '{name}', whose record was removed, are left in {store.address} ({key}): "
-                    f"memtail remove {name}, or choose another name"
-                )
+                raise _left(store, name, "trials", key)
+    with suppress(ObjectNotFound, ValueError, KeyError, TypeError):  # a damaged pointer is replaced
+        if json.loads(store.get(keys.latest_scores(name)))["summary"]["fingerprint"] != fingerprint:
+            raise _left(store, name, "scores", keys.latest_scores(name))
+
+
+def _left(store: ObjectStore, name: str, what: str, key: str) -> StoreError:
+    return StoreError(
+        f"{what} of another experiment '{name}', whose record was removed, are left in {store.address} ({key}): "
+        f"memtail remove {name}, or choose another name"
+    )

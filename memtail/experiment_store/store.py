@@ -73,20 +73,18 @@ class ExperimentStore:
         More trials than recorded extend the experiment; the recorded size of shards stays.
 
         Raises:
-            StoreError: another experiment has the name (says what differs) or left trials under it, or fewer trials are asked for than
-                recorded.
+            StoreError: another experiment has the name (says what differs) or left trials or scores under it, or fewer trials are asked
+                for than recorded.
             UnsupportedError: with the recorded size of shards the experiment is too large.
         """
         if not self.is_registered():
             refuse_leftovers(self.store, self.name, declared.fingerprint)
         if self.store.put_if_absent(keys.experiment(self.name), declared.to_bytes()):
+            self.mark_changed()  # services may know a finished experiment of this name, which was removed
             return declared
-        held, extended = self._change_record(lambda held: self._extended(held, declared))
-        before, after = held.experiment, extended.experiment
-        if after.subsets.trials > before.subsets.trials:
-            self.reopen(f"extended from {before.subsets.trials} to {after.subsets.trials} trials")
-        elif after.execution.verify > before.execution.verify:
-            self.reopen("more shards are to be verified")
+        extended = self._change_record(lambda held: self._extended(held, declared))
+        if self.finished(extended) is None:  # it was extended, now or by a submission that was interrupted here
+            self.reopen("it was submitted with more trials, or with more shards to verify")
         return extended
 
     def _extended(self, held: Record, declared: Record) -> Record:
@@ -106,11 +104,8 @@ class ExperimentStore:
         extended.check_limits()  # with the recorded size of shards
         return extended
 
-    def _change_record(self, change: Callable[[Record], Record]) -> tuple[Record, Record]:
-        """Replace the record by what a function makes of it, also if others do so at the same time.
-
-        Returns:
-            The record before and after.
+    def _change_record(self, change: Callable[[Record], Record]) -> Record:
+        """Replace the record by what a function makes of it, and return that, also if others do so at the same time.
 
         Raises:
             StoreError: the record cannot be read or written, or others change it all the time.
@@ -121,7 +116,7 @@ class ExperimentStore:
             held = Record.from_bytes(data, key)
             changed = change(held)
             if changed == held or self.store.put_if_match(key, changed.to_bytes(), tag):
-                return held, changed
+                return changed
         raise StoreError(f"{key}: others change it all the time: try again")
 
     def is_registered(self) -> bool:
@@ -137,10 +132,12 @@ class ExperimentStore:
         """
         with suppress(UnsupportedError):  # a later version has written the record since
             if self.read_record().fingerprint != fingerprint:
-                raise StoreError(f"another experiment has the name '{self.name}' now, and trials of the earlier one are dropped")
+                raise StoreError(f"another experiment has the name '{self.name}' now, and what is made of the earlier one is dropped")
 
     def finished(self, record: Record) -> Finished | None:
-        """Read the record of the experiment's end; None if there is none, or the experiment was extended or a batch discarded since.
+        """Read the record of the experiment's end; None if there is none, or it does not hold any more.
+
+        It holds until the experiment is extended, more of its shards are to be verified, or a batch is discarded.
 
         Args:
             record: the experiment's record.
@@ -148,7 +145,7 @@ class ExperimentStore:
         Raises:
             StoreError: the store cannot be read.
         """
-        key, trials = keys.finished(self.name), record.experiment.subsets.trials
+        key, experiment, trials = keys.finished(self.name), record.experiment, record.experiment.subsets.trials
         try:
             finished = Finished.from_bytes(self.store.get(key, limit=_SMALL + _TAGGED * trials), key)
         except ObjectNotFound:
@@ -156,9 +153,9 @@ class ExperimentStore:
         except ForeignObjectError as error:
             log.warning("record of the end ignored", experiment=self.name, reason=str(error))
             return None
-        if finished.fingerprint != record.fingerprint or finished.trials < trials or finished.discards != self.discards():
+        if finished.fingerprint != record.fingerprint or finished.trials < trials or finished.verify < experiment.execution.verify:
             return None
-        return finished
+        return finished if finished.discards == self.discards() else None
 
     def set_finished(self, finished: Finished) -> None:
         """Write the record of the experiment's end."""
@@ -206,18 +203,27 @@ class ExperimentStore:
     def discard(self, shard: Shard, why: str) -> None:
         """Remove a shard's trial batch, so that the scores no longer count it and it is trained again; the reason stays on record.
 
+        One that was interrupted is completed by another.
+
         Raises:
             ObjectNotFound: the shard has no batch.
             StoreError: the store cannot be written.
         """
-        if not self.is_committed(shard):
+        if self.is_committed(shard):
+            when = datetime.now(UTC).isoformat(timespec="microseconds")
+            content = json.dumps({"why": why, "when": when}, indent=1).encode()
+            self.store.put(keys.discard(self.name, shard.first, shard.last, when), content)
+            for verdict in (_EQUAL, _DIFFERENT):  # comparisons with this batch
+                self.store.delete(keys.replica(self.name, shard.first, shard.last, verdict))
+            self.store.delete(keys.trial_batch(self.name, shard.first, shard.last))
+        elif not self._is_discarded(shard):
             raise ObjectNotFound(f"experiment '{self.name}' has no trial batch {shard.span}: list them with memtail status --json")
-        when = datetime.now(UTC).isoformat(timespec="microseconds")
-        self.store.put(keys.discard(self.name, shard.first, shard.last, when), json.dumps({"why": why, "when": when}, indent=1).encode())
-        self.store.delete(keys.trial_batch(self.name, shard.first, shard.last))
-        for verdict in (_EQUAL, _DIFFERENT):  # comparisons with this batch
-            self.store.delete(keys.replica(self.name, shard.first, shard.last, verdict))
         self.reopen(f"{shard} discarded")
+
+    def _is_discarded(self, shard: Shard) -> bool:
+        """Whether a shard's batch was discarded, and the experiment has not ended since: later a batch is missing for another reason."""
+        discarded = any(self.store.list(keys.discards_of(self.name, shard.first, shard.last)))
+        return discarded and self.finished(self.read_record()) is None
 
     def discards(self) -> int:
         """Count the discarded trial batches."""
@@ -338,7 +344,7 @@ class ExperimentStore:
 
     def extend(self, trials: int) -> Record:
         """Raise the number of trials to `trials`, unless it is that high; returns the record in the store. Raises: StoreError."""
-        return self._change_record(lambda held: held.with_trials(max(trials, held.experiment.subsets.trials)))[1]
+        return self._change_record(lambda held: held.with_trials(max(trials, held.experiment.subsets.trials)))
 
     def control(self) -> Control:
         """Read the control; the default one if none was set. Raises: StoreError: it is corrupt, or the store cannot be read."""

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from memtail.datasets import DatasetLabels
-from memtail.errors import ScoresError
-from memtail.experiment_store import Record
+from memtail.errors import ScoresError, StoreError, UnreachableError
+from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.files import write_scores
 from memtail.scores.pointer import ScorePointer, latest_version, superseded
 from memtail.scores.summary import SCHEMA, ScoreSummary
@@ -45,7 +45,8 @@ def publish(
 
     Raises:
         ScoresError: no trial counts.
-        StoreError: the store cannot be read or written.
+        ObjectNotFound: the experiment was removed.
+        StoreError: another experiment has the name now, or the store cannot be read or written.
     """
     if statistics.trials == 0:
         fix = "lower the learning rate" if statistics.diverged else "run it first"
@@ -62,6 +63,15 @@ def publish(
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)
             progress()
+    experiment_store = ExperimentStore(store, name)
+    try:
+        experiment_store.check_registered(record.fingerprint)
+    except UnreachableError:
+        raise
+    except StoreError:  # removed while the files were written
+        for file in files:
+            store.delete(keys.scores(name, version) + file)
+        raise
     pointer = ScorePointer(version, datetime.now(UTC).isoformat(timespec="seconds"), tuple(files), summary, discards)
     if _move_pointer(store, name, pointer):
         _remove_old(store, name, version)

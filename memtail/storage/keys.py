@@ -132,9 +132,14 @@ def discards(name: str) -> str:
     return f"experiments/{name}/discarded/"
 
 
+def discards_of(name: str, first: int, last: int) -> str:
+    """Return the prefix of the records of a shard's discarded trial batches."""
+    return f"{discards(name)}{_span(first, last)}/"
+
+
 def discard(name: str, first: int, last: int, when: str) -> str:
     """Return the key of the record of a discarded trial batch."""
-    return f"{discards(name)}{_span(first, last)}/{when}.json"
+    return f"{discards_of(name, first, last)}{when}.json"
 
 
 def audits(name: str) -> str:

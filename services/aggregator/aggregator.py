@@ -148,6 +148,10 @@ class Aggregator:
                 except UnreachableError:  # the others would only wait for the same timeout
                     raise
                 except Exception as error:
+                    if not ExperimentStore(self._store, name).is_registered():  # removed since it was listed, or after its end
+                        self._experiments.pop(name, None)
+                        self._finished.pop(name, None)
+                        continue
                     PASSED_OVER.inc()
                     log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
             self._progress()
@@ -173,9 +177,14 @@ class Aggregator:
             experiment = self._experiments[name] = self._opened(experiment_store, record)
         experiment.aggregation.record = record
         if experiment.listing.due:
+            before = experiment.aggregation.trials
             with experiment.listing.working():  # the longer a listing takes, the more rarely it is repeated
                 experiment.listed = deque(experiment.aggregation.new_shards())
             self._progress()
+            # batches may be removed after the end, which another process may have recorded
+            if experiment.aggregation.trials < before and self._is_finished(experiment_store, record):
+                del self._experiments[name]
+                return
         self._accumulate(experiment, began + _TURN)
         self._advance(experiment)
         self._report(experiment)
@@ -189,10 +198,10 @@ class Aggregator:
         if finished and name in self._changed:
             self._store.delete(keys.change(name))
             finished = still_finished(experiment_store, experiment_store.read_record())
-            if finished is None:  # changed before the marker was removed, which the dispatcher needs
-                experiment_store.mark_changed()
         self._changed.discard(name)
         if finished is None:
+            # for the dispatcher: whoever changed the experiment may have been interrupted before the marker, or the marker was removed here
+            experiment_store.mark_changed()
             self._finished.pop(name, None)
             return False
         before, now = self._finished.get(name), time.monotonic()

@@ -170,7 +170,10 @@ class Dispatcher:
         return self._last_queued.keys() - queued - leased
 
     def _read_bucket(self, ended: set[str]) -> None:
-        finished = {experiment.name for experiment in self._experiments.values() if experiment.finished} - self._changed()
+        finished = {experiment.name for experiment in self._experiments.values() if experiment.finished}
+        for name in finished & self._changed():  # it may be another experiment of the name
+            del self._experiments[name]
+            finished.remove(name)
         names = experiment_names(self._store, known=finished)
         self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in names}
         self._unreadable = set()
@@ -246,12 +249,10 @@ class _TrackedExperiment:
         trials, now = record.experiment.subsets.trials, time.monotonic()
         listing_due = self._listing is None and (now - self._listed_at >= settings.resync_seconds or trials != self._trials)
         if listing_due:
-            before, self.finished = self.finished, self._experiment_store.finished(record) is not None
+            self.finished = self._experiment_store.finished(record) is not None
             if self.finished:
                 self._forget(record)
                 return
-            if before:
-                self._settled_trials = 0  # the scores are to change
         control, attempts = self._experiment_store.control(), self._experiment_store.attempts()
         ended_shards = [shard for name, shard in filter(None, map(parse_id, ended)) if name == self.name]
         if len(ended_shards) > _MAX_LOOKUPS:

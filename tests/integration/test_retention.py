@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +16,7 @@ from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
-from memtail.experiment_store import Control, ExperimentStore
+from memtail.experiment_store import Control, ExperimentStore, changed_experiments, recorded_actions
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -43,16 +45,21 @@ def submit(store, declare, digits):
         parts = {"execution": {"trials_per_shard": 4, "device": "cpu"}, "subsets": {"design": "balanced"}, **parts}
         stage(digits, store)
         experiment_store = ExperimentStore(store, name)
-        record = experiment_store.register(declare_record(declare(8, name=name, **parts), digits, 4))
+        experiment_store.register(declare_record(declare(8, name=name, **parts), digits, 4))
         if done:
             commit(experiment_store, *SHARDS)
-            aggregation = Aggregation(experiment_store, record, digits, Pace(1, 1, first_at_once=True))
-            aggregation.accumulate_new()
-            aggregation.publish()
-            assert aggregation.finish()
+            record_end(experiment_store, digits)
         return experiment_store
 
     return submitted
+
+
+def record_end(experiment_store, digits):
+    """Publish all trials, and record the end, as the aggregator does."""
+    aggregation = Aggregation(experiment_store, experiment_store.read_record(), digits, Pace(1, 1, first_at_once=True))
+    aggregation.accumulate_new()
+    aggregation.publish()
+    assert aggregation.finish()
 
 
 def age(store, hours, *prefixes):
@@ -98,6 +105,43 @@ def test_an_interrupted_removal_trains_nothing_and_is_completed_by_another(call,
     assert not list(store.list("experiments/"))
 
 
+class HookedStore(LocalStore):
+    """A store in which another client acts after a number of deletions."""
+
+    after = 0
+    act: Callable[[], object] | None = None
+
+    def delete(self, key):
+        super().delete(key)
+        self.after -= 1
+        if self.act and self.after == 0:
+            self.act()
+
+
+@pytest.mark.parametrize("deleted", ["the record", "all planned objects", "the change marker"])
+def test_an_experiment_that_is_submitted_again_while_it_is_removed_is_kept(store, submit, deleted):
+    submit()
+    planned = retention.planned_removal(store, "done")
+    hooked = HookedStore(store.root)
+    hooked.after = {"the record": 1, "all planned objects": len(planned), "the change marker": len(planned) + 1}[deleted]
+    hooked.act = lambda: submit(done=False)
+    with pytest.raises(StoreError, match="'done' was submitted again while it was removed, and is kept: see memtail status done"):
+        retention.remove(hooked, "done", planned)
+    experiment_store = ExperimentStore(store, "done")
+    assert experiment_store.is_registered()
+    assert changed_experiments(store) == {"done"}
+
+
+def test_an_experiment_that_is_submitted_again_before_the_confirmation_is_not_removed(store, submit):
+    submit()
+    planned = retention.planned_removal(store, "done")
+    retention.remove(store, "done", planned)
+    submit(done=False)
+    with pytest.raises(StoreError, match="'done' is running: stop it first with memtail cancel done"):
+        retention.remove(store, "done", planned)
+    assert ExperimentStore(store, "done").is_registered()
+
+
 def test_an_experiment_whose_record_is_damaged_can_be_removed(call, store, submit):
     submit()
     store.put(keys.experiment("done"), b"{")
@@ -114,6 +158,7 @@ def test_archive_keeps_scores_and_report_and_nothing_is_trained_again(call, stor
     call("archive", "done", code=1, answer="n\n")
     assert experiment_store.committed() == SHARDS
     assert "done is archived" in call("archive", "done", "--yes")
+    assert [(each.action, each.details) for each in recorded_actions(store, "done")] == [("archive", "2 objects removed")]
     assert not experiment_store.committed()
     assert still_finished(experiment_store, record).archived
     assert experiment_store.missing(record) == []
@@ -124,6 +169,25 @@ def test_archive_keeps_scores_and_report_and_nothing_is_trained_again(call, stor
     call("archive", "done", "--yes")  # again: nothing is left to remove
     assert "open again: missing trials are trained" in call("resume", "done")
     assert experiment_store.missing(record) == SHARDS
+
+
+@pytest.mark.parametrize("finished_again", [False, True])
+def test_archive_removes_nothing_of_an_experiment_that_is_resumed_at_the_same_time(store, submit, digits, monkeypatch, finished_again):
+    experiment_store = submit()
+    planned = retention.planned_archival(store, "done")
+
+    def resumed_before(finished, **changes):
+        experiment_store.reopen("resumed")
+        if finished_again:
+            record_end(experiment_store, digits)
+        return replace(finished, **changes)
+
+    monkeypatch.setattr("memtail.execution.retention.replace", resumed_before)
+    with pytest.raises(StoreError, match="'done' was changed meanwhile: look at memtail status done, then archive it again"):
+        retention.archive(store, "done", planned)
+    assert experiment_store.committed() == SHARDS
+    end = experiment_store.finished(experiment_store.read_record())
+    assert (end is not None, end and end.archived) == (finished_again, None)
 
 
 def test_archive_refuses_what_its_scores_do_not_replace(call, store, submit):
@@ -197,6 +261,50 @@ def test_gc_leaves_a_dataset_that_has_come_to_be_needed(store, submit, digits):
     submit(done=False)
     retention.collect(store, planned)
     assert set(store.list("datasets/")) == {each.key for each in planned}
+
+
+@pytest.mark.parametrize("completed", [False, True])
+def test_gc_leaves_a_dataset_that_is_staged_again(store, digits, completed):
+    """An interrupted staging is made up for while `gc` waits for its confirmation."""
+    stage(digits, store)
+    manifest = keys.dataset(digits.fingerprint, "manifest.json")
+    store.delete(manifest)
+    age(store, 25, "datasets/")
+    planned = retention.planned_collection(store, 3600)
+    assert planned
+    if completed:
+        stage(digits, store)
+    else:  # another file of it has been uploaded again
+        store.put(planned[-1].key, store.get(planned[-1].key))
+    retention.collect(store, planned)
+    assert set(store.list("datasets/")) == {each.key for each in planned} | ({manifest} if completed else set())
+
+
+def test_a_dataset_that_is_staged_while_gc_removes_it_can_be_staged_again(store, digits):
+    stage(digits, store)
+    age(store, 25, "datasets/")
+    hooked = HookedStore(store.root)
+    hooked.after, hooked.act = 2, lambda: stage(digits, store)
+    retention.collect(hooked, retention.planned_collection(store, 3600))
+    stage(digits, store)
+    assert fetch(store, digits.fingerprint, store.root.parent / "cache").n_train == digits.n_train
+
+
+def test_gc_leaves_masks_and_checkpoints_that_were_written_again(store, submit):
+    experiment_store = submit(done=False)
+    for key in (masks := keys.masks(64 * "b"), checkpoint := keys.checkpoint("done", 0, 3), useless := keys.checkpoint("done", 4, 7)):
+        store.put(key, b"1")
+    commit(experiment_store, *SHARDS)
+    age(store, 25, "masks/", "experiments/")
+    planned = retention.planned_collection(store, 3600)
+    assert {each.key for each in planned} == {masks, checkpoint, useless}
+    experiment_store.discard(SHARDS[0], "bad")
+    store.put(checkpoint, b"2")
+    store.put(masks, b"1")
+    retention.collect(store, planned)
+    assert store.exists(masks)
+    assert store.exists(checkpoint)
+    assert not store.exists(useless)
 
 
 def test_gc_removes_nothing_while_an_experiment_cannot_be_read(call, store, submit):

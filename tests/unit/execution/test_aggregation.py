@@ -6,12 +6,13 @@ import threading
 import numpy as np
 import pytest
 
-from memtail.errors import ScoresError
+from memtail.errors import ScoresError, StoreError
 from memtail.execution import aggregation as module
+from memtail.execution import retention
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.progress import progress_of
-from memtail.experiment_store import ExperimentStore
+from memtail.experiment_store import Control, ExperimentStore
 from memtail.scores.files import write_scores
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
@@ -450,3 +451,35 @@ def test_a_batch_that_is_replaced_between_its_count_and_the_first_listing_reache
     rebuilt.accumulate_new()
     assert aggregation.publish() == rebuilt.publish()
     assert aggregation.statistics.digest() == rebuilt.statistics.digest()
+@pytest.mark.parametrize("submitted", [False, True])
+def test_scores_of_an_experiment_that_is_removed_while_they_are_written_are_not_published(trained, declare, digits, submitted):
+    experiment = trained(8)
+    experiment.commit(0)
+    store, name = experiment.store.store, experiment.store.name
+
+    def remove():
+        if experiment.store.control() == Control("cancelled"):
+            retention.remove(store, name, retention.planned_removal(store, name))
+            if submitted:
+                experiment.store.register(declare_record(declare(8, training={"epochs": 3}, subsets={"design": "balanced"}), digits, 8))
+
+    experiment.store.set_control(Control("cancelled"))
+    aggregation = Aggregation(experiment.store, experiment.record, digits, AT_ONCE, progress=remove)
+    aggregation.accumulate_new()
+    with pytest.raises(StoreError, match="another experiment has the name" if submitted else "there is no experiment"):
+        aggregation.publish()
+    assert list(store.list(keys.everything(name))) == [keys.experiment(name)] * submitted
+
+
+def test_a_name_with_scores_of_a_removed_experiment_is_refused_for_another_one(trained, declare, digits):
+    experiment = trained(8)
+    experiment.commit(0)
+    aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+    aggregation.publish()
+    store, name = experiment.store.store, experiment.store.name
+    for key in (keys.experiment(name), keys.trial_batch(name, 0, 7)):
+        store.delete(key)
+    with pytest.raises(StoreError, match=rf"scores of another experiment '{name}', .*latest\.json\): memtail remove {name}, or choose"):
+        experiment.store.register(declare_record(declare(8, training={"epochs": 3}, subsets={"design": "balanced"}), digits, 8))
+    assert experiment.store.register(experiment.record) == experiment.record

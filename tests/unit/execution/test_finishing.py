@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import memtail
-from memtail.errors import StoreError
+from memtail.errors import StoreError, UnreachableError
 from memtail.execution.aggregation import Step
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
@@ -13,7 +13,7 @@ from memtail.execution.shard_task import ShardOutcome, run_shard
 from memtail.experiment_store import Control, ExperimentStore, changed_experiments
 from memtail.experiment_store.replicas import compare
 from memtail.scores.pointer import latest_version
-from memtail.storage import keys
+from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from tests.unit.execution.test_aggregation import Trained
@@ -109,6 +109,17 @@ def test_a_discarded_batch_reopens_the_experiment(trained):
     assert finish(trained).discards == 1
 
 
+def test_a_batch_that_was_discarded_and_trained_again_is_not_discarded_once_it_is_removed(trained):
+    finish(trained)
+    trained.store.discard(SHARDS[0], "bad")
+    trained.commit(0)
+    before = finish(trained)
+    remove_batches(trained)
+    with pytest.raises(ObjectNotFound, match="has no trial batch 0-7"):
+        trained.store.discard(SHARDS[0], "bad")
+    assert finished(trained) == before
+
+
 def test_more_trials_reopen_the_experiment(trained):
     finish(trained)
     trained.record = trained.store.register(trained.record.with_trials(24))
@@ -127,9 +138,7 @@ def test_the_same_declaration_does_not_reopen_the_experiment(trained):
 
 def test_more_verification_reopens_the_experiment_until_each_shard_is_trained_twice(trained):
     finish(trained)
-    experiment = trained.record.experiment
-    experiment = experiment.model_copy(update={"execution": experiment.execution.model_copy(update={"verify": 1.0})})
-    trained.record = trained.store.register(replace(trained.record, experiment=experiment))
+    trained.record = trained.store.register(verifying(trained.record, 1.0))
     assert finish(trained) is None
     batch = trained.store.batch(SHARDS[0], trained.record)
     trained.store.record_replica(compare(batch, batch))
@@ -139,6 +148,37 @@ def test_more_verification_reopens_the_experiment_until_each_shard_is_trained_tw
     assert finish(trained)
 
 
+def verifying(record, share):
+    """Return a record with another share of shards to verify."""
+    experiment = record.experiment
+    return replace(
+        record, experiment=experiment.model_copy(update={"execution": experiment.execution.model_copy(update={"verify": share})})
+    )
+
+
+def test_more_verification_that_is_cut_off_before_it_reopens_the_experiment_takes_effect_if_repeated(trained, monkeypatch):
+    finish(trained)
+    more = verifying(trained.record, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ExperimentStore, "reopen", lambda store, why: (_ for _ in ()).throw(UnreachableError("store: no answer")))
+        with pytest.raises(UnreachableError):
+            trained.store.register(more)
+    trained.record = trained.store.register(more)
+    assert not trained.store.store.exists(keys.finished(trained.store.name))
+    assert finish(trained) is None
+
+
+def test_less_verification_does_not_reopen_the_experiment(trained):
+    trained.record = trained.store.register(verifying(trained.record, 1.0))
+    for shard in SHARDS:
+        batch = trained.store.batch(shard, trained.record)
+        trained.store.record_replica(compare(batch, batch))
+    before = finish(trained)
+    trained.store.register(verifying(trained.record, 0.5))
+    trained.store.register(verifying(trained.record, 1.0))
+    assert finished(trained) == before
+
+
 def test_a_cancelled_experiment_is_not_finished(trained):
     trained.store.set_control(Control("cancelled"))
     assert finish(trained) is None
@@ -146,22 +186,27 @@ def test_a_cancelled_experiment_is_not_finished(trained):
     assert finish(trained)
 
 
-@pytest.mark.parametrize("change", ["extended", "discarded"])
+CHANGES = {
+    "extended": lambda trained: trained.store.register(trained.record.with_trials(24)),
+    "discarded": lambda trained: trained.store.discard(SHARDS[0], "bad"),
+    "to be verified": lambda trained: trained.store.register(verifying(trained.record, 1.0)),
+    "cancelled": lambda trained: trained.store.set_control(Control("cancelled")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_while_the_end_is_recorded_is_not_lost(trained, monkeypatch, change):
     record_end = ExperimentStore.set_finished
 
     def changed_before(store, record):
         monkeypatch.undo()
-        if change == "extended":
-            store.register(trained.record.with_trials(24))
-        else:
-            store.discard(SHARDS[0], "bad")
+        CHANGES[change](trained)
         record_end(store, record)
 
     monkeypatch.setattr(ExperimentStore, "set_finished", changed_before)
     assert finish(trained) is None
     assert not trained.store.store.exists(keys.finished(trained.store.name))
-    assert trained.store.missing(trained.store.read_record())
+    assert changed_experiments(trained.store.store) == {trained.store.name}
 
 
 def test_two_aggregations_record_one_end(trained):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from memtail.errors import UnreachableError
 from memtail.experiment_store import ExperimentStore
 from memtail.experiment_store.replicas import compare, unverified
 from memtail.storage import keys
@@ -94,4 +95,23 @@ def test_a_difference_stays_on_record_beside_equal_trainings_until_the_batch_is_
     experiment_store.store.put(keys.replica("e", 10, 12, "different"), b"{")
     assert "cannot be read" in experiment_store.difference(shard)
     experiment_store.discard(shard, "its machine is broken")
+    assert not experiment_store.trained_twice()
+
+
+def test_no_comparison_with_a_discarded_batch_is_left_if_the_command_is_interrupted(experiment_store, monkeypatch):
+    shard = Shard(10, 12)
+    experiment_store.commit(BATCH, "f")
+    experiment_store.record_replica(compare(BATCH, changed("test_correct", 0)))
+    delete = type(experiment_store.store).delete
+
+    def interrupted(store, key):
+        delete(store, key)
+        if "/trials/" in key:
+            raise UnreachableError("store: no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(experiment_store.store), "delete", interrupted)
+        with pytest.raises(UnreachableError):
+            experiment_store.discard(shard, "its machine is broken")
+    assert not experiment_store.committed()
     assert not experiment_store.trained_twice()

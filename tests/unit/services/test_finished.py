@@ -1,13 +1,18 @@
 """Dispatcher and aggregator beside finished experiments, on a folder and a simulated clock: what they send, keep and ask the store."""
 
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 
 from memtail.datasets.staged_dataset import stage
+from memtail.errors import UnreachableError
+from memtail.execution import retention
+from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
-from memtail.experiment_store import ExperimentStore, Finished
+from memtail.experiment_store import Control, ExperimentStore, Finished
 from memtail.scores.pointer import latest_version
+from memtail.scores.publish import publish
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -96,11 +101,11 @@ def services(tmp_path, monkeypatch, digits, clock):
 
 @pytest.fixture
 def submit(services, declare, digits):
-    """Register an experiment all of whose shards are committed."""
+    """Register an experiment and commit its first shards, by default all of them."""
 
-    def submitted(name="done", shards=2):
+    def submitted(name="done", shards=2, trials=None, **parts):
         execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
-        experiment = declare(PER_SHARD * shards, name=name, execution=execution, subsets={"design": "balanced"})
+        experiment = declare(trials or PER_SHARD * shards, name=name, execution=execution, subsets={"design": "balanced"}, **parts)
         experiment_store = ExperimentStore(services.store, name)
         experiment_store.register(declare_record(experiment, digits, PER_SHARD))
         commit(experiment_store, *map(shard, range(shards)))
@@ -111,6 +116,21 @@ def submit(services, declare, digits):
 
 def shard(number):
     return Shard(PER_SHARD * number, PER_SHARD * (number + 1) - 1)
+
+
+@contextmanager
+def outage(store, method, kind):
+    """Make a store unreachable for one method and one kind of object, so that a client is cut off between two steps."""
+
+    def fail(key, *arguments):
+        if kind in key:
+            raise UnreachableError("store: no answer")
+        return getattr(type(store), method)(store, key, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, method, fail)
+        with pytest.raises(UnreachableError):
+            yield
 
 
 def remove_batches(experiment_store):
@@ -170,6 +190,56 @@ def test_changes_bring_a_finished_experiment_back_within_a_minute(services, subm
     assert services.one_pass(61.0) == [shard(0), shard(1), shard(2)]
 
 
+@pytest.mark.parametrize(("method", "kind"), [("delete", "finished.json"), ("put", "changes/")])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_an_extension_that_is_cut_off_takes_effect_if_repeated_and_else_within_a_day(services, submit, method, kind, repeated):
+    experiment_store = submit()
+    record = experiment_store.read_record()
+    for _ in range(3):
+        services.one_pass(61.0)
+    with outage(services.store, method, kind):
+        experiment_store.register(record.with_trials(3 * PER_SHARD))
+    if repeated:
+        experiment_store.register(record.with_trials(3 * PER_SHARD))
+    else:
+        services.one_pass(86400.0)
+    services.one_pass(61.0)
+    assert services.one_pass(61.0) == [shard(2)]
+
+
+@pytest.mark.parametrize(("method", "kind"), [("delete", "finished.json"), ("put", "changes/")])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_discard_that_is_cut_off_takes_effect_if_repeated_and_else_within_a_day(services, submit, method, kind, repeated):
+    experiment_store = submit()
+    for _ in range(3):
+        services.one_pass(61.0)
+    with outage(services.store, method, kind):
+        experiment_store.discard(shard(0), "bad")
+    if repeated:
+        experiment_store.discard(shard(0), "bad")
+    else:
+        services.one_pass(86400.0)
+    services.one_pass(61.0)
+    assert services.one_pass(61.0) == [shard(0)]
+    assert experiment_store.discards() == 1
+
+
+def test_an_experiment_that_another_process_finished_and_whose_batches_expired_is_left_alone(services, submit, digits):
+    experiment_store = submit(shards=2, trials=4 * PER_SHARD)
+    services.one_pass(61.0)
+    assert services.aggregator._experiments["done"].aggregation.trials == 2 * PER_SHARD
+    commit(experiment_store, shard(2), shard(3))
+    run = Aggregation(experiment_store, experiment_store.read_record(), digits, Pace(1, 1, first_at_once=True))
+    run.accumulate_new()
+    run.publish()
+    assert run.finish()
+    remove_batches(experiment_store)
+    assert [services.one_pass(61.0) for _ in range(3)] == [[]] * 3
+    assert not services.aggregator._experiments
+    assert services.aggregator._finished["done"].version == run.pointer.version
+    assert metrics.ACCUMULATED.labels(experiment="done")._value.get() == 4 * PER_SHARD
+
+
 def test_a_batch_that_was_replaced_by_hand_is_counted_within_a_day(services, submit):
     experiment_store = submit()
     services.one_pass()
@@ -223,6 +293,55 @@ def test_an_experiment_that_is_removed_and_submitted_again_starts_over(services,
     submit(shards=1)
     remove_batches(experiment_store)
     assert services.one_pass() == [shard(0)]
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_another_experiment_under_the_name_of_a_finished_one_is_trained(services, submit, left, cut_off):
+    """Also if a thread of the aggregator left an object of the first one, or if the client lost the store after it wrote the record."""
+    submit()
+    for _ in range(3):
+        services.one_pass(61.0)
+    retention.remove(services.store, "done", retention.planned_removal(services.store, "done"))
+    if left:
+        services.store.put(keys.report("done", "v") + "report.html", b"")
+        services.one_pass(61.0)
+    if cut_off:
+        with outage(services.store, "put", "changes/"):
+            submit(training={"epochs": 3}, shards=0, trials=2 * PER_SHARD)
+        services.one_pass(86400.0)
+    else:
+        submit(training={"epochs": 3}, shards=0, trials=2 * PER_SHARD)
+    services.one_pass(61.0)
+    assert services.one_pass(61.0) == [shard(0), shard(1)]
+
+
+def test_a_finished_experiment_of_which_only_other_objects_are_left_is_forgotten_and_no_error(services, submit):
+    submit()
+    for _ in range(3):
+        services.one_pass(61.0)
+    services.store.delete(keys.experiment("done"))
+    passed_over = metrics.PASSED_OVER._value.get()
+    services.one_pass(86400.0)
+    services.one_pass(2.0)
+    assert not services.aggregator._finished
+    assert metrics.PASSED_OVER._value.get() == passed_over
+
+
+def test_an_experiment_that_is_removed_while_its_scores_are_written_is_forgotten_and_no_error(services, submit, monkeypatch):
+    experiment_store = submit()
+    passed_over = metrics.PASSED_OVER._value.get()
+
+    def removed_before(*arguments):
+        experiment_store.set_control(Control("cancelled"))
+        retention.remove(services.store, "done", retention.planned_removal(services.store, "done"))
+        return publish(*arguments)
+
+    monkeypatch.setattr("memtail.execution.aggregation.publish", removed_before)
+    services.one_pass()
+    assert not services.aggregator._experiments
+    assert not list(services.store.list("experiments/"))
+    assert metrics.PASSED_OVER._value.get() == passed_over
 
 
 def test_a_hundred_finished_experiments_cost_fewer_than_200_requests_an_hour(services, submit):

@@ -100,7 +100,7 @@ def test_a_store_that_stops_responding_ends_the_pass_at_the_first_experiment(dec
     store = Silent(tmp_path)
     record = declare_record(declare(8, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"}), digits, 4)
     for number in range(20):
-        ExperimentStore(store, f"e-{number}").register(record)
+        ExperimentStore(LocalStore(tmp_path), f"e-{number}").register(record)
     with pytest.raises(UnreachableError):
         Dispatcher(store, broker, ServiceSettings(store="-")).reconcile()
     assert store.requests == 1
