@@ -22,6 +22,7 @@ from memtail.broker import key_prefix
 from memtail.spec import NAME
 from memtail.storage.keys import LAST_TRIAL
 from memtail.trials import Shard
+from services.common.broker_credentials import celery_url, client_arguments
 from services.common.settings import ServiceError, ServiceSettings
 
 #: Celery task that workers run.
@@ -113,7 +114,7 @@ def queue_name(settings: ServiceSettings, experiment: str = "") -> str:
 
 def celery_app(settings: ServiceSettings) -> Celery:
     """Create the Celery application: JSON messages, acknowledged after the work, without a result backend."""
-    app = Celery("memtail", broker=settings.broker, set_as_current=False)
+    app = Celery("memtail", broker=celery_url(settings.broker), set_as_current=False)
     app.conf.update(
         accept_content=["json"],
         # a full Redis that refuses a write must not end a worker
@@ -166,7 +167,7 @@ class Broker:
         self._settings, self._lease = settings, int(settings.lease_seconds * 1000)
         options = {"socket_timeout": 10, "socket_connect_timeout": 5, "decode_responses": True, "encoding_errors": "replace"}
         try:
-            self.redis = redis.Redis.from_url(settings.broker, **options)
+            self.redis = redis.Redis.from_url(**client_arguments(settings.broker), **options)
         except ValueError:  # its message may contain a part of the password
             raise ServiceError("MEMTAIL_BROKER is not a Redis URL: use redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS") from None
         #: Prefix of all keys.
