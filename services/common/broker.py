@@ -124,7 +124,7 @@ def celery_app(settings: ServiceSettings) -> Celery:
         # kombu's default for rediss:// URLs accepts any certificate
         broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED} if settings.broker.startswith("rediss:") else None,
         broker_transport_options={
-            "global_keyprefix": key_prefix(settings.store, settings.endpoint),
+            "global_keyprefix": key_prefix(settings.store, settings.identity),
             # Redis redelivers unacknowledged messages after this timeout; longer than any shard, because the dispatcher resends earlier
             "visibility_timeout": settings.shard_seconds + 3600,
             "socket_connect_timeout": 5,
@@ -165,13 +165,18 @@ class Broker:
     def __init__(self, settings: ServiceSettings, celery: Celery | None = None) -> None:
         self._celery = celery or celery_app(settings)
         self._settings, self._lease = settings, int(settings.lease_seconds * 1000)
-        options = {"socket_timeout": 10, "socket_connect_timeout": 5, "decode_responses": True, "encoding_errors": "replace"}
+        options: dict[str, Any] = {
+            "socket_timeout": 10,
+            "socket_connect_timeout": 5,
+            "decode_responses": True,
+            "encoding_errors": "replace",
+        }
         try:
             self.redis = redis.Redis.from_url(**client_arguments(settings.broker), **options)
         except ValueError:  # its message may contain a part of the password
             raise ServiceError("MEMTAIL_BROKER is not a Redis URL: use redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS") from None
         #: Prefix of all keys.
-        self.prefix = key_prefix(settings.store, settings.endpoint)
+        self.prefix = key_prefix(settings.store, settings.identity)
         self._leases, self._leader, self._workers, self._queues = (self.prefix + key for key in ("leases", "leader", "workers", "queues"))
         self._acquire, self._renew, self._release, self._expired, self._lead, self._step_down, self._register = map(
             self.redis.register_script,

@@ -20,12 +20,13 @@ class FileCredentials(CredentialProvider):
     def get_credentials(self) -> Any:
         """Read the file. Raises: redis.AuthenticationError: it holds no URL of Redis; a later connection tries again."""
         try:
-            parts = parse_url(secret(BROKER_VARIABLE) or "")
+            parts = parse_url(secret(BROKER_VARIABLE) or "")  # type: ignore[no-untyped-call]
         except StoreError as error:
             raise redis.AuthenticationError(str(error)) from None
         except ValueError:  # its message may contain a part of the password
             raise redis.AuthenticationError(f"{BROKER_VARIABLE}_FILE names a file without a Redis URL") from None
-        return UsernamePasswordCredentialProvider(parts.get("username"), parts.get("password")).get_credentials()
+        provider = UsernamePasswordCredentialProvider(parts.get("username"), parts.get("password"))
+        return provider.get_credentials()  # type: ignore[no-untyped-call]
 
 
 def client_arguments(url: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from memtail.execution.breaker import common_error
 from memtail.experiment_store import Control, ExperimentStore, Failure, Notice, Record, changed_experiments, experiment_names
 from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
-from memtail.storage import ObjectStore
+from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
 from services.common.broker import Assignment, Broker, parse_id, queue_name
 from services.common.process import repeat
@@ -190,6 +190,8 @@ class Dispatcher:
         """List the experiments with a change marker every `resync_seconds`, since finished ones are not looked at without one."""
         if time.monotonic() - self._changes_listed_at < self._settings.resync_seconds:
             return set()
+        if self._settings.identity and not self._store.exists(keys.identity()):  # workers that start later would get another one
+            self._store.put_if_absent(keys.identity(), self._settings.identity)
         changed = changed_experiments(self._store)
         self._changes_listed_at = time.monotonic()
         return changed

@@ -1,6 +1,6 @@
 import pytest
 import redis
-from kombu import Connection
+from kombu.connection import Connection
 
 from services.common.broker_credentials import FileCredentials, celery_url, client_arguments
 
