@@ -16,12 +16,13 @@ from structlog.contextvars import bound_contextvars
 
 from memtail.errors import MemtailError, UnreachableError, UnsupportedError
 from memtail.execution.breaker import common_error
-from memtail.experiment_store import Control, ExperimentStore, Failure, Notice, Record, changed_experiments, experiment_names
+from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, Failure, Notice, Record
 from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
 from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
 from services.common.broker import Assignment, Broker, parse_id, queue_name
+from services.common.polling import Listings, Quiet
 from services.common.process import repeat
 from services.common.settings import ServiceError, ServiceSettings
 from services.dispatcher import metrics
@@ -68,7 +69,8 @@ class Dispatcher:
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _TrackedExperiment] = {}
         self._unreadable: set[str] = set()
-        self._changes_listed_at = float("-inf")
+        self._listings = Listings(store, settings.resync_seconds)
+        self._changed: set[str] = set()  # experiments with a new change marker, which are to be looked at
         self._last_queued: dict[str, float] = {}  # when each assignment was sent, or last seen in a queue
         self._leased: set[str] = set()
         self._led_at = float("-inf")  # when the leadership was renewed
@@ -169,16 +171,20 @@ class Dispatcher:
         return self._last_queued.keys() - queued - leased
 
     def _read_bucket(self, ended: set[str]) -> None:
-        finished = {experiment.name for experiment in self._experiments.values() if experiment.finished} - self._changed()
-        names = experiment_names(self._store, known=finished)
+        self._list_changes()
+        woken = self._changed | {parsed[0] for parsed in map(parse_id, ended) if parsed}
+        at_rest = {name for name, each in self._experiments.items() if each.rests and name not in woken}
+        names = self._listings.names(at_rest)
+        self._changed &= set(names)
         self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in names}
         self._unreadable = set()
-        for experiment in [each for each in self._experiments.values() if each.name not in finished]:
+        for experiment in [each for each in self._experiments.values() if each.name not in at_rest]:
             self._keep_leading()
             with bound_contextvars(experiment=experiment.name):
                 try:
                     experiment.refresh(self._settings, ended)
                     experiment.pause_if_broken(self._settings.breaker_shards, self._broker)
+                    self._changed.discard(experiment.name)
                 except (UnreachableError, redis.RedisError):  # the others cannot be read either
                     raise
                 except Exception as error:  # whatever its objects hold, the other experiments go on
@@ -186,15 +192,13 @@ class Dispatcher:
                     del self._experiments[experiment.name]
                     self._unreadable.add(experiment.name)
 
-    def _changed(self) -> set[str]:
-        """List the experiments with a change marker every `resync_seconds`, since finished ones are not looked at without one."""
-        if time.monotonic() - self._changes_listed_at < self._settings.resync_seconds:
-            return set()
+    def _list_changes(self) -> None:
+        """List the change markers every `resync_seconds`, and see to it that the store keeps its identity."""
+        if not self._listings.changes_due:
+            return
         if self._settings.identity and not self._store.exists(keys.identity()):  # workers that start later would get another one
             self._store.put_if_absent(keys.identity(), self._settings.identity)
-        changed = changed_experiments(self._store)
-        self._changes_listed_at = time.monotonic()
-        return changed
+        self._changed |= self._listings.changed()
 
     def _remains(self, id_: str) -> bool:
         """Return whether an assignment is still to be trained."""
@@ -230,6 +234,8 @@ class _TrackedExperiment:
         self._failures: dict[Shard, Failure] = {}  # the last of each failed shard, read while no shard is committed
         self.view = View(name, "", ())
         self._workers: WorkersSpec | None = None
+        self._quiet = Quiet()
+        self._idle = False  # whether no shard is to be sent
         self._notice: Notice | None = None  # the dispatcher's, once it was read
         self._notice_read = False
 
@@ -279,6 +285,14 @@ class _TrackedExperiment:
         self._workers = record.experiment.execution.workers
         supported = self._is_supported(record, control)
         self.view = View(self.name, record.fingerprint, self._missing, control, attempts, resting, unverified, supported)
+        dead = bool(self._missing) and not unverified and all(attempts[shard] >= MAX_ATTEMPTS for shard in self._missing)
+        self._idle = self._listing is None and (control.state != "running" or dead)
+        self._quiet.seen((control, trials, len(self._missing), attempts.total()))
+
+    @property
+    def rests(self) -> bool:
+        """Whether the experiment need not be looked at: it is finished, or paused, cancelled or given up since a while."""
+        return self.finished or (self._idle and self._quiet.lasts)
 
     def _forget(self, record: Record) -> None:
         """Keep nothing of a finished experiment but what its metrics show."""

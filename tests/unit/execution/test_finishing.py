@@ -10,7 +10,7 @@ from memtail.execution.aggregation import Step
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
 from memtail.execution.shard_task import ShardOutcome, run_shard
-from memtail.experiment_store import Control, ExperimentStore, changed_experiments
+from memtail.experiment_store import Control, ExperimentStore, change_tags
 from memtail.experiment_store.replicas import compare
 from memtail.scores.pointer import latest_version
 from memtail.storage import keys
@@ -94,10 +94,10 @@ def test_a_replaced_batch_reopens_the_experiment_and_its_scores_follow(trained):
     remove_batches(trained, SHARDS[0])
     trained.commit(0, correct=0.9)
     assert finished(trained) is None
-    assert trained.store.name in changed_experiments(trained.store.store)
+    assert trained.store.name in change_tags(trained.store.store)
     after = finish(trained)
     assert after.version != before.version
-    assert trained.store.name not in changed_experiments(trained.store.store)
+    assert trained.store.name not in change_tags(trained.store.store)
 
 
 def test_a_discarded_batch_reopens_the_experiment(trained):
