@@ -16,6 +16,7 @@ from structlog.contextvars import bound_contextvars
 
 from memtail.errors import MemtailError, UnreachableError, UnsupportedError
 from memtail.execution.breaker import common_error
+from memtail.execution.throttle import Throttle
 from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, Failure, Notice, Record
 from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
@@ -48,6 +49,8 @@ _PAUSE_SHARE, _PAUSE_GROWTH = 0.25, 4
 _LISTING_CHUNK = 5000
 # Single batches looked up per pass. When more shards end at once, as after a flush of Redis, all batches are listed instead.
 _MAX_LOOKUPS = 500
+# Seconds between two looks for the identity of the store.
+_IDENTITY_SECONDS = 600.0
 # Source of the dispatcher's notices.
 _NOTICE = "dispatcher"
 
@@ -69,6 +72,7 @@ class Dispatcher:
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _TrackedExperiment] = {}
         self._unreadable: set[str] = set()
+        self._identity_check = Throttle(0, at_least=_IDENTITY_SECONDS)
         self._listings = Listings(store, settings.resync_seconds)
         self._changed: set[str] = set()  # experiments with a new change marker, which are to be looked at
         self._last_queued: dict[str, float] = {}  # when each assignment was sent, or last seen in a queue
@@ -196,9 +200,15 @@ class Dispatcher:
         """List the change markers every `resync_seconds`, and see to it that the store keeps its identity."""
         if not self._listings.changes_due:
             return
-        if self._settings.identity and not self._store.exists(keys.identity()):  # workers that start later would get another one
-            self._store.put_if_absent(keys.identity(), self._settings.identity)
+        self._keep_identity()
         self._changed |= self._listings.changed()
+
+    def _keep_identity(self) -> None:
+        """Write the identity of the store back if it was removed: workers that start later would not find the keys of this dispatcher."""
+        if self._settings.identity and self._identity_check.due:
+            with self._identity_check.working():
+                if not self._store.exists(keys.identity()):
+                    self._store.put_if_absent(keys.identity(), self._settings.identity)
 
     def _remains(self, id_: str) -> bool:
         """Return whether an assignment is still to be trained."""

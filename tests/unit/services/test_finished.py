@@ -9,6 +9,7 @@ from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, Finished
 from memtail.scores.pointer import latest_version
 from memtail.storage import keys
+from memtail.storage.identity import make_identity
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from services.aggregator import aggregator as module
@@ -56,7 +57,7 @@ class Services:
 
     def __init__(self, store, clock):
         self.store, self.clock, self.broker = store, clock, Broker()
-        self.settings = ServiceSettings(store=store.address)
+        self.settings = ServiceSettings(store=store.address, identity=make_identity(store))
         self.restart()
 
     def restart(self):
