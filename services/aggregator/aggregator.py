@@ -132,6 +132,7 @@ class Aggregator:
         self._finished: dict[str, _Finished] = {}
         self._listings = Listings(store, settings.resync_seconds)
         self._changed: set[str] = set()  # experiments with a new change marker, which are to have a turn
+        self._errors: dict[str, str] = {}  # of the last turn of each experiment that was passed over
         self._drawing: threading.Thread | None = None
         self._turns: dict[str, float] = {}  # when the last turn of each experiment began
 
@@ -161,11 +162,14 @@ class Aggregator:
                         self._take_turn(name)
                     elif name in self._finished:
                         self._report_finished(name)
+                    self._errors.pop(name, None)
                 except UnreachableError:  # the others would only wait for the same timeout
                     raise
                 except Exception as error:
                     PASSED_OVER.inc()
-                    log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
+                    if self._errors.get(name) != str(error):  # once, since it may last
+                        log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
+                    self._errors[name] = str(error)
             self._progress()
         self._series.expire()
 

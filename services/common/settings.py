@@ -7,7 +7,7 @@ from typing import Any
 
 from memtail.errors import MemtailError
 from memtail.execution.breaker import BREAKER_SHARDS
-from memtail.settings import BROKER_VARIABLE, STORE_VARIABLE, secret
+from memtail.settings import BROKER_VARIABLE, STORE_VARIABLE, S3Settings, secret
 
 
 class ServiceError(MemtailError):
@@ -71,7 +71,12 @@ class ServiceSettings:
 
     @classmethod
     def from_environment(cls) -> "ServiceSettings":
-        """Read the environment. Raises: ServiceError: a number is not positive, or `MEMTAIL_STORE` is not set."""
+        """Read the environment.
+
+        Raises:
+            ServiceError: a number is not positive, or `MEMTAIL_STORE` is not set.
+            StoreError: a session token of S3 is not in a file.
+        """
         values: dict[str, Any] = {}
         for entry in fields(cls):
             variable = entry.metadata["variable"]
@@ -80,6 +85,7 @@ class ServiceSettings:
             text = secret(variable) if variable == BROKER_VARIABLE else os.environ.get(variable)
             if text:
                 values[entry.name] = _parsed(variable, text, type(entry.default))
+        S3Settings.refuse_expiring_key()
         settings = cls(**values)
         if not settings.store:
             raise ServiceError(f"{STORE_VARIABLE} is not set: set it to the address of the bucket, s3://BUCKET/PREFIX")

@@ -4,7 +4,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -71,7 +71,7 @@ class Dispatcher:
         self._store, self._broker, self._settings, self._fleet = store, broker, settings, fleet
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _TrackedExperiment] = {}
-        self._unreadable: set[str] = set()
+        self._unreadable: dict[str, str] = {}  # errors by experiment
         self._identity_check = Throttle(0, at_least=_IDENTITY_SECONDS)
         self._listings = Listings(store, settings.resync_seconds)
         self._changed: set[str] = set()  # experiments with a new change marker, which are to be looked at
@@ -136,12 +136,15 @@ class Dispatcher:
         in_transit = self._in_transit({assignment.id for assignment in queued}, leased, ended)
         self._metrics.count_expired_leases(expired)
         self._read_bucket(in_transit | ended)
+        for name in _names(leased - self._leased) & self._experiments.keys():
+            self._experiments[name].served_at = time.monotonic()
         self._leased = leased
         self._lost_workers.keep_only(self._remains)
         losses = self._lost_workers.counts
         views: dict[str, list[View]] = {queue: [] for queue in queues}
         for experiment in self._experiments.values():
-            views.setdefault(queue_name(self._settings, experiment.name), []).append(experiment.view)
+            view = replace(experiment.view, served_at=experiment.served_at)
+            views.setdefault(queue_name(self._settings, experiment.name), []).append(view)
         limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, len(views)))}
         by_queue = {queue: reconcile(views[queue], queues.get(queue, []), leased | in_transit, losses, **limits) for queue in views}
         for queue, actions in by_queue.items():
@@ -164,7 +167,7 @@ class Dispatcher:
         self._metrics.update(statuses, self._unreadable, leased, still_queued | in_transit)
         if self._fleet:
             self._keep_leading()
-            self._fleet.reconcile([experiment.demand(merged) for experiment in self._experiments.values()], self._unreadable)
+            self._fleet.reconcile([experiment.demand(merged) for experiment in self._experiments.values()], set(self._unreadable))
         return merged
 
     def _in_transit(self, queued: set[str], leased: set[str], ended: set[str]) -> set[str]:
@@ -176,12 +179,12 @@ class Dispatcher:
 
     def _read_bucket(self, ended: set[str]) -> None:
         self._list_changes()
-        woken = self._changed | {parsed[0] for parsed in map(parse_id, ended) if parsed}
+        woken = self._changed | _names(ended)
         at_rest = {name for name, each in self._experiments.items() if each.rests and name not in woken}
         names = self._listings.names(at_rest)
         self._changed &= set(names)
         self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in names}
-        self._unreadable = set()
+        before, self._unreadable = self._unreadable, {}
         for experiment in [each for each in self._experiments.values() if each.name not in at_rest]:
             self._keep_leading()
             with bound_contextvars(experiment=experiment.name):
@@ -192,9 +195,10 @@ class Dispatcher:
                 except (UnreachableError, redis.RedisError):  # the others cannot be read either
                     raise
                 except Exception as error:  # whatever its objects hold, the other experiments go on
-                    log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
+                    if before.get(experiment.name) != str(error):  # once, since it may last
+                        log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
                     del self._experiments[experiment.name]
-                    self._unreadable.add(experiment.name)
+                    self._unreadable[experiment.name] = str(error)
 
     def _list_changes(self) -> None:
         """List the change markers every `resync_seconds`, and see to it that the store keeps its identity."""
@@ -228,10 +232,11 @@ class _TrackedExperiment:
 
     Attributes:
         finished: whether its end is on record. It is then not looked at until it is marked as changed.
+        served_at: when a worker last began a shard of it.
     """
 
     def __init__(self, store: ObjectStore, name: str) -> None:
-        self.name, self.finished = name, False
+        self.name, self.finished, self.served_at = name, False, float("-inf")
         self._experiment_store = ExperimentStore(store, name)
         self._trials = 0
         self._missing: dict[Shard, None] = {}  # an ordered set
@@ -387,6 +392,11 @@ class _TrackedExperiment:
         """Describe the workers that the experiment can use."""
         control, outstanding = self.view.control, actions.outstanding[self.name] if self.view.supported else 0
         return Demand(self.name, control.state, control.priority, outstanding, self._workers)
+
+
+def _names(ids: Iterable[str]) -> set[str]:
+    """Return the experiments of assignments, by their ids; malformed ids are skipped."""
+    return {parsed[0] for parsed in map(parse_id, ids) if parsed}
 
 
 def _tripped(control: Control) -> Control:

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import structlog
 
 from memtail.errors import UnreachableError
 from memtail.execution.breaker import common_error
@@ -100,6 +101,14 @@ def test_a_store_that_stops_responding_ends_the_pass_at_the_first_experiment(dec
     with pytest.raises(UnreachableError):
         Dispatcher(store, broker, ServiceSettings(store="-")).reconcile()
     assert store.requests == 1
+
+
+def test_an_experiment_that_stays_unreadable_is_logged_once(experiment_store, dispatcher, monkeypatch):
+    monkeypatch.setenv("MEMTAIL_MAX_TRIALS", "1")
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            dispatcher.reconcile()
+    assert [line["event"] for line in logs].count("experiment passed over") == 1
 
 
 def fail(experiment_store, shards, error="KeyError: {}", node="a"):
