@@ -93,11 +93,13 @@ class BrokerLoad:
     Attributes:
         waiting: messages in all queues.
         memory: bytes in use.
+        memory_limit: bytes that it may use; 0 without a limit of its own.
         clients: open connections.
     """
 
     waiting: int
     memory: int
+    memory_limit: int
     clients: int
 
 
@@ -222,7 +224,7 @@ class Broker:
         for queue in self.queues():
             pipeline.llen(self.prefix + queue)
         memory, clients, *lengths = pipeline.execute()
-        return BrokerLoad(sum(lengths), memory["used_memory"], clients["connected_clients"])
+        return BrokerLoad(sum(lengths), memory["used_memory"], memory["maxmemory"], clients["connected_clients"])
 
     def clear(self, queue: str) -> None:
         """Remove a queue and its messages."""

@@ -100,6 +100,7 @@ class Dispatcher:
         load = self._broker.load()
         metrics.QUEUED.set(load.waiting)
         metrics.BROKER_MEMORY.set(load.memory)
+        metrics.BROKER_MEMORY_LIMIT.set(load.memory_limit)
         metrics.BROKER_CLIENTS.set(load.clients)
         if leads:
             self.reconcile()

@@ -27,6 +27,7 @@ LEADER = Gauge("memtail_dispatcher_leader", "1 for the dispatcher that leads, 0 
 BROKER = Info("memtail_broker", "Prefix of the keys in Redis, which follows from name and identity of the bucket; always 1")
 QUEUED = Gauge("memtail_broker_queued_messages", "Messages in the broker's queues")
 BROKER_MEMORY = Gauge("memtail_broker_memory_bytes", "Memory in use by the broker")
+BROKER_MEMORY_LIMIT = Gauge("memtail_broker_memory_limit_bytes", "Memory that the broker may use (`maxmemory`); 0 without a limit")
 BROKER_CLIENTS = Gauge("memtail_broker_clients", "Connections to the broker")
 
 WORKERS = Gauge(
