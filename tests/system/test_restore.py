@@ -5,6 +5,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from memtail.experiment_store import ExperimentStore
 from memtail.storage import keys
 from memtail.storage.identity import read_identity
@@ -28,6 +30,7 @@ def documented_options() -> list[str]:
     return shlex.split(command[1])
 
 
+@pytest.mark.slow
 def test_services_finish_an_experiment_that_was_half_trained_when_it_was_backed_up(
     cluster, own_minio, declare, digits, expected, tmp_path, tmp_path_factory
 ):
