@@ -6,7 +6,6 @@ dispatcher that its holder was lost; a worker that ends removes its own.
 """
 
 import hashlib
-import re
 
 # Prefix of all keys. Its number is raised when earlier workers must not receive the messages: those of 0.1.0 read `memtail:`.
 _PREFIX = "memtail2:"
@@ -88,13 +87,11 @@ TRIAL_RUN = (
 )
 
 
-def key_prefix(store: str, endpoint: str) -> str:
+def key_prefix(address: str, identity: bytes) -> str:
     """Return the prefix of the keys of a store's services, so that those of several stores may share one Redis.
 
     Args:
-        store: address of the bucket, `s3://BUCKET/PREFIX`.
-        endpoint: URL of its server. Its scheme and the usual ports make no difference, another name of the same server does.
+        address: of the store, without its server, which may have several names.
+        identity: of the store (`memtail.storage.identity`). A copy under another address has it too, hence the address.
     """
-    server = re.sub(r"(:80|:443)?/*$", "", re.sub(r"^https?://", "", endpoint.lower()))
-    place = f"{server} {store.rstrip('/')}"
-    return f"{_PREFIX}{hashlib.sha256(place.encode()).hexdigest()[:8]}:"
+    return f"{_PREFIX}{hashlib.sha256(address.encode() + b' ' + identity).hexdigest()[:8]}:"

@@ -87,8 +87,8 @@ class S3Settings:
     """Access to an S3 server. Keys are not in the repr.
 
     Each key can be in a file: a variable with `_FILE` at its end names it. The file is read for each request, so that a rotated key is used
-    at once. A session token, which expires, must be in a file, and so must its keys. Without a key, credentials come from AWS's
-    configuration file, or from the identity of the pod, container or instance.
+    at once. For services and runs a session token, which expires, must be in a file, and so must its keys. Without a key, credentials come
+    from AWS's configuration file, or from the identity of the pod, container or instance.
 
     Attributes:
         endpoint: `MEMTAIL_S3_ENDPOINT`: URL of the server; AWS by default.
@@ -114,16 +114,13 @@ class S3Settings:
         """Return the environment's settings.
 
         Raises:
-            StoreError: half of a key is missing, a file that should hold it cannot be read, or a session token is not in a file.
+            StoreError: half of a key is missing, or a file that should hold it cannot be read.
         """
         variables = cls.key_variables()
         access, key, token = map(secret, variables)
         if (access is None) != (key is None):
             present, missing = variables[:2] if access else variables[1::-1]
             raise StoreError(f"{present} is set, but {missing} is not: set both or neither")
-        if token and not all(map(in_file, variables)):
-            files = ", ".join(f"{variable}_FILE" for variable in variables)
-            raise StoreError(f"{variables[2]} is set, but a session token expires: name files with the keys and the token in {files}")
         return cls(
             endpoint=os.environ.get("MEMTAIL_S3_ENDPOINT") or cls.endpoint,
             access_key=access,
@@ -133,6 +130,21 @@ class S3Settings:
             ca_file=_from_environment("MEMTAIL_S3_CA_FILE", None),
             addressing=os.environ.get("MEMTAIL_S3_ADDRESSING") or None,
         )
+
+    @classmethod
+    def refuse_expiring_key(cls) -> None:
+        """Refuse a key that ends before a long-lived process does, and that nobody can replace in its environment.
+
+        Raises:
+            StoreError: a session token is not in a file.
+        """
+        variables = cls.key_variables()
+        if secret(variables[2]) and not all(map(in_file, variables)):
+            files = ", ".join(f"{variable}_FILE" for variable in variables)
+            raise StoreError(
+                f"{variables[2]} is set, but a session token expires before a service or a run ends: name files with the keys and the "
+                f"token in {files}"
+            )
 
     @staticmethod
     def key_variables() -> tuple[str, str, str]:

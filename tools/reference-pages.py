@@ -189,7 +189,8 @@ def _settings(module: ModuleType) -> str:
 def _settings_class(settings: Any) -> str:
     text, meanings = _docstring(settings.__doc__ or "")
     title = _TITLES[settings.__name__]
-    rows = [_variable_row(entry, meanings.get(entry.name, "")) for entry in dataclasses.fields(settings)]
+    variables = [entry for entry in dataclasses.fields(settings) if entry.metadata.get("variable") != ""]
+    rows = [_variable_row(entry, meanings.get(entry.name, "")) for entry in variables]
     return "\n".join([f"## {title}", "", text, "", "| variable | default | meaning |", "|---|---|---|", *rows, ""])
 
 

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 
 from memtail.broker import TRIAL_RUN, key_prefix
 from memtail.errors import MemtailError
-from memtail.settings import BROKER_VARIABLE, S3Settings, Settings, secret
-from memtail.storage.open import is_url, open_bucket
+from memtail.settings import BROKER_VARIABLE, Settings, secret
+from memtail.storage.identity import make_identity
+from memtail.storage.open import is_url, open_bucket, open_store
 
 if TYPE_CHECKING:
     import redis
@@ -156,7 +157,12 @@ def _broker(store: str) -> list[Check]:
     except redis.RedisError as error:
         fix = f"check that Redis runs, and that {BROKER_VARIABLE} is its URL"
         return [Check("broker", False, f"Redis at {place} does not answer ({str(error).rstrip('.')}): {fix}")]
-    return [_broker_rights(client, place, key_prefix(store, S3Settings.from_environment().endpoint))]
+    try:
+        opened = open_store(store, verify=False, patience=_STORE_TIMEOUT)
+        prefix = key_prefix(opened.address, make_identity(opened))
+    except MemtailError as error:
+        return [Check("broker", False, f"unknown, because the store gives no prefix of the keys: {error}")]
+    return [_broker_rights(client, place, prefix)]
 
 
 def _broker_rights(client: "redis.Redis", place: str, prefix: str) -> Check:

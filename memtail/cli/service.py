@@ -255,6 +255,7 @@ def _control(
     if after != before:
         change = f"{before.state} -> {after.state}" if priority is None else f"{before.priority} -> {after.priority}"
         record_action(opened, name, action, change)
+        experiment_store.mark_changed()
     return after
 
 

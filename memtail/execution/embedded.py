@@ -31,10 +31,11 @@ from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
 from memtail.scores.pointer import latest_version
 from memtail.scores.summary import ScoreSummary
+from memtail.settings import S3Settings
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, ObjectStore, keys
-from memtail.storage.open import open_store
+from memtail.storage.open import is_url, open_store
 from memtail.trainers.images.devices import available_devices, device_kind
 from memtail.trainers.images.profiling import PHASES
 from memtail.trainers.images.shard_size import checked_shard_size
@@ -164,6 +165,8 @@ def run(
         ShardsFailedError: shards failed as often as a run tries them; the scores are published without them.
         BatchesRefusedError: trial batches are damaged; the scores are published without them.
     """
+    if is_url(store):
+        S3Settings.refuse_expiring_key()
     opened = open_store(store)
     opened.sweep()
     dataset = dataset or datasets.prepare(experiment.dataset, on_preparation)

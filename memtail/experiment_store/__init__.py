@@ -3,7 +3,7 @@
 from memtail.experiment_store.audit import Action, record_action, recorded_actions
 from memtail.experiment_store.control import Control, Failure, Notice, Origin
 from memtail.experiment_store.finished import Finished
-from memtail.experiment_store.names import changed_experiments, experiment_names
+from memtail.experiment_store.names import change_tags, experiment_names
 from memtail.experiment_store.record import Record
 from memtail.experiment_store.replicas import Replica
 from memtail.experiment_store.shard_grid import missing_shards
@@ -20,7 +20,7 @@ __all__ = [
     "Origin",
     "Record",
     "Replica",
-    "changed_experiments",
+    "change_tags",
     "experiment_names",
     "missing_shards",
     "record_action",

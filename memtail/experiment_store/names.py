@@ -22,9 +22,9 @@ def experiment_names(store: ObjectStore, known: Container[str] = ()) -> list[str
     return [name for name in names if name in known or store.exists(keys.experiment(name))]
 
 
-def changed_experiments(store: ObjectStore) -> set[str]:
-    """List the names of the experiments with a change marker."""
-    return {key.removeprefix(keys.changes()) for key in store.list(keys.changes())}
+def change_tags(store: ObjectStore) -> dict[str, str]:
+    """List the names of the experiments with a change marker, and tags that differ when a marker is written again."""
+    return {key.removeprefix(keys.changes()): tag for key, tag in store.list_tagged(keys.changes())}
 
 
 def refuse_leftovers(store: ObjectStore, name: str, fingerprint: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -64,6 +64,7 @@ class Record:
         n_train, n_test: numbers of training and test examples.
         trials_per_shard: number of trials in a shard.
         owner: who or which team owns the experiment, if the submission says so.
+        later: keys of `execution`, and of its `workers`, that only a later version knows; kept when the record is written again.
     """
 
     experiment: Experiment
@@ -73,13 +74,17 @@ class Record:
     n_test: int
     trials_per_shard: int
     owner: str | None = None
+    later: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The record as JSON."""
+        declared = self.experiment.model_dump(mode="json")
+        workers = (declared["execution"].get("workers") or {}) | self.later.get("workers", {})
+        declared["execution"] |= self.later | ({"workers": workers} if workers else {})
         return json.dumps(
             {
                 "schema": SCHEMA,
-                "experiment": self.experiment.model_dump(mode="json"),
+                "experiment": declared,
                 "fingerprint": self.fingerprint,
                 "canonical": self.canonical,
                 "n_train": self.n_train,
@@ -140,7 +145,7 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> "Record":
-        """Read a record. Unknown keys of `execution`, which no trial depends on, are ignored.
+        """Read a record. Unknown keys of `execution`, on which no trial depends, are kept but have no effect.
 
         Raises:
             UnsupportedError: a newer memtail wrote it, or the experiment is too large.
@@ -151,14 +156,15 @@ class Record:
             if (schema := content.pop("schema")) != SCHEMA:
                 raise UnsupportedError(f"{source}: has schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             declared = content.pop("experiment")
-            declared["execution"] = execution = _known(declared["execution"], ExecutionSpec)
-            if execution.get("workers"):
-                execution["workers"] = workers = _known(execution["workers"], WorkersSpec)
-                for toleration in workers.get("tolerations", ()):
+            declared["execution"], later = _split(declared["execution"], ExecutionSpec)
+            if declared["execution"].get("workers"):
+                declared["execution"]["workers"], later_workers = _split(declared["execution"]["workers"], WorkersSpec)
+                later |= {"workers": later_workers} if later_workers else {}
+                for toleration in declared["execution"]["workers"].get("tolerations", ()):
                     if toleration.get("value"):  # 0.1.0 allowed it with Exists, as no API server does
                         toleration["operator"] = "Equal"
             known = _Content.model_validate(content)
-            record = cls(experiment=Experiment.parse(declared, source=source), **dict(known))
+            record = cls(experiment=Experiment.parse(declared, source=source), later=later, **dict(known))
         except ValidationError as error:
             raise StoreError(f"{source}: is corrupt ({describe(error, _Content)}): restore it, or remove the experiment") from None
         except SpecError as error:
@@ -171,5 +177,7 @@ class Record:
         return record
 
 
-def _known(values: dict[str, Any], part: type[Part]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key in part.model_fields}
+def _split(values: dict[str, Any], part: type[Part]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keys into those that this version knows and the others."""
+    known = {key: value for key, value in values.items() if key in part.model_fields}
+    return known, {key: value for key, value in values.items() if key not in known}

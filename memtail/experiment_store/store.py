@@ -4,6 +4,7 @@ All state is in the store. Processes that train, accumulate or publish read here
 """
 
 import json
+import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
@@ -178,8 +179,8 @@ class ExperimentStore:
         return finished
 
     def mark_changed(self) -> None:
-        """Ask the services to look at the experiment again, although it is finished."""
-        self.store.put(keys.change(self.name), b"")
+        """Ask the services to look at the experiment again, although nothing was to happen in it."""
+        self.store.put(keys.change(self.name), uuid.uuid4().hex.encode())  # another content than before has another tag
 
     def missing(self, record: Record) -> list[Shard]:
         """List the shards to train, by first trial; none of a finished experiment, even if its batches were removed."""

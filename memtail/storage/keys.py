@@ -22,6 +22,11 @@ def check(key: str) -> str:
     return key
 
 
+def identity() -> str:
+    """Return the key of the store's identity."""
+    return "store.json"
+
+
 def datasets() -> str:
     """Return the prefix of all staged datasets."""
     return "datasets/"

@@ -23,7 +23,7 @@ from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
 from memtail.execution.throttle import Throttle
-from memtail.experiment_store import ExperimentStore, Notice, Record, changed_experiments, experiment_names
+from memtail.experiment_store import ExperimentStore, Notice, Record
 from memtail.report.publish import is_current, publish_report
 from memtail.scores.pointer import latest_version
 from memtail.settings import Settings
@@ -32,6 +32,7 @@ from memtail.studies.experiment_names import parent_of
 from memtail.trials import Shard
 from services.aggregator.metric_updates import experiment_series, update_finished, update_scores, update_statistics
 from services.aggregator.metrics import ACCUMULATE_SECONDS, PASSED_OVER, PUBLISH_SECONDS, REFUSED, REPORT_FAILURES, REPORT_SECONDS
+from services.common.polling import Listings, Quiet
 from services.common.process import repeat
 from services.common.settings import ServiceSettings
 
@@ -69,7 +70,8 @@ class _Experiment:
         self.report = Throttle(_REPORT_REST, at_least=_QUIET, first=_QUIET)
         self.finishing = Throttle(0, at_least=_QUIET)
         self._progressed = (-1, 0.0)  # number of trials, and the time of its last change or of the last check for the end
-        self._ended = False
+        self._ended = self._paused = self._idle = False
+        self._quiet = Quiet()
 
     @property
     def ended(self) -> bool:
@@ -79,11 +81,23 @@ class _Experiment:
             return aggregation.published or not aggregation.statistics.trials
         now = time.monotonic()
         if aggregation.trials != self._progressed[0]:
-            self._progressed, self._ended = (aggregation.trials, now), False
+            self._progressed, self._ended, self._paused = (aggregation.trials, now), False, False
         elif now - self._progressed[1] >= _QUIET:
             self._progressed = aggregation.trials, now
-            self._ended = progress_of(self.store.store, self.store.name).ending is not None
+            progress = progress_of(self.store.store, self.store.name)
+            self._ended, self._paused = progress.ending is not None, progress.control.state == "paused"
         return self._ended
+
+    def had_turn(self, changed: bool) -> None:
+        """Note the end of a turn; after a change marker the experiment counts as one in which something happens."""
+        aggregation = self.aggregation
+        self._quiet.seen((changed, aggregation.trials, aggregation.total, aggregation.pointer and aggregation.pointer.version))
+        self._idle = self.ended or self._paused
+
+    @property
+    def rests(self) -> bool:
+        """Whether the experiment needs no turn: no trial is to come, and none came for a while."""
+        return self._idle and self._quiet.lasts
 
 
 @dataclass
@@ -116,8 +130,9 @@ class Aggregator:
         self._series = experiment_series(settings.linger_seconds)
         self._experiments: dict[str, _Experiment] = {}
         self._finished: dict[str, _Finished] = {}
-        self._changed: set[str] = set()  # finished experiments with a change marker, which are to have a turn
-        self._changes_listed_at = float("-inf")
+        self._listings = Listings(store, settings.resync_seconds)
+        self._changed: set[str] = set()  # experiments with a new change marker, which are to have a turn
+        self._errors: dict[str, str] = {}  # of the last turn of each experiment that was passed over
         self._drawing: threading.Thread | None = None
         self._turns: dict[str, float] = {}  # when the last turn of each experiment began
 
@@ -131,20 +146,23 @@ class Aggregator:
         Raises:
             UnreachableError: the bucket does not respond. The experiment whose turn it was comes last in the next pass.
         """
-        names = experiment_names(self._store, known=self._finished)
+        if self._listings.changes_due:
+            self._changed |= self._listings.changed()
+        names = self._listings.names([name for name in (*self._finished, *self._experiments) if self._rests(name)])
         self._experiments = {name: experiment for name, experiment in self._experiments.items() if name in names}
         self._finished = {name: finished for name, finished in self._finished.items() if name in names}
-        self._list_changes()
+        self._changed &= set(names)
         self._turns = {name: self._turns.get(name, float("-inf")) for name in names}
         self._series.keep_only(names)
         for name in sorted(names, key=self._turns.__getitem__):
             self._turns[name] = time.monotonic()
             with bound_contextvars(experiment=name):
                 try:
-                    if self._rests(name):
-                        self._report_finished(name)
-                    else:
+                    if not self._rests(name):
                         self._take_turn(name)
+                    elif name in self._finished:
+                        self._report_finished(name)
+                    self._errors.pop(name, None)
                 except UnreachableError:  # the others would only wait for the same timeout
                     raise
                 except Exception as error:
@@ -153,18 +171,20 @@ class Aggregator:
                         self._finished.pop(name, None)
                         continue
                     PASSED_OVER.inc()
-                    log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
+                    if self._errors.get(name) != str(error):  # once, since it may last
+                        log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
+                    self._errors[name] = str(error)
             self._progress()
         self._series.expire()
 
-    def _list_changes(self) -> None:
-        if time.monotonic() - self._changes_listed_at >= self._settings.resync_seconds:
-            self._changed |= changed_experiments(self._store) & self._finished.keys()
-            self._changes_listed_at = time.monotonic()
-
     def _rests(self, name: str) -> bool:
-        """Whether an experiment is finished and has no turn now."""
-        return name in self._finished and name not in self._changed and time.monotonic() < self._finished[name].next_check
+        """Whether an experiment has no turn now: it is finished, or nothing is to happen in it."""
+        if name in self._changed:
+            return False
+        finished = self._finished.get(name)
+        if finished:
+            return time.monotonic() < finished.next_check
+        return name in self._experiments and self._experiments[name].rests
 
     def _take_turn(self, name: str) -> None:
         began = time.monotonic()
@@ -189,6 +209,8 @@ class Aggregator:
         self._advance(experiment)
         self._report(experiment)
         experiment.aggregation.save_snapshot()
+        experiment.had_turn(name in self._changed)
+        self._changed.discard(name)
         self._finish(experiment)
 
     def _is_finished(self, experiment_store: ExperimentStore, record: Record) -> bool:
@@ -198,12 +220,12 @@ class Aggregator:
         if finished and name in self._changed:
             self._store.delete(keys.change(name))
             finished = still_finished(experiment_store, experiment_store.read_record())
-        self._changed.discard(name)
         if finished is None:
             # for the dispatcher: whoever changed the experiment may have been interrupted before the marker, or the marker was removed here
             experiment_store.mark_changed()
             self._finished.pop(name, None)
             return False
+        self._changed.discard(name)
         before, now = self._finished.get(name), time.monotonic()
         # the first checks after a start are spread over a day
         wait = _FINISHED_CHECK if before else _FINISHED_CHECK * zlib.crc32(name.encode()) / 2**32

@@ -22,6 +22,7 @@ from memtail.broker import key_prefix
 from memtail.spec import NAME
 from memtail.storage.keys import LAST_TRIAL
 from memtail.trials import Shard
+from services.common.broker_credentials import celery_url, client_arguments
 from services.common.settings import ServiceError, ServiceSettings
 
 #: Celery task that workers run.
@@ -92,11 +93,13 @@ class BrokerLoad:
     Attributes:
         waiting: messages in all queues.
         memory: bytes in use.
+        memory_limit: bytes that it may use; 0 without a limit of its own.
         clients: open connections.
     """
 
     waiting: int
     memory: int
+    memory_limit: int
     clients: int
 
 
@@ -113,7 +116,7 @@ def queue_name(settings: ServiceSettings, experiment: str = "") -> str:
 
 def celery_app(settings: ServiceSettings) -> Celery:
     """Create the Celery application: JSON messages, acknowledged after the work, without a result backend."""
-    app = Celery("memtail", broker=settings.broker, set_as_current=False)
+    app = Celery("memtail", broker=celery_url(settings.broker), set_as_current=False)
     app.conf.update(
         accept_content=["json"],
         # a full Redis that refuses a write must not end a worker
@@ -123,7 +126,7 @@ def celery_app(settings: ServiceSettings) -> Celery:
         # kombu's default for rediss:// URLs accepts any certificate
         broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED} if settings.broker.startswith("rediss:") else None,
         broker_transport_options={
-            "global_keyprefix": key_prefix(settings.store, settings.endpoint),
+            "global_keyprefix": key_prefix(settings.store, settings.identity),
             # Redis redelivers unacknowledged messages after this timeout; longer than any shard, because the dispatcher resends earlier
             "visibility_timeout": settings.shard_seconds + 3600,
             "socket_connect_timeout": 5,
@@ -164,13 +167,18 @@ class Broker:
     def __init__(self, settings: ServiceSettings, celery: Celery | None = None) -> None:
         self._celery = celery or celery_app(settings)
         self._settings, self._lease = settings, int(settings.lease_seconds * 1000)
-        options = {"socket_timeout": 10, "socket_connect_timeout": 5, "decode_responses": True, "encoding_errors": "replace"}
+        options: dict[str, Any] = {
+            "socket_timeout": 10,
+            "socket_connect_timeout": 5,
+            "decode_responses": True,
+            "encoding_errors": "replace",
+        }
         try:
-            self.redis = redis.Redis.from_url(settings.broker, **options)
+            self.redis = redis.Redis.from_url(**client_arguments(settings.broker), **options)
         except ValueError:  # its message may contain a part of the password
             raise ServiceError("MEMTAIL_BROKER is not a Redis URL: use redis://:PASSWORD@HOST:PORT/0, or rediss:// for TLS") from None
         #: Prefix of all keys.
-        self.prefix = key_prefix(settings.store, settings.endpoint)
+        self.prefix = key_prefix(settings.store, settings.identity)
         self._leases, self._leader, self._workers, self._queues = (self.prefix + key for key in ("leases", "leader", "workers", "queues"))
         self._acquire, self._renew, self._release, self._expired, self._lead, self._step_down, self._register = map(
             self.redis.register_script,
@@ -216,7 +224,7 @@ class Broker:
         for queue in self.queues():
             pipeline.llen(self.prefix + queue)
         memory, clients, *lengths = pipeline.execute()
-        return BrokerLoad(sum(lengths), memory["used_memory"], clients["connected_clients"])
+        return BrokerLoad(sum(lengths), memory["used_memory"], memory["maxmemory"], clients["connected_clients"])
 
     def clear(self, queue: str) -> None:
         """Remove a queue and its messages."""

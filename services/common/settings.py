@@ -24,8 +24,7 @@ class ServiceSettings:
 
     Attributes:
         store: `MEMTAIL_STORE`: address of the bucket.
-        endpoint: `MEMTAIL_S3_ENDPOINT`: URL of the bucket's server. The prefix of the keys in Redis follows from it and `store`, so all
-            services must name the server alike.
+        identity: of the store, which is read from it: the prefix of the keys in Redis follows from it and `store`.
         broker: `MEMTAIL_BROKER` (or the file named by `MEMTAIL_BROKER_FILE`): Redis's URL with its password; not in the repr.
         lease_seconds: duration of a lease; a worker that stops renewing it loses its shard.
         silence_seconds: time without progress after which a training process counts as hung, and ends; longer if its own pauses are.
@@ -49,7 +48,7 @@ class ServiceSettings:
     """
 
     store: str = _variable(STORE_VARIABLE, "")
-    endpoint: str = _variable("MEMTAIL_S3_ENDPOINT", S3Settings.endpoint)
+    identity: bytes = _variable("", b"")
     broker: str = _variable(BROKER_VARIABLE, "redis://127.0.0.1:6379/0", repr=False)
     lease_seconds: float = _variable("MEMTAIL_LEASE_SECONDS", 60.0)
     silence_seconds: float = _variable("MEMTAIL_SILENCE_SECONDS", 300.0)
@@ -72,13 +71,21 @@ class ServiceSettings:
 
     @classmethod
     def from_environment(cls) -> "ServiceSettings":
-        """Read the environment. Raises: ServiceError: a number is not positive, or `MEMTAIL_STORE` is not set."""
+        """Read the environment.
+
+        Raises:
+            ServiceError: a number is not positive, or `MEMTAIL_STORE` is not set.
+            StoreError: a session token of S3 is not in a file.
+        """
         values: dict[str, Any] = {}
         for entry in fields(cls):
             variable = entry.metadata["variable"]
+            if not variable:
+                continue
             text = secret(variable) if variable == BROKER_VARIABLE else os.environ.get(variable)
             if text:
                 values[entry.name] = _parsed(variable, text, type(entry.default))
+        S3Settings.refuse_expiring_key()
         settings = cls(**values)
         if not settings.store:
             raise ServiceError(f"{STORE_VARIABLE} is not set: set it to the address of the bucket, s3://BUCKET/PREFIX")

@@ -1,6 +1,9 @@
 """`python -m services.dispatcher`."""
 
+from dataclasses import replace
+
 from memtail.storage import ObjectStore
+from memtail.storage.identity import make_identity
 from memtail.storage.open import open_store
 from services.common.broker import Broker
 from services.common.metrics import count_request
@@ -17,6 +20,7 @@ def _dispatch(settings: ServiceSettings) -> None:
     heartbeat = Heartbeat(timeout=300)
     serve(settings.port, heartbeat)
     store = open_store(settings.store, observe=count_request)
+    settings = replace(settings, store=store.address, identity=make_identity(store))
     broker = Broker(settings)
     BROKER.info({"prefix": broker.prefix})
     dispatcher = Dispatcher(store, broker, settings, _fleet(settings, store, broker) if settings.fleet else None)

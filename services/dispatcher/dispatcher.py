@@ -4,7 +4,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -16,12 +16,14 @@ from structlog.contextvars import bound_contextvars
 
 from memtail.errors import MemtailError, UnreachableError, UnsupportedError
 from memtail.execution.breaker import common_error
-from memtail.experiment_store import Control, ExperimentStore, Failure, Notice, Record, changed_experiments, experiment_names
+from memtail.execution.throttle import Throttle
+from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, Failure, Notice, Record
 from memtail.scores.pointer import latest_version
 from memtail.spec import WorkersSpec
-from memtail.storage import ObjectStore
+from memtail.storage import ObjectStore, keys
 from memtail.trials import Shard
 from services.common.broker import Assignment, Broker, parse_id, queue_name
+from services.common.polling import Listings, Quiet
 from services.common.process import repeat
 from services.common.settings import ServiceError, ServiceSettings
 from services.dispatcher import metrics
@@ -47,6 +49,8 @@ _PAUSE_SHARE, _PAUSE_GROWTH = 0.25, 4
 _LISTING_CHUNK = 5000
 # Single batches looked up per pass. When more shards end at once, as after a flush of Redis, all batches are listed instead.
 _MAX_LOOKUPS = 500
+# Seconds between two looks for the identity of the store.
+_IDENTITY_SECONDS = 600.0
 # Source of the dispatcher's notices.
 _NOTICE = "dispatcher"
 
@@ -67,8 +71,10 @@ class Dispatcher:
         self._store, self._broker, self._settings, self._fleet = store, broker, settings, fleet
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _TrackedExperiment] = {}
-        self._unreadable: set[str] = set()
-        self._changes_listed_at = float("-inf")
+        self._unreadable: dict[str, str] = {}  # errors by experiment
+        self._identity_check = Throttle(0, at_least=_IDENTITY_SECONDS)
+        self._listings = Listings(store, settings.resync_seconds)
+        self._changed: set[str] = set()  # experiments with a new change marker, which are to be looked at
         self._last_queued: dict[str, float] = {}  # when each assignment was sent, or last seen in a queue
         self._leased: set[str] = set()
         self._led_at = float("-inf")  # when the leadership was renewed
@@ -94,6 +100,7 @@ class Dispatcher:
         load = self._broker.load()
         metrics.QUEUED.set(load.waiting)
         metrics.BROKER_MEMORY.set(load.memory)
+        metrics.BROKER_MEMORY_LIMIT.set(load.memory_limit)
         metrics.BROKER_CLIENTS.set(load.clients)
         if leads:
             self.reconcile()
@@ -130,12 +137,15 @@ class Dispatcher:
         in_transit = self._in_transit({assignment.id for assignment in queued}, leased, ended)
         self._metrics.count_expired_leases(expired)
         self._read_bucket(in_transit | ended)
+        for name in _names(leased - self._leased) & self._experiments.keys():
+            self._experiments[name].served_at = time.monotonic()
         self._leased = leased
         self._lost_workers.keep_only(self._remains)
         losses = self._lost_workers.counts
         views: dict[str, list[View]] = {queue: [] for queue in queues}
         for experiment in self._experiments.values():
-            views.setdefault(queue_name(self._settings, experiment.name), []).append(experiment.view)
+            view = replace(experiment.view, served_at=experiment.served_at)
+            views.setdefault(queue_name(self._settings, experiment.name), []).append(view)
         busy = sum(any(view.trains for view in each) for each in views.values())
         limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, busy))}
         by_queue = {queue: reconcile(views[queue], queues.get(queue, []), leased | in_transit, losses, **limits) for queue in views}
@@ -159,7 +169,7 @@ class Dispatcher:
         self._metrics.update(statuses, self._unreadable, leased, still_queued | in_transit)
         if self._fleet:
             self._keep_leading()
-            self._fleet.reconcile([experiment.demand(merged) for experiment in self._experiments.values()], self._unreadable)
+            self._fleet.reconcile([experiment.demand(merged) for experiment in self._experiments.values()], set(self._unreadable))
         return merged
 
     def _in_transit(self, queued: set[str], leased: set[str], ended: set[str]) -> set[str]:
@@ -170,33 +180,43 @@ class Dispatcher:
         return self._last_queued.keys() - queued - leased
 
     def _read_bucket(self, ended: set[str]) -> None:
-        finished = {experiment.name for experiment in self._experiments.values() if experiment.finished}
-        for name in finished & self._changed():  # it may be another experiment of the name
-            del self._experiments[name]
-            finished.remove(name)
-        names = experiment_names(self._store, known=finished)
+        self._list_changes()
+        for name in [name for name, each in self._experiments.items() if each.finished and name in self._changed]:
+            del self._experiments[name]  # it may be another experiment of the name
+        woken = self._changed | _names(ended)
+        at_rest = {name for name, each in self._experiments.items() if each.rests and name not in woken}
+        names = self._listings.names(at_rest)
+        self._changed &= set(names)
         self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in names}
-        self._unreadable = set()
-        for experiment in [each for each in self._experiments.values() if each.name not in finished]:
+        before, self._unreadable = self._unreadable, {}
+        for experiment in [each for each in self._experiments.values() if each.name not in at_rest]:
             self._keep_leading()
             with bound_contextvars(experiment=experiment.name):
                 try:
                     experiment.refresh(self._settings, ended)
                     experiment.pause_if_broken(self._settings.breaker_shards, self._broker)
+                    self._changed.discard(experiment.name)
                 except (UnreachableError, redis.RedisError):  # the others cannot be read either
                     raise
                 except Exception as error:  # whatever its objects hold, the other experiments go on
-                    log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
+                    if before.get(experiment.name) != str(error):  # once, since it may last
+                        log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
                     del self._experiments[experiment.name]
-                    self._unreadable.add(experiment.name)
+                    self._unreadable[experiment.name] = str(error)
 
-    def _changed(self) -> set[str]:
-        """List the experiments with a change marker every `resync_seconds`, since finished ones are not looked at without one."""
-        if time.monotonic() - self._changes_listed_at < self._settings.resync_seconds:
-            return set()
-        changed = changed_experiments(self._store)
-        self._changes_listed_at = time.monotonic()
-        return changed
+    def _list_changes(self) -> None:
+        """List the change markers every `resync_seconds`, and see to it that the store keeps its identity."""
+        if not self._listings.changes_due:
+            return
+        self._keep_identity()
+        self._changed |= self._listings.changed()
+
+    def _keep_identity(self) -> None:
+        """Write the identity of the store back if it was removed: workers that start later would not find the keys of this dispatcher."""
+        if self._settings.identity and self._identity_check.due:
+            with self._identity_check.working():
+                if not self._store.exists(keys.identity()):
+                    self._store.put_if_absent(keys.identity(), self._settings.identity)
 
     def _remains(self, id_: str) -> bool:
         """Return whether an assignment is still to be trained."""
@@ -216,10 +236,11 @@ class _TrackedExperiment:
 
     Attributes:
         finished: whether its end is on record. It is then not looked at until it is marked as changed.
+        served_at: when a worker last began a shard of it.
     """
 
     def __init__(self, store: ObjectStore, name: str) -> None:
-        self.name, self.finished = name, False
+        self.name, self.finished, self.served_at = name, False, float("-inf")
         self._experiment_store = ExperimentStore(store, name)
         self._trials = 0
         self._missing: dict[Shard, None] = {}  # an ordered set
@@ -232,6 +253,8 @@ class _TrackedExperiment:
         self._failures: dict[Shard, Failure] = {}  # the last of each failed shard, read while no shard is committed
         self.view = View(name, "", ())
         self._workers: WorkersSpec | None = None
+        self._quiet = Quiet()
+        self._idle = False  # whether no shard is to be sent
         self._notice: Notice | None = None  # the dispatcher's, once it was read
         self._notice_read = False
 
@@ -283,6 +306,14 @@ class _TrackedExperiment:
         self._workers = record.experiment.execution.workers
         supported = self._is_supported(record, control)
         self.view = View(self.name, record.fingerprint, self._missing, control, attempts, resting, unverified, supported)
+        dead = bool(self._missing) and not unverified and all(attempts[shard] >= MAX_ATTEMPTS for shard in self._missing)
+        self._idle = self._listing is None and (control.state != "running" or dead)
+        self._quiet.seen((control, trials, len(self._missing), attempts.total()))
+
+    @property
+    def rests(self) -> bool:
+        """Whether the experiment need not be looked at: it is finished, or paused, cancelled or given up since a while."""
+        return self.finished or (self._idle and self._quiet.lasts)
 
     def _forget(self, record: Record) -> None:
         """Keep nothing of a finished experiment but what its metrics show."""
@@ -367,6 +398,11 @@ class _TrackedExperiment:
         """Describe the workers that the experiment can use."""
         control, outstanding = self.view.control, actions.outstanding[self.name] if self.view.supported else 0
         return Demand(self.name, control.state, control.priority, outstanding, self._workers)
+
+
+def _names(ids: Iterable[str]) -> set[str]:
+    """Return the experiments of assignments, by their ids; malformed ids are skipped."""
+    return {parsed[0] for parsed in map(parse_id, ids) if parsed}
 
 
 def _tripped(control: Control) -> Control:

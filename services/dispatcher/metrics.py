@@ -24,9 +24,10 @@ REDELIVERIES = Counter("memtail_redeliveries_total", "Shards sent to the queue t
 LEASES_EXPIRED = Counter("memtail_leases_expired_total", "Leases that expired because their worker was lost", ["experiment"])
 LEADER = Gauge("memtail_dispatcher_leader", "1 for the dispatcher that leads, 0 for a standby")
 
-BROKER = Info("memtail_broker", "Prefix of the keys in Redis, which follows from the address of the bucket; always 1")
+BROKER = Info("memtail_broker", "Prefix of the keys in Redis, which follows from name and identity of the bucket; always 1")
 QUEUED = Gauge("memtail_broker_queued_messages", "Messages in the broker's queues")
 BROKER_MEMORY = Gauge("memtail_broker_memory_bytes", "Memory in use by the broker")
+BROKER_MEMORY_LIMIT = Gauge("memtail_broker_memory_limit_bytes", "Memory that the broker may use (`maxmemory`); 0 without a limit")
 BROKER_CLIENTS = Gauge("memtail_broker_clients", "Connections to the broker")
 
 WORKERS = Gauge(

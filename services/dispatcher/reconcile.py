@@ -27,6 +27,7 @@ class View:
         resting: shards that failed recently, whose next attempt waits.
         unverified: committed shards to train a second time.
         supported: whether workers of the dispatcher's version train the experiment.
+        served_at: when a worker last began a shard, as seconds of any clock.
     """
 
     name: str
@@ -37,6 +38,7 @@ class View:
     resting: Collection[Shard] = ()
     unverified: Collection[Shard] = ()
     supported: bool = True
+    served_at: float = float("-inf")
 
     @property
     def trains(self) -> bool:
@@ -135,7 +137,8 @@ def reconcile(
                 left_to_others -= not view.supported
                 yield assignment
 
-    for view in sorted(views, key=lambda view: (-view.control.priority, view.name)):
+    # the one that has waited longest comes first, since the queue may not have room for a shard of each
+    for view in sorted(views, key=lambda view: (-view.control.priority, view.served_at, view.name)):
         exhausted = {shard for shard, attempts in view.attempts.items() if attempts >= MAX_ATTEMPTS}
         dead[view.name] = sorted((shard for shard in exhausted if shard in view.missing), key=lambda shard: shard.first)
         outstanding[view.name] = len(view.missing) - len(dead[view.name])

@@ -11,6 +11,7 @@ import socket
 import time
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from memtail.execution.shard_task import ShardOutcome, this_process
 from memtail.experiment_store import ExperimentStore
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore
+from memtail.storage.identity import read_identity
 from memtail.storage.open import open_store
 from services.common.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
 from services.common.process import Heartbeat, serve
@@ -54,6 +56,8 @@ WORKER_AT_FAULT = 3
 _RETURNED = (ShardOutcome.HANDED_BACK.value, ShardOutcome.WORKER_FAULT.value, UNSUPPORTED)
 # Pause before it does, as a share of the lease: shorter than the time after which the dispatcher would send the shard again.
 _PAUSE_SHARE = 0.125
+# Seconds between two looks for the identity of a new store.
+_IDENTITY_SECONDS = 2.0
 
 
 class Worker:
@@ -65,12 +69,13 @@ class Worker:
     """
 
     def __init__(self, settings: ServiceSettings, devices: list[str]) -> None:
-        self._settings, self._devices = settings, devices
+        self._devices = devices
         self._name = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._stopping, self._leaving = Value("b", 0), Value("b", 0)
         self._reports = Reports()
         self._health = Heartbeat(HEARTBEAT_TIMEOUT)
         self._store: ObjectStore = open_store(settings.store, observe=partial(self._reports.send, "store"))
+        self._settings = settings = replace(settings, store=self._store.address, identity=_identity(self._store))
         self._metrics = WorkerMetrics(devices, settings.linger_seconds, self._health, self._end_at_fault)
         self._trainer: Trainer  # in training processes only
         self._last_lost = ""  # id of the last Celery task whose process died
@@ -194,6 +199,14 @@ class _Program(CeleryWorker):  # type: ignore[misc]
     def install_platform_tweaks(self, worker: Any) -> None:
         super().install_platform_tweaks(worker)
         install_worker_term_handler(worker, verbose=False)
+
+
+def _identity(store: ObjectStore) -> bytes:
+    """Return the identity of the store, which the dispatcher makes; a worker may not."""
+    while (identity := read_identity(store)) is None:
+        log.warning("waiting for the dispatcher, which has not used this store yet", store=store.address)
+        time.sleep(_IDENTITY_SECONDS)
+    return identity
 
 
 def _keep_logs(**_: Any) -> None:

@@ -16,12 +16,15 @@ import trustme
 from minio import Minio
 from minio.credentials.providers import AssumeRoleProvider
 
+import memtail
 from memtail.cli.doctor import examine
 from memtail.errors import StoreError
 from memtail.settings import S3Settings
 from memtail.storage import ObjectNotFound, UnreachableError
 from memtail.storage.open import open_bucket, open_store
 from memtail.storage.s3 import S3Store
+from services.common.settings import ServiceSettings
+from tests.support.cli import command
 from tests.support.fake_s3 import FakeS3
 from tests.support.servers import REGION, LossyProxy, MinioServer, free_port
 
@@ -435,7 +438,9 @@ def test_a_file_of_a_key_that_is_missing_for_a_moment_does_no_harm(minio, bucket
     assert store.get("k") == b"1"
 
 
-def test_a_session_token_must_be_in_a_file_and_may_expire(minio, bucket, key_files, environment, tmp_path):
+def test_a_session_token_must_be_in_a_file_for_services_and_runs_and_may_expire(
+    minio, bucket, key_files, environment, tmp_path, declare, digits
+):
     def assume():
         provider = AssumeRoleProvider(sts_endpoint=minio.endpoint, access_key=minio.access_key, secret_key=minio.secret_key, region=REGION)
         return provider.retrieve()
@@ -443,10 +448,16 @@ def test_a_session_token_must_be_in_a_file_and_may_expire(minio, bucket, key_fil
     key = assume()
     key_files(key.access_key, key.secret_key)
     environment.setenv("MEMTAIL_S3_SESSION_TOKEN", key.session_token)
-    message = "MEMTAIL_S3_SESSION_TOKEN is set, but a session token expires: name files with the keys and the token in MEMTAIL_S3_ACCESS_"
-    with pytest.raises(StoreError, match=message):
-        S3Store(bucket)
-    environment.delenv("MEMTAIL_S3_SESSION_TOKEN")
+    message = "MEMTAIL_S3_SESSION_TOKEN is set, but a session token expires before .*: name files .* MEMTAIL_S3_ACCESS_"
+    environment.setenv("MEMTAIL_STORE", f"s3://{bucket}")
+    for long_lived in (ServiceSettings.from_environment, lambda: memtail.run(declare(), f"s3://{bucket}", dataset=digits)):
+        with pytest.raises(StoreError, match=message):
+            long_lived()
+    for variable, value in zip(S3Settings.key_variables(), (key.access_key, key.secret_key, key.session_token), strict=True):
+        environment.setenv(variable, value)
+    assert json.loads(command("status", "--store", f"s3://{bucket}", "--json").stdout) == []
+    for variable in S3Settings.key_variables():
+        environment.delenv(variable)
     (tmp_path / "token").write_text(key.session_token)
     environment.setenv("MEMTAIL_S3_SESSION_TOKEN_FILE", str(tmp_path / "token"))
     store = S3Store(bucket, "token")

@@ -21,6 +21,7 @@ from memtail.experiment_store import Control, ExperimentStore, experiment_names
 from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
+from memtail.storage.identity import make_identity
 from memtail.storage.s3 import S3Store
 from memtail.trainers.images.shard_size import checked_shard_size
 from services.common.broker import Broker
@@ -180,7 +181,7 @@ class Cluster:
 
     def settings(self, **settings: Any) -> ServiceSettings:
         """Return the settings of the services, with which a test reaches their keys in Redis."""
-        own = {"store": self.environment["MEMTAIL_STORE"], "endpoint": self.minio.endpoint, "broker": self.redis.url}
+        own = {"store": self.store.address, "identity": make_identity(self.store), "broker": self.redis.url}
         return ServiceSettings(**{**own, **settings})
 
     def broker(self) -> Broker:

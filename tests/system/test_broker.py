@@ -1,11 +1,14 @@
 """The broker on a real Redis: leases, lost workers, leadership, and two releases on one server. Forged keys cost time only."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
 from memtail.execution.declare import declare as declare_record
 from memtail.experiment_store import ExperimentStore
+from memtail.storage import keys
+from memtail.storage.identity import make_identity, read_identity
 from memtail.storage.local import LocalStore
 from services.common.broker import Assignment, Broker
 from services.common.settings import ServiceError, ServiceSettings
@@ -163,10 +166,10 @@ def test_a_flush_is_no_loss(server, broker, dispatcher, experiment_store):
 
 
 def test_two_releases_on_one_redis_do_not_touch_each_other(server, services, declare, digits, tmp_path):
-    """Their experiments have the same name, their buckets the same name on two servers."""
+    """Their experiments have the same name, and so have their buckets, on two servers."""
     releases = []
     for number in (1, 2):
-        own = ServiceSettings(**{**vars(services), "endpoint": f"http://minio-{number}:9000"})
+        own = ServiceSettings(**{**vars(services), "identity": str(number).encode()})
         execution = {"trials_per_shard": 4, "device": "cpu"}
         experiment = declare(4 * SHARDS * number, name="e", execution=execution, subsets={"design": "balanced"})
         store = LocalStore(tmp_path / str(number))
@@ -184,6 +187,18 @@ def test_two_releases_on_one_redis_do_not_touch_each_other(server, services, dec
     assert first.acquire(taken, "a/1")
     assert second.acquire(taken, "b/1")
     assert all(key.startswith((first.prefix, second.prefix)) for key in server.client().keys("*"))
+
+
+def test_the_identity_of_a_store_is_written_back(services, experiment_store, monkeypatch):
+    """Workers that start later would otherwise take messages from other keys than those of the dispatcher."""
+    store = experiment_store.store
+    own = replace(services, store=store.address, identity=make_identity(store), resync_seconds=1e-3)
+    dispatcher = Dispatcher(store, Broker(own), own)
+    dispatcher.reconcile()
+    store.delete(keys.identity())
+    monkeypatch.setattr("services.dispatcher.dispatcher.Throttle.due", True)
+    dispatcher.reconcile()
+    assert read_identity(store) == own.identity
 
 
 def test_a_queue_of_an_experiment_that_is_gone_is_forgotten(server, broker, dispatcher, experiment_store):

@@ -16,7 +16,7 @@ from memtail.scores.pointer import latest_version
 from memtail.storage import keys
 from memtail.subsets import membership
 from memtail.trials import Shard
-from services.common.broker import TASK, Assignment, Broker
+from services.common.broker import TASK, Assignment
 from services.worker.metric_updates import OUTCOMES
 from tests.support.cluster import PROJECT
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty, gated
@@ -211,7 +211,7 @@ def test_a_worker_logs_one_line_per_shard_and_names_experiment_and_shard_in_warn
         return [str(shard) for shard in shards]
 
     with LossyProxy(cluster.minio) as proxy:
-        broker = Broker(cluster.settings(endpoint=proxy.endpoint))
+        broker = cluster.broker()
         worker = cluster.start("worker", MEMTAIL_S3_ENDPOINT=proxy.endpoint, MEMTAIL_LEASE_SECONDS="60")
         shards = train(range(SHARDS - 1))
         lines = logged(worker.log.read_text())

@@ -42,11 +42,12 @@ OBJECTS = {
     "report": keys.latest_report("digits"),
     "study": keys.study("digits", "removal") + "result.json",
     "probe": keys.probe(),
+    "identity": keys.identity(),
 }
 EVERYTHING = set(OBJECTS)
 WRITTEN = {
     "worker": {"device", "trials", "checkpoint", "failure", "replica", "worker's notice", "probe"},
-    "dispatcher": {"control", "failure", "dispatcher's notice", "fleet's notice", "probe"},
+    "dispatcher": {"control", "failure", "dispatcher's notice", "fleet's notice", "probe", "identity"},
     "aggregator": {"record", "failure", "aggregator's notice", "snapshot", "pointer", "scores", "report", "probe"},
     "explorer": set(),
     "client": EVERYTHING,
@@ -61,8 +62,8 @@ DELETED = {
 READ = {
     "worker": EVERYTHING - {"discard", "snapshot", "pointer", "scores", "report", "study"},
     "dispatcher": EVERYTHING - {"dataset", "masks"},
-    "aggregator": EVERYTHING,
-    "explorer": EVERYTHING - {"masks", "probe"},
+    "aggregator": EVERYTHING - {"identity"},
+    "explorer": EVERYTHING - {"masks", "probe", "identity"},
     "client": EVERYTHING,
 }
 

@@ -451,6 +451,8 @@ def test_a_batch_that_is_replaced_between_its_count_and_the_first_listing_reache
     rebuilt.accumulate_new()
     assert aggregation.publish() == rebuilt.publish()
     assert aggregation.statistics.digest() == rebuilt.statistics.digest()
+
+
 @pytest.mark.parametrize("submitted", [False, True])
 def test_scores_of_an_experiment_that_is_removed_while_they_are_written_are_not_published(trained, declare, digits, submitted):
     experiment = trained(8)

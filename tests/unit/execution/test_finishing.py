@@ -10,7 +10,7 @@ from memtail.execution.aggregation import Step
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
 from memtail.execution.shard_task import ShardOutcome, run_shard
-from memtail.experiment_store import Control, ExperimentStore, changed_experiments
+from memtail.experiment_store import Control, ExperimentStore, change_tags
 from memtail.experiment_store.replicas import compare
 from memtail.scores.pointer import latest_version
 from memtail.storage import ObjectNotFound, keys
@@ -94,10 +94,10 @@ def test_a_replaced_batch_reopens_the_experiment_and_its_scores_follow(trained):
     remove_batches(trained, SHARDS[0])
     trained.commit(0, correct=0.9)
     assert finished(trained) is None
-    assert trained.store.name in changed_experiments(trained.store.store)
+    assert trained.store.name in change_tags(trained.store.store)
     after = finish(trained)
     assert after.version != before.version
-    assert trained.store.name not in changed_experiments(trained.store.store)
+    assert trained.store.name not in change_tags(trained.store.store)
 
 
 def test_a_discarded_batch_reopens_the_experiment(trained):
@@ -206,7 +206,7 @@ def test_a_change_while_the_end_is_recorded_is_not_lost(trained, monkeypatch, ch
     monkeypatch.setattr(ExperimentStore, "set_finished", changed_before)
     assert finish(trained) is None
     assert not trained.store.store.exists(keys.finished(trained.store.name))
-    assert changed_experiments(trained.store.store) == {trained.store.name}
+    assert change_tags(trained.store.store).keys() == {trained.store.name}
 
 
 def test_two_aggregations_record_one_end(trained):

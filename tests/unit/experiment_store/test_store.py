@@ -161,7 +161,22 @@ def test_unknown_settings_of_speed_and_unknown_fields_of_a_record_are_ignored(ex
     held.check_trainable()
     assert held.experiment.execution.workers.max == 2
     execution = held.experiment.execution.model_copy(update={"workers": None})
-    assert replace(held, experiment=held.experiment.model_copy(update={"execution": execution})) == record()
+    assert replace(held, experiment=held.experiment.model_copy(update={"execution": execution}), later={}) == record()
+
+
+def test_settings_of_speed_of_a_later_version_survive_an_extension(experiment_store):
+    def add(content):
+        content["experiment"]["execution"].update(compile="auto", workers={"max": 2, "zone": "a"})
+
+    experiment_store.store.put("experiments/e/experiment.json", changed(add))
+    held = experiment_store.read_record()
+    experiment_store.register(held.with_trials(held.experiment.subsets.trials + 1))  # as a round of `until`
+    submitted = record().with_trials(held.experiment.subsets.trials + 2)
+    experiment_store.register(replace(submitted, experiment=submitted.experiment.model_copy()))  # as a client of this version
+    execution = json.loads(experiment_store.store.get("experiments/e/experiment.json"))["experiment"]["execution"]
+    assert execution["compile"] == "auto"
+    assert execution["workers"]["zone"] == "a"
+    assert experiment_store.read_record().experiment.subsets.trials == held.experiment.subsets.trials + 2
 
 
 def test_a_toleration_with_a_value_in_a_record_of_an_earlier_version_tolerates_that_value(experiment_store):

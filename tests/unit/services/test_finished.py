@@ -10,10 +10,11 @@ from memtail.errors import UnreachableError
 from memtail.execution import retention
 from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
-from memtail.experiment_store import Control, ExperimentStore, Finished
+from memtail.experiment_store import MAX_ATTEMPTS, Control, ExperimentStore, Finished
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.storage import keys
+from memtail.storage.identity import make_identity
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from services.aggregator import aggregator as module
@@ -61,7 +62,7 @@ class Services:
 
     def __init__(self, store, clock):
         self.store, self.clock, self.broker = store, clock, Broker()
-        self.settings = ServiceSettings(store=store.address)
+        self.settings = ServiceSettings(store=store.address, identity=make_identity(store))
         self.restart()
 
     def restart(self):
@@ -131,6 +132,10 @@ def outage(store, method, kind):
         patch.setattr(store, method, fail)
         with pytest.raises(UnreachableError):
             yield
+
+
+def span(each):
+    return each.first, each.last
 
 
 def remove_batches(experiment_store):
@@ -289,10 +294,10 @@ def test_an_experiment_that_is_removed_and_submitted_again_starts_over(services,
         services.one_pass(61.0)
     for key in list(services.store.list("experiments/done/")):
         services.store.delete(key)
-    services.one_pass()
+    services.one_pass(5.0)
     submit(shards=1)
     remove_batches(experiment_store)
-    assert services.one_pass() == [shard(0)]
+    assert services.one_pass(5.0) == [shard(0)]
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -354,10 +359,60 @@ def test_a_hundred_finished_experiments_cost_fewer_than_200_requests_an_hour(ser
         tags = {each.span: tag for each, tag in experiment_store.committed_tags().items()}
         services.store.put(keys.latest_scores(experiment_store.name), pointer)
         experiment_store.set_finished(Finished(**{**vars(finished), "batches": tags}))
-    services.one_pass()
+    services.one_pass(5.0)
     for _ in range(100):  # a pass looks at one report at least
         if all(each.reported for each in services.aggregator._finished.values()):
             break
         services.one_pass()
-    requests = services.hour()
+    requests = services.hour(seconds=2.0)
     assert 100 < requests.total() < 200, requests
+    assert services.store.requests["folders", "experiments"] <= 2 * 3600 / 5
+
+
+@pytest.mark.parametrize("why", ["cancelled", "paused", "given up"])
+def test_an_experiment_that_waits_for_its_owner_is_looked_at_ever_more_rarely(services, submit, why):
+    experiment_store = submit()
+    services.store.delete(keys.trial_batch("done", *span(shard(1))))
+    for _ in range(MAX_ATTEMPTS if why == "given up" else 0):
+        experiment_store.record_failure(shard(1), "bad")
+    if why != "given up":
+        experiment_store.set_control(Control(why))
+    for _ in range(1800):
+        assert not services.one_pass()
+    assert services.hour(seconds=2.0).total() < 200 + 2 * 60
+    assert services.store.requests["folders", "experiments"] <= 2 * 3600 / 5
+    experiment_store.retry()
+    experiment_store.set_control(Control())
+    experiment_store.mark_changed()
+    sent = [services.one_pass() for _ in range(32)]
+    assert [shard(1)] in sent
+    commit(experiment_store, shard(1))
+    for _ in range(60):
+        services.one_pass()
+    assert latest_version(services.store, "done").summary.accumulated_trials == 2 * PER_SHARD
+
+
+def test_a_submission_beside_finished_experiments_is_noticed_within_five_seconds(services, submit):
+    submit()
+    for _ in range(3):
+        services.one_pass(61.0)
+    services.store.requests.clear()
+    for _ in range(3):
+        services.one_pass(0.5)
+    assert not services.store.requests["folders", "experiments"]
+    remove_batches(submit("new"))
+    assert [shard(0), shard(1)] in [services.one_pass() for _ in range(3)]
+
+
+def test_a_shard_that_ends_after_a_pause_is_counted_at_once(services, submit, monkeypatch):
+    experiment_store = submit()
+    services.store.delete(keys.trial_batch("done", *span(shard(1))))
+    experiment_store.set_control(Control("paused"))
+    assignment = f"done/{shard(1).first}-{shard(1).last}"
+    monkeypatch.setattr(services.broker, "leased", lambda: {assignment: "worker"})
+    for _ in range(1800):
+        services.one_pass()
+    commit(experiment_store, shard(1))
+    monkeypatch.setattr(services.broker, "leased", dict)
+    services.one_pass()
+    assert not services.dispatcher._experiments["done"].view.missing

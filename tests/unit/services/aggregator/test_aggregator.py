@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import structlog
 
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import UnreachableError
@@ -102,6 +103,18 @@ def test_a_large_experiment_does_not_delay_the_scores_of_a_small_one(store, subm
         aggregator.catch_up()
     assert trials(store, "a-large") == 40 * PER_SHARD
     assert sum(keys.trials("a-large") in key for key in store.read) < 40 * 10
+
+
+def test_an_error_that_lasts_is_logged_once_and_counted_in_each_pass(store, submit, aggregator, monkeypatch):
+    submit("large", 2)
+    submit("small", 1)
+    monkeypatch.setenv("MEMTAIL_MAX_TRIALS", str(PER_SHARD))
+    before = PASSED_OVER._value.get()
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            aggregator.catch_up()
+    assert [line["event"] for line in logs].count("experiment passed over") == 1
+    assert PASSED_OVER._value.get() == before + 3
 
 
 def test_each_batch_and_each_part_of_a_publication_is_progress(store, submit, digits):

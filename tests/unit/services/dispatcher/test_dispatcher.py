@@ -5,6 +5,7 @@ from collections import Counter
 from contextlib import nullcontext
 
 import pytest
+import structlog
 
 from memtail.errors import UnreachableError
 from memtail.execution.breaker import common_error
@@ -127,6 +128,14 @@ def test_a_listing_that_fails_begins_again(experiment_store, broker, tmp_path, e
     with pytest.raises(UnreachableError) if isinstance(error, UnreachableError) else nullcontext():
         assert dispatcher.reconcile().outstanding == {}
     assert dispatcher.reconcile().outstanding == {"digits": 1}
+
+
+def test_an_experiment_that_stays_unreadable_is_logged_once(experiment_store, dispatcher, monkeypatch):
+    monkeypatch.setenv("MEMTAIL_MAX_TRIALS", "1")
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            dispatcher.reconcile()
+    assert [line["event"] for line in logs].count("experiment passed over") == 1
 
 
 def fail(experiment_store, shards, error="KeyError: {}", node="a"):

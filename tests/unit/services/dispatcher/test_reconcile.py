@@ -127,6 +127,21 @@ def test_experiments_of_equal_priority_get_equal_numbers_of_starts_whenever_they
     assert len(started) == experiments
 
 
+def test_of_more_experiments_than_the_queue_holds_each_gets_its_turn():
+    views, queued, started = [view(f"e-{number:03}", trials=4000) for number in range(150)], [], Counter()
+    for now in range(60):
+        actions = decide(views, queued)
+        queued = actions.send if actions.clear else queued + actions.send
+        taken, queued = queued[:10], queued[10:]
+        for assignment in taken:
+            served = next(each for each in views if each.name == assignment.experiment)
+            served.served_at = now
+            del served.missing[assignment.shard]
+            started[assignment.experiment] += 1
+    assert set(started.values()) == {4}
+    assert len(started) == 150
+
+
 def test_second_trainings_come_last_and_only_where_there_is_room():
     high = view("high", trials=8, committed=[Shard(0, 3)], control=Control(priority=1), unverified=[Shard(0, 3)])
     low = view("low", trials=4)
