@@ -119,7 +119,8 @@ def s3_policy(component: str, bucket: str, prefix: str = "", conditional: bool =
     listing = {
         "Sid": "List",
         "Effect": "Allow",
-        "Action": ["s3:ListBucket", "s3:GetBucketLocation"],
+        # to continue an upload that was cut off, it has to be found
+        "Action": ["s3:ListBucket", "s3:GetBucketLocation", *(["s3:ListBucketMultipartUploads"] if rights.write else [])],
         "Resource": [f"arn:aws:s3:::{bucket}"],
     }
     new = {"Condition": {"Null": {"s3:if-none-match": "false"}}} if conditional else {}
@@ -127,7 +128,7 @@ def s3_policy(component: str, bucket: str, prefix: str = "", conditional: bool =
         listing,
         allow("Read", ["s3:GetObject"], rights.read),
         allow("Create", ["s3:PutObject"], rights.create, **new),
-        allow("Write", ["s3:PutObject", "s3:AbortMultipartUpload"], rights.write),
+        allow("Write", ["s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"], rights.write),
         allow("Delete", ["s3:DeleteObject"], rights.delete),
     ]
     return {"Version": "2012-10-17", "Statement": [statement for statement in statements if statement["Resource"]]}
