@@ -88,9 +88,10 @@ RIGHTS = {
 # Commands of both users: without CONFIG, FLUSHALL, KEYS and the like, and without changing scripts of others.
 _COMMANDS = "+@read +@write +@connection +@transaction +eval +evalsha +script|load +script|exists +time +publish -@dangerous"
 _WORKERS_KEYS = " ".join(f"~memtail*:{key}*" for key in ("shards", "leases", "workers", "surplus", "leaving", "unacked", "_kombu"))
-#: Rules of Redis's users by component. A worker cannot lead, and sees no keys but those of its queue and leases.
+#: Rules of Redis's users by component. A worker cannot lead, and sees no keys but those of queues and leases,
+#: of all releases: the prefix of a release follows from its bucket, which need not exist when the users are made.
 REDIS_RULES = {
-    "worker": f"resetchannels {_WORKERS_KEYS} {_COMMANDS}",
+    "worker": f"resetchannels {_WORKERS_KEYS} {_COMMANDS} -scan -randomkey",
     "dispatcher": f"resetchannels ~memtail* {_COMMANDS} +info",
 }
 
@@ -159,6 +160,10 @@ The dispatcher and workers also have a user each in Redis; aggregator and explor
 
 ```
 {redis_users(dict.fromkeys(REDIS_RULES, "PASSWORD"))}```
+
+The prefix of a release's keys follows from its bucket, and is not known when the users are made. If releases that do not trust each other
+share a Redis, write the prefix that `memtail doctor` shows in place of `memtail*:`: otherwise a worker of one can read and change queue and
+leases of the others, which costs time but no results.
 """
 
 

@@ -217,7 +217,7 @@ def test_redis_denies_what_a_component_does_not_need(restricted):
     denied = [
         (component, command) for component in REDIS_RULES for command in ("FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "GET theirs")
     ]
-    denied += [("worker", command) for command in ("GET memtail2:leader", "SET memtail2:leader me", "INFO")]
+    denied += [("worker", command) for command in ("GET memtail2:leader", "SET memtail2:leader me", "INFO", "SCAN 0", "RANDOMKEY")]
     for component, command in denied:
         client = redis.Redis.from_url(environment(component)["MEMTAIL_BROKER"])
         assert client.ping()
