@@ -94,6 +94,18 @@ def test_the_call_of_0_1_0_makes_the_files_that_its_services_read(tmp_path: Path
     assert call("services.passwords").stderr.startswith("usage: ")
 
 
+def test_no_other_service_of_compose_loads_what_workers_or_the_explorer_cached() -> None:
+    """Compiled code is loaded from the cache, so a shared one would carry code into a component with other rights."""
+    composed = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
+    caches = {
+        name: {entry.split(":")[0] for entry in service.get("volumes", []) if isinstance(entry, str) and ":/var/cache/memtail" in entry}
+        for name, service in composed.items()
+    }
+    for groups in ({"explorer"}, {"worker", "worker-gpu"}):
+        others = set().union(*(cache for name, cache in caches.items() if name not in groups))
+        assert all(caches[name] and not caches[name] & others for name in groups), groups
+
+
 def test_a_service_has_the_passwords_that_it_needs_and_no_others(tmp_path: Path) -> None:
     make_passwords.make(tmp_path, tmp_path / "services")
     password = {path.read_text(): path.name for path in tmp_path.iterdir() if path.is_file()}
