@@ -18,17 +18,23 @@ from tests.support.servers import free_port
 TOKEN = "a token of sixteen characters"
 # Seconds that a client of the server under test has for a request.
 SECONDS = 1.0
+# Seconds in which a client has to take a part of an answer.
+TAKEN_SECONDS = 2.0
+# Bytes of `/experiments.csv`, and of all answers that clients have not taken.
+ANSWER, MOST_UNSENT = 20 << 20, 40 << 20
 # The server, with few file descriptors.
 SERVER = f"""
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
-from memtail.explorer import connections, server
+from memtail.explorer import connections, server, views
 from memtail.storage.local import LocalStore
-connections.REQUEST_SECONDS = {SECONDS}
+connections.REQUEST_SECONDS, connections.ANSWER_SECONDS, connections.MOST_UNSENT = {SECONDS}, {TAKEN_SECONDS}, {MOST_UNSENT}
+views.csv = lambda *tables: bytes({ANSWER})
 server.serve(LocalStore(Path(sys.argv[1])), {TOKEN!r}, server.listen("127.0.0.1", int(sys.argv[2])), log_requests=True)
 """
 HEAD = b"Host: localhost\r\n"
+LARGE = b"GET /experiments.csv HTTP/1.1\r\n" + HEAD + f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()
 
 
 class Explorer:
@@ -159,3 +165,51 @@ def test_an_aborted_form_is_logged_in_one_line(explorer):
     lines = [line for line in explorer.log.read_bytes()[before:].decode().splitlines() if "/aborted" in line]
     assert len(lines) == 1, lines
     assert "408" in lines[0]
+
+
+def test_a_slow_reader_gets_the_whole_answer(explorer):
+    with explorer.connect(LARGE) as connection:
+        began, read = time.monotonic(), 0
+        while read < ANSWER:
+            data = connection.recv(1 << 18)
+            assert data, read
+            read += len(data)
+            time.sleep(max(0.0, began + read * 2.5 * TAKEN_SECONDS / ANSWER - time.monotonic()))
+    assert time.monotonic() - began > 2 * TAKEN_SECONDS
+
+
+@pytest.mark.parametrize("requests", [1, 5])
+def test_a_connection_whose_answer_nobody_takes_is_closed(explorer, requests):
+    with explorer.connect(requests * LARGE) as connection:
+        time.sleep(2.5 * TAKEN_SECONDS)
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(1 << 20):
+                read += len(data)
+        assert read < ANSWER
+
+
+def test_answers_that_nobody_takes_fill_no_memory(explorer):
+    before = explorer.memory()
+    with contextlib.ExitStack() as stack:
+        for _ in range(25):
+            stack.enter_context(explorer.connect(LARGE))
+            time.sleep(0.02)
+        assert explorer.status() == 200
+        time.sleep(TAKEN_SECONDS / 2)
+        assert explorer.memory() - before < 10 * MOST_UNSENT  # each answer has up to three copies on its way
+    log = explorer.log.read_text()
+    assert "Traceback" not in log
+
+
+def test_large_heads_and_bodies_and_floods_fill_no_memory(explorer):
+    before = explorer.memory()
+    with contextlib.suppress(OSError), explorer.connect(b"GET / HTTP/1.1\r\n" + HEAD + b"X-A: " + b"a" * (1 << 20)) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    with contextlib.suppress(OSError), explorer.connect(b"POST / HTTP/1.1\r\n" + HEAD + b"Content-Length: 100000000\r\n\r\n") as connection:
+        for _ in range(100):
+            connection.sendall(bytes(1 << 20))
+    for method in ("HEAD", "OPTIONS") * 50:
+        assert explorer.status(method=method) in (200, 405)
+    assert explorer.status(headers={"Cookie": "a=b; " * 1000}) == 200
+    assert explorer.memory() - before < 60 << 20
