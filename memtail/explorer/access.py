@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
+from starlette.requests import ClientDisconnect
 
 from memtail.explorer.sessions import SESSION_SECONDS, LoginLimit, Sessions
 
@@ -65,6 +66,8 @@ def guard(app: FastAPI, token: str | None, refuse: Refusal, log_requests: bool =
         began, path = time.monotonic(), request.scope["path"]
         try:
             response = door.check(request, await _submitted_token(request)) or await call_next(request)
+        except ClientDisconnect:
+            response = refuse(request, 408, "the form did not arrive in time")
         except Exception as error:
             log.error("page failed", path=path, exc_info=error)
             response = refuse(request, 500, "internal error, see the log of the explorer")

@@ -10,6 +10,7 @@ import uvicorn
 
 from memtail.errors import MemtailError
 from memtail.explorer.app import create
+from memtail.explorer.connections import Connection, most_connections
 from memtail.settings import EXPLORER_TOKEN_VARIABLE, ExplorerSettings
 from memtail.storage import ObjectStore
 
@@ -93,6 +94,8 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        http=Connection,
+        backlog=most_connections() // 2,  # also the number accepted at once
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         callback_notify=notify,
         timeout_notify=_HEARTBEAT_SECONDS,

@@ -1,5 +1,6 @@
 """Sessions of browsers, and the limit on failed logins. Both take bounded memory, and end with the process."""
 
+import ipaddress
 import secrets
 import time
 from collections import Counter
@@ -7,9 +8,10 @@ from collections.abc import Callable
 
 #: Duration of a session, in seconds.
 SESSION_SECONDS = 12 * 3600
-#: Window of the limit, in seconds, and the failed logins in it of one client address, and of all.
-WINDOW_SECONDS, MOST_OF_ADDRESS, MOST_OF_ALL = 60, 10, 100
+#: Window of the limit, in seconds, and the failed logins in it of one client address.
+WINDOW_SECONDS, MOST_OF_ADDRESS = 60, 10
 _MOST_SESSIONS = 10_000
+_MOST_ADDRESSES = 10_000
 
 
 class Sessions:
@@ -41,7 +43,7 @@ class Sessions:
 
 
 class LoginLimit:
-    """Number of failed logins in a window of time, by client address and over all. The latter bounds the number of addresses kept.
+    """Number of failed logins in a window of time, by client address. A limit over all addresses would let anybody keep all others out.
 
     Args:
         clock: seconds of a clock that never goes back.
@@ -49,16 +51,29 @@ class LoginLimit:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._began = clock, clock()
-        self._failed: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter()  # the oldest address first
 
     def wait(self, address: str) -> int:
         """Return the seconds until a client may try a token again; 0: now."""
         left = self._began + WINDOW_SECONDS - self._clock()
         if left <= 0:
             self._began, self._failed = self._clock(), Counter()
-        limited = self._failed[address] >= MOST_OF_ADDRESS or self._failed.total() >= MOST_OF_ALL
-        return int(left) + 1 if limited else 0
+        return int(left) + 1 if self._failed[_client(address)] >= MOST_OF_ADDRESS else 0
 
     def count(self, address: str) -> None:
-        """Count a failed login."""
-        self._failed[address] += 1
+        """Count a failed login, in place of those of the oldest address if there are too many."""
+        client = _client(address)
+        if client not in self._failed and len(self._failed) >= _MOST_ADDRESSES:
+            del self._failed[next(iter(self._failed))]
+        self._failed[client] += 1
+
+
+def _client(address: str) -> str:
+    """Return what one client has: an IPv4 address, or the /64 network of an IPv6 address."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address) or parsed.ipv4_mapped:
+        return str(parsed)
+    return str(ipaddress.IPv6Address(int(parsed) >> 64 << 64))

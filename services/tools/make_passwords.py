@@ -33,7 +33,7 @@ def make(folder: Path, services: Path) -> None:
     """Generate missing passwords in `folder`, and write the files of each service to a folder in `services`."""
     for name in (*PASSWORDS, *_OF_COMPONENTS):
         if not (folder / name).exists():
-            _write(folder / name, secrets.token_hex(20))
+            write(folder / name, secrets.token_hex(20))
     password = {name: (folder / name).read_text() for name in (*PASSWORDS, *_OF_COMPONENTS)}
     users = redis_users({component: password[f"redis-{component}"] for component in REDIS_RULES})
     files = {
@@ -49,7 +49,7 @@ def make(folder: Path, services: Path) -> None:
     for service, contents in files.items():
         (services / service).mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
-            _write(services / service / name, text)
+            write(services / service / name, text)
 
 
 def show(folder: Path) -> None:
@@ -58,7 +58,7 @@ def show(folder: Path) -> None:
         print(f"{(folder / name).read_text()}  {meaning}")
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write a file atomically, readable by its owner and group."""
     unfinished = path.with_suffix(".new")
     unfinished.unlink(missing_ok=True)
@@ -67,8 +67,18 @@ def _write(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-if __name__ == "__main__":
-    if sys.argv[2] == "--show":
-        show(Path(sys.argv[1]))
+def main(*arguments: str) -> int:
+    """Run the command; returns its exit code."""
+    if len(arguments) != 2:
+        print("usage: python -m services.tools.make_passwords FOLDER SERVICES|--show", file=sys.stderr)
+        return 2
+    folder, services = arguments
+    if services == "--show":
+        show(Path(folder))
     else:
-        make(Path(sys.argv[1]), Path(sys.argv[2]))
+        make(Path(folder), Path(services))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -89,9 +89,10 @@ RIGHTS = {
 # Commands of both users: without CONFIG, FLUSHALL, KEYS and the like, and without changing scripts of others.
 _COMMANDS = "+@read +@write +@connection +@transaction +eval +evalsha +script|load +script|exists +time +publish -@dangerous"
 _WORKERS_KEYS = " ".join(f"~memtail*:{key}*" for key in ("shards", "leases", "workers", "surplus", "leaving", "unacked", "_kombu"))
-#: Rules of Redis's users by component. A worker cannot lead, and sees no keys but those of its queue and leases.
+#: Rules of Redis's users by component. A worker cannot lead, and sees no keys but those of queues and leases,
+#: of all releases: the prefix of a release follows from its bucket, which need not exist when the users are made.
 REDIS_RULES = {
-    "worker": f"resetchannels {_WORKERS_KEYS} {_COMMANDS}",
+    "worker": f"resetchannels {_WORKERS_KEYS} {_COMMANDS} -scan -randomkey",
     "dispatcher": f"resetchannels ~memtail* {_COMMANDS} +info",
 }
 
@@ -120,7 +121,8 @@ def s3_policy(component: str, bucket: str, prefix: str = "", conditional: bool =
     listing = {
         "Sid": "List",
         "Effect": "Allow",
-        "Action": ["s3:ListBucket", "s3:GetBucketLocation"],
+        # to continue an upload that was cut off, it has to be found
+        "Action": ["s3:ListBucket", "s3:GetBucketLocation", *(["s3:ListBucketMultipartUploads"] if rights.write else [])],
         "Resource": [f"arn:aws:s3:::{bucket}"],
     }
     new = {"Condition": {"Null": {"s3:if-none-match": "false"}}} if conditional else {}
@@ -128,7 +130,7 @@ def s3_policy(component: str, bucket: str, prefix: str = "", conditional: bool =
         listing,
         allow("Read", ["s3:GetObject"], rights.read),
         allow("Create", ["s3:PutObject"], rights.create, **new),
-        allow("Write", ["s3:PutObject", "s3:AbortMultipartUpload"], rights.write),
+        allow("Write", ["s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"], rights.write),
         allow("Delete", ["s3:DeleteObject"], rights.delete),
     ]
     return {"Version": "2012-10-17", "Statement": [statement for statement in statements if statement["Resource"]]}
@@ -159,6 +161,10 @@ The dispatcher and workers also have a user each in Redis; aggregator and explor
 
 ```
 {redis_users(dict.fromkeys(REDIS_RULES, "PASSWORD"))}```
+
+The prefix of a release's keys follows from its bucket, and is not known when the users are made. If releases that do not trust each other
+share a Redis, write the prefix that `memtail doctor` shows in place of `memtail*:`: otherwise a worker of one can read and change queue and
+leases of the others, which costs time but no results.
 """
 
 

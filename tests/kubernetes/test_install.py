@@ -1,8 +1,9 @@
 """The chart on a real API server with Pod Security and simulated nodes, on which containers do not execute."""
 
+import copy
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,16 +212,26 @@ def test_helm_test_reports_the_result_of_the_doctor(namespace: Namespace, exit_c
     assert testing.returncode == int(exit_code), output
 
 
-def test_the_documented_admission_policy_bounds_the_jobs_of_the_dispatcher(namespace: Namespace, tmp_path: Path) -> None:
-    namespace.helm("install", RELEASE, str(CHART))
-    text = (CHART / "README.md").read_text()
-    policy = "apiVersion: admissionregistration" + text.partition("apiVersion: admissionregistration")[2].partition("```")[0]
-    policy = (
-        policy.replace("NAMESPACE", namespace.name).replace("RELEASE", RELEASE).replace("name: memtail-jobs", f"name: {namespace.name}")
-    )
-    policy = policy.replace("policyName: memtail-jobs", f"policyName: {namespace.name}")
-    namespace.kubernetes.kubectl("apply", "--filename", "-", stdin=policy)
-    kubeconfig = namespace.kubernetes.kubeconfig_of(namespace.name, f"{RELEASE}-memtail-dispatcher", tmp_path / "kubeconfig")
+# A release named like the chart, whose objects have no suffix, with external servers and Secrets of the user's.
+_EXTERNAL = {
+    "redis.enabled": False,
+    "externalRedis.existingSecret": "theirs",
+    "minio.enabled": False,
+    "externalS3.bucket": "b",
+    "externalS3.existingSecret": "theirs",
+    "externalS3.componentSecrets": {"worker": "workers"},
+    "workers.cache": {"type": "claim", "claim": "datasets"},
+    "workers.extraEnv": [{"name": "TRACKER", "valueFrom": {"secretKeyRef": {"name": "tracker", "key": "word"}}}],
+    "workers.extraEnvFrom": [{"secretRef": {"name": "proxy"}}],
+    "workers.extraVolumes": [{"name": "more", "secret": {"secretName": "licence"}}],
+}
+
+
+@pytest.mark.parametrize(("release", "values"), [(RELEASE, {}), ("memtail", _EXTERNAL)], ids=["bundled", "external"])
+def test_the_admission_policy_bounds_the_jobs_of_the_dispatcher(namespace: Namespace, tmp_path: Path, release: str, values: Any) -> None:
+    namespace.helm("install", release, str(CHART), **values, **{"admissionPolicy.enabled": True})
+    name = release if release == "memtail" else f"{release}-memtail"
+    kubeconfig = namespace.kubernetes.kubeconfig_of(namespace.name, f"{name}-dispatcher", tmp_path / "kubeconfig")
     [fleet] = [each for each in namespace.get("configmaps") if each["metadata"]["name"].endswith("-fleet")]
     (tmp_path / "fleet.yaml").write_text(fleet["data"]["fleet.yaml"])
     job = build_job(FleetSettings.load(str(tmp_path / "fleet.yaml")), Demand("a", "running", 0, 1), 1, 1, {})
@@ -230,16 +241,38 @@ def test_the_documented_admission_policy_bounds_the_jobs_of_the_dispatcher(names
         command = ["kubectl", "--kubeconfig", str(kubeconfig), "create", "--dry-run=server", "--filename", "-"]
         return subprocess.run(command, input=json.dumps(changed), capture_output=True, text=True, check=False).stderr
 
-    other = json.loads(json.dumps(job))
-    other["spec"]["template"]["spec"]["serviceAccountName"] = f"{RELEASE}-memtail-aggregator"
-    keys = json.loads(json.dumps(job).replace("s3-secret-key-worker", "s3-secret-key"))
-    whole = json.loads(json.dumps(job))
-    whole["spec"]["template"]["spec"]["volumes"].append({"name": "all", "secret": {"secretName": f"{RELEASE}-memtail"}})
-    try:
-        namespace.kubernetes.wait(lambda: "service account of workers" in create(other), 60)  # a policy takes effect after a moment
-        assert "other component's keys" in create(keys)
-        assert "other component's keys" in create(whole)
-        assert create(job) == ""
-    finally:
-        for kind in ("validatingadmissionpolicybinding", "validatingadmissionpolicy"):
-            namespace.kubernetes.kubectl("delete", kind, namespace.name)
+    def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        """Return the Job after a change of its pod template."""
+        other: dict[str, Any] = copy.deepcopy(job)
+        change(other["spec"]["template"])
+        return other
+
+    def mounting(volume: dict[str, Any]) -> dict[str, Any]:
+        return changed(lambda template: template["spec"]["volumes"].append({"name": "other", **volume}))
+
+    def with_variables(key: str, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield Jobs with an entry of `env` or `envFrom` in the container, and in an init container."""
+        yield changed(lambda template: template["spec"]["containers"][0].setdefault(key, []).append(entry))
+        init = {"name": "init", "image": "a", "securityContext": job["spec"]["template"]["spec"]["containers"][0]["securityContext"]}
+        yield changed(lambda template: template["spec"].update(initContainers=[{**init, key: [entry]}]))
+
+    secret_key = {"name": "K", "valueFrom": {"secretKeyRef": {"name": name, "key": "s3-secret-key"}}}
+    account = changed(lambda template: template["spec"].update(serviceAccountName=f"{name}-aggregator"))
+    namespace.kubernetes.wait(lambda: "service account of workers" in create(account), 60)  # a policy takes effect after a moment
+    no_account = changed(lambda template: template["spec"].pop("serviceAccountName"))
+    assert "service account of workers" in create(no_account)
+    component = {"app.kubernetes.io/component": "explorer"}
+    assert "label of workers" in create(changed(lambda template: template["metadata"]["labels"].update(component)))
+    for refused in (*with_variables("env", secret_key), *with_variables("envFrom", {"secretRef": {"name": name}})):
+        assert "no keys of Secrets in variables" in create(refused)
+    for volume in (
+        {"secret": {"secretName": name}},
+        {"projected": {"sources": [{"secret": {"name": name}}]}},
+        {"projected": {"sources": [{"secret": {"name": name, "items": [{"key": "s3-secret-key", "path": "k"}]}}]}},
+        {"persistentVolumeClaim": {"claimName": f"data-{name}-minio-0"}},
+        {"csi": {"driver": "secrets-store.csi.k8s.io", "readOnly": True}},
+    ):
+        assert "workers mount no other" in create(mounting(volume)), volume
+    assert create(job) == ""
+    assert create(mounting({"emptyDir": {}})) == ""
+    namespace.helm("uninstall", release)

@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -74,6 +75,35 @@ def test_a_password_is_regenerated_after_its_file_is_deleted(tmp_path: Path) -> 
         text = (tmp_path / "services" / file).read_text()
         assert after in text
         assert before not in text
+
+
+def test_the_call_of_0_1_0_makes_the_files_that_its_services_read(tmp_path: Path) -> None:
+    def call(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([sys.executable, "-m", module, *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
+
+    assert call("services.passwords", str(tmp_path)).returncode == 0
+    password = (tmp_path / "redis").read_text()
+    assert f"requirepass {password}\n" in (tmp_path / "redis.conf").read_text()
+    assert (tmp_path / "broker").read_text() == f"redis://:{password}@redis:6379/0"
+    assert call("services.passwords", str(tmp_path)).returncode == 0
+    assert (tmp_path / "redis").read_text() == password
+    assert password in call("services.passwords", str(tmp_path), "--show").stdout
+    for arguments in ((), (str(tmp_path),)):
+        refused = call("services.tools.make_passwords", *arguments)
+        assert (refused.returncode, refused.stderr) == (2, "usage: python -m services.tools.make_passwords FOLDER SERVICES|--show\n")
+    assert call("services.passwords").stderr.startswith("usage: ")
+
+
+def test_no_other_service_of_compose_loads_what_workers_or_the_explorer_cached() -> None:
+    """Compiled code is loaded from the cache, so a shared one would carry code into a component with other rights."""
+    composed = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
+    caches = {
+        name: {entry.split(":")[0] for entry in service.get("volumes", []) if isinstance(entry, str) and ":/var/cache/memtail" in entry}
+        for name, service in composed.items()
+    }
+    for groups in ({"explorer"}, {"worker", "worker-gpu"}):
+        others = set().union(*(cache for name, cache in caches.items() if name not in groups))
+        assert all(caches[name] and not caches[name] & others for name in groups), groups
 
 
 def test_a_service_has_the_passwords_that_it_needs_and_no_others(tmp_path: Path) -> None:

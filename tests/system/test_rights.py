@@ -6,20 +6,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 import urllib3
 
 from memtail.errors import ObjectNotFound, StoreError
-from memtail.storage import keys
+from memtail.storage import UnreachableError, keys
 from memtail.storage.s3 import S3Store
 from services.tools import make_passwords
 from services.tools.rights import REDIS_RULES, RIGHTS, rendered, s3_policy, user
 from tests.support.cluster import PROJECT, Cluster
+from tests.support.proxies import ResettingProxy
 from tests.support.servers import MinioServer, free_port
 
 PREFIX = "team/a"
+# Size of the parts of large objects, in bytes.
+_PART = 5 << 20
 # Keys of one experiment, by what they are.
 OBJECTS = {
     "dataset": keys.dataset("f00d", "manifest.json"),
@@ -131,6 +135,22 @@ def _created(component: str) -> set[str]:
     return {OBJECTS[name] for name in ("trials", "failure", "replica", "device")} if component == "worker" else set()
 
 
+@pytest.mark.parametrize(("component", "name"), [("client", "dataset"), ("worker", "checkpoint"), ("aggregator", "snapshot")])
+def test_an_upload_that_was_cut_off_is_continued(deployed, minio, component, name):
+    content = os.urandom(8 * _PART)
+
+    def through(proxy: ResettingProxy, **options: Any) -> S3Store:
+        settings = minio.settings(**deployed.keys(component), endpoint=proxy.endpoint)
+        return S3Store(deployed._bucket, PREFIX, settings=settings, part_size=_PART, **options)
+
+    with ResettingProxy(minio.port, after_bytes=7 << 20) as proxy, pytest.raises(UnreachableError):
+        through(proxy, attempts=1).put(OBJECTS[name], content)
+    with ResettingProxy(minio.port) as proxy:
+        through(proxy).put(OBJECTS[name], content)
+        assert 0 < sum(b"partNumber=" in request and request.startswith(b"PUT") for request in proxy.requests) < 8
+    assert deployed.store(component).get(OBJECTS[name]) == content
+
+
 def test_a_component_has_no_rights_outside_of_the_prefix(deployed, minio):
     settings = minio.settings(**deployed.keys("client"))
     outside = S3Store(deployed._bucket, "team/b", settings=settings)
@@ -199,7 +219,7 @@ def test_redis_denies_what_a_component_does_not_need(restricted):
     denied = [
         (component, command) for component in REDIS_RULES for command in ("FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "GET theirs")
     ]
-    denied += [("worker", command) for command in ("GET memtail2:leader", "SET memtail2:leader me", "INFO")]
+    denied += [("worker", command) for command in ("GET memtail2:leader", "SET memtail2:leader me", "INFO", "SCAN 0", "RANDOMKEY")]
     for component, command in denied:
         client = redis.Redis.from_url(environment(component)["MEMTAIL_BROKER"])
         assert client.ping()
