@@ -33,6 +33,7 @@ OBJECTS = {
     "replica": keys.replica("digits", 0, 3, "equal"),
     "worker's notice": keys.notice("digits", "worker"),
     "dispatcher's notice": keys.notice("digits", "dispatcher"),
+    "fleet's notice": keys.notice("digits", "fleet"),
     "aggregator's notice": keys.notice("digits", "aggregator"),
     "discard": keys.discard("digits", 0, 3, "now"),
     "snapshot": keys.snapshot("digits"),
@@ -45,14 +46,14 @@ OBJECTS = {
 EVERYTHING = set(OBJECTS)
 WRITTEN = {
     "worker": {"device", "trials", "checkpoint", "failure", "replica", "worker's notice", "probe"},
-    "dispatcher": {"control", "failure", "dispatcher's notice", "probe"},
+    "dispatcher": {"control", "failure", "dispatcher's notice", "fleet's notice", "probe"},
     "aggregator": {"record", "failure", "aggregator's notice", "snapshot", "pointer", "scores", "report", "probe"},
     "explorer": set(),
     "client": EVERYTHING,
 }
 DELETED = {
     "worker": {"checkpoint", "worker's notice", "probe"},
-    "dispatcher": {"dispatcher's notice", "probe"},
+    "dispatcher": {"dispatcher's notice", "fleet's notice", "probe"},
     "aggregator": {"aggregator's notice", "snapshot", "pointer", "scores", "report", "probe"},
     "explorer": set(),
     "client": EVERYTHING,
