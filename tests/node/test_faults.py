@@ -182,6 +182,23 @@ def test_a_fault_in_training_changes_no_score(
     print(f"\n{fault.__name__}: longest time without a commit {training.longest_pause():.0f} s")
 
 
+def test_workers_refuse_a_dataset_larger_than_their_cache_without_an_attempt(
+    release: Release, embedded: dict[str, bytes], tmp_path: Path
+) -> None:
+    release.helm("upgrade", "--wait", "--timeout", "5m", workers__cache__limit=1e-6)
+    training = release.submit("small-cache")
+    release.until(lambda: any(f"failed: exit code {WORKER_AT_FAULT}" in line for line in training.progress.notice_lines))
+    pods = f"memtail/experiment={training.name}"
+    log = release.kubectl("logs", "--selector", pods, "--tail", "-1").splitlines()
+    faults = {json.loads(line)["error"] for line in log if "worker at fault" in line}
+    assert len(faults) == 1
+    assert "more than the cache may hold" in faults.pop()
+    assert "Evicted" not in release.kubectl("get", "pods", "--selector", pods, "--output", "yaml")
+    assert training.progress.failed_attempts == 0
+    release.helm("upgrade", "--wait", "--timeout", "5m")
+    training.assert_complete(embedded, tmp_path)
+
+
 def _services(release: Release) -> set[str]:
     """Return the names of the pods of dispatcher and aggregator."""
     return {name_of(pod) for component in ("dispatcher", "aggregator") for pod in release.pods(component)}
