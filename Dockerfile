@@ -30,7 +30,8 @@ COPY tools/install.sh tools/requirements.py /src/tools/
 WORKDIR /src
 RUN python tools/requirements.py build >build.txt \
  && python tools/requirements.py base services >control.txt \
- && python tools/requirements.py base services train >worker.txt
+ && python tools/requirements.py base services train >worker.txt \
+ && python tools/requirements.py worker-image >init.txt
 
 FROM requirements AS package
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -67,6 +68,10 @@ WORKDIR /var/cache/memtail
 CMD ["memtail", "--help"]
 
 FROM worker-packages AS worker
+RUN --mount=type=bind,from=requirements,source=/src/init.txt,target=/src/init.txt \
+    --mount=type=bind,from=requirements,source=/src/constraints.txt,target=/src/constraints.txt \
+    --mount=type=bind,from=requirements,source=/src/tools/install.sh,target=/src/tools/install.sh \
+    /src/tools/install.sh /opt/memtail </src/init.txt
 RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
     pip install --quiet --no-cache-dir --no-deps /wheels/*.whl
 COPY --from=package /app app
@@ -75,4 +80,6 @@ ENV NUMBA_CACHE_DIR=/var/cache/memtail/compiled-worker \
     TRITON_CACHE_DIR=/var/cache/memtail/triton
 USER 1000:1000
 WORKDIR /var/cache/memtail
+# Models may fork: the first process reaps their orphans. It passes signals to the worker only.
+ENTRYPOINT ["dumb-init", "--single-child", "--"]
 CMD ["python", "-m", "services.worker"]

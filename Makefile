@@ -8,7 +8,7 @@
 # make bench            benchmarks against baselines (ROW=name: one row, ROW=list: the names)
 # make e2e              docker compose up, from the build to the scores (needs Docker with the compose plugin)
 # make test-kubernetes  the chart and the autoscaling of workers on a real API server with simulated nodes (ARGS="-m slow": the slow tests)
-# make test-node        the images and the chart on a real node, with faults (needs root; building its tools takes up to an hour)
+# make test-node        the images and the chart on a real node, with faults, in half an hour (needs root; building its tools takes up to an hour)
 # make test-lowest      the tests with the lowest versions that pyproject.toml allows
 # make test-python      the tests with another Python (PYTHON=3.13)
 # make lock             constraints.txt: versions and hashes of all packages that are installed

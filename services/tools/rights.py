@@ -41,6 +41,7 @@ _PROBES = f"{keys.probe().partition('/')[0]}/*"
 # Record of the end of an experiment, and marks of experiments that changed after it.
 _FINISHED, _CHANGES = f"{keys.experiments()}*/finished.json", "changes/*"
 _CHECKPOINTS, _FAILURES = f"{keys.checkpoints('*')}*", f"{keys.failures('*')}*"
+_DISPATCHER_NOTICES = (keys.notice("*", "dispatcher"), keys.notice("*", "fleet"))
 _SCORES, _REPORTS = f"{keys.all_scores('*')}*", f"{keys.all_reports('*')}*"
 
 #: Rights by component. A client submits and studies experiments, and operates the service.
@@ -64,8 +65,8 @@ RIGHTS = {
     "dispatcher": Rights(
         read=(_EXPERIMENT, _CHANGES, _PROBES, keys.identity()),
         create=(_FAILURES, keys.identity()),
-        write=(keys.control("*"), keys.notice("*", "dispatcher"), keys.notice("*", "fleet"), _PROBES),
-        delete=(keys.notice("*", "dispatcher"), keys.notice("*", "fleet"), _PROBES),
+        write=(keys.control("*"), *_DISPATCHER_NOTICES, _PROBES),
+        delete=(*_DISPATCHER_NOTICES, _PROBES),
     ),
     "aggregator": Rights(
         read=(_DATASETS, _MASKS, _EXPERIMENT, _CHANGES, _PROBES),

@@ -1,6 +1,7 @@
 """Imports of all modules in the images; run by `make e2e`."""
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,35 @@ for name in sys.argv[1:]:
     except Exception as error:
         failures[name] = repr(error)
 print(json.dumps(failures))
+"""
+# Leaves an orphan that ends, as models do that fork, and prints whether it is still there as a zombie after five seconds.
+ORPHAN = """
+import os, pathlib, time
+reader, writer = os.pipe()
+if (child := os.fork()) == 0:
+    if (orphan := os.fork()) == 0:
+        time.sleep(0.2)
+    else:
+        os.write(writer, str(orphan).encode())
+    os._exit(0)
+os.waitpid(child, 0)
+orphan = pathlib.Path("/proc", os.read(reader, 9).decode())
+end = time.monotonic() + 5
+while orphan.exists() and time.monotonic() < end:
+    time.sleep(0.05)
+print("zombie" if orphan.exists() else "reaped")
+"""
+# A process and its child print which of them receives SIGTERM. The process then ends, when a signal to its child would have arrived.
+SIGNALS = """
+import os, signal, time
+name = "child" if os.fork() == 0 else "parent"
+def receive(*_):
+    print("SIGTERM to", name, flush=True)
+    time.sleep(0.5)
+    os._exit(7)
+signal.signal(signal.SIGTERM, receive)
+print("ready", flush=True)
+time.sleep(100)
 """
 
 
@@ -60,6 +90,22 @@ def test_the_worker_image_imports_everything() -> None:
 @pytest.mark.parametrize("image", [CONTROL, WORKER])
 def test_requirements_are_installed_completely(image: str) -> None:
     assert "No broken requirements" in docker("run", "--rm", image, "pip", "check")
+
+
+def test_orphans_of_models_are_reaped() -> None:
+    assert docker("run", "--rm", WORKER, "python", "-c", ORPHAN) == "reaped\n"
+
+
+def test_a_signal_reaches_only_the_worker_and_only_once() -> None:
+    container = docker("run", "--detach", WORKER, "python", "-c", SIGNALS).strip()
+    try:
+        while docker("logs", container).count("ready") < 2:
+            time.sleep(0.1)
+        docker("kill", "--signal", "TERM", container)
+        assert docker("wait", container) == "7\n"
+        assert docker("logs", container).split("\n") == ["ready", "ready", "SIGTERM to parent", ""]
+    finally:
+        docker("rm", "--force", container)
 
 
 def test_print_the_sizes_of_the_images() -> None:

@@ -16,7 +16,7 @@ from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
-from memtail.experiment_store import Control, ExperimentStore, changed_experiments, recorded_actions
+from memtail.experiment_store import Control, ExperimentStore, change_tags, recorded_actions
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -129,7 +129,7 @@ def test_an_experiment_that_is_submitted_again_while_it_is_removed_is_kept(store
         retention.remove(hooked, "done", planned)
     experiment_store = ExperimentStore(store, "done")
     assert experiment_store.is_registered()
-    assert changed_experiments(store) == {"done"}
+    assert change_tags(store).keys() == {"done"}
 
 
 def test_an_experiment_that_is_submitted_again_before_the_confirmation_is_not_removed(store, submit):

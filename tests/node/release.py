@@ -1,6 +1,7 @@
 """A release of the chart on a real node, with images built from this checkout, and the experiments that it trains."""
 
 import base64
+import itertools
 import json
 import subprocess
 import time
@@ -18,6 +19,7 @@ from memtail.execution.submit import submit
 from memtail.scores.fetch import fetch_scores
 from memtail.settings import S3Settings
 from memtail.spec.experiment import Experiment
+from memtail.storage import keys
 from memtail.storage.s3 import S3Store
 from tests.kubernetes.chart import CHART, as_options, helm
 from tests.kubernetes.conftest import Kubernetes
@@ -31,6 +33,8 @@ SPEC = {
     "training": {"epochs": 80, "batch_size": 64},
     "subsets": {"trials": TRIALS},
 }
+# The only score file that names the experiment.
+_SUMMARY = "summary.json"
 _QUICK = [{"name": "MEMTAIL_LEASE_SECONDS", "value": "10"}, {"name": "MEMTAIL_RESYNC_SECONDS", "value": "5"}]
 VALUES = {
     # everything fits on two cores
@@ -38,6 +42,7 @@ VALUES = {
     "workers.max": 4,
     "workers.terminationGracePeriodSeconds": 30,
     **{f"{component}.cache.sizeLimit": "1Gi" for component in ("workers", "aggregator", "explorer")},
+    "explorer.resources.limits.memory": "512Mi",
     **{f"{component}.extraEnv": _QUICK for component in ("dispatcher", "aggregator", "workers")},
 }
 
@@ -87,10 +92,10 @@ class Release:
     def kubectl(self, *arguments: str) -> str:
         return self.node.kubectl("--namespace", self.namespace, *arguments)
 
-    def execute(self, pod: str, *command: str) -> None:
-        """Run a command in a pod, ignoring its exit code, since the pod may end."""
+    def execute(self, pod: str, *command: str) -> str:
+        """Run a command in a pod, and return its output; ignores its exit code, since the pod may end."""
         prefix = ["kubectl", "--kubeconfig", self.node.kubeconfig, "--namespace", self.namespace]
-        subprocess.run([*prefix, "exec", pod, "--", *command], capture_output=True, check=False)
+        return subprocess.run([*prefix, "exec", pod, "--", *command], capture_output=True, text=True, check=False).stdout
 
     def pods(self, component: str, experiment: str = "") -> list[dict[str, Any]]:
         """Return the running pods of a component that are not being deleted."""
@@ -104,11 +109,14 @@ class Release:
         kinds = ",".join(kind for kind in resources if not kind.startswith("events"))
         return set(self.kubectl("get", kinds, "--output", "name", "--ignore-not-found").split())
 
+    def secret(self, key: str) -> str:
+        """Return a value of the chart's Secret."""
+        return base64.b64decode(self.node.get("secret", self.name, "--namespace", self.namespace)["data"][key]).decode()
+
     def store(self) -> S3Store:
         """Open the bucket by the cluster IP of its service."""
-        secret = self.node.get("secret", f"{self.name}", "--namespace", self.namespace)["data"]
         address = self.node.get("service", f"{self.name}-minio", "--namespace", self.namespace)["spec"]["clusterIP"]
-        access, secret_key = (base64.b64decode(secret[name]).decode() for name in ("s3-access-key", "s3-secret-key"))
+        access, secret_key = map(self.secret, ("s3-access-key", "s3-secret-key"))
         return S3Store("memtail", settings=S3Settings(endpoint=f"http://{address}:9000", access_key=access, secret_key=secret_key))
 
     def submit(self, name: str, **workers: Any) -> "Training":
@@ -167,6 +175,11 @@ class Training:
         self.release.until(lambda: self.progress.ending)
         assert self.progress.ending == "published", self.release.situation()
 
+    def longest_pause(self) -> float:
+        """Return the longest time between two commits in seconds."""
+        times = sorted(stored.modified for stored in self.store.inventory(keys.trials(self.name)))
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
+
     def trials(self) -> list[int]:
         """Return the committed trials, ascending."""
         return sorted(trial for shard in self.progress.committed for trial in shard.trials)
@@ -178,6 +191,14 @@ class Training:
         fetch_scores(self.store, self.name, pointer, folder)
         return files(folder)
 
+    def assert_complete(self, embedded: dict[str, bytes], folder: Path) -> None:
+        """Assert that every trial is committed once, and that the scores equal those of an embedded run."""
+        self.finish()
+        assert self.trials() == list(range(TRIALS))
+        scores = self.scores(folder)
+        assert scores.keys() == embedded.keys()
+        assert {name for name in scores if scores[name] != embedded[name]} <= {_SUMMARY}
+
 
 def declaration(name: str, **workers: Any) -> dict[str, Any]:
     """Return the declaration of an experiment."""
@@ -188,6 +209,10 @@ def declaration(name: str, **workers: Any) -> dict[str, Any]:
 def files(folder: Path) -> dict[str, bytes]:
     """Return the files of a folder by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def name_of(pod: dict[str, Any]) -> str:
+    return str(pod["metadata"]["name"])
 
 
 def main_process(pod: dict[str, Any], command: str) -> int:

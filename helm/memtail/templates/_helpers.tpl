@@ -286,7 +286,8 @@ spec:
     - name: worker
       image: {{ include "memtail.image" (list $root.Values.image.worker $root.Chart.AppVersion) }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-      command: [python, -m, services.worker]
+      # the entrypoint of the image reaps orphans of models
+      args: [python, -m, services.worker]
       {{- include "memtail.containerSecurity" $root | nindent 6 }}
       env:
         {{- include "memtail.connections" (list $root "worker") | indent 8 }}
