@@ -248,7 +248,7 @@ class S3Store:
         existing object is this call's own.
         """
         name, again = self._name(key), False
-        headers = {**condition, "Content-MD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+        headers = {**condition, WRITER: writer, "Content-MD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
         def write(connection: Connection) -> bool:
             nonlocal again
@@ -256,8 +256,7 @@ class S3Store:
                 return True
             again = True
             try:
-                # servers refuse unsigned x-amz- headers, so the writer is in the URL
-                connection.presigned("PUT", name, {WRITER: writer}, data, headers)
+                connection.signed("PUT", name, body=data, headers=headers)
             except MinioException as error:
                 if status_of(error) == 412:
                     return self._writer_of(connection, key) == writer

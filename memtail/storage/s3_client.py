@@ -1,6 +1,6 @@
 """Client of one bucket of an S3 server: connections, credentials, and retry of requests.
 
-Requests are signed by minio-py. Those that it cannot make, or not with all headers, are presigned: its `put_object` drops conditions.
+Requests are made by minio-py. Those that it cannot make, or not with all headers, are only signed by it: its `put_object` drops conditions.
 """
 
 import os
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 from xml.etree.ElementTree import ParseError
 
 import structlog
@@ -21,6 +21,7 @@ from minio import Minio
 from minio.credentials.credentials import Credentials
 from minio.credentials.providers import AWSConfigProvider, ChainedProvider, IamAwsProvider, Provider, StaticProvider
 from minio.error import MinioException, S3Error
+from minio.signer import sign_v4_s3
 from tenacity import RetryCallState, Retrying, stop_after_attempt, stop_after_delay, wait_random_exponential
 from urllib3.exceptions import HTTPError
 
@@ -32,8 +33,8 @@ from memtail.storage.s3_errors import KEY_FIX, REFUSED_KEY_CODES, TRANSIENT_STAT
 log = structlog.get_logger()
 T = TypeVar("T")
 
-#: Longer than the clock difference of 15 minutes that S3 tolerates: a larger one is reported as such, not as an expired URL.
-_PRESIGNED_FOR = timedelta(minutes=20)
+# In place of the digest of a request's body, which has a Content-MD5.
+_UNSIGNED = "UNSIGNED-PAYLOAD"
 _LONGEST_PAUSE = 10.0
 _THREADS = 6
 # Operations of an observer, by the verb of an error message.
@@ -70,7 +71,7 @@ class Connection:
             response.close()
             response.release_conn()
 
-    def presigned(
+    def signed(
         self,
         method: str,
         name: str,
@@ -78,22 +79,36 @@ class Connection:
         body: bytes | None = None,
         headers: Mapping[str, str] = _NO_HEADERS,
     ) -> urllib3.BaseHTTPResponse:
-        """Return the response to a presigned request.
+        """Return the response to a request.
 
         Args:
             method: of HTTP.
             name: of the object.
             query: parameters of the URL, which are signed.
             body: of the request, which is not signed.
-            headers: of the request, which are not signed; servers refuse some that begin with `x-amz-`.
+            headers: of the request, which are signed.
 
         Raises:
             MinioException: the status is not 200 or 204.
         """
-        url = self.s3.get_presigned_url(
-            method=method, bucket_name=self.bucket, object_name=name, expires=_PRESIGNED_FOR, extra_query_params={**query}
+        credentials, date = self.credentials.retrieve(), datetime.now(UTC)
+        # a presigned URL has the object's address and the bucket's region, but its signature covers no headers, and servers refuse those
+        # that begin with x-amz- unless they are signed
+        presigned = urlsplit(self.s3.get_presigned_url(method=method, bucket_name=self.bucket, object_name=name))
+        region = parse_qs(presigned.query)["X-Amz-Credential"][0].split("/")[2]
+        url = presigned._replace(query=urlencode(query, quote_via=quote))
+        all_headers = {
+            **headers,
+            "Host": presigned.netloc,
+            "x-amz-content-sha256": _UNSIGNED,
+            "x-amz-date": date.strftime("%Y%m%dT%H%M%SZ"),
+        }
+        if credentials.session_token:
+            all_headers["X-Amz-Security-Token"] = credentials.session_token
+        all_headers = sign_v4_s3(
+            method=method, url=url, region=region, headers=all_headers, credentials=credentials, content_sha256=_UNSIGNED, date=date
         )
-        response = self.http.urlopen(method, url, body=body, headers=headers, redirect=False)
+        response = self.http.urlopen(method, url.geturl(), body=body, headers=all_headers, redirect=False)
         if response.status not in (200, 204):
             raise error_in(response)
         return response

@@ -35,7 +35,7 @@ def prove_answers(client: Client, prefix: str) -> str | None:
 
         def answer(connection: Connection) -> int:
             try:
-                connection.presigned("PUT", name, {WRITER: writer}, b"0123456789", {condition: value})
+                connection.signed("PUT", name, body=b"0123456789", headers={WRITER: writer, condition: value})
             except MinioException as error:
                 status = status_of(error)
                 if status is None or status in TRANSIENT_STATUS or status in (400, 401, 403, 404):
@@ -65,7 +65,7 @@ def prove_answers(client: Client, prefix: str) -> str | None:
         if (status := write("If-None-Match", "*")) != 412:
             return _fault(status, "If-None-Match: *")
         if kept != writer:
-            return "it does not keep the metadata of a presigned write"
+            return "it does not keep the metadata of an object"
         if (status := write("If-Match", f'"{"0" * 32}"')) != 412:
             return _fault(status, "If-Match with another ETag")
         if (status := write("If-Match", f'"{tag}"')) != 200:

@@ -176,7 +176,7 @@ class _Upload:
         return False
 
     def _begin(self, connection: Connection) -> str:
-        response = connection.presigned("POST", self._name, {"uploads": ""}, headers=_CONTENT)
+        response = connection.signed("POST", self._name, {"uploads": ""}, headers=_CONTENT)
         return findtext(fromstring(response.data), "UploadId", strict=True) or ""  # noqa: S314 - as minio-py does with every response
 
     def _held(self, connection: Connection, *, identifier: str) -> dict[int, str]:
@@ -185,7 +185,7 @@ class _Upload:
         while True:
             with _lost():
                 query = {"uploadId": identifier, "max-parts": "1000", "part-number-marker": marker}
-                page = ListPartsResult(connection.presigned("GET", self._name, query))
+                page = ListPartsResult(connection.signed("GET", self._name, query))
             held |= {part.part_number: part.etag for part in page.parts}
             if not page.is_truncated or not page.next_part_number_marker:
                 return held
@@ -194,7 +194,7 @@ class _Upload:
     def _put_part(self, connection: Connection, *, identifier: str, number: int, data: bytes, digest: bytes) -> str:
         headers = {**_CONTENT, "Content-MD5": base64.b64encode(digest).decode()}
         with _lost():
-            return etag(connection.presigned("PUT", self._name, {"partNumber": str(number), "uploadId": identifier}, data, headers))
+            return etag(connection.signed("PUT", self._name, {"partNumber": str(number), "uploadId": identifier}, data, headers))
 
     def _complete(self, connection: Connection, *, identifier: str, tags: Mapping[int, str]) -> None:
         parts = Element("CompleteMultipartUpload")
@@ -203,14 +203,12 @@ class _Upload:
             SubElement(part, "PartNumber").text = str(number)
             SubElement(part, "ETag").text = f'"{tag}"'
         with _lost():
-            response = connection.presigned(
-                "POST", self._name, {"uploadId": identifier}, tostring(parts), {"Content-Type": "application/xml"}
-            )
+            response = connection.signed("POST", self._name, {"uploadId": identifier}, tostring(parts), {"Content-Type": "application/xml"})
             if not CompleteMultipartUploadResult(response).etag:  # an error with status 200
                 raise error_in(response)
 
     def _abort(self, connection: Connection, *, identifier: str) -> None:
-        connection.presigned("DELETE", self._name, {"uploadId": identifier})
+        connection.signed("DELETE", self._name, {"uploadId": identifier})
 
 
 @contextmanager

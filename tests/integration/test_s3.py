@@ -546,7 +546,7 @@ def test_a_malformed_setting_is_refused_by_name(environment, variable, value, me
         ("ignores-condition", r"it overwrites an object in spite of If-None-Match: \*"),
         ("ignores-match", "it overwrites an object in spite of If-Match with another ETag"),
         ("ignores-range", "it does not return the range of an object that is asked for"),
-        ("drops-metadata", "it does not keep the metadata of a presigned write"),
+        ("drops-metadata", "it does not keep the metadata of an object"),
         ("refuses", r"it refuses a conditional write of a new object \(status 412\)"),
         ("races", "it reports success to .* of 16 concurrent writers of one new object"),
         ("races-match", "it reports success to .* of 16 concurrent writers that replace one object with If-Match"),

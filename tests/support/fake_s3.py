@@ -80,7 +80,7 @@ class _FakeHandler(BaseHTTPRequestHandler):
         if "partNumber" in query:
             return self.answer(200, ETag='"x"')
         if self.command == "PUT":
-            return [self.put(url.path, query, data) for _ in range(1 + ("repeats" in self.server.faults))][-1]()
+            return [self.put(url.path, data) for _ in range(1 + ("repeats" in self.server.faults))][-1]()
         if self.command == "DELETE":
             self.server.objects.pop(url.path, None)
             return self.answer(204)
@@ -94,7 +94,7 @@ class _FakeHandler(BaseHTTPRequestHandler):
             return self.answer(206, part[: 1 << 20] if "sends-less" in self.server.faults else part, **headers)
         return self.answer(200, data, **headers)
 
-    def put(self, path, query, data):
+    def put(self, path, data):
         faults = self.server.faults
         races = "races" in faults or ("races-match" in faults and "If-Match" in self.headers)
         with contextlib.nullcontext() if races else self.server.lock:
@@ -105,7 +105,7 @@ class _FakeHandler(BaseHTTPRequestHandler):
             if not met:
                 status = next((int(fault.removeprefix("answers-")) for fault in faults if fault.startswith("answers-")), 412)
                 return lambda: self.answer(status, b"" if status in (200, 304) else b"<Error><Code>Conflict</Code></Error>", ETag='"x"')
-            writer = query.get("x-amz-meta-writer", [""])[0]
+            writer = self.headers.get("x-amz-meta-writer", "")
             self.server.objects[path] = (data, "" if "drops-metadata" in faults else writer)
         return lambda: self.answer(200, ETag=tag_of(data))
 
