@@ -97,18 +97,18 @@ class Connection:
         presigned = urlsplit(self.s3.get_presigned_url(method=method, bucket_name=self.bucket, object_name=name))
         region = parse_qs(presigned.query)["X-Amz-Credential"][0].split("/")[2]
         url = presigned._replace(query=urlencode(query, quote_via=quote))
-        all_headers = {
+        to_sign: dict[str, str | list[str] | tuple[str]] = {
             **headers,
             "Host": presigned.netloc,
             "x-amz-content-sha256": _UNSIGNED,
             "x-amz-date": date.strftime("%Y%m%dT%H%M%SZ"),
         }
         if credentials.session_token:
-            all_headers["X-Amz-Security-Token"] = credentials.session_token
-        all_headers = sign_v4_s3(
-            method=method, url=url, region=region, headers=all_headers, credentials=credentials, content_sha256=_UNSIGNED, date=date
+            to_sign["X-Amz-Security-Token"] = credentials.session_token
+        signed = sign_v4_s3(
+            method=method, url=url, region=region, headers=to_sign, credentials=credentials, content_sha256=_UNSIGNED, date=date
         )
-        response = self.http.urlopen(method, url.geturl(), body=body, headers=all_headers, redirect=False)
+        response = self.http.urlopen(method, url.geturl(), body=body, headers=signed, redirect=False)
         if response.status not in (200, 204):
             raise error_in(response)
         return response

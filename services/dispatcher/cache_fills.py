@@ -12,6 +12,7 @@ import structlog
 
 from services.dispatcher.cluster import Cluster
 from services.dispatcher.kubernetes_objects import Job, Pod
+from services.dispatcher.watch_cache import RefusedError
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, NUMBER_LABEL, TEMPLATE_LABEL, Demand, FleetSettings, job_name, settings_hash
 
 log = structlog.get_logger()
@@ -54,12 +55,14 @@ class CacheFills:
             if name not in wanted or (not job.succeeded and (job.ended or job.labels.get(TEMPLATE_LABEL) != current)):
                 self._cluster.delete_job(job.name)
                 del existing[name]
-        waiting = [name for name in wanted if name not in existing or not existing[name].succeeded]
-        for name in waiting:
-            if name not in existing:
+        waiting = {name: _line(name, pods) for name in wanted if name not in existing or not existing[name].succeeded}
+        for name in waiting.keys() - existing.keys():
+            try:
                 self._cluster.create_job(build_fill(self._settings, name, self._cluster.owner(self._settings.owner)))
                 log.info("cache is being filled", experiment=name)
-        return {name: _line(name, pods) for name in waiting}
+            except RefusedError as error:
+                waiting[name] = f"the cache cannot be filled, and workers wait for it: {error}"
+        return waiting
 
 
 def build_fill(settings: FleetSettings, experiment: str, owner: dict[str, Any]) -> dict[str, Any]:

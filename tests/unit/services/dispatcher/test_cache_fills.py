@@ -4,6 +4,7 @@ import pytest
 
 from services.dispatcher.cache_fills import CACHE_LABEL, CacheFills
 from services.dispatcher.kubernetes_objects import Job, Pod, parse_pod
+from services.dispatcher.watch_cache import RefusedError
 from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, NUMBER_LABEL, Demand, FleetSettings
 from tests.unit.services.dispatcher.test_fleet import SETTINGS
 
@@ -85,6 +86,20 @@ def test_a_failed_job_and_one_of_other_settings_are_made_again_but_not_one_that_
     cluster.end(succeeded=True)
     assert reconcile(demand()) == {}
     assert image() == "right"
+
+
+def test_a_job_that_the_api_server_refuses_has_a_notice_and_does_not_stop_others(reconcile, cluster, monkeypatch):
+    create = cluster.create_job
+
+    def create_unless_a(job):
+        if job["metadata"]["labels"][EXPERIMENT_LABEL] == "a":
+            raise RefusedError("exceeded quota")
+        create(job)
+
+    monkeypatch.setattr(cluster, "create_job", create_unless_a)
+    lines = reconcile(demand("a"), demand("b"))
+    assert lines == {"a": "the cache cannot be filled, and workers wait for it: exceeded quota", "b": BEING_FILLED}
+    assert len(cluster.jobs) == 1
 
 
 def test_without_a_template_nothing_waits_and_jobs_of_earlier_settings_are_deleted(reconcile, cluster):
