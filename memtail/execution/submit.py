@@ -73,7 +73,6 @@ def submit(
     before, control = experiment_store.change_control(lambda held: held if priority is None else replace(held, priority=priority))
     if held is None:
         declared = experiment_store.register(declared)
-        experiment_store.mark_changed()  # services may remember a finished experiment of the name that was removed just now
     if changes := _changes(held, declared, before, control):
         record_action(store, experiment.name, "submit", changes)
     return Submission(declared, dataset.fingerprint, staged, held.experiment.subsets.trials if held else None, control)

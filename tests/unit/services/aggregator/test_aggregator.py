@@ -33,10 +33,17 @@ class FaultyStore(LocalStore):
         self.read, self.faulty, self.error = [], "", None
 
     def get(self, key, limit=None):
+        self.note(key)
+        return super().get(key, limit)
+
+    def get_tagged(self, key, limit=None):
+        self.note(key)
+        return super().get_tagged(key, limit)
+
+    def note(self, key):
         self.read.append(key)
         if self.error and self.faulty in key:
             raise self.error
-        return super().get(key, limit)
 
 
 @pytest.fixture(autouse=True)
