@@ -29,7 +29,7 @@ run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
 
 test: .venv/installed-dev
-	$(BIN)/pytest tests/unit tests/integration -m "not slow" $(ARGS)
+	$(BIN)/pytest tests/unit tests/integration -n 3 -m "not slow" $(ARGS)
 
 test-all: .venv/installed-dev
 	$(BIN)/pytest -m "not slow" $(ARGS)
