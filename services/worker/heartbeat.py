@@ -31,6 +31,7 @@ class ConsumerHeartbeat:
 
         class Step(bootsteps.StartStopStep):  # type: ignore[misc]
             requires = ("celery.worker.consumer.tasks:Tasks",)
+            _timer: Any = None  # Celery also stops steps that have not started
 
             def start(self, parent: Any) -> None:
                 heartbeat._connected = True
@@ -38,7 +39,8 @@ class ConsumerHeartbeat:
                 self._timer = parent.timer.call_repeatedly(heartbeat._seconds, heartbeat._send)
 
             def stop(self, parent: Any) -> None:
-                self._timer.cancel()
+                if self._timer:
+                    self._timer.cancel()
                 heartbeat._connected = False
 
         return Step

@@ -19,6 +19,7 @@ import urllib3
 import yaml
 
 from memtail.spec import Experiment
+from services.common.metrics import MEMORY_LIMIT
 from services.monitoring.dashboards import FOLDER
 from tests.support import dashboard_pictures as pictures
 from tests.support.cluster import PROJECT, Cluster, Service
@@ -32,6 +33,7 @@ RULES = yaml.safe_load((FOLDER.parent / "rules.yaml").read_text())
 # Queries without data on a machine without GPU and Kubernetes cluster.
 EMPTY = {
     "memtail_device_": "no GPU",
+    **({} if math.isfinite(MEMORY_LIMIT._value.get()) else {"memtail_memory_limit_bytes": "no limit outside a container"}),
     "memtail_fleet_pod": "no cluster",
     "memtail_fleet_watch": "no cluster",
     "memtail_fleet_workers": "no cluster",

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from memtail.storage.identity import make_identity
 from services.common.broker import Assignment
 from tests.support.cluster import Cluster
 from tests.support.experiments import gated
@@ -107,7 +108,10 @@ def continues(cluster, gate, experiment_store):
 
 def test_redis_is_full_and_refuses_writes(crowded):
     cluster, gate, experiment_store = crowded
-    dispatcher, *_ = [cluster.start(name) for name in ("dispatcher", "worker", "worker")]
+    make_identity(experiment_store.store)  # for which workers wait
+    workers = [cluster.start("worker"), cluster.start("worker")]
+    cluster.until(lambda: all(cluster.serves(worker) for worker in workers))
+    dispatcher = cluster.start("dispatcher")
     cluster.until(lambda: any("maxmemory" in line for line in cluster.events(dispatcher, "pass given up")))
     gate.admit(2)
     cluster.until(trained(experiment_store, 2))
