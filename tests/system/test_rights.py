@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import redis
 import urllib3
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from memtail.errors import ObjectNotFound, StoreError
 from memtail.storage import UnreachableError, keys
@@ -235,10 +236,9 @@ def test_redis_starts_with_the_generated_configuration(tmp_path: Path):
     try:
         for component in REDIS_RULES:
             url = (tmp_path / "services" / component / "broker").read_text().replace("redis:6379", f"127.0.0.1:{port}")
-            retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.1), 100)
-            client = redis.Redis.from_url(url, retry=retry, retry_on_error=[redis.ConnectionError])
             assert f"//{user(component)}:" in url
-            assert client.ping()
+            retrying = Retrying(retry=retry_if_exception_type(redis.ConnectionError), stop=stop_after_delay(10), wait=wait_fixed(0.1))
+            assert retrying(redis.Redis.from_url(url).ping)
         with pytest.raises(redis.AuthenticationError):
             redis.Redis(port=port).ping()
     finally:
