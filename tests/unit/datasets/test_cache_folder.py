@@ -22,16 +22,6 @@ _FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
-def store(tmp_path):
-    return CountingStore(tmp_path / "store")
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def staged(tmp_path, store):
     """Three staged datasets."""
     made = [prepare(tmp_path, shade) for shade in range(3)]

@@ -11,17 +11,7 @@ from memtail.datasets.cache_lock import exclusive
 from memtail.datasets.staged_dataset import fetch, fetch_labels, stage
 from memtail.errors import DatasetError
 from memtail.storage import keys
-from tests.support.staged import CountingStore, prepare
-
-
-@pytest.fixture
-def store(tmp_path):
-    return CountingStore(tmp_path / "store")
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
+from tests.support.staged import prepare
 
 
 def change(store, fingerprint, **files):

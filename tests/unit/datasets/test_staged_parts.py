@@ -19,16 +19,6 @@ _PART = 500
 
 
 @pytest.fixture
-def store(tmp_path):
-    return CountingStore(tmp_path / "store")
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def dataset(tmp_path, monkeypatch):
     """A dataset whose training images are staged in four parts: they take 1568 bytes."""
     monkeypatch.setattr(staged_dataset, "PART_BYTES", _PART)
