@@ -22,6 +22,8 @@ SPEC ?= examples/digits.yaml
 STORE ?= memtail-store
 PYTHON ?= 3.13
 BIN := .venv/bin
+# Tests start many processes: without compiled modules, each compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-all test-slow coverage test-kubernetes test-node test-lowest test-python lock bench e2e soak scale dashboards lint docs clean
 
