@@ -1,5 +1,6 @@
 """Shared fixtures (cache, small experiments, servers), markers, and the distribution of tests over the processes of pytest-xdist."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif folder != "unit" and "cluster" not in fixtures:
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(_TESTS))))
     items.sort(key=lambda item: "living" not in getattr(item, "fixturenames", ()))  # the longest group first; the sort is stable
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all modules and tests from garbage collection, which else walks over them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
