@@ -20,10 +20,12 @@ from memtail.errors import (
     LocalFileError,
     MemtailError,
     ObjectNotFound,
+    OutcomeError,
     ScoresError,
     ShardsFailedError,
     SpecError,
     StoreError,
+    TrainerError,
     TrainingStopped,
     UnreachableError,
     UnsupportedError,
@@ -36,11 +38,14 @@ if TYPE_CHECKING:
     from memtail.scores.reader import Scores
     from memtail.spec import Experiment
     from memtail.trainers.images import train_shard
+    from memtail.trainers.task import Outcome, TrainingTask
 
 _HOMES = {
     "Experiment": "memtail.spec.experiment",
     "RunResult": "memtail.execution.embedded",
     "Scores": "memtail.scores.reader",
+    "Outcome": "memtail.trainers.task",
+    "TrainingTask": "memtail.trainers.task",
     "load_scores": "memtail.scores.fetch",
     "run": "memtail.execution.embedded",
     "train_shard": "memtail.trainers.images",
@@ -55,13 +60,17 @@ __all__ = [
     "LocalFileError",
     "MemtailError",
     "ObjectNotFound",
+    "Outcome",
+    "OutcomeError",
     "RunResult",
     "Scores",
     "ScoresError",
     "ShardsFailedError",
     "SpecError",
     "StoreError",
+    "TrainerError",
     "TrainingStopped",
+    "TrainingTask",
     "UnreachableError",
     "UnsupportedError",
     "WorkerFaultError",

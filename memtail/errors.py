@@ -53,6 +53,14 @@ class WorkerFaultError(MemtailError):
     """This process can train no shard: its device, disk, cache or installation is at fault. No attempt is charged to the shard."""
 
 
+class OutcomeError(MemtailError):
+    """Training code of the user's own returned something else than the outcomes of its trial."""
+
+
+class TrainerError(MemtailError):
+    """Training code of the user's own failed: it raised, its process died, or it took too long."""
+
+
 class IncompleteRunError(MemtailError):
     """A run ended without all its trials; the scores of the others are published.
 

@@ -7,6 +7,7 @@ import signal
 import threading
 from contextlib import suppress
 from multiprocessing.connection import wait
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
@@ -20,6 +21,20 @@ def follow_parent() -> None:
     """Leave Ctrl-C, which reaches the whole process group, to the parent; end when the parent ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def kill_session(leader: int) -> None:
+    """Kill all processes of a session, in all its process groups; processes that have begun a session of their own are not found.
+
+    Args:
+        leader: id of the session, which is that of its first process.
+    """
+    for path in Path("/proc").glob("[0-9]*"):  # Linux
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(int(path.name)) == leader and os.getpgid(int(path.name)) != leader:
+                os.kill(int(path.name), signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def keep_memory() -> None:

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     NOISE = 6
     REMOVAL = 7
     HALVES = 8
+    TRAINER = 9
 
 
 def stream(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:

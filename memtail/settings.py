@@ -53,12 +53,15 @@ class Settings:
         node: `MEMTAIL_NODE`: name of the machine, or of the cluster's node, in failure records; the host's by default.
         cache_limit: `MEMTAIL_CACHE_LIMIT`: maximum size in GiB of prepared and fetched datasets, as bytes; by default what the cache's
             volume has room for, less 5%.
+        code: `MEMTAIL_CODE`: in a worker, folder of users' training code: functions are searched there before the Python path, and files of
+            commands are relative to it; the current folder by default.
     """
 
     cache: Path = field(default_factory=lambda: _from_environment("MEMTAIL_CACHE", None) or user_cache_path("memtail"))
     data: Path | None = field(default_factory=lambda: _from_environment("MEMTAIL_DATA", None))
     node: str = field(default_factory=lambda: os.environ.get("MEMTAIL_NODE") or socket.gethostname())
     cache_limit: int | None = field(default_factory=lambda: _bytes_from_environment("MEMTAIL_CACHE_LIMIT"))
+    code: Path | None = field(default_factory=lambda: _from_environment("MEMTAIL_CODE", None))
 
     def places(self, root: Path | None) -> list[Path]:
         """Return the folders that are searched for a dataset, in order; `root` is the first."""

@@ -61,6 +61,7 @@ class TrialMetrics:
         loss: mean training loss of the last epoch; None if not finite.
         in_subset_accuracy, held_out_accuracy, test_accuracy: fractions of the training examples inside and outside its subset and of the
             test examples that are classified correctly; None if no training example is outside.
+        further: numbers that training code of the user's own returned; written only where there are any.
     """
 
     trial: int
@@ -69,6 +70,11 @@ class TrialMetrics:
     in_subset_accuracy: float
     held_out_accuracy: float | None
     test_accuracy: float
+    further: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry in a batch."""
+        return {name: value for name, value in asdict(self).items() if name != "further" or value}
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ class TrialBatch:
             "train_correct": self.train_correct,
             "test_correct": self.test_correct,
             "shape": np.array([self.n_train, self.n_test], dtype=np.int64),
-            "metrics": json.dumps([asdict(entry) for entry in self.metrics]),
+            "metrics": json.dumps([entry.to_dict() for entry in self.metrics]),
             "provenance": self.provenance.to_json(),
         }
         if self.train_mistakes is not None:

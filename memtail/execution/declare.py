@@ -10,10 +10,13 @@ import structlog
 from memtail.datasets import ImageDataset
 from memtail.errors import SpecError
 from memtail.experiment_store import Record
-from memtail.spec import Experiment
+from memtail.spec import Experiment, ImagesTrainer
 from memtail.subsets import check_trials
 
 log = structlog.get_logger()
+
+# Trials in a shard of a function or a command.
+_USER_SHARD = 16
 
 
 def declare(experiment: Experiment, dataset: ImageDataset, trials_per_shard: int) -> Record:
@@ -41,6 +44,21 @@ def declare(experiment: Experiment, dataset: ImageDataset, trials_per_shard: int
     return record
 
 
+def user_shard_size(experiment: Experiment, devices: int = 1) -> int | None:
+    """Return the number of trials in a shard of a function or a command, None for the built-in trainer.
+
+    The cost of a trial is unknown. Finished trials of an interrupted shard are kept, so that a large shard loses little.
+
+    Args:
+        experiment: the declaration.
+        devices: number of devices, none of which is to be idle.
+    """
+    if isinstance(experiment.trainer, ImagesTrainer):
+        return None
+    declared = experiment.execution.trials_per_shard
+    return min(_USER_SHARD, -(-experiment.subsets.trials // devices)) if declared == "auto" else declared
+
+
 def shard_size_in_child(experiment: Experiment, dataset: ImageDataset) -> int:
     """Check the model and return the number of trials in a shard, in a child process that imports torch and the user's model.
 
@@ -49,6 +67,8 @@ def shard_size_in_child(experiment: Experiment, dataset: ImageDataset) -> int:
     Raises:
         SpecError: the model cannot be built for the dataset; or the number is `auto`, and torch is not installed.
     """
+    if size := user_shard_size(experiment):
+        return size
     if find_spec("torch") is not None:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
             return child.submit(_check, experiment, dataset.folder).result()

@@ -24,7 +24,7 @@ from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, U
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.breaker import BREAKER_SHARDS, common_error
 from memtail.execution.checkpoints import left_over
-from memtail.execution.declare import declare
+from memtail.execution.declare import declare, user_shard_size
 from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
@@ -32,7 +32,7 @@ from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Re
 from memtail.scores.pointer import latest_version
 from memtail.scores.summary import ScoreSummary
 from memtail.settings import S3Settings
-from memtail.spec import Experiment
+from memtail.spec import Experiment, TrainerSpec
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import is_url, open_store
@@ -172,10 +172,14 @@ def run(
     dataset = dataset or datasets.prepare(experiment.dataset, on_preparation)
     experiment_store = ExperimentStore(opened, experiment.name)
     devices = available_devices(experiment.execution.device)
-    record = experiment_store.register(declare(experiment, dataset, checked_shard_size(experiment, dataset, devices)))
+    record = experiment_store.register(declare(experiment, dataset, _shard_size(experiment, dataset, devices)))
     aggregation = Aggregation(experiment_store, record, dataset, Pace(float("inf"), PUBLISH_SECONDS, first_at_once=False))
     state = RunState(aggregation, dataset, [str(device) for device in devices])
-    return _Run(opened, experiment_store, state, on_progress, profile).to_the_end()
+    return _Run(opened, experiment_store, state, on_progress, profile, experiment.trainer).to_the_end()
+
+
+def _shard_size(experiment: Experiment, dataset: ImageDataset, devices: list[torch.device]) -> int:
+    return user_shard_size(experiment, len(devices)) or checked_shard_size(experiment, dataset, devices)
 
 
 class _Run:
@@ -186,8 +190,10 @@ class _Run:
         state: RunState,
         on_progress: Callable[[RunState], None] | None,
         profile: bool,
+        trainer: TrainerSpec,
     ) -> None:
         self._store, self._experiment_store, self._state, self._profile = store, experiment_store, state, profile
+        self._code: Path | None = getattr(trainer, "folder", None)  # on this machine; that of the record may be another's
         self._aggregation = state.aggregation
         self._show = on_progress or (lambda state: None)
         self._began = time.monotonic()
@@ -260,7 +266,8 @@ class _Run:
         devices = state.devices[:shards]
         for device in devices if state.record.experiment.execution.require else ():
             self._experiment_store.check_device(state.record, device_kind(torch.device(device)))
-        return Workers(Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile), devices)
+        task = Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile, code=self._code)
+        return Workers(task, devices)
 
     def _verify(self) -> None:
         """Train the chosen shards a second time. The scores are published: a fault here is logged, and the next run tries again."""

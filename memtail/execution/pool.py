@@ -24,6 +24,7 @@ from memtail.experiment_store import ExperimentStore, Record
 from memtail.processes import follow_parent, keep_memory
 from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
+from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Task:
         store: address of the store.
         device: device to train on, as torch names it.
         profile: whether to measure the seconds by phase.
+        code: folder of the user's training code, if the trainer is the user's.
     """
 
     record: Record
@@ -50,6 +52,7 @@ class Task:
     store: str
     device: str
     profile: bool = False
+    code: Path | None = None
 
 
 class Workers:
@@ -176,36 +179,31 @@ def _store(address: str) -> ObjectStore:
     return open_store(address, verify=False)
 
 
+@lru_cache(maxsize=1)
+def _trainer(device: str) -> ShardTrainer:
+    """The trainer, kept from shard to shard."""
+    return ShardTrainer(device)
+
+
 def _train(task: Task, shard: Shard) -> ShardResult:
     import torch
 
-    from memtail.trainers.images import Progress, train_shard
-    from memtail.trainers.images.devices import is_device_error
-
-    device, usable = torch.device(task.device), True
-
-    def report(progress: Progress) -> None:
-        _reports.put((shard, progress.epochs / progress.total))
+    trainer, device = _trainer(task.device), torch.device(task.device)
 
     def train(checkpoints: StoredCheckpoints) -> TrialBatch:
-        nonlocal usable
-        try:
-            return train_shard(
-                task.record.experiment,
-                _opened(task.dataset),
-                shard.trials,
-                device,
-                on_progress=report,
-                checkpoints=checkpoints,
-                profile=task.profile,
-            )
-        except Exception as error:
-            usable = not is_device_error(error)
-            raise
+        return trainer.train(
+            task.record,
+            _opened(task.dataset),
+            shard,
+            checkpoints,
+            code=task.code,
+            on_progress=lambda fraction: _reports.put((shard, fraction)),
+            profile=task.profile,
+        )
 
     experiment_store = ExperimentStore(_store(task.store), task.record.experiment.name)
     result = run_shard(experiment_store, task.record, shard, task.device, train)
-    return replace(result, process_usable=usable, peak_memory=_peak_memory(device) if usable else 0)
+    return replace(result, process_usable=trainer.usable, peak_memory=_peak_memory(device) if trainer.usable else 0)
 
 
 def _peak_memory(device: "torch.device") -> int:

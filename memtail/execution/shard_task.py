@@ -21,6 +21,7 @@ from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.experiment_store import ExperimentStore, Origin, Record, Replica
 from memtail.experiment_store.replicas import compare
 from memtail.settings import Settings
+from memtail.spec import Experiment, ImagesTrainer
 from memtail.trials import Shard, TrialBatch
 
 log = structlog.get_logger()
@@ -131,12 +132,17 @@ def run_shard(
         shard,
         ShardOutcome.COMMITTED if committed else ShardOutcome.VERIFIED if verifying else ShardOutcome.LOST_RACE,
         trials=len(batch.trial),
-        examples=int(np.bitwise_count(batch.membership).sum()) * record.experiment.training.epochs,
+        examples=int(np.bitwise_count(batch.membership).sum()) * _epochs(record.experiment),
         seconds=batch.provenance.seconds or 0.0,
         phases=batch.provenance.phases or {},
         commit_seconds=seconds,
         replica=replica,
     )
+
+
+def _epochs(experiment: Experiment) -> int:
+    """Return the number of epochs; those of user code are unknown and count as one."""
+    return experiment.training.epochs if isinstance(experiment.trainer, ImagesTrainer) else 1
 
 
 def _compared(experiment_store: ExperimentStore, record: Record, batch: TrialBatch, verifying: bool) -> Replica | None:

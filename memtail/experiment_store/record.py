@@ -105,9 +105,16 @@ class Record:
         if recipe != RECIPE_VERSION:
             raise UnsupportedError(f"it has recipe {recipe}, and memtail {version('memtail')} trains recipe {RECIPE_VERSION}")
         masks = self.canonical["subsets"].get("masks")
-        read = self.experiment.canonical(self.canonical["dataset"]["fingerprint"], masks)
+        code = self.trainer_code
+        read = self.experiment.canonical(self.canonical["dataset"]["fingerprint"], masks, code)
         if changes := differences(self.canonical, read):
             raise UnsupportedError(f"memtail {version('memtail')} reads another declaration than was registered ({', '.join(changes)})")
+
+    @property
+    def trainer_code(self) -> str | None:
+        """Digest of the code of the experiment's trainer; None if it is the built-in one."""
+        trainer = self.canonical.get("trainer")
+        return str(trainer["code"]) if isinstance(trainer, dict) and "code" in trainer else None
 
     @property
     def shards(self) -> int:

@@ -26,16 +26,20 @@ from memtail.spec.experiment import (
     TrainingSpec,
     UntilSpec,
 )
+from memtail.spec.trainer import CommandTrainer, FunctionTrainer, ImagesTrainer, TrainerSpec
 
 __all__ = [
     "NAME",
     "RECIPE_VERSION",
     "Cnn",
+    "CommandTrainer",
     "Constant",
     "Cosine",
     "DatasetSpec",
     "ExecutionSpec",
     "Experiment",
+    "FunctionTrainer",
+    "ImagesTrainer",
     "Linear",
     "Mlp",
     "ModelSpec",
@@ -46,6 +50,7 @@ __all__ = [
     "Step",
     "SubsetsSpec",
     "Toleration",
+    "TrainerSpec",
     "TrainingSpec",
     "UntilSpec",
     "WorkersSpec",

@@ -48,7 +48,9 @@ def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, li
 
 
 def _tag(model: type[BaseModel]) -> str:
-    values = typing.get_args(model.model_fields["name"].annotation) if "name" in model.model_fields else ()
+    if "name" not in model.model_fields:
+        return next(iter(model.model_fields))
+    values = typing.get_args(model.model_fields["name"].annotation)
     return str(values[0]) if values else "named"
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +21,7 @@ from memtail.errors import SpecError
 from memtail.spec.base import Fraction, Part
 from memtail.spec.cluster import WorkersSpec
 from memtail.spec.errors import describe
+from memtail.spec.trainer import ImagesTrainer, TrainerSpec, code_digest
 
 #: Part of every fingerprint; raised when a change in memtail changes the computation of a trial.
 RECIPE_VERSION = 2
@@ -322,6 +324,7 @@ class Experiment(Part):
         subsets: the subset design and the number of trials.
         record: additional outcomes.
         execution: settings that affect speed only.
+        trainer: the built-in trainer, or a function or a command of the user's. A function or a command replaces `model` and `training`.
     """
 
     name: Annotated[str, Field(pattern=NAME.pattern)]
@@ -331,6 +334,19 @@ class Experiment(Part):
     subsets: SubsetsSpec = SubsetsSpec()
     record: RecordedOutcomes = RecordedOutcomes()
     execution: ExecutionSpec = ExecutionSpec()
+    trainer: TrainerSpec = ImagesTrainer()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _user_code_replaces_the_recipe(cls, data: Any) -> Any:
+        trainer = data.get("trainer") if isinstance(data, dict) else None
+        kind = next((key for key in ("function", "command") if isinstance(trainer, dict) and key in trainer), None)
+        for key in ("model", "training"):
+            if kind and data.get(key) not in (None, _DEFAULTS[key]):
+                raise ValueError(
+                    f"{key} is for the built-in trainer, and trainer.{kind} replaces it: remove {key}, or pass trainer.options"
+                )
+        return data
 
     @field_validator("name", mode="before")
     @classmethod
@@ -383,15 +399,21 @@ class Experiment(Part):
         return self.model_copy(
             update={
                 "dataset": self.dataset.model_copy(update={"root": absolute(self.dataset.root)}),
+                "trainer": self._trainer_in(base),
                 "subsets": self.subsets.model_copy(update={"masks": absolute(self.subsets.masks)}),
             }
         )
+
+    def _trainer_in(self, base: Path) -> TrainerSpec:
+        if isinstance(self.trainer, ImagesTrainer):
+            return self.trainer
+        return self.trainer.model_copy(update={"folder": (base / (self.trainer.folder or Path()).expanduser()).resolve()})
 
     def with_masks(self, masks: Path) -> "Experiment":
         """Return this experiment with its masks in another file of equal content."""
         return self.model_copy(update={"subsets": self.subsets.model_copy(update={"masks": masks})})
 
-    def canonical(self, dataset_fingerprint: str, masks_digest: str | None = None) -> dict[str, Any]:
+    def canonical(self, dataset_fingerprint: str, masks_digest: str | None = None, trainer_code: str | None = None) -> dict[str, Any]:
         """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
 
         Keys later than 0.1.0 are in it only where they differ from their default, and those of `record` never.
@@ -399,9 +421,10 @@ class Experiment(Part):
         Args:
             dataset_fingerprint: replaces the dataset's declaration.
             masks_digest: digest of the masks, where their file is elsewhere; by default the file is read.
+            trainer_code: digest of the trainer's code, where its files are elsewhere; by default they are read.
 
         Raises:
-            SpecError: the masks cannot be read.
+            SpecError: the masks or the trainer's code cannot be read.
         """
         spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})
         spec["dataset"] = {"fingerprint": dataset_fingerprint}
@@ -409,6 +432,9 @@ class Experiment(Part):
         if self.subsets.masks is not None:
             spec["subsets"]["masks"] = masks_digest or _masks_digest(self.subsets.masks)
             del spec["subsets"]["fraction"]
+        if not isinstance(self.trainer, ImagesTrainer):
+            trainer = self.trainer.model_dump(mode="json", include={"function", "command", "options"})
+            spec["trainer"] = trainer | {"code": trainer_code or code_digest(self.trainer, sys.path)}
         return {"recipe_version": RECIPE_VERSION, **spec}
 
     def fingerprint(self, dataset_fingerprint: str) -> str:
@@ -425,8 +451,15 @@ class Experiment(Part):
 
     def to_yaml(self) -> str:
         """Return the resolved declaration as YAML, with its defaults except those of keys later than 0.1.0."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=120)
+        replaced = set() if isinstance(self.trainer, ImagesTrainer) else {"model", "training"}
+        text: str = yaml.safe_dump(
+            self.model_dump(mode="json", exclude_none=True, exclude=replaced), sort_keys=False, default_flow_style=None, width=120
+        )
         return text
+
+
+# The declared parts that a trainer of the user's replaces, as records hold them.
+_DEFAULTS = {"model": Mlp().model_dump(mode="json"), "training": TrainingSpec().model_dump(mode="json")}
 
 
 def _masks_digest(path: Path) -> str:

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -23,6 +24,7 @@ from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Failure, Not
 from memtail.settings import Settings
 from memtail.spec import Experiment
 from memtail.storage import ObjectNotFound, ObjectStore
+from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
 from services.common.broker import Assignment, Broker
 from services.worker.lease import Lease
@@ -81,6 +83,7 @@ class Trainer:
         self.usable = True
         self._holder = f"{worker}/{os.getpid()}"
         self._dataset: ImageDataset | None = None
+        self._shard_trainer: ShardTrainer | None = None
 
     def train(self, assignment: Assignment, sent: Any = None) -> str:
         """Train a shard unless it is committed, leased, or not to be trained; errors of the shard, the model and the store become outcomes.
@@ -221,8 +224,7 @@ class Trainer:
         return elsewhere or (socket.gethostname() in hosts and any(worker.host not in hosts for worker in workers))
 
     def _train(self, record: Record, shard: Shard, checkpoints: StoredCheckpoints, lease: Lease) -> TrialBatch:
-        from memtail.trainers.images import train_shard
-        from memtail.trainers.images.devices import available_devices, device_kind, is_device_error
+        from memtail.trainers.images.devices import available_devices, device_kind
 
         device = available_devices(self._device)[0]
         ExperimentStore(self._store, record.experiment.name).check_device(record, device_kind(device))
@@ -230,30 +232,26 @@ class Trainer:
         def interrupted() -> bool:
             return self._stopping() or lease.cancelled or lease.lost
 
-        def stop() -> bool:
-            lease.progress()
-            return interrupted()
-
         try:
-            experiment, dataset = self._experiment_of(record), self._dataset_of(record, interrupted)
+            record, dataset = replace(record, experiment=self._experiment_of(record)), self._dataset_of(record, interrupted)
         except (DatasetError, LocalFileError, OSError) as error:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
 
         lease.progress()
+        self._shard_trainer = self._shard_trainer or ShardTrainer(str(device))
         try:
-            batch = train_shard(
-                experiment,
+            batch = self._shard_trainer.train(
+                record,
                 dataset,
-                shard.trials,
-                device,
-                checkpoints=checkpoints,
-                stop=stop,
+                shard,
+                checkpoints,
+                code=Settings().code,
+                on_step=lease.progress,
+                stop=interrupted,
                 profile=self._shards % _PROFILED == 0,
             )
-        except Exception as error:
-            self.usable = not is_device_error(error)
-            raise
         finally:
+            self.usable = self._shard_trainer.usable
             lease.trained()
         self._shards += 1
         return batch

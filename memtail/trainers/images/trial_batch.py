@@ -14,7 +14,8 @@ from memtail.trainers.images.devices import cpu_name, device_name
 from memtail.trainers.images.evaluation import SplitOutcomes
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.stack_trainer import StackResult
-from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
+from memtail.trainers.outcomes import describe_trials
+from memtail.trials import Provenance, TrialBatch, pack
 
 
 def concatenate(results: Sequence[StackResult]) -> StackResult:
@@ -60,33 +61,12 @@ def make_trial_batch(
         test_correct=pack(test_correct),
         n_train=dataset.n_train,
         n_test=dataset.n_test,
-        metrics=_metrics(trials, members, train_correct, test_correct, result.loss, diverged),
+        metrics=describe_trials(trials, members, train_correct, test_correct, result.loss, diverged),
         provenance=provenance,
         train_margin=result.train.margin,
         test_margin=result.test.margin,
         train_mistakes=result.train.predicted_class[~train_correct & ~diverged[:, None]].astype(np.uint16),
     )
-
-
-def _metrics(
-    trials: Sequence[int],
-    members: npt.NDArray[np.bool_],
-    train_correct: npt.NDArray[np.bool_],
-    test_correct: npt.NDArray[np.bool_],
-    losses: npt.NDArray[np.float64],
-    diverged: npt.NDArray[np.bool_],
-) -> list[TrialMetrics]:
-    return [
-        TrialMetrics(
-            trial=int(trial),
-            diverged=bool(diverged[row]),
-            loss=float(losses[row]) if np.isfinite(losses[row]) else None,
-            in_subset_accuracy=float(train_correct[row, members[row]].mean()),
-            held_out_accuracy=None if members[row].all() else float(train_correct[row, ~members[row]].mean()),
-            test_accuracy=float(test_correct[row].mean()),
-        )
-        for row, trial in enumerate(trials)
-    ]
 
 
 def describe_training(

@@ -1,0 +1,158 @@
+"""Trainer of an experiment: the built-in one for images, a user's function, or a user's command; and the digest of the user's code."""
+
+import hashlib
+import re
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from memtail.errors import SpecError
+from memtail.spec.base import Part
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: Any) -> Any:
+    if isinstance(value, str) and (duration := re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([smhd])", value)):
+        return float(duration[1]) * _SECONDS[duration[2]]
+    if isinstance(value, str):
+        raise ValueError("is a number of seconds, or a text such as 90s, 30m, 6h or 2d")
+    return value
+
+
+_Timeout = Annotated[float, Field(gt=0), BeforeValidator(_seconds)]
+
+
+class ImagesTrainer(Part):
+    """The built-in trainer, which trains networks on images; `model` and `training` declare how.
+
+    Attributes:
+        name: the trainer.
+    """
+
+    name: Literal["images"] = "images"
+
+
+class FunctionTrainer(Part):
+    """A Python function that trains one trial, or its module's `train_many`, which trains a shard (see `memtail.TrainingTask`).
+
+    Attributes:
+        function: the function, as `package.module:function`.
+        options: passed on to the function; part of the experiment's fingerprint.
+        code: files of the code, as patterns relative to `folder`, whose content is part of the fingerprint; by default the function's
+            source file.
+        timeout: longest time of a trial: seconds, or a text such as `90s`, `30m`, `6h` or `2d`; unlimited by default.
+        folder: folder in which the function is searched before the Python path; by default that of the experiment file, and
+            `MEMTAIL_CODE` in a worker.
+    """
+
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    options: dict[str, Any] = {}
+    code: list[str] = []
+    timeout: _Timeout | None = None
+    folder: Path | None = None
+
+
+class CommandTrainer(Part):
+    """A command that trains one trial.
+
+    Attributes:
+        command: the program and its arguments, started without a shell; `{code}` in them is the path of `folder`.
+        options: passed on to the command in `task.json`; part of the experiment's fingerprint.
+        code: files of the code, as patterns relative to `folder`, whose content is part of the fingerprint; by default the first argument
+            that names a file.
+        timeout: longest time of a trial: seconds, or a text such as `90s`, `30m`, `6h` or `2d`; unlimited by default.
+        folder: folder of the code; by default that of the experiment file, and `MEMTAIL_CODE` in a worker.
+    """
+
+    command: Annotated[list[str], Field(min_length=1)]
+    options: dict[str, Any] = {}
+    code: list[str] = []
+    timeout: _Timeout | None = None
+    folder: Path | None = None
+
+
+def _kind(value: Any) -> str:
+    keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Part) else ()
+    return next((key for key in ("function", "command") if key in keys), "images")
+
+
+UserTrainer = FunctionTrainer | CommandTrainer
+TrainerSpec = Annotated[
+    Annotated[ImagesTrainer, Tag("images")] | Annotated[FunctionTrainer, Tag("function")] | Annotated[CommandTrainer, Tag("command")],
+    Discriminator(_kind),
+]
+
+
+def code_digest(trainer: UserTrainer, path: list[str]) -> str:
+    """Return the SHA-256 (hex) of the names and contents of a trainer's code files. Imports none of them.
+
+    Args:
+        trainer: the declaration.
+        path: folders of the Python path, on which the function's module is searched.
+
+    Raises:
+        SpecError: a pattern matches no file, the module is not found, or a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, file in sorted(_code_files(trainer, path).items()):
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise SpecError(f"trainer.code: {file} cannot be read ({error.strerror})") from None
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _code_files(trainer: UserTrainer, path: list[str]) -> dict[str, Path]:
+    folder = trainer.folder or Path.cwd()
+    files: dict[str, Path] = {}
+    for pattern in trainer.code:
+        try:
+            matches = {file.relative_to(folder).as_posix(): file for file in folder.glob(pattern) if file.is_file()}
+        except (ValueError, NotImplementedError) as error:
+            raise SpecError(f"trainer.code: '{pattern}' is not a pattern relative to {folder}: {error}") from None
+        if not matches:
+            raise SpecError(f"trainer.code: no file in {folder} matches '{pattern}': fix the pattern, or set trainer.folder")
+        files |= matches
+    if files:
+        return files
+    if isinstance(trainer, FunctionTrainer):
+        module = trainer.function.partition(":")[0]
+        source = find_module(module, [str(folder), *path])
+        return {source.name: source}
+    first = next((part for part in trainer.command if (folder / part.replace("{code}/", "")).is_file()), None)
+    if first is None:
+        raise SpecError(
+            f"trainer.code: no argument of the command names a file in {folder}: name the files of the code, whose content identifies the "
+            f"experiment, or set trainer.folder"
+        )
+    name = first.replace("{code}/", "")
+    return {Path(name).name: folder / name}
+
+
+def find_module(module: str, path: list[str]) -> Path:
+    """Return the source file of a module without importing it or its packages.
+
+    Args:
+        module: its dotted name.
+        path: folders to search.
+
+    Raises:
+        SpecError: there is no such module, or it has no source file.
+    """
+    places, spec = list(path), None
+    for depth in range(1, len(module.split(".")) + 1):
+        spec = PathFinder.find_spec(".".join(module.split(".")[:depth]), places)
+        if spec is None:
+            raise SpecError(
+                f"trainer.function: there is no module '{module}' in {path[0]} or on the Python path: set trainer.folder to the folder "
+                f"that holds it, or PYTHONPATH"
+            )
+        places = list(spec.submodule_search_locations or [])
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise SpecError(f"trainer.function: module '{module}' has no Python source: name the files of its code in trainer.code")
+    return Path(spec.origin)

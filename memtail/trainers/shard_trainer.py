@@ -1,0 +1,107 @@
+"""`ShardTrainer`: trains shards on one device by the trainer that their experiment declares."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from memtail.datasets import ImageDataset
+from memtail.experiment_store import Record
+from memtail.spec import ImagesTrainer
+from memtail.trainers.process import Checkpoints, TrainerProcess, Work
+from memtail.trials import Shard, TrialBatch
+
+
+class ShardTrainer:
+    """Trains shards: the built-in trainer in this process, user code in a trainer process, which is kept from shard to shard.
+
+    Args:
+        device: to train on, as torch names it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._process = TrainerProcess(device)
+        #: Whether this process can train further shards; not after an error of its device's driver.
+        self.usable = True
+
+    def train(
+        self,
+        record: Record,
+        dataset: ImageDataset,
+        shard: Shard,
+        checkpoints: Checkpoints,
+        *,
+        code: Path | None = None,
+        on_progress: Callable[[float], None] = lambda fraction: None,
+        on_step: Callable[[], None] = lambda: None,
+        stop: Callable[[], bool] = lambda: False,
+        profile: bool = False,
+    ) -> TrialBatch:
+        """Train a shard from its last checkpoint on.
+
+        Args:
+            record: of the experiment, with its masks, if any, in a file on this machine.
+            dataset: the experiment's dataset.
+            shard: the shard.
+            checkpoints: where its state is kept.
+            code: folder of the user's code; by default the current folder.
+            on_progress: is called with the trained part of the shard, 0 to 1.
+            on_step: is called when training has advanced.
+            stop: is asked every few steps, or several times a second, whether to stop.
+            profile: whether to measure the seconds by phase; only the built-in trainer does.
+
+        Returns:
+            The shard's batch.
+
+        Raises:
+            TrainingStopped: `stop` returned True.
+            WorkerFaultError: this machine is at fault.
+            UnsupportedError: the user's code on this machine is not the experiment's.
+            Exception: the shard is at fault.
+        """
+        if not isinstance(record.experiment.trainer, ImagesTrainer):
+            work = Work(record, dataset, shard, (code or Path.cwd()).absolute())
+            return self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop)
+        self._process.end()
+        return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop, profile)
+
+    def end(self) -> None:
+        """End the trainer process."""
+        self._process.end()
+
+    def _train_images(
+        self,
+        record: Record,
+        dataset: ImageDataset,
+        shard: Shard,
+        checkpoints: Checkpoints,
+        on_progress: Callable[[float], None],
+        on_step: Callable[[], None],
+        stop: Callable[[], bool],
+        profile: bool,
+    ) -> TrialBatch:
+        import torch
+
+        from memtail.trainers.images import Progress, train_shard
+        from memtail.trainers.images.devices import is_device_error
+
+        def report(progress: Progress) -> None:
+            on_progress(progress.epochs / progress.total)
+
+        def step() -> bool:
+            on_step()
+            return stop()
+
+        try:
+            return train_shard(
+                record.experiment,
+                dataset,
+                shard.trials,
+                torch.device(self._device),
+                on_progress=report,
+                checkpoints=checkpoints,
+                stop=step,
+                profile=profile,
+            )
+        except Exception as error:
+            self.usable = not is_device_error(error)
+            raise
