@@ -78,6 +78,7 @@ class Dispatcher:
         self._last_queued: dict[str, float] = {}  # when each assignment was sent, or last seen in a queue
         self._leased: set[str] = set()
         self._led_at = float("-inf")  # when the leadership was renewed
+        self._held_back = False  # whether Redis had no memory for messages in the last pass
         self._lost_workers = LostWorkers(_WATCHED_SHARE * settings.lease_seconds)
         self._metrics = ExperimentMetrics(settings.linger_seconds)
         self._killed_workers = KilledWorkers(store, broker)
@@ -149,6 +150,7 @@ class Dispatcher:
         busy = sum(any(view.trains for view in each) for each in views.values())
         limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, busy))}
         by_queue = {queue: reconcile(views[queue], queues.get(queue, []), leased | in_transit, losses, **limits) for queue in views}
+        held_back = 0
         for queue, actions in by_queue.items():
             self._keep_leading()
             for assignment in actions.lost:
@@ -156,10 +158,13 @@ class Dispatcher:
             if actions.clear or not views[queue]:
                 self._broker.clear(queue)
                 self._metrics.discount_cleared(queues.pop(queue, []))
-            self._broker.send(actions.send)
+            sent = self._broker.send(actions.send)
+            held_back += len(actions.send) - len(sent)
+            by_queue[queue] = replace(actions, send=sent)
             # a worker may take the message before the next pass sees it in the queue
-            self._last_queued |= dict.fromkeys((assignment.id for assignment in actions.send), time.monotonic())
-            self._metrics.count_sent(actions.send)
+            self._last_queued |= dict.fromkeys((assignment.id for assignment in sent), time.monotonic())
+            self._metrics.count_sent(sent)
+        self._note_held_back(held_back)
         merged = Actions.merge(by_queue.values())
         if merged.send or merged.lost:
             counts = {"shards": len(merged.send), "lost": len(merged.lost), "queued": len(queued), "leased": len(leased)}
@@ -171,6 +176,11 @@ class Dispatcher:
             self._keep_leading()
             self._fleet.reconcile([experiment.demand(merged) for experiment in self._experiments.values()], set(self._unreadable))
         return merged
+
+    def _note_held_back(self, shards: int) -> None:
+        if shards and not self._held_back:
+            log.warning("Redis is nearly full: shards wait outside the queue", shards=shards)
+        self._held_back = shards > 0
 
     def _in_transit(self, queued: set[str], leased: set[str], ended: set[str]) -> set[str]:
         """Ids that left the queue recently and are not leased: a worker has just received them, or their shard is done."""
