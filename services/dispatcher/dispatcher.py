@@ -71,7 +71,7 @@ class Dispatcher:
         self._store, self._broker, self._settings, self._fleet = store, broker, settings, fleet
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _TrackedExperiment] = {}
-        self._unreadable: dict[str, str] = {}  # errors by experiment
+        self._unreadable: dict[str, Quiet] = {}  # by experiment: how long it has had the same error
         self._identity_check = Throttle(0, at_least=_IDENTITY_SECONDS)
         self._listings = Listings(store, settings.resync_seconds)
         self._changed: set[str] = set()  # experiments with a new change marker, which are to be looked at
@@ -194,11 +194,13 @@ class Dispatcher:
         for name in [name for name, each in self._experiments.items() if each.finished and name in self._changed]:
             del self._experiments[name]  # it may be another experiment of the name
         woken = self._changed | _names(ended)
-        at_rest = {name for name, each in self._experiments.items() if each.rests and name not in woken}
+        unread = {name for name, each in self._unreadable.items() if each.lasts}
+        at_rest = unread | {name for name, each in self._experiments.items() if each.rests and name not in woken}
         names = self._listings.names(at_rest)
         self._changed &= set(names)
-        self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in names}
-        before, self._unreadable = self._unreadable, {}
+        readable = [name for name in names if name not in unread]
+        self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in readable}
+        self._unreadable = {name: each for name, each in self._unreadable.items() if name in names}
         for experiment in [each for each in self._experiments.values() if each.name not in at_rest]:
             self._keep_leading()
             with bound_contextvars(experiment=experiment.name):
@@ -206,20 +208,23 @@ class Dispatcher:
                     experiment.refresh(self._settings, ended)
                     experiment.pause_if_broken(self._settings.breaker_shards, self._broker)
                     self._changed.discard(experiment.name)
+                    self._unreadable.pop(experiment.name, None)
                 except (UnreachableError, redis.RedisError):  # the others cannot be read either
                     raise
                 except Exception as error:  # whatever its objects hold, the other experiments go on
-                    if before.get(experiment.name) != str(error):  # once, since it may last
+                    if self._unreadable.setdefault(experiment.name, Quiet()).seen(str(error)):  # once, since it may last
                         log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
                     del self._experiments[experiment.name]
-                    self._unreadable[experiment.name] = str(error)
 
     def _list_changes(self) -> None:
         """List the change markers every `resync_seconds`, and see to it that the store keeps its identity."""
         if not self._listings.changes_due:
             return
         self._keep_identity()
-        self._changed |= self._listings.changed()
+        changed = self._listings.changed()
+        self._changed |= changed
+        for name in changed & self._unreadable.keys():
+            del self._unreadable[name]
 
     def _keep_identity(self) -> None:
         """Write the identity of the store back if it was removed: workers that start later would not find the keys of this dispatcher."""

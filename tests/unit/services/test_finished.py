@@ -4,6 +4,7 @@ from collections import Counter
 from contextlib import contextmanager
 
 import pytest
+import structlog
 
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import UnreachableError
@@ -390,6 +391,50 @@ def test_an_experiment_that_waits_for_its_owner_is_looked_at_ever_more_rarely(se
     for _ in range(60):
         services.one_pass()
     assert latest_version(services.store, "done").summary.accumulated_trials == 2 * PER_SHARD
+
+
+@pytest.mark.parametrize("how", ["damaged", "of a later version"])
+def test_an_experiment_that_cannot_be_read_is_looked_at_ever_more_rarely(services, submit, how):
+    submit("other")
+    experiment_store = submit()
+    for _ in range(3):
+        services.one_pass(61.0)
+    services.store.delete(keys.trial_batch("done", *span(shard(1))))
+    experiment_store.mark_changed()
+    key = keys.experiment("done")
+    record = services.store.get(key)
+    services.store.put(key, b"{" if how == "damaged" else record.replace(b'"schema": 1', b'"schema": 99'))
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(1800):
+            assert not services.one_pass()
+    assert sum(line["event"] == "experiment passed over" for line in logs) == 2  # by each service
+    passed_over = metrics.PASSED_OVER._value.get()
+    requests = services.hour(seconds=2.0)
+    assert requests.total() < 200 + 2 * 60, requests
+    assert services.store.requests["folders", "experiments"] <= 2 * 3600 / 5
+    assert metrics.PASSED_OVER._value.get() == passed_over + 1800  # the alert stays
+    assert services.dispatcher._unreadable.keys() == {"done"}
+    services.store.put(key, record)
+    experiment_store.reopen("it was repaired")
+    assert [shard(1)] in [services.one_pass() for _ in range(32)]
+    assert not services.dispatcher._unreadable
+    commit(experiment_store, shard(1))
+    for _ in range(60):
+        services.one_pass()
+    assert latest_version(services.store, "done").summary.accumulated_trials == 2 * PER_SHARD
+
+
+def test_an_experiment_that_could_not_be_read_and_is_removed_is_forgotten(services, submit):
+    submit()
+    services.store.put(keys.experiment("done"), b"{")
+    for _ in range(1800):
+        services.one_pass()
+    for stored in list(services.store.inventory(keys.everything("done"))):
+        services.store.delete(stored.key)
+    for _ in range(4):
+        services.one_pass()
+    assert not services.dispatcher._unreadable
+    assert not services.aggregator._errors
 
 
 def test_a_submission_beside_finished_experiments_is_noticed_within_five_seconds(services, submit):
