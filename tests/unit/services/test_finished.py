@@ -24,6 +24,7 @@ from services.aggregator.aggregator import Aggregator
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
 from tests.support.batches import commit
+from tests.unit.execution.test_discards import STEPS, discard
 from tests.unit.services.dispatcher.test_dispatcher import Broker
 
 PER_SHARD = 4
@@ -189,7 +190,7 @@ def test_changes_bring_a_finished_experiment_back_within_a_minute(services, subm
     commit(experiment_store, shard(0))
     for _ in range(3):
         services.one_pass(61.0)
-    assert latest_version(services.store, "done").discards == 1
+    assert latest_version(services.store, "done").discards == 2
     assert not services.aggregator._experiments
     remove_batches(experiment_store)
     experiment_store.reopen("resumed")
@@ -213,7 +214,7 @@ def test_an_extension_that_is_cut_off_takes_effect_if_repeated_and_else_within_a
     assert services.one_pass(61.0) == [shard(2)]
 
 
-@pytest.mark.parametrize(("method", "kind"), [("delete", "finished.json"), ("put", "changes/")])
+@pytest.mark.parametrize(("method", "kind"), [("put", "-removed"), ("delete", "finished.json"), ("put", "changes/")])
 @pytest.mark.parametrize("repeated", [False, True])
 def test_a_discard_that_is_cut_off_takes_effect_if_repeated_and_else_within_a_day(services, submit, method, kind, repeated):
     experiment_store = submit()
@@ -227,7 +228,22 @@ def test_a_discard_that_is_cut_off_takes_effect_if_repeated_and_else_within_a_da
         services.one_pass(86400.0)
     services.one_pass(61.0)
     assert services.one_pass(61.0) == [shard(0)]
-    assert experiment_store.discards() == 1
+    assert experiment_store.discards() == (2 if repeated or kind != "-removed" else 1)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@STEPS
+def test_a_shard_that_is_discarded_while_the_services_look_is_trained_again_and_counted_once(services, submit, step, finished):
+    experiment_store = submit()
+    for _ in range(3 if finished else 0):
+        services.one_pass(61.0)
+    discard(experiment_store, (step, lambda: services.one_pass(61.0)), shard=shard(1))
+    assert [shard(1)] in [services.one_pass(61.0) for _ in range(2)]
+    commit(experiment_store, shard(1))
+    for _ in range(60):  # listings are repeated after a multiple of the real time that they take
+        services.one_pass(61.0)
+    assert latest_version(services.store, "done").summary.accumulated_trials == 2 * PER_SHARD
+    assert experiment_store.finished(experiment_store.read_record())
 
 
 def test_an_experiment_that_another_process_finished_and_whose_batches_expired_is_left_alone(services, submit, digits):
