@@ -16,6 +16,7 @@ from prometheus_client import make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
 from memtail.errors import MemtailError
+from memtail.processes import resend_dropped
 from services.common.metrics import PASS_SECONDS, PASSES
 from services.common.settings import ServiceError, ServiceSettings
 
@@ -30,6 +31,7 @@ def start(service: Callable[[ServiceSettings], int | None]) -> None:
     """
     configure_logs()
     signal.signal(signal.SIGTERM, _terminated)
+    resend_dropped({_TerminatedError: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT})
     try:
         sys.exit(service(ServiceSettings.from_environment()))
     except MemtailError as error:
