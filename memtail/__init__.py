@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from memtail.errors import (
+    AccessRefusedError,
     BatchesRefusedError,
     DatasetError,
     ForeignObjectError,
@@ -52,6 +53,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AccessRefusedError",
     "BatchesRefusedError",
     "DatasetError",
     "Experiment",

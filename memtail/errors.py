@@ -33,6 +33,10 @@ class UnreachableError(StoreError):
     """The server of a store does not respond, or responds with a server error."""
 
 
+class AccessRefusedError(StoreError):
+    """The server of a store does not know the key or the bucket, or does not let the key use it."""
+
+
 class LocalFileError(StoreError):
     """A file on this machine cannot be written."""
 

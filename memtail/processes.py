@@ -1,15 +1,19 @@
-"""Number of processes to start, and the set-up of each."""
+"""Number of processes to start, the set-up of each, and signals that end them."""
 
 import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+# Seconds after which a signal is sent again whose exception was dropped.
+_AGAIN_SECONDS = 0.05
 
 
 def cores() -> int:
@@ -35,6 +39,25 @@ def kill_session(leader: int) -> None:
                 os.kill(int(path.name), signal.SIGKILL)
     with suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
+
+
+def resend_dropped(signals: Mapping[type[BaseException], int]) -> None:
+    """Send a signal again if the interpreter drops the exception of its handler, which ran in a destructor or a callback from C.
+
+    Args:
+        signals: numbers of the signals by the exceptions that their handlers raise.
+    """
+    report = sys.unraisablehook
+
+    def drop(dropped: "sys.UnraisableHookArgs") -> None:
+        if number := signals.get(dropped.exc_type):
+            timer = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            timer.start()
+        else:
+            report(dropped)
+
+    sys.unraisablehook = drop
 
 
 def keep_memory() -> None:

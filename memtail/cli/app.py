@@ -17,6 +17,7 @@ from memtail.cli import service as cli_service
 from memtail.cli import study as cli_study
 from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, open_existing, preparation, resolve_name
 from memtail.errors import BatchesRefusedError, IncompleteRunError, MemtailError, ScoresError, StoreError, UnreachableError
+from memtail.processes import resend_dropped
 
 if TYPE_CHECKING:
     from memtail.scores.reader import Scores
@@ -33,7 +34,27 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; exits with 2 and one line on invalid input, 130 when interrupted, 143 when terminated."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise _TerminatedError(143)
+
+    signal.signal(signal.SIGTERM, terminate)
+    resend_dropped({_TerminatedError: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT})
+    try:
+        _run_command()
+    finally:
+        if terminated:  # also if a library dropped the exception
+            sys.exit(143)
+
+
+class _TerminatedError(SystemExit):
+    """The process received SIGTERM."""
+
+
+def _run_command() -> None:
     try:
         app()
     except MemtailError as error:

@@ -106,12 +106,12 @@ class Aggregation:
         self.refused: dict[Shard, str] = {}
         self._store, self._pace, self._clock, self._progress = experiment_store, pace, clock, progress
         self._tags: dict[Shard, str] = {}  # of the batches in the last listing
-        self._discards = 0  # number of discarded batches before that listing, so that a later discard makes what counts it invalid
+        self._discards = 0  # number of records of discards before that listing: a later one makes what counts the batch invalid
         self._accumulated: dict[Shard, str] = {}  # tags of the accumulated batches
         self._refused_tags: dict[Shard, str | None] = {}
         self._in_snapshot: int | None = None  # number of batches in the snapshot; None until it was looked for
         self._saving = Throttle(_SNAPSHOT_REST, clock=clock)
-        self._published = 0
+        self._published = self._published_discards = 0
         self._published_at = float("-inf") if pace.first_at_once else clock()
         self._publishing, self._has_published = Throttle(_PUBLISHING_REST, clock=clock), False
         self.pointer: ScorePointer | None = latest_version(experiment_store.store, experiment_store.name)
@@ -133,8 +133,8 @@ class Aggregation:
 
     @property
     def published(self) -> bool:
-        """Whether all accumulated trials are in the published scores."""
-        return self._published == self.trials
+        """Whether all accumulated trials are in the published scores, which know of all discards."""
+        return (self._published, self._published_discards) == (self.trials, self._discards)
 
     def new_shards(self) -> list[Shard]:
         """List the committed shards whose batches are neither accumulated nor refused.
@@ -150,7 +150,7 @@ class Aggregation:
         """
         # read before the listing, which then holds every batch of the snapshot that was not removed
         snapshot = self._snapshot() if self._in_snapshot is None and not self._accumulated else None
-        self._discards = self._store.discards()
+        discards = self._store.discards()
         self._tags = self._store.committed_tags()
         if snapshot is not None:
             self.statistics, self._accumulated = snapshot.statistics, dict(snapshot.batches)
@@ -161,6 +161,7 @@ class Aggregation:
         if changed:
             log.warning("trial batches changed, starting over", first=str(changed[0]), changed=len(changed))
             self._start_over()
+        self._discards = discards  # of which no accumulated batch is
         for shard in [shard for shard, tag in self._refused_tags.items() if self._tags.get(shard) != tag]:
             del self._refused_tags[shard]
             self.refused.pop(shard, None)
@@ -250,7 +251,7 @@ class Aggregation:
         with self._publishing.working() if self._has_published else nullcontext():
             summary = publish(self._store.store, self.record, self.statistics, self.dataset, self._discards, self._progress)
         self._has_published = True
-        self._published, self._published_at = self.trials, self._clock()
+        self._published, self._published_discards, self._published_at = self.trials, self._discards, self._clock()
         self.pointer = latest_version(self._store.store, self._store.name)
         return summary
 

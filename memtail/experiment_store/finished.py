@@ -26,7 +26,7 @@ class Finished:
         digest: SHA-256 (hex) of the counted bits.
         version: of the published scores.
         score_schema: schema of the published scores.
-        discards: number of trial batches that had been discarded before.
+        discards: number of records of discards before its trial batches were listed.
         when: time in UTC, ISO 8601.
         batches: the tag of each trial batch that counts, by FIRST-LAST.
         verify: the share of the shards that was to be verified; 1 in a record that does not say.

@@ -219,15 +219,30 @@ class ExperimentStore:
             self.store.delete(keys.trial_batch(self.name, shard.first, shard.last))
         elif not self._is_discarded(shard):
             raise ObjectNotFound(f"experiment '{self.name}' has no trial batch {shard.span}: list them with memtail status --json")
+        for key in self._open_discards(shard):
+            self.store.put(keys.discard_end(key), b"{}")
         self.reopen(f"{shard} discarded")
 
     def _is_discarded(self, shard: Shard) -> bool:
-        """Whether a shard's batch was discarded, and the experiment has not ended since: later a batch is missing for another reason."""
+        """Whether a discard of a shard was interrupted; also one whose experiment has not ended since.
+
+        Later the batch is missing for another reason.
+        """
+        if self._open_discards(shard):
+            return True
         discarded = any(self.store.list(keys.discards_of(self.name, shard.first, shard.last)))
         return discarded and self.finished(self.read_record()) is None
 
+    def _open_discards(self, shard: Shard) -> list[str]:
+        """List the keys of the discards of a shard whose end is not on record."""
+        there = set(self.store.list(keys.discards_of(self.name, shard.first, shard.last)))
+        return sorted(key for key in there if keys.discard_end(key) not in there)
+
     def discards(self) -> int:
-        """Count the discarded trial batches."""
+        """Count the records of discards: one is written before a trial batch is removed, and one after.
+
+        A listing that follows a count may hold a batch whose removal has begun, but none whose removal had ended.
+        """
         return sum(1 for _ in self.store.list(keys.discards(self.name)))
 
     def is_committed(self, shard: Shard) -> bool:

@@ -21,7 +21,7 @@ class ScorePointer:
         published: ISO 8601, UTC.
         files: names of the version's files, ascending.
         summary: of the version.
-        discards: number of trial batches that had been discarded before.
+        discards: number of records of discards before its trial batches were listed.
     """
 
     version: str

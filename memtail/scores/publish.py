@@ -36,8 +36,8 @@ def publish(
         record: of the experiment.
         statistics: of its trials.
         dataset: labels and names of the experiment's dataset.
-        discards: number of trial batches that had been discarded when those of the statistics were listed. One that is discarded later
-            may be counted, so that the next scores take the place of these.
+        discards: number of records of discards when the trial batches of the statistics were listed. Those of a later discard may be
+            counted, so that the next scores take the place of these.
         progress: called after each piece of work.
 
     Returns:
@@ -54,7 +54,7 @@ def publish(
     name = record.experiment.name
     version = score_version(record.fingerprint, statistics)
     current = latest_version(store, name)
-    if current is not None and current.version == version:
+    if current is not None and current.version == version and current.discards >= discards:
         return current.summary
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
         folder = Path(temporary)
@@ -74,7 +74,7 @@ def publish(
         raise
     pointer = ScorePointer(version, datetime.now(UTC).isoformat(timespec="seconds"), tuple(files), summary, discards)
     if _move_pointer(store, name, pointer):
-        _remove_old(store, name, version)
+        _remove_old(experiment_store, pointer)
     return summary
 
 
@@ -107,11 +107,15 @@ def score_version(fingerprint: str, statistics: Statistics) -> str:
     return f"{statistics.trials:08d}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
-def _remove_old(store: ObjectStore, name: str, current: str) -> None:
-    # not the versions after it, which another run may be writing
-    for version in superseded(versions(store, name), current):
+def _remove_old(experiment_store: ExperimentStore, current: ScorePointer) -> None:
+    store, name = experiment_store.store, experiment_store.name
+    # not the versions after it, which another run may be writing; after a discard one of fewer trials may take the place of this one
+    old = superseded(versions(store, name), current.version)
+    if old and experiment_store.discards() != current.discards:
+        return
+    for version in old:
         pointer = latest_version(store, name)
-        if pointer is None or pointer.version != current:  # moved by another run, which removes what is old for it
+        if pointer is None or pointer.version != current.version:  # moved by another run, which removes what is old for it
             return
         for key in list(store.list(keys.scores(name, version))):
             store.delete(key)

@@ -133,18 +133,23 @@ def probe() -> str:
 
 
 def discards(name: str) -> str:
-    """Return the prefix of all records of discarded trial batches."""
+    """Return the prefix of all records of discards."""
     return f"experiments/{name}/discarded/"
 
 
 def discards_of(name: str, first: int, last: int) -> str:
-    """Return the prefix of the records of a shard's discarded trial batches."""
+    """Return the prefix of the records of a shard's discards."""
     return f"{discards(name)}{_span(first, last)}/"
 
 
 def discard(name: str, first: int, last: int, when: str) -> str:
-    """Return the key of the record of a discarded trial batch."""
+    """Return the key of the record of a discard, which is written before the trial batch is removed."""
     return f"{discards_of(name, first, last)}{when}.json"
+
+
+def discard_end(key: str) -> str:
+    """Return the key of the record that is written after the removal, by the key of the record before it, or its own."""
+    return f"{key.removesuffix('.json').removesuffix('-removed')}-removed.json"
 
 
 def audits(name: str) -> str:

@@ -25,10 +25,20 @@ from minio.signer import sign_v4_s3
 from tenacity import RetryCallState, Retrying, stop_after_attempt, stop_after_delay, wait_random_exponential
 from urllib3.exceptions import HTTPError
 
-from memtail.errors import StoreError
+from memtail.errors import AccessRefusedError, StoreError
 from memtail.settings import S3Settings, in_file, secret
 from memtail.storage import ObjectNotFound, Observer, UnreachableError
-from memtail.storage.s3_errors import KEY_FIX, REFUSED_KEY_CODES, TRANSIENT_STATUS, cause_of, error_in, fix_of, is_transient, outcome_of
+from memtail.storage.s3_errors import (
+    ACCESS_CODES,
+    KEY_FIX,
+    REFUSED_KEY_CODES,
+    TRANSIENT_STATUS,
+    cause_of,
+    error_in,
+    fix_of,
+    is_transient,
+    outcome_of,
+)
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -184,7 +194,8 @@ class Client:
         Raises:
             ObjectNotFound: the server has no such object.
             UnreachableError: the server fails for a transient reason.
-            StoreError: the server refuses.
+            AccessRefusedError: the server does not know the key or the bucket, or does not let the key use it.
+            StoreError: the server refuses for another reason.
         """
 
         def observed(connection: Connection) -> T:
@@ -236,7 +247,9 @@ class Client:
             cause, fix = cause_of(error, self._timeout), fix_of(error)
             at = f"store {self.address} at {self.settings.endpoint}"
             # `from None`: the cause may hold a signed URL
-            kind = UnreachableError if is_transient(error) else StoreError
+            kind: type[StoreError] = UnreachableError if is_transient(error) else StoreError
+            if isinstance(error, S3Error) and error.code in ACCESS_CODES:
+                kind = AccessRefusedError
             raise kind(f"{at}: '{key}' cannot be {done} ({cause}): {fix}") from None
 
     def _awaits_key(self, error: BaseException, connection: Connection) -> bool:

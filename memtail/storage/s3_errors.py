@@ -28,6 +28,8 @@ REFUSED_KEY_CODES = {
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
 }
+#: Errors about a key or a bucket that the server has not, or not yet.
+ACCESS_CODES = {*REFUSED_KEY_CODES, "AccessDenied", "NoSuchBucket"}
 KEY_FIX = "set MEMTAIL_S3_ACCESS_KEY and MEMTAIL_S3_SECRET_KEY to a key of this server"
 _REGION_FIX = "set MEMTAIL_S3_REGION to the bucket's region"
 _FIXES = {

@@ -1,9 +1,8 @@
 """`python -m services.aggregator`."""
 
-from memtail.storage.open import open_store
 from services.aggregator.aggregator import Aggregator
 from services.common.metrics import count_request
-from services.common.process import Heartbeat, serve, start
+from services.common.process import Heartbeat, open_when_allowed, serve, start
 from services.common.settings import ServiceError, ServiceSettings
 
 
@@ -14,7 +13,7 @@ def _aggregate(settings: ServiceSettings) -> None:
         )
     heartbeat = Heartbeat(timeout=900)
     serve(settings.port, heartbeat)
-    Aggregator(open_store(settings.store, observe=count_request), settings, heartbeat.record).run(heartbeat.record)
+    Aggregator(open_when_allowed(settings.store, count_request), settings, heartbeat.record).run(heartbeat.record)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class Aggregator:
         self._finished: dict[str, _Finished] = {}
         self._listings = Listings(store, settings.resync_seconds)
         self._changed: set[str] = set()  # experiments with a new change marker, which are to have a turn
-        self._errors: dict[str, str] = {}  # of the last turn of each experiment that was passed over
+        self._errors: dict[str, Quiet] = {}  # by experiment that is passed over: how long it has had the same error
         self._drawing: threading.Thread | None = None
         self._turns: dict[str, float] = {}  # when the last turn of each experiment began
 
@@ -147,10 +147,14 @@ class Aggregator:
             UnreachableError: the bucket does not respond. The experiment whose turn it was comes last in the next pass.
         """
         if self._listings.changes_due:
-            self._changed |= self._listings.changed()
-        names = self._listings.names([name for name in (*self._finished, *self._experiments) if self._rests(name)])
+            changed = self._listings.changed()
+            self._changed |= changed
+            for name in changed & self._errors.keys():
+                del self._errors[name]
+        names = self._listings.names([name for name in (*self._finished, *self._experiments, *self._errors) if self._rests(name)])
         self._experiments = {name: experiment for name, experiment in self._experiments.items() if name in names}
         self._finished = {name: finished for name, finished in self._finished.items() if name in names}
+        self._errors = {name: errors for name, errors in self._errors.items() if name in names}
         self._changed &= set(names)
         self._turns = {name: self._turns.get(name, float("-inf")) for name in names}
         self._series.keep_only(names)
@@ -160,9 +164,11 @@ class Aggregator:
                 try:
                     if not self._rests(name):
                         self._take_turn(name)
+                        self._errors.pop(name, None)
+                    elif name in self._errors:
+                        PASSED_OVER.inc()
                     elif name in self._finished:
                         self._report_finished(name)
-                    self._errors.pop(name, None)
                 except UnreachableError:  # the others would only wait for the same timeout
                     raise
                 except Exception as error:
@@ -171,14 +177,15 @@ class Aggregator:
                         self._finished.pop(name, None)
                         continue
                     PASSED_OVER.inc()
-                    if self._errors.get(name) != str(error):  # once, since it may last
+                    if self._errors.setdefault(name, Quiet()).seen(str(error)):  # once, since it may last
                         log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
-                    self._errors[name] = str(error)
             self._progress()
         self._series.expire()
 
     def _rests(self, name: str) -> bool:
-        """Whether an experiment has no turn now: it is finished, or nothing is to happen in it."""
+        """Whether an experiment has no turn now: it is finished, nothing is to happen in it, or its turns have long ended with an error."""
+        if name in self._errors and self._errors[name].lasts:
+            return True
         if name in self._changed:
             return False
         finished = self._finished.get(name)

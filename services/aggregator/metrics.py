@@ -34,7 +34,7 @@ PUBLISHED_TRIALS = Gauge("memtail_scores_published_trials", "Trials in the publi
 REFUSED = Gauge("memtail_batches_refused", "Trial batches that were refused: damaged, or of another experiment", ["experiment"])
 PASSED_OVER = Counter(
     "memtail_experiments_passed_over_total",
-    "Turns of an experiment that ended with an error; the log line `experiment passed over` names the experiment and the error",
+    "Experiments passed over in a pass because of an error; the log line `experiment passed over` names the experiment and the error",
 )
 ACCUMULATE_SECONDS = Histogram(
     "memtail_fold_seconds",

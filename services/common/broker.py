@@ -35,6 +35,10 @@ SENT_HEADER = "memtail_sent"
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
 _QUEUE = "shards"
+# Share of its memory that Redis may use until no messages are sent: a worker that starts, a lease and the leadership need the rest.
+_MESSAGES_SHARE = 0.8
+# Messages sent between two looks at the memory of Redis: some 100 KB.
+_CHUNK = 100
 
 
 class Assignment(BaseModel):
@@ -185,19 +189,28 @@ class Broker:
             (scripts.ACQUIRE, scripts.RENEW, scripts.RELEASE, scripts.EXPIRED, scripts.LEAD, scripts.STEP_DOWN, scripts.REGISTER),
         )
 
-    def send(self, assignments: list[Assignment]) -> None:
-        """Append assignments to their queues."""
-        if not assignments:
-            return
+    def send(self, assignments: list[Assignment]) -> list[Assignment]:
+        """Append assignments to their queues, as long as Redis has memory for them; returns those that were sent, the first ones."""
+        if not assignments or not self._has_room():
+            return []
         headers = {SENT_HEADER: self.time()}
         self.redis.sadd(self._queues, *{queue_name(self._settings, assignment.experiment) for assignment in assignments})
         with self._celery.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=5)
             with self._celery.amqp.Producer(connection) as producer:
-                for assignment in assignments:
+                for number, assignment in enumerate(assignments):
+                    if number and number % _CHUNK == 0 and not self._has_room():
+                        return assignments[:number]
                     queue = queue_name(self._settings, assignment.experiment)
                     options = {"queue": queue, "headers": headers, "producer": producer, "retry": False}
                     self._celery.send_task(TASK, kwargs=assignment.model_dump(), **options)
+        return assignments
+
+    def _has_room(self) -> bool:
+        """Return whether messages leave Redis the memory that others need; one that evicts keys never refuses a write."""
+        memory: Any = self.redis.info("memory")
+        limit = memory["maxmemory"] if memory.get("maxmemory_policy", "noeviction") == "noeviction" else 0
+        return not limit or memory["used_memory"] < _MESSAGES_SHARE * limit
 
     def time(self) -> float:
         """Return the Unix time of Redis's clock."""

@@ -51,17 +51,19 @@ class Listings:
 
 
 class Quiet:
-    """Decides when an experiment in which nothing is to happen is looked at again: the longer it is quiet, the later."""
+    """Decides when an experiment that needs nothing, or that cannot be read, is looked at again: the longer it is so, the later."""
 
     def __init__(self) -> None:
         self._state: Hashable = None
         self._since = self._seen_at = time.monotonic()
 
-    def seen(self, state: Hashable) -> None:
-        """Note what a look has seen; another state than before ends the quiet."""
+    def seen(self, state: Hashable) -> bool:
+        """Note what a look has seen, and return whether it is another state than before, which ends the quiet."""
         self._seen_at = time.monotonic()
-        if state != self._state:
-            self._state, self._since = state, self._seen_at
+        if state == self._state:
+            return False
+        self._state, self._since = state, self._seen_at
+        return True
 
     @property
     def lasts(self) -> bool:

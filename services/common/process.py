@@ -15,11 +15,17 @@ import structlog
 from prometheus_client import make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from memtail.errors import MemtailError
+from memtail.errors import AccessRefusedError, MemtailError
+from memtail.processes import resend_dropped
+from memtail.storage import ObjectStore, Observer
+from memtail.storage.open import open_store
 from services.common.metrics import PASS_SECONDS, PASSES
 from services.common.settings import ServiceError, ServiceSettings
 
 log = structlog.get_logger()
+
+# Seconds for which a service waits for access to the store at its start, and between two tries.
+_ACCESS_SECONDS, _ACCESS_PAUSE = 60.0, 3.0
 
 
 def start(service: Callable[[ServiceSettings], int | None]) -> None:
@@ -30,6 +36,7 @@ def start(service: Callable[[ServiceSettings], int | None]) -> None:
     """
     configure_logs()
     signal.signal(signal.SIGTERM, _terminated)
+    resend_dropped({_TerminatedError: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT})
     try:
         sys.exit(service(ServiceSettings.from_environment()))
     except MemtailError as error:
@@ -91,6 +98,26 @@ def repeat(run_pass: Callable[[], object], seconds: float, heartbeat: Callable[[
         PASS_SECONDS.observe(time.monotonic() - began)
         heartbeat()
         time.sleep(max(0.0, began + seconds - time.monotonic()))
+
+
+def open_when_allowed(address: str, observe: Observer) -> ObjectStore:
+    """Open a store; wait up to a minute while its server refuses access.
+
+    In a new deployment bucket and users are made by the init container of the dispatcher, beside which other services start.
+
+    Raises:
+        AccessRefusedError: access is still refused.
+        StoreError: the store cannot be used.
+    """
+    until = time.monotonic() + _ACCESS_SECONDS
+    while True:
+        try:
+            return open_store(address, observe=observe)
+        except AccessRefusedError as error:
+            if time.monotonic() >= until:
+                raise
+            log.warning("waiting for access to the store, which the dispatcher may be about to give", error=str(error))
+            time.sleep(_ACCESS_PAUSE)
 
 
 class Heartbeat:

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 from memtail.storage import ObjectStore
 from memtail.storage.identity import make_identity
-from memtail.storage.open import open_store
 from services.common.broker import Broker
 from services.common.metrics import count_request
-from services.common.process import Heartbeat, serve, start
+from services.common.process import Heartbeat, open_when_allowed, serve, start
 from services.common.settings import ServiceSettings
 from services.common.surplus import Surplus
 from services.dispatcher.dispatcher import Dispatcher
@@ -19,7 +18,7 @@ from services.dispatcher.worker_jobs import EXPERIMENT_LABEL, FleetSettings
 def _dispatch(settings: ServiceSettings) -> None:
     heartbeat = Heartbeat(timeout=300)
     serve(settings.port, heartbeat)
-    store = open_store(settings.store, observe=count_request)
+    store = open_when_allowed(settings.store, count_request)
     settings = replace(settings, store=store.address, identity=make_identity(store))
     broker = Broker(settings)
     BROKER.info({"prefix": broker.prefix})

@@ -71,13 +71,14 @@ class Dispatcher:
         self._store, self._broker, self._settings, self._fleet = store, broker, settings, fleet
         self._holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
         self._experiments: dict[str, _TrackedExperiment] = {}
-        self._unreadable: dict[str, str] = {}  # errors by experiment
+        self._unreadable: dict[str, Quiet] = {}  # by experiment: how long it has had the same error
         self._identity_check = Throttle(0, at_least=_IDENTITY_SECONDS)
         self._listings = Listings(store, settings.resync_seconds)
         self._changed: set[str] = set()  # experiments with a new change marker, which are to be looked at
         self._last_queued: dict[str, float] = {}  # when each assignment was sent, or last seen in a queue
         self._leased: set[str] = set()
         self._led_at = float("-inf")  # when the leadership was renewed
+        self._held_back = False  # whether Redis had no memory for messages in the last pass
         self._lost_workers = LostWorkers(_WATCHED_SHARE * settings.lease_seconds)
         self._metrics = ExperimentMetrics(settings.linger_seconds)
         self._killed_workers = KilledWorkers(store, broker)
@@ -149,6 +150,7 @@ class Dispatcher:
         busy = sum(any(view.trains for view in each) for each in views.values())
         limits = {"max_starts": self._settings.max_starts, "max_queued": max(1, self._settings.max_queued // max(1, busy))}
         by_queue = {queue: reconcile(views[queue], queues.get(queue, []), leased | in_transit, losses, **limits) for queue in views}
+        held_back = 0
         for queue, actions in by_queue.items():
             self._keep_leading()
             for assignment in actions.lost:
@@ -156,10 +158,13 @@ class Dispatcher:
             if actions.clear or not views[queue]:
                 self._broker.clear(queue)
                 self._metrics.discount_cleared(queues.pop(queue, []))
-            self._broker.send(actions.send)
+            sent = self._broker.send(actions.send)
+            held_back += len(actions.send) - len(sent)
+            by_queue[queue] = replace(actions, send=sent)
             # a worker may take the message before the next pass sees it in the queue
-            self._last_queued |= dict.fromkeys((assignment.id for assignment in actions.send), time.monotonic())
-            self._metrics.count_sent(actions.send)
+            self._last_queued |= dict.fromkeys((assignment.id for assignment in sent), time.monotonic())
+            self._metrics.count_sent(sent)
+        self._note_held_back(held_back)
         merged = Actions.merge(by_queue.values())
         if merged.send or merged.lost:
             counts = {"shards": len(merged.send), "lost": len(merged.lost), "queued": len(queued), "leased": len(leased)}
@@ -171,6 +176,11 @@ class Dispatcher:
             self._keep_leading()
             self._fleet.reconcile([experiment.demand(merged) for experiment in self._experiments.values()], set(self._unreadable))
         return merged
+
+    def _note_held_back(self, shards: int) -> None:
+        if shards and not self._held_back:
+            log.warning("Redis is nearly full: shards wait outside the queue", shards=shards)
+        self._held_back = shards > 0
 
     def _in_transit(self, queued: set[str], leased: set[str], ended: set[str]) -> set[str]:
         """Ids that left the queue recently and are not leased: a worker has just received them, or their shard is done."""
@@ -184,11 +194,13 @@ class Dispatcher:
         for name in [name for name, each in self._experiments.items() if each.finished and name in self._changed]:
             del self._experiments[name]  # it may be another experiment of the name
         woken = self._changed | _names(ended)
-        at_rest = {name for name, each in self._experiments.items() if each.rests and name not in woken}
+        unread = {name for name, each in self._unreadable.items() if each.lasts}
+        at_rest = unread | {name for name, each in self._experiments.items() if each.rests and name not in woken}
         names = self._listings.names(at_rest)
         self._changed &= set(names)
-        self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in names}
-        before, self._unreadable = self._unreadable, {}
+        readable = [name for name in names if name not in unread]
+        self._experiments = {name: self._experiments.get(name) or _TrackedExperiment(self._store, name) for name in readable}
+        self._unreadable = {name: each for name, each in self._unreadable.items() if name in names}
         for experiment in [each for each in self._experiments.values() if each.name not in at_rest]:
             self._keep_leading()
             with bound_contextvars(experiment=experiment.name):
@@ -196,20 +208,23 @@ class Dispatcher:
                     experiment.refresh(self._settings, ended)
                     experiment.pause_if_broken(self._settings.breaker_shards, self._broker)
                     self._changed.discard(experiment.name)
+                    self._unreadable.pop(experiment.name, None)
                 except (UnreachableError, redis.RedisError):  # the others cannot be read either
                     raise
                 except Exception as error:  # whatever its objects hold, the other experiments go on
-                    if before.get(experiment.name) != str(error):  # once, since it may last
+                    if self._unreadable.setdefault(experiment.name, Quiet()).seen(str(error)):  # once, since it may last
                         log.error("experiment passed over", error=str(error), exc_info=not isinstance(error, MemtailError))
                     del self._experiments[experiment.name]
-                    self._unreadable[experiment.name] = str(error)
 
     def _list_changes(self) -> None:
         """List the change markers every `resync_seconds`, and see to it that the store keeps its identity."""
         if not self._listings.changes_due:
             return
         self._keep_identity()
-        self._changed |= self._listings.changed()
+        changed = self._listings.changed()
+        self._changed |= changed
+        for name in changed & self._unreadable.keys():
+            del self._unreadable[name]
 
     def _keep_identity(self) -> None:
         """Write the identity of the store back if it was removed: workers that start later would not find the keys of this dispatcher."""

@@ -33,9 +33,8 @@ from memtail.experiment_store import ExperimentStore
 from memtail.processes import keep_memory
 from memtail.storage import ObjectStore
 from memtail.storage.identity import read_identity
-from memtail.storage.open import open_store
 from services.common.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
-from services.common.process import Heartbeat, serve
+from services.common.process import Heartbeat, open_when_allowed, serve
 from services.common.settings import ServiceSettings
 from services.common.surplus import Surplus
 from services.tools.healthcheck import HEARTBEAT_TIMEOUT
@@ -74,7 +73,7 @@ class Worker:
         self._stopping, self._leaving = Value("b", 0), Value("b", 0)
         self._reports = Reports()
         self._health = Heartbeat(HEARTBEAT_TIMEOUT)
-        self._store: ObjectStore = open_store(settings.store, observe=partial(self._reports.send, "store"))
+        self._store: ObjectStore = open_when_allowed(settings.store, partial(self._reports.send, "store"))
         self._settings = settings = replace(settings, store=self._store.address, identity=_identity(self._store))
         self._metrics = WorkerMetrics(devices, settings.linger_seconds, self._health, self._end_at_fault)
         self._trainer: Trainer  # in training processes only

@@ -43,6 +43,7 @@ class Watchdog:
 
         class Step(bootsteps.StartStopStep):  # type: ignore[misc]
             requires = ("celery.worker.consumer.tasks:Tasks",)
+            _timer: Any = None  # Celery also stops steps that have not started
 
             def start(self, parent: Any) -> None:
                 watchdog._stalled_checks = 0
@@ -51,7 +52,8 @@ class Watchdog:
                 self._timer = parent.timer.call_repeatedly(watchdog._seconds, watchdog.check)
 
             def stop(self, parent: Any) -> None:
-                self._timer.cancel()
+                if self._timer:
+                    self._timer.cancel()
 
         return Step
 

@@ -361,8 +361,9 @@ def test_discard_removes_a_batch_and_keeps_the_reason(call, submitted):
         call("discard", "tiny", "--shard", "0-3", "--why", "a test")
     assert "tiny: discarded trials 4-7; it is trained again" in call("discard", "tiny", "--shard", "4-7", "--why", "bad memory")
     assert not submitted.committed()
-    (key,) = submitted.store.list(keys.discards("tiny"))
-    assert json.loads(submitted.store.get(key))["why"] == "bad memory"
+    ended, begun = submitted.store.list(keys.discards("tiny"))
+    assert ended == keys.discard_end(begun)
+    assert json.loads(submitted.store.get(begun))["why"] == "bad memory"
 
 
 def test_retry_clears_the_failures_of_one_shard_or_of_all(call, submitted):

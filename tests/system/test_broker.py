@@ -103,6 +103,30 @@ def test_workers_register_for_the_duration_of_a_lease_with_one_command(server, b
     assert not broker.workers()
 
 
+@pytest.mark.parametrize(("policy", "refused"), [("noeviction", True), ("allkeys-lru", False)])
+def test_messages_are_sent_as_long_as_redis_has_memory(server, broker, policy, refused):
+    client = server.client()
+    limit = client.info("memory")["used_memory"] + (3 << 20)
+    client.config_set("maxmemory-policy", policy)
+    client.config_set("maxmemory", limit)
+    try:
+        shards = [SHARD.model_copy(update={"first": first, "last": first}) for first in range(5000)]
+        sent = broker.send(shards)
+        assert sent == shards[: len(sent)]
+        assert sent
+        if refused:
+            assert list(broker.queued("shards")) == sent[::-1]
+            assert 0.8 * limit < client.info("memory")["used_memory"] < 0.9 * limit
+            assert not broker.send(shards)
+            broker.clear("shards")
+            assert broker.send(shards[:5]) == shards[:5]
+        else:
+            assert sent == shards
+    finally:
+        client.config_set("maxmemory", 0)
+        client.config_set("maxmemory-policy", "noeviction")
+
+
 def lose(broker, dispatcher, assignment, holder, seen=True):
     """A worker is lost: it leases a shard, and neither renews nor releases it."""
     broker.acquire(assignment, holder)

@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+import redis
 
 from memtail.storage.identity import make_identity
 from services.common.broker import Assignment
@@ -27,10 +28,10 @@ runpy.run_module("services.worker", run_name="__main__", alter_sys=True)
 """
 
 
-def restart_often(redis):
+def restart_often(server):
     for pause in (0.1, 0.5, 0.05, 1, 0.2):
-        redis.kill()
-        redis.start()
+        server.kill()
+        server.start()
         time.sleep(pause)
 
 
@@ -106,15 +107,41 @@ def continues(cluster, gate, experiment_store):
     assert outcomes.count('"outcome": "committed"') == len(experiment_store.committed())
 
 
+def fill(cluster):
+    """Fill what is free of Redis, as a neighbour may."""
+    client, size = cluster.redis.client(), 1 << 16
+    while size:
+        try:
+            client.append("of-a-neighbour", "x" * size)
+        except redis.OutOfMemoryError:
+            size //= 2
+
+
 def test_redis_is_full_and_refuses_writes(crowded):
     cluster, gate, experiment_store = crowded
     make_identity(experiment_store.store)  # for which workers wait
     workers = [cluster.start("worker"), cluster.start("worker")]
     cluster.until(lambda: all(cluster.serves(worker) for worker in workers))
     dispatcher = cluster.start("dispatcher")
+    cluster.until(lambda: cluster.broker().waiting() > 100)
+    fill(cluster)
     cluster.until(lambda: any("maxmemory" in line for line in cluster.events(dispatcher, "pass given up")))
     gate.admit(2)
     cluster.until(trained(experiment_store, 2))
+    cluster.redis.client().delete("of-a-neighbour")
+    continues(cluster, gate, experiment_store)
+
+
+def test_workers_begin_after_messages_have_filled_redis(crowded):
+    cluster, gate, experiment_store = crowded
+    dispatcher = cluster.start("dispatcher")
+    cluster.until(lambda: cluster.broker().load().memory > 0.8 * (3 << 20))
+    workers = [cluster.start("worker"), cluster.start("worker")]
+    cluster.until(lambda: all(cluster.serves(worker) for worker in workers), seconds=30)
+    gate.admit(2)
+    cluster.until(trained(experiment_store, 2))
+    assert len(list(cluster.events(dispatcher, "Redis is nearly full: shards wait outside the queue"))) == 1
+    assert not any(cluster.events(dispatcher, "pass given up"))
     continues(cluster, gate, experiment_store)
 
 

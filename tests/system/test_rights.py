@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import redis
+import structlog
 import urllib3
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from memtail.errors import ObjectNotFound, StoreError
+from memtail.errors import AccessRefusedError, ObjectNotFound, StoreError
 from memtail.storage import UnreachableError, keys
+from memtail.storage.identity import make_identity
 from memtail.storage.s3 import S3Store
+from services.common import process
 from services.tools import make_passwords
 from services.tools.rights import REDIS_RULES, RIGHTS, rendered, s3_policy, user
 from tests.support.cluster import PROJECT, Cluster
@@ -23,6 +26,7 @@ from tests.support.proxies import ResettingProxy
 from tests.support.servers import MinioServer, free_port
 
 PREFIX = "team/a"
+WAITING = "waiting for access to the store, which the dispatcher may be about to give"
 # Size of the parts of large objects, in bytes.
 _PART = 5 << 20
 # Keys of one experiment, by what they are.
@@ -244,3 +248,25 @@ def test_redis_starts_with_the_generated_configuration(tmp_path: Path):
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.mark.parametrize("service", ["aggregator", "worker"])
+def test_a_service_that_starts_before_its_user_is_made_waits_for_it(cluster, service):
+    name = f"late-{service}"
+    make_identity(cluster.store)  # for which workers wait
+    started = cluster.start(service, MEMTAIL_S3_ACCESS_KEY=name, MEMTAIL_S3_SECRET_KEY="late-secret")
+    cluster.until(lambda: any(WAITING in line and "InvalidAccessKeyId" in line for line in cluster.events(started, WAITING)))
+    cluster.minio.add_user(name, "late-secret")
+    cluster.until(lambda: cluster.serves(started))
+    assert started.process.poll() is None
+
+
+@pytest.mark.parametrize(("key", "bucket", "code"), [("nobody", "", "InvalidAccessKeyId"), ("", "no-such-bucket", "NoSuchBucket")])
+def test_a_service_that_is_never_given_access_ends_with_the_reason(minio, monkeypatch, key, bucket, code):
+    for variable, value in (minio.environment() | ({"MEMTAIL_S3_ACCESS_KEY": key} if key else {})).items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(process, "_ACCESS_SECONDS", 1.0)
+    monkeypatch.setattr(process, "_ACCESS_PAUSE", 0.5)
+    with structlog.testing.capture_logs() as logs, pytest.raises(AccessRefusedError, match=code):
+        process.open_when_allowed(f"s3://{bucket or minio.new_bucket()}", lambda *_: None)
+    assert 1 <= len([line for line in logs if line["event"] == WAITING]) <= 3

@@ -347,12 +347,12 @@ def test_discarded_trials_leave_the_scores_at_once(trained):
     assert aggregation.next_step() is Step.PUBLISH
     aggregation.publish()
     pointer = latest_version(experiment.store.store, "digits")
-    assert (pointer.summary.accumulated_trials, pointer.discards) == (8, 1)
+    assert (pointer.summary.accumulated_trials, pointer.discards) == (8, 2)
     experiment.commit(8)
     aggregation.accumulate_new()
     aggregation.publish()
     pointer = latest_version(experiment.store.store, "digits")
-    assert (pointer.summary.accumulated_trials, pointer.discards) == (16, 1)
+    assert (pointer.summary.accumulated_trials, pointer.discards) == (16, 2)
 
 
 def test_trials_that_are_discarded_while_their_scores_are_written_leave_the_next_scores(trained, monkeypatch):
@@ -372,7 +372,7 @@ def test_trials_that_are_discarded_while_their_scores_are_written_leave_the_next
     aggregation.accumulate_new()
     aggregation.publish()
     pointer = latest_version(experiment.store.store, "digits")
-    assert (pointer.summary.accumulated_trials, pointer.discards) == (8, 1)
+    assert (pointer.summary.accumulated_trials, pointer.discards) == (8, 2)
 
 
 def test_a_refused_batch_is_read_again_only_when_it_was_replaced(trained, monkeypatch):

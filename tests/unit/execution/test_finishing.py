@@ -106,7 +106,7 @@ def test_a_discarded_batch_reopens_the_experiment(trained):
     assert finished(trained) is None
     assert trained.store.missing(trained.record) == SHARDS[:1]
     trained.commit(0)
-    assert finish(trained).discards == 1
+    assert finish(trained).discards == 2
 
 
 def test_a_batch_that_was_discarded_and_trained_again_is_not_discarded_once_it_is_removed(trained):

@@ -4,6 +4,7 @@ from collections import Counter
 from contextlib import contextmanager
 
 import pytest
+import structlog
 
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import UnreachableError
@@ -23,6 +24,7 @@ from services.aggregator.aggregator import Aggregator
 from services.common.settings import ServiceSettings
 from services.dispatcher.dispatcher import Dispatcher
 from tests.support.batches import commit
+from tests.unit.execution.test_discards import STEPS, discard
 from tests.unit.services.dispatcher.test_dispatcher import Broker
 
 PER_SHARD = 4
@@ -188,7 +190,7 @@ def test_changes_bring_a_finished_experiment_back_within_a_minute(services, subm
     commit(experiment_store, shard(0))
     for _ in range(3):
         services.one_pass(61.0)
-    assert latest_version(services.store, "done").discards == 1
+    assert latest_version(services.store, "done").discards == 2
     assert not services.aggregator._experiments
     remove_batches(experiment_store)
     experiment_store.reopen("resumed")
@@ -212,7 +214,7 @@ def test_an_extension_that_is_cut_off_takes_effect_if_repeated_and_else_within_a
     assert services.one_pass(61.0) == [shard(2)]
 
 
-@pytest.mark.parametrize(("method", "kind"), [("delete", "finished.json"), ("put", "changes/")])
+@pytest.mark.parametrize(("method", "kind"), [("put", "-removed"), ("delete", "finished.json"), ("put", "changes/")])
 @pytest.mark.parametrize("repeated", [False, True])
 def test_a_discard_that_is_cut_off_takes_effect_if_repeated_and_else_within_a_day(services, submit, method, kind, repeated):
     experiment_store = submit()
@@ -226,7 +228,22 @@ def test_a_discard_that_is_cut_off_takes_effect_if_repeated_and_else_within_a_da
         services.one_pass(86400.0)
     services.one_pass(61.0)
     assert services.one_pass(61.0) == [shard(0)]
-    assert experiment_store.discards() == 1
+    assert experiment_store.discards() == (2 if repeated or kind != "-removed" else 1)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@STEPS
+def test_a_shard_that_is_discarded_while_the_services_look_is_trained_again_and_counted_once(services, submit, step, finished):
+    experiment_store = submit()
+    for _ in range(3 if finished else 0):
+        services.one_pass(61.0)
+    discard(experiment_store, (step, lambda: services.one_pass(61.0)), shard=shard(1))
+    assert [shard(1)] in [services.one_pass(61.0) for _ in range(2)]
+    commit(experiment_store, shard(1))
+    for _ in range(60):  # listings are repeated after a multiple of the real time that they take
+        services.one_pass(61.0)
+    assert latest_version(services.store, "done").summary.accumulated_trials == 2 * PER_SHARD
+    assert experiment_store.finished(experiment_store.read_record())
 
 
 def test_an_experiment_that_another_process_finished_and_whose_batches_expired_is_left_alone(services, submit, digits):
@@ -390,6 +407,50 @@ def test_an_experiment_that_waits_for_its_owner_is_looked_at_ever_more_rarely(se
     for _ in range(60):
         services.one_pass()
     assert latest_version(services.store, "done").summary.accumulated_trials == 2 * PER_SHARD
+
+
+@pytest.mark.parametrize("how", ["damaged", "of a later version"])
+def test_an_experiment_that_cannot_be_read_is_looked_at_ever_more_rarely(services, submit, how):
+    submit("other")
+    experiment_store = submit()
+    for _ in range(3):
+        services.one_pass(61.0)
+    services.store.delete(keys.trial_batch("done", *span(shard(1))))
+    experiment_store.mark_changed()
+    key = keys.experiment("done")
+    record = services.store.get(key)
+    services.store.put(key, b"{" if how == "damaged" else record.replace(b'"schema": 1', b'"schema": 99'))
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(1800):
+            assert not services.one_pass()
+    assert sum(line["event"] == "experiment passed over" for line in logs) == 2  # by each service
+    passed_over = metrics.PASSED_OVER._value.get()
+    requests = services.hour(seconds=2.0)
+    assert requests.total() < 200 + 2 * 60, requests
+    assert services.store.requests["folders", "experiments"] <= 2 * 3600 / 5
+    assert metrics.PASSED_OVER._value.get() == passed_over + 1800  # the alert stays
+    assert services.dispatcher._unreadable.keys() == {"done"}
+    services.store.put(key, record)
+    experiment_store.reopen("it was repaired")
+    assert [shard(1)] in [services.one_pass() for _ in range(32)]
+    assert not services.dispatcher._unreadable
+    commit(experiment_store, shard(1))
+    for _ in range(60):
+        services.one_pass()
+    assert latest_version(services.store, "done").summary.accumulated_trials == 2 * PER_SHARD
+
+
+def test_an_experiment_that_could_not_be_read_and_is_removed_is_forgotten(services, submit):
+    submit()
+    services.store.put(keys.experiment("done"), b"{")
+    for _ in range(1800):
+        services.one_pass()
+    for stored in list(services.store.inventory(keys.everything("done"))):
+        services.store.delete(stored.key)
+    for _ in range(4):
+        services.one_pass()
+    assert not services.dispatcher._unreadable
+    assert not services.aggregator._errors
 
 
 def test_a_submission_beside_finished_experiments_is_noticed_within_five_seconds(services, submit):

@@ -19,6 +19,7 @@ from services.aggregator import __main__ as service
 from services.aggregator import aggregator as module
 from services.aggregator.aggregator import Aggregator
 from services.aggregator.metrics import PASSED_OVER
+from services.common import polling
 from services.common.settings import ServiceSettings
 from tests.support.batches import commit
 
@@ -150,10 +151,11 @@ def test_the_service_is_ready_with_the_first_progress_of_its_first_pass(store, s
         (keys.latest_scores("a-faulty"), OSError(28, "No space left on device")),
     ],
 )
-def test_an_unexpected_error_of_one_experiment_does_not_stop_another(store, submit, aggregator, faulty, error):
+def test_an_unexpected_error_of_one_experiment_does_not_stop_another(store, submit, aggregator, monkeypatch, faulty, error):
     submit("a-faulty", 2)
     submit("z-sound", 2)
     store.faulty, store.error = faulty, error
+    monkeypatch.setattr(polling, "_PAUSE_SHARE", 0)
     before = PASSED_OVER._value.get()
     for _ in range(2):
         aggregator.catch_up()

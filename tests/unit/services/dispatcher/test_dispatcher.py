@@ -24,7 +24,7 @@ class Broker:
     """One queue, from which a test takes messages as a worker does; no lease."""
 
     def __init__(self):
-        self.messages, self.nodes, self.leader = [], ["a"], None
+        self.messages, self.nodes, self.leader, self.room = [], ["a"], None, 1000
 
     def queues(self):
         return {"shards"} if self.messages else set()
@@ -42,7 +42,9 @@ class Broker:
         return {}
 
     def send(self, assignments):
-        self.messages += assignments
+        sent = assignments[: self.room]
+        self.messages += sent
+        return sent
 
     def clear(self, queue):
         self.messages.clear()
@@ -67,6 +69,15 @@ def test_a_message_taken_between_two_passes_is_sent_again_only_after_a_while(dis
     assert not dispatcher.reconcile().send
     time.sleep(2.1)  # a quarter of the lease's duration
     assert len(dispatcher.reconcile().send) == 6
+
+
+def test_shards_for_which_redis_has_no_memory_are_sent_when_it_has(dispatcher, broker):
+    with structlog.testing.capture_logs() as logs:
+        for room, sent in ((2, 2), (0, 0), (1, 1), (0, 0), (1000, 3), (0, 0)):
+            broker.room = room
+            assert len(dispatcher.reconcile().send) == sent
+    assert len(broker.messages) == len({assignment.id for assignment in broker.messages}) == 6
+    assert [line["shards"] for line in logs if "nearly full" in line["event"]] == [4]
 
 
 def test_a_failed_shard_is_sent_again_after_pauses_that_grow(dispatcher, broker, experiment_store, monkeypatch):
