@@ -8,6 +8,7 @@ import memtail
 
 
 def train(task: memtail.TrainingTask) -> memtail.Outcome:
+    """Train on the texts of a subset, and evaluate on all."""
     data = task.dataset
     model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=task.options["C"], max_iter=200))
     model.fit(data.train_texts[task.subset], data.train_labels[task.subset])

@@ -36,7 +36,7 @@ class Table:
         root: file of the training examples, or of both splits.
         test: file of the test examples, unless a column names the split.
         columns: the columns.
-        max_train, max_test: use at most the first so many examples.
+        max_train, max_test: use at most this many examples, evenly spaced.
     """
 
     root: Path
@@ -108,6 +108,11 @@ def _arrays(split: _Split, labels: Labels) -> list[tuple[str, npt.NDArray[Any]]]
     return [*arrays, ("bytes", data), ("ends", np.cumsum([len(text) for text in encoded], dtype=np.int64))]
 
 
+def _limited(rows: pa.Table, limit: int | None) -> pa.Table:
+    count = len(rows)
+    return rows if limit is None or limit >= count else rows.take(np.arange(limit) * count // limit)
+
+
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise DatasetError(f"dataset 'table': there is no file {path}: give dataset.root and dataset.test the paths of files")
@@ -129,7 +134,7 @@ def _read(table: Table) -> tuple[list[str] | None, _Split, _Split]:
     names = _features(columns, train)
     limits = (table.max_train, table.max_test)
     paths = (table.root, table.test or table.root)
-    splits = [_split(rows.slice(0, limit), columns, names, path) for rows, limit, path in zip((train, test), limits, paths, strict=True)]
+    splits = [_split(_limited(rows, limit), columns, names, path) for rows, limit, path in zip((train, test), limits, paths, strict=True)]
     return names, splits[0], splits[1]
 
 

@@ -64,7 +64,7 @@ class DatasetSpec(Part):
         name: a named dataset, `folder` for a tree of images, `arrays` for an `.npz` file, or `table` for a file of texts or features.
         root: the folder, the file of `arrays`, or the file of `table` (CSV, JSON lines or Parquet); required for these. Other
             datasets are also searched in `MEMTAIL_DATA` and the cache.
-        max_train: use at most this many training examples: the first ones; of a folder, evenly spaced ones.
+        max_train: use at most this many training examples: the first ones; of a folder or a table, evenly spaced ones.
         max_test: likewise, test examples.
         resolution: of a folder, the side in pixels to which images are resized and cropped; required if they differ in size.
         test: of a table, the file with the test examples.

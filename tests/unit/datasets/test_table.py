@@ -94,9 +94,9 @@ def test_a_column_may_name_the_split(prepare):
     assert list(dataset.test_texts) == ["ein Hündchen"]
 
 
-def test_limits_take_the_first_examples(prepare):
-    dataset = prepare(max_train=2, max_test=1)
-    assert (list(dataset.train_texts), dataset.n_test) == (TRAIN["text"][:2], 1)
+def test_limits_take_evenly_spaced_examples(prepare):
+    dataset = prepare(max_train=3, max_test=1)
+    assert (list(dataset.train_texts), dataset.n_test) == (TRAIN["text"][:3], 1)
 
 
 def test_equal_content_has_one_fingerprint_and_other_content_another(prepare):
