@@ -110,7 +110,7 @@ def declare() -> Callable[..., Experiment]:
 
 @pytest.fixture(scope="session")
 def digits(own_cache: None) -> ImageDataset:
-    return datasets.prepare(Experiment.parse({"name": "digits", "dataset": {"name": "digits"}}).dataset)
+    return datasets.as_images(datasets.prepare(Experiment.parse({"name": "digits", "dataset": {"name": "digits"}}).dataset))
 
 
 @pytest.fixture(scope="session")

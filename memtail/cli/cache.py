@@ -10,7 +10,7 @@ from memtail.cli.arguments import DEFAULT_STORE, Store, open_existing
 from memtail.errors import DatasetError, SpecError, StoreError, UnreachableError
 
 if TYPE_CHECKING:
-    from memtail.datasets import ImageDataset
+    from memtail.datasets import Dataset
     from memtail.experiment_store import Record
     from memtail.storage import ObjectStore
 
@@ -30,7 +30,7 @@ def cache(
         raise SpecError("give the names of experiments, or --all for those that are to be trained")
     logs.configure()
     opened = open_existing(store)
-    held: list[ImageDataset] = []  # open, so that none is evicted for the next
+    held: list[Dataset] = []  # open, so that none is evicted for the next
     failed = False
     for name in names or _unfinished(opened):
         try:
@@ -61,7 +61,7 @@ def _unfinished(store: "ObjectStore") -> list[str]:
     return names
 
 
-def _cache(store: "ObjectStore", name: str) -> "ImageDataset":
+def _cache(store: "ObjectStore", name: str) -> "Dataset":
     from rich.filesize import decimal
 
     from memtail.datasets.staged_dataset import fetch

@@ -92,7 +92,8 @@ class RunProgress:
             left = f", {(state.total - state.progress) / rate:.0f} s left" if rate else ""
             line = f"{state.trials}/{state.total} trials, {rate:.2f} trials/s{left}"
             if self._shown_at == float("-inf"):
-                images = f"{state.dataset.n_train} training and {state.dataset.n_test} test images"
+                examples = "images" if state.dataset.kind == "images" else "examples"
+                images = f"{state.dataset.n_train} training and {state.dataset.n_test} test {examples}"
                 line = f"{state.trials}/{state.total} trials in the store; {images}, {len(state.devices)} x {state.devices[0]}"
             console.print(", ".join(part for part in (line, _figures(state)) if part))
             self._shown_at, self._shown_trials = time.monotonic(), state.trials

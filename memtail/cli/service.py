@@ -29,6 +29,7 @@ def stage(
     """Prepare the dataset of an experiment, and stage it to a store."""
     from memtail import datasets, logs
     from memtail.cli import display
+    from memtail.datasets import ImageDataset
     from memtail.datasets.staged_dataset import stage as stage_dataset
     from memtail.spec import Experiment
     from memtail.storage.open import open_store
@@ -44,7 +45,7 @@ def stage(
         "train": dataset.n_train,
         "test": dataset.n_test,
         "classes": len(dataset.classes),
-        "image": "x".join(str(side) for side in dataset.image_shape),
+        **({"image": "x".join(map(str, dataset.image_shape))} if isinstance(dataset, ImageDataset) else {"kind": dataset.kind}),
         "folder": str(dataset.folder),
     }
     staged = False

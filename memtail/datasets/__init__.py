@@ -1,6 +1,6 @@
-"""Named datasets: finds the source, prepares it once into memory-mapped uint8 arrays, and opens these.
+"""Named datasets: finds the source, prepares it once into memory-mapped arrays, and opens these.
 
-`prepare(spec)` takes the `dataset` part of an experiment and returns an `ImageDataset`. Sources are searched in the spec's `root`, then in
+`prepare(spec)` takes the `dataset` part of an experiment and returns a `Dataset`. Sources are searched in the spec's `root`, then in
 `MEMTAIL_DATA`, then in the cache (`MEMTAIL_CACHE`, by default the user's cache folder), which also keeps the prepared datasets: a folder
 each, named by the fingerprint of its content.
 
@@ -20,18 +20,22 @@ from typing import Any, cast
 from filelock import FileLock
 
 from memtail.datasets.cache_folder import open_if_complete
-from memtail.datasets.image_dataset import DatasetLabels, ImageDataset
+from memtail.datasets.dataset import Dataset, DatasetLabels
+from memtail.datasets.feature_dataset import FeatureDataset
+from memtail.datasets.image_dataset import ImageDataset, as_images
+from memtail.datasets.opening import open_dataset
 from memtail.datasets.prepared import OnProgress, write_dataset
 from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays
+from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
 from memtail.errors import DatasetError
 from memtail.settings import Settings
-from memtail.spec import DatasetSpec
+from memtail.spec import DatasetSpec, TableColumns
 
-__all__ = ["DatasetLabels", "ImageDataset", "prepare"]
+__all__ = ["Dataset", "DatasetLabels", "FeatureDataset", "ImageDataset", "TextDataset", "as_images", "open_dataset", "prepare"]
 
 
-def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> ImageDataset:
+def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset:
     """Find a dataset, prepare it unless it is prepared, and open it.
 
     Safe to call from several processes at once: one prepares, the others wait. An interrupted preparation of a folder is resumed.
@@ -66,13 +70,13 @@ class _Source:
     prepare: Callable[[Path, OnProgress | None], Path]
 
 
-def _prepare(source: _Source, cache: Path, on_progress: OnProgress | None) -> ImageDataset:
+def _prepare(source: _Source, cache: Path, on_progress: OnProgress | None) -> Dataset:
     key = hashlib.sha256(json.dumps(source.identity, sort_keys=True).encode()).hexdigest()
     known = cache / "sources" / key
     known.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(known.with_suffix(".lock")):
         while True:
-            if known.exists() and (dataset := open_if_complete(ImageDataset, cache / "datasets" / known.read_text())):
+            if known.exists() and (dataset := open_if_complete(open_dataset, cache / "datasets" / known.read_text())):
                 return dataset
             known.write_text(source.prepare(cache / "datasets", on_progress).name)
 
@@ -109,9 +113,18 @@ def _folder(spec: DatasetSpec) -> _Source:
     return _Source(["folder", tree.identity(), spec.resolution], partial(prepare_folder, tree, spec.resolution))
 
 
+def _table(spec: DatasetSpec) -> _Source:
+    # needs pyarrow, which a machine that prepares nothing may lack
+    from memtail.datasets.table import Table, prepare_table
+
+    table = Table(cast(Path, spec.root), spec.test, cast(TableColumns, spec.columns), spec.max_train, spec.max_test)  # required by the spec
+    return _Source(["table", *table.identity()], partial(prepare_table, table))
+
+
 _SOURCES: dict[str, Callable[[DatasetSpec], _Source]] = {
     "digits": _digits,
     "folder": _folder,
     "arrays": _arrays,
+    "table": _table,
     **dict.fromkeys(TORCHVISION, _torchvision),
 }

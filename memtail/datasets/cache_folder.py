@@ -7,7 +7,7 @@ lock alone. No process on any machine that shares the cache evicts a dataset in 
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from memtail.datasets.cache_lock import CacheLock, lock_of
-from memtail.datasets.image_dataset import DatasetLabels
+from memtail.datasets.dataset import DatasetLabels
 from memtail.errors import DatasetError
 
 T = TypeVar("T", bound=DatasetLabels)
@@ -37,7 +37,7 @@ def is_complete(folder: Path) -> bool:
     return folder in folder.parent.iterdir() and (folder / "meta.json").exists()
 
 
-def open_if_complete(kind: type[T], folder: Path) -> T | None:
+def open_if_complete(open_folder: Callable[[Path], T], folder: Path) -> T | None:
     """Open a dataset, unless it is not there or not complete. While one of its arrays exists, it is not evicted.
 
     Raises:
@@ -51,7 +51,7 @@ def open_if_complete(kind: type[T], folder: Path) -> T | None:
             lock.close()
             return None
         os.utime(folder)
-        dataset = kind.open(folder)
+        dataset = open_folder(folder)
     except BaseException:
         lock.close()
         raise

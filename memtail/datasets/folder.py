@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from memtail.datasets.image_dataset import Images, Labels
+from memtail.datasets.dataset import Images, Labels
 from memtail.datasets.prepared import CHUNK, ChunkSummary, OnProgress, Split, finish
 from memtail.errors import DatasetError
 from memtail.processes import cores, follow_parent

@@ -1,80 +1,17 @@
-"""Prepared dataset, opened: memory-mapped images in original order, labels, names and normalisation constants."""
+"""Prepared dataset of images, opened: memory-mapped in original order, with normalisation constants."""
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from memtail.datasets.dataset import Dataset, Images, load_array
 from memtail.errors import DatasetError
 
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
-Names = npt.NDArray[np.bytes_]
-
 
 @dataclass(frozen=True, eq=False)
-class DatasetLabels:
-    """Labels and names of n training and q test images, in original order, without the images.
-
-    Attributes:
-        folder: of the prepared files.
-        fingerprint: SHA-256 (hex) of the content.
-        classes: names of the classes.
-        train_labels: int64 [n], in 0 .. len(classes) - 1.
-        test_labels: int64 [q].
-        train_files: bytes [n], paths of the images below their split's folder; None where images have no files.
-        test_files: bytes [q].
-    """
-
-    folder: Path
-    fingerprint: str
-    classes: tuple[str, ...]
-    train_labels: Labels
-    test_labels: Labels
-    train_files: Names | None
-    test_files: Names | None
-
-    @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Open a prepared folder.
-
-        Args:
-            folder: the folder.
-
-        Raises:
-            DatasetError: a file is missing or corrupt; the message names it.
-        """
-        return cls(**cls._opened(folder, json.loads(_checked(folder / "meta.json", Path.read_text))))
-
-    @classmethod
-    def _opened(cls, folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "folder": folder,
-            "fingerprint": meta["fingerprint"],
-            "classes": tuple(meta["classes"]),
-            "train_labels": _array(folder, "train_labels"),
-            "test_labels": _array(folder, "test_labels"),
-            "train_files": _array(folder, "train_files") if meta["has_files"] else None,
-            "test_files": _array(folder, "test_files") if meta["has_files"] else None,
-        }
-
-    @property
-    def n_train(self) -> int:
-        """Number of training examples, n."""
-        return len(self.train_labels)
-
-    @property
-    def n_test(self) -> int:
-        """Number of test examples, q."""
-        return len(self.test_labels)
-
-
-@dataclass(frozen=True, eq=False)
-class ImageDataset(DatasetLabels):
+class ImageDataset(Dataset):
     """n training and q test images of one size, in original order.
 
     Attributes:
@@ -83,6 +20,8 @@ class ImageDataset(DatasetLabels):
         train_images: uint8 [n, H, W, C], memory-mapped.
         test_images: uint8 [q, H, W, C], memory-mapped.
     """
+
+    kind: ClassVar[str] = "images"
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -94,8 +33,8 @@ class ImageDataset(DatasetLabels):
         return super()._opened(folder, meta) | {
             "mean": tuple(meta["mean"]),
             "std": tuple(meta["std"]),
-            "train_images": _array(folder, "train_images"),
-            "test_images": _array(folder, "test_images"),
+            "train_images": load_array(folder, "train_images"),
+            "test_images": load_array(folder, "test_images"),
         }
 
     @property
@@ -104,14 +43,17 @@ class ImageDataset(DatasetLabels):
         height, width, channels = self.train_images.shape[1:]
         return channels, height, width
 
+    def preview(self, split: str, index: int) -> Images:
+        """Return the pixels of an image, uint8 [H, W, C]."""
+        return np.asarray(self.train_images[index] if split == "train" else self.test_images[index])
 
-def _array(folder: Path, name: str) -> Any:
-    # copy-on-write: frameworks that insist on writable memory accept it, and nothing is copied unless written
-    return _checked(folder / f"{name}.npy", lambda path: np.load(path, mmap_mode="c"))
 
+def as_images(dataset: Dataset) -> ImageDataset:
+    """Return a dataset whose examples must be images.
 
-def _checked(path: Path, read: Callable[[Path], Any]) -> Any:
-    try:
-        return read(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise DatasetError(f"{path}: prepared dataset is damaged ({error}): remove the folder {path.parent}, then run again") from None
+    Raises:
+        DatasetError: they are of another kind.
+    """
+    if isinstance(dataset, ImageDataset):
+        return dataset
+    raise DatasetError(f"this needs images, and the dataset holds {dataset.kind}: train it with a function or a command (key trainer)")

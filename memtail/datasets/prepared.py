@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from memtail.datasets.cache_folder import is_complete
 from memtail.datasets.cache_lock import exclusive
-from memtail.datasets.image_dataset import Images, Labels, Names
+from memtail.datasets.dataset import Images, Labels, Names
 from memtail.datasets.sources import InMemoryDataset
 from memtail.errors import DatasetError
 
@@ -132,8 +132,20 @@ def finish(folder: Path, target: Path, train: Split, test: Split, classes: Itera
         "has_files": train.files is not None,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    return move_into_place(folder, target / fingerprint)
+
+
+def move_into_place(folder: Path, final: Path) -> Path:
+    """Give a prepared folder its name, unless there is such a dataset already.
+
+    Args:
+        folder: the complete folder; afterwards it is gone.
+        final: its path, named by the fingerprint.
+
+    Returns:
+        `final`.
+    """
     folder.chmod(0o755)
-    final = target / fingerprint
     if not is_complete(final):  # two sources may have the same content, and one of them may be in use
         with exclusive(final):
             if not is_complete(final):

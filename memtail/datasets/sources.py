@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memtail.datasets.image_dataset import Images, Labels
+from memtail.datasets.dataset import Images, Labels
 from memtail.errors import DatasetError
 
 

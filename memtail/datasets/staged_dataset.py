@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memtail.datasets import cache_folder
 from memtail.datasets.cache_lock import exclusive, usable
-from memtail.datasets.image_dataset import DatasetLabels, ImageDataset
+from memtail.datasets.dataset import Dataset, DatasetLabels
+from memtail.datasets.opening import open_dataset
 from memtail.datasets.staged_file import DamagedFileError, Piece, complete_file
 from memtail.digests import file_digest, stretch_digest
 from memtail.errors import DatasetError, ForeignObjectError
@@ -27,7 +28,7 @@ T = TypeVar("T", bound=DatasetLabels)
 PART_BYTES = 1 << 30
 
 _MANIFEST = "manifest.json"
-_WITHOUT_IMAGES = ("meta.json", "train_labels.npy", "test_labels.npy", "train_files.npy", "test_files.npy")
+_WITHOUT_EXAMPLES = ("meta.json", "train_labels.npy", "test_labels.npy", "train_files.npy", "test_files.npy")
 # 8,000 parts take 1 MiB.
 _MOST_MANIFEST_BYTES = 1 << 22
 
@@ -51,7 +52,7 @@ class _Manifest(BaseModel):
     files: dict[Annotated[str, Field(pattern=r"^[a-z_]+\.(json|npy)$")], _Object | _Parts]
 
 
-def stage(dataset: ImageDataset, store: ObjectStore) -> bool:
+def stage(dataset: DatasetLabels, store: ObjectStore) -> bool:
     """Upload a prepared dataset, unless the store has it. A staging that was interrupted is continued.
 
     Args:
@@ -94,7 +95,7 @@ def _stage_parts(store: ObjectStore, fingerprint: str, path: Path, size: int, he
     return _Parts(parts=parts)
 
 
-def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None = None, on_progress: OnBytes | None = None) -> ImageDataset:
+def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None = None, on_progress: OnBytes | None = None) -> Dataset:
     """Open a staged dataset, downloaded unless the cache has it. It is not evicted while one of its arrays exists.
 
     Safe to call from several processes and machines that share the cache: one downloads, those that need the same dataset wait. A download
@@ -117,9 +118,9 @@ def fetch(store: ObjectStore, fingerprint: str, cache: Path, limit: int | None =
     def fill() -> None:
         files = _staged_files(store, fingerprint)
         cache_folder.reserve(folder, sum(piece.size for pieces in files.values() for piece in pieces), limit)
-        _download(store, fingerprint, files, folder, ImageDataset, on_progress)
+        _download(store, fingerprint, files, folder, open_dataset, on_progress)
 
-    return _opened(ImageDataset, folder, fill)
+    return _opened(open_dataset, folder, fill)
 
 
 def fetch_labels(store: ObjectStore, fingerprint: str, cache: Path) -> DatasetLabels:
@@ -140,15 +141,15 @@ def fetch_labels(store: ObjectStore, fingerprint: str, cache: Path) -> DatasetLa
     folder = cache / "labels" / fingerprint
 
     def fill() -> None:
-        files = {name: pieces for name, pieces in _staged_files(store, fingerprint).items() if name in _WITHOUT_IMAGES}
-        _download(store, fingerprint, files, folder, DatasetLabels, None)
+        files = {name: pieces for name, pieces in _staged_files(store, fingerprint).items() if name in _WITHOUT_EXAMPLES}
+        _download(store, fingerprint, files, folder, DatasetLabels.open, None)
 
-    return _opened(DatasetLabels, folder, fill)
+    return _opened(DatasetLabels.open, folder, fill)
 
 
-def _opened(kind: type[T], folder: Path, fill: Callable[[], None]) -> T:
+def _opened(open_folder: Callable[[Path], T], folder: Path, fill: Callable[[], None]) -> T:
     with usable(folder.parent):
-        while (dataset := cache_folder.open_if_complete(kind, folder)) is None:
+        while (dataset := cache_folder.open_if_complete(open_folder, folder)) is None:
             with exclusive(folder):
                 if not cache_folder.is_complete(folder):  # another process may have filled it meanwhile
                     fill()
@@ -177,7 +178,7 @@ def _download(
     fingerprint: str,
     files: dict[str, list[Piece]],
     folder: Path,
-    kind: type[DatasetLabels],
+    open_folder: Callable[[Path], DatasetLabels],
     on_progress: OnBytes | None,
 ) -> None:
     filled = cache_folder.unfinished(folder)
@@ -198,7 +199,7 @@ def _download(
             # the key of a part holds its digest, so a part that is not removed would not be staged again
             raise _damaged(store, fingerprint, f"{name} is damaged", "" if len(pieces) == 1 else f"{error.key} and ") from None
     try:
-        actual = kind.open(filled).fingerprint
+        actual = open_folder(filled).fingerprint
     except (DatasetError, ValueError, KeyError, TypeError):
         raise _damaged(store, fingerprint, "its files make no dataset") from None
     if actual != fingerprint:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memtail.datasets.image_dataset import Images, Labels
+from memtail.datasets.dataset import Images, Labels
 from memtail.datasets.sources import InMemoryDataset
 from memtail.errors import DatasetError
 from memtail.settings import Settings

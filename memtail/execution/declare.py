@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset, open_dataset
 from memtail.errors import SpecError
 from memtail.experiment_store import Record
 from memtail.spec import Experiment, ImagesTrainer
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 _USER_SHARD = 16
 
 
-def declare(experiment: Experiment, dataset: ImageDataset, trials_per_shard: int) -> Record:
+def declare(experiment: Experiment, dataset: Dataset, trials_per_shard: int) -> Record:
     """Make the record of an experiment, after checking that its subset design fits the dataset and that it is not too large.
 
     Args:
@@ -59,7 +59,7 @@ def user_shard_size(experiment: Experiment, devices: int = 1) -> int | None:
     return min(_USER_SHARD, -(-experiment.subsets.trials // devices)) if declared == "auto" else declared
 
 
-def shard_size_in_child(experiment: Experiment, dataset: ImageDataset) -> int:
+def shard_size_in_child(experiment: Experiment, dataset: Dataset) -> int:
     """Check the model and return the number of trials in a shard, in a child process that imports torch and the user's model.
 
     Without torch the model is not checked, and the number must be declared.
@@ -89,4 +89,4 @@ def _check(experiment: Experiment, folder: Path) -> int:
 
     device = experiment.execution.device
     # a named device belongs to the workers and may be missing here
-    return checked_shard_size(experiment, ImageDataset.open(folder), None if device == "auto" else [torch.device(device)])
+    return checked_shard_size(experiment, open_dataset(folder), None if device == "auto" else [torch.device(device)])

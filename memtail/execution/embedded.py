@@ -19,7 +19,7 @@ import structlog
 import torch
 
 from memtail import datasets
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset
 from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, UnsupportedError, WorkerFaultError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.breaker import BREAKER_SHARDS, common_error
@@ -102,7 +102,7 @@ class RunState:
     """
 
     aggregation: Aggregation
-    dataset: ImageDataset
+    dataset: Dataset
     devices: list[str]
     partial: dict[Shard, float] = field(default_factory=dict)
     failed: dict[Shard, str] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def run(
     experiment: Experiment,
     store: str | Path = "memtail-store",
     *,
-    dataset: ImageDataset | None = None,
+    dataset: Dataset | None = None,
     on_progress: Callable[[RunState], None] | None = None,
     on_preparation: Callable[[int, int], None] | None = None,
     profile: bool = False,
@@ -178,7 +178,7 @@ def run(
     return _Run(opened, experiment_store, state, on_progress, profile, experiment.trainer).to_the_end()
 
 
-def _shard_size(experiment: Experiment, dataset: ImageDataset, devices: list[torch.device]) -> int:
+def _shard_size(experiment: Experiment, dataset: Dataset, devices: list[torch.device]) -> int:
     return user_shard_size(experiment, len(devices)) or checked_shard_size(experiment, dataset, devices)
 
 

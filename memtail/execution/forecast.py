@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memtail import datasets
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset, as_images
 from memtail.errors import SpecError, StoreError
 from memtail.estimators import expected_standard_error
 from memtail.execution.declare import declare
@@ -127,8 +127,8 @@ def forecast(
     trials, fraction = experiment.subsets.trials, _fraction(experiment, dataset)
     remaining = sum(len(shard.trials) for shard in todo)
     with tempfile.TemporaryDirectory(prefix="memtail-plan-") as folder:
-        shard = measure_shard(record, dataset, fraction, devices, Path(folder))
-        writing = measure_writing(record, dataset, fraction, Path(folder))
+        shard = measure_shard(record, as_images(dataset), fraction, devices, Path(folder))
+        writing = measure_writing(record, as_images(dataset), fraction, Path(folder))
     per_trial = shard.seconds / shard.trials + writing.trial_seconds
     startup = started + shard.startup_seconds
 
@@ -167,7 +167,7 @@ def forecast(
     )
 
 
-def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) -> tuple[Record, list[Shard]]:
+def _to_train(experiment: Experiment, dataset: Dataset, store: str | Path) -> tuple[Record, list[Shard]]:
     """The record of the run, and the shards without a batch in the store."""
     declared = declare(experiment, dataset, checked_shard_size(experiment, dataset))
     experiment_store = ExperimentStore(open_store(store, verify=False), experiment.name)
@@ -180,7 +180,7 @@ def _to_train(experiment: Experiment, dataset: ImageDataset, store: str | Path) 
     return record, experiment_store.missing(record)
 
 
-def _fraction(experiment: Experiment, dataset: ImageDataset) -> float:
+def _fraction(experiment: Experiment, dataset: Dataset) -> float:
     """Fraction m / n; for explicit masks, whose sizes may differ, the mean over the first 16."""
     trials = range(min(experiment.subsets.trials, 16))
     mean = float(membership(experiment.subsets, dataset.train_labels, trials).mean())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memtail import logs
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset, open_dataset
 from memtail.errors import MemtailError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
@@ -168,9 +168,9 @@ def _initialize(reports: Any) -> None:
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: Path) -> ImageDataset:
+def _opened(folder: Path) -> Dataset:
     """The dataset, opened once per process, so that its images stay on the device from shard to shard."""
-    return ImageDataset.open(folder)
+    return open_dataset(folder)
 
 
 @lru_cache(maxsize=1)

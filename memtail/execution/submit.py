@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from memtail import datasets
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset
 from memtail.datasets.staged_dataset import stage
 from memtail.datasets.staged_masks import stage_masks
 from memtail.errors import SpecError
@@ -42,7 +42,7 @@ def submit(
     experiment: Experiment,
     store: ObjectStore,
     *,
-    dataset: ImageDataset | None = None,
+    dataset: Dataset | None = None,
     priority: int | None = None,
     owner: str | None = None,
 ) -> Submission:

@@ -137,8 +137,10 @@ def create(store: ObjectStore, token: str | None = None, log_requests: bool = Fa
         _check_index(opened, split, index)
         if opened.dataset is None:
             raise HTTPException(404, opened.missing)
-        images = opened.dataset.train_images if split == "train" else opened.dataset.test_images
-        return Response(png(images[index]), media_type="image/png", headers={"Cache-Control": _IMAGE_AGE})
+        image = opened.dataset.preview(split, index)
+        if isinstance(image, str):
+            raise HTTPException(404, f"experiment '{name}' has {opened.dataset.kind}, and no images")
+        return Response(png(image), media_type="image/png", headers={"Cache-Control": _IMAGE_AGE})
 
     @get("/experiments/{name}/studies")
     def studies(name: str) -> Response:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from memtail.datasets.image_dataset import ImageDataset
+from memtail.datasets import Dataset
 from memtail.experiment_store import Record
 from memtail.scores.reader import Column, Scores
 
@@ -21,7 +21,7 @@ class Opened:
 
     record: Record
     scores: Scores
-    dataset: ImageDataset | None
+    dataset: Dataset | None
     missing: str
 
     @property

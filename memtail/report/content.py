@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset
 from memtail.errors import ScoresError
 from memtail.estimators import convergence, expected_standard_error, false_discovery, influence
 from memtail.estimators.binomial import share, standard_error
@@ -42,7 +42,7 @@ _FITTED = 0.95
 
 
 def choose_content(
-    record: Record, scores: Scores, dataset: ImageDataset, studies: Sequence[StudyResult], different: Sequence[Shard] = ()
+    record: Record, scores: Scores, dataset: Dataset, studies: Sequence[StudyResult], different: Sequence[Shard] = ()
 ) -> Content:
     """Choose the content of an experiment's report.
 
@@ -121,14 +121,14 @@ def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts, differ
     return warnings
 
 
-def _example(dataset: ImageDataset, split: str, index: int, scores: Scores | None = None) -> Example:
+def _example(dataset: Dataset, split: str, index: int, scores: Scores | None = None) -> Example:
     labels, files = (dataset.train_labels, dataset.train_files) if split == "train" else (dataset.test_labels, dataset.test_files)
     file = None if files is None else bytes(files[index]).decode(errors="replace")
     mem = None if scores is None else Number(*(float(scores.memorization[column][index]) for column in ("mem", "mem_se")))
     return Example(split, int(index), dataset.classes[int(labels[index])], file, mem)
 
 
-def _gallery(scores: Scores, dataset: ImageDataset) -> list[tuple[str, list[list[Example]]]]:
+def _gallery(scores: Scores, dataset: Dataset) -> list[tuple[str, list[list[Example]]]]:
     """Choose the classes with the most memorized examples, and of each the examples nearest to every step of memorization."""
     mem, labels = scores.memorization["mem"], scores.memorization["label"]
     memorized = np.bincount(labels[mem >= MEM_THRESHOLD], minlength=len(dataset.classes))
@@ -147,7 +147,7 @@ def _gallery(scores: Scores, dataset: ImageDataset) -> list[tuple[str, list[list
     return rows
 
 
-def _pairs(scores: Scores, dataset: ImageDataset) -> tuple[list[Pair], PairCounts]:
+def _pairs(scores: Scores, dataset: Dataset) -> tuple[list[Pair], PairCounts]:
     """Choose the pairs shown: confirmed pairs first, then the others, both by falling influence."""
     packed, table, mem = scores.statistics, scores.pairs, scores.memorization["mem"]
     train, test = table["tr_idx"], table["tt_idx"]
@@ -185,7 +185,7 @@ def _pairs(scores: Scores, dataset: ImageDataset) -> tuple[list[Pair], PairCount
     return shown, counts
 
 
-def _doubtful_labels(scores: Scores, dataset: ImageDataset) -> tuple[list[DoubtfulLabel], int]:
+def _doubtful_labels(scores: Scores, dataset: Dataset) -> tuple[list[DoubtfulLabel], int]:
     """Choose the doubtful labels shown, and count all.
 
     Order: lowest held-out accuracy first, then lowest held-out margin or, without margins, the largest share that predicts one other class.

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset
+from memtail.datasets.dataset import Images
 from memtail.estimators import Stage
 from memtail.experiment_store import Record
 from memtail.scores.summary import ScoreSummary
@@ -23,7 +21,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Example:
-    """An image: its split, index and class, its file name and its memorization where known."""
+    """An example: its split, index and class, its file name and its memorization where known."""
 
     split: str
     index: int
@@ -31,10 +29,9 @@ class Example:
     file: str | None = None
     mem: Number | None = None
 
-    def image(self, dataset: ImageDataset) -> npt.NDArray[np.uint8]:
-        """Read its pixels, uint8 [H, W, C]."""
-        images = dataset.train_images if self.split == "train" else dataset.test_images
-        return np.asarray(images[self.index])
+    def preview(self, dataset: Dataset) -> Images | str:
+        """Read its pixels, uint8 [H, W, C], or its text."""
+        return dataset.preview(self.split, self.index)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset
 from memtail.estimators.convergence import HALVES
 from memtail.estimators.false_discovery import LARGEST_RATE
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
@@ -34,7 +34,7 @@ def draw(content: Content) -> dict[str, dict[str, bytes]]:
     }
 
 
-def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: ImageDataset, scores: str) -> str:
+def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Dataset, scores: str) -> str:
     """Render the page as HTML; equal content gives equal text.
 
     Args:
@@ -52,11 +52,11 @@ def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Imag
             "count_of": lambda share, count: _MISSING if math.isnan(share) else f"{round(share * count):,}",
             "rate": _rate,
             "svg_uri": lambda svg: _data_uri("image/svg+xml", svg),
-            "data_uri": lambda example: _data_uri(*thumbnail(example.image(dataset))),
+            "preview": lambda example: example.preview(dataset),
+            "data_uri": lambda image: _data_uri(*thumbnail(image)),
         }
     )
-    small = max(dataset.image_shape[1:]) <= _SMALL
-    environment.tests.update({"undefined_number": math.isnan, "small": lambda example: small})
+    environment.tests.update({"undefined_number": math.isnan, "small": lambda image: max(image.shape[:2]) <= _SMALL})
     source = files("memtail.report")
     last = content.stages[-1]
     shares = {step: Number(float(share), float(se)) for step, share, se in zip(MEM_STEPS, last.shares, last.shares_se, strict=True)}

@@ -23,6 +23,7 @@ from memtail.spec.experiment import (
     Sgd,
     Step,
     SubsetsSpec,
+    TableColumns,
     TrainingSpec,
     UntilSpec,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Sgd",
     "Step",
     "SubsetsSpec",
+    "TableColumns",
     "Toleration",
     "TrainerSpec",
     "TrainingSpec",

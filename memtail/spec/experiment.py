@@ -33,29 +33,65 @@ NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 _SMALLEST_ROUND = 64
 
 
+class TableColumns(Part):
+    """The columns of a table.
+
+    Attributes:
+        label: the label; texts or whole numbers, whose sorted values are the classes.
+        text: the example, a text.
+        features: the example, as numbers; `all` are all columns that are not named otherwise.
+        id: a name of the example, which score files and pages show.
+        split: `train` or `test`, where one file has both splits.
+    """
+
+    label: str
+    text: str | None = None
+    features: Literal["all"] | Annotated[list[str], Field(min_length=1)] | None = None
+    id: str | None = None
+    split: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.text is None) == (self.features is None):
+            raise ValueError("name either text, the column of the texts, or features, the columns of numbers")
+        return self
+
+
 class DatasetSpec(Part):
     """The dataset: its name, its location, and how much of it is used.
 
     Attributes:
-        name: a named dataset, `folder` for a tree of images, or `arrays` for an `.npz` file.
-        root: the folder, or the file of `arrays`; required for these two. Other datasets are also searched in `MEMTAIL_DATA` and the cache.
-        max_train: use at most this many training examples: the first ones; of a folder, evenly spaced ones.
+        name: a named dataset, `folder` for a tree of images, `arrays` for an `.npz` file, or `table` for a file of texts or features.
+        root: the folder, the file of `arrays`, or the file of `table` (CSV, JSON lines or Parquet); required for these. Other
+            datasets are also searched in `MEMTAIL_DATA` and the cache.
+        max_train: use at most this many training examples: the first ones; of a folder or a table, evenly spaced ones.
         max_test: likewise, test examples.
         resolution: of a folder, the side in pixels to which images are resized and cropped; required if they differ in size.
+        test: of a table, the file with the test examples.
+        columns: of a table, its columns.
     """
 
-    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays"]
+    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "table"]
     root: Path | None = None
     max_train: Annotated[int, Field(ge=2)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None
     resolution: Annotated[int, Field(ge=1)] | None = None
+    test: Path | None = None
+    columns: TableColumns | None = None
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
-        if self.name in ("folder", "arrays") and self.root is None:
+        if self.name in ("folder", "arrays", "table") and self.root is None:
             raise ValueError(f"dataset '{self.name}' needs a root: the path of the {self.name}")
         if self.resolution is not None and self.name != "folder":
             raise ValueError(f"resolution is for dataset 'folder'; the images of '{self.name}' have one size already")
+        for key in ("test", "columns"):
+            if getattr(self, key) is not None and self.name != "table":
+                raise ValueError(f"{key} is for dataset 'table', not for '{self.name}'")
+        if self.name == "table" and self.columns is None:
+            raise ValueError("dataset 'table' needs columns: label, and text or features")
+        if self.columns is not None and (self.columns.split is None) == (self.test is None):
+            raise ValueError("dataset 'table' needs its test examples: either test, a second file, or columns.split")
         return self
 
 
@@ -398,7 +434,7 @@ class Experiment(Part):
 
         return self.model_copy(
             update={
-                "dataset": self.dataset.model_copy(update={"root": absolute(self.dataset.root)}),
+                "dataset": self.dataset.model_copy(update={"root": absolute(self.dataset.root), "test": absolute(self.dataset.test)}),
                 "trainer": self._trainer_in(base),
                 "subsets": self.subsets.model_copy(update={"masks": absolute(self.subsets.masks)}),
             }

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import ImageDataset, as_images
 from memtail.errors import ScoresError
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.fetch import open_scores
@@ -156,7 +156,7 @@ def _evaluate(store: ObjectStore, name: str, removal: Removal | None, nearness: 
     from memtail.studies.features import features_of  # needs torch
 
     record = ExperimentStore(store, name).read_record()
-    dataset = dataset_of(store, record)
+    dataset = as_images(dataset_of(store, record))
     features = features_of(store, record, lambda: dataset).dataset
     scores = open_scores(store, name)
     if removal is not None and removal.scores != scores.folder.name:

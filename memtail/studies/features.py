@@ -20,7 +20,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset, ImageDataset, as_images
 from memtail.datasets.cache_folder import open_if_complete
 from memtail.datasets.prepared import write_dataset
 from memtail.datasets.sources import InMemoryDataset
@@ -72,7 +72,7 @@ class _Pointer:
     model_of: str
 
 
-def features_of(store: ObjectStore, record: Record, images: Callable[[], ImageDataset]) -> Features:
+def features_of(store: ObjectStore, record: Record, images: Callable[[], Dataset]) -> Features:
     """Read the features of an experiment's images from the store, or train the model on this machine.
 
     Args:
@@ -90,14 +90,14 @@ def features_of(store: ObjectStore, record: Record, images: Callable[[], ImageDa
         known = json.loads(store.get(key, limit=_MOST_BYTES))
         if known.get("model_of") == _model_of(record):
             pointer = TypeAdapter(_Pointer).validate_python(known)
-            return Features(fetch(store, pointer.dataset, settings.cache, settings.cache_limit), pointer.test_accuracy)
+            return Features(as_images(fetch(store, pointer.dataset, settings.cache, settings.cache_limit)), pointer.test_accuracy)
     except ObjectNotFound:
         pass
     except (ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise StoreError(f"{key}: is damaged ({reason}): remove it, then run the study again") from None
     dataset = images()
-    train, test, accuracy = _frozen_features(record, dataset)
+    train, test, accuracy = _frozen_features(record, as_images(dataset))
     if not (np.isfinite(train).all() and np.isfinite(test).all() and train.std(0).any()):
         raise ScoresError(
             f"experiment '{record.experiment.name}': the model trained on all examples diverged, so it has no features: "
@@ -107,7 +107,7 @@ def features_of(store: ObjectStore, record: Record, images: Callable[[], ImageDa
     made = InMemoryDataset(pixels[0], dataset.train_labels, pixels[1], dataset.test_labels, dataset.classes)
     features = None
     while features is None:  # evicted before it was opened
-        features = open_if_complete(ImageDataset, write_dataset(made, settings.cache / "datasets"))
+        features = open_if_complete(ImageDataset.open, write_dataset(made, settings.cache / "datasets"))
     stage(features, store)
     pointer = _Pointer(features.fingerprint, train.shape[1], accuracy, _model_of(record))
     store.put(key, json.dumps(asdict(pointer), indent=1).encode())

@@ -9,7 +9,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset
 from memtail.datasets.staged_dataset import fetch
 from memtail.errors import ScoresError
 from memtail.execution.progress import progress_of
@@ -73,7 +73,7 @@ def is_finished(store: ObjectStore, experiment: Experiment) -> bool:
     return progress.ending == "published" and progress.total >= experiment.subsets.trials
 
 
-def dataset_of(store: ObjectStore, record: Record) -> ImageDataset:
+def dataset_of(store: ObjectStore, record: Record) -> Dataset:
     """Open the dataset of an experiment, from the cache or the store. Raises: DatasetError, StoreError."""
     settings = Settings()
     return fetch(store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit)

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from memtail.datasets import ImageDataset
+    from memtail.datasets import Dataset
     from memtail.spec import Experiment
     from memtail.studies.result import StudyResult
 
@@ -26,7 +26,7 @@ class Training:
     """
 
     experiment: "Experiment"
-    dataset: "Callable[[], ImageDataset]"
+    dataset: "Callable[[], Dataset]"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memtail import logs
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset, open_dataset
 from memtail.errors import MemtailError, SpecError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.processes import keep_memory, kill_session
 from memtail.spec import Experiment, FunctionTrainer, ImagesTrainer, TrainerSpec
@@ -82,7 +82,7 @@ class _Child:
     def __init__(self, parent: _Parent) -> None:
         self._parent = parent
         self._trainer: Function | Command | None = None
-        self._opened: dict[str, ImageDataset] = {}
+        self._opened: dict[str, Dataset] = {}
 
     def serve(self) -> None:
         """Train one shard after the other until the parent ends this process."""
@@ -98,7 +98,7 @@ class _Child:
     def _train(self, work: dict[str, Any], device: str, checkpoint: bytes | None) -> TrialBatch:
         experiment, code = Experiment.parse(work["experiment"]), Path(work["code"])
         if work["dataset"] not in self._opened:
-            self._opened = {work["dataset"]: ImageDataset.open(Path(work["dataset"]))}
+            self._opened = {work["dataset"]: open_dataset(Path(work["dataset"]))}
         dataset = self._opened[work["dataset"]]
         trials = range(work["first"], work["last"] + 1)
         sys.path.extend(part for part in work["path"] if part not in sys.path)  # of a script that runs an experiment

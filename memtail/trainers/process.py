@@ -223,7 +223,7 @@ class TrainerProcess:
                 stderr=writing,
                 pass_fds=[theirs.fileno()],
                 cwd=scratch,
-                env=trainer_environment(os.environ, work.code, Path(scratch)),
+                env=self._environment(work.code, Path(scratch)),
                 start_new_session=True,
             )
         except OSError as error:
@@ -235,6 +235,12 @@ class TrainerProcess:
             os.close(writing)
         self._connection = Connection(ours.detach())
         self._output = _Output(reading)
+
+    def _environment(self, code: Path, scratch: Path) -> dict[str, str]:
+        environment = trainer_environment(os.environ, code, scratch)
+        if self._device == "cpu":  # there is a process for each core
+            environment.setdefault("OMP_NUM_THREADS", "1")
+        return environment
 
     def _send(self, message: dict[str, Any], data: bytes | None = None) -> None:
         self._connection.send_bytes(json.dumps(message).encode())

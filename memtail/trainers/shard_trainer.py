@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset, as_images
 from memtail.experiment_store import Record
 from memtail.spec import ImagesTrainer
 from memtail.trainers.process import Checkpoints, TrainerProcess, Work
@@ -26,7 +26,7 @@ class ShardTrainer:
     def train(
         self,
         record: Record,
-        dataset: ImageDataset,
+        dataset: Dataset,
         shard: Shard,
         checkpoints: Checkpoints,
         *,
@@ -71,7 +71,7 @@ class ShardTrainer:
     def _train_images(
         self,
         record: Record,
-        dataset: ImageDataset,
+        dataset: Dataset,
         shard: Shard,
         checkpoints: Checkpoints,
         on_progress: Callable[[float], None],
@@ -94,7 +94,7 @@ class ShardTrainer:
         try:
             return train_shard(
                 record.experiment,
-                dataset,
+                as_images(dataset),
                 shard.trials,
                 torch.device(self._device),
                 on_progress=report,

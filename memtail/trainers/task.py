@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from memtail.datasets import ImageDataset
+    from memtail.datasets import Dataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class TrainingTask:
     seed: int
     device: str
     options: dict[str, Any]
-    dataset: "ImageDataset"
+    dataset: "Dataset"
     workdir: Path
     checkpoint: Path
     _on_report: Callable[[float, dict[str, float]], None] = field(default=lambda fraction, metrics: None, repr=False)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset
 from memtail.errors import OutcomeError
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment
@@ -99,7 +99,7 @@ class _State:
 def train_user_shard(
     experiment: Experiment,
     fingerprint: str,
-    dataset: ImageDataset,
+    dataset: Dataset,
     trials: Sequence[int],
     device: str,
     train: UserTrainer,
@@ -147,7 +147,7 @@ def train_user_shard(
 class _UserShard:
     experiment: Experiment
     fingerprint: str
-    dataset: ImageDataset
+    dataset: Dataset
     trials: list[int]
     members: npt.NDArray[np.bool_]
     device: str

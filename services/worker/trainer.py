@@ -13,7 +13,7 @@ import redis
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset
 from memtail.datasets.cache_folder import note_use
 from memtail.datasets.staged_dataset import fetch
 from memtail.datasets.staged_masks import fetch_masks
@@ -82,7 +82,7 @@ class Trainer:
         #: Whether this process can train further shards; not after an error of its device's driver.
         self.usable = True
         self._holder = f"{worker}/{os.getpid()}"
-        self._dataset: ImageDataset | None = None
+        self._dataset: Dataset | None = None
         self._shard_trainer: ShardTrainer | None = None
 
     def train(self, assignment: Assignment, sent: Any = None) -> str:
@@ -266,7 +266,7 @@ class Trainer:
             return record.experiment
         return record.experiment.with_masks(fetch_masks(self._store, record.canonical["subsets"]["masks"], Settings().cache))
 
-    def _dataset_of(self, record: Record, interrupted: Callable[[], bool]) -> ImageDataset:
+    def _dataset_of(self, record: Record, interrupted: Callable[[], bool]) -> Dataset:
         """The dataset; the last one stays open, so that its images stay on the device from shard to shard."""
         from memtail.trainers.images.images import device_images
 

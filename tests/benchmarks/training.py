@@ -54,7 +54,7 @@ def _data(dataset: ImageDataset) -> Data:
 def measure(name: str, model: dict, recipe: Recipe, dataset_spec: dict, trials: int, targets: dict[str, str], note: str = "") -> list[Row]:
     """Measure `trials` trials of memtail per repetition against one of each baseline."""
     experiment = _workload(name, model, recipe, dataset_spec)
-    dataset = datasets.prepare(experiment.dataset)
+    dataset = datasets.as_images(datasets.prepare(experiment.dataset))
     data = _data(dataset)
     torch.set_num_threads(cores())
     runs: dict[str, Callable] = {"(a)": baselines.with_dataloader, "(b)": baselines.in_memory}

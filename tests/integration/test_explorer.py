@@ -384,8 +384,8 @@ def test_scores_are_shown_without_images_where_these_are_lost(explored, tmp_path
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path))
     client = TestClient(create(explored), base_url=HERE)
     found = page(client, "/experiments/digits")
-    assert "No images: dataset" in found.text
-    assert "no image" in found.text
+    assert "No previews: dataset" in found.text
+    assert "no preview" in found.text
     assert "class 3" in found.text
     assert client.get("/experiments/digits/images/train/0.png").status_code == 404
     assert len(table(client, "/experiments/digits/train.csv")) == 1438
@@ -398,7 +398,7 @@ def test_an_unwritable_cache_costs_only_the_images(explored, tmp_path, monkeypat
     (tmp_path / "file").touch()
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "file" / "cache"))
     text = page(TestClient(create(explored), base_url=HERE), "/experiments/digits").text
-    assert f"No images: {tmp_path}/file/cache/datasets cannot be written" in text
+    assert f"No previews: {tmp_path}/file/cache/datasets cannot be written" in text
     assert "class 3" in text
 
 

@@ -22,7 +22,7 @@ def test_a_download_killed_in_the_middle_of_a_part_goes_on_with_the_bytes_that_i
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (40, 1024, 1024)).astype(np.uint8)  # 40 MiB and a header: three parts
     path = write_arrays(tmp_path / "a.npz", train_images=images, test_images=images[:4], test_labels=np.arange(4) % 2)
-    dataset = datasets.prepare(DatasetSpec(name="arrays", root=path))
+    dataset = datasets.as_images(datasets.prepare(DatasetSpec(name="arrays", root=path)))
     assert stage(dataset, S3Store(bucket, settings=minio.settings()))
     received = context.Value("q", 0)
 
@@ -45,6 +45,6 @@ def test_a_download_killed_in_the_middle_of_a_part_goes_on_with_the_bytes_that_i
         child.join()
     had, received.value = received.value, 0
     with ResettingProxy(minio.port) as proxy:
-        fetched = fetch(through(proxy), dataset.fingerprint, tmp_path / "cache")
+        fetched = datasets.as_images(fetch(through(proxy), dataset.fingerprint, tmp_path / "cache"))
     assert received.value < size - had + 2 * _RANGE  # a range may have been received, and not been written yet
     np.testing.assert_array_equal(fetched.train_images, dataset.train_images)

@@ -36,7 +36,7 @@ def prepare(folder: Path, shade: int = 0) -> ImageDataset:
     """Prepare one of several small datasets."""
     rng = np.random.default_rng(shade)
     path = write_arrays(folder / f"{shade}.npz", train_images=rng.integers(0, 255, (40, 6, 6)).astype(np.uint8))
-    return datasets.prepare(DatasetSpec(name="arrays", root=path))
+    return datasets.as_images(datasets.prepare(DatasetSpec(name="arrays", root=path)))
 
 
 def size_of(dataset: ImageDataset) -> int:

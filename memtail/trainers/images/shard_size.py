@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset, as_images
 from memtail.models import check_model
 from memtail.spec import Experiment
 from memtail.trainers.images.devices import available_devices
@@ -13,7 +13,7 @@ _SHARD_OPERATIONS = {"cpu": 1e12, "mps": 1e14, "cuda": 1e15}
 _MOST_TRIALS = 64
 
 
-def checked_shard_size(experiment: Experiment, dataset: ImageDataset, devices: list[torch.device] | None = None) -> int:
+def checked_shard_size(experiment: Experiment, dataset: Dataset, devices: list[torch.device] | None = None) -> int:
     """Check that the model fits the dataset, and return the number of trials in a shard.
 
     It is the declared number, or one chosen by the cost of a trial, such that no device is idle. The operations of a trial are counted in
@@ -26,18 +26,19 @@ def checked_shard_size(experiment: Experiment, dataset: ImageDataset, devices: l
 
     Raises:
         SpecError: the model does not fit the dataset, or this machine has no such device.
+        DatasetError: the dataset holds no images.
     """
     devices = devices or available_devices(experiment.execution.device)
     declared = experiment.execution.trials_per_shard
     if declared != "auto":
-        check_model(experiment.model, dataset.image_shape, len(dataset.classes))
+        check_model(experiment.model, as_images(dataset).image_shape, len(dataset.classes))
         return declared
     affordable = _SHARD_OPERATIONS[devices[0].type] / operations_per_trial(experiment, dataset)
     share = -(-experiment.subsets.trials // len(devices))
     return max(1, min(int(affordable), _MOST_TRIALS, share))
 
 
-def operations_per_trial(experiment: Experiment, dataset: ImageDataset) -> float:
+def operations_per_trial(experiment: Experiment, dataset: Dataset) -> float:
     """Return the floating-point operations of one trial: three forward passes per image trained on, one per image evaluated.
 
     Args:
@@ -46,8 +47,9 @@ def operations_per_trial(experiment: Experiment, dataset: ImageDataset) -> float
 
     Raises:
         SpecError: the model does not fit the dataset.
+        DatasetError: the dataset holds no images.
     """
     counter = FlopCounterMode(display=False)
-    check_model(experiment.model, dataset.image_shape, len(dataset.classes), within=counter)
+    check_model(experiment.model, as_images(dataset).image_shape, len(dataset.classes), within=counter)
     trained = experiment.subsets.fraction * dataset.n_train * experiment.training.epochs
     return float(counter.get_total_flops()) * (3 * trained + dataset.n_train + dataset.n_test)

@@ -49,7 +49,7 @@ class Holder:
         assert self._ready.wait(30)
 
     def _hold(self, store, fingerprint, cache):
-        dataset = fetch(store, fingerprint, cache)
+        dataset = datasets.as_images(fetch(store, fingerprint, cache))
         self._ready.set()
         self._end.wait()
         assert dataset.train_images.sum() > 0

@@ -109,7 +109,7 @@ def test_mnist_is_read_from_the_files_that_torchvision_downloads(tmp_path, compr
     held = write_mnist(tmp_path, compress)
     monkeypatch.setenv("MEMTAIL_DATA", str(tmp_path))
     for root in (tmp_path, None):
-        dataset = datasets.prepare(DatasetSpec(name="mnist", root=root))
+        dataset = datasets.as_images(datasets.prepare(DatasetSpec(name="mnist", root=root)))
         assert (dataset.train_images[..., 0] == held["train"]).all()
         assert (dataset.test_images[..., 0] == held["t10k"]).all()
         assert dataset.train_labels.tolist() == list(range(8))
@@ -153,7 +153,7 @@ def write_cifar10(root, monkeypatch):
 
 def test_cifar_is_read_as_torchvision_reads_it(tmp_path, monkeypatch):
     train, test = write_cifar10(tmp_path, monkeypatch)
-    dataset = datasets.prepare(DatasetSpec(name="cifar10", root=tmp_path))
+    dataset = datasets.as_images(datasets.prepare(DatasetSpec(name="cifar10", root=tmp_path)))
     assert (dataset.train_images == train).all()
     assert (dataset.test_images == test).all()
     assert dataset.train_labels.tolist() == [0, 1] * 5

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from memtail import datasets
 from memtail.datasets.cache_lock import exclusive
 from memtail.datasets.staged_dataset import fetch, fetch_labels, stage
 from memtail.errors import DatasetError
@@ -26,7 +27,7 @@ def test_a_staged_dataset_is_fetched_unchanged_and_once(tmp_path, store, cache):
     dataset = prepare(tmp_path)
     assert stage(dataset, store)
     assert not stage(dataset, store)
-    fetched = fetch(store, dataset.fingerprint, cache)
+    fetched = datasets.as_images(fetch(store, dataset.fingerprint, cache))
     assert fetched.folder == cache / "datasets" / dataset.fingerprint
     assert fetched.fingerprint == dataset.fingerprint
     for name in ("train_images", "train_labels", "test_images", "test_labels"):

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from memtail import datasets
 from memtail.datasets import staged_dataset
 from memtail.datasets.staged_dataset import fetch, fetch_labels, stage
 from memtail.digests import file_digest
@@ -47,7 +48,7 @@ def test_a_large_file_is_staged_in_parts_and_fetched_unchanged(dataset, store, c
     assert [len(store.get(key)) for key in parts] == [500, 500, 500, 68]
     assert not store.exists(keys.dataset(dataset.fingerprint, "train_images.npy"))
     progress = []
-    fetched = fetch(store, dataset.fingerprint, cache, on_progress=lambda *bytes_: progress.append(bytes_))
+    fetched = datasets.as_images(fetch(store, dataset.fingerprint, cache, on_progress=lambda *bytes_: progress.append(bytes_)))
     assert {path.name for path in fetched.folder.iterdir()} == {path.name for path in dataset.folder.iterdir()}
     for path in dataset.folder.iterdir():
         assert (fetched.folder / path.name).read_bytes() == path.read_bytes()
@@ -133,7 +134,7 @@ def test_a_killed_download_goes_on_with_the_parts_that_it_has(dataset, store, ca
     before = store.noted("downloads")
     unfinished = cache / "datasets" / f".unfinished-{dataset.fingerprint}"
     assert unfinished.is_dir()
-    fetched = fetch(store, dataset.fingerprint, cache)
+    fetched = datasets.as_images(fetch(store, dataset.fingerprint, cache))
     assert not set(before) & set(store.noted("downloads")[6:])
     np.testing.assert_array_equal(fetched.train_images, dataset.train_images)
     assert not unfinished.exists()
@@ -152,7 +153,7 @@ def test_a_part_damaged_on_the_disk_is_fetched_again_alone(dataset, store, cache
     path.write_bytes(data)
     damage(store, parts[-1])  # whole again
     (store.root / "downloads").unlink()
-    fetched = fetch(store, dataset.fingerprint, cache)
+    fetched = datasets.as_images(fetch(store, dataset.fingerprint, cache))
     assert downloads_of_parts(store) == [parts[1], parts[3]]
     np.testing.assert_array_equal(fetched.train_images, dataset.train_images)
 
@@ -169,7 +170,7 @@ def test_a_part_damaged_on_the_way_is_fetched_again_alone(dataset, store, cache,
             path.write_bytes(path.read_bytes()[:-1] + b"x")
 
     monkeypatch.setattr(CountingStore, "download", damage_once)
-    fetched = fetch(store, dataset.fingerprint, cache)
+    fetched = datasets.as_images(fetch(store, dataset.fingerprint, cache))
     assert downloads_of_parts(store) == [parts[0], parts[1], parts[1], *parts[2:]]
     np.testing.assert_array_equal(fetched.train_images, dataset.train_images)
 

@@ -27,6 +27,12 @@ LATER_KEYS: dict[str, Any] = {
     "CommandTrainer.code": [],
     "CommandTrainer.timeout": None,
     "CommandTrainer.folder": None,
+    "DatasetSpec.test": None,
+    "DatasetSpec.columns": None,
+    "TableColumns.text": None,
+    "TableColumns.features": None,
+    "TableColumns.id": None,
+    "TableColumns.split": None,
 }
 
 

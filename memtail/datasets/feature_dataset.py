@@ -1,0 +1,44 @@
+"""Prepared dataset of feature vectors, opened."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.datasets.dataset import Dataset, load_array
+
+# Features of an example in a preview.
+_SHOWN = 12
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureDataset(Dataset):
+    """n training and q test vectors of D features, in original order.
+
+    Attributes:
+        features: names of the features.
+        train_features: float32 [n, D], memory-mapped.
+        test_features: float32 [q, D].
+    """
+
+    kind: ClassVar[str] = "features"
+
+    features: tuple[str, ...]
+    train_features: npt.NDArray[np.float32]
+    test_features: npt.NDArray[np.float32]
+
+    @classmethod
+    def _opened(cls, folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+        return super()._opened(folder, meta) | {
+            "features": tuple(meta["features"]),
+            "train_features": load_array(folder, "train_features"),
+            "test_features": load_array(folder, "test_features"),
+        }
+
+    def preview(self, split: str, index: int) -> str:
+        """Return the first features of an example, a line each."""
+        values = (self.train_features if split == "train" else self.test_features)[index]
+        lines = [f"{name}: {value:g}" for name, value in zip(self.features[:_SHOWN], values.tolist(), strict=False)]
+        return "\n".join(lines + ([f"... {len(self.features) - _SHOWN} more"] if len(self.features) > _SHOWN else []))

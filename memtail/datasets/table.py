@@ -1,0 +1,206 @@
+"""Tables of texts or features: CSV, JSON lines or Parquet files -> a prepared dataset."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import compute, csv, parquet
+from pyarrow import json as json_lines
+
+from memtail.datasets.dataset import Labels
+from memtail.datasets.prepared import OnProgress, check_labels, move_into_place
+from memtail.errors import DatasetError
+from memtail.spec import TableColumns
+
+_READERS = {
+    ".csv": csv.read_csv,
+    ".tsv": lambda path: csv.read_csv(path, parse_options=csv.ParseOptions(delimiter="\t")),
+    ".jsonl": json_lines.read_json,
+    ".json": json_lines.read_json,
+    ".parquet": parquet.read_table,
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is declared.
+
+    Attributes:
+        root: file of the training examples, or of both splits.
+        test: file of the test examples, unless a column names the split.
+        columns: the columns.
+        max_train, max_test: use at most this many examples, evenly spaced.
+    """
+
+    root: Path
+    test: Path | None
+    columns: TableColumns
+    max_train: int | None
+    max_test: int | None
+
+    def identity(self) -> list[Any]:
+        """Return JSON values that change with the files and the options. Raises: DatasetError: a file is missing."""
+        files = [_existing(path) for path in (self.root, self.test) if path is not None]
+        stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        return [stamps, self.columns.model_dump(), [self.max_train, self.max_test]]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """One split: texts or features [N, D], labels as they are in the table, and names if there are any."""
+
+    examples: list[str] | npt.NDArray[np.float32]
+    labels: list[Any]
+    ids: list[str] | None
+
+
+def prepare_table(table: Table, target: Path, on_progress: OnProgress | None = None) -> Path:
+    """Read a table and write the prepared dataset.
+
+    Args:
+        table: the declaration.
+        target: the folder of all prepared datasets.
+        on_progress: is not called, since a table is read as a whole.
+
+    Returns:
+        The dataset's folder below `target`.
+
+    Raises:
+        DatasetError: a file cannot be read, a column is missing, or a value is missing or of another type.
+    """
+    del on_progress
+    names, train, test = _read(table)
+    classes, train_labels, test_labels = _labels(table, train.labels, test.labels)
+    check_labels(train_labels, test_labels, len(classes))
+    target.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
+    try:
+        meta: dict[str, Any] = {"schema": 1, "kind": "text" if names is None else "features", "classes": classes}
+        meta |= {"has_files": train.ids is not None} | ({} if names is None else {"features": names})
+        digest = hashlib.sha256(json.dumps(meta).encode())
+        for split, content, labels in (("train", train, train_labels), ("test", test, test_labels)):
+            for name, array in _arrays(content, labels):
+                np.save(folder / f"{split}_{name}.npy", array)
+                digest.update(json.dumps([split, name, array.dtype.str, list(array.shape)]).encode())
+                digest.update(np.ascontiguousarray(array).data)
+        meta["fingerprint"] = digest.hexdigest()
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        return move_into_place(folder, target / meta["fingerprint"])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _arrays(split: _Split, labels: Labels) -> list[tuple[str, npt.NDArray[Any]]]:
+    arrays: list[tuple[str, npt.NDArray[Any]]] = [("labels", labels)]
+    if split.ids is not None:
+        arrays.append(("files", np.array([name.encode() for name in split.ids], dtype=np.bytes_)))
+    if isinstance(split.examples, np.ndarray):
+        return [*arrays, ("features", split.examples)]
+    encoded = [text.encode() for text in split.examples]
+    data = np.frombuffer(b"".join(encoded), np.uint8)
+    return [*arrays, ("bytes", data), ("ends", np.cumsum([len(text) for text in encoded], dtype=np.int64))]
+
+
+def _limited(rows: pa.Table, limit: int | None) -> pa.Table:
+    count = len(rows)
+    return rows if limit is None or limit >= count else rows.take(np.arange(limit) * count // limit)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise DatasetError(f"dataset 'table': there is no file {path}: give dataset.root and dataset.test the paths of files")
+    return path
+
+
+def _read(table: Table) -> tuple[list[str] | None, _Split, _Split]:
+    """Read both splits; also the names of the features, None for texts."""
+    columns, train = table.columns, _table(table.root)
+    if table.test is not None:
+        test = _table(table.test)
+    else:
+        split = _column(train, columns.split or "", table.root).cast(pa.string())
+        known = [compute.equal(split, name) for name in ("train", "test")]
+        other = sorted(set(split.unique().to_pylist()) - {"train", "test"}, key=str)
+        if other:
+            raise DatasetError(f"{table.root}: column {columns.split} holds {other[0]!r}: its values must be 'train' and 'test'")
+        train, test = train.filter(known[0]), train.filter(known[1])
+    names = _features(columns, train)
+    limits = (table.max_train, table.max_test)
+    paths = (table.root, table.test or table.root)
+    splits = [_split(_limited(rows, limit), columns, names, path) for rows, limit, path in zip((train, test), limits, paths, strict=True)]
+    return names, splits[0], splits[1]
+
+
+def _table(path: Path) -> pa.Table:
+    reader = _READERS.get(_existing(path).suffix.lower())
+    if reader is None:
+        raise DatasetError(f"{path}: is no table that memtail reads: give a file whose name ends in {', '.join(_READERS)}")
+    try:
+        return reader(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot be read as {path.suffix[1:]} ({' '.join(str(error).split())[:200]}): fix the file") from None
+
+
+def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
+    if name not in table.column_names:
+        raise DatasetError(f"{path}: has no column '{name}', there are {', '.join(table.column_names)}: fix dataset.columns")
+    column = table.column(name)
+    if column.null_count:
+        row = next(index for index, value in enumerate(column) if not value.is_valid)
+        raise DatasetError(f"{path}: column '{name}' has no value in {column.null_count} rows, first in row {row}: fill or drop them")
+    return column
+
+
+def _features(columns: TableColumns, table: pa.Table) -> list[str] | None:
+    if columns.features is None:
+        return None
+    if columns.features == "all":
+        return [name for name in table.column_names if name not in (columns.label, columns.id, columns.split)]
+    return columns.features
+
+
+def _split(table: pa.Table, columns: TableColumns, names: list[str] | None, path: Path) -> _Split:
+    labels = _column(table, columns.label, path).to_pylist()
+    ids = None if columns.id is None else [str(value) for value in _column(table, columns.id, path).to_pylist()]
+    if names is None:
+        column = _column(table, columns.text or "", path)
+        if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
+            raise DatasetError(f"{path}: column '{columns.text}' is {column.type}, not text: name the column of the texts")
+        return _Split(column.to_pylist(), labels, ids)
+    vectors = []
+    for name in names:
+        column = _column(table, name, path)
+        try:
+            vectors.append(column.cast(pa.float32()).to_numpy())
+        except pa.ArrowException:
+            raise DatasetError(
+                f"{path}: column '{name}' is {column.type}, and features are numbers: leave it out of "
+                "dataset.columns.features, or encode it"
+            ) from None
+    features = np.stack(vectors, axis=1) if vectors else np.empty((len(table), 0), np.float32)
+    if not np.isfinite(features).all():
+        row, place = (int(part) for part in np.argwhere(~np.isfinite(features))[0])
+        raise DatasetError(f"{path}: column '{names[place]}' is {features[row, place]} in row {row}: features must be finite")
+    return _Split(features, labels, ids)
+
+
+def _labels(table: Table, train: list[Any], test: list[Any]) -> tuple[list[str], Labels, Labels]:
+    """Number the classes in the sorted order of the training labels."""
+    for path, labels in ((table.root, train), (table.test or table.root, test)):
+        for label in labels:
+            if not isinstance(label, str | int) and not (isinstance(label, float) and label.is_integer()):
+                raise DatasetError(f"{path}: column '{table.columns.label}' holds {label!r}: labels are texts or whole numbers")
+    train, test = ([int(label) if isinstance(label, float) else label for label in labels] for labels in (train, test))
+    classes = sorted(set(train), key=lambda label: (isinstance(label, str), label))
+    places = {label: place for place, label in enumerate(classes)}
+    if unknown := [label for label in test if label not in places]:
+        raise DatasetError(f"{table.test or table.root}: label {unknown[0]!r} of a test example is that of no training example")
+    numbers = [np.array([places[label] for label in labels], dtype=np.int64) for labels in (train, test)]
+    return [str(label) for label in classes], numbers[0], numbers[1]
