@@ -17,18 +17,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import structlog
 from filelock import FileLock
 
+from memtail.datasets.arrays import ARRAYS_VERSION, arrays_file, load_arrays
 from memtail.datasets.cache_folder import open_if_complete
 from memtail.datasets.image_dataset import DatasetLabels, ImageDataset
 from memtail.datasets.prepared import OnProgress, write_dataset
-from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays
+from memtail.datasets.sources import InMemoryDataset, digits, shortened
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
 from memtail.errors import DatasetError
 from memtail.settings import Settings
 from memtail.spec import DatasetSpec
 
 __all__ = ["DatasetLabels", "ImageDataset", "prepare"]
+
+log = structlog.get_logger()
 
 
 def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> ImageDataset:
@@ -45,12 +50,22 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> ImageDa
     """
     cache = Settings().cache
     try:
-        return _prepare(_SOURCES[spec.name](spec), cache, on_progress)
+        dataset = _prepare(_SOURCES[spec.name](spec), cache, on_progress)
     except OSError as error:
         raise DatasetError(
             f"dataset '{spec.name}' cannot be prepared: {error.filename or cache}: {error.strerror}: free some space there, or set "
             f"MEMTAIL_CACHE to a folder that you can write to"
         ) from error
+    _warn_of_empty_classes(spec, dataset)
+    return dataset
+
+
+def _warn_of_empty_classes(spec: DatasetSpec, dataset: ImageDataset) -> None:
+    empty = np.flatnonzero(np.bincount(dataset.train_labels, minlength=len(dataset.classes)) == 0)
+    if len(empty):
+        hint = {"hint": "labels that begin at 1? subtract 1"} if spec.name == "arrays" and empty[0] == 0 else {}
+        names = shortened([dataset.classes[index] for index in empty])
+        log.warning("classes without a training example", dataset=spec.name, number=len(empty), classes=names, **hint)
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,8 @@ def _digits(spec: DatasetSpec) -> _Source:
 
 def _arrays(spec: DatasetSpec) -> _Source:
     path = arrays_file(cast(Path, spec.root))  # required by the spec
-    return _in_memory(spec, [path], partial(load_arrays, path))
+    source = _in_memory(spec, [path], partial(load_arrays, path))
+    return _Source([*source.identity, ARRAYS_VERSION], source.prepare)
 
 
 def _torchvision(spec: DatasetSpec) -> _Source:
