@@ -50,14 +50,25 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> ImageDa
     """
     cache = Settings().cache
     try:
-        dataset = _prepare(_SOURCES[spec.name](spec), cache, on_progress)
+        source = _SOURCES[spec.name](spec)
     except OSError as error:
+        raise _unreadable(spec, error) from None
+    try:
+        dataset = _prepare(source, cache, on_progress)
+    except OSError as error:
+        path = Path(str(error.filename or cache))
+        if not (path.is_relative_to(cache) or cache.is_relative_to(path)):
+            raise _unreadable(spec, error) from None
         raise DatasetError(
-            f"dataset '{spec.name}' cannot be prepared: {error.filename or cache}: {error.strerror}: free some space there, or set "
+            f"dataset '{spec.name}' cannot be prepared: {path}: {error.strerror}: free some space there, or set "
             f"MEMTAIL_CACHE to a folder that you can write to"
         ) from error
     _warn_of_empty_classes(spec, dataset)
     return dataset
+
+
+def _unreadable(spec: DatasetSpec, error: OSError) -> DatasetError:
+    return DatasetError(f"dataset '{spec.name}': {error.filename} cannot be read ({error.strerror}): make it readable, or remove it")
 
 
 def _warn_of_empty_classes(spec: DatasetSpec, dataset: ImageDataset) -> None:
@@ -74,28 +85,32 @@ class _Source:
 
     Attributes:
         identity: JSON values that change with the files, and with every option that the prepared dataset depends on.
-        prepare: writes the prepared dataset below a folder and returns the dataset's folder.
+        prepare: writes the prepared dataset below a folder and returns the dataset's folder; its second argument is a file for a list of
+            images that cannot be used.
     """
 
     identity: list[Any]
-    prepare: Callable[[Path, OnProgress | None], Path]
+    prepare: Callable[[Path, Path, OnProgress | None], Path]
 
 
 def _prepare(source: _Source, cache: Path, on_progress: OnProgress | None) -> ImageDataset:
     key = hashlib.sha256(json.dumps(source.identity, sort_keys=True).encode()).hexdigest()
     known = cache / "sources" / key
     known.parent.mkdir(parents=True, exist_ok=True)
+    unusable = known.with_suffix(".unusable.txt")
     with FileLock(known.with_suffix(".lock")):
         while True:
             if known.exists() and (dataset := open_if_complete(ImageDataset, cache / "datasets" / known.read_text())):
+                if unusable.exists():
+                    log.warning("damaged images left out", images=unusable.read_bytes().count(b"\n"), list=str(unusable))
                 return dataset
-            known.write_text(source.prepare(cache / "datasets", on_progress).name)
+            known.write_text(source.prepare(cache / "datasets", unusable, on_progress).name)
 
 
 def _in_memory(spec: DatasetSpec, files: list[Path] | None, load: Callable[[], InMemoryDataset]) -> _Source:
     """Return a source that is loaded as a whole; `files` is None where no file of the user's is read."""
 
-    def write(target: Path, on_progress: OnProgress | None) -> Path:
+    def write(target: Path, unusable: Path, on_progress: OnProgress | None) -> Path:
         return write_dataset(load().limited(spec.max_train, spec.max_test), target)
 
     stamps = [] if files is None else [[(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]]
@@ -119,10 +134,15 @@ def _torchvision(spec: DatasetSpec) -> _Source:
 
 def _folder(spec: DatasetSpec) -> _Source:
     # needs pillow, which a machine that prepares nothing may lack
-    from memtail.datasets.folder import find_images, prepare_folder
+    from memtail.datasets.folder import prepare_folder
+    from memtail.datasets.image_tree import find_images
 
     tree = find_images(cast(Path, spec.root), spec.max_train, spec.max_test)  # required by the spec
-    return _Source(["folder", tree.identity(), spec.resolution], partial(prepare_folder, tree, spec.resolution))
+    if tree.left_out:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(tree.left_out.items()))
+        log.info("files left out that are no images", files=tree.left_out.total(), kinds=kinds)
+    options = [option for option, default in ((spec.orientation, "stored"), (spec.on_error, "stop")) if option != default]
+    return _Source(["folder", tree.identity(), spec.resolution, *options], partial(prepare_folder, tree, spec))
 
 
 _SOURCES: dict[str, Callable[[DatasetSpec], _Source]] = {

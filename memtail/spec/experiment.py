@@ -40,6 +40,9 @@ class DatasetSpec(Part):
         max_train: use at most this many training examples: the first ones; of a folder, evenly spaced ones.
         max_test: likewise, test examples.
         resolution: of a folder, the side in pixels to which images are resized and cropped; required if they differ in size.
+        orientation: of a folder, `exif` turns photographs as their EXIF orientation says; `stored` takes the pixels as they are stored, as
+            torchvision does.
+        on_error: of a folder, `skip` leaves damaged images out and lists them; `stop` refuses the folder, with a list of all of them.
     """
 
     name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays"]
@@ -47,6 +50,8 @@ class DatasetSpec(Part):
     max_train: Annotated[int, Field(ge=2)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None
     resolution: Annotated[int, Field(ge=1)] | None = None
+    orientation: Literal["stored", "exif"] = "stored"
+    on_error: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
@@ -54,6 +59,8 @@ class DatasetSpec(Part):
             raise ValueError(f"dataset '{self.name}' needs a root: the path of the {self.name}")
         if self.resolution is not None and self.name != "folder":
             raise ValueError(f"resolution is for dataset 'folder'; the images of '{self.name}' have one size already")
+        if self.name != "folder" and (self.orientation, self.on_error) != ("stored", "stop"):
+            raise ValueError(f"orientation and on_error are for dataset 'folder'; '{self.name}' holds no image files")
         return self
 
 

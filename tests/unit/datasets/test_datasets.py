@@ -11,7 +11,8 @@ from PIL import Image
 
 from memtail import datasets
 from memtail.datasets import folder as folder_module
-from memtail.datasets.folder import find_images, prepare_folder
+from memtail.datasets.folder import prepare_folder
+from memtail.datasets.image_tree import find_images
 from memtail.datasets.torchvision_sources import TORCHVISION, _Cifar, _Mnist
 from memtail.errors import DatasetError
 from memtail.spec import DatasetSpec
@@ -248,21 +249,22 @@ def test_a_corrupt_image_is_named_and_chunks_decoded_before_are_kept(tmp_path, m
     bad = root / "val" / "dog" / "004.png"
     good = bad.read_bytes()
     bad.write_bytes(good[: len(good) // 2])
+    spec, unusable = DatasetSpec(name="folder", root=root), tmp_path / "unusable.txt"
     with pytest.raises(DatasetError, match=r"val/dog/004\.png: is truncated or corrupt"):
-        prepare_folder(find_images(root, None, None), None, target, None)
+        prepare_folder(find_images(root, None, None), spec, target, unusable, None)
     journal = next(target.glob(".unfinished-*/journal.jsonl"))
     done = len(journal.read_text().split())
     assert done > 0
     bad.write_bytes(good)
     steps = []
-    prepared = prepare_folder(find_images(root, None, None), None, target, lambda *step: steps.append(step))
+    prepared = prepare_folder(find_images(root, None, None), spec, target, unusable, lambda *step: steps.append(step))
     assert steps[-1] == (20, 20)
     assert len(steps) < 10
     dataset = datasets.ImageDataset.open(prepared)
     assert all(
         (image == held[f"train/{name.decode()}"]).all() for name, image in zip(dataset.train_files, dataset.train_images, strict=True)
     )
-    fresh = datasets.ImageDataset.open(prepare_folder(find_images(root, None, None), None, tmp_path / "fresh", None))
+    fresh = datasets.ImageDataset.open(prepare_folder(find_images(root, None, None), spec, tmp_path / "fresh", unusable, None))
     assert fresh.fingerprint == dataset.fingerprint
     assert (fresh.test_images == dataset.test_images).all()
 
