@@ -17,15 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import structlog
 from filelock import FileLock
 
+from memtail.datasets.arrays import ARRAYS_VERSION, arrays_file, load_arrays
 from memtail.datasets.cache_folder import open_if_complete
 from memtail.datasets.dataset import Dataset, DatasetLabels
 from memtail.datasets.feature_dataset import FeatureDataset
 from memtail.datasets.image_dataset import ImageDataset, as_images
 from memtail.datasets.opening import open_dataset
 from memtail.datasets.prepared import OnProgress, write_dataset
-from memtail.datasets.sources import InMemoryDataset, arrays_file, digits, load_arrays
+from memtail.datasets.sources import InMemoryDataset, digits, shortened
 from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
 from memtail.errors import DatasetError
@@ -33,6 +36,8 @@ from memtail.settings import Settings
 from memtail.spec import DatasetSpec, TableColumns
 
 __all__ = ["Dataset", "DatasetLabels", "FeatureDataset", "ImageDataset", "TextDataset", "as_images", "open_dataset", "prepare"]
+
+log = structlog.get_logger()
 
 
 def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset:
@@ -49,12 +54,33 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset
     """
     cache = Settings().cache
     try:
-        return _prepare(_SOURCES[spec.name](spec), cache, on_progress)
+        source = _SOURCES[spec.name](spec)
     except OSError as error:
+        raise _unreadable(spec, error) from None
+    try:
+        dataset = _prepare(source, cache, on_progress)
+    except OSError as error:
+        path = Path(str(error.filename or cache))
+        if not (path.is_relative_to(cache) or cache.is_relative_to(path)):
+            raise _unreadable(spec, error) from None
         raise DatasetError(
-            f"dataset '{spec.name}' cannot be prepared: {error.filename or cache}: {error.strerror}: free some space there, or set "
+            f"dataset '{spec.name}' cannot be prepared: {path}: {error.strerror}: free some space there, or set "
             f"MEMTAIL_CACHE to a folder that you can write to"
         ) from error
+    _warn_of_empty_classes(spec, dataset)
+    return dataset
+
+
+def _unreadable(spec: DatasetSpec, error: OSError) -> DatasetError:
+    return DatasetError(f"dataset '{spec.name}': {error.filename} cannot be read ({error.strerror}): make it readable, or remove it")
+
+
+def _warn_of_empty_classes(spec: DatasetSpec, dataset: DatasetLabels) -> None:
+    empty = np.flatnonzero(np.bincount(dataset.train_labels, minlength=len(dataset.classes)) == 0)
+    if len(empty):
+        hint = {"hint": "labels that begin at 1? subtract 1"} if spec.name == "arrays" and empty[0] == 0 else {}
+        names = shortened([dataset.classes[index] for index in empty])
+        log.warning("classes without a training example", dataset=spec.name, number=len(empty), classes=names, **hint)
 
 
 @dataclass(frozen=True)
@@ -63,28 +89,32 @@ class _Source:
 
     Attributes:
         identity: JSON values that change with the files, and with every option that the prepared dataset depends on.
-        prepare: writes the prepared dataset below a folder and returns the dataset's folder.
+        prepare: writes the prepared dataset below a folder and returns the dataset's folder; its second argument is a file for a list of
+            images that cannot be used.
     """
 
     identity: list[Any]
-    prepare: Callable[[Path, OnProgress | None], Path]
+    prepare: Callable[[Path, Path, OnProgress | None], Path]
 
 
 def _prepare(source: _Source, cache: Path, on_progress: OnProgress | None) -> Dataset:
     key = hashlib.sha256(json.dumps(source.identity, sort_keys=True).encode()).hexdigest()
     known = cache / "sources" / key
     known.parent.mkdir(parents=True, exist_ok=True)
+    unusable = known.with_suffix(".unusable.txt")
     with FileLock(known.with_suffix(".lock")):
         while True:
             if known.exists() and (dataset := open_if_complete(open_dataset, cache / "datasets" / known.read_text())):
+                if unusable.exists():
+                    log.warning("damaged images left out", images=unusable.read_bytes().count(b"\n"), list=str(unusable))
                 return dataset
-            known.write_text(source.prepare(cache / "datasets", on_progress).name)
+            known.write_text(source.prepare(cache / "datasets", unusable, on_progress).name)
 
 
 def _in_memory(spec: DatasetSpec, files: list[Path] | None, load: Callable[[], InMemoryDataset]) -> _Source:
     """Return a source that is loaded as a whole; `files` is None where no file of the user's is read."""
 
-    def write(target: Path, on_progress: OnProgress | None) -> Path:
+    def write(target: Path, unusable: Path, on_progress: OnProgress | None) -> Path:
         return write_dataset(load().limited(spec.max_train, spec.max_test), target)
 
     stamps = [] if files is None else [[(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]]
@@ -97,7 +127,8 @@ def _digits(spec: DatasetSpec) -> _Source:
 
 def _arrays(spec: DatasetSpec) -> _Source:
     path = arrays_file(cast(Path, spec.root))  # required by the spec
-    return _in_memory(spec, [path], partial(load_arrays, path))
+    source = _in_memory(spec, [path], partial(load_arrays, path))
+    return _Source([*source.identity, ARRAYS_VERSION], source.prepare)
 
 
 def _torchvision(spec: DatasetSpec) -> _Source:
@@ -107,10 +138,15 @@ def _torchvision(spec: DatasetSpec) -> _Source:
 
 def _folder(spec: DatasetSpec) -> _Source:
     # needs pillow, which a machine that prepares nothing may lack
-    from memtail.datasets.folder import find_images, prepare_folder
+    from memtail.datasets.folder import prepare_folder
+    from memtail.datasets.image_tree import find_images
 
     tree = find_images(cast(Path, spec.root), spec.max_train, spec.max_test)  # required by the spec
-    return _Source(["folder", tree.identity(), spec.resolution], partial(prepare_folder, tree, spec.resolution))
+    if tree.left_out:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(tree.left_out.items()))
+        log.info("files left out that are no images", files=tree.left_out.total(), kinds=kinds)
+    options = [option for option, default in ((spec.orientation, "stored"), (spec.on_error, "stop")) if option != default]
+    return _Source(["folder", tree.identity(), spec.resolution, *options], partial(prepare_folder, tree, spec))
 
 
 def _table(spec: DatasetSpec) -> _Source:

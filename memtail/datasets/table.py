@@ -61,12 +61,13 @@ class _Split:
     ids: list[str] | None
 
 
-def prepare_table(table: Table, target: Path, on_progress: OnProgress | None = None) -> Path:
+def prepare_table(table: Table, target: Path, unusable: Path, on_progress: OnProgress | None = None) -> Path:
     """Read a table and write the prepared dataset.
 
     Args:
         table: the declaration.
         target: the folder of all prepared datasets.
+        unusable: is not written: every row must be usable.
         on_progress: is not called, since a table is read as a whole.
 
     Returns:
@@ -75,7 +76,7 @@ def prepare_table(table: Table, target: Path, on_progress: OnProgress | None = N
     Raises:
         DatasetError: a file cannot be read, a column is missing, or a value is missing or of another type.
     """
-    del on_progress
+    del unusable, on_progress
     names, train, test = _read(table)
     classes, train_labels, test_labels = _labels(table, train.labels, test.labels)
     check_labels(train_labels, test_labels, len(classes))

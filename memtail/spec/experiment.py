@@ -69,6 +69,9 @@ class DatasetSpec(Part):
         resolution: of a folder, the side in pixels to which images are resized and cropped; required if they differ in size.
         test: of a table, the file with the test examples.
         columns: of a table, its columns.
+        orientation: of a folder, `exif` turns photographs as their EXIF orientation says; `stored` takes the pixels as they are stored, as
+            torchvision does.
+        on_error: of a folder, `skip` leaves damaged images out and lists them; `stop` refuses the folder, with a list of all of them.
     """
 
     name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "table"]
@@ -78,6 +81,8 @@ class DatasetSpec(Part):
     resolution: Annotated[int, Field(ge=1)] | None = None
     test: Path | None = None
     columns: TableColumns | None = None
+    orientation: Literal["stored", "exif"] = "stored"
+    on_error: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
@@ -92,6 +97,8 @@ class DatasetSpec(Part):
             raise ValueError("dataset 'table' needs columns: label, and text or features")
         if self.columns is not None and (self.columns.split is None) == (self.test is None):
             raise ValueError("dataset 'table' needs its test examples: either test, a second file, or columns.split")
+        if self.name != "folder" and (self.orientation, self.on_error) != ("stored", "stop"):
+            raise ValueError(f"orientation and on_error are for dataset 'folder'; '{self.name}' holds no image files")
         return self
 
 

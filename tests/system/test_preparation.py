@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from memtail.datasets.folder import find_images, prepare_folder
+from memtail.datasets.folder import prepare_folder
+from memtail.datasets.image_tree import find_images
+from memtail.spec import DatasetSpec
 from tests.support.arrays import write_tree
 
 
@@ -15,8 +17,11 @@ def test_a_killed_preparation_leaves_no_process_and_is_resumed(tmp_path):
     target = tmp_path / "prepared"
     script = tmp_path / "prepare.py"
     script.write_text(
-        "import sys; from pathlib import Path; from memtail.datasets.folder import find_images, prepare_folder\n"
-        "if __name__ == '__main__': prepare_folder(find_images(Path(sys.argv[1]), None, None), 32, Path(sys.argv[2]), None)"
+        "import sys; from pathlib import Path; from memtail.datasets.folder import prepare_folder\n"
+        "from memtail.datasets.image_tree import find_images; from memtail.spec import DatasetSpec\n"
+        "root, target = map(Path, sys.argv[1:])\n"
+        "spec = DatasetSpec(name='folder', root=root, resolution=32)\n"
+        "if __name__ == '__main__': prepare_folder(find_images(root, None, None), spec, target, target / 'unusable.txt', None)"
     )
     process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "tree"), str(target)])
     children: list[str] = []
@@ -32,8 +37,9 @@ def test_a_killed_preparation_leaves_no_process_and_is_resumed(tmp_path):
         assert time.monotonic() < deadline, "a decoding process outlived its parent"
         time.sleep(0.05)
     steps: list[tuple[int, int]] = []
-    prepared = prepare_folder(find_images(tmp_path / "tree", None, None), 32, target, lambda *step: steps.append(step))
+    tree, spec = find_images(tmp_path / "tree", None, None), DatasetSpec(name="folder", root=tmp_path / "tree", resolution=32)
+    prepared = prepare_folder(tree, spec, target, tmp_path / "unusable.txt", lambda *step: steps.append(step))
     assert len(steps) < 16
     assert steps[-1] == (16000, 16000)
-    fresh = prepare_folder(find_images(tmp_path / "tree", None, None), 32, tmp_path / "fresh", None)
+    fresh = prepare_folder(tree, spec, tmp_path / "fresh", tmp_path / "unusable.txt", None)
     assert prepared.name == fresh.name

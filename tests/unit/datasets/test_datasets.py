@@ -11,7 +11,8 @@ from PIL import Image
 
 from memtail import datasets
 from memtail.datasets import folder as folder_module
-from memtail.datasets.folder import find_images, prepare_folder
+from memtail.datasets.folder import prepare_folder
+from memtail.datasets.image_tree import find_images
 from memtail.datasets.torchvision_sources import TORCHVISION, _Cifar, _Mnist
 from memtail.errors import DatasetError
 from memtail.spec import DatasetSpec
@@ -68,8 +69,8 @@ def test_equal_content_has_equal_fingerprints_and_is_prepared_once(tmp_path, mon
             {"test_labels": np.array([0, 1] * 9 + [0, 7])},
             "test_labels: 1 labels out of range, the first is 7 at index 19: labels must be 0 to 1",
         ),
-        ({"train_labels": np.zeros(39, int)}, "needed are 40 integers"),
-        ({"train_labels": np.zeros(40)}, "train_labels is float64"),
+        ({"train_labels": np.zeros(39, int)}, "needed are 40 labels"),
+        ({"train_labels": np.full(40, 0.5)}, "train_labels: 40 labels are no whole numbers, the first is 0.5 at index 0"),
         ({"train_images": np.zeros((40, 6, 6))}, "train_images is float64"),
         ({"train_images": np.zeros((40, 0, 6), np.uint8)}, "train_images is uint8 [40, 0, 6]"),
         ({"train_labels": np.array([0] * 39 + [10**10])}, "10000000000 at index 39 makes more classes than there are examples"),
@@ -248,21 +249,22 @@ def test_a_corrupt_image_is_named_and_chunks_decoded_before_are_kept(tmp_path, m
     bad = root / "val" / "dog" / "004.png"
     good = bad.read_bytes()
     bad.write_bytes(good[: len(good) // 2])
+    spec, unusable = DatasetSpec(name="folder", root=root), tmp_path / "unusable.txt"
     with pytest.raises(DatasetError, match=r"val/dog/004\.png: is truncated or corrupt"):
-        prepare_folder(find_images(root, None, None), None, target, None)
+        prepare_folder(find_images(root, None, None), spec, target, unusable, None)
     journal = next(target.glob(".unfinished-*/journal.jsonl"))
     done = len(journal.read_text().split())
     assert done > 0
     bad.write_bytes(good)
     steps = []
-    prepared = prepare_folder(find_images(root, None, None), None, target, lambda *step: steps.append(step))
+    prepared = prepare_folder(find_images(root, None, None), spec, target, unusable, lambda *step: steps.append(step))
     assert steps[-1] == (20, 20)
     assert len(steps) < 10
     dataset = datasets.ImageDataset.open(prepared)
     assert all(
         (image == held[f"train/{name.decode()}"]).all() for name, image in zip(dataset.train_files, dataset.train_images, strict=True)
     )
-    fresh = datasets.ImageDataset.open(prepare_folder(find_images(root, None, None), None, tmp_path / "fresh", None))
+    fresh = datasets.ImageDataset.open(prepare_folder(find_images(root, None, None), spec, tmp_path / "fresh", unusable, None))
     assert fresh.fingerprint == dataset.fingerprint
     assert (fresh.test_images == dataset.test_images).all()
 

@@ -16,6 +16,8 @@ BASE: dict[str, Any] = {"name": "digits", "dataset": {"name": "digits"}}
 
 # Later keys and their defaults, as `Part.key`. Add a new key here; its default never changes, since fingerprints omit it.
 LATER_KEYS: dict[str, Any] = {
+    "DatasetSpec.orientation": "stored",
+    "DatasetSpec.on_error": "stop",
     "ExecutionSpec.require": None,
     "ExecutionSpec.verify": 0.0,
     "Experiment.trainer": ImagesTrainer(),

@@ -1,0 +1,177 @@
+"""The user's arrays: an .npz file of images and labels of both splits, under memtail's names or those of Keras."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from memtail.datasets.dataset import Images, Labels
+from memtail.datasets.sources import InMemoryDataset, describe_missing
+from memtail.errors import DatasetError
+
+log = structlog.get_logger()
+
+Array = npt.NDArray[Any]
+
+#: Version of the interpretation of arrays; raised when the same file gives another dataset.
+ARRAYS_VERSION = 2
+
+# Training images and labels, test images and labels: memtail's names, and those of Keras.
+_NAMES = (("train_images", "train_labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test"))
+
+
+def arrays_file(root: Path) -> Path:
+    """Return the .npz file of an `arrays` dataset.
+
+    Args:
+        root: its path.
+
+    Raises:
+        DatasetError: there is no such file.
+    """
+    if not root.is_file():
+        raise DatasetError(f"dataset 'arrays': {describe_missing(root, 'file')}: give dataset.root the path of an .npz file")
+    return root
+
+
+def load_arrays(path: Path) -> InMemoryDataset:
+    """Read `train_images`, `train_labels`, `test_images`, `test_labels`, or `x_train`, `y_train`, `x_test`, `y_test`, from an .npz file.
+
+    Args:
+        path: of the file. Images are uint8 [N, H, W], [N, H, W, C], or [N, C, H, W] where that is unambiguous. Labels are whole numbers [N]
+            or [N, 1], or strings, the names of the classes.
+
+    Raises:
+        DatasetError: the file is corrupt, or an array is missing, has another type or shape, or has labels out of range.
+        OSError: the file cannot be read.
+    """
+    images, labels = {}, {}
+    arrays = _read(path)
+    for split, (images_name, images_array), (labels_name, labels_array) in zip(("train", "test"), arrays[::2], arrays[1::2], strict=True):
+        images[split] = _images(f"{path}: {images_name}", images_array)
+        labels[split] = _labels(f"{path}: {labels_name}", labels_array, images_array)
+    if images["train"].shape[1:] != images["test"].shape[1:]:
+        raise DatasetError(
+            f"{path}: training images are {list(images['train'].shape[1:])}, test images {list(images['test'].shape[1:])}: "
+            f"all must be of one size"
+        )
+    train, test, classes = _indices(path, [name for name, _ in arrays[1::2]], labels["train"], labels["test"])
+    return InMemoryDataset(images["train"], train, images["test"], test, classes)
+
+
+def _read(path: Path) -> list[tuple[str, Array]]:
+    """Return the four arrays with their names."""
+    with path.open("rb") as file:  # numpy does not close a file that it cannot read
+        try:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DatasetError(f"{path}: is not an .npz file: write it with numpy.savez")
+            names = next((names for names in _NAMES if set(names) <= set(archive.files)), None)
+            if names is None:
+                near = max(_NAMES, key=lambda names: len(set(names) & set(archive.files)))
+                missing = ", ".join(name for name in near if name not in archive.files)
+                raise DatasetError(
+                    f"{path}: holds no {missing}; there: {', '.join(archive.files) or 'nothing'}: name the arrays "
+                    f"{' or '.join(', '.join(names) for names in _NAMES)}"
+                )
+            return [(name, _array(path, archive, name)) for name in names]
+        except DatasetError:
+            raise
+        except MemoryError:
+            raise DatasetError(f"{path}: needs more memory than there is: use dataset 'folder', which is read in parts") from None
+        except Exception as error:  # zipfile, its decompressors and numpy raise every kind of exception on a damaged file
+            raise DatasetError(f"{path}: is truncated or corrupt, or no .npz file ({error}): write it again with numpy.savez") from None
+
+
+def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> Array:
+    try:
+        array: Array = archive[name]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        fix = f"{name}.astype(str) or {name}.astype(int)" if name in _NAMES[0][1::2] + _NAMES[1][1::2] else f"np.stack({name})"
+        raise DatasetError(f"{path}: {name} is an array of Python objects: save {fix}") from None
+    return array
+
+
+def _images(what: str, images: Array) -> Images:
+    """Return images uint8 [N, H, W, C]."""
+    name = what.rsplit(maxsplit=1)[-1]
+    if images.ndim not in (3, 4) or images.size == 0:
+        raise DatasetError(f"{what} is {images.dtype} {list(images.shape)}, needed is uint8 [N, H, W] or [N, H, W, C]")
+    if images.dtype != np.uint8:
+        raise DatasetError(f"{what} is {images.dtype} {list(images.shape)}, needed is uint8 from 0 to 255: {_conversion(name, images)}")
+    if images.ndim == 3:
+        return images[..., None]
+    _, first, second, last = images.shape
+    if last in (1, 3) or first == second:
+        return images
+    if first <= 4 and (last > 4 or second == last):
+        log.info("channels moved to the end", array=name, shape=list(images.shape))
+        return images.transpose(0, 2, 3, 1)
+    if second == last:
+        raise DatasetError(
+            f"{what} is {list(images.shape)}, which looks like {second} x {last} pixels with the channels first: save "
+            f"{name}.transpose(0, 2, 3, 1)"
+        )
+    return images
+
+
+def _conversion(name: str, images: Array) -> str:
+    """Return the fix of images of another type, by their values."""
+    if images.dtype == bool:
+        return f'save 255 * {name}.astype("uint8")'
+    if images.dtype.kind in "iuf":
+        low, high = images.min(), images.max()
+        if low >= 0 and high <= 1:
+            return f'save (255 * {name}).round().astype("uint8")'
+        if low >= 0 and high <= 255:
+            return f'save {name}.round().astype("uint8")'
+        if images.dtype == np.uint16:
+            return f'save ({name} // 257).astype("uint8")'
+        return f"values are {low:g} to {high:g}, scale them to 0 to 255, round, and save them as uint8"
+    return "save numbers from 0 to 255 as uint8"
+
+
+def _labels(what: str, labels: Array, images: Array) -> Array:
+    """Return labels int64 [N] or str [N]."""
+    name = what.rsplit(maxsplit=1)[-1]
+    if labels.ndim == 2 and len(labels) == len(images) and labels.shape[1] > 1:
+        raise DatasetError(f"{what} is {labels.dtype} {list(labels.shape)}, one label for each image is needed: save {name}.argmax(1)")
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
+    if labels.shape != (len(images),):
+        hint = ": save np.moveaxis(images, -1, 0)" if images.shape[-1] == labels.size else ""
+        raise DatasetError(f"{what} is {labels.dtype} {list(labels.shape)}, needed are {len(images)} labels, one for each image{hint}")
+    if labels.dtype.kind == "S":
+        return np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind == "f":
+        labels = labels.astype(np.float64)
+        broken = np.flatnonzero(~np.isfinite(labels) | (labels != np.rint(labels)) | (abs(labels) > 2**53))
+        if len(broken):
+            raise DatasetError(
+                f"{what}: {len(broken)} labels are no whole numbers, the first is {labels[broken[0]]} at index {broken[0]}: labels are "
+                f"indices of classes from 0, or names"
+            )
+    elif labels.dtype.kind not in "iubU":
+        raise DatasetError(f"{what} is {labels.dtype} {list(labels.shape)}, needed are {len(images)} whole numbers or strings")
+    return labels
+
+
+def _indices(path: Path, names: list[str], train: Array, test: Array) -> tuple[Labels, Labels, tuple[str, ...]]:
+    """Return labels as indices of classes, int64 [N] of both splits, and the names of the classes."""
+    if (train.dtype.kind == "U") != (test.dtype.kind == "U"):
+        raise DatasetError(f"{path}: {names[0]} is {train.dtype}, {names[1]} {test.dtype}: labels of both must be numbers, or names")
+    if train.dtype.kind == "U":
+        classes = np.unique(train)
+        if unknown := sorted(set(test.tolist()) - set(classes.tolist())):
+            raise DatasetError(f"{path}: {names[1]} holds {unknown[0]!r}, a class that {names[0]} does not have: add training images")
+        return np.searchsorted(classes, train), np.searchsorted(classes, test), tuple(classes.tolist())
+    count = int(train.max()) + 1
+    if count > len(train):
+        raise DatasetError(
+            f"{path}: {names[0]} out of range: {count - 1} at index {int(train.argmax())} makes more classes than there are examples"
+        )
+    return train.astype(np.int64), test.astype(np.int64), tuple(str(label) for label in range(count))
