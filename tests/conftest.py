@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _TESTS = Path(__file__).parent
+_GROUP = re.compile(r"@[\w./-]+$")  # parameters of an id end with a bracket
 _SERVERS = {"living": "cluster", "cluster": "cluster", "kubernetes": "kubernetes", "chromium": "browser"}
 
 
@@ -58,6 +60,18 @@ def pytest_collection_finish() -> None:
     """Exempt all modules and tests from garbage collection, which else walks over them again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let all be freed: some libraries report what is left at the end of a process as a leak."""
+    gc.unfreeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Report tests by their ids without the groups of pytest-xdist, so that `--last-failed` finds them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        report.nodeid = _GROUP.sub("", report.nodeid)
 
 
 @pytest.hookimpl(tryfirst=True)

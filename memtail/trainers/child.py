@@ -101,6 +101,7 @@ class _Child:
             self._opened = {work["dataset"]: ImageDataset.open(Path(work["dataset"]))}
         dataset = self._opened[work["dataset"]]
         trials = range(work["first"], work["last"] + 1)
+        sys.path.extend(part for part in work["path"] if part not in sys.path)  # of a script that runs an experiment
         trainer = self._user_trainer(experiment.trainer, code, work["trainer_code"])
         self._parent.send({"ready": trainer.takes_many})
         return train_user_shard(experiment, work["fingerprint"], dataset, trials, device, trainer, self._parent, checkpoint)

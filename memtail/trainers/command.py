@@ -36,10 +36,8 @@ class Command:
 
     def __init__(self, trainer: CommandTrainer, folder: Path) -> None:
         self._arguments = [argument.replace("{code}", str(folder)) for argument in trainer.command]
-        self._folder = folder
-        first = Path(self._arguments[0])
-        if len(first.parts) > 1 and not first.is_absolute():  # below the code, as a shell in that folder takes it
-            self._arguments[0] = str(folder / first)
+        if "/" in self._arguments[0]:  # below the code, as a shell in that folder takes it
+            self._arguments[0] = str(folder / self._arguments[0])
         # arguments that name files of the code stay valid in the scratch folder
         self._arguments[1:] = [str(folder / part) if part and (folder / part).is_file() else part for part in self._arguments[1:]]
 

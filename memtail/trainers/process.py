@@ -81,6 +81,7 @@ class Work:
             "first": self.shard.first,
             "last": self.shard.last,
             "code": str(self.code),
+            "path": [str(Path(part).absolute()) for part in sys.path],
         }
 
 

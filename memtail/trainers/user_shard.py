@@ -198,9 +198,9 @@ class _UserShard:
     def _folder(self, rows: list[int]) -> Iterator[list[TrainingTask]]:
         """Make the folders of some trials, and make the first one's the current folder."""
         folder = Path(tempfile.mkdtemp(prefix="trial-"))
-        before = Path.cwd()
+        before, parts = Path.cwd(), dict.fromkeys(rows, 0.0)
         try:
-            tasks = [self._task(row, folder / str(self.trials[row]), rows) for row in rows]
+            tasks = [self._task(row, folder / str(self.trials[row]), parts) for row in rows]
             if self.state.files:
                 with tarfile.open(fileobj=io.BytesIO(self.state.files)) as archive:
                     archive.extractall(tasks[0].checkpoint, filter="data")
@@ -210,11 +210,10 @@ class _UserShard:
             os.chdir(before)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _task(self, row: int, folder: Path, rows: list[int]) -> TrainingTask:
+    def _task(self, row: int, folder: Path, parts: dict[int, float]) -> TrainingTask:
         workdir, checkpoint = folder / "work", folder / "checkpoint"
         for path in (workdir, checkpoint):
             path.mkdir(parents=True)
-        parts = dict.fromkeys(rows, 0.0)
 
         def report(fraction: float, metrics: Mapping[str, float]) -> None:
             parts[row] = min(max(float(fraction), 0.0), 1.0)

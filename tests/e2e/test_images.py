@@ -44,11 +44,11 @@ SIGNALS = """
 import os, signal, time
 name = "child" if os.fork() == 0 else "parent"
 def receive(*_):
-    print("SIGTERM to", name, flush=True)
+    os.write(1, f"SIGTERM to {name}\\n".encode())
     time.sleep(0.5)
     os._exit(7)
 signal.signal(signal.SIGTERM, receive)
-print("ready", flush=True)
+os.write(1, b"ready\\n")  # at once, unlike print
 time.sleep(100)
 """
 

@@ -1,0 +1,134 @@
+"""What training code may return, and what is made of it."""
+
+import io
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+import torch
+
+from memtail.datasets import DatasetLabels
+from memtail.errors import OutcomeError
+from memtail.trainers.outcomes import check_outcome, describe_training, looks_permuted, make_batch
+from memtail.trainers.task import Outcome
+from memtail.trials import Provenance, TrialBatch, unpack
+
+N, Q = 6, 3
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    names = np.array([f"a/{index}.png" for index in range(N)]).astype(bytes)
+    return DatasetLabels(tmp_path, "0" * 64, ("a", "b"), np.arange(N) % 2, np.arange(Q) % 2, names, names[:Q])
+
+
+def outcome(**changes):
+    return Outcome(**{"train_correct": np.arange(N) % 2 == 0, "test_correct": [1, 0, 1], **changes})
+
+
+@pytest.mark.parametrize(
+    "correct",
+    [
+        [True, False, True, False, True, False],
+        np.array([1, 0, 1, 0, 1, 0], np.uint8),
+        np.array([1.0, 0.0, 1.0, 0.0, 1.0, 0.0]),
+        torch.tensor([1, 0, 1, 0, 1, 0]).bool(),
+        torch.tensor([1.0, 0, 1, 0, 1, 0], requires_grad=True),
+    ],
+    ids=["list", "integers", "floats", "tensor", "tensor with gradient"],
+)
+def test_array_likes_of_zeros_and_ones_are_accepted(dataset, correct):
+    arrays, metrics = check_outcome(outcome(train_correct=correct, metrics={"loss": np.float32(2)}), dataset, margins=False)
+    assert arrays["train_correct"].tolist() == [True, False] * 3
+    assert arrays["test_correct"].tolist() == [True, False, True]
+    assert metrics == {"loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_correct": np.ones(4)}, r"train_correct has shape \[4\], expected is \[6\]: .* not only for those of the subset"),
+        ({"train_correct": np.ones((N, 1))}, r"train_correct has shape \[6, 1\]"),
+        ({"test_correct": None}, "test_correct is missing: return one value for each of the 3 examples"),
+        ({"train_correct": np.linspace(0, 1, N)}, "train_correct is float64 with other values than 0 and 1"),
+        ({"train_correct": list("abcdef")}, "train_correct is <U1 with other values"),
+        ({"metrics": {"loss": "low"}}, "metrics are not numbers by name"),
+        ({"metrics": [1]}, "metrics are not numbers by name"),
+        ({"train_labels": np.zeros(N)}, r"train_labels differs from the dataset at 3 of 6 examples, first at 1 \(0\.0, in the dataset 1\)"),
+        ({"test_labels": [0, 1]}, r"test_labels has shape \[2\]"),
+        ({"train_ids": [f"a/{index}.png" for index in reversed(range(N))]}, r"train_ids differs .* first at 0 \(a/5\.png"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_the_array(dataset, changes, message):
+    with pytest.raises(OutcomeError, match=message):
+        check_outcome(outcome(**changes), dataset, margins=False)
+
+
+def test_another_object_is_refused(dataset):
+    with pytest.raises(OutcomeError, match=r"the trainer returned dict, not a memtail\.Outcome"):
+        check_outcome({"train_correct": []}, dataset, margins=False)
+
+
+def test_equal_labels_and_ids_are_accepted(dataset):
+    ids = [f"a/{index}.png" for index in range(N)]
+    check_outcome(outcome(train_labels=[0, 1] * 3, test_labels=torch.tensor([0, 1, 0]), train_ids=ids), dataset, margins=False)
+
+
+def test_margins_are_kept_where_the_experiment_records_them(dataset):
+    returned = outcome(train_margin=np.array([1e9, -1e9, 0, 1, 2, 3]), test_margin=[0.5, 1, 2])
+    assert "train_margin" not in check_outcome(returned, dataset, margins=False)[0]
+    arrays, _ = check_outcome(returned, dataset, margins=True)
+    assert arrays["train_margin"].dtype == np.float16
+    assert np.isfinite(arrays["train_margin"]).all()
+    with pytest.raises(OutcomeError, match="train_margin is missing, and the experiment records margins"):
+        check_outcome(outcome(), dataset, margins=True)
+
+
+def batch_of(dataset, outcomes, members, margins=False):
+    checked = [check_outcome(each, dataset, margins) for each in outcomes]
+    arrays, metrics = zip(*checked, strict=True)
+    return make_batch(dataset, range(len(outcomes)), members, arrays, metrics, Provenance(fingerprint="f"))
+
+
+def test_a_batch_holds_the_outcomes_and_survives_its_wire_format(dataset):
+    members = np.array([[True] * 4 + [False] * 2, [False] * 2 + [True] * 4])
+    batch = batch_of(dataset, [outcome(metrics={"loss": 0.5, "epochs": 3}), outcome(train_correct=np.ones(N))], members)
+    read = TrialBatch.from_bytes(batch.to_bytes())
+    np.testing.assert_array_equal(unpack(read.membership, N), members)
+    np.testing.assert_array_equal(unpack(read.train_correct, N), [[True, False] * 3, [True] * N])
+    first, second = read.metrics
+    assert (first.loss, first.further, first.in_subset_accuracy, first.held_out_accuracy) == (0.5, {"epochs": 3.0}, 0.5, 0.5)
+    assert (second.loss, second.further, second.in_subset_accuracy, second.test_accuracy) == (None, None, 1.0, 2 / 3)
+    assert not any(each.diverged for each in read.metrics)
+
+
+@pytest.mark.parametrize("changes", [{"metrics": {"loss": float("nan")}}, {"train_margin": np.full(N, np.nan)}], ids=["loss", "margins"])
+def test_a_trial_without_finite_results_is_diverged_and_does_not_count(dataset, changes):
+    members = np.ones((2, N), bool)
+    full = {"train_margin": np.zeros(N), "test_margin": np.zeros(Q)}
+    batch = batch_of(dataset, [outcome(**full | changes), outcome(**full)], members, margins=True)
+    assert [each.diverged for each in batch.metrics] == [True, False]
+    assert not unpack(batch.train_correct, N)[0].any()
+    assert batch.metrics[1].held_out_accuracy is None
+
+
+def test_batches_of_the_built_in_trainer_have_no_further_metrics(dataset):
+    batch = batch_of(dataset, [outcome()], np.ones((1, N), bool))
+    assert "further" not in str(np.load(io.BytesIO(batch.to_bytes()))["metrics"])
+
+
+def test_outcomes_in_another_order_are_noticed():
+    rng = np.random.default_rng(0)
+    members = rng.random((3, 500)) < 0.7
+    fits = np.where(members, rng.random((3, 500)) < 0.98, rng.random((3, 500)) < 0.8)
+    assert not looks_permuted(members, fits)
+    assert looks_permuted(members, rng.permuted(fits, axis=1))
+    assert not looks_permuted(members, np.ones((3, 500), bool))
+    assert not looks_permuted(np.ones((3, 500), bool), fits)
+
+
+def test_the_provenance_names_software_and_hardware():
+    provenance = describe_training("f", "a device", "a processor", datetime(2026, 1, 1, tzinfo=UTC), 1.23456)
+    assert (provenance.kind, provenance.seconds, provenance.started) == ("a device, a processor", 1.235, "2026-01-01T00:00:00+00:00")
+    assert provenance.torch
+    assert provenance.memtail
