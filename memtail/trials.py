@@ -91,6 +91,7 @@ class Provenance:
         started: ISO 8601, UTC.
         seconds: wall-clock time of the shard.
         phases: seconds by phase of the training, of profiled shards.
+        compared: labels and ids that training code of the user's own returned with every outcome, and that were the dataset's.
     """
 
     fingerprint: str | None = None
@@ -104,6 +105,7 @@ class Provenance:
     started: str | None = None
     seconds: float | None = None
     phases: dict[str, float] | None = None
+    compared: tuple[str, ...] | None = None
 
     @property
     def kind(self) -> str:
@@ -130,7 +132,7 @@ class Provenance:
         if not isinstance(content, dict):
             raise ValueError("its provenance is not a JSON object")
         known = {field.name: content[field.name] for field in fields(cls) if field.name in content}
-        return cls(**known | ({"devices": tuple(known["devices"])} if known.get("devices") else {}))
+        return cls(**known | {name: tuple(known[name]) for name in ("devices", "compared") if known.get(name)})
 
 
 @dataclass(frozen=True)

@@ -88,16 +88,19 @@ def _path_to(name: str, parts: dict[str, Any]) -> str:
     return ""
 
 
-def _kind(part: dict[str, Any]) -> str | None:
-    """Return the `name` that selects a part among several, as code; None if there is only one."""
+def _kind(name: str, parts: dict[str, Any]) -> str | None:
+    """Return the `name` that selects a part among several, or else the key that does, as code; None if there is only one part."""
+    part, path = parts[name], _path_to(name, parts)
     kind = part["properties"].get("name", {}).get("const")
+    if not kind and path and any(_path_to(other, parts) == path for other in parts if other != name):
+        kind = next((key for key in part["required"] if key != "name"), None)
     return kind and f"`{kind}`"
 
 
 def _part(name: str, parts: dict[str, Any]) -> str:
     part, path = parts[name], _path_to(name, parts)
     text, meanings = _docstring(part.get("description", ""))
-    title = ": ".join(filter(None, [f"`{path}`", _kind(part)])) if path else "Top level"
+    title = ": ".join(filter(None, [f"`{path}`", _kind(name, parts)])) if path else "Top level"
     if not path:
         text = ""  # already in the introduction of the page
     rows = []
@@ -113,7 +116,7 @@ def _type_of(schema: dict[str, Any], parts: dict[str, Any]) -> str:
     """Describe the type of a JSON schema."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
-        return f"[{_kind(parts[name]) or 'mapping'}](#{name.lower()})"
+        return f"[{_kind(name, parts) or 'mapping'}](#{name.lower()})"
     for key in ("anyOf", "oneOf"):
         if key in schema:
             return " or ".join(_type_of(each, parts) for each in schema[key] if each.get("type") != "null")

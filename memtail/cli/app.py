@@ -15,6 +15,7 @@ from memtail.cli import cache as cli_cache
 from memtail.cli import retention as cli_retention
 from memtail.cli import service as cli_service
 from memtail.cli import study as cli_study
+from memtail.cli import trainer as cli_trainer
 from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, open_existing, preparation, resolve_name
 from memtail.errors import BatchesRefusedError, IncompleteRunError, MemtailError, ScoresError, StoreError, UnreachableError
 from memtail.processes import resend_dropped
@@ -309,3 +310,4 @@ cli_service.register(app)
 cli_cache.register(app)
 cli_retention.register(app)
 app.add_typer(cli_study.app, name="study")
+app.add_typer(cli_trainer.app, name="trainer")

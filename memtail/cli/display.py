@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from memtail.execution.forecast import Forecast
     from memtail.execution.progress import ExperimentProgress
     from memtail.execution.submit import Submission
+    from memtail.execution.trainer_check import Repetition, TrainerCheck
     from memtail.experiment_store import Action, Failure, Origin
     from memtail.scores.reader import Column, Scores
     from memtail.spec import Experiment
@@ -114,6 +115,40 @@ def show_forecast(forecast: "Forecast") -> None:
     for place, run in (("this machine", forecast.here), *((f"{each.devices} x {forecast.device}", each) for each in forecast.elsewhere)):
         cost = "" if run.cost is None else f"  costs {run.cost:.2f}"
         console.print(f"  {place:<24} {duration(run.seconds):>10}{cost}")
+
+
+def show_trainer_check(check: "TrainerCheck") -> None:
+    """Print what one trial says about its trainer."""
+    outcome = check.outcome
+    console.print(f"{check.experiment}: trial {check.trial} of {check.trials}, on {check.device}", style="bold")
+    metrics = {} if outcome.loss is None else {"loss": outcome.loss}
+    metrics |= outcome.further or {}
+    order = f"the dataset's, by {' and '.join(check.compared)}" if check.compared else "not compared: return train_labels or train_ids"
+    facts = [
+        ("code", f"{', '.join(check.code)}: a change makes it another experiment"),
+        ("subset", f"{check.subset} of {check.n_train} training examples"),
+        ("in-subset accuracy", percent(outcome.in_subset_accuracy, 2, "-")),
+        ("held-out accuracy", percent(outcome.held_out_accuracy, 2, "-")),
+        ("test accuracy", percent(outcome.test_accuracy, 2, "-")),
+        ("order", order),
+        ("margins", "returned" if check.margins else "not recorded"),
+        ("metrics", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "none"),
+        ("time", f"{check.seconds:.3g} s, and {check.start_seconds:.1f} s to start the trainer process"),
+    ]
+    for name, value in facts:
+        console.print(f"  {name:<24} {value}")
+    for warning in check.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def show_repetition(check: "TrainerCheck", second: "Repetition | None", seconds: float) -> None:
+    """Print whether the second training of a trial had the outcomes of the first, and the seconds of all trials."""
+    if second is not None:
+        same = f"{second.differences} outcomes differ" if second.differences else "equal outcomes"
+        console.print(f"  {'trained again':<24} {same}, {second.seconds:.3g} s")
+    console.print(f"  {'all trials':<24} about {duration(seconds)} on {check.devices} {'device' if check.devices == 1 else 'devices'}")
+    if second is not None and second.differences:
+        console.print(Text("warning: equal trials differ: draw all randomness from task.seed", style="yellow"))
 
 
 def show_status(experiments: "list[ExperimentProgress]", unreadable: dict[str, str]) -> None:

@@ -4,7 +4,6 @@ A run continues where an earlier one stopped, however that ended, and may run be
 decides which trial batch counts.
 """
 
-import os
 import random
 import time
 from collections import Counter, defaultdict
@@ -214,7 +213,7 @@ class _Run:
             state.failed = {shard: error for shard, error in state.failed.items() if shard in missing}
             self._show(state)
             if shards := [shard for shard in missing if shard not in state.failed]:
-                self._train(_from_own_start(shards))
+                self._train(_in_own_order(shards))
             elif isinstance(step := aggregation.next_step(), Extend):
                 aggregation.extend(step.trials)
             elif aggregation.complete or state.failed or aggregation.refused:
@@ -386,7 +385,9 @@ def _profile(state: RunState, seconds: float) -> dict[str, Any]:
     return {"seconds": round(seconds, 3), "devices": devices, "phases": {p: round(s, 3) for p, s in {**phases, "rest": rest}.items()}}
 
 
-def _from_own_start(shards: list[Shard]) -> list[Shard]:
-    """Rotate the shards by an offset that differs between processes, so that two concurrent runs rarely train the same shard."""
-    start = random.Random(os.getpid()).randrange(len(shards))  # noqa: S311 - no secret
-    return shards[start:] + shards[:start]
+def _in_own_order(shards: list[Shard]) -> list[Shard]:
+    """Shuffle the shards, so that concurrent runs rarely train the same one.
+
+    In a common order, a run that catches up with another would train the same shards as that one from then on.
+    """
+    return random.SystemRandom().sample(shards, len(shards))

@@ -20,7 +20,7 @@ from memtail.estimators import expected_standard_error
 from memtail.execution.declare import declare
 from memtail.execution.measurements import measure_shard, measure_writing
 from memtail.experiment_store import ExperimentStore, Record, missing_shards
-from memtail.spec import Experiment
+from memtail.spec import Experiment, ImagesTrainer
 from memtail.storage import keys
 from memtail.storage.open import open_store
 from memtail.subsets import membership
@@ -114,6 +114,11 @@ def forecast(
         StoreError: the store holds another experiment of this name.
         MemtailError: a trial failed.
     """
+    if not isinstance(experiment.trainer, ImagesTrainer):
+        raise SpecError(
+            f"experiment '{experiment.name}' is trained by a function or a command, and a forecast measures the built-in trainer: "
+            f"memtail trainer check measures one trial, and forecasts the time of all"
+        )
     if standard_error is not None and not 0 < standard_error < math.inf:
         raise SpecError(f"--standard-error must be above 0, got {standard_error:g}")
     if price is not None and not 0 <= price < math.inf:

@@ -62,7 +62,7 @@ class CommandTrainer(Part):
         command: the program and its arguments, started without a shell; `{code}` in them is the path of `folder`.
         options: passed on to the command in `task.json`; part of the experiment's fingerprint.
         code: files of the code, as patterns relative to `folder`, whose content is part of the fingerprint; by default the first argument
-            that names a file.
+            that names a file in `folder`.
         timeout: longest time of a trial: seconds, or a text such as `90s`, `30m`, `6h` or `2d`; unlimited by default.
         folder: folder of the code; by default that of the experiment file, and `MEMTAIL_CODE` in a worker.
     """
@@ -97,7 +97,7 @@ def code_digest(trainer: UserTrainer, path: list[str]) -> str:
         SpecError: a pattern matches no file, the module is not found, or a file cannot be read.
     """
     digest = hashlib.sha256()
-    for name, file in sorted(_code_files(trainer, path).items()):
+    for name, file in sorted(code_files(trainer, path).items()):
         try:
             content = file.read_bytes()
         except OSError as error:
@@ -107,7 +107,8 @@ def code_digest(trainer: UserTrainer, path: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _code_files(trainer: UserTrainer, path: list[str]) -> dict[str, Path]:
+def code_files(trainer: UserTrainer, path: list[str]) -> dict[str, Path]:
+    """Return the files that identify a trainer's code, by the names that are in its digest. Arguments and errors as of `code_digest`."""
     folder = trainer.folder or Path.cwd()
     files: dict[str, Path] = {}
     for pattern in trainer.code:
@@ -124,14 +125,15 @@ def _code_files(trainer: UserTrainer, path: list[str]) -> dict[str, Path]:
         module = trainer.function.partition(":")[0]
         source = find_module(module, [str(folder), *path])
         return {source.name: source}
-    first = next((part for part in trainer.command if (folder / part.replace("{code}/", "")).is_file()), None)
+    # an absolute path is that of an interpreter, which may differ from machine to machine
+    parts = [part.replace("{code}/", "") for part in trainer.command]
+    first = next((part for part in parts if not Path(part).is_absolute() and (folder / part).is_file()), None)
     if first is None:
         raise SpecError(
             f"trainer.code: no argument of the command names a file in {folder}: name the files of the code, whose content identifies the "
             f"experiment, or set trainer.folder"
         )
-    name = first.replace("{code}/", "")
-    return {Path(name).name: folder / name}
+    return {Path(first).name: folder / first}
 
 
 def find_module(module: str, path: list[str]) -> Path:

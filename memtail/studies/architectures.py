@@ -18,6 +18,7 @@ from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
 from memtail.scores.reader import Scores
 from memtail.scores.summary import ScoreSummary
+from memtail.spec import CommandTrainer, Experiment, FunctionTrainer
 from memtail.statistics.accumulator import PackedTrials
 from memtail.storage import ObjectStore
 from memtail.studies.agreement import (
@@ -151,9 +152,19 @@ def _of_experiment(record: Record, summary: ScoreSummary) -> str:
     memorized, pairs = summary.mem_share(PAPERS["memorization"]), summary.pairs.count
     share = "no training example has an estimate" if memorized is None else f"{memorized:.2%} of the training examples are memorized"
     return (
-        f"{record.experiment.name} ({record.experiment.model.name}, {summary.trials} trials): test accuracy "
+        f"{record.experiment.name} ({_trained(record.experiment)}, {summary.trials} trials): test accuracy "
         f"{summary.test_accuracy:.2%}, {share} (mem >= {PAPERS['memorization']}), {pairs} pairs."
     )
+
+
+def _trained(experiment: Experiment) -> str:
+    """Name the model, or the code that trains it."""
+    match experiment.trainer:
+        case FunctionTrainer(function=function):
+            return function
+        case CommandTrainer(command=command):
+            return " ".join(command)
+    return experiment.model.name
 
 
 def _of_comparison(label: str, splits: list[Comparison]) -> str:

@@ -25,7 +25,7 @@ from memtail.studies.intervals import CONFIDENCE, difference
 from memtail.studies.options import REPEATS, ExperimentName, Repeats
 from memtail.studies.removal_design import Removal, declare_removal
 from memtail.studies.result import StudyResult, write_result
-from memtail.studies.retraining import dataset_of
+from memtail.studies.retraining import dataset_of, require_built_in
 from memtail.studies.study import Prepared
 
 if TYPE_CHECKING:
@@ -59,9 +59,11 @@ def prepare(
         repeats: models per condition, at least 2.
 
     Raises:
+        SpecError: the trainer is not the built-in one.
         ScoresError: there are no scores, or they are not final, or the pairs hold all training examples.
         StoreError: there is no such experiment, or the store cannot be read.
     """
+    require_built_in(ExperimentStore(store, name).read_record(), "duplicates")
     has_pairs = len(open_scores(store, name).pairs["tr_idx"]) > 0
     removal = declare_removal(store, name, thetas=None, repeats=repeats) if has_pairs else None
     return Prepared(lambda: _evaluate(store, name, removal, nearness), removal.training(store) if removal else None)

@@ -5,17 +5,20 @@ The experiment's name is derived from its parent, the study and a hash of its ma
 
 import hashlib
 import io
+import sys
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from memtail.datasets import Dataset
 from memtail.datasets.staged_dataset import fetch
-from memtail.errors import ScoresError
+from memtail.errors import ScoresError, SpecError
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.settings import Settings
-from memtail.spec import Experiment
+from memtail.spec import Experiment, ImagesTrainer, TrainerSpec
+from memtail.spec.trainer import code_digest
 from memtail.storage import ObjectStore, keys
 from memtail.storage.atomic_file import atomic_file
 from memtail.studies.experiment_names import derived_name
@@ -34,7 +37,7 @@ def derive_experiment(record: Record, study: str, masks: Mask) -> Experiment:
         masks: bool [trials, n].
 
     Raises:
-        SpecError: the derived name is too long.
+        SpecError: the derived name is too long, or the code of a function or a command is not on this machine as it was.
     """
     buffer = io.BytesIO()
     np.save(buffer, masks)
@@ -45,8 +48,32 @@ def derive_experiment(record: Record, study: str, masks: Mask) -> Experiment:
             file.write(buffer.getvalue())
     name = derived_name(record.experiment.name, study, digest)
     subsets = {"design": "explicit", "masks": str(path), "trials": len(masks), "seed": int(digest[:8], 16)}
-    declaration = record.experiment.model_dump(mode="json", exclude={"record"})
+    declaration = record.experiment.model_dump(mode="json", exclude={"record"}) | {"trainer": _trainer_here(record).model_dump(mode="json")}
     return Experiment.parse({**declaration, "name": name, "subsets": subsets}, source=f"experiment '{name}' of the study")
+
+
+def _trainer_here(record: Record) -> TrainerSpec:
+    """The trainer of an experiment, whose code is as it was: in the folder of the record or, on another machine, in `MEMTAIL_CODE`."""
+    trainer = record.experiment.trainer
+    if isinstance(trainer, ImagesTrainer):
+        return trainer
+    if trainer.folder is None or not trainer.folder.is_dir():
+        trainer = trainer.model_copy(update={"folder": Settings().code or Path.cwd()})
+    if code_digest(trainer, sys.path) != record.trainer_code:
+        raise SpecError(
+            f"the training code of experiment '{record.experiment.name}' in {trainer.folder} differs from the code that its trials were "
+            f"trained by: restore it, or set MEMTAIL_CODE to the folder of the code as it was"
+        )
+    return trainer
+
+
+def require_built_in(record: Record, study: str) -> None:
+    """Refuse an experiment whose models memtail cannot build. Raises: SpecError: its trainer is a function or a command."""
+    if not isinstance(record.experiment.trainer, ImagesTrainer):
+        raise SpecError(
+            f"experiment '{record.experiment.name}' is trained by a function or a command, and the study {study} needs a model of the "
+            f"built-in trainer: declare an experiment with model and training on this dataset"
+        )
 
 
 def require_finished(store: ObjectStore, name: str) -> Record:

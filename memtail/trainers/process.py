@@ -180,7 +180,7 @@ class TrainerProcess:
             usable = True
             return batch
         except (EOFError, OSError):
-            raise self._died() from None
+            raise (died := self._died()) from died.__cause__  # the last output
         except (TrainingStopped, UnsupportedError):
             usable = True
             raise

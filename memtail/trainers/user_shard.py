@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,8 @@ log = structlog.get_logger()
 
 # Least seconds between two checkpoints of finished trials.
 _CHECKPOINT_SECONDS = 60.0
+# Parts of an outcome that are compared with the dataset.
+_COMPARED = ("train_labels", "test_labels", "train_ids", "test_ids")
 
 
 class UserTrainer(Protocol):
@@ -131,10 +133,13 @@ def train_user_shard(
     shard = _UserShard(experiment, fingerprint, dataset, list(trials), members, device, train, caller)
     shard.resume(checkpoint)
     shard.run()
-    provenance = describe_training(fingerprint, *_hardware(device), started, time.perf_counter() - began)
+    seconds = time.perf_counter() - began  # before torch is imported
+    compared = tuple(name for name in _COMPARED if name in (shard.compared or ()))
+    provenance = replace(describe_training(fingerprint, *_hardware(device), started, seconds), compared=compared or None)
     arrays, metrics = [shard.state.arrays[trial] for trial in trials], [shard.state.metrics[trial] for trial in trials]
     batch = make_batch(dataset, trials, members, arrays, metrics, provenance)
-    if looks_permuted(members, np.stack([each["train_correct"] for each in arrays])):
+    ordered = any(name.startswith("train") for name in compared)
+    if not ordered and looks_permuted(members, np.stack([each["train_correct"] for each in arrays])):
         log.warning(
             "models are no better on their subsets than elsewhere: outcomes are probably not in the order of the dataset, or the subset is "
             "ignored; return train_labels to check the order",
@@ -155,6 +160,7 @@ class _UserShard:
     caller: Caller
     state: _State = field(default_factory=_State)
     saved_at: float = field(default_factory=time.monotonic)
+    compared: set[str] | None = None
 
     def resume(self, checkpoint: bytes | None) -> None:
         if checkpoint is None:
@@ -184,6 +190,8 @@ class _UserShard:
             self.state.arrays[trial], self.state.metrics[trial] = check_outcome(outcome, self.dataset, self.experiment.record.margins)
         except OutcomeError as error:
             raise OutcomeError(f"trial {trial}: {error}") from None
+        compared = {name for name in _COMPARED if getattr(outcome, name) is not None}
+        self.compared = compared if self.compared is None else self.compared & compared
         self.caller.finished(trial)
 
     @contextmanager

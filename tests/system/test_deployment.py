@@ -106,6 +106,21 @@ def test_no_other_service_of_compose_loads_what_workers_or_the_explorer_cached()
         assert all(caches[name] and not caches[name] & others for name in groups), groups
 
 
+def test_compose_mounts_training_code_read_only_where_it_is_searched() -> None:
+    composed = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
+    mounts = {
+        name: entry
+        for name, service in composed.items()
+        for entry in service.get("volumes", [])
+        if isinstance(entry, dict) and "CODE_FOLDER" in entry["source"]
+    }
+    assert mounts.keys() == {"worker", "worker-gpu", "submit", "study"}
+    for name, mount in mounts.items():
+        assert mount["read_only"], name
+        assert composed[name]["environment"]["MEMTAIL_CODE"] == mount["target"], name
+        assert composed[name]["image"] == "${WORKER_IMAGE:-memtail-worker}", name
+
+
 def test_a_service_has_the_passwords_that_it_needs_and_no_others(tmp_path: Path) -> None:
     make_passwords.make(tmp_path, tmp_path / "services")
     password = {path.read_text(): path.name for path in tmp_path.iterdir() if path.is_file()}

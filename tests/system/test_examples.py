@@ -1,6 +1,8 @@
-"""Example scripts of the studies, on fewer and shorter trials."""
+"""Examples: the scripts of the studies, and trainers of the user's own, on fewer and shorter trials."""
 
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ from tests.support.cli import command
 
 PROJECT = Path(__file__).parents[2]
 SCRIPTS = sorted((PROJECT / "examples/studies").iterdir())
+TRAINERS = sorted(path.parent for path in (PROJECT / "examples").glob("*/README.md"))
 TRIALS, EPOCHS = 100, 5
 
 
@@ -67,3 +70,28 @@ def result_of(folder, script):
 
 def test_every_study_has_an_example():
     assert set(STUDIES) <= {script.stem for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("example", TRAINERS, ids=lambda example: example.name)
+def test_the_commands_in_the_readme_of_a_trainer_run(example, own_cache, tmp_path, monkeypatch):
+    shutil.copytree(example, tmp_path / "examples" / example.name)
+    (path,) = (tmp_path / "examples" / example.name).glob("*.yaml")
+    declared = yaml.safe_load(path.read_text())
+    assert declared["subsets"]["trials"] == 300
+    declared |= {"dataset": {"name": "digits", "max_train": 300, "max_test": 100}, "subsets": {"design": "balanced", "trials": 12}}
+    path.write_text(yaml.safe_dump(declared))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    commands = re.findall(r"^memtail (.+)$", (example / "README.md").read_text(), re.MULTILINE)
+    assert [line.split()[0] for line in commands] == ["trainer", "run", "top"]
+    shown = ""
+    for line in commands:
+        done = command(*shlex.split(line))
+        assert done.returncode == 0, done.stderr
+        shown += done.stdout
+    assert "the dataset's, by train_labels" in shown
+    assert "equal outcomes" in shown
+    assert "warning" not in shown
+    scores = command("scores", "--json")
+    assert json.loads(scores.stdout)["summary"]["trials"] == 12

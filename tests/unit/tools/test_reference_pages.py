@@ -31,6 +31,14 @@ def test_a_key_has_its_bounds_and_its_default(tool):
     assert row.split("|")[2:4] == [" integer ≥ 1 ", " `64` "]
 
 
+def test_parts_without_a_name_are_told_apart_by_their_key(tool):
+    page = tool["experiment_page"]()
+    assert "## `trainer`: `function` { #functiontrainer }" in page
+    assert "## `model` { #namedmodel }" in page
+    row = next(line for line in page.splitlines() if line.startswith("| `trainer`"))
+    assert "[`images`](#imagestrainer) or [`function`](#functiontrainer) or [`command`](#commandtrainer)" in row
+
+
 @pytest.mark.parametrize("command", ["memtail run", "memtail study", "memtail study removal"])
 def test_each_command_is_linked_to_its_section(tool, command):
     page = tool["cli_page"]()

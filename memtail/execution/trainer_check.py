@@ -1,0 +1,169 @@
+"""Check of a function or a command: one of its trials, trained as a run would, without a store."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memtail import datasets
+from memtail.datasets import ImageDataset
+from memtail.errors import SpecError
+from memtail.execution.declare import declare
+from memtail.experiment_store import Record
+from memtail.experiment_store.replicas import compare
+from memtail.spec import Experiment, ImagesTrainer
+from memtail.spec.trainer import code_files
+from memtail.trainers.outcomes import looks_permuted
+from memtail.trainers.shard_trainer import ShardTrainer
+from memtail.trials import Shard, TrialBatch, TrialMetrics, unpack
+
+
+class _NoCheckpoints:
+    """Keeps nothing: a check begins each trial afresh."""
+
+    def load(self) -> bytes | None:
+        return None
+
+    def save(self, state: bytes) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class TrainerCheck:
+    """What one trial says about its trainer.
+
+    Attributes:
+        experiment: name of the experiment.
+        trial, trials: the trial, and the number of all trials.
+        device, devices: device that it was trained on, and number of devices of a run on this machine.
+        code: names of the files whose content is in the fingerprint.
+        subset, n_train: number of training examples in the subset, and of all.
+        outcome: accuracies and metrics.
+        compared: the labels and ids that were returned and are the dataset's.
+        margins: whether margins were returned and are recorded.
+        seconds, start_seconds: seconds of the trial, and of the start of the trainer process.
+        warnings: signs of a fault, one line each.
+    """
+
+    experiment: str
+    trial: int
+    trials: int
+    device: str
+    devices: int
+    code: tuple[str, ...]
+    subset: int
+    n_train: int
+    outcome: TrialMetrics
+    compared: tuple[str, ...]
+    margins: bool
+    seconds: float
+    start_seconds: float
+    warnings: tuple[str, ...]
+
+    def all_seconds(self, seconds: float) -> float:
+        """Return the seconds of all trials on the devices of this machine if one takes `seconds`."""
+        return seconds * -(-self.trials // self.devices)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """A second training of the trial, in the same process.
+
+    Attributes:
+        differences: number of outcomes and margins that differ from the first training's.
+        seconds: seconds of the trial; less than at first, when the code imports and compiles what it needs.
+    """
+
+    differences: int
+    seconds: float
+
+
+class TrainerChecker:
+    """Trains one trial of an experiment in a trainer process, as often as it is asked to. A context manager, which ends the process.
+
+    Args:
+        experiment: the declaration, with a function or a command as its trainer.
+        trial: index of the trial.
+        on_preparation: as in `memtail.run`.
+
+    Raises:
+        SpecError: bad input, or the built-in trainer.
+    """
+
+    def __init__(self, experiment: Experiment, trial: int, on_preparation: Any = None) -> None:
+        from memtail.trainers.images.devices import available_devices
+
+        if isinstance(experiment.trainer, ImagesTrainer):
+            raise SpecError(f"experiment '{experiment.name}' uses the built-in trainer, which needs no check")
+        if not 0 <= trial < experiment.subsets.trials:
+            raise SpecError(f"--trial {trial}: the trials of experiment '{experiment.name}' are 0 to {experiment.subsets.trials - 1}")
+        self._devices = [str(device) for device in available_devices(experiment.execution.device)]
+        self._code = tuple(sorted(code_files(experiment.trainer, sys.path)))
+        self._folder: Path | None = experiment.trainer.folder
+        self._dataset: ImageDataset = datasets.prepare(experiment.dataset, on_preparation)
+        self._record: Record = declare(experiment, self._dataset, 1)
+        self._shard = Shard(trial, trial)
+        self._trainer = ShardTrainer(self._devices[0])
+        self._first: TrialBatch | None = None
+
+    def __enter__(self) -> "TrainerChecker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._trainer.end()
+
+    def check(self) -> TrainerCheck:
+        """Train the trial. Raises: MemtailError: as in a run."""
+        began = time.perf_counter()
+        batch = self._first = self._train()
+        spent, seconds = time.perf_counter() - began, batch.provenance.seconds or 0.0
+        members = unpack(batch.membership, batch.n_train)
+        experiment, trial = self._record.experiment, batch.metrics[0]
+        return TrainerCheck(
+            experiment=experiment.name,
+            trial=trial.trial,
+            trials=experiment.subsets.trials,
+            device=self._devices[0],
+            devices=len(self._devices),
+            code=self._code,
+            subset=int(members.sum()),
+            n_train=batch.n_train,
+            outcome=trial,
+            compared=batch.provenance.compared or (),
+            margins=batch.train_margin is not None,
+            seconds=seconds,
+            start_seconds=max(0.0, spent - seconds),
+            warnings=tuple(_warnings(batch)),
+        )
+
+    def repeat(self) -> Repetition:
+        """Train the trial once more, after `check`. Raises: MemtailError: as in a run."""
+        if self._first is None:
+            raise RuntimeError("no trial was trained before")
+        second = self._train()
+        compared = compare(self._first, second)
+        return Repetition(compared.bits + compared.margins, second.provenance.seconds or 0.0)
+
+    def _train(self) -> TrialBatch:
+        return self._trainer.train(self._record, self._dataset, self._shard, _NoCheckpoints(), code=self._folder)
+
+
+def _warnings(batch: TrialBatch) -> list[str]:
+    trial = batch.metrics[0]
+    if trial.diverged:
+        return ["the trial diverged and would not count: its loss or a margin is not finite"]
+    if trial.held_out_accuracy is None:
+        return []
+    members, correct = unpack(batch.membership, batch.n_train), unpack(batch.train_correct, batch.n_train)
+    if correct.all():
+        return ["all training examples are correct, held-out ones too: check that the code trains on task.subset only"]
+    if any(name.startswith("train") for name in batch.provenance.compared or ()):
+        no_better = trial.in_subset_accuracy <= trial.held_out_accuracy
+        return ["in-subset accuracy is no higher than held-out accuracy: check that the code trains on task.subset"] if no_better else []
+    if not looks_permuted(members, correct):
+        return []
+    return [
+        "in-subset and held-out accuracy cannot be told apart: the outcomes may be in another order than the dataset (a shuffled loader), "
+        "or the code ignores the subset, or one trial says too little; return train_labels to have the order checked"
+    ]

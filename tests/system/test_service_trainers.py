@@ -1,0 +1,67 @@
+"""Services that train by a function of the user's."""
+
+import pytest
+import yaml
+
+from memtail.execution.progress import progress_of
+from memtail.execution.submit import submit
+from memtail.experiment_store import ExperimentStore
+from memtail.spec import Experiment
+from memtail.storage import keys
+
+TRIALS = 32
+
+TRAIN = """
+import numpy as np
+import memtail
+
+def train(task):
+    images, labels = (np.asarray(part) for part in (task.dataset.train_images, task.dataset.train_labels))
+    means = np.stack([images[task.subset][labels[task.subset] == label].mean(0) for label in range(10)]).reshape(10, -1)
+    outcomes = {}
+    for split in ("train", "test"):
+        data = np.asarray(getattr(task.dataset, split + "_images")).astype(float)
+        predicted = (((data.reshape(len(data), 1, -1) - means) ** 2).sum(2)).argmin(1)
+        outcomes[split + "_correct"] = predicted == getattr(task.dataset, split + "_labels")
+    return memtail.Outcome(**outcomes, train_labels=labels, metrics={"loss": 0.5, "seed": task.seed % 97})
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """An experiment whose function is in the folder `code`; in the folder `other` it was changed since."""
+    for folder, text in (("code", TRAIN), ("other", TRAIN.replace("== label", "== label ") + "# changed")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "means.py").write_text(text)
+    content = {
+        "name": "means",
+        "dataset": {"name": "digits", "max_train": 300, "max_test": 100},
+        "trainer": {"function": "means:train"},
+        "subsets": {"trials": TRIALS},
+        "execution": {"device": "cpu", "trials_per_shard": 8},
+    }
+    path = tmp_path / "code" / "means.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return Experiment.load(path)
+
+
+@pytest.mark.slow
+def test_a_worker_with_other_code_leaves_shards_to_one_with_the_code_which_publishes_the_bits_of_an_embedded_run(
+    cluster, experiment, expected, tmp_path
+):
+    submit(experiment, cluster.store)
+    experiment_store = ExperimentStore(cluster.store, experiment.name)
+    cluster.start("dispatcher")
+    cluster.start("aggregator")
+    stranger = cluster.start("worker", MEMTAIL_CODE=str(tmp_path / "other"))
+    cluster.until(lambda: len(list(cluster.events(stranger, "experiment not supported"))) >= 2)
+    (line,) = [line for line in progress_of(cluster.store, experiment.name).lines if "training code" in line]
+    assert f"differs from that in {tmp_path / 'other'}" in line
+    assert not experiment_store.committed()
+    cluster.start("worker", MEMTAIL_CODE=str(tmp_path / "code"))
+    cluster.until_published(experiment_store, TRIALS)
+    assert cluster.scores(experiment.name) == expected(experiment)
+    assert not experiment_store.attempts()
+    assert not list(cluster.store.list(keys.checkpoints(experiment.name)))
+    assert not [line for line in progress_of(cluster.store, experiment.name).lines if "training code" in line]
+    assert not [line for line in cluster.events(stranger, "shard ended") if '"committed"' in line or '"failed"' in line]
