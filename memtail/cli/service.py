@@ -85,9 +85,9 @@ def submit(
     experiment = Experiment.load(spec)
     opened = open_store(store)
     with preparation(quiet=json_) as on_preparation:
-        datasets.prepare(experiment.dataset, on_preparation)
+        dataset = datasets.prepare(experiment.dataset, on_preparation)
     with display.working("staging the dataset", quiet=json_):
-        submission = submit_experiment(experiment, opened, priority=priority, owner=owner)
+        submission = submit_experiment(experiment, opened, dataset=dataset, priority=priority, owner=owner)
     if json_:
         facts = {
             "experiment": experiment.name,

@@ -23,7 +23,7 @@ import numpy as np
 from memtail.datasets.decoding import DamagedImageError, decode, refuse_large_images
 from memtail.datasets.image_tree import ImageFiles, ImageTree
 from memtail.datasets.prepared import CHUNK, ChunkSummary, OnProgress, Split, finish
-from memtail.datasets.sources import shortened
+from memtail.datasets.sources import MOST_SHOWN, shortened
 from memtail.errors import DatasetError
 from memtail.processes import cores, follow_parent
 from memtail.spec import DatasetSpec
@@ -190,9 +190,8 @@ class _Preparation:
         if faults := lines(unreadable if skip else damaged | unreadable):
             fix = "make them readable, or remove them" if skip else "replace or remove them, or set dataset.on_error to skip"
             total = sum(len(files.files) for files in self._splits.values())
-            raise DatasetError(
-                f"dataset 'folder': {len(faults)} of {total} images cannot be used: {shortened(faults)}: {fix}; all: {unusable}"
-            )
+            complete = f"; all are listed in {unusable}" if len(faults) > MOST_SHOWN else ""
+            raise DatasetError(f"dataset 'folder': {len(faults)} of {total} images cannot be used: {shortened(faults)}: {fix}{complete}")
 
     def _finish_without(self, damaged: dict[str, set[int]]) -> Path:
         """Copy all images but the damaged ones, which takes the disk space twice: a copy that is interrupted starts over."""

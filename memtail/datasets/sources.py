@@ -8,6 +8,9 @@ import numpy as np
 
 from memtail.datasets.dataset import Images, Labels
 
+#: Most items that a message names.
+MOST_SHOWN = 5
+
 
 @dataclass(frozen=True)
 class InMemoryDataset:
@@ -48,6 +51,6 @@ def describe_missing(path: Path, kind: str) -> str:
     return f"{path} is no {kind}" if path.exists() else f"there is no {kind} {path}"
 
 
-def shortened(items: Sequence[str], most: int = 5) -> str:
+def shortened(items: Sequence[str]) -> str:
     """Return the first items in one line, and the number of the others."""
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+    return "; ".join(items[:MOST_SHOWN]) + (f"; and {len(items) - MOST_SHOWN} more" if len(items) > MOST_SHOWN else "")

@@ -37,7 +37,7 @@ def write_damaged(root: Path) -> dict[Path, str]:
         root / "train" / "cat" / "cut.jpg": (jpeg[: len(jpeg) // 2], "image file is truncated"),
         root / "train" / "cat" / "empty.jpg": (b"", "is empty"),
         root / "train" / "cat" / "page.jpg": (b"<html>404 not found</html>", "is no image"),
-        root / "val" / "dog" / "cut.jpg": (jpeg[:100], "is no image, or damaged at its beginning"),
+        root / "val" / "dog" / "cut.jpg": (jpeg[:100], "is truncated or corrupt"),
     }
     for path, (data, _) in files.items():
         path.write_bytes(data)

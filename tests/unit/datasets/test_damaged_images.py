@@ -59,9 +59,11 @@ def test_of_many_damaged_images_some_are_named_and_all_listed_in_a_file(tree):
     many = [tree / "train" / "dog" / f"damaged{index:02}.jpg" for index in range(30)]
     for path in many:
         path.write_bytes(b"no image")
-    with pytest.raises(DatasetError, match=r"30 of 50 images cannot be used: .*damaged04\.jpg: .*; and 25 more: .*; all: \S+$") as error:
+    with pytest.raises(
+        DatasetError, match=r"30 of 50 images cannot be used: .*damaged04\.jpg: .*; and 25 more: .*; all are listed in \S+$"
+    ) as error:
         prepare(tree, resolution=8)
-    lines = Path(str(error.value).split("; all: ")[1]).read_text().splitlines()
+    lines = Path(str(error.value).split("; all are listed in ")[1]).read_text().splitlines()
     assert lines == [f"{path}: is no image, or damaged at its beginning" for path in many]
 
 
