@@ -69,6 +69,7 @@ def publish_report(store: ObjectStore, name: str) -> ReportPointer:
         files |= {f"{figure}.{kind}": data for kind, data in encoded.items()}
     digest = hashlib.sha256(b"".join(files[file] for file in sorted(files))).hexdigest()[:8]
     version = f"{published.version.partition('-')[0]}-{digest}"
+    experiment_store.check_registered(record.fingerprint)  # removed while it was drawn
     for file, data in files.items():
         store.put(keys.report(name, version) + file, data)
     pointer = ReportPointer(version, sorted(files), PAGE, published.version, _finish_times(studies), len(different))

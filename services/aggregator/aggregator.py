@@ -10,7 +10,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from memtail.datasets.staged_dataset import fetch_labels
-from memtail.errors import MemtailError, UnreachableError
+from memtail.errors import MemtailError, StoreError, UnreachableError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.finishing import still_finished
 from memtail.execution.progress import progress_of
@@ -338,6 +338,9 @@ class Aggregator:
                     publish_report(self._store, name)
                 log.info("report drawn", scores=version)
         except Exception as error:
+            with suppress(StoreError):
+                if not ExperimentStore(self._store, name).is_registered():  # removed while it was drawn
+                    return
             REPORT_FAILURES.inc()
             log.exception("report could not be drawn", error=str(error))
 

@@ -1,15 +1,18 @@
 """`Aggregator` on a folder, without a server: turns, signs of life, and errors of one experiment."""
 
 import math
+import threading
 
 import pytest
 import structlog
 
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import UnreachableError
+from memtail.execution import retention
 from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
-from memtail.experiment_store import ExperimentStore
+from memtail.experiment_store import Control, ExperimentStore
+from memtail.report.publish import publish_report
 from memtail.scores.files import write_scores
 from memtail.scores.pointer import latest_version
 from memtail.storage import keys
@@ -18,7 +21,7 @@ from memtail.trials import Shard
 from services.aggregator import __main__ as service
 from services.aggregator import aggregator as module
 from services.aggregator.aggregator import Aggregator
-from services.aggregator.metrics import PASSED_OVER
+from services.aggregator.metrics import PASSED_OVER, REPORT_FAILURES
 from services.common import polling
 from services.common.settings import ServiceSettings
 from tests.support.batches import commit
@@ -195,3 +198,26 @@ def test_a_store_that_does_not_respond_ends_the_pass_and_the_next_begins_with_th
     with pytest.raises(UnreachableError):
         aggregator.catch_up()
     assert trials(store, "b") == trials(store, "c") == PER_SHARD
+
+
+def test_an_experiment_that_is_removed_while_its_report_is_drawn_is_no_error(store, submit, monkeypatch):
+    experiment_store = submit("removed", 1)
+    drawing, removed = threading.Event(), threading.Event()
+
+    def slowly(store, name):
+        drawing.set()
+        assert removed.wait(60)
+        return publish_report(store, name)
+
+    monkeypatch.setattr(module, "publish_report", slowly)
+    aggregator, failures = Aggregator(store, ServiceSettings(store=store.address)), REPORT_FAILURES._value.get()
+    with structlog.testing.capture_logs() as logs:
+        aggregator.catch_up()
+        assert drawing.wait(60)
+        experiment_store.set_control(Control("cancelled"))
+        retention.remove(store, "removed", retention.planned_removal(store, "removed"))
+        removed.set()
+        aggregator._drawing.join()
+    assert not list(store.list(keys.everything("removed")))
+    assert not any("exc_info" in line for line in logs)
+    assert REPORT_FAILURES._value.get() == failures

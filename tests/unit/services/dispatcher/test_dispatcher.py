@@ -182,7 +182,7 @@ def test_an_experiment_whose_owner_pauses_it_meanwhile_keeps_its_priority(dispat
         experiment_store.set_control(Control("cancelled", priority=7))
         return common_error(*arguments)
 
-    monkeypatch.setattr("services.dispatcher.dispatcher.common_error", interrupted)
+    monkeypatch.setattr("services.dispatcher.tracked_experiment.common_error", interrupted)
     dispatcher.reconcile()
     assert experiment_store.control() == Control("cancelled", priority=7)
 
