@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memtail import datasets
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset
 from memtail.errors import SpecError
 from memtail.execution.declare import declare
 from memtail.experiment_store import Record
@@ -101,7 +101,7 @@ class TrainerChecker:
         self._devices = [str(device) for device in available_devices(experiment.execution.device)]
         self._code = tuple(sorted(code_files(experiment.trainer, sys.path)))
         self._folder: Path | None = experiment.trainer.folder
-        self._dataset: ImageDataset = datasets.prepare(experiment.dataset, on_preparation)
+        self._dataset: Dataset = datasets.prepare(experiment.dataset, on_preparation)
         self._record: Record = declare(experiment, self._dataset, 1)
         self._shard = Shard(trial, trial)
         self._trainer = ShardTrainer(self._devices[0])

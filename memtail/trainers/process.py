@@ -295,6 +295,7 @@ class TrainerProcess:
         if kind == "unsupported":
             raise UnsupportedError(message)
         error = WorkerFaultError(message) if kind == "worker" else TrainerError(message)
+        self.end()  # its last output is then complete
         raise error from _RemoteTraceback(f"\n{text}{self._last_output()}")
 
     def _died(self) -> TrainerError:

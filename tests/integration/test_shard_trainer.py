@@ -152,7 +152,7 @@ def test_a_trial_that_takes_too_long_ends(train, declared):
 
 
 def test_trials_are_timed_one_by_one(train, declared):
-    train(declared(act="time.sleep(0.6)", timeout=2))  # four of them take longer
+    train(declared(act="time.sleep(1.5)", timeout=5))  # four of them take longer
 
 
 def test_training_stops_with_a_checkpoint_and_goes_on_from_it(train, declared, tmp_path):
