@@ -5,8 +5,6 @@ The experiment's name is derived from its parent, the study and a hash of its ma
 
 import hashlib
 import io
-import sys
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +16,11 @@ from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.settings import Settings
 from memtail.spec import Experiment, ImagesTrainer, TrainerSpec
-from memtail.spec.trainer import code_digest
 from memtail.storage import ObjectStore, keys
 from memtail.storage.atomic_file import atomic_file
 from memtail.studies.experiment_names import derived_name
 from memtail.subsets import Mask
+from memtail.trainers.code import code_folder
 from memtail.trials import unpack
 
 
@@ -37,7 +35,8 @@ def derive_experiment(record: Record, study: str, masks: Mask) -> Experiment:
         masks: bool [trials, n].
 
     Raises:
-        SpecError: the derived name is too long, or the code of a function or a command is not on this machine as it was.
+        SpecError: the derived name is too long.
+        UnsupportedError: the code of a function or a command is not on this machine as it was.
     """
     buffer = io.BytesIO()
     np.save(buffer, masks)
@@ -53,18 +52,9 @@ def derive_experiment(record: Record, study: str, masks: Mask) -> Experiment:
 
 
 def _trainer_here(record: Record) -> TrainerSpec:
-    """The trainer of an experiment, whose code is as it was: in the folder of the record or, on another machine, in `MEMTAIL_CODE`."""
+    """The trainer of an experiment, with the folder of its code on this machine. Raises: UnsupportedError."""
     trainer = record.experiment.trainer
-    if isinstance(trainer, ImagesTrainer):
-        return trainer
-    if trainer.folder is None or not trainer.folder.is_dir():
-        trainer = trainer.model_copy(update={"folder": Settings().code or Path.cwd()})
-    if code_digest(trainer, sys.path) != record.trainer_code:
-        raise SpecError(
-            f"the training code of experiment '{record.experiment.name}' in {trainer.folder} differs from the code that its trials were "
-            f"trained by: restore it, or set MEMTAIL_CODE to the folder of the code as it was"
-        )
-    return trainer
+    return trainer if isinstance(trainer, ImagesTrainer) else trainer.model_copy(update={"folder": code_folder(record)})
 
 
 def require_built_in(record: Record, study: str) -> None:

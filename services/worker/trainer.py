@@ -24,6 +24,7 @@ from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Failure, Not
 from memtail.settings import Settings
 from memtail.spec import Experiment
 from memtail.storage import ObjectNotFound, ObjectStore
+from memtail.trainers.code import code_folder
 from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
 from services.common.broker import Assignment, Broker
@@ -245,7 +246,7 @@ class Trainer:
                 dataset,
                 shard,
                 checkpoints,
-                code=Settings().code,
+                code=code_folder(record),
                 on_step=lease.progress,
                 stop=interrupted,
                 profile=self._shards % _PROFILED == 0,

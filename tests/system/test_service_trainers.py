@@ -49,18 +49,20 @@ def experiment(tmp_path):
 def test_a_worker_with_other_code_leaves_shards_to_one_with_the_code_which_publishes_the_bits_of_an_embedded_run(
     cluster, experiment, expected, tmp_path
 ):
+    scores = expected(experiment)
     submit(experiment, cluster.store)
+    (tmp_path / "code").rename(tmp_path / "installed")  # as on another machine
     experiment_store = ExperimentStore(cluster.store, experiment.name)
     cluster.start("dispatcher")
     cluster.start("aggregator")
     stranger = cluster.start("worker", MEMTAIL_CODE=str(tmp_path / "other"))
     cluster.until(lambda: len(list(cluster.events(stranger, "experiment not supported"))) >= 2)
     (line,) = [line for line in progress_of(cluster.store, experiment.name).lines if "training code" in line]
-    assert f"differs from that in {tmp_path / 'other'}" in line
+    assert f"that in {tmp_path / 'other'} differs: digest" in line
     assert not experiment_store.committed()
-    cluster.start("worker", MEMTAIL_CODE=str(tmp_path / "code"))
+    cluster.start("worker", MEMTAIL_CODE=str(tmp_path / "installed"))
     cluster.until_published(experiment_store, TRIALS)
-    assert cluster.scores(experiment.name) == expected(experiment)
+    assert cluster.scores(experiment.name) == scores
     assert not experiment_store.attempts()
     assert not list(cluster.store.list(keys.checkpoints(experiment.name)))
     assert not [line for line in progress_of(cluster.store, experiment.name).lines if "training code" in line]
