@@ -9,11 +9,11 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import wait
-from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 # Seconds after which a signal is sent again whose exception was dropped.
 _AGAIN_SECONDS = 0.05
+_PR_SET_DUMPABLE = 4  # from linux/prctl.h
 
 
 def cores() -> int:
@@ -27,18 +27,18 @@ def follow_parent() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def kill_session(leader: int) -> None:
-    """Kill all processes of a session, in all its process groups; processes that have begun a session of their own are not found.
+def hide() -> None:
+    """Keep other processes of the user from reading this one's memory, environment and open files; call it before user code is started.
 
-    Args:
-        leader: id of the session, which is that of its first process.
+    Only Linux does that. Those of the superuser still can, unless Landlock confines them.
     """
-    for path in Path("/proc").glob("[0-9]*"):  # Linux
-        with suppress(ProcessLookupError, PermissionError):
-            if os.getsid(int(path.name)) == leader and os.getpgid(int(path.name)) != leader:
-                os.kill(int(path.name), signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+    prctl(_PR_SET_DUMPABLE, 0)
+
+
+def prctl(option: int, value: int) -> None:
+    """Change a property of this process, where the system has such calls."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def resend_dropped(signals: Mapping[type[BaseException], int]) -> None:

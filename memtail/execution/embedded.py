@@ -28,10 +28,11 @@ from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
+from memtail.processes import hide
 from memtail.scores.pointer import latest_version
 from memtail.scores.summary import ScoreSummary
 from memtail.settings import S3Settings
-from memtail.spec import Experiment, TrainerSpec
+from memtail.spec import Experiment, ImagesTrainer, TrainerSpec
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import is_url, open_store
@@ -265,6 +266,8 @@ class _Run:
         devices = state.devices[:shards]
         for device in devices if state.record.experiment.execution.require else ():
             self._experiment_store.check_device(state.record, device_kind(torch.device(device)))
+        if not isinstance(state.record.experiment.trainer, ImagesTrainer):
+            hide()
         task = Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile, code=self._code)
         return Workers(task, devices)
 

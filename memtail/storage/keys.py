@@ -62,6 +62,11 @@ def everything(name: str) -> str:
     return f"{experiments()}{name}/"
 
 
+def top_level() -> tuple[str, ...]:
+    """Return the first parts of all keys."""
+    return identity(), datasets(), all_masks(), experiments(), changes()
+
+
 def experiment(name: str) -> str:
     """Return the key of an experiment's record: declaration, fingerprint and shard grid."""
     return f"experiments/{name}/experiment.json"

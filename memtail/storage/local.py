@@ -17,7 +17,8 @@ from memtail.errors import ForeignObjectError, StoreError
 from memtail.storage import ObjectNotFound, Stored, keys
 from memtail.storage.atomic_file import atomic_file
 
-_UNFINISHED = ".unfinished"
+#: Folder of a store with the temporary files of its writers.
+UNFINISHED = ".unfinished"
 _LOCK = ".lock"
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 
@@ -35,7 +36,7 @@ class LocalStore:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
-        self._unfinished = self.root / _UNFINISHED
+        self._unfinished = self.root / UNFINISHED
 
     def local_path(self, key: str) -> Path:
         """Return the path of an object's file, whether it exists or not."""
@@ -111,8 +112,8 @@ class LocalStore:
         folder = self.root / prefix.rpartition("/")[0]
         names = []
         for parent, folders, files in os.walk(folder, onerror=self._unreadable):
-            if _UNFINISHED in folders:
-                folders.remove(_UNFINISHED)
+            if UNFINISHED in folders:
+                folders.remove(UNFINISHED)
             names += [(Path(parent) / name).relative_to(self.root).as_posix() for name in files]
         yield from sorted(key for key in names if key.startswith(prefix))
 
@@ -141,7 +142,7 @@ class LocalStore:
             self._unreadable(error)
             return
         # `delete` leaves empty folders
-        yield from (name for name in sorted(names) if name != _UNFINISHED and self._holds_a_file(self.root / prefix / name))
+        yield from (name for name in sorted(names) if name != UNFINISHED and self._holds_a_file(self.root / prefix / name))
 
     def exists(self, key: str) -> bool:
         """Return whether a file has the key."""

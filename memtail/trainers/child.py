@@ -1,54 +1,64 @@
-"""The trainer process: `python -m memtail.trainers.child FD` trains what `memtail.trainers.process` sends over a socket."""
+"""The trainer process: trains what `memtail.trainers.process` sends over a channel. `memtail.trainers.guardian` starts it."""
 
-import json
+import faulthandler
 import os
+import queue
 import signal
+import socket
 import sys
 import threading
+import time
 import traceback
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from memtail import logs
 from memtail.datasets import Dataset, open_dataset
-from memtail.errors import MemtailError, SpecError, TrainingStopped, UnsupportedError, WorkerFaultError
-from memtail.processes import keep_memory, kill_session
-from memtail.spec import Experiment, FunctionTrainer, ImagesTrainer, TrainerSpec
-from memtail.spec.trainer import code_digest
+from memtail.errors import DatasetError, MemtailError, SpecError, TrainingStopped, UnsupportedError, WorkerFaultError
+from memtail.processes import keep_memory
+from memtail.spec import Experiment, FunctionTrainer, ImagesTrainer
+from memtail.spec.trainer import UserTrainer, code_digest
+from memtail.trainers.channel import Channel
 from memtail.trainers.command import Command
 from memtail.trainers.function import Function
-from memtail.trainers.user_shard import train_user_shard
+from memtail.trainers.user_shard import hardware, train_user_shard
 from memtail.trials import TrialBatch
+
+# Least seconds between two reports of progress: code may report after each of a thousand steps a second.
+_REPORT_SECONDS = 0.1
+# Most characters of an error's message and traceback.
+_LONGEST_MESSAGE, _LONGEST_TRACEBACK = 10_000, 100_000
+# Where an access was refused.
+_HINT = ": user code cannot change the store and the datasets, nor make files in the folders that lead to them; write to task.workdir"
+# Largest checkpoint that is taken, in bytes: any, since the other side is trusted.
+_LARGEST = 1 << 62
 
 
 class _Parent:
-    """The process that started this one: messages to it, and its request to stop."""
+    """The process with credentials: messages to it, and its request to stop."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._sending = threading.Lock()
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._stopping = threading.Event()
-        self._work: list[tuple[dict[str, Any], bytes | None]] = []
-        self._has_work = threading.Condition()
+        self._reported = 0.0
+        self._work: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._receive, daemon=True).start()
 
     def next(self) -> tuple[dict[str, Any], bytes | None]:
         """Wait for a shard; return its message and checkpoint."""
-        with self._has_work:
-            self._has_work.wait_for(lambda: self._work)
-            return self._work.pop(0)
+        message, checkpoint = self._work.get()
+        return message, checkpoint if message["checkpoint"] else None
 
-    def send(self, message: dict[str, Any], data: bytes | None = None) -> None:
-        """Send a message, and bytes after it."""
-        with self._sending:
-            self._connection.send_bytes(json.dumps(message).encode())
-            if data is not None:
-                self._connection.send_bytes(data)
+    def send(self, message: dict[str, Any], data: bytes = b"") -> None:
+        """Send a message, and bytes with it."""
+        self._channel.send(message, data)
 
     def progress(self, fraction: float) -> None:
         """Report the trained part of the shard."""
-        self.send({"progress": fraction})
+        now = time.monotonic()
+        if now - self._reported >= _REPORT_SECONDS:
+            self._reported = now
+            self.send({"progress": fraction})
 
     def finished(self, trial: int) -> None:
         """Report a trained trial."""
@@ -56,7 +66,7 @@ class _Parent:
 
     def save(self, state: bytes) -> None:
         """Have a checkpoint kept."""
-        self.send({"save": len(state)}, state)
+        self.send({"save": True}, state)
 
     def should_stop(self) -> bool:
         """Return whether the parent asked to stop."""
@@ -65,17 +75,17 @@ class _Parent:
     def _receive(self) -> None:
         try:
             while True:
-                message = json.loads(self._connection.recv_bytes())
-                if "stop" in message:
-                    self._stopping.set()
+                received = self._channel.receive()
+                if received is None:
                     continue
-                checkpoint = self._connection.recv_bytes() if message["checkpoint"] else None
-                self._stopping.clear()
-                with self._has_work:
-                    self._work.append((message, checkpoint))
-                    self._has_work.notify()
-        except (EOFError, OSError):  # the parent has ended
-            kill_session(os.getpid())
+                if "stop" in received[0]:
+                    self._stopping.set()
+                else:
+                    self._stopping.clear()
+                    self._work.put(received)
+        except (EOFError, OSError, ValueError):  # the parent has ended, or user code has closed or read the connection
+            os.write(2, b"the trainer process has lost its connection to memtail\n")
+            os._exit(1)
 
 
 class _Child:
@@ -85,63 +95,72 @@ class _Child:
         self._opened: dict[str, Dataset] = {}
 
     def serve(self) -> None:
-        """Train one shard after the other until the parent ends this process."""
+        """Train one shard after the other until this process is killed."""
         while True:
             message, checkpoint = self._parent.next()
             try:
                 batch = self._train(message["train"], message["device"], checkpoint)
                 answer, data = {"batch": True}, batch.to_bytes()
             except BaseException as error:  # also SystemExit and KeyboardInterrupt of user code
-                answer, data = _described(error), None
+                answer, data = _described(error), b""
             self._parent.send(answer, data)
 
     def _train(self, work: dict[str, Any], device: str, checkpoint: bytes | None) -> TrialBatch:
         experiment, code = Experiment.parse(work["experiment"]), Path(work["code"])
-        if work["dataset"] not in self._opened:
-            self._opened = {work["dataset"]: open_dataset(Path(work["dataset"]))}
-        dataset = self._opened[work["dataset"]]
-        trials = range(work["first"], work["last"] + 1)
-        sys.path.extend(part for part in work["path"] if part not in sys.path)  # of a script that runs an experiment
-        trainer = self._user_trainer(experiment.trainer, code, work["trainer_code"])
-        self._parent.send({"ready": trainer.takes_many})
-        return train_user_shard(experiment, work["fingerprint"], dataset, trials, device, trainer, self._parent, checkpoint)
-
-    def _user_trainer(self, declared: TrainerSpec, code: Path, digest: str) -> Function | Command:
-        """The user's code, imported once per process."""
-        if isinstance(declared, ImagesTrainer):
-            raise UnsupportedError("the built-in trainer needs no trainer process")
+        try:
+            dataset = self._dataset(work["dataset"])
+        except (DatasetError, OSError) as error:
+            raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
+        hardware(device)  # before the time of a trial is measured
         if self._trainer is None:
-            declared = declared.model_copy(update={"folder": code})
-            try:
-                here = code_digest(declared, [part for part in sys.path if part != str(code)])
-            except SpecError as error:
-                raise UnsupportedError(f"its training code is not on this machine: {error}") from None
-            if here != digest:
-                raise UnsupportedError(f"its training code differs from that in {code}: digest {digest[:12]}, here {here[:12]}")
+            declared = _checked(experiment, code, work["trainer_code"])
+            # from here on nothing that is raised is the fault of this machine
+            self._parent.send({"importing": True})
+            paths = [str(code), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+            os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of commands and other programs that user code starts
             self._trainer = Function(declared, code) if isinstance(declared, FunctionTrainer) else Command(declared, code)
-        return self._trainer
+        self._parent.send({"ready": self._trainer.takes_many})
+        trials = range(work["first"], work["last"] + 1)
+        return train_user_shard(experiment, work["fingerprint"], dataset, trials, device, self._trainer, self._parent, checkpoint)
+
+    def _dataset(self, folder: str) -> Dataset:
+        if folder not in self._opened:
+            self._opened = {folder: open_dataset(Path(folder))}
+        return self._opened[folder]
+
+
+def _checked(experiment: Experiment, code: Path, digest: str) -> UserTrainer:
+    """Return the declaration of the trainer, if the code on this machine is the experiment's. Raises: UnsupportedError."""
+    if isinstance(experiment.trainer, ImagesTrainer):
+        raise UnsupportedError("the built-in trainer needs no trainer process")
+    declared = experiment.trainer.model_copy(update={"folder": code})
+    try:
+        here = code_digest(declared, [part for part in sys.path if part != str(code)])
+    except SpecError as error:
+        raise UnsupportedError(f"its training code is not on this machine: {error}") from None
+    if here != digest:
+        raise UnsupportedError(f"its training code differs from that in {code}: digest {digest[:12]}, here {here[:12]}")
+    return declared
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    if isinstance(error, TrainingStopped):
-        kind = "stopped"
-    elif isinstance(error, UnsupportedError):
-        kind = "unsupported"
-    elif isinstance(error, WorkerFaultError):
-        kind = "worker"
-    else:
-        kind = "shard"
-    message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
-    return {"error": kind, "message": message, "traceback": "".join(traceback.format_exception(error))}
+    kinds = {TrainingStopped: "stopped", UnsupportedError: "unsupported", WorkerFaultError: "worker"}
+    kind = next((kind for cause, kind in kinds.items() if isinstance(error, cause)), "shard")
+    try:
+        message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
+        text = "".join(traceback.format_exception(error))
+        if isinstance(error, PermissionError):
+            message += _HINT
+    except Exception:  # an exception of user code may not know how to be shown
+        message = text = type(error).__name__
+    return {"error": kind, "message": message[:_LONGEST_MESSAGE], "traceback": text[-_LONGEST_TRACEBACK:]}
 
 
-def main() -> None:
-    """Serve the parent over the socket whose number is the first argument."""
+def serve(connection: int) -> None:
+    """Serve the parent over a socket, by its number."""
+    os.set_inheritable(connection, False)
     logs.configure()
     keep_memory()
+    faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    _Child(_Parent(Connection(int(sys.argv[1])))).serve()
-
-
-if __name__ == "__main__":
-    main()
+    _Child(_Parent(Channel(socket.socket(fileno=connection), _LARGEST))).serve()

@@ -1,35 +1,35 @@
 """Trainer process: runs code of the user's own, on one device, without credentials. This side starts it and talks to it.
 
-Messages are JSON, and bytes where a message says so, over a socket pair; nothing is unpickled. The process leads a process group, which is
-killed with it. It ends when this process does.
+A guardian (`memtail.trainers.guardian`) stands between the two processes: it kills the trainer process, and all that it started, when this
+process says so or ends.
 """
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
 from memtail.datasets import DatasetLabels
-from memtail.errors import TrainerError, TrainingStopped, UnsupportedError, WorkerFaultError
+from memtail.errors import ForeignObjectError, TrainerError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.experiment_store import Record
-from memtail.processes import kill_session
+from memtail.processes import hide
 from memtail.subsets import membership
+from memtail.trainers.channel import Channel
 from memtail.trainers.command import GRACE_SECONDS, describe_exit
-from memtail.trainers.confinement import trainer_environment
-from memtail.trials import Shard, TrialBatch, pack
+from memtail.trainers.confinement import has_landlock, restricted_paths, trainer_environment
+from memtail.trainers.output import Output
+from memtail.trials import Shard, TrialBatch, largest_batch, pack
 
 log = structlog.get_logger()
 
@@ -39,8 +39,12 @@ _MOST_TRIALS = 10_000
 _POLL_SECONDS = 0.1
 # Seconds that the process has to stop, in which a command has its own grace.
 _STOP_SECONDS = GRACE_SECONDS + 10.0
-# Bytes of output that a failure record holds, lines per shard that the log holds, and characters of a line in it.
-_KEPT_BYTES, _MOST_LINES, _LONGEST_LINE = 64 << 10, 1000, 1000
+# Seconds within which the process takes a message, and within which it ends once it is killed.
+_SEND_SECONDS, _END_SECONDS = 60.0, 30.0
+# Largest checkpoint in bytes.
+_LARGEST_STATE = 4 << 30
+# Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
+_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from memtail.trainers.guardian import main; main()"
 
 
 class Checkpoints(Protocol):
@@ -81,7 +85,6 @@ class Work:
             "first": self.shard.first,
             "last": self.shard.last,
             "code": str(self.code),
-            "path": [str(Path(part).absolute()) for part in sys.path],
         }
 
 
@@ -89,60 +92,17 @@ class _RemoteTraceback(Exception):  # noqa: N818 - not raised, but shown as a ca
     """Traceback of the trainer process and the end of its output, as the cause of the error that is raised here."""
 
 
-class _Output:
-    """Reads what the process prints: the log gets the first lines of a shard, a failure record the last ones."""
-
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
-        self._kept: deque[bytes] = deque()
-        self._size = self._lines = 0
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def begin(self) -> None:
-        """Begin with the output of another shard."""
-        self._kept.clear()
-        self._size = self._lines = 0
-
-    def text(self) -> str:
-        """Return the end of the output."""
-        return b"".join(list(self._kept))[-_KEPT_BYTES:].decode("utf-8", "replace")
-
-    def close(self) -> None:
-        """Wait until all has been read; children of the process may hold the stream open."""
-        self._thread.join(1.0)
-
-    def _read(self) -> None:
-        rest = b""
-        with os.fdopen(self._stream, "rb", buffering=0) as stream:
-            while chunk := stream.read(1 << 16):
-                self._kept.append(chunk)
-                self._size += len(chunk)
-                while self._size - len(self._kept[0]) >= _KEPT_BYTES:
-                    self._size -= len(self._kept.popleft())
-                *lines, rest = (rest + chunk).split(b"\n")
-                rest = rest[-_LONGEST_LINE:]
-                for line in lines:
-                    self._log(line)
-
-    def _log(self, line: bytes) -> None:
-        self._lines += 1
-        if self._lines <= _MOST_LINES:
-            log.info("trainer", output=line[:_LONGEST_LINE].decode("utf-8", "replace"))
-        elif self._lines == _MOST_LINES + 1:
-            log.warning("trainer prints too much, the rest is left out", lines=_MOST_LINES)
-
-
 class TrainerProcess:
     """Runs code of the user's own on one device; the process is replaced whenever it cannot be trusted to train further shards.
 
     Args:
         device: as torch names it.
+        store: address of the store; if it is a folder, user code has no access to it.
     """
 
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, device: str, store: str | None = None) -> None:
+        self._device, self._store = device, store
+        self._guardian: subprocess.Popen[bytes] | None = None
         self._serves: tuple[str, Path] | None = None
         self._trials = 0
 
@@ -168,84 +128,107 @@ class TrainerProcess:
             TrainerError: the code raised, its process died, or a trial took longer than `trainer.timeout`.
             TrainingStopped: `stop` returned True.
             UnsupportedError: the code on this machine is not the experiment's.
-            WorkerFaultError: the process cannot be started, or its device is at fault.
+            WorkerFaultError: the process cannot be started, or cannot open the dataset.
         """
-        self._begin(work)
         state = checkpoints.load()
+        self._begin(work)
         usable = False
         try:
-            self._send({"train": work.to_json(), "device": self._device, "checkpoint": state is not None}, state)
+            self._send({"train": work.to_json(), "device": self._device, "checkpoint": state is not None}, state or b"")
             batch = self._follow(work, checkpoints, on_progress, on_step, stop)
-            _check(batch, work)
             usable = True
             return batch
-        except (EOFError, OSError):
-            raise (died := self._died()) from died.__cause__  # the last output
-        except (TrainingStopped, UnsupportedError):
-            usable = True
-            raise
+        except _EndedError:
+            failure: Exception = TrainerError(f"the trainer process {self._exit()}")
+        except (TrainerError, WorkerFaultError) as error:
+            failure = error
         finally:
             self._trials += len(work.shard.trials)
             if not usable or self._trials >= _MOST_TRIALS:
-                self.end()
+                self.end()  # so that all its output has been read
+        output = self._output.text()
+        trace = f"{failure.__cause__ or ''}\n" + (f"Last output of the trainer:\n{output}" if output else "")
+        raise failure from _RemoteTraceback(f"\n{trace}")
 
     def end(self) -> None:
         """End the process and all that it started."""
-        process, self._process = self._process, None
-        if process is None:
+        guardian, self._guardian = self._guardian, None
+        if guardian is None:
             return
-        kill_session(process.pid)
-        process.wait()
-        self._connection.close()
+        _end(guardian)
+        self._channel.close()
         self._output.close()
-        self._scratch.cleanup()
+        shutil.rmtree(self._scratch, ignore_errors=True)  # of a guardian that was killed
 
     def _begin(self, work: Work) -> None:
         serves = (work.record.fingerprint, work.code)
-        if self._process is not None and (self._serves != serves or self._process.poll() is not None):
+        if self._guardian is not None and (self._serves != serves or self._guardian.poll() is not None):
             self.end()
-        if self._process is None:
+        if self._guardian is None:
             self._start(work)
             self._serves, self._trials = serves, 0
         self._output.begin()
 
     def _start(self, work: Work) -> None:
-        ours, theirs = socket.socketpair()
-        reading, writing = os.pipe()
-        # its name is short, since sockets of user code may lie in it
-        self._scratch = tempfile.TemporaryDirectory(prefix="memtail-", ignore_cleanup_errors=True)
-        scratch = self._scratch.name
+        hide()
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "memtail.trainers.child", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
+            # its name is short, since sockets of user code may lie in it
+            self._scratch = scratch = Path(tempfile.mkdtemp(prefix="memtail-"))
+        except OSError as error:
+            raise WorkerFaultError(f"no folder for the trainer process can be made: {error}") from error
+        size = largest_batch(len(work.shard.trials), work.dataset.n_train, work.dataset.n_test)
+        ours, theirs = socket.socketpair()
+        ours.settimeout(_SEND_SECONDS)
+        reading, writing = os.pipe()
+        try:
+            arguments = {"connection": theirs.fileno(), "scratch": str(scratch), "accesses": self._accesses(work, scratch)}
+            path = [str(Path(part).absolute()) for part in sys.path]
+            self._guardian = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, json.dumps(path), json.dumps(arguments)],
+                stdin=subprocess.PIPE,
                 stdout=writing,
                 stderr=writing,
                 pass_fds=[theirs.fileno()],
                 cwd=scratch,
-                env=self._environment(work.code, Path(scratch)),
+                env=self._environment(scratch),
                 start_new_session=True,
             )
         except OSError as error:
             ours.close()
             os.close(reading)
+            shutil.rmtree(scratch, ignore_errors=True)
             raise WorkerFaultError(f"the trainer process cannot be started: {error}") from error
         finally:
             theirs.close()
             os.close(writing)
-        self._connection = Connection(ours.detach())
-        self._output = _Output(reading)
+        self._channel = Channel(ours, max(_LARGEST_STATE, size))
+        self._output = Output(reading)
 
-    def _environment(self, code: Path, scratch: Path) -> dict[str, str]:
-        environment = trainer_environment(os.environ, code, scratch)
+    def _environment(self, scratch: Path) -> dict[str, str]:
+        environment = trainer_environment(os.environ, scratch)
         if self._device == "cpu":  # there is a process for each core
             environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
 
-    def _send(self, message: dict[str, Any], data: bytes | None = None) -> None:
-        self._connection.send_bytes(json.dumps(message).encode())
-        if data is not None:
-            self._connection.send_bytes(data)
+    def _accesses(self, work: Work, scratch: Path) -> dict[str, int] | None:
+        if not has_landlock():
+            return None
+        paths = restricted_paths(os.environ, self._store, work.dataset.folder, work.code, scratch)
+        return {str(path): int(access) for path, access in paths.items()}
+
+    def _send(self, message: dict[str, Any], data: bytes = b"") -> None:
+        try:
+            self._channel.send(message, data)
+        except OSError:
+            raise _EndedError from None
+
+    def _receive(self) -> tuple[dict[str, Any], bytes] | None:
+        try:
+            return self._channel.receive(_POLL_SECONDS)
+        except (EOFError, OSError):
+            raise _EndedError from None
+        except ValueError as error:
+            raise TrainerError(f"the trainer process sent no message ({error}): the code wrote to the connection of memtail") from None
 
     def _follow(
         self,
@@ -255,73 +238,124 @@ class TrainerProcess:
         on_step: Callable[[], None],
         stop: Callable[[], bool],
     ) -> TrialBatch:
-        timeout = getattr(work.record.experiment.trainer, "timeout", None)
-        deadline = time.monotonic() + timeout * (len(work.shard.trials)) if timeout else float("inf")
-        allowed, stopping, reported = timeout or float("inf"), float("inf"), False
-        together, last = True, time.monotonic()
+        limits = _Limits(getattr(work.record.experiment.trainer, "timeout", None), len(work.shard.trials))
+        imports, reported = False, False
         while True:
-            if not self._connection.poll(_POLL_SECONDS):
-                now = time.monotonic()
-                if now > stopping:
-                    raise TrainingStopped
-                if now > deadline or (not together and now - last > allowed):
-                    raise TrainerError(f"a trial took longer than trainer.timeout, {timeout:g} s: raise it, or make the code faster")
-                if stopping == float("inf") and stop():
-                    stopping = now + _STOP_SECONDS
-                    self._send({"stop": True})
-                elif not reported:
+            received = self._receive()
+            limits.check()
+            if limits.stopping is None and stop():
+                limits.stopping = time.monotonic()
+                self._send({"stop": True})
+            if received is None:
+                if not reported:
                     on_step()
                 continue
-            match json.loads(self._connection.recv_bytes()):
+            message, data = received
+            match message:
+                case {"importing": _}:
+                    imports = True
                 case {"ready": many}:
-                    together, last = bool(many), time.monotonic()
-                case {"progress": fraction}:
+                    imports = True
+                    limits.begin(bool(many))
+                case {"progress": float(fraction)} if 0 <= fraction <= 1:
                     reported = True
                     on_step()
-                    on_progress(float(fraction))
+                    on_progress(fraction)
                 case {"finished": _}:
-                    last = time.monotonic()
+                    limits.finished()
                     on_step()
                 case {"save": _}:
-                    checkpoints.save(self._connection.recv_bytes())
+                    checkpoints.save(data)
                 case {"batch": _}:
-                    return TrialBatch.from_bytes(self._connection.recv_bytes())
-                case {"error": kind, "message": message, "traceback": text}:
-                    self._raise(str(kind), str(message), str(text))
+                    return _checked(data, work)
+                case {"error": str(kind), "message": str(text), "traceback": str(trace)}:
+                    self._raise(kind, _printable(text), _printable(trace), imports, limits.stopping is not None)
 
-    def _raise(self, kind: str, message: str, text: str) -> None:
-        if kind == "stopped":
+    def _raise(self, kind: str, message: str, trace: str, imports: bool, stopping: bool) -> None:
+        """Raise what the process says; only before it imports user code may it blame this machine."""
+        if kind == "stopped" and stopping:
             raise TrainingStopped
-        if kind == "unsupported":
+        if kind == "unsupported" and not imports:
             raise UnsupportedError(message)
-        error = WorkerFaultError(message) if kind == "worker" else TrainerError(message)
-        self.end()  # its last output is then complete
-        raise error from _RemoteTraceback(f"\n{text}{self._last_output()}")
+        if kind == "stopped":
+            message = "the code raised memtail.TrainingStopped although it was not told to stop: ask task.should_stop() first"
+        error = WorkerFaultError(message) if kind == "worker" and not imports else TrainerError(message)
+        raise error from _RemoteTraceback(trace)
 
-    def _died(self) -> TrainerError:
-        code = None
-        with suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(5.0) if self._process else None
-        how = "closed its connection" if code is None else describe_exit(code)
-        self._output.close()
-        error = TrainerError(f"the trainer process {how}")
-        error.__cause__ = _RemoteTraceback(self._last_output())
-        return error
-
-    def _last_output(self) -> str:
-        text = self._output.text()
-        return f"\nLast output of the trainer:\n{text}" if text else ""
+    def _exit(self) -> str:
+        """Wait for the end of a process that has closed its connection; return how it ended."""
+        if self._guardian is not None:
+            with suppress(subprocess.TimeoutExpired):
+                return describe_exit(self._guardian.wait(_END_SECONDS))
+        return "closed its connection"
 
 
-def _check(batch: TrialBatch, work: Work) -> None:
-    """Check that a batch is the shard's: user code shares the process that made it. Raises: TrainerError."""
+class _EndedError(Exception):
+    """The process has ended, or does not take messages."""
+
+
+class _Limits:
+    """Times at which the training of a shard is given up.
+
+    Args:
+        timeout: longest time of a trial in seconds, if there is one.
+        trials: number of trials of the shard.
+    """
+
+    def __init__(self, timeout: float | None, trials: int) -> None:
+        self._timeout, self._trials = timeout, trials
+        self._together, self._last = True, time.monotonic()
+        #: When the process was told to stop.
+        self.stopping: float | None = None
+
+    def begin(self, together: bool) -> None:
+        """Begin with the first trial, or with all trials together."""
+        self._together, self._last = together, time.monotonic()
+
+    def finished(self) -> None:
+        """Begin with the next trial."""
+        if not self._together:
+            self._last = time.monotonic()
+
+    def check(self) -> None:
+        """Raise if the time is over. Raises: TrainingStopped, TrainerError."""
+        now = time.monotonic()
+        if self.stopping is not None and now - self.stopping > _STOP_SECONDS:
+            raise TrainingStopped
+        if self._timeout is not None and now - self._last > self._timeout * (self._trials if self._together else 1):
+            raise TrainerError(f"a trial took longer than trainer.timeout, {self._timeout:g} s: raise it, or make the code faster")
+
+
+def _end(guardian: "subprocess.Popen[bytes]") -> None:
+    """Have a guardian kill the processes that it guards, and clean up."""
+    if guardian.stdin is not None:
+        guardian.stdin.close()
+    try:
+        guardian.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:  # it waits for a process that the kernel cannot end, or was stopped
+        log.warning("the trainer process does not end", pid=guardian.pid)
+        guardian.kill()
+        guardian.wait()
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _checked(data: bytes, work: Work) -> TrialBatch:
+    """Read a batch, and check that it is the shard's: user code shares the process that made it. Raises: TrainerError."""
     experiment, dataset, trials = work.record.experiment, work.dataset, work.shard.trials
-    members = membership(experiment.subsets, dataset.train_labels, trials)
-    same = (
-        batch.trial.tolist() == list(trials)
-        and batch.fingerprint == work.record.fingerprint
-        and (batch.n_train, batch.n_test) == (dataset.n_train, dataset.n_test)
-        and bool((batch.membership == pack(members)).all())
-    )
+    try:
+        batch = TrialBatch.from_bytes(data)
+        members = membership(experiment.subsets, dataset.train_labels, trials)
+        same = (
+            batch.trial.tolist() == list(trials)
+            and batch.fingerprint == work.record.fingerprint
+            and (batch.n_train, batch.n_test) == (dataset.n_train, dataset.n_test)
+            and bool((batch.membership == pack(members)).all())
+        )
+    except (ForeignObjectError, ValueError):
+        same = False
     if not same:
-        raise TrainerError("the trainer process returned a batch of other trials")
+        raise TrainerError("the trainer process returned what is no batch of the shard: the code wrote to the connection of memtail")
+    return batch

@@ -15,11 +15,12 @@ class ShardTrainer:
 
     Args:
         device: to train on, as torch names it.
+        store: address of the store; if it is a folder, user code has no access to it.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, store: str | None = None) -> None:
         self._device = device
-        self._process = TrainerProcess(device)
+        self._process = TrainerProcess(device, store)
         #: Whether this process can train further shards; not after an error of its device's driver.
         self.usable = True
 

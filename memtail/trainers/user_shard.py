@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,7 +136,7 @@ def train_user_shard(
     shard.run()
     seconds = time.perf_counter() - began  # before torch is imported
     compared = tuple(name for name in _COMPARED if name in (shard.compared or ()))
-    provenance = replace(describe_training(fingerprint, *_hardware(device), started, seconds), compared=compared or None)
+    provenance = replace(describe_training(fingerprint, *hardware(device), started, seconds), compared=compared or None)
     arrays, metrics = [shard.state.arrays[trial] for trial in trials], [shard.state.metrics[trial] for trial in trials]
     batch = make_batch(dataset, trials, members, arrays, metrics, provenance)
     ordered = any(name.startswith("train") for name in compared)
@@ -256,8 +257,9 @@ def _packed(folder: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _hardware(device: str) -> tuple[str, str]:
-    """Return the names of the device and the processor, as batches of the built-in trainer have them."""
+@cache
+def hardware(device: str) -> tuple[str, str]:
+    """Return the names of the device and the processor, as batches of the built-in trainer have them. Imports torch, which takes seconds."""
     import torch
 
     from memtail.trainers.images.devices import cpu_name, device_name

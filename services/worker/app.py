@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from memtail.errors import MemtailError
 from memtail.execution.shard_task import ShardOutcome, this_process
 from memtail.experiment_store import ExperimentStore
-from memtail.processes import keep_memory
+from memtail.processes import hide, keep_memory
 from memtail.storage import ObjectStore
 from memtail.storage.identity import read_identity
 from services.common.broker import SENT_HEADER, TASK, Assignment, Broker, celery_app
@@ -102,6 +102,7 @@ class Worker:
         Raises:
             ServiceError: the port of the metrics is unavailable.
         """
+        hide()  # the training processes, which are forked from this one, too
         serve(self._settings.port, self._health)
         self._metrics.follow(self._reports, self._leave)
         disabled = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}

@@ -239,7 +239,7 @@ class Trainer:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
 
         lease.progress()
-        self._shard_trainer = self._shard_trainer or ShardTrainer(str(device))
+        self._shard_trainer = self._shard_trainer or ShardTrainer(str(device), self._store.address)
         try:
             batch = self._shard_trainer.train(
                 record,
