@@ -179,10 +179,21 @@ def _store(address: str) -> ObjectStore:
     return open_store(address, verify=False)
 
 
-@lru_cache(maxsize=1)
+_trainers: dict[tuple[str, str], ShardTrainer] = {}
+
+
 def _trainer(device: str, store: str) -> ShardTrainer:
     """The trainer, kept from shard to shard."""
-    return ShardTrainer(device, store)
+    if (device, store) not in _trainers:
+        end_trainers()
+        _trainers[device, store] = ShardTrainer(device, store)
+    return _trainers[device, store]
+
+
+def end_trainers() -> None:
+    """End the trainer processes of this process."""
+    while _trainers:
+        _trainers.popitem()[1].end()
 
 
 def _train(task: Task, shard: Shard) -> ShardResult:

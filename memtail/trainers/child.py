@@ -56,7 +56,7 @@ class _Parent:
     def progress(self, fraction: float) -> None:
         """Report the trained part of the shard."""
         now = time.monotonic()
-        if now - self._reported >= _REPORT_SECONDS:
+        if fraction == 1.0 or now - self._reported >= _REPORT_SECONDS:
             self._reported = now
             self.send({"progress": fraction})
 

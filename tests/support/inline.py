@@ -26,7 +26,8 @@ class InlineExecutor(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Do nothing: no function is running."""
+        """End what functions left running."""
+        pool.end_trainers()
 
 
 _processes = pool.Workers._pool
