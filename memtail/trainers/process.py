@@ -41,6 +41,8 @@ _POLL_SECONDS = 0.1
 _STOP_SECONDS = GRACE_SECONDS + 10.0
 # Seconds within which the process takes a message, and within which it ends once it is killed.
 _SEND_SECONDS, _END_SECONDS = 60.0, 30.0
+# Least seconds for imports, and for what memtail does after the last trial.
+_REST_SECONDS = 60.0
 # Largest checkpoint in bytes.
 _LARGEST_STATE = 4 << 30
 # Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
@@ -297,26 +299,30 @@ class _Limits:
     """
 
     def __init__(self, timeout: float | None, trials: int) -> None:
-        self._timeout, self._trials = timeout, trials
-        self._together, self._last = True, time.monotonic()
+        self._timeout, self._trials, self._together = timeout or float("inf"), trials, False
+        self._last, self._allowed = time.monotonic(), max(_REST_SECONDS, self._timeout * trials)
         #: When the process was told to stop.
         self.stopping: float | None = None
 
     def begin(self, together: bool) -> None:
         """Begin with the first trial, or with all trials together."""
         self._together, self._last = together, time.monotonic()
+        self._allowed = self._timeout * (self._trials if together else 1)
 
     def finished(self) -> None:
-        """Begin with the next trial."""
+        """Begin with the next trial, if there is one."""
+        self._trials -= 1
         if not self._together:
             self._last = time.monotonic()
+        if self._trials <= 0:
+            self._last, self._allowed = time.monotonic(), max(_REST_SECONDS, self._timeout)
 
     def check(self) -> None:
         """Raise if the time is over. Raises: TrainingStopped, TrainerError."""
         now = time.monotonic()
         if self.stopping is not None and now - self.stopping > _STOP_SECONDS:
             raise TrainingStopped
-        if self._timeout is not None and now - self._last > self._timeout * (self._trials if self._together else 1):
+        if now - self._last > self._allowed:
             raise TrainerError(f"a trial took longer than trainer.timeout, {self._timeout:g} s: raise it, or make the code faster")
 
 
@@ -349,7 +355,7 @@ def _checked(data: bytes, work: Work) -> TrialBatch:
             and bool((batch.membership == pack(members)).all())
         )
     except (ForeignObjectError, ValueError):
-        same = False
+        raise TrainerError("the trainer process returned what is no batch: the code wrote to the connection of memtail") from None
     if not same:
-        raise TrainerError("the trainer process returned what is no batch of the shard: the code wrote to the connection of memtail")
+        raise TrainerError("the trainer process returned a batch of other trials")
     return batch

@@ -111,7 +111,7 @@ FATAL = {
     "close_the_connection": "the trainer process ended with exit code 1",
     "send_garbage": "the trainer process sent no message",
     "send_text": "the trainer process sent no message",
-    "forge_a_batch": "the trainer process returned what is no batch of the shard",
+    "forge_a_batch": "the trainer process returned what is no batch",
 }
 
 
