@@ -180,15 +180,15 @@ def _store(address: str) -> ObjectStore:
 
 
 @lru_cache(maxsize=1)
-def _trainer(device: str, store: str) -> ShardTrainer:
+def _trainer(device: str) -> ShardTrainer:
     """The trainer, kept from shard to shard."""
-    return ShardTrainer(device, store)
+    return ShardTrainer(device)
 
 
 def _train(task: Task, shard: Shard) -> ShardResult:
     import torch
 
-    trainer, device = _trainer(task.device, task.store), torch.device(task.device)
+    trainer, device = _trainer(task.device), torch.device(task.device)
 
     def train(checkpoints: StoredCheckpoints) -> TrialBatch:
         return trainer.train(
@@ -197,6 +197,7 @@ def _train(task: Task, shard: Shard) -> ShardResult:
             shard,
             checkpoints,
             code=task.code,
+            store=task.store,
             on_progress=lambda fraction: _reports.put((shard, fraction)),
             profile=task.profile,
         )

@@ -70,12 +70,14 @@ class Work:
         dataset: the experiment's dataset.
         shard: the shard.
         code: folder of the user's code.
+        store: address of the store; if it is a folder, user code has no access to it.
     """
 
     record: Record
     dataset: DatasetLabels
     shard: Shard
     code: Path
+    store: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The message that begins the training."""
@@ -99,13 +101,12 @@ class TrainerProcess:
 
     Args:
         device: as torch names it.
-        store: address of the store; if it is a folder, user code has no access to it.
     """
 
-    def __init__(self, device: str, store: str | None = None) -> None:
-        self._device, self._store = device, store
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._guardian: subprocess.Popen[bytes] | None = None
-        self._serves: tuple[str, Path] | None = None
+        self._serves: tuple[str, Path, str | None] | None = None
         self._trials = 0
 
     def train(
@@ -163,7 +164,7 @@ class TrainerProcess:
         shutil.rmtree(self._scratch, ignore_errors=True)  # of a guardian that was killed
 
     def _begin(self, work: Work) -> None:
-        serves = (work.record.fingerprint, work.code)
+        serves = (work.record.fingerprint, work.code, work.store)
         if self._guardian is not None and (self._serves != serves or self._guardian.poll() is not None):
             self.end()
         if self._guardian is None:
@@ -209,7 +210,7 @@ class TrainerProcess:
     def _accesses(self, work: Work, scratch: Path) -> dict[str, int] | None:
         if not has_landlock():
             return None
-        paths = restricted_paths(os.environ, self._store, work.dataset.folder, work.code, scratch)
+        paths = restricted_paths(os.environ, work.store, work.dataset.folder, work.code, scratch)
         return {str(path): int(access) for path, access in paths.items()}
 
     def _send(self, message: dict[str, Any], data: bytes = b"") -> None:

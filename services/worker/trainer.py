@@ -238,7 +238,7 @@ class Trainer:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
 
         lease.progress()
-        self._shard_trainer = self._shard_trainer or ShardTrainer(str(device), self._store.address)
+        self._shard_trainer = self._shard_trainer or ShardTrainer(str(device))
         try:
             batch = self._shard_trainer.train(
                 record,
@@ -246,6 +246,7 @@ class Trainer:
                 shard,
                 checkpoints,
                 code=Settings().code,
+                store=self._store.address,
                 on_step=lease.progress,
                 stop=interrupted,
                 profile=self._shards % _PROFILED == 0,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,9 @@ def temporary(monkeypatch):
 
 
 @pytest.fixture
-def trainer(tmp_path, temporary):
+def trainer(temporary):
     """A trainer that leaves no process and no folder."""
-    made = TrainerProcess("cpu", str(tmp_path / "store"))
+    made = TrainerProcess("cpu")
     yield made
     made.end()
     assert not list(temporary.iterdir())
@@ -233,7 +234,7 @@ def test_user_code_sees_no_credentials_and_no_store(trainer, digits, tmp_path, f
         ],
         remove=[str(object_file), str(object_file.parent), str(dataset)],
     )
-    train(trainer, work)
+    train(trainer, replace(work, store=str(store)))
     seen = json.loads(file.read_text())
     assert not [name for name, value in seen["environment"].items() if "secret" in value or name.startswith(("MEMTAIL_S3", "AWS_"))]
     assert seen["environment"]["HF_TOKEN"] == "of the code"
