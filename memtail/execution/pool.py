@@ -179,15 +179,15 @@ def _store(address: str) -> ObjectStore:
     return open_store(address, verify=False)
 
 
-_trainers: dict[tuple[str, str], ShardTrainer] = {}
+_trainers: dict[str, ShardTrainer] = {}
 
 
-def _trainer(device: str, store: str) -> ShardTrainer:
+def _trainer(device: str) -> ShardTrainer:
     """The trainer, kept from shard to shard."""
-    if (device, store) not in _trainers:
+    if device not in _trainers:
         end_trainers()
-        _trainers[device, store] = ShardTrainer(device, store)
-    return _trainers[device, store]
+        _trainers[device] = ShardTrainer(device)
+    return _trainers[device]
 
 
 def end_trainers() -> None:
@@ -199,7 +199,7 @@ def end_trainers() -> None:
 def _train(task: Task, shard: Shard) -> ShardResult:
     import torch
 
-    trainer, device = _trainer(task.device, task.store), torch.device(task.device)
+    trainer, device = _trainer(task.device), torch.device(task.device)
 
     def train(checkpoints: StoredCheckpoints) -> TrialBatch:
         return trainer.train(
@@ -208,6 +208,7 @@ def _train(task: Task, shard: Shard) -> ShardResult:
             shard,
             checkpoints,
             code=task.code,
+            store=task.store,
             on_progress=lambda fraction: _reports.put((shard, fraction)),
             profile=task.profile,
         )

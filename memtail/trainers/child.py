@@ -24,8 +24,8 @@ from memtail.trainers.function import Function
 from memtail.trainers.user_shard import hardware, train_user_shard
 from memtail.trials import TrialBatch
 
-# Least seconds between two reports of progress: code may report after each of a thousand steps a second.
-_REPORT_SECONDS = 0.1
+# Least seconds between two reports of progress of less than a step: code may report after each of a thousand updates a second.
+_REPORT_SECONDS, _REPORT_STEP = 0.1, 0.01
 # Most characters of an error's message and traceback.
 _LONGEST_MESSAGE, _LONGEST_TRACEBACK = 10_000, 100_000
 # Where an access was refused.
@@ -40,7 +40,7 @@ class _Parent:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._stopping = threading.Event()
-        self._reported = 0.0
+        self._reported = self._fraction = 0.0
         self._work: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._receive, daemon=True).start()
 
@@ -56,8 +56,8 @@ class _Parent:
     def progress(self, fraction: float) -> None:
         """Report the trained part of the shard."""
         now = time.monotonic()
-        if fraction == 1.0 or now - self._reported >= _REPORT_SECONDS:
-            self._reported = now
+        if abs(fraction - self._fraction) >= _REPORT_STEP or fraction >= 1 or now - self._reported >= _REPORT_SECONDS:
+            self._reported, self._fraction = now, fraction
             self.send({"progress": fraction})
 
     def finished(self, trial: int) -> None:

@@ -41,6 +41,8 @@ _POLL_SECONDS = 0.1
 _STOP_SECONDS = GRACE_SECONDS + 10.0
 # Seconds within which the process takes a message, and within which it ends once it is killed.
 _SEND_SECONDS, _END_SECONDS = 60.0, 30.0
+# Least seconds for imports, and for what memtail does after the last trial.
+_REST_SECONDS = 60.0
 # Largest checkpoint in bytes.
 _LARGEST_STATE = 4 << 30
 # Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
@@ -68,12 +70,14 @@ class Work:
         dataset: the experiment's dataset.
         shard: the shard.
         code: folder of the user's code.
+        store: address of the store; if it is a folder, user code has no access to it.
     """
 
     record: Record
     dataset: DatasetLabels
     shard: Shard
     code: Path
+    store: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The message that begins the training."""
@@ -97,13 +101,12 @@ class TrainerProcess:
 
     Args:
         device: as torch names it.
-        store: address of the store; if it is a folder, user code has no access to it.
     """
 
-    def __init__(self, device: str, store: str | None = None) -> None:
-        self._device, self._store = device, store
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._guardian: subprocess.Popen[bytes] | None = None
-        self._serves: tuple[str, Path] | None = None
+        self._serves: tuple[str, Path, str | None] | None = None
         self._trials = 0
 
     def train(
@@ -161,7 +164,7 @@ class TrainerProcess:
         shutil.rmtree(self._scratch, ignore_errors=True)  # of a guardian that was killed
 
     def _begin(self, work: Work) -> None:
-        serves = (work.record.fingerprint, work.code)
+        serves = (work.record.fingerprint, work.code, work.store)
         if self._guardian is not None and (self._serves != serves or self._guardian.poll() is not None):
             self.end()
         if self._guardian is None:
@@ -213,7 +216,7 @@ class TrainerProcess:
     def _accesses(self, work: Work, scratch: Path) -> dict[str, int] | None:
         if not has_landlock():
             return None
-        paths = restricted_paths(os.environ, self._store, work.dataset.folder, work.code, scratch)
+        paths = restricted_paths(os.environ, work.store, work.dataset.folder, work.code, scratch)
         return {str(path): int(access) for path, access in paths.items()}
 
     def _send(self, message: dict[str, Any], data: bytes = b"") -> None:
@@ -303,26 +306,30 @@ class _Limits:
     """
 
     def __init__(self, timeout: float | None, trials: int) -> None:
-        self._timeout, self._trials = timeout, trials
-        self._together, self._last = True, time.monotonic()
+        self._timeout, self._trials, self._together = timeout or float("inf"), trials, False
+        self._last, self._allowed = time.monotonic(), max(_REST_SECONDS, self._timeout * trials)
         #: When the process was told to stop.
         self.stopping: float | None = None
 
     def begin(self, together: bool) -> None:
         """Begin with the first trial, or with all trials together."""
         self._together, self._last = together, time.monotonic()
+        self._allowed = self._timeout * (self._trials if together else 1)
 
     def finished(self) -> None:
-        """Begin with the next trial."""
+        """Begin with the next trial, if there is one."""
+        self._trials -= 1
         if not self._together:
             self._last = time.monotonic()
+        if self._trials <= 0:
+            self._last, self._allowed = time.monotonic(), max(_REST_SECONDS, self._timeout)
 
     def check(self) -> None:
         """Raise if the time is over. Raises: TrainingStopped, TrainerError."""
         now = time.monotonic()
         if self.stopping is not None and now - self.stopping > _STOP_SECONDS:
             raise TrainingStopped
-        if self._timeout is not None and now - self._last > self._timeout * (self._trials if self._together else 1):
+        if now - self._last > self._allowed:
             raise TrainerError(f"a trial took longer than trainer.timeout, {self._timeout:g} s: raise it, or make the code faster")
 
 
@@ -355,7 +362,7 @@ def _checked(data: bytes, work: Work) -> TrialBatch:
             and bool((batch.membership == pack(members)).all())
         )
     except (ForeignObjectError, ValueError):
-        same = False
+        raise TrainerError("the trainer process returned what is no batch: the code wrote to the connection of memtail") from None
     if not same:
-        raise TrainerError("the trainer process returned what is no batch of the shard: the code wrote to the connection of memtail")
+        raise TrainerError("the trainer process returned a batch of other trials")
     return batch

@@ -15,12 +15,11 @@ class ShardTrainer:
 
     Args:
         device: to train on, as torch names it.
-        store: address of the store; if it is a folder, user code has no access to it.
     """
 
-    def __init__(self, device: str, store: str | None = None) -> None:
+    def __init__(self, device: str) -> None:
         self._device = device
-        self._process = TrainerProcess(device, store)
+        self._process = TrainerProcess(device)
         #: Whether this process can train further shards; not after an error of its device's driver.
         self.usable = True
 
@@ -32,6 +31,7 @@ class ShardTrainer:
         checkpoints: Checkpoints,
         *,
         code: Path | None = None,
+        store: str | None = None,
         on_progress: Callable[[float], None] = lambda fraction: None,
         on_step: Callable[[], None] = lambda: None,
         stop: Callable[[], bool] = lambda: False,
@@ -45,6 +45,7 @@ class ShardTrainer:
             shard: the shard.
             checkpoints: where its state is kept.
             code: folder of the user's code; by default the current folder.
+            store: address of the store; if it is a folder, user code has no access to it.
             on_progress: is called with the trained part of the shard, 0 to 1.
             on_step: is called when training has advanced.
             stop: is asked every few steps, or several times a second, whether to stop.
@@ -60,7 +61,7 @@ class ShardTrainer:
             Exception: the shard is at fault.
         """
         if not isinstance(record.experiment.trainer, ImagesTrainer):
-            work = Work(record, dataset, shard, (code or Path.cwd()).absolute())
+            work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store)
             return self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop)
         self._process.end()
         return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop, profile)

@@ -53,7 +53,7 @@ class TrainingTask:
         device: device to train on, as torch names it: `cpu`, `cuda:0`, ...
         options: `trainer.options` of the experiment file.
         dataset: the prepared dataset, opened.
-        workdir: an empty folder for temporary files, removed after the trial; the current folder while the trial is trained.
+        workdir: an empty folder for temporary files, emptied after the trial; the current folder while the trial is trained.
         checkpoint: a folder that is kept when training is interrupted, as it was at the last `save()`; empty in a new trial.
     """
 

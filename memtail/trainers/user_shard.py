@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -175,7 +175,7 @@ class _UserShard:
         missing = [row for row, trial in enumerate(self.trials) if trial not in self.state.arrays]
         groups = [missing] if self.train.takes_many and missing else [[row] for row in missing]
         for rows in groups:
-            with self._folder(rows) as tasks:
+            with self._folders(rows) as tasks:
                 outcomes = self.train(tasks)
             if not isinstance(outcomes, Sequence) or len(outcomes) != len(rows):
                 raise OutcomeError(f"train_many returned {_described(outcomes)} for {len(rows)} tasks: return a list of one Outcome each")
@@ -196,12 +196,12 @@ class _UserShard:
         self.caller.finished(trial)
 
     @contextmanager
-    def _folder(self, rows: list[int]) -> Iterator[list[TrainingTask]]:
+    def _folders(self, rows: list[int]) -> Iterator[list[TrainingTask]]:
         """Make the folders of some trials, and make the first one's the current folder."""
-        folder = Path(tempfile.mkdtemp(prefix="trial-"))
+        folders = [Path(_base().name, str(place)) for place in range(len(rows))]
         before, parts = Path.cwd(), dict.fromkeys(rows, 0.0)
         try:
-            tasks = [self._task(row, folder / str(self.trials[row]), parts) for row in rows]
+            tasks = [self._task(row, folder, parts) for row, folder in zip(rows, folders, strict=True)]
             if self.state.files:
                 with tarfile.open(fileobj=io.BytesIO(self.state.files)) as archive:
                     archive.extractall(tasks[0].checkpoint, filter="data")
@@ -209,12 +209,13 @@ class _UserShard:
             yield tasks
         finally:
             os.chdir(before)
-            shutil.rmtree(folder, ignore_errors=True)
+            for folder in folders:
+                _empty(folder)
 
     def _task(self, row: int, folder: Path, parts: dict[int, float]) -> TrainingTask:
         workdir, checkpoint = folder / "work", folder / "checkpoint"
         for path in (workdir, checkpoint):
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
 
         def report(fraction: float, metrics: Mapping[str, float]) -> None:
             parts[row] = min(max(float(fraction), 0.0), 1.0)
@@ -246,6 +247,21 @@ class _UserShard:
         self.saved_at = time.monotonic()
 
 
+@cache
+def _base() -> "tempfile.TemporaryDirectory[str]":
+    """The folder with the folders of trials, which stay from trial to trial: to make and remove them can take longer than training."""
+    return tempfile.TemporaryDirectory(prefix="trials-", ignore_cleanup_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a trial has left in its folder."""
+    with suppress(OSError):  # one is missing, or is no folder any more
+        work, checkpoint = folder / "work", folder / "checkpoint"
+        if {*folder.iterdir()} == {work, checkpoint} and not any(work.iterdir()) and not any(checkpoint.iterdir()):
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _described(outcomes: object) -> str:
     return f"{len(outcomes)} outcomes" if isinstance(outcomes, Sequence) else type(outcomes).__name__
 
@@ -259,7 +275,7 @@ def _packed(folder: Path) -> bytes:
 
 @cache
 def hardware(device: str) -> tuple[str, str]:
-    """Return the names of the device and the processor, as batches of the built-in trainer have them. Imports torch, which takes seconds."""
+    """Return the names of the device and the processor, as batches of the built-in trainer have them. Imports torch."""
     import torch
 
     from memtail.trainers.images.devices import cpu_name, device_name

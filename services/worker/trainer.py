@@ -239,7 +239,7 @@ class Trainer:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
 
         lease.progress()
-        self._shard_trainer = self._shard_trainer or ShardTrainer(str(device), self._store.address)
+        self._shard_trainer = self._shard_trainer or ShardTrainer(str(device))
         try:
             batch = self._shard_trainer.train(
                 record,
@@ -247,6 +247,7 @@ class Trainer:
                 shard,
                 checkpoints,
                 code=code_folder(record),
+                store=self._store.address,
                 on_step=lease.progress,
                 stop=interrupted,
                 profile=self._shards % _PROFILED == 0,

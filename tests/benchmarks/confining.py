@@ -13,7 +13,7 @@ from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
 from tests.benchmarks.bench import Row
 
-REPETITIONS, TRIALS = 12, 128
+REPETITIONS, TRIALS = 10, 64
 _CODE = Path(__file__).parents[1] / "support"
 
 

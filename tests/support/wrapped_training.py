@@ -14,7 +14,5 @@ def train_many(tasks):
     experiment, dataset = memtail.Experiment.parse(tasks[0].options["experiment"]), tasks[0].dataset
     batch = memtail.train_shard(experiment, dataset, [task.trial for task in tasks], torch.device(tasks[0].device))
     train_correct, test_correct = unpack(batch.train_correct, batch.n_train), unpack(batch.test_correct, batch.n_test)
-    return [
-        memtail.Outcome(train_correct[row], test_correct[row], metrics={"loss": entry.loss or 0.0})
-        for row, entry in enumerate(batch.metrics)
-    ]
+    losses = [float("nan") if entry.loss is None else entry.loss for entry in batch.metrics]
+    return [memtail.Outcome(train_correct[row], test_correct[row], metrics={"loss": loss}) for row, loss in enumerate(losses)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,9 @@ def temporary(monkeypatch):
 
 
 @pytest.fixture
-def trainer(tmp_path, temporary):
+def trainer(temporary):
     """A trainer that leaves no process and no folder."""
-    made = TrainerProcess("cpu", str(tmp_path / "store"))
+    made = TrainerProcess("cpu")
     yield made
     made.end()
     assert not list(temporary.iterdir())
@@ -111,7 +112,7 @@ FATAL = {
     "close_the_connection": "the trainer process ended with exit code 1",
     "send_garbage": "the trainer process sent no message",
     "send_text": "the trainer process sent no message",
-    "forge_a_batch": "the trainer process returned what is no batch of the shard",
+    "forge_a_batch": "the trainer process returned what is no batch",
 }
 
 
@@ -233,7 +234,7 @@ def test_user_code_sees_no_credentials_and_no_store(trainer, digits, tmp_path, f
         ],
         remove=[str(object_file), str(object_file.parent), str(dataset)],
     )
-    train(trainer, work)
+    train(trainer, replace(work, store=str(store)))
     seen = json.loads(file.read_text())
     assert not [name for name, value in seen["environment"].items() if "secret" in value or name.startswith(("MEMTAIL_S3", "AWS_"))]
     assert seen["environment"]["HF_TOKEN"] == "of the code"

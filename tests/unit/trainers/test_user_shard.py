@@ -80,7 +80,7 @@ def test_a_task_has_the_subset_of_its_trial_a_seed_and_folders(shard, experiment
         assert task.subset.dtype == np.int64
         np.testing.assert_array_equal(task.subset, np.flatnonzero(row))
         assert 0 <= task.seed < 2**63
-        assert not task.workdir.exists()
+        assert not any(task.workdir.iterdir())
     assert len({task.seed for task in train.tasks}) == 3
     assert [each[:3] for each in seen] == [(True, True, [])] * 3
     assert [each[3] for each in seen] == [True, not many, not many]
