@@ -29,13 +29,19 @@ class Deployment:
         spec: file of the experiment to train.
         out: folder that the command line writes to.
         workers: number of workers.
+        code: folder of training code.
     """
 
-    def __init__(self, spec: Path, out: Path, workers: int) -> None:
+    def __init__(self, spec: Path, out: Path, workers: int, code: Path) -> None:
         self.project, self._workers = f"memtail-e2e-{os.getpid()}", workers
         user = os.getuid() or 1000
         os.chown(out, user, -1)
-        settings = {"MEMTAIL_SPEC": str(spec), "MEMTAIL_OUT": str(out), "MEMTAIL_USER": f"{user}:{os.getgid() or 1000}"}
+        settings = {
+            "MEMTAIL_SPEC": str(spec),
+            "MEMTAIL_OUT": str(out),
+            "MEMTAIL_USER": f"{user}:{os.getgid() or 1000}",
+            "CODE_FOLDER": str(code),
+        }
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MEMTAIL_", "COMPOSE_"))}
         self._environment = {**inherited, **settings}
 

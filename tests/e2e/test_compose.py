@@ -1,7 +1,9 @@
 """`docker compose up`, from a build to scores: run by `make e2e`."""
 
 import html
+import io
 import json
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +22,7 @@ from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
+from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from tests.e2e.deployment import PROJECT, Deployment, build_images, docker, prepare_images, service_of
 
@@ -41,15 +44,27 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example of a command, with fewer trials, in a folder below that of the training code."""
+    folder = tmp_path_factory.mktemp("code")
+    shutil.copytree(PROJECT / "examples/command", folder / "command")
+    path = folder / "command/neighbours.yaml"
+    declared = yaml.safe_load(path.read_text()) | {"subsets": {"trials": 24}, "execution": {"trials_per_shard": 6, "device": "cpu"}}
+    path.write_text(yaml.safe_dump(declared))
+    folder.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("out")
 
 
 @pytest.fixture(scope="module")
-def deployment(spec: Path, out: Path) -> Iterator[Deployment]:
+def deployment(spec: Path, out: Path, code: Path) -> Iterator[Deployment]:
     """A system that trained all trials although one of its workers was killed."""
     prepare_images()
-    deployment = Deployment(spec, out, WORKERS)
+    deployment = Deployment(spec, out, WORKERS, code)
     print(f"\nimages built in {build_images():.0f} s")
     try:
         began = time.monotonic()
@@ -125,6 +140,21 @@ def test_a_study_is_trained_by_the_workers_and_shown_in_the_explorer(deployment:
         return html.unescape(_explored(deployment, "/studies").decode())
 
     deployment.until(lambda: all(result["title"] in page() for result in results), 60)
+
+
+def test_a_command_of_the_user_trains_in_the_workers_as_in_an_embedded_run(deployment: Deployment, code: Path, tmp_path: Path) -> None:
+    deployment.compose("run", "--rm", "--no-deps", "submit", "memtail", "submit", "/code/command/neighbours.yaml")
+    store = deployment.store()
+    deployment.until(lambda: progress_of(store, "neighbours").ending == "published", 300)
+    assert progress_of(store, "neighbours").failed_attempts == 0
+    run(Experiment.load(code / "command/neighbours.yaml"), tmp_path)
+    tables = []
+    for scored in (store, LocalStore(tmp_path)):
+        pointer = latest_version(scored, "neighbours")
+        assert pointer
+        data = scored.get(keys.scores("neighbours", pointer.version) + "memorization.parquet")
+        tables.append(pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict())
+    assert tables[0] == tables[1]
 
 
 def test_all_containers_are_healthy_except_the_killed_worker(deployment: Deployment) -> None:
