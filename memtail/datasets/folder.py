@@ -28,6 +28,9 @@ from memtail.errors import DatasetError
 from memtail.processes import cores, follow_parent
 from memtail.spec import DatasetSpec
 
+# Images that a process decodes in about the time in which another one starts.
+_IMAGES_PER_START = 256
+
 
 class _Chunk(NamedTuple):
     """Consecutive images of a split."""
@@ -68,7 +71,9 @@ def prepare_folder(tree: ImageTree, spec: DatasetSpec, target: Path, unusable: P
     Raises:
         DatasetError: files are damaged and not to be left out, or cannot be read; or images differ in size without a resolution.
     """
-    pool = ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn"), initializer=_begin_to_decode)
+    images = len(tree.train.files) + len(tree.test.files)
+    processes = min(cores(), -(-images // _IMAGES_PER_START))
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_to_decode)
     with pool:
         try:
             return _Preparation(tree, spec, target, pool).to_the_end(unusable, on_progress)
