@@ -197,7 +197,7 @@ def test_other_code_than_the_experiments_is_left_alone(train, declared, code, sm
 def test_a_forged_batch_is_refused(train, declared):
     act = "shard = sys.modules['memtail.trainers.user_shard']; make = shard.make_batch\n"
     act += "if task.trial == 0: shard.make_batch = lambda dataset, trials, members, *rest: make(dataset, trials, ~members, *rest)"
-    with pytest.raises(TrainerError, match="returned what is no batch of the shard"):
+    with pytest.raises(TrainerError, match="returned a batch of other trials"):
         train(declared(act=act))
 
 
