@@ -3,7 +3,9 @@
 import html
 import io
 import json
+import os
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -142,11 +144,14 @@ def test_a_study_is_trained_by_the_workers_and_shown_in_the_explorer(deployment:
     deployment.until(lambda: all(result["title"] in page() for result in results), 60)
 
 
-def test_a_command_of_the_user_trains_in_the_workers_as_in_an_embedded_run(deployment: Deployment, code: Path, tmp_path: Path) -> None:
+def test_a_command_of_the_user_trains_in_the_workers_as_in_an_embedded_run(
+    deployment: Deployment, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     deployment.compose("run", "--rm", "--no-deps", "submit", "memtail", "submit", "/code/command/neighbours.yaml")
     store = deployment.store()
     deployment.until(lambda: progress_of(store, "neighbours").ending == "published", 300)
     assert progress_of(store, "neighbours").failed_attempts == 0
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))  # of the command's Python
     run(Experiment.load(code / "command/neighbours.yaml"), tmp_path)
     tables = []
     for scored in (store, LocalStore(tmp_path)):
