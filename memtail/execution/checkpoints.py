@@ -13,7 +13,7 @@ log = structlog.get_logger()
 
 
 class StoredCheckpoints:
-    """`memtail.trainers.images.Checkpoints` of one shard.
+    """`memtail.trainers.checkpoints.Checkpoints` of one shard.
 
     A checkpoint only saves time, so a store that refuses one never ends training: the refusal is logged.
 

@@ -19,16 +19,6 @@ from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch, TrialMetrics, unpack
 
 
-class _NoCheckpoints:
-    """Keeps nothing: a check begins each trial afresh."""
-
-    def load(self) -> bytes | None:
-        return None
-
-    def save(self, state: bytes) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class TrainerCheck:
     """What one trial says about its trainer.
@@ -146,7 +136,7 @@ class TrainerChecker:
         return Repetition(compared.bits + compared.margins, second.provenance.seconds or 0.0)
 
     def _train(self) -> TrialBatch:
-        return self._trainer.train(self._record, self._dataset, self._shard, _NoCheckpoints(), code=self._folder)
+        return self._trainer.train(self._record, self._dataset, self._shard, None, code=self._folder)
 
 
 def _warnings(batch: TrialBatch) -> list[str]:

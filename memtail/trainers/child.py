@@ -21,7 +21,7 @@ from memtail.spec.trainer import UserTrainer, code_digest
 from memtail.trainers.channel import Channel
 from memtail.trainers.command import Command
 from memtail.trainers.function import Function
-from memtail.trainers.user_shard import hardware, train_user_shard
+from memtail.trainers.user_shard import train_user_shard
 from memtail.trials import TrialBatch
 
 # Least seconds between two reports of progress of less than a step: code may report after each of a thousand updates a second.
@@ -111,7 +111,6 @@ class _Child:
             dataset = self._dataset(work["dataset"])
         except (DatasetError, OSError) as error:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
-        hardware(device)  # before the time of a trial is measured
         if self._trainer is None:
             declared = _checked(experiment, code, work["trainer_code"])
             # from here on nothing that is raised is the fault of this machine

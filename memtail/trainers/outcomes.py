@@ -1,10 +1,6 @@
-"""Checks outcomes of training code of the user's own, and packs them into trial batches."""
+"""Checks outcomes of training code of the user's own."""
 
-import platform
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -13,7 +9,6 @@ import numpy.typing as npt
 from memtail.datasets import DatasetLabels
 from memtail.errors import OutcomeError
 from memtail.trainers.task import Outcome
-from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
 
 #: Largest difference between in-subset and held-out accuracy, in standard errors, at which outcomes look like those of another order.
 _SAME = 2.0
@@ -111,105 +106,3 @@ def looks_permuted(members: npt.NDArray[np.bool_], train_correct: npt.NDArray[np
         return False
     error = np.sqrt(inside.var() / len(inside) + outside.var() / len(outside))
     return bool(inside.mean() - outside.mean() <= _SAME * error)
-
-
-def make_batch(
-    dataset: DatasetLabels,
-    trials: Sequence[int],
-    members: npt.NDArray[np.bool_],
-    arrays: Sequence[Mapping[str, npt.NDArray[Any]]],
-    metrics: Sequence[Mapping[str, float]],
-    provenance: Provenance,
-) -> TrialBatch:
-    """Pack the outcomes of some trials into a batch. A trial whose loss or margins are not numbers is diverged: its bits are 0.
-
-    Args:
-        dataset: the dataset of the k trials.
-        trials: their indices.
-        members: bool [k, n], their subsets.
-        arrays: of each trial, as `check_outcome` returns them.
-        metrics: of each trial, as the trainer returned them.
-        provenance: of the batch.
-    """
-    stacked = {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
-    losses = [each.get("loss") for each in metrics]
-    diverged = np.array([loss is not None and not np.isfinite(loss) for loss in losses])
-    for name in ("train_margin", "test_margin"):
-        if name in stacked:
-            diverged |= np.isnan(stacked[name]).any(1)
-    train_correct = stacked["train_correct"] & ~diverged[:, None]
-    test_correct = stacked["test_correct"] & ~diverged[:, None]
-    further = [{name: float(value) for name, value in each.items() if name != "loss" and np.isfinite(value)} for each in metrics]
-    known = np.array([np.nan if loss is None else loss for loss in losses], dtype=np.float64)
-    return TrialBatch(
-        trial=np.array(trials).astype(np.int32),
-        membership=pack(members),
-        train_correct=pack(train_correct),
-        test_correct=pack(test_correct),
-        n_train=dataset.n_train,
-        n_test=dataset.n_test,
-        metrics=describe_trials(trials, members, train_correct, test_correct, known, diverged, further),
-        provenance=provenance,
-        train_margin=stacked.get("train_margin"),
-        test_margin=stacked.get("test_margin"),
-    )
-
-
-def describe_trials(
-    trials: Sequence[int],
-    members: npt.NDArray[np.bool_],
-    train_correct: npt.NDArray[np.bool_],
-    test_correct: npt.NDArray[np.bool_],
-    losses: npt.NDArray[np.float64],
-    diverged: npt.NDArray[np.bool_],
-    further: Sequence[dict[str, float]] = (),
-) -> list[TrialMetrics]:
-    """Return the metrics of some trials.
-
-    Args:
-        trials: their k indices.
-        members: bool [k, n].
-        train_correct: bool [k, n].
-        test_correct: bool [k, q].
-        losses: float64 [k]; NaN where unknown.
-        diverged: bool [k].
-        further: of each trial, numbers that the trainer returned.
-    """
-    return [
-        TrialMetrics(
-            trial=int(trial),
-            diverged=bool(diverged[row]),
-            loss=float(losses[row]) if np.isfinite(losses[row]) else None,
-            in_subset_accuracy=float(train_correct[row, members[row]].mean()),
-            held_out_accuracy=None if members[row].all() else float(train_correct[row, ~members[row]].mean()),
-            test_accuracy=float(test_correct[row].mean()),
-            further=(further[row] or None) if further else None,
-        )
-        for row, trial in enumerate(trials)
-    ]
-
-
-def describe_training(fingerprint: str, device: str, cpu: str, started: datetime, seconds: float) -> Provenance:
-    """Return a batch's provenance.
-
-    Args:
-        fingerprint: of the experiment.
-        device: name of the device.
-        cpu: kind of processor.
-        started: when, with its time zone.
-        seconds: how long it took.
-    """
-    torch = None
-    with suppress(PackageNotFoundError):  # reading it from the module would import torch, which the trainer may not need
-        torch = version("torch")
-    return Provenance(
-        fingerprint=fingerprint,
-        memtail=version("memtail"),
-        torch=torch,
-        python=platform.python_version(),
-        host=platform.node(),
-        device=device,
-        cpu=cpu,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(seconds, 3),
-    )

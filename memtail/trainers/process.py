@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -26,6 +26,7 @@ from memtail.experiment_store import Record
 from memtail.processes import hide
 from memtail.subsets import membership
 from memtail.trainers.channel import Channel
+from memtail.trainers.checkpoints import Checkpoints
 from memtail.trainers.command import GRACE_SECONDS, describe_exit
 from memtail.trainers.confinement import has_landlock, restricted_paths, trainer_environment
 from memtail.trainers.output import Output
@@ -47,18 +48,6 @@ _REST_SECONDS = 60.0
 _LARGEST_STATE = 4 << 30
 # Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from memtail.trainers.guardian import main; main()"
-
-
-class Checkpoints(Protocol):
-    """The place where the state of one unfinished shard is kept."""
-
-    def load(self) -> bytes | None:
-        """Return the state saved last, None if there is none."""
-        ...
-
-    def save(self, state: bytes) -> None:
-        """Replace the saved state."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -112,7 +101,7 @@ class TrainerProcess:
     def train(
         self,
         work: Work,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | None,
         *,
         on_progress: Callable[[float], None],
         on_step: Callable[[], None],
@@ -122,7 +111,7 @@ class TrainerProcess:
 
         Args:
             work: the shard.
-            checkpoints: where its state is kept.
+            checkpoints: where its state is kept, if anywhere.
             on_progress: is called with the trained part of the shard, 0 to 1.
             on_step: is called when training has advanced; several times a second while code is at work that has never reported progress.
             stop: is asked several times a second whether to stop.
@@ -133,7 +122,7 @@ class TrainerProcess:
             UnsupportedError: the code on this machine is not the experiment's.
             WorkerFaultError: the process cannot be started, or cannot open the dataset.
         """
-        state = checkpoints.load()
+        state = checkpoints.load() if checkpoints else None
         self._begin(work)
         usable = False
         try:
@@ -236,7 +225,7 @@ class TrainerProcess:
     def _follow(
         self,
         work: Work,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | None,
         on_progress: Callable[[float], None],
         on_step: Callable[[], None],
         stop: Callable[[], bool],
@@ -268,7 +257,8 @@ class TrainerProcess:
                     limits.finished()
                     on_step()
                 case {"save": _}:
-                    checkpoints.save(data)
+                    if checkpoints:
+                        checkpoints.save(data)
                 case {"batch": _}:
                     return _checked(data, work)
                 case {"error": str(kind), "message": str(text), "traceback": str(trace)}:

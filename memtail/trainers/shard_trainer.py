@@ -6,7 +6,8 @@ from pathlib import Path
 from memtail.datasets import Dataset, as_images
 from memtail.experiment_store import Record
 from memtail.spec import ImagesTrainer
-from memtail.trainers.process import Checkpoints, TrainerProcess, Work
+from memtail.trainers.checkpoints import Checkpoints
+from memtail.trainers.process import TrainerProcess, Work
 from memtail.trials import Shard, TrialBatch
 
 
@@ -28,7 +29,7 @@ class ShardTrainer:
         record: Record,
         dataset: Dataset,
         shard: Shard,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | None,
         *,
         code: Path | None = None,
         store: str | None = None,
@@ -75,7 +76,7 @@ class ShardTrainer:
         record: Record,
         dataset: Dataset,
         shard: Shard,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | None,
         on_progress: Callable[[float], None],
         on_step: Callable[[], None],
         stop: Callable[[], bool],

@@ -17,15 +17,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import structlog
+import torch
 
 from memtail.datasets import Dataset
 from memtail.errors import OutcomeError
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment
 from memtail.subsets import membership
-from memtail.trainers.outcomes import check_outcome, describe_training, looks_permuted, make_batch
+from memtail.trainers.images.devices import cpu_name, device_name
+from memtail.trainers.outcomes import check_outcome, looks_permuted
 from memtail.trainers.task import TrainingTask
-from memtail.trials import TrialBatch
+from memtail.trainers.trial_batch import describe_training, pack_trials
+from memtail.trials import Provenance, TrialBatch
 
 log = structlog.get_logger()
 
@@ -134,9 +137,11 @@ def train_user_shard(
     shard = _UserShard(experiment, fingerprint, dataset, list(trials), members, device, train, caller)
     shard.resume(checkpoint)
     shard.run()
-    seconds = time.perf_counter() - began  # before torch is imported
+    seconds = time.perf_counter() - began
     compared = tuple(name for name in _COMPARED if name in (shard.compared or ()))
-    provenance = replace(describe_training(fingerprint, *hardware(device), started, seconds), compared=compared or None)
+    provenance = replace(
+        describe_training(fingerprint, device_name(torch.device(device)), cpu_name(), started, seconds), compared=compared or None
+    )
     arrays, metrics = [shard.state.arrays[trial] for trial in trials], [shard.state.metrics[trial] for trial in trials]
     batch = make_batch(dataset, trials, members, arrays, metrics, provenance)
     ordered = any(name.startswith("train") for name in compared)
@@ -273,11 +278,38 @@ def _packed(folder: Path) -> bytes:
     return buffer.getvalue()
 
 
-@cache
-def hardware(device: str) -> tuple[str, str]:
-    """Return the names of the device and the processor, as batches of the built-in trainer have them. Imports torch."""
-    import torch
+def make_batch(
+    dataset: Dataset,
+    trials: Sequence[int],
+    members: npt.NDArray[np.bool_],
+    arrays: Sequence[Mapping[str, npt.NDArray[Any]]],
+    metrics: Sequence[Mapping[str, float]],
+    provenance: Provenance,
+) -> TrialBatch:
+    """Pack what trials returned. One whose loss or margins are not numbers is diverged: its bits are 0.
 
-    from memtail.trainers.images.devices import cpu_name, device_name
-
-    return device_name(torch.device(device)), cpu_name()
+    Args:
+        dataset: the dataset of the k trials.
+        trials: their indices.
+        members: bool [k, n], their subsets.
+        arrays: of each trial, as `check_outcome` returns them.
+        metrics: likewise.
+        provenance: of the batch.
+    """
+    stacked = {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
+    diverged = np.array([not np.isfinite(each.get("loss", 0.0)) for each in metrics])
+    margins = {name: array for name, array in stacked.items() if name.endswith("_margin")}
+    for array in margins.values():
+        diverged |= np.isnan(array).any(1)
+    return pack_trials(
+        dataset,
+        trials,
+        members,
+        stacked["train_correct"],
+        stacked["test_correct"],
+        np.array([each.get("loss", np.nan) for each in metrics]),
+        diverged,
+        provenance,
+        further=[{name: value for name, value in each.items() if name != "loss" and np.isfinite(value)} for each in metrics],
+        **margins,
+    )

@@ -17,14 +17,6 @@ REPETITIONS, TRIALS = 10, 64
 _CODE = Path(__file__).parents[1] / "support"
 
 
-class _NoCheckpoints:
-    def load(self) -> None:
-        return None
-
-    def save(self, state: bytes) -> None:
-        pass
-
-
 def trainer_process() -> list[Row]:
     """Measure the time per trial of whole shards, alternately; the start of the process counts on neither side."""
     spec = {"dataset": {"name": "digits"}, "subsets": {"trials": 10**6}}
@@ -39,7 +31,7 @@ def trainer_process() -> list[Row]:
     times: dict[str, list[float]] = {name: [] for name in records}
 
     def train(name: str, record: Record, shard: Shard) -> TrialBatch:
-        return trainers[name].train(record, dataset, shard, _NoCheckpoints(), code=_CODE)
+        return trainers[name].train(record, dataset, shard, None, code=_CODE)
 
     try:
         for repetition in range(REPETITIONS + 1):

@@ -16,6 +16,7 @@ from memtail.execution.embedded import run
 from memtail.spec import Experiment
 from memtail.trainers.process import TrainerProcess, Work
 from memtail.trials import Shard, unpack
+from tests.support.checkpoints import KeptCheckpoints
 from tests.support.cli import command
 
 _FIRST = Shard(0, 3)
@@ -42,19 +43,6 @@ def train(task):
     task.report(0.5)
     return outcome(task)
 """
-
-
-class Kept:
-    """Checkpoints in memory."""
-
-    def __init__(self):
-        self.state = None
-
-    def load(self):
-        return self.state
-
-    def save(self, state):
-        self.state = state
 
 
 @pytest.fixture
@@ -88,7 +76,7 @@ def train(small, code):
     def train(experiment, shard=_FIRST, kept=None, **callbacks):
         silent = {"on_progress": lambda fraction: None, "on_step": lambda: None, "stop": lambda: False}
         work = Work(make_record(experiment, small, 4), small, shard, code)
-        return process.train(work, kept or Kept(), **silent | callbacks)
+        return process.train(work, kept or KeptCheckpoints(), **silent | callbacks)
 
     yield train
     process.end()
@@ -166,7 +154,7 @@ if task.trial == 2 and not any(task.checkpoint.iterdir()):
     raise memtail.TrainingStopped
 open({str(tmp_path / "trained")!r}, "a").write(f"{{task.trial}} {{[path.name for path in task.checkpoint.iterdir()]}}\\n")
 """
-    kept, fractions = Kept(), []
+    kept, fractions = KeptCheckpoints(), []
     with pytest.raises(TrainingStopped):
         train(declared(act=act), kept=kept, on_progress=fractions.append, stop=lambda: bool(fractions) and fractions[-1] > 0.5)
     batch = train(declared(act=act), kept=kept)
@@ -186,11 +174,11 @@ def test_other_code_than_the_experiments_is_left_alone(train, declared, code, sm
     (code / "mine.py").write_text("def train(task): return None")
     process = TrainerProcess("cpu")
     with pytest.raises(UnsupportedError, match=r"its training code differs from that in .*: digest [0-9a-f]{12}, here [0-9a-f]{12}"):
-        process.train(work, Kept(), on_progress=print, on_step=lambda: None, stop=lambda: False)
+        process.train(work, KeptCheckpoints(), on_progress=print, on_step=lambda: None, stop=lambda: False)
     (code / "mine.py").unlink()
     process.end()
     with pytest.raises(UnsupportedError, match=r"its training code is not on this machine: trainer\.function: there is no module 'mine'"):
-        process.train(work, Kept(), on_progress=print, on_step=lambda: None, stop=lambda: False)
+        process.train(work, KeptCheckpoints(), on_progress=print, on_step=lambda: None, stop=lambda: False)
     process.end()
 
 

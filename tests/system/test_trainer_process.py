@@ -22,25 +22,13 @@ from memtail.storage.local import LocalStore
 from memtail.trainers import landlock, process
 from memtail.trainers.process import TrainerProcess, Work
 from memtail.trials import Shard
+from tests.support.checkpoints import KeptCheckpoints
 from tests.support.cli import MEMTAIL
 
 CODE = Path(__file__).parents[1] / "support"
 TRIALS = 4
 
 needs_landlock = pytest.mark.skipif(not landlock.version(), reason="needs Landlock")
-
-
-class Checkpoints:
-    """Checkpoints in memory."""
-
-    def __init__(self):
-        self.state = None
-
-    def load(self):
-        return self.state
-
-    def save(self, state):
-        self.state = state
 
 
 def hostile(digits, acts, timeout=None, **options):
@@ -51,7 +39,7 @@ def hostile(digits, acts, timeout=None, **options):
 
 
 def train(trainer, work, checkpoints=None, stop=lambda: False, on_step=lambda: None):
-    return trainer.train(work, checkpoints or Checkpoints(), on_progress=lambda fraction: None, on_step=on_step, stop=stop)
+    return trainer.train(work, checkpoints or KeptCheckpoints(), on_progress=lambda fraction: None, on_step=on_step, stop=stop)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ depend on the caller. On a CPU it computes on one thread, so that the bits do no
 """
 
 from memtail.errors import TrainingStopped
-from memtail.trainers.images.checkpoint import Checkpoints
+from memtail.trainers.checkpoints import Checkpoints
 from memtail.trainers.images.shard import Progress, train_shard
 
 __all__ = ["Checkpoints", "Progress", "TrainingStopped", "train_shard"]

@@ -1,4 +1,4 @@
-"""Checkpoints of one unfinished shard: their format, and the protocol of the place where they are kept.
+"""Format of the checkpoints of one unfinished shard.
 
 A checkpoint holds the results of the stacks already trained and the state of the stack in training. Its layout has a number, and
 `decode` refuses every other one: a checkpoint that cannot be restored is dropped and costs the time since the shard began, never a result.
@@ -6,7 +6,7 @@ A checkpoint holds the results of the stacks already trained and the state of th
 
 import io
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,18 +17,6 @@ from memtail.trainers.images.stack_trainer import StackResult
 LAYOUT = 2
 
 _OUTCOMES = ("correct", "predicted_class", "margin", "finite")
-
-
-class Checkpoints(Protocol):
-    """The place where the state of one unfinished shard is kept."""
-
-    def load(self) -> bytes | None:
-        """Return the state saved last, None if there is none."""
-        ...
-
-    def save(self, state: bytes) -> None:
-        """Replace the saved state."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,13 +16,15 @@ from memtail.errors import TrainingStopped
 from memtail.models import build_model
 from memtail.spec import Experiment
 from memtail.subsets import membership
-from memtail.trainers.images.checkpoint import Checkpoints, ShardState, decode, encode
-from memtail.trainers.images.devices import attributed, device_kind, is_out_of_memory, reproducible
+from memtail.trainers.checkpoints import Checkpoints
+from memtail.trainers.images.checkpoint import ShardState, decode, encode
+from memtail.trainers.images.devices import attributed, cpu_name, device_kind, device_name, is_out_of_memory, reproducible
 from memtail.trainers.images.images import device_images
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.stack import is_stackable
 from memtail.trainers.images.stack_trainer import StackedRun, StackResult
-from memtail.trainers.images.trial_batch import concatenate, describe_training, make_trial_batch
+from memtail.trainers.images.trial_batch import concatenate, make_trial_batch
+from memtail.trainers.trial_batch import describe_training
 from memtail.trials import TrialBatch
 
 log = structlog.get_logger()
@@ -90,7 +92,11 @@ def train_shard(
         with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, stop, fingerprint, phases)
             result = shard.run()
-        provenance = describe_training(fingerprint, device, shard.kinds, started, time.perf_counter() - began, phases)
+        provenance = replace(
+            describe_training(fingerprint, device_name(device), cpu_name(), started, time.perf_counter() - began),
+            devices=tuple(shard.kinds) if len(shard.kinds) > 1 else None,  # it was resumed on another
+            phases={phase: round(spent, 3) for phase, spent in phases.seconds.items()} if phases.on else None,
+        )
         return make_trial_batch(dataset, trials, members, result, provenance)
 
 

@@ -17,15 +17,6 @@ RECORD, REMOVAL, END, MARKER = ("put", "/discarded/"), ("delete", "/trials/"), (
 STEPS = pytest.mark.parametrize("step", [RECORD, REMOVAL, END, MARKER], ids=["record", "removal", "end", "marker"])
 
 
-@pytest.fixture
-def trained(tmp_path, declare, digits):
-    """An experiment of two shards, both committed."""
-    made = Trained(tmp_path / "store", declare, digits, 16)
-    made.commit(0)
-    made.commit(8)
-    return made
-
-
 def discard(experiment_store, *actions, shard=BAD):
     """Discard a shard; `actions` are steps with functions that are called before them."""
     pending = list(actions)

@@ -16,18 +16,8 @@ from memtail.scores.pointer import latest_version
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
-from tests.unit.execution.test_aggregation import Trained
 
 SHARDS = [Shard(0, 7), Shard(8, 15)]
-
-
-@pytest.fixture
-def trained(tmp_path, declare, digits):
-    """An experiment of two shards, both committed."""
-    made = Trained(tmp_path / "store", declare, digits, 16)
-    made.commit(0)
-    made.commit(8)
-    return made
 
 
 def finish(trained):

@@ -9,8 +9,10 @@ import torch
 
 from memtail.datasets import DatasetLabels
 from memtail.errors import OutcomeError
-from memtail.trainers.outcomes import check_outcome, describe_training, looks_permuted, make_batch
+from memtail.trainers.outcomes import check_outcome, looks_permuted
 from memtail.trainers.task import Outcome
+from memtail.trainers.trial_batch import describe_training
+from memtail.trainers.user_shard import make_batch
 from memtail.trials import Provenance, TrialBatch, unpack
 
 N, Q = 6, 3

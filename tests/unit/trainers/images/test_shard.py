@@ -17,7 +17,7 @@ from memtail.datasets import prepare
 from memtail.errors import SpecError
 from memtail.models import build_model, check_model
 from memtail.spec import Constant, Cosine, Linear, NamedModel, ScheduleSpec, Sgd, Step
-from memtail.trainers.images import devices, stack_trainer, train_shard, trial_batch
+from memtail.trainers.images import devices, stack_trainer, train_shard
 from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
 from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
@@ -346,7 +346,7 @@ def test_a_shard_that_is_resumed_on_another_kind_of_device_names_all_kinds_in_or
     assert first.kind == f"{first.device}, {first.cpu}"
     assert torch.backends.cpu.get_cpu_capability() in first.cpu
     monkeypatch.setattr(devices, "cpu_name", lambda: "another processor")
-    monkeypatch.setattr(trial_batch, "cpu_name", lambda: "another processor")
+    monkeypatch.setattr(shard_module, "cpu_name", lambda: "another processor")
     second = train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints).provenance
     assert second.devices == (first.kind, second.kind)
     assert second.kind == f"{first.device}, another processor"

@@ -1,0 +1,15 @@
+"""Protocol of the place where the state of one unfinished shard is kept."""
+
+from typing import Protocol
+
+
+class Checkpoints(Protocol):
+    """The place where the state of one unfinished shard is kept."""
+
+    def load(self) -> bytes | None:
+        """Return the state saved last, None if there is none."""
+        ...
+
+    def save(self, state: bytes) -> None:
+        """Replace the saved state."""
+        ...
