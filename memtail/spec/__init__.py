@@ -4,6 +4,7 @@ No module of this package imports torch.
 """
 
 from memtail.spec.cluster import Toleration, WorkersSpec
+from memtail.spec.dataset import DatasetSpec, TableColumns
 from memtail.spec.errors import differences
 from memtail.spec.experiment import (
     NAME,
@@ -11,7 +12,6 @@ from memtail.spec.experiment import (
     Cnn,
     Constant,
     Cosine,
-    DatasetSpec,
     ExecutionSpec,
     Experiment,
     Linear,
@@ -23,7 +23,6 @@ from memtail.spec.experiment import (
     Sgd,
     Step,
     SubsetsSpec,
-    TableColumns,
     TrainingSpec,
     UntilSpec,
 )
