@@ -8,6 +8,7 @@ Schema 1, for k trials on n training and q test examples:
 * `train_mistakes` uint16 [w], the predicted classes of the misclassified training examples, trial by trial in the order of the examples,
   without diverged trials. Batches of memtail's first versions lack it.
 * `train_margin` float16 [k, n] and `test_margin` float16 [k, q], where margins are recorded.
+* `train_score` uint8 [k, n] and `test_score` uint8 [k, q], scores in 255ths, where scores are recorded.
 * `metrics`, a list of one object per trial, and `provenance`, an object, both as JSON text.
 """
 
@@ -140,7 +141,8 @@ class TrialBatch:
     """The outcomes of k trials on n training and q test examples; immutable.
 
     Attributes:
-        trial, membership, train_correct, test_correct, train_margin, test_margin, train_mistakes: arrays of the module's schema.
+        trial, membership, train_correct, test_correct, train_margin, test_margin, train_mistakes, train_score, test_score: arrays of the
+            module's schema.
         n_train, n_test: n and q.
         metrics: of each trial, in the order of `trial`.
         provenance: of the batch.
@@ -160,6 +162,8 @@ class TrialBatch:
     train_margin: npt.NDArray[np.float16] | None = None
     test_margin: npt.NDArray[np.float16] | None = None
     train_mistakes: npt.NDArray[np.uint16] | None = None
+    train_score: npt.NDArray[np.uint8] | None = None
+    test_score: npt.NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         k = len(self.trial)
@@ -169,6 +173,8 @@ class TrialBatch:
             "test_correct": (k, -(-self.n_test // 8)),
             "train_margin": (k, self.n_train),
             "test_margin": (k, self.n_test),
+            "train_score": (k, self.n_train),
+            "test_score": (k, self.n_test),
         }
         for name, shape in expected.items():
             array = getattr(self, name)
@@ -217,6 +223,8 @@ class TrialBatch:
             arrays["train_mistakes"] = self.train_mistakes
         if self.train_margin is not None and self.test_margin is not None:
             arrays |= {"train_margin": self.train_margin, "test_margin": self.test_margin}
+        if self.train_score is not None and self.test_score is not None:
+            arrays |= {"train_score": self.train_score, "test_score": self.test_score}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         return buffer.getvalue()
@@ -253,7 +261,7 @@ class TrialBatch:
 
 def largest_batch(trials: int, n_train: int, n_test: int) -> int:
     """Return the largest plausible size of a batch in bytes: all arrays of the schema, and a page of text per trial."""
-    return trials * (5 * (n_train + n_test) + 4096) + (1 << 20)
+    return trials * (6 * (n_train + n_test) + 4096) + (1 << 20)
 
 
 def pack(bits: npt.NDArray[np.bool_]) -> Bits:

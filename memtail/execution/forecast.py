@@ -146,7 +146,7 @@ def forecast(
         size = max(1, min(record.trials_per_shard, -(-remaining // count)))
         return [min(size, remaining - first) for first in range(0, remaining, size)]
 
-    row = sum(2 * size for size in (dataset.n_train, dataset.n_test)) if experiment.record.margins else 0
+    row = (2 * experiment.record.margins + experiment.record.scores) * (dataset.n_train + dataset.n_test)
     row += 2 * -(-dataset.n_train // 8) + -(-dataset.n_test // 8)
     error = expected_standard_error(1, fraction)
     return Forecast(

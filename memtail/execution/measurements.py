@@ -149,7 +149,8 @@ def _sample(dataset: ImageDataset, share: float, folder: Path) -> ImageDataset:
 
 
 def _other_bytes(batch: TrialBatch) -> int:
-    arrays = (batch.membership, batch.train_correct, batch.test_correct, batch.train_margin, batch.test_margin)
+    names = ("membership", "train_correct", "test_correct", "train_margin", "test_margin", "train_score", "test_score")
+    arrays = (getattr(batch, name) for name in names)
     return len(batch.to_bytes()) - sum(array.nbytes for array in arrays if array is not None) - _mistake_bytes(batch)
 
 
@@ -178,6 +179,9 @@ def measure_writing(record: Record, dataset: ImageDataset, fraction: float, fold
     def margins(*shape: int) -> npt.NDArray[np.float16] | None:
         return rng.normal(0, 5, shape).astype(np.float16) if record.experiment.record.margins else None
 
+    def scores(*shape: int) -> npt.NDArray[np.uint8] | None:
+        return rng.integers(0, 256, shape, np.uint8) if record.experiment.record.scores else None
+
     seconds = 0.0
     while len(statistics.metrics) < total and seconds < _WRITING_SECONDS:
         first = len(statistics.metrics)
@@ -194,6 +198,8 @@ def measure_writing(record: Record, dataset: ImageDataset, fraction: float, fold
             provenance=Provenance(record.fingerprint),
             train_margin=margins(len(trials), dataset.n_train),
             test_margin=margins(len(trials), dataset.n_test),
+            train_score=scores(len(trials), dataset.n_train),
+            test_score=scores(len(trials), dataset.n_test),
             train_mistakes=np.zeros(np.count_nonzero(~members & memorized), np.uint16),
         )
         experiment_store.commit(batch, record.fingerprint)

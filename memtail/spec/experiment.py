@@ -264,9 +264,12 @@ class RecordedOutcomes(Part):
 
     Attributes:
         margins: record the logit margin of every example.
+        scores: record a score in [0, 1] of every example, of which memorization and influence are estimated too: of the built-in trainer,
+            the probability of the label; of training code of your own, what it returns. Each takes a byte.
     """
 
     margins: bool = False
+    scores: bool = False
 
 
 class ExecutionSpec(Part):

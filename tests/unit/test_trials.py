@@ -29,6 +29,8 @@ def test_a_batch_is_read_back_as_written(k, n, q, seed, margins, mistakes):
     assert read.shard == batch.shard
     assert (read.train_margin is None) != margins
     assert not margins or (read.test_margin == batch.test_margin).all()
+    assert (read.train_score is None) != margins
+    assert not margins or (read.test_score == batch.test_score).all()
     assert (read.train_mistakes is None) != mistakes
     assert not mistakes or (read.train_mistakes == batch.train_mistakes).all()
     assert read.to_bytes() == batch.to_bytes()

@@ -16,7 +16,7 @@ from memtail.trainers.images.stack_trainer import StackResult
 #: Number of the layout; raised whenever a key of a checkpoint, or of a stack's state, changes; readers ignore further keys.
 LAYOUT = 2
 
-_OUTCOMES = ("correct", "predicted_class", "margin", "finite")
+_OUTCOMES = ("correct", "predicted_class", "margin", "score", "finite")
 
 
 @dataclass(frozen=True)
@@ -75,5 +75,5 @@ def _to_tensors(trials: list[int], result: StackResult) -> dict[str, Any]:
 
 def _from_tensors(state: dict[str, Any]) -> tuple[list[int], StackResult]:
     arrays = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-    train, test = (SplitOutcomes(*(arrays[f"{split}_{name}"] for name in _OUTCOMES)) for split in ("train", "test"))
+    train, test = (SplitOutcomes(**{name: arrays.get(f"{split}_{name}") for name in _OUTCOMES}) for split in ("train", "test"))
     return state["trials"], StackResult(train, test, arrays["loss"])

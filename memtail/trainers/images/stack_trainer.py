@@ -99,7 +99,7 @@ class StackedRun:
         m = self.subsets.shape[1]
         with self.phases.measure("evaluation"):
             train, test = (
-                evaluate(self.stack, self.images, split, self.experiment.record.margins, self.autocast, self.recipe.batch_size)
+                evaluate(self.stack, self.images, split, self.experiment.record, self.autocast, self.recipe.batch_size)
                 for split in ("train", "test")
             )
         return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy())

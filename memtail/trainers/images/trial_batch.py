@@ -23,10 +23,12 @@ def concatenate(results: Sequence[StackResult]) -> StackResult:
 
 def _concatenate_outcomes(outcomes: list[SplitOutcomes]) -> SplitOutcomes:
     margins = [outcome.margin for outcome in outcomes if outcome.margin is not None]
+    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
     return SplitOutcomes(
         np.concatenate([outcome.correct for outcome in outcomes]),
         np.concatenate([outcome.predicted_class for outcome in outcomes]),
         np.concatenate(margins) if margins else None,
+        np.concatenate(scores) if scores else None,
         np.concatenate([outcome.finite for outcome in outcomes]),
     )
 
@@ -56,5 +58,7 @@ def make_trial_batch(
         provenance,
         train_margin=result.train.margin,
         test_margin=result.test.margin,
+        train_score=result.train.score,
+        test_score=result.test.score,
         train_predicted=result.train.predicted_class,
     )

@@ -22,7 +22,7 @@ KEY = keys.snapshot("digits")
 
 
 class Experiment:
-    """An experiment in a folder whose batches have margins, misclassifications and a diverged trial."""
+    """An experiment in a folder whose batches have margins, misclassifications, scores and a diverged trial."""
 
     def __init__(self, folder, declare, digits):
         experiment = declare(32, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
@@ -42,7 +42,8 @@ class Experiment:
             predicted = rng.integers(0, 10, (~C & (np.array(shard.trials) != 9)[:, None]).sum()).astype(np.uint16)
             margins = [rng.normal(size=(4, size)).astype(np.float16) for size in (n, q)]
             trial, provenance = np.array(shard.trials, np.int32), Provenance(self.record.fingerprint, device=f"cpu {shard.first % 8}")
-            batch = TrialBatch(trial, pack(M), pack(C), pack(T), n, q, metrics, provenance, margins[0], margins[1], predicted)
+            scores = [rng.integers(0, 256, (4, size), np.uint8) for size in (n, q)]
+            batch = TrialBatch(trial, pack(M), pack(C), pack(T), n, q, metrics, provenance, *margins, predicted, *scores)
             assert self.experiment_store.commit(batch, self.record.fingerprint)
 
     def aggregation(self):

@@ -31,14 +31,15 @@ from memtail.trials import unpack
 from tests.support.arrays import write_arrays
 
 CPU = torch.device("cpu")
+RECORDED = {"margins": True, "scores": True}
 SAME = ("trial", "membership", "train_correct", "test_correct", "train_mistakes")
 
 
-def same_bits(batches, others, margins=False):
+def same_bits(batches, others, recorded=False):
     def joined(parts, name):
         return np.concatenate([getattr(part, name) for part in parts])
 
-    for name in SAME + (("train_margin", "test_margin") if margins else ()):
+    for name in SAME + (("train_margin", "test_margin", "train_score", "test_score") if recorded else ()):
         if joined(batches, name).tobytes() != joined(others, name).tobytes():
             return False
     return [entry for part in batches for entry in part.metrics] == [entry for part in others for entry in part.metrics]
@@ -61,10 +62,10 @@ def _arrays(tmp_path):
 
 
 def test_64_trials_give_the_same_bits_in_shards_of_1_7_and_64(declare, digits):
-    experiment = declare(64, training={"epochs": 3, "augmentation": "crop-flip", "label_smoothing": 0.1}, record={"margins": True})
+    experiment = declare(64, training={"epochs": 3, "augmentation": "crop-flip", "label_smoothing": 0.1}, record=RECORDED)
     together = in_shards(experiment, digits, 64, 64)
-    assert same_bits(together, in_shards(experiment, digits, 64, 1), margins=True)
-    assert same_bits(together, in_shards(experiment, digits, 64, 7), margins=True)
+    assert same_bits(together, in_shards(experiment, digits, 64, 1), recorded=True)
+    assert same_bits(together, in_shards(experiment, digits, 64, 7), recorded=True)
 
 
 @pytest.mark.parametrize("model", [{"name": "cnn", "channels": [4, 8], "hidden": 16}, {"name": "resnet9", "options": {"width": 2}}])
@@ -303,7 +304,7 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
     experiment = declare(
         5,
         model=model,
-        record={"margins": True},
+        record=RECORDED,
         dataset={"name": "digits", "max_train": 300},
         training={"batch_size": 32, "augmentation": "crop-flip"},
     )
@@ -314,7 +315,7 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
         train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)
     saves = checkpoints.saves
     resumed = train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)
-    assert same_bits([expected], [resumed], margins=True)
+    assert same_bits([expected], [resumed], recorded=True)
     whole = Memory()
     train_shard(experiment, dataset, range(5), CPU, checkpoints=whole)
     assert checkpoints.saves - saves == whole.saves - stop_at  # no epoch before the checkpoint was trained again
@@ -417,8 +418,8 @@ def test_training_uses_the_given_dataset(declare, digits):
     assert (batches[0].test_correct != batches[1].test_correct).any()
 
 
-def test_margins_and_mistakes_are_those_of_the_final_model(declare, digits):
-    experiment = declare(2, record={"margins": True})
+def test_margins_scores_and_mistakes_are_those_of_the_final_model(declare, digits):
+    experiment = declare(2, record=RECORDED)
     batch = train_shard(experiment, digits, range(2), CPU)
     correct = unpack(batch.train_correct, digits.n_train)
     assert ((batch.train_margin > 0) <= correct).all()
@@ -435,6 +436,9 @@ def test_margins_and_mistakes_are_those_of_the_final_model(declare, digits):
     assert np.mean(batch.train_mistakes[: wrong.sum()] == given[wrong]) > 0.95
     p = logits(digits.test_images).softmax(1).gather(1, torch.from_numpy(np.array(digits.test_labels))[:, None])[:, 0].detach()
     np.testing.assert_allclose(batch.test_margin[0].astype(float), torch.logit(p).numpy(), atol=0.05, rtol=0.02)
+    np.testing.assert_allclose(batch.test_score[0], 255 * p.numpy(), atol=1.5)
+    assert (batch.train_score[correct] >= 25).all()
+    assert (batch.train_score[~correct] <= 128).all()
 
 
 def test_progress_counts_every_epoch_of_every_trial(declare, digits, monkeypatch):
