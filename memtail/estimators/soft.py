@@ -158,4 +158,5 @@ def _mean_variance(total: Sums, squares: Sums, count: npt.NDArray[np.int64]) -> 
 
 
 def _column_sums(words: Words) -> Sums:
-    return np.bitwise_count(words).sum(0, dtype=np.int64)
+    sums: Sums = np.bitwise_count(words).sum(0, dtype=np.int64)
+    return sums

@@ -150,8 +150,9 @@ def _sample(dataset: ImageDataset, share: float, folder: Path) -> ImageDataset:
 
 def _other_bytes(batch: TrialBatch) -> int:
     names = ("membership", "train_correct", "test_correct", "train_margin", "test_margin", "train_score", "test_score")
-    arrays = (getattr(batch, name) for name in names)
-    return len(batch.to_bytes()) - sum(array.nbytes for array in arrays if array is not None) - _mistake_bytes(batch)
+    arrays = [getattr(batch, name) for name in names]
+    of_arrays: int = sum(array.nbytes for array in arrays if array is not None)
+    return len(batch.to_bytes()) - of_arrays - _mistake_bytes(batch)
 
 
 def _mistake_bytes(batch: TrialBatch) -> int:

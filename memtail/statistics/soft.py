@@ -23,7 +23,8 @@ PLANES = 8
 
 def quantized(scores: npt.NDArray[np.floating]) -> Scores:
     """Round scores in [0, 1] to 255ths: uint8 of the same shape."""
-    return np.rint(scores * ONE).astype(np.uint8)
+    rounded: Scores = np.rint(scores * ONE).astype(np.uint8)
+    return rounded
 
 
 @dataclass

@@ -74,6 +74,8 @@ def _to_tensors(trials: list[int], result: StackResult) -> dict[str, Any]:
 
 
 def _from_tensors(state: dict[str, Any]) -> tuple[list[int], StackResult]:
-    arrays = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-    train, test = (SplitOutcomes(**{name: arrays.get(f"{split}_{name}") for name in _OUTCOMES}) for split in ("train", "test"))
+    arrays: dict[str, Any] = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+    arrays.setdefault("train_score", None)  # of versions without scores
+    arrays.setdefault("test_score", None)
+    train, test = (SplitOutcomes(*(arrays[f"{split}_{name}"] for name in _OUTCOMES)) for split in ("train", "test"))
     return state["trials"], StackResult(train, test, arrays["loss"])

@@ -43,7 +43,9 @@ class Experiment:
             margins = [rng.normal(size=(4, size)).astype(np.float16) for size in (n, q)]
             trial, provenance = np.array(shard.trials, np.int32), Provenance(self.record.fingerprint, device=f"cpu {shard.first % 8}")
             scores = [rng.integers(0, 256, (4, size), np.uint8) for size in (n, q)]
-            batch = TrialBatch(trial, pack(M), pack(C), pack(T), n, q, metrics, provenance, *margins, predicted, *scores)
+            batch = TrialBatch(
+                trial, pack(M), pack(C), pack(T), n, q, metrics, provenance, margins[0], margins[1], predicted, scores[0], scores[1]
+            )
             assert self.experiment_store.commit(batch, self.record.fingerprint)
 
     def aggregation(self):

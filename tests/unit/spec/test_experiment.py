@@ -20,6 +20,7 @@ LATER_KEYS: dict[str, Any] = {
     "DatasetSpec.on_error": "stop",
     "ExecutionSpec.require": None,
     "ExecutionSpec.verify": 0.0,
+    "RecordedOutcomes.scores": False,
     "Experiment.trainer": ImagesTrainer(),
     "FunctionTrainer.options": {},
     "FunctionTrainer.code": [],
