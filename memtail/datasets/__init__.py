@@ -33,14 +33,14 @@ from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
 from memtail.errors import DatasetError
 from memtail.settings import Settings
-from memtail.spec import DatasetSpec, TableColumns
+from memtail.spec import AnyDataset, DatasetSpec, FunctionDataset, TableColumns
 
 __all__ = ["Dataset", "DatasetLabels", "FeatureDataset", "ImageDataset", "TextDataset", "as_images", "open_dataset", "prepare"]
 
 log = structlog.get_logger()
 
 
-def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset:
+def prepare(spec: AnyDataset, on_progress: OnProgress | None = None) -> Dataset:
     """Find a dataset, prepare it unless it is prepared, and open it.
 
     Safe to call from several processes at once: one prepares, the others wait. An interrupted preparation of a folder is resumed.
@@ -51,10 +51,11 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset
 
     Raises:
         DatasetError: the dataset is missing (the message names the places searched and how to get it) or corrupt (it names the file).
+        SpecError: the code of a function is missing.
     """
     cache = Settings().cache
     try:
-        source = _SOURCES[spec.name](spec)
+        source = _source(spec)
     except OSError as error:
         raise _unreadable(spec, error) from None
     try:
@@ -71,14 +72,15 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset
     return dataset
 
 
-def _unreadable(spec: DatasetSpec, error: OSError) -> DatasetError:
+def _unreadable(spec: AnyDataset, error: OSError) -> DatasetError:
     return DatasetError(f"dataset '{spec.name}': {error.filename} cannot be read ({error.strerror}): make it readable, or remove it")
 
 
-def _warn_of_empty_classes(spec: DatasetSpec, dataset: DatasetLabels) -> None:
+def _warn_of_empty_classes(spec: AnyDataset, dataset: DatasetLabels) -> None:
     empty = np.flatnonzero(np.bincount(dataset.train_labels, minlength=len(dataset.classes)) == 0)
     if len(empty):
-        hint = {"hint": "labels that begin at 1? subtract 1"} if spec.name == "arrays" and empty[0] == 0 else {}
+        numbered = isinstance(spec, FunctionDataset) or spec.name == "arrays"
+        hint = {"hint": "labels that begin at 1? subtract 1"} if numbered and empty[0] == 0 else {}
         names = shortened([dataset.classes[index] for index in empty])
         log.warning("classes without a training example", dataset=spec.name, number=len(empty), classes=names, **hint)
 
@@ -155,6 +157,19 @@ def _table(spec: DatasetSpec) -> _Source:
 
     table = Table(cast(Path, spec.root), spec.test, cast(TableColumns, spec.columns), spec.max_train, spec.max_test)  # required by the spec
     return _Source(["table", *table.identity()], partial(prepare_table, table))
+
+
+def _function(spec: FunctionDataset) -> _Source:
+    # needs pillow, which a machine that prepares nothing may lack
+    from memtail.datasets.function import function_identity, prepare_function
+
+    return _Source(function_identity(spec), partial(prepare_function, spec))
+
+
+def _source(spec: AnyDataset) -> _Source:
+    if isinstance(spec, FunctionDataset):
+        return _function(spec)
+    return _SOURCES[spec.name](spec)
 
 
 _SOURCES: dict[str, Callable[[DatasetSpec], _Source]] = {

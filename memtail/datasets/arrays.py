@@ -106,17 +106,21 @@ def _images(what: str, images: Array) -> Images:
     if images.ndim == 3:
         return images[..., None]
     _, first, second, last = images.shape
-    if last in (1, 3) or first == second:
-        return images
-    if first <= 4 and (last > 4 or second == last):
+    if has_channels_first(images.shape[1:]):
         log.info("channels moved to the end", array=name, shape=list(images.shape))
         return images.transpose(0, 2, 3, 1)
-    if second == last:
+    if last not in (1, 3) and first != second == last:
         raise DatasetError(
             f"{what} is {list(images.shape)}, which looks like {second} x {last} pixels with the channels first: save "
             f"{name}.transpose(0, 2, 3, 1)"
         )
     return images
+
+
+def has_channels_first(shape: tuple[int, ...]) -> bool:
+    """Return whether a shape of three dimensions can only be that of an image whose channels come first."""
+    first, second, last = shape
+    return last not in (1, 3) and first != second and first <= 4 and (last > 4 or second == last)
 
 
 def _conversion(name: str, images: Array) -> str:
@@ -160,7 +164,7 @@ def _labels(what: str, labels: Array, images: Array) -> Array:
     return labels
 
 
-def _indices(path: Path, names: list[str], train: Array, test: Array) -> tuple[Labels, Labels, tuple[str, ...]]:
+def _indices(path: Path | str, names: list[str], train: Array, test: Array) -> tuple[Labels, Labels, tuple[str, ...]]:
     """Return labels as indices of classes, int64 [N] of both splits, and the names of the classes."""
     if (train.dtype.kind == "U") != (test.dtype.kind == "U"):
         raise DatasetError(f"{path}: {names[0]} is {train.dtype}, {names[1]} {test.dtype}: labels of both must be numbers, or names")

@@ -4,9 +4,10 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +96,32 @@ def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
             chunks = [ChunkSummary.of(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)]
             splits[name] = Split(labels, None, images.shape[1:], chunks)
         return finish(folder, target, splits["train"], splits["test"], dataset.classes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_arrays(meta: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]], target: Path) -> Path:
+    """Write a dataset of texts or features.
+
+    Args:
+        meta: what `meta.json` holds beside the fingerprint.
+        arrays: by the names of their files, those of the training split first.
+        target: the folder of all prepared datasets.
+
+    Returns:
+        The dataset's folder below `target`.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
+    try:
+        digest = hashlib.sha256(json.dumps(meta).encode())
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+            digest.update(json.dumps([*name.split("_", 1), array.dtype.str, list(array.shape)]).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        fingerprint = digest.hexdigest()
+        (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": fingerprint}, indent=1))
+        return move_into_place(folder, target / fingerprint)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
