@@ -33,7 +33,7 @@ from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
 from memtail.errors import DatasetError
 from memtail.settings import Settings
-from memtail.spec import AnyDataset, DatasetSpec, FunctionDataset, TableColumns
+from memtail.spec import AnyDataset, DatasetSpec, FunctionDataset, TableColumns, TorchvisionDataset
 
 __all__ = ["Dataset", "DatasetLabels", "FeatureDataset", "ImageDataset", "TextDataset", "as_images", "open_dataset", "prepare"]
 
@@ -166,7 +166,15 @@ def _function(spec: FunctionDataset) -> _Source:
     return _Source(function_identity(spec), partial(prepare_function, spec))
 
 
+def _torchvision_class(spec: TorchvisionDataset) -> _Source:
+    from memtail.datasets.torchvision_datasets import torchvision_source
+
+    return _Source(*torchvision_source(spec))
+
+
 def _source(spec: AnyDataset) -> _Source:
+    if isinstance(spec, TorchvisionDataset):
+        return _torchvision_class(spec)
     if isinstance(spec, FunctionDataset):
         return _function(spec)
     return _SOURCES[spec.name](spec)

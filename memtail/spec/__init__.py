@@ -5,7 +5,7 @@ No module of this package imports torch.
 
 from memtail.spec.cluster import Toleration, WorkersSpec
 from memtail.spec.dataset import DatasetSpec, TableColumns
-from memtail.spec.dataset_sources import AnyDataset, FunctionDataset
+from memtail.spec.dataset_sources import AnyDataset, FunctionDataset, TorchvisionDataset
 from memtail.spec.errors import differences
 from memtail.spec.experiment import (
     NAME,
@@ -54,6 +54,7 @@ __all__ = [
     "SubsetsSpec",
     "TableColumns",
     "Toleration",
+    "TorchvisionDataset",
     "TrainerSpec",
     "TrainingSpec",
     "UntilSpec",
