@@ -1,9 +1,5 @@
 """Tables of texts or features: CSV, JSON lines or Parquet files -> a prepared dataset."""
 
-import hashlib
-import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ from pyarrow import compute, csv, parquet
 from pyarrow import json as json_lines
 
 from memtail.datasets.dataset import Labels
-from memtail.datasets.prepared import OnProgress, check_labels, move_into_place
+from memtail.datasets.prepared import OnProgress, check_labels, write_arrays
 from memtail.errors import DatasetError
 from memtail.spec import TableColumns
 
@@ -80,22 +76,11 @@ def prepare_table(table: Table, target: Path, unusable: Path, on_progress: OnPro
     names, train, test = _read(table)
     classes, train_labels, test_labels = _labels(table, train.labels, test.labels)
     check_labels(train_labels, test_labels, len(classes))
-    target.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
-    try:
-        meta: dict[str, Any] = {"schema": 1, "kind": "text" if names is None else "features", "classes": classes}
-        meta |= {"has_files": train.ids is not None} | ({} if names is None else {"features": names})
-        digest = hashlib.sha256(json.dumps(meta).encode())
-        for split, content, labels in (("train", train, train_labels), ("test", test, test_labels)):
-            for name, array in _arrays(content, labels):
-                np.save(folder / f"{split}_{name}.npy", array)
-                digest.update(json.dumps([split, name, array.dtype.str, list(array.shape)]).encode())
-                digest.update(np.ascontiguousarray(array).data)
-        meta["fingerprint"] = digest.hexdigest()
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-        return move_into_place(folder, target / meta["fingerprint"])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    meta: dict[str, Any] = {"schema": 1, "kind": "text" if names is None else "features", "classes": classes}
+    meta |= {"has_files": train.ids is not None} | ({} if names is None else {"features": names})
+    splits = (("train", train, train_labels), ("test", test, test_labels))
+    arrays = {f"{split}_{name}": array for split, content, labels in splits for name, array in _arrays(content, labels)}
+    return write_arrays(meta, arrays, target)
 
 
 def _arrays(split: _Split, labels: Labels) -> list[tuple[str, npt.NDArray[Any]]]:
