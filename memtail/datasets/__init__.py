@@ -28,14 +28,26 @@ from memtail.datasets.feature_dataset import FeatureDataset
 from memtail.datasets.image_dataset import ImageDataset, as_images
 from memtail.datasets.opening import open_dataset
 from memtail.datasets.prepared import OnProgress, write_dataset
-from memtail.datasets.sources import InMemoryDataset, digits, shortened
+from memtail.datasets.sources import InMemoryDataset, InMemoryFeatures, digits, shortened
 from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
+from memtail.datasets.trainable import Trainable, as_trainable
 from memtail.errors import DatasetError
 from memtail.settings import Settings
 from memtail.spec import AnyDataset, DatasetSpec, FunctionDataset, TableColumns, TorchvisionDataset
 
-__all__ = ["Dataset", "DatasetLabels", "FeatureDataset", "ImageDataset", "TextDataset", "as_images", "open_dataset", "prepare"]
+__all__ = [
+    "Dataset",
+    "DatasetLabels",
+    "FeatureDataset",
+    "ImageDataset",
+    "TextDataset",
+    "Trainable",
+    "as_images",
+    "as_trainable",
+    "open_dataset",
+    "prepare",
+]
 
 log = structlog.get_logger()
 
@@ -113,7 +125,7 @@ def _prepare(source: _Source, cache: Path, on_progress: OnProgress | None) -> Da
             known.write_text(source.prepare(cache / "datasets", unusable, on_progress).name)
 
 
-def _in_memory(spec: DatasetSpec, files: list[Path] | None, load: Callable[[], InMemoryDataset]) -> _Source:
+def _in_memory(spec: DatasetSpec, files: list[Path] | None, load: Callable[[], InMemoryDataset | InMemoryFeatures]) -> _Source:
     """Return a source that is loaded as a whole; `files` is None where no file of the user's is read."""
 
     def write(target: Path, unusable: Path, on_progress: OnProgress | None) -> Path:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from memtail.datasets.cache_folder import is_complete
 from memtail.datasets.cache_lock import exclusive
 from memtail.datasets.dataset import Images, Labels, Names
-from memtail.datasets.sources import InMemoryDataset
+from memtail.datasets.sources import InMemoryDataset, InMemoryFeatures
 from memtail.errors import DatasetError
 
 #: Images per chunk: the unit of hashing, and of decoding and resuming a folder.
@@ -71,7 +71,7 @@ class Split:
     chunks: list[ChunkSummary]
 
 
-def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
+def write_dataset(dataset: InMemoryDataset | InMemoryFeatures, target: Path) -> Path:
     """Write a dataset from memory.
 
     Args:
@@ -84,6 +84,8 @@ def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
     Raises:
         DatasetError: a split is too small, or a label is out of range.
     """
+    if isinstance(dataset, InMemoryFeatures):
+        return _write_features(dataset, target)
     target.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
     try:
@@ -98,6 +100,18 @@ def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
         return finish(folder, target, splits["train"], splits["test"], dataset.classes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_features(dataset: InMemoryFeatures, target: Path) -> Path:
+    check_labels(dataset.train_labels, dataset.test_labels, len(dataset.classes))
+    meta = {"schema": 1, "kind": "features", "classes": list(dataset.classes), "has_files": False, "features": list(dataset.names)}
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "train_labels": dataset.train_labels,
+        "train_features": dataset.train_features,
+        "test_labels": dataset.test_labels,
+        "test_features": dataset.test_features,
+    }
+    return write_arrays(meta, arrays, target)
 
 
 def write_arrays(meta: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]], target: Path) -> Path:

@@ -36,7 +36,8 @@ class DatasetSpec(Part):
     """The dataset: its name, its location, and how much of it is used.
 
     Attributes:
-        name: a named dataset, `folder` for a tree of images, `arrays` for an `.npz` file, or `table` for a file of texts or features.
+        name: a named dataset, `folder` for a tree of images, `arrays` for an `.npz` file of images or features, or `table` for a file of
+            texts or features.
         root: the folder, the file of `arrays`, or the file of `table` (CSV, JSON lines or Parquet); required for these. Other
             datasets are also searched in `MEMTAIL_DATA` and the cache.
         max_train: use at most this many training examples: the first ones; of a folder or a table, evenly spaced ones.

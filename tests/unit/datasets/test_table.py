@@ -183,5 +183,8 @@ def test_a_kind_of_a_later_version_is_refused(tmp_path):
 def test_the_built_in_trainer_refuses_texts_in_one_line(prepare):
     from memtail.trainers.images.shard_size import checked_shard_size
 
-    with pytest.raises(DatasetError, match="this needs images, and the dataset holds text: train it with a function or a command"):
+    with pytest.raises(
+        DatasetError,
+        match="the built-in trainer takes images and features, and the dataset holds text: train it with a function or a command",
+    ):
         checked_shard_size(Experiment.parse({"name": "e", "dataset": {"name": "digits"}}), prepare())
