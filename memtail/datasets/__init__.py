@@ -164,11 +164,16 @@ def _folder(spec: DatasetSpec) -> _Source:
 
 
 def _table(spec: DatasetSpec) -> _Source:
-    # needs pyarrow, which a machine that prepares nothing may lack
-    from memtail.datasets.table import Table, prepare_table
+    # needs pyarrow and pillow, which a machine that prepares nothing may lack
+    from memtail.datasets.folder import prepare_folder
+    from memtail.datasets.table import Table, prepare_table, table_images
 
     table = Table(cast(Path, spec.root), spec.test, cast(TableColumns, spec.columns), spec.max_train, spec.max_test)  # required by the spec
-    return _Source(["table", *table.identity()], partial(prepare_table, table))
+    if table.columns.image is None:
+        return _Source(["table", *table.identity()], partial(prepare_table, table))
+    tree = table_images(table)
+    options = [spec.resolution, spec.orientation, spec.on_error]
+    return _Source(["table", *table.identity(), *tree.identity(), *options], partial(prepare_folder, tree, spec))
 
 
 def _function(spec: FunctionDataset) -> _Source:

@@ -40,6 +40,7 @@ LATER_KEYS: dict[str, Any] = {
     "DatasetSpec.columns": None,
     "TableColumns.text": None,
     "TableColumns.features": None,
+    "TableColumns.image": None,
     "TableColumns.id": None,
     "TableColumns.split": None,
 }
@@ -83,7 +84,7 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("name", "My Experiment", "name: "),
         ("dataset", {"name": "imagenet"}, "dataset.name: input should be 'digits', 'mnist'"),
         ("dataset", {"name": "folder"}, "dataset 'folder' needs a root"),
-        ("dataset", {"name": "digits", "resolution": 3}, "resolution is for dataset 'folder'"),
+        ("dataset", {"name": "digits", "resolution": 3}, "resolution is for image files, of dataset 'folder' or columns.image; 'digits'"),
         ("subsets.masks", "m.npy", "are required for design 'explicit'"),
         ("training.optimizer", {"momentum": 0.0}, "nesterov needs a momentum"),
         (
