@@ -28,19 +28,31 @@ from memtail.datasets.feature_dataset import FeatureDataset
 from memtail.datasets.image_dataset import ImageDataset, as_images
 from memtail.datasets.opening import open_dataset
 from memtail.datasets.prepared import OnProgress, write_dataset
-from memtail.datasets.sources import InMemoryDataset, digits, shortened
+from memtail.datasets.sources import InMemoryDataset, InMemoryFeatures, digits, shortened
 from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
+from memtail.datasets.trainable import Trainable, as_trainable
 from memtail.errors import DatasetError
 from memtail.settings import Settings
-from memtail.spec import DatasetSpec, TableColumns
+from memtail.spec import AnyDataset, DatasetSpec, FunctionDataset, TableColumns, TorchvisionDataset
 
-__all__ = ["Dataset", "DatasetLabels", "FeatureDataset", "ImageDataset", "TextDataset", "as_images", "open_dataset", "prepare"]
+__all__ = [
+    "Dataset",
+    "DatasetLabels",
+    "FeatureDataset",
+    "ImageDataset",
+    "TextDataset",
+    "Trainable",
+    "as_images",
+    "as_trainable",
+    "open_dataset",
+    "prepare",
+]
 
 log = structlog.get_logger()
 
 
-def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset:
+def prepare(spec: AnyDataset, on_progress: OnProgress | None = None) -> Dataset:
     """Find a dataset, prepare it unless it is prepared, and open it.
 
     Safe to call from several processes at once: one prepares, the others wait. An interrupted preparation of a folder is resumed.
@@ -51,10 +63,11 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset
 
     Raises:
         DatasetError: the dataset is missing (the message names the places searched and how to get it) or corrupt (it names the file).
+        SpecError: the code of a function is missing.
     """
     cache = Settings().cache
     try:
-        source = _SOURCES[spec.name](spec)
+        source = _source(spec)
     except OSError as error:
         raise _unreadable(spec, error) from None
     try:
@@ -71,14 +84,15 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset
     return dataset
 
 
-def _unreadable(spec: DatasetSpec, error: OSError) -> DatasetError:
+def _unreadable(spec: AnyDataset, error: OSError) -> DatasetError:
     return DatasetError(f"dataset '{spec.name}': {error.filename} cannot be read ({error.strerror}): make it readable, or remove it")
 
 
-def _warn_of_empty_classes(spec: DatasetSpec, dataset: DatasetLabels) -> None:
+def _warn_of_empty_classes(spec: AnyDataset, dataset: DatasetLabels) -> None:
     empty = np.flatnonzero(np.bincount(dataset.train_labels, minlength=len(dataset.classes)) == 0)
     if len(empty):
-        hint = {"hint": "labels that begin at 1? subtract 1"} if spec.name == "arrays" and empty[0] == 0 else {}
+        numbered = isinstance(spec, FunctionDataset) or spec.name == "arrays"
+        hint = {"hint": "labels that begin at 1? subtract 1"} if numbered and empty[0] == 0 else {}
         names = shortened([dataset.classes[index] for index in empty])
         log.warning("classes without a training example", dataset=spec.name, number=len(empty), classes=names, **hint)
 
@@ -111,7 +125,7 @@ def _prepare(source: _Source, cache: Path, on_progress: OnProgress | None) -> Da
             known.write_text(source.prepare(cache / "datasets", unusable, on_progress).name)
 
 
-def _in_memory(spec: DatasetSpec, files: list[Path] | None, load: Callable[[], InMemoryDataset]) -> _Source:
+def _in_memory(spec: DatasetSpec, files: list[Path] | None, load: Callable[[], InMemoryDataset | InMemoryFeatures]) -> _Source:
     """Return a source that is loaded as a whole; `files` is None where no file of the user's is read."""
 
     def write(target: Path, unusable: Path, on_progress: OnProgress | None) -> Path:
@@ -150,11 +164,37 @@ def _folder(spec: DatasetSpec) -> _Source:
 
 
 def _table(spec: DatasetSpec) -> _Source:
-    # needs pyarrow, which a machine that prepares nothing may lack
-    from memtail.datasets.table import Table, prepare_table
+    # needs pyarrow and pillow, which a machine that prepares nothing may lack
+    from memtail.datasets.folder import prepare_folder
+    from memtail.datasets.table import Table, prepare_table, table_images
 
     table = Table(cast(Path, spec.root), spec.test, cast(TableColumns, spec.columns), spec.max_train, spec.max_test)  # required by the spec
-    return _Source(["table", *table.identity()], partial(prepare_table, table))
+    if table.columns.image is None:
+        return _Source(["table", *table.identity()], partial(prepare_table, table))
+    tree = table_images(table)
+    options = [spec.resolution, spec.orientation, spec.on_error]
+    return _Source(["table", *table.identity(), *tree.identity(), *options], partial(prepare_folder, tree, spec))
+
+
+def _function(spec: FunctionDataset) -> _Source:
+    # needs pillow, which a machine that prepares nothing may lack
+    from memtail.datasets.function import function_identity, prepare_function
+
+    return _Source(function_identity(spec), partial(prepare_function, spec))
+
+
+def _torchvision_class(spec: TorchvisionDataset) -> _Source:
+    from memtail.datasets.torchvision_datasets import torchvision_source
+
+    return _Source(*torchvision_source(spec))
+
+
+def _source(spec: AnyDataset) -> _Source:
+    if isinstance(spec, TorchvisionDataset):
+        return _torchvision_class(spec)
+    if isinstance(spec, FunctionDataset):
+        return _function(spec)
+    return _SOURCES[spec.name](spec)
 
 
 _SOURCES: dict[str, Callable[[DatasetSpec], _Source]] = {

@@ -1,4 +1,4 @@
-"""The user's arrays: an .npz file of images and labels of both splits, under memtail's names or those of Keras."""
+"""The user's arrays: an .npz file of images or features and labels of both splits, under memtail's names or those of Keras."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import numpy.typing as npt
 import structlog
 
 from memtail.datasets.dataset import Images, Labels
-from memtail.datasets.sources import InMemoryDataset, describe_missing
+from memtail.datasets.sources import InMemoryDataset, InMemoryFeatures, describe_missing
 from memtail.errors import DatasetError
 
 log = structlog.get_logger()
@@ -18,8 +18,14 @@ Array = npt.NDArray[Any]
 #: Version of the interpretation of arrays; raised when the same file gives another dataset.
 ARRAYS_VERSION = 2
 
-# Training images and labels, test images and labels: memtail's names, and those of Keras.
-_NAMES = (("train_images", "train_labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test"))
+# Training examples and labels, test examples and labels: memtail's names, and those of Keras.
+_NAMES = (
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("train_features", "train_labels", "test_features", "test_labels"),
+    ("x_train", "y_train", "x_test", "y_test"),
+)
+_FEATURE_NAMES = "feature_names"
+_LABELS = {name for names in _NAMES for name in names[1::2]}
 
 
 def arrays_file(root: Path) -> Path:
@@ -36,33 +42,40 @@ def arrays_file(root: Path) -> Path:
     return root
 
 
-def load_arrays(path: Path) -> InMemoryDataset:
-    """Read `train_images`, `train_labels`, `test_images`, `test_labels`, or `x_train`, `y_train`, `x_test`, `y_test`, from an .npz file.
+def load_arrays(path: Path) -> InMemoryDataset | InMemoryFeatures:
+    """Read the arrays of `_NAMES`, and `feature_names` if it is there, from an .npz file.
 
     Args:
-        path: of the file. Images are uint8 [N, H, W], [N, H, W, C], or [N, C, H, W] where that is unambiguous. Labels are whole numbers [N]
-            or [N, 1], or strings, the names of the classes.
+        path: of the file. Images are uint8 [N, H, W], [N, H, W, C], or [N, C, H, W] where that is unambiguous; features are numbers
+            [N, D], also under Keras' names. Labels are whole numbers [N] or [N, 1], or strings, the names of the classes.
 
     Raises:
         DatasetError: the file is corrupt, or an array is missing, has another type or shape, or has labels out of range.
         OSError: the file cannot be read.
     """
-    images, labels = {}, {}
-    arrays = _read(path)
-    for split, (images_name, images_array), (labels_name, labels_array) in zip(("train", "test"), arrays[::2], arrays[1::2], strict=True):
-        images[split] = _images(f"{path}: {images_name}", images_array)
-        labels[split] = _labels(f"{path}: {labels_name}", labels_array, images_array)
-    if images["train"].shape[1:] != images["test"].shape[1:]:
+    examples: dict[str, Array] = {}
+    labels: dict[str, Array] = {}
+    arrays, names = _read(path)
+    vectors = arrays[0][0] == "train_features" or (arrays[0][0] == "x_train" and arrays[0][1].ndim == 2)
+    for split, (examples_name, examples_array), (labels_name, labels_array) in zip(
+        ("train", "test"), arrays[::2], arrays[1::2], strict=True
+    ):
+        examples[split] = (_features if vectors else _images)(f"{path}: {examples_name}", examples_array)
+        labels[split] = _labels(f"{path}: {labels_name}", labels_array, examples_array)
+    if examples["train"].shape[1:] != examples["test"].shape[1:]:
+        kind = "examples" if vectors else "images"
         raise DatasetError(
-            f"{path}: training images are {list(images['train'].shape[1:])}, test images {list(images['test'].shape[1:])}: "
+            f"{path}: training {kind} are {list(examples['train'].shape[1:])}, test {kind} {list(examples['test'].shape[1:])}: "
             f"all must be of one size"
         )
     train, test, classes = _indices(path, [name for name, _ in arrays[1::2]], labels["train"], labels["test"])
-    return InMemoryDataset(images["train"], train, images["test"], test, classes)
+    if not vectors:
+        return InMemoryDataset(examples["train"], train, examples["test"], test, classes)
+    return InMemoryFeatures(examples["train"], train, examples["test"], test, classes, _feature_names(path, names, examples["train"]))
 
 
-def _read(path: Path) -> list[tuple[str, Array]]:
-    """Return the four arrays with their names."""
+def _read(path: Path) -> tuple[list[tuple[str, Array]], Array | None]:
+    """Return the four arrays with their names, and the names of features."""
     with path.open("rb") as file:  # numpy does not close a file that it cannot read
         try:
             archive = np.load(file, allow_pickle=False)
@@ -76,7 +89,8 @@ def _read(path: Path) -> list[tuple[str, Array]]:
                     f"{path}: holds no {missing}; there: {', '.join(archive.files) or 'nothing'}: name the arrays "
                     f"{' or '.join(', '.join(names) for names in _NAMES)}"
                 )
-            return [(name, _array(path, archive, name)) for name in names]
+            features = _array(path, archive, _FEATURE_NAMES) if _FEATURE_NAMES in archive.files else None
+            return [(name, _array(path, archive, name)) for name in names], features
         except DatasetError:
             raise
         except MemoryError:
@@ -91,7 +105,7 @@ def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> Array:
     except ValueError as error:
         if "allow_pickle" not in str(error):
             raise
-        fix = f"{name}.astype(str) or {name}.astype(int)" if name in _NAMES[0][1::2] + _NAMES[1][1::2] else f"np.stack({name})"
+        fix = f"{name}.astype(str) or {name}.astype(int)" if name in _LABELS else f"np.stack({name})"
         raise DatasetError(f"{path}: {name} is an array of Python objects: save {fix}") from None
     return array
 
@@ -106,17 +120,42 @@ def _images(what: str, images: Array) -> Images:
     if images.ndim == 3:
         return images[..., None]
     _, first, second, last = images.shape
-    if last in (1, 3) or first == second:
-        return images
-    if first <= 4 and (last > 4 or second == last):
+    if has_channels_first(images.shape[1:]):
         log.info("channels moved to the end", array=name, shape=list(images.shape))
         return images.transpose(0, 2, 3, 1)
-    if second == last:
+    if last not in (1, 3) and first != second == last:
         raise DatasetError(
             f"{what} is {list(images.shape)}, which looks like {second} x {last} pixels with the channels first: save "
             f"{name}.transpose(0, 2, 3, 1)"
         )
     return images
+
+
+def has_channels_first(shape: tuple[int, ...]) -> bool:
+    """Return whether a shape of three dimensions can only be that of an image whose channels come first."""
+    first, second, last = shape
+    return last not in (1, 3) and first != second and first <= 4 and (last > 4 or second == last)
+
+
+def _features(what: str, features: Array) -> npt.NDArray[np.float32]:
+    """Return features float32 [N, D]."""
+    if features.ndim != 2 or features.size == 0 or features.dtype.kind not in "iufb":
+        raise DatasetError(f"{what} is {features.dtype} {list(features.shape)}, needed are numbers [N, D], a row for each example")
+    with np.errstate(over="ignore"):
+        converted = features.astype(np.float32)
+    if not np.isfinite(converted).all():
+        row, place = np.argwhere(~np.isfinite(converted))[0]
+        raise DatasetError(f"{what}[{row}, {place}] is {features[row, place]}: features must be finite in float32: fill or drop such rows")
+    return converted
+
+
+def _feature_names(path: Path, names: Array | None, features: Array) -> tuple[str, ...]:
+    count = features.shape[1]
+    if names is None:
+        return tuple(map(str, range(count)))
+    if names.shape != (count,) or names.dtype.kind != "U":
+        raise DatasetError(f"{path}: {_FEATURE_NAMES} is {names.dtype} {list(names.shape)}, needed are {count} strings")
+    return tuple(names.tolist())
 
 
 def _conversion(name: str, images: Array) -> str:
@@ -160,7 +199,7 @@ def _labels(what: str, labels: Array, images: Array) -> Array:
     return labels
 
 
-def _indices(path: Path, names: list[str], train: Array, test: Array) -> tuple[Labels, Labels, tuple[str, ...]]:
+def _indices(path: Path | str, names: list[str], train: Array, test: Array) -> tuple[Labels, Labels, tuple[str, ...]]:
     """Return labels as indices of classes, int64 [N] of both splits, and the names of the classes."""
     if (train.dtype.kind == "U") != (test.dtype.kind == "U"):
         raise DatasetError(f"{path}: {names[0]} is {train.dtype}, {names[1]} {test.dtype}: labels of both must be numbers, or names")

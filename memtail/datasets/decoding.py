@@ -71,6 +71,9 @@ def _pixels(image: Image.Image, resolution: int | None, upright: bool) -> Images
         orientation = image.getexif().get(ExifTags.Base.Orientation)  # after loading, in which Pillow turns a TIFF file itself
         if orientation in _TURNS:
             rgb = rgb.transpose(_TURNS[orientation])
-    if resolution is not None:
-        rgb = ImageOps.fit(rgb, (resolution, resolution), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)
+    return np.asarray(fitted(rgb, resolution))
+
+
+def fitted(image: Image.Image, resolution: int | None) -> Image.Image:
+    """Resize an image, by its shorter side, and crop it to a square; arguments as of `decode`."""
+    return image if resolution is None else ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)

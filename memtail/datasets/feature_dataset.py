@@ -37,8 +37,17 @@ class FeatureDataset(Dataset):
             "test_features": load_array(folder, "test_features"),
         }
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape (D,) of an example, as models take it."""
+        return self.train_features.shape[1:]
+
+    def examples(self, split: str) -> npt.NDArray[np.float32]:
+        """Return the vectors of `train` or `test`, as they are in the source."""
+        return self.train_features if split == "train" else self.test_features
+
     def preview(self, split: str, index: int) -> str:
         """Return the first features of an example, a line each."""
-        values = (self.train_features if split == "train" else self.test_features)[index]
+        values = self.examples(split)[index]
         lines = [f"{name}: {value:g}" for name, value in zip(self.features[:_SHOWN], values.tolist(), strict=False)]
         return "\n".join(lines + ([f"... {len(self.features) - _SHOWN} more"] if len(self.features) > _SHOWN else []))

@@ -1,4 +1,4 @@
-"""Preparation of a tree of image files.
+"""Preparation of image files: of a tree, or listed by a table or by torchvision.
 
 Several processes decode the images, chunk by chunk, directly into the memory-mapped array, so memory is bounded. An interrupted
 preparation is resumed from a journal of its chunks; a chunk whose files have changed since is decoded again. Damaged images do not end a
@@ -26,10 +26,14 @@ from memtail.datasets.prepared import CHUNK, ChunkSummary, OnProgress, Split, fi
 from memtail.datasets.sources import MOST_SHOWN, shortened
 from memtail.errors import DatasetError
 from memtail.processes import cores, follow_parent
-from memtail.spec import DatasetSpec
+from memtail.spec import DatasetSpec, TorchvisionDataset
 
 # Images that a process decodes in about the time in which another one starts.
 _IMAGES_PER_START = 256
+
+
+# Declarations with a resolution, an orientation, and the choice of leaving damaged images out.
+_Images = DatasetSpec | TorchvisionDataset
 
 
 class _Chunk(NamedTuple):
@@ -55,7 +59,7 @@ class _Decoded:
     unreadable: list[tuple[int, str]]
 
 
-def prepare_folder(tree: ImageTree, spec: DatasetSpec, target: Path, unusable: Path, on_progress: OnProgress | None) -> Path:
+def prepare_folder(tree: ImageTree, spec: _Images, target: Path, unusable: Path, on_progress: OnProgress | None) -> Path:
     """Decode a tree into a prepared dataset.
 
     Args:
@@ -79,8 +83,8 @@ def prepare_folder(tree: ImageTree, spec: DatasetSpec, target: Path, unusable: P
             return _Preparation(tree, spec, target, pool).to_the_end(unusable, on_progress)
         except BrokenProcessPool:
             raise DatasetError(
-                f"dataset 'folder': a process that decodes the images of {tree.root} was killed, as for want of memory or of disk space in "
-                f"{target}: free some, then run again to resume"
+                f"dataset '{spec.name}': a process that decodes the images of {tree.root} was killed, as for want of memory or of disk "
+                f"space in {target}: free some, then run again to resume"
             ) from None
 
 
@@ -92,7 +96,7 @@ def _begin_to_decode() -> None:
 class _Preparation:
     """One preparation in its folder, which is kept until it is complete."""
 
-    def __init__(self, tree: ImageTree, spec: DatasetSpec, target: Path, pool: Executor) -> None:
+    def __init__(self, tree: ImageTree, spec: _Images, target: Path, pool: Executor) -> None:
         self._tree, self._spec, self._target, self._pool = tree, spec, target, pool
         self._splits = {"train": tree.train, "test": tree.test}
         self._size = (spec.resolution, spec.resolution) if spec.resolution else self._first_size()
@@ -109,7 +113,7 @@ class _Preparation:
                 return self._pool.submit(_size_of, files.folder / file, self._spec).result()
             except (DamagedImageError, OSError, MemoryError) as error:
                 reason = reason or _reason(error)
-        raise DatasetError(f"dataset 'folder': no image in {files.folder} can be used: {files.files[0]} {reason}")
+        raise DatasetError(f"dataset '{self._spec.name}': no image in {files.folder} can be used: {files.files[0]} {reason}")
 
     def to_the_end(self, unusable: Path, on_progress: OnProgress | None) -> Path:
         """Decode what is not decoded, check it, and move it to its place."""
@@ -196,7 +200,9 @@ class _Preparation:
             fix = "make them readable, or remove them" if skip else "replace or remove them, or set dataset.on_error to skip"
             total = sum(len(files.files) for files in self._splits.values())
             complete = f"; all are listed in {unusable}" if len(faults) > MOST_SHOWN else ""
-            raise DatasetError(f"dataset 'folder': {len(faults)} of {total} images cannot be used: {shortened(faults)}: {fix}{complete}")
+            raise DatasetError(
+                f"dataset '{self._spec.name}': {len(faults)} of {total} images cannot be used: {shortened(faults)}: {fix}{complete}"
+            )
 
     def _finish_without(self, damaged: dict[str, set[int]]) -> Path:
         """Copy all images but the damaged ones, which takes the disk space twice: a copy that is interrupted starts over."""
@@ -208,7 +214,7 @@ class _Preparation:
         for name, files in self._splits.items():
             usable = [index for index in range(len(files.files)) if index not in damaged[name]]
             if not usable:
-                raise DatasetError(f"dataset 'folder': no image in {files.folder} can be used: replace them")
+                raise DatasetError(f"dataset '{self._spec.name}': no image in {files.folder} can be used: replace them")
             images = np.load(self._images(name), mmap_mode="r")
             copy = np.lib.format.open_memmap(folder / f"{name}_images.npy", "w+", np.uint8, (len(usable), *self._size, 3))
             chunks[name] = []
@@ -223,7 +229,7 @@ class _Preparation:
 
     def _finish(self, folder: Path, splits: dict[str, ImageFiles], chunks: dict[str, list[ChunkSummary]]) -> Path:
         prepared = {
-            name: Split(files.labels, np.array([os.fsencode(file) for file in files.files]), (*self._size, 3), chunks[name])
+            name: Split(files.labels, np.array([os.fsencode(name) for name in files.names]), (*self._size, 3), chunks[name])
             for name, files in splits.items()
         }
         return finish(folder, self._target, prepared["train"], prepared["test"], self._tree.classes)
@@ -267,7 +273,7 @@ class _Journal:
             file.write("\n" + json.dumps(entry))
 
 
-def _decode_chunk(target: Path, start: int, folder: Path, files: list[str], spec: DatasetSpec) -> _Decoded:
+def _decode_chunk(target: Path, start: int, folder: Path, files: list[str], spec: _Images) -> _Decoded:
     """Decode files into the memory-mapped array, from `start` on; runs in a pool's process."""
     array = np.lib.format.open_memmap(target, "r+")
     places = array[start : start + len(files)]
@@ -291,7 +297,7 @@ def _decode_chunk(target: Path, start: int, folder: Path, files: list[str], spec
     return _Decoded(ChunkSummary.of(places), damaged, unreadable)
 
 
-def _size_of(path: Path, spec: DatasetSpec) -> tuple[int, ...]:
+def _size_of(path: Path, spec: _Images) -> tuple[int, ...]:
     return decode(path, spec.resolution, spec.orientation == "exif").shape[:2]
 
 

@@ -38,14 +38,23 @@ class ImageDataset(Dataset):
         }
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of an image, as models take it."""
+        return self.image_shape
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of an image, as models take it."""
         height, width, channels = self.train_images.shape[1:]
         return channels, height, width
 
+    def examples(self, split: str) -> Images:
+        """Return the images of `train` or `test`."""
+        return self.train_images if split == "train" else self.test_images
+
     def preview(self, split: str, index: int) -> Images:
         """Return the pixels of an image, uint8 [H, W, C]."""
-        return np.asarray(self.train_images[index] if split == "train" else self.test_images[index])
+        return np.asarray(self.examples(split)[index])
 
 
 def as_images(dataset: Dataset) -> ImageDataset:
@@ -56,4 +65,4 @@ def as_images(dataset: Dataset) -> ImageDataset:
     """
     if isinstance(dataset, ImageDataset):
         return dataset
-    raise DatasetError(f"this needs images, and the dataset holds {dataset.kind}: train it with a function or a command (key trainer)")
+    raise DatasetError(f"this needs images, and the dataset holds {dataset.kind}: use an experiment on images")

@@ -6,10 +6,11 @@ where a class folder holds folders beside images: ImageFolder lists folder after
 """
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -31,11 +32,18 @@ class ImageFiles:
         folder: of the split.
         files: paths below the folder.
         labels: int64 [N], index of each file's class.
+        ids: names of the images; None where they are named by their paths.
     """
 
     folder: Path
     files: list[str]
     labels: Labels
+    ids: list[str] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the images."""
+        return self.files if self.ids is None else self.ids
 
     def stamps(self, start: int, stop: int) -> str:
         """Return a digest of the names, sizes and modification times of files `start` to `stop`."""
@@ -54,7 +62,8 @@ class ImageFiles:
     def chosen(self, indices: Iterable[int]) -> "ImageFiles":
         """Return the files with these indices."""
         indices = list(indices)
-        return ImageFiles(self.folder, [self.files[index] for index in indices], self.labels[indices])
+        ids = None if self.ids is None else [self.ids[index] for index in indices]
+        return ImageFiles(self.folder, [self.files[index] for index in indices], self.labels[indices], ids)
 
 
 @dataclass(frozen=True)
@@ -73,11 +82,18 @@ class ImageTree:
     classes: list[str]
     train: ImageFiles
     test: ImageFiles
-    left_out: Counter[str]
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def identity(self) -> list[str]:
         """Return digests that change with the tree."""
         return [str(self.root), *(split.stamps(0, len(split.files)) for split in (self.train, self.test))]
+
+    def declared(self) -> str:
+        """Return a digest of names, labels and classes, which do not follow from the paths where a file declares them."""
+        digest = hashlib.sha256(json.dumps([self.classes, self.train.ids, self.test.ids]).encode())
+        for split in (self.train, self.test):
+            digest.update(split.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def find_images(root: Path, max_train: int | None, max_test: int | None) -> ImageTree:

@@ -4,9 +4,10 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from memtail.datasets.cache_folder import is_complete
 from memtail.datasets.cache_lock import exclusive
 from memtail.datasets.dataset import Images, Labels, Names
-from memtail.datasets.sources import InMemoryDataset
+from memtail.datasets.sources import InMemoryDataset, InMemoryFeatures
 from memtail.errors import DatasetError
 
 #: Images per chunk: the unit of hashing, and of decoding and resuming a folder.
@@ -70,7 +71,7 @@ class Split:
     chunks: list[ChunkSummary]
 
 
-def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
+def write_dataset(dataset: InMemoryDataset | InMemoryFeatures, target: Path) -> Path:
     """Write a dataset from memory.
 
     Args:
@@ -83,6 +84,8 @@ def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
     Raises:
         DatasetError: a split is too small, or a label is out of range.
     """
+    if isinstance(dataset, InMemoryFeatures):
+        return _write_features(dataset, target)
     target.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
     try:
@@ -95,6 +98,44 @@ def write_dataset(dataset: InMemoryDataset, target: Path) -> Path:
             chunks = [ChunkSummary.of(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)]
             splits[name] = Split(labels, None, images.shape[1:], chunks)
         return finish(folder, target, splits["train"], splits["test"], dataset.classes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_features(dataset: InMemoryFeatures, target: Path) -> Path:
+    check_labels(dataset.train_labels, dataset.test_labels, len(dataset.classes))
+    meta = {"schema": 1, "kind": "features", "classes": list(dataset.classes), "has_files": False, "features": list(dataset.names)}
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "train_labels": dataset.train_labels,
+        "train_features": dataset.train_features,
+        "test_labels": dataset.test_labels,
+        "test_features": dataset.test_features,
+    }
+    return write_arrays(meta, arrays, target)
+
+
+def write_arrays(meta: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]], target: Path) -> Path:
+    """Write a dataset of texts or features.
+
+    Args:
+        meta: what `meta.json` holds beside the fingerprint.
+        arrays: by the names of their files, those of the training split first.
+        target: the folder of all prepared datasets.
+
+    Returns:
+        The dataset's folder below `target`.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
+    try:
+        digest = hashlib.sha256(json.dumps(meta).encode())
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+            digest.update(json.dumps([*name.split("_", 1), array.dtype.str, list(array.shape)]).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        fingerprint = digest.hexdigest()
+        (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": fingerprint}, indent=1))
+        return move_into_place(folder, target / fingerprint)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from memtail.datasets.dataset import Images, Labels
 
@@ -30,6 +31,29 @@ class InMemoryDataset:
             self.test_images[:max_test],
             self.test_labels[:max_test],
             self.classes,
+        )
+
+
+@dataclass(frozen=True)
+class InMemoryFeatures:
+    """Vectors float32 [N, D] and labels int64 [N] of both splits in original order, and the names of the classes and of the D features."""
+
+    train_features: npt.NDArray[np.float32]
+    train_labels: Labels
+    test_features: npt.NDArray[np.float32]
+    test_labels: Labels
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def limited(self, max_train: int | None, max_test: int | None) -> "InMemoryFeatures":
+        """Return the first `max_train` and `max_test` examples; all where None."""
+        return InMemoryFeatures(
+            self.train_features[:max_train],
+            self.train_labels[:max_train],
+            self.test_features[:max_test],
+            self.test_labels[:max_test],
+            self.classes,
+            self.names,
         )
 
 

@@ -1,9 +1,5 @@
-"""Tables of texts or features: CSV, JSON lines or Parquet files -> a prepared dataset."""
+"""Tables of texts, features or paths of images: CSV, JSON lines or Parquet files -> a prepared dataset."""
 
-import hashlib
-import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,10 @@ from pyarrow import compute, csv, parquet
 from pyarrow import json as json_lines
 
 from memtail.datasets.dataset import Labels
-from memtail.datasets.prepared import OnProgress, check_labels, move_into_place
+from memtail.datasets.image_tree import ImageFiles, ImageTree
+from memtail.datasets.prepared import OnProgress, check_labels, write_arrays
+from memtail.datasets.sources import shortened
+from memtail.datasets.text_dataset import encoded
 from memtail.errors import DatasetError
 from memtail.spec import TableColumns
 
@@ -54,7 +53,7 @@ class Table:
 
 @dataclass(frozen=True)
 class _Split:
-    """One split: texts or features [N, D], labels as they are in the table, and names if there are any."""
+    """One split: texts, paths or features [N, D], labels as they are in the table, and names if there are any."""
 
     examples: list[str] | npt.NDArray[np.float32]
     labels: list[Any]
@@ -80,22 +79,35 @@ def prepare_table(table: Table, target: Path, unusable: Path, on_progress: OnPro
     names, train, test = _read(table)
     classes, train_labels, test_labels = _labels(table, train.labels, test.labels)
     check_labels(train_labels, test_labels, len(classes))
-    target.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
-    try:
-        meta: dict[str, Any] = {"schema": 1, "kind": "text" if names is None else "features", "classes": classes}
-        meta |= {"has_files": train.ids is not None} | ({} if names is None else {"features": names})
-        digest = hashlib.sha256(json.dumps(meta).encode())
-        for split, content, labels in (("train", train, train_labels), ("test", test, test_labels)):
-            for name, array in _arrays(content, labels):
-                np.save(folder / f"{split}_{name}.npy", array)
-                digest.update(json.dumps([split, name, array.dtype.str, list(array.shape)]).encode())
-                digest.update(np.ascontiguousarray(array).data)
-        meta["fingerprint"] = digest.hexdigest()
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-        return move_into_place(folder, target / meta["fingerprint"])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    meta: dict[str, Any] = {"schema": 1, "kind": "text" if names is None else "features", "classes": classes}
+    meta |= {"has_files": train.ids is not None} | ({} if names is None else {"features": names})
+    splits = (("train", train, train_labels), ("test", test, test_labels))
+    arrays = {f"{split}_{name}": array for split, content, labels in splits for name, array in _arrays(content, labels)}
+    return write_arrays(meta, arrays, target)
+
+
+def table_images(table: Table) -> ImageTree:
+    """List the images of a table, whose paths are relative to its folder.
+
+    Args:
+        table: the declaration, with a column of paths.
+
+    Raises:
+        DatasetError: as of `prepare_table`; or images are missing.
+    """
+    _, train, test = _read(table)
+    classes, *labels = _labels(table, train.labels, test.labels)
+    splits, missing = [], []
+    for split, numbers, path in zip((train, test), labels, (table.root, table.test or table.root), strict=True):
+        files = list(split.examples)
+        missing += [file for file in files if not (path.parent / file).is_file()]
+        splits.append(ImageFiles(path.parent, files, numbers, split.ids))
+    if missing:
+        raise DatasetError(
+            f"{table.root}: {len(missing)} files of column '{table.columns.image}' are missing: {shortened(missing)}: paths must be "
+            f"relative to {table.root.parent}"
+        )
+    return ImageTree(table.root, classes, splits[0], splits[1])
 
 
 def _arrays(split: _Split, labels: Labels) -> list[tuple[str, npt.NDArray[Any]]]:
@@ -104,9 +116,7 @@ def _arrays(split: _Split, labels: Labels) -> list[tuple[str, npt.NDArray[Any]]]
         arrays.append(("files", np.array([name.encode() for name in split.ids], dtype=np.bytes_)))
     if isinstance(split.examples, np.ndarray):
         return [*arrays, ("features", split.examples)]
-    encoded = [text.encode() for text in split.examples]
-    data = np.frombuffer(b"".join(encoded), np.uint8)
-    return [*arrays, ("bytes", data), ("ends", np.cumsum([len(text) for text in encoded], dtype=np.int64))]
+    return [*arrays, *encoded(split.examples).items()]
 
 
 def _limited(rows: pa.Table, limit: int | None) -> pa.Table:
@@ -171,9 +181,10 @@ def _split(table: pa.Table, columns: TableColumns, names: list[str] | None, path
     labels = _column(table, columns.label, path).to_pylist()
     ids = None if columns.id is None else [str(value) for value in _column(table, columns.id, path).to_pylist()]
     if names is None:
-        column = _column(table, columns.text or "", path)
+        name, what = (columns.text, "texts") if columns.text is not None else (columns.image or "", "paths of images")
+        column = _column(table, name, path)
         if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
-            raise DatasetError(f"{path}: column '{columns.text}' is {column.type}, not text: name the column of the texts")
+            raise DatasetError(f"{path}: column '{name}' is {column.type}, not text: name the column of the {what}")
         return _Split(column.to_pylist(), labels, ids)
     vectors = []
     for name in names:

@@ -1,6 +1,6 @@
 """Prepared dataset of texts, opened."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, overload
@@ -40,6 +40,12 @@ class Texts(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
+
+
+def encoded(texts: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
+    """Return texts as the arrays of `Texts`, by the names that they have in a prepared dataset."""
+    each = [text.encode() for text in texts]
+    return {"bytes": np.frombuffer(b"".join(each), np.uint8), "ends": np.cumsum([len(text) for text in each], dtype=np.int64)}
 
 
 @dataclass(frozen=True, eq=False)

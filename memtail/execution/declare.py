@@ -12,6 +12,7 @@ from memtail.errors import SpecError
 from memtail.experiment_store import Record
 from memtail.spec import Experiment, ImagesTrainer
 from memtail.subsets import check_trials
+from memtail.trainers.inputs import trainable
 
 log = structlog.get_logger()
 
@@ -28,9 +29,12 @@ def declare(experiment: Experiment, dataset: Dataset, trials_per_shard: int) -> 
         trials_per_shard: number of trials in a shard.
 
     Raises:
-        SpecError: the subset design does not fit the dataset.
+        DatasetError: the built-in trainer takes no such examples.
+        SpecError: the subset design, or the recipe of the built-in trainer, does not fit the dataset.
         UnsupportedError: the experiment has more trials or shards than `memtail.settings.Limits` allow.
     """
+    if isinstance(experiment.trainer, ImagesTrainer):
+        trainable(experiment, dataset)
     record = Record(
         experiment=experiment,
         fingerprint=experiment.fingerprint(dataset.fingerprint),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memtail import datasets
-from memtail.datasets import Dataset, as_images
+from memtail.datasets import Dataset, as_trainable
 from memtail.errors import SpecError, StoreError
 from memtail.estimators import expected_standard_error
 from memtail.execution.declare import declare
@@ -132,8 +132,8 @@ def forecast(
     trials, fraction = experiment.subsets.trials, _fraction(experiment, dataset)
     remaining = sum(len(shard.trials) for shard in todo)
     with tempfile.TemporaryDirectory(prefix="memtail-plan-") as folder:
-        shard = measure_shard(record, as_images(dataset), fraction, devices, Path(folder))
-        writing = measure_writing(record, as_images(dataset), fraction, Path(folder))
+        shard = measure_shard(record, as_trainable(dataset), fraction, devices, Path(folder))
+        writing = measure_writing(record, dataset, fraction, Path(folder))
     per_trial = shard.seconds / shard.trials + writing.trial_seconds
     startup = started + shard.startup_seconds
 

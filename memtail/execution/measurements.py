@@ -1,6 +1,6 @@
 """Measurements behind a forecast: shards trained as a run trains them, and synthetic trials accumulated and published.
 
-Training that would take too long is cut short: fewer epochs, and of a large dataset fewer images. Seconds are extrapolated from three
+Training that would take too long is cut short: fewer epochs, and of a large dataset fewer examples. Seconds are extrapolated from three
 shards per device:
 
 * a cold one of one epoch, which with the next gives the start-up: processes, imports, compilation;
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Dataset, Trainable, as_trainable, open_dataset
 from memtail.errors import MemtailError
 from memtail.execution.declare import declare
 from memtail.execution.pool import Task, Workers
@@ -35,7 +35,7 @@ _MEASURED_SECONDS = 4.0
 _WRITING_SECONDS = 2.0
 # Floating-point operations of one epoch and an evaluation of a shard that are measured without cutting the dataset: a second or two.
 _OPERATIONS = {"cpu": 4e10, "mps": 4e12, "cuda": 4e13}
-_FEWEST_IMAGES = 64
+_FEWEST_EXAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ShardFigures:
         peak_memory: peak memory of a training process, in bytes.
         mistake_bytes: bytes of misclassified training examples in the trial batch, by trial and training example.
         other_bytes: bytes of the trial batch outside its arrays.
-        extrapolated: whether fewer epochs or images were trained.
+        extrapolated: whether fewer epochs or examples were trained.
     """
 
     trials: int
@@ -61,7 +61,7 @@ class ShardFigures:
     extrapolated: bool
 
 
-def measure_shard(record: Record, dataset: ImageDataset, fraction: float, devices: list[str], folder: Path) -> ShardFigures:
+def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: list[str], folder: Path) -> ShardFigures:
     """Train shards of the experiment's size on all devices at once.
 
     Args:
@@ -98,12 +98,12 @@ def measure_shard(record: Record, dataset: ImageDataset, fraction: float, device
     batch = ExperimentStore(LocalStore(folder / "whole"), record.experiment.name).batch(shards[0], shortened(measured))
     training = max(0.0, seconds - fixed - evaluation) * epochs / measured * dataset.n_train / sample.n_train
     evaluation *= (dataset.n_train + dataset.n_test) / (sample.n_train + sample.n_test)
-    images, measured_images = (data.train_images.nbytes + data.test_images.nbytes for data in (dataset, sample))
+    size_of, size_of_sample = (data.examples("train").nbytes + data.examples("test").nbytes for data in (dataset, sample))
     return ShardFigures(
         trials=size,
         seconds=fixed + training + evaluation,
         startup_seconds=max(0.0, cold - warm),
-        peak_memory=max(result.peak_memory for result in results) + images - measured_images,
+        peak_memory=max(result.peak_memory for result in results) + size_of - size_of_sample,
         mistake_bytes=_mistake_bytes(batch) / (size * sample.n_train),
         other_bytes=_other_bytes(batch),
         extrapolated=measured < epochs or sample is not dataset,
@@ -131,21 +131,18 @@ def _shortened(experiment: Experiment, epochs: int, fraction: float) -> Experime
     return experiment.model_copy(update={"subsets": subsets, "training": experiment.training.model_copy(update={"epochs": epochs})})
 
 
-def _sample(dataset: ImageDataset, share: float, folder: Path) -> ImageDataset:
+def _sample(dataset: Trainable, share: float, folder: Path) -> Trainable:
     """Write a random part of a dataset as a prepared dataset."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for split, images, labels in (
-        ("train", dataset.train_images, dataset.train_labels),
-        ("test", dataset.test_images, dataset.test_labels),
-    ):
-        count = min(len(labels), max(_FEWEST_IMAGES, round(share * len(labels))))
+    for split, labels in (("train", dataset.train_labels), ("test", dataset.test_labels)):
+        count = min(len(labels), max(_FEWEST_EXAMPLES, round(share * len(labels))))
         rows = np.sort(rng.choice(len(labels), count, replace=False))
-        np.save(folder / f"{split}_images.npy", images[rows])
+        np.save(folder / f"{split}_{dataset.kind}.npy", dataset.examples(split)[rows])
         np.save(folder / f"{split}_labels.npy", labels[rows])
-    meta = {"fingerprint": "sample", "classes": dataset.classes, "mean": dataset.mean, "std": dataset.std, "has_files": False}
+    meta = json.loads((dataset.folder / "meta.json").read_text()) | {"fingerprint": "sample", "has_files": False}
     (folder / "meta.json").write_text(json.dumps(meta))
-    return ImageDataset.open(folder)
+    return as_trainable(open_dataset(folder))
 
 
 def _other_bytes(batch: TrialBatch) -> int:
@@ -168,7 +165,7 @@ class WritingFigures:
     file_bytes: int
 
 
-def measure_writing(record: Record, dataset: ImageDataset, fraction: float, folder: Path) -> WritingFigures:
+def measure_writing(record: Record, dataset: Dataset, fraction: float, folder: Path) -> WritingFigures:
     """Accumulate and publish synthetic trials of the experiment's size: all of its trials, or as many as take two seconds."""
     name, total, size = record.experiment.name, record.experiment.subsets.trials, record.trials_per_shard
     store = LocalStore(folder / "written")

@@ -1,7 +1,8 @@
-"""Architectures by name: `build_model(spec, image_shape, classes)` returns a freshly initialised network.
+"""Architectures by name: `build_model(spec, input_shape, classes)` returns a freshly initialised network.
 
-A network maps float images [B, C, H, W] to logits [B, classes]. A `torch.nn.Sequential` of plain layers is trained stacked, many trials
-at a time (see `memtail.trainers.images.stack`); any other network is trained one trial at a time.
+A network maps float images [B, C, H, W], or features [B, D], to logits [B, classes]. Of the networks here, only `mlp` takes features.
+A `torch.nn.Sequential` of plain layers is trained stacked, many trials at a time (see `memtail.trainers.images.stack`); any other network
+is trained one trial at a time.
 """
 
 import difflib
@@ -20,7 +21,8 @@ from memtail.models.plain import cnn, mlp
 from memtail.models.resnet import resnet9, resnet18, resnet50
 from memtail.spec import Cnn, Mlp, ModelSpec
 
-ImageShape = tuple[int, int, int]
+#: Shape of an example: (C, H, W) of an image, (D,) of features.
+InputShape = tuple[int, ...]
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "resnet9": resnet9,
@@ -34,57 +36,58 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 _SMALL_IMAGE = 128
 
 
-def build_model(spec: ModelSpec, image_shape: ImageShape, classes: int) -> nn.Module:
+def build_model(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Module:
     """Return a network with weights drawn from torch's global generator.
 
     Args:
         spec: the `model` part of an experiment.
-        image_shape: (C, H, W).
+        input_shape: of an example.
         classes: number of logits.
 
     Raises:
         SpecError: the name is unknown, or the user's module cannot be imported.
     """
     if isinstance(spec, Mlp):
-        return mlp(image_shape, classes, spec.hidden)
+        return mlp(input_shape, classes, spec.hidden)
     if isinstance(spec, Cnn):
-        return cnn(image_shape, classes, spec.channels, spec.hidden)
+        return cnn(input_shape, classes, spec.channels, spec.hidden)
     if ":" in spec.name:
-        return _imported(spec.name)(image_shape, classes, **spec.options)
-    small = image_shape[1] < _SMALL_IMAGE
+        return _imported(spec.name)(input_shape, classes, **spec.options)
+    small = input_shape[1] < _SMALL_IMAGE
     if spec.name in _BUILDERS and (small or spec.name not in ("resnet18", "resnet50")):
-        return _BUILDERS[spec.name](image_shape, classes, **spec.options)
-    return _torchvision(spec.name, image_shape, classes, spec.options)
+        return _BUILDERS[spec.name](input_shape, classes, **spec.options)
+    return _torchvision(spec.name, input_shape, classes, spec.options)
 
 
-def check_model(spec: ModelSpec, image_shape: ImageShape, classes: int, *, within: AbstractContextManager[object] | None = None) -> None:
-    """Build the network and run one image through it.
+def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, within: AbstractContextManager[object] | None = None) -> None:
+    """Build the network and run one example through it.
 
     Args:
         spec: the `model` part of an experiment.
-        image_shape: (C, H, W).
+        input_shape: of an example.
         classes: number of logits.
         within: context manager of the building and the run, to measure them.
 
     Raises:
-        SpecError: the network cannot be built, fails on images of this shape, or does not return one row of logits per image.
+        SpecError: the network cannot be built, fails on examples of this shape, or does not return one row of logits per example.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), within or nullcontext():
-            logits = build_model(spec, image_shape, classes).eval()(torch.zeros(1, *image_shape))
+            logits = build_model(spec, input_shape, classes).eval()(torch.zeros(1, *input_shape))
     except SpecError:
         raise
     except Exception as error:  # user code may raise any exception
+        examples = f"images of {list(input_shape)} [C, H, W]" if len(input_shape) == 3 else f"features {list(input_shape)}"
         raise SpecError(
-            f"model '{spec.name}': cannot be built for images of {list(image_shape)} [C, H, W] and run on one "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): fix its options, or choose another model or other images"
+            f"model '{spec.name}': cannot be built for {examples} and run on one "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): fix its options, or choose another model or other data"
         ) from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         shown = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise SpecError(f"model '{spec.name}': gives {shown} for one image, needed are logits [1, {classes}]: fix the model")
+        raise SpecError(f"model '{spec.name}': gives {shown} for one example, needed are logits [1, {classes}]: fix the model")
 
 
-def _torchvision(name: str, image_shape: ImageShape, classes: int, options: dict[str, Any]) -> nn.Module:
+def _torchvision(name: str, input_shape: InputShape, classes: int, options: dict[str, Any]) -> nn.Module:
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -98,7 +101,7 @@ def _torchvision(name: str, image_shape: ImageShape, classes: int, options: dict
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True, **options}
     network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
-    return network if image_shape[0] == 3 else nn.Sequential(_AsColour(), network)
+    return network if input_shape[0] == 3 else nn.Sequential(_AsColour(), network)
 
 
 class _AsColour(nn.Module):

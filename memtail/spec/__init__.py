@@ -5,6 +5,7 @@ No module of this package imports torch.
 
 from memtail.spec.cluster import Toleration, WorkersSpec
 from memtail.spec.dataset import DatasetSpec, TableColumns
+from memtail.spec.dataset_sources import AnyDataset, FunctionDataset, TorchvisionDataset
 from memtail.spec.errors import differences
 from memtail.spec.experiment import (
     NAME,
@@ -31,6 +32,7 @@ from memtail.spec.trainer import CommandTrainer, FunctionTrainer, ImagesTrainer,
 __all__ = [
     "NAME",
     "RECIPE_VERSION",
+    "AnyDataset",
     "Cnn",
     "CommandTrainer",
     "Constant",
@@ -38,6 +40,7 @@ __all__ = [
     "DatasetSpec",
     "ExecutionSpec",
     "Experiment",
+    "FunctionDataset",
     "FunctionTrainer",
     "ImagesTrainer",
     "Linear",
@@ -51,6 +54,7 @@ __all__ = [
     "SubsetsSpec",
     "TableColumns",
     "Toleration",
+    "TorchvisionDataset",
     "TrainerSpec",
     "TrainingSpec",
     "UntilSpec",

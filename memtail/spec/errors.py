@@ -51,7 +51,7 @@ def _tag(model: type[BaseModel]) -> str:
     if "name" not in model.model_fields:
         return next(iter(model.model_fields))
     values = typing.get_args(model.model_fields["name"].annotation)
-    return str(values[0]) if values else "named"
+    return str(values[0]) if len(values) == 1 else "named"
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -20,7 +20,7 @@ from memtail.digests import file_digest
 from memtail.errors import SpecError
 from memtail.spec.base import Fraction, Part
 from memtail.spec.cluster import WorkersSpec
-from memtail.spec.dataset import DatasetSpec
+from memtail.spec.dataset_sources import AnyDataset, with_absolute_paths
 from memtail.spec.errors import describe
 from memtail.spec.trainer import ImagesTrainer, TrainerSpec, code_digest
 
@@ -296,7 +296,7 @@ class Experiment(Part):
 
     Attributes:
         name: name of the experiment in the store: lower-case letters, digits, `.`, `_` and `-`, at most 63.
-        dataset: the images.
+        dataset: the training and test examples.
         model: the architecture.
         training: the training recipe.
         subsets: the subset design and the number of trials.
@@ -306,7 +306,7 @@ class Experiment(Part):
     """
 
     name: Annotated[str, Field(pattern=NAME.pattern)]
-    dataset: DatasetSpec
+    dataset: AnyDataset
     model: ModelSpec = Mlp()
     training: TrainingSpec = TrainingSpec()
     subsets: SubsetsSpec = SubsetsSpec()
@@ -376,7 +376,7 @@ class Experiment(Part):
 
         return self.model_copy(
             update={
-                "dataset": self.dataset.model_copy(update={"root": absolute(self.dataset.root), "test": absolute(self.dataset.test)}),
+                "dataset": with_absolute_paths(self.dataset, base),
                 "trainer": self._trainer_in(base),
                 "subsets": self.subsets.model_copy(update={"masks": absolute(self.subsets.masks)}),
             }

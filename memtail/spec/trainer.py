@@ -1,10 +1,10 @@
-"""Trainer of an experiment: the built-in one for images, a user's function, or a user's command; and the digest of the user's code."""
+"""Trainer of an experiment: the built-in one for images, a user's function, or a user's command; and the digest of a user's code."""
 
 import hashlib
 import re
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
@@ -35,7 +35,26 @@ class ImagesTrainer(Part):
     name: Literal["images"] = "images"
 
 
-class FunctionTrainer(Part):
+class UserFunction(Part):
+    """A Python function of the user's.
+
+    Attributes:
+        part: of the experiment, that the function is declared in.
+        function: the function, as `package.module:function`.
+        options: passed on to the function.
+        code: files of the code, as patterns relative to `folder`; by default the function's source file.
+        folder: folder in which the function is searched before the Python path; by default that of the experiment file.
+    """
+
+    part: ClassVar[str]
+
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    options: dict[str, Any] = {}
+    code: list[str] = []
+    folder: Path | None = None
+
+
+class FunctionTrainer(UserFunction):
     """A Python function that trains one trial, or its module's `train_many`, which trains a shard (see `memtail.TrainingTask`).
 
     Attributes:
@@ -43,16 +62,14 @@ class FunctionTrainer(Part):
         options: passed on to the function; part of the experiment's fingerprint.
         code: files of the code, as patterns relative to `folder`, whose content is part of the fingerprint; by default the function's
             source file.
-        timeout: longest time of a trial: seconds, or a text such as `90s`, `30m`, `6h` or `2d`; unlimited by default.
         folder: folder in which the function is searched before the Python path; by default that of the experiment file, and
             `MEMTAIL_CODE` in a worker.
+        timeout: longest time of a trial: seconds, or a text such as `90s`, `30m`, `6h` or `2d`; unlimited by default.
     """
 
-    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-    options: dict[str, Any] = {}
-    code: list[str] = []
+    part: ClassVar[str] = "trainer"
+
     timeout: _Timeout | None = None
-    folder: Path | None = None
 
 
 class CommandTrainer(Part):
@@ -67,6 +84,8 @@ class CommandTrainer(Part):
         folder: folder of the code; by default that of the experiment file, and `MEMTAIL_CODE` in a worker.
     """
 
+    part: ClassVar[str] = "trainer"
+
     command: Annotated[list[str], Field(min_length=1)]
     options: dict[str, Any] = {}
     code: list[str] = []
@@ -80,53 +99,53 @@ def _kind(value: Any) -> str:
 
 
 UserTrainer = FunctionTrainer | CommandTrainer
+UserCode = UserFunction | CommandTrainer
 TrainerSpec = Annotated[
     Annotated[ImagesTrainer, Tag("images")] | Annotated[FunctionTrainer, Tag("function")] | Annotated[CommandTrainer, Tag("command")],
     Discriminator(_kind),
 ]
 
 
-def code_digest(trainer: UserTrainer, path: list[str]) -> str:
-    """Return the SHA-256 (hex) of the names and contents of a trainer's code files. Imports none of them.
+def code_digest(code: UserCode, path: list[str]) -> str:
+    """Return the SHA-256 (hex) of the names and contents of a user's code files. Imports none of them.
 
     Args:
-        trainer: the declaration.
+        code: the declaration.
         path: folders of the Python path, on which the function's module is searched.
 
     Raises:
         SpecError: a pattern matches no file, the module is not found, or a file cannot be read.
     """
     digest = hashlib.sha256()
-    for name, file in sorted(code_files(trainer, path).items()):
+    for name, file in sorted(code_files(code, path).items()):
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise SpecError(f"trainer.code: {file} cannot be read ({error.strerror})") from None
+            raise SpecError(f"{code.part}.code: {file} cannot be read ({error.strerror})") from None
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
 
 
-def code_files(trainer: UserTrainer, path: list[str]) -> dict[str, Path]:
-    """Return the files that identify a trainer's code, by the names that are in its digest. Arguments and errors as of `code_digest`."""
-    folder = trainer.folder or Path.cwd()
+def code_files(code: UserCode, path: list[str]) -> dict[str, Path]:
+    """Return the files that identify a user's code, by the names that are in its digest. Arguments and errors as of `code_digest`."""
+    folder = code.folder or Path.cwd()
     files: dict[str, Path] = {}
-    for pattern in trainer.code:
+    for pattern in code.code:
         try:
             matches = {file.relative_to(folder).as_posix(): file for file in folder.glob(pattern) if file.is_file()}
         except (ValueError, NotImplementedError) as error:
-            raise SpecError(f"trainer.code: '{pattern}' is not a pattern relative to {folder}: {error}") from None
+            raise SpecError(f"{code.part}.code: '{pattern}' is not a pattern relative to {folder}: {error}") from None
         if not matches:
-            raise SpecError(f"trainer.code: no file in {folder} matches '{pattern}': fix the pattern, or set trainer.folder")
+            raise SpecError(f"{code.part}.code: no file in {folder} matches '{pattern}': fix the pattern, or set {code.part}.folder")
         files |= matches
     if files:
         return files
-    if isinstance(trainer, FunctionTrainer):
-        module = trainer.function.partition(":")[0]
-        source = find_module(module, [str(folder), *path])
+    if isinstance(code, UserFunction):
+        source = find_module(code.function.partition(":")[0], [str(folder), *path], code.part)
         return {source.name: source}
     # an absolute path is that of an interpreter, which may differ from machine to machine
-    parts = [part.replace("{code}/", "") for part in trainer.command]
+    parts = [part.replace("{code}/", "") for part in code.command]
     first = next((part for part in parts if not Path(part).is_absolute() and (folder / part).is_file()), None)
     if first is None:
         raise SpecError(
@@ -136,12 +155,13 @@ def code_files(trainer: UserTrainer, path: list[str]) -> dict[str, Path]:
     return {Path(first).name: folder / first}
 
 
-def find_module(module: str, path: list[str]) -> Path:
+def find_module(module: str, path: list[str], part: str) -> Path:
     """Return the source file of a module without importing it or its packages.
 
     Args:
         module: its dotted name.
         path: folders to search.
+        part: of the experiment, that declares the module.
 
     Raises:
         SpecError: there is no such module, or it has no source file.
@@ -151,10 +171,10 @@ def find_module(module: str, path: list[str]) -> Path:
         spec = PathFinder.find_spec(".".join(module.split(".")[:depth]), places)
         if spec is None:
             raise SpecError(
-                f"trainer.function: there is no module '{module}' in {path[0]} or on the Python path: set trainer.folder to the folder "
+                f"{part}.function: there is no module '{module}' in {path[0]} or on the Python path: set {part}.folder to the folder "
                 f"that holds it, or PYTHONPATH"
             )
         places = list(spec.submodule_search_locations or [])
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise SpecError(f"trainer.function: module '{module}' has no Python source: name the files of its code in trainer.code")
+        raise SpecError(f"{part}.function: module '{module}' has no Python source: name the files of its code in {part}.code")
     return Path(spec.origin)

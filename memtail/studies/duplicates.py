@@ -18,7 +18,7 @@ import typer
 
 from memtail.datasets import ImageDataset, as_images
 from memtail.errors import ScoresError
-from memtail.experiment_store import ExperimentStore
+from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.fetch import open_scores
 from memtail.storage import ObjectStore
 from memtail.studies.intervals import CONFIDENCE, difference
@@ -60,13 +60,16 @@ def prepare(
 
     Raises:
         SpecError: the trainer is not the built-in one.
+        DatasetError: the dataset does not hold images.
         ScoresError: there are no scores, or they are not final, or the pairs hold all training examples.
         StoreError: there is no such experiment, or the store cannot be read.
     """
-    require_built_in(ExperimentStore(store, name).read_record(), "duplicates")
+    record = ExperimentStore(store, name).read_record()
+    require_built_in(record, "duplicates")
+    dataset = as_images(dataset_of(store, record))
     has_pairs = len(open_scores(store, name).pairs["tr_idx"]) > 0
     removal = declare_removal(store, name, thetas=None, repeats=repeats) if has_pairs else None
-    return Prepared(lambda: _evaluate(store, name, removal, nearness), removal.training(store) if removal else None)
+    return Prepared(lambda: _evaluate(store, record, dataset, removal, nearness), removal.training(store) if removal else None)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def _distance(
     return distances
 
 
-def _evaluate(store: ObjectStore, name: str, removal: Removal | None, nearness: float) -> StudyResult:
+def _evaluate(store: ObjectStore, record: Record, dataset: ImageDataset, removal: Removal | None, nearness: float) -> StudyResult:
     """Find near-duplicates and write the result.
 
     Raises:
@@ -157,8 +160,7 @@ def _evaluate(store: ObjectStore, name: str, removal: Removal | None, nearness: 
     """
     from memtail.studies.features import features_of  # needs torch
 
-    record = ExperimentStore(store, name).read_record()
-    dataset = as_images(dataset_of(store, record))
+    name = record.experiment.name
     features = features_of(store, record, lambda: dataset).dataset
     scores = open_scores(store, name)
     if removal is not None and removal.scores != scores.folder.name:

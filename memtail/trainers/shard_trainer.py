@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from memtail.datasets import Dataset, as_images
+from memtail.datasets import Dataset
 from memtail.experiment_store import Record
 from memtail.spec import ImagesTrainer
 from memtail.trainers.checkpoints import Checkpoints
+from memtail.trainers.inputs import trainable
 from memtail.trainers.process import TrainerProcess, Work
 from memtail.trials import Shard, TrialBatch
 
@@ -97,7 +98,7 @@ class ShardTrainer:
         try:
             return train_shard(
                 record.experiment,
-                as_images(dataset),
+                trainable(record.experiment, dataset),
                 shard.trials,
                 torch.device(self._device),
                 on_progress=report,

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 
@@ -20,3 +21,16 @@ class _Failing(nn.Linear):
 def failing(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
     """A network that passes the check of models but fails in training."""
     return _Failing(math.prod(image_shape), classes)
+
+
+class _Strict(nn.Linear):
+    def forward(self, features: Tensor) -> Tensor:
+        if features.shape[1:] != (self.in_features,) or features.dtype != torch.float32:
+            raise RuntimeError(f"got {features.dtype} {list(features.shape)}")
+        return super().forward(features)
+
+
+def for_features(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A linear network that insists on features float32 [B, D]; it is trained one at a time."""
+    (features,) = input_shape
+    return _Strict(features, classes)

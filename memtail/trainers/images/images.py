@@ -1,14 +1,18 @@
-"""Images on the device: gathers, augments and normalises batches there, for all trials of a stack in one call."""
+"""Examples on the device: gathers, augments and normalises batches there, for all trials of a stack in one call."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import FeatureDataset, Trainable
 from memtail.trainers.images.batches import Augmentation
+
+# Vectors per step of the computation of their moments, which is in float64.
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -21,31 +25,32 @@ class _DeviceAugmentation:
 
 
 class DeviceImages:
-    """A dataset's images and labels, resident on the device as uint8 if they fit, else memory-mapped in host memory.
+    """A dataset's examples and labels, resident on the device as they are stored if they fit, else memory-mapped in host memory.
 
     Attributes:
-        train: uint8 [n, H, W, C].
-        test: uint8 [q, H, W, C].
+        train: images uint8 [n, H, W, C], or features float32 [n, D].
+        test: uint8 [q, H, W, C] or float32 [q, D].
         train_labels: int64 [n], on the device.
         test_labels: int64 [q], on the device.
-        shift: float32 [C]; a pixel is normalised as (pixel + shift) * scale.
-        scale: float32 [C].
+        shift: float32 [C] or [D]; a value is normalised as (value + shift) * scale.
+        scale: float32 [C] or [D].
     """
 
-    def __init__(self, dataset: ImageDataset, device: torch.device) -> None:
+    def __init__(self, dataset: Trainable, device: torch.device) -> None:
         self.device = device
-        train, test = torch.from_numpy(dataset.train_images), torch.from_numpy(dataset.test_images)
-        resident = device.type != "cpu" and _fits(train.numel() + test.numel(), device)
+        train, test = torch.from_numpy(dataset.examples("train")), torch.from_numpy(dataset.examples("test"))
+        resident = device.type != "cpu" and _fits(train.nbytes + test.nbytes, device)
         self.train = train.to(device) if resident else train
         self.test = test.to(device) if resident else test
         self.train_labels = torch.from_numpy(np.array(dataset.train_labels)).to(device)
         self.test_labels = torch.from_numpy(np.array(dataset.test_labels)).to(device)
-        self.shift = -torch.tensor(dataset.mean, dtype=torch.float32, device=device)
-        self.scale = 1 / torch.tensor(dataset.std, dtype=torch.float32, device=device)
+        mean, std = _moments(dataset.train_features) if isinstance(dataset, FeatureDataset) else (dataset.mean, dataset.std)
+        self.shift = -torch.tensor(mean, dtype=torch.float32, device=device)
+        self.scale = 1 / torch.tensor(std, dtype=torch.float32, device=device)
         self._epoch: tuple[Augmentation, _DeviceAugmentation] | None = None
 
     def gather(self, index: Tensor, augmentation: Augmentation | None, positions: slice) -> Tensor:
-        """Return training images, augmented.
+        """Return training examples, augmented.
 
         Args:
             index: int64 [S, B] on the device.
@@ -53,14 +58,14 @@ class DeviceImages:
             positions: the batch's positions in the epoch's order.
 
         Returns:
-            uint8 [S, B, H, W, C].
+            uint8 [S, B, H, W, C], or float32 [S, B, D].
         """
         chosen = self.train.index_select(0, index.flatten().to(self.train.device))
         images = chosen.view(*index.shape, *self.train.shape[1:]).to(self.device)
         return images if augmentation is None else _augment(images, self._on_device(augmentation), positions)
 
     def split(self, name: str, start: int, stop: int) -> Tensor:
-        """Return images `start` to `stop` of the split "train" or "test", normalised: float32 [B, C, H, W]."""
+        """Return examples `start` to `stop` of the split "train" or "test", normalised: float32 [B, C, H, W] or [B, D]."""
         images = (self.train if name == "train" else self.test)[start:stop]
         return self.normalised(images.to(self.device))
 
@@ -74,14 +79,24 @@ class DeviceImages:
         return self._epoch[1]
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Normalise uint8 [..., H, W, C] to float32 [..., C, H, W], channels last in memory."""
-        return images.to(torch.float32).add_(self.shift).mul_(self.scale).movedim(-1, -3)
+        """Normalise uint8 [..., H, W, C] to float32 [..., C, H, W], channels last in memory; features keep their shape."""
+        values = images.to(torch.float32, copy=True).add_(self.shift).mul_(self.scale)
+        return values if self.train.dim() == 2 else values.movedim(-1, -3)
 
 
 @lru_cache(maxsize=2)
-def device_images(dataset: ImageDataset, device: torch.device) -> DeviceImages:
-    """Return a dataset's images on a device, kept for the next shard of the same dataset object."""
+def device_images(dataset: Trainable, device: torch.device) -> DeviceImages:
+    """Return a dataset's examples on a device, kept for the next shard of the same dataset object."""
     return DeviceImages(dataset, device)
+
+
+def _moments(features: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return mean and standard deviation float64 [D] of features [n, D]; infinite deviations make constant features 0."""
+    chunks = [features[start : start + _CHUNK] for start in range(0, len(features), _CHUNK)]
+    mean = np.sum([chunk.sum(0, dtype=np.float64) for chunk in chunks], axis=0) / len(features)
+    variance = np.sum([((chunk - mean) ** 2).sum(0) for chunk in chunks], axis=0) / len(features)
+    std = np.sqrt(variance)
+    return mean, np.where((features == features[0]).all(0) | (std < np.finfo(np.float32).tiny), np.inf, std)
 
 
 def _augment(images: Tensor, augmentation: _DeviceAugmentation, positions: slice) -> Tensor:

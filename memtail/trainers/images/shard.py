@@ -11,7 +11,7 @@ import numpy.typing as npt
 import structlog
 import torch
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import Trainable
 from memtail.errors import TrainingStopped
 from memtail.models import build_model
 from memtail.spec import Experiment
@@ -49,7 +49,7 @@ class Progress:
 
 def train_shard(
     experiment: Experiment,
-    dataset: ImageDataset,
+    dataset: Trainable,
     trials: Sequence[int],
     device: torch.device,
     *,
@@ -103,7 +103,7 @@ def train_shard(
 @dataclass
 class _ShardTraining:
     experiment: Experiment
-    dataset: ImageDataset
+    dataset: Trainable
     device: torch.device
     trials: list[int]
     members: npt.NDArray[np.bool_]
@@ -131,7 +131,7 @@ class _ShardTraining:
     def _width(self) -> int:
         """Return the number of networks per stack."""
         with torch.random.fork_rng(devices=[]):
-            network = build_model(self.experiment.model, self.dataset.image_shape, len(self.dataset.classes))
+            network = build_model(self.experiment.model, self.dataset.input_shape, len(self.dataset.classes))
         dense = not any(isinstance(layer, torch.nn.Conv2d) for layer in network.modules())
         return _STACK_WIDTH[self.device.type] if is_stackable(network) and (dense or self.device.type != "cpu") else 1
 
@@ -167,7 +167,7 @@ class _ShardTraining:
         images = device_images(self.dataset, self.device)
 
         def begin() -> StackedRun:
-            return StackedRun(self.experiment, images, self.dataset.image_shape, len(self.dataset.classes), trials, subsets, self.phases)
+            return StackedRun(self.experiment, images, self.dataset.input_shape, len(self.dataset.classes), trials, subsets, self.phases)
 
         run = begin()
         if resumed is not None:

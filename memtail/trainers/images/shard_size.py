@@ -3,10 +3,11 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from memtail.datasets import Dataset, as_images
+from memtail.datasets import Dataset
 from memtail.models import check_model
 from memtail.spec import Experiment
 from memtail.trainers.images.devices import available_devices
+from memtail.trainers.inputs import trainable
 
 # Floating-point operations of one shard: about half a minute of a processor core, or of a GPU.
 _SHARD_OPERATIONS = {"cpu": 1e12, "mps": 1e14, "cuda": 1e15}
@@ -26,12 +27,12 @@ def checked_shard_size(experiment: Experiment, dataset: Dataset, devices: list[t
 
     Raises:
         SpecError: the model does not fit the dataset, or this machine has no such device.
-        DatasetError: the dataset holds no images.
+        DatasetError: the dataset holds neither images nor features.
     """
     devices = devices or available_devices(experiment.execution.device)
     declared = experiment.execution.trials_per_shard
     if declared != "auto":
-        check_model(experiment.model, as_images(dataset).image_shape, len(dataset.classes))
+        check_model(experiment.model, trainable(experiment, dataset).input_shape, len(dataset.classes))
         return declared
     affordable = _SHARD_OPERATIONS[devices[0].type] / operations_per_trial(experiment, dataset)
     share = -(-experiment.subsets.trials // len(devices))
@@ -39,7 +40,7 @@ def checked_shard_size(experiment: Experiment, dataset: Dataset, devices: list[t
 
 
 def operations_per_trial(experiment: Experiment, dataset: Dataset) -> float:
-    """Return the floating-point operations of one trial: three forward passes per image trained on, one per image evaluated.
+    """Return the floating-point operations of one trial: three forward passes per example trained on, one per example evaluated.
 
     Args:
         experiment: the declaration.
@@ -47,9 +48,9 @@ def operations_per_trial(experiment: Experiment, dataset: Dataset) -> float:
 
     Raises:
         SpecError: the model does not fit the dataset.
-        DatasetError: the dataset holds no images.
+        DatasetError: the dataset holds neither images nor features.
     """
     counter = FlopCounterMode(display=False)
-    check_model(experiment.model, as_images(dataset).image_shape, len(dataset.classes), within=counter)
+    check_model(experiment.model, trainable(experiment, dataset).input_shape, len(dataset.classes), within=counter)
     trained = experiment.subsets.fraction * dataset.n_train * experiment.training.epochs
     return float(counter.get_total_flops()) * (3 * trained + dataset.n_train + dataset.n_test)

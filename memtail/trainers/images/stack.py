@@ -4,7 +4,8 @@ A `torch.nn.Sequential` of plain layers is stacked layer by layer: linear layers
 grouped convolutions, and batch normalisation acts on more channels. No value of one network enters another, so each network is trained
 exactly as it would be alone, and one that diverges does not affect the rest. Any other network is trained one at a time.
 
-A stack maps float images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes].
+A stack maps float images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes]; or features [S, B, D] or
+[B, D].
 """
 
 from typing import cast
@@ -58,6 +59,11 @@ def stack_networks(networks: list[nn.Module]) -> nn.Module:
     return _Single(networks[0])
 
 
+def is_shared(examples: Tensor) -> bool:
+    """Return whether examples are shared by all networks: [B, C, H, W] or [B, D]."""
+    return examples.dim() in (2, 4)
+
+
 def join_parameters(stack: nn.Module) -> nn.Parameter:
     """Move all parameters of a module, and their gradients, into one array each, of which they become views.
 
@@ -96,7 +102,7 @@ class _Single(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images[0] if images.dim() == 5 else images)
+        logits: Tensor = self.network(images if is_shared(images) else images[0])
         return logits[None]
 
 
@@ -113,8 +119,8 @@ class Stacked(nn.Module):
         self.layers = nn.ModuleList(_stack_layers([_plain_layers(network) or [] for network in networks]))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map float images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes]."""
-        if images.dim() == 4:
+        """Map float images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes]; or features, alike."""
+        if is_shared(images):
             shared = images.flatten(1) if isinstance(self.layers[0], _Flatten) else images
             x = shared.expand(self.width, *shared.shape)
         else:

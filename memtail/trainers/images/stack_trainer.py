@@ -43,7 +43,7 @@ class StackedRun:
     Args:
         experiment: the declaration.
         images: the dataset on the device.
-        image_shape: (C, H, W).
+        input_shape: of an example, (C, H, W) or (D,).
         classes: number of classes.
         trials: the S trials; more than one only if the network is stackable.
         subsets: int64 [S, m], the examples of each trial's subset.
@@ -54,7 +54,7 @@ class StackedRun:
         self,
         experiment: Experiment,
         images: DeviceImages,
-        image_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
         classes: int,
         trials: Sequence[int],
         subsets: npt.NDArray[np.int64],
@@ -67,7 +67,7 @@ class StackedRun:
         for trial in trials:
             # drawn on the CPU, so that every device starts from the same weights
             torch.default_generator.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
-            networks.append(build_model(experiment.model, image_shape, classes))
+            networks.append(build_model(experiment.model, input_shape, classes))
         self.stack: nn.Module = stack_networks(networks).to(images.device).train()
         # draws of the network itself (dropout); such networks are trained one at a time
         torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
@@ -78,9 +78,9 @@ class StackedRun:
         self.steps_at_once = 1
         layers = dense_layers(self.stack) if images.device.type == "cpu" and not low else None
         if layers and isinstance(self.recipe.optimizer, Sgd):
-            self.stack = DenseStack(layers, image_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
+            self.stack = DenseStack(layers, input_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
             # independent of the stack's width, on which no bit may depend
-            self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(image_shape)))
+            self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(input_shape)))
         else:
             parameters = [join_parameters(self.stack)] if self.stacked else list(self.stack.parameters())
             self.optimizer = make_optimizer(self.recipe.optimizer, parameters)

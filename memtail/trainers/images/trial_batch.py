@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from memtail.datasets import ImageDataset
+from memtail.datasets import DatasetLabels
 from memtail.trainers.images.evaluation import SplitOutcomes
 from memtail.trainers.images.stack_trainer import StackResult
 from memtail.trainers.trial_batch import pack_trials
@@ -34,7 +34,7 @@ def _concatenate_outcomes(outcomes: list[SplitOutcomes]) -> SplitOutcomes:
 
 
 def make_trial_batch(
-    dataset: ImageDataset, trials: Sequence[int], members: npt.NDArray[np.bool_], result: StackResult, provenance: Provenance
+    dataset: DatasetLabels, trials: Sequence[int], members: npt.NDArray[np.bool_], result: StackResult, provenance: Provenance
 ) -> TrialBatch:
     """Pack results into a trial batch.
 

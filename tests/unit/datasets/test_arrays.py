@@ -178,3 +178,40 @@ def test_arrays_that_0_1_0_took_for_others_are_prepared_again(tmp_path, monkeypa
     assert versions.python(code, "-c", preparing, path, env={**os.environ, "MEMTAIL_CACHE": str(cache)}) == "(8, 3, 8)\n"
     monkeypatch.setenv("MEMTAIL_CACHE", str(cache))
     assert datasets.as_images(datasets.prepare(DatasetSpec(name="arrays", root=path))).image_shape == (3, 8, 8)
+
+
+FEATURES = np.random.default_rng(0).normal(size=(40, 5))
+
+
+@pytest.mark.parametrize(
+    "names", [("train_features", "train_labels", "test_features", "test_labels"), ("x_train", "y_train", "x_test", "y_test")]
+)
+def test_vectors_are_features_as_they_are(prepare, names):
+    dataset = prepare(FEATURES, names=names)
+    assert isinstance(dataset, datasets.FeatureDataset)
+    np.testing.assert_array_equal(dataset.train_features, FEATURES.astype(np.float32))
+    assert dataset.test_features.dtype == np.float32
+    assert dataset.features == ("0", "1", "2", "3", "4")
+    assert dataset.classes == ("0", "1", "2")
+    named = prepare(FEATURES, names=names, feature_names=np.array(["a", "b", "c", "d", "e"]))
+    assert named.features == ("a", "b", "c", "d", "e")
+    assert named.fingerprint != dataset.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_features": FEATURES[0]}, r"train_features is float64 \[5\], needed are numbers \[N, D\]"),
+        ({"train_features": FEATURES.astype(str)}, r"train_features is <U32 \[40, 5\], needed are numbers"),
+        (
+            {"train_features": np.where(FEATURES[2, 3] == FEATURES, np.nan, FEATURES)},
+            r"train_features\[2, 3\] is nan: features must be finite",
+        ),
+        ({"train_features": FEATURES * 1e300}, r"train_features\[0, 0\] is .*: features must be finite in float32"),
+        ({"test_features": FEATURES[:20, :4]}, r"training examples are \[5\], test examples \[4\]: all must be of one size"),
+        ({"feature_names": np.array(["a"])}, r"feature_names is <U1 \[1\], needed are 5 strings"),
+    ],
+)
+def test_features_that_cannot_be_used_are_refused_with_the_reason(prepare, changes, message):
+    with pytest.raises(DatasetError, match=message):
+        prepare(FEATURES, names=("train_features", "train_labels", "test_features", "test_labels"), **changes)

@@ -162,10 +162,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "table", "root": "a.csv"}, "dataset 'table' needs columns: label, and text or features"),
+        ({"name": "table", "root": "a.csv"}, "dataset 'table' needs columns: label, and text, features or image"),
         ({"name": "table", "columns": TEXTS, "test": "b.csv"}, "dataset 'table' needs a root"),
         ({"name": "table", "root": "a.csv", "columns": TEXTS}, r"needs its test examples: either test, a second file, or columns\.split"),
-        ({"name": "table", "root": "a.csv", "test": "b.csv", "columns": {"label": "kind"}}, "name either text, .* or features"),
+        ({"name": "table", "root": "a.csv", "test": "b.csv", "columns": {"label": "kind"}}, "name one of text, .* and image"),
         ({"name": "digits", "columns": TEXTS}, "columns is for dataset 'table', not for 'digits'"),
     ],
 )
@@ -183,5 +183,8 @@ def test_a_kind_of_a_later_version_is_refused(tmp_path):
 def test_the_built_in_trainer_refuses_texts_in_one_line(prepare):
     from memtail.trainers.images.shard_size import checked_shard_size
 
-    with pytest.raises(DatasetError, match="this needs images, and the dataset holds text: train it with a function or a command"):
+    with pytest.raises(
+        DatasetError,
+        match="the built-in trainer takes images and features, and the dataset holds text: train it with a function or a command",
+    ):
         checked_shard_size(Experiment.parse({"name": "e", "dataset": {"name": "digits"}}), prepare())

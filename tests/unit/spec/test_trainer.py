@@ -79,7 +79,7 @@ def test_a_timeout_is_seconds_or_a_text(text, seconds):
 
 
 def test_a_module_is_found_without_importing_its_packages(folder):
-    assert find_module("package.inner.train", [str(folder)]) == folder / "package/inner/train.py"
+    assert find_module("package.inner.train", [str(folder)], "trainer") == folder / "package/inner/train.py"
 
 
 @pytest.mark.parametrize("module", ["package.other", "missing", "package.inner.train.more"])

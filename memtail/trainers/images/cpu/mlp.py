@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtail.spec import Sgd
-from memtail.trainers.images.stack import Stacked, StackedLinear
+from memtail.trainers.images.stack import Stacked, StackedLinear, is_shared
 
 
 class DenseStack(nn.Module):
     """S networks of linear layers with ReLU between them, and their momenta: float32, on a CPU.
 
-    Like every stack, it maps normalised images to logits [S, B, classes]. Parameters and momenta are buffers, so `state_dict` holds
+    Like every stack, it maps normalised examples to logits [S, B, classes]. Parameters and momenta are buffers, so `state_dict` holds
     everything that training depends on.
 
     Args:
         layers: the linear layers of all S networks, from input to logits.
-        image_shape: (C, H, W).
-        shift: float32 [C]; pixels are normalised as (pixel + shift) * scale.
-        scale: float32 [C].
+        input_shape: of an example, (C, H, W) or (D,), which is D channels of one pixel.
+        shift: float32 [C] or [D]; values are normalised as (value + shift) * scale.
+        scale: float32 [C] or [D].
         optimizer: constants of gradient descent; its learning rate is not used.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
     """
@@ -37,7 +37,7 @@ class DenseStack(nn.Module):
     def __init__(
         self,
         layers: list[StackedLinear],
-        image_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
         shift: Tensor,
         scale: Tensor,
         optimizer: Sgd,
@@ -48,7 +48,7 @@ class DenseStack(nn.Module):
         super().__init__()
         self.width, self.classes = layers[-1].weight.shape[:2]
         self._columns, self._rows = COLUMNS, ROWS
-        channels, height, width = image_shape
+        channels, height, width = input_shape if len(input_shape) == 3 else (*input_shape, 1, 1)
         self._shift, self._scale = (constants.repeat(height * width).numpy() for constants in (shift, scale))
         widths = [len(self._shift), *(layer.weight.shape[1] for layer in layers)]
         self._sizes = np.array([-(-width // COLUMNS) * COLUMNS for width in widths])
@@ -79,11 +79,11 @@ class DenseStack(nn.Module):
         self.values[:, bias_at : bias_at + out] = bias[:, 0]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map float32 images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes]."""
+        """Map float32 images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes]; or features, alike."""
         from memtail.trainers.images.cpu.mlp_kernels import forward  # compiles
 
-        shared = images.dim() == 4
-        flat = images.movedim(-3, -1).flatten(-3)
+        shared = is_shared(images)
+        flat = images.movedim(-3, -1).flatten(-3) if images.dim() > 3 else images
         count, pixels = flat.shape[-2:]
         padded = -(-count // self._rows) * self._rows
         x = F.pad(flat, (0, int(self._sizes[0]) - pixels, 0, padded - count)).contiguous().numpy()
@@ -103,7 +103,7 @@ class DenseStack(nn.Module):
         """Take one step of gradient descent per batch, on every network.
 
         Args:
-            pixels: uint8 [S, B, H, W, C], the examples of all batches.
+            pixels: uint8 [S, B, H, W, C] or float32 [S, B, D], the examples of all batches.
             labels: int64 [S, B].
             bounds: start and stop of each batch among the examples; each starts where the one before stops.
             rates: the learning rate of each step.

@@ -216,7 +216,7 @@ def train_steps(  # type: ignore[no-untyped-def]
     """Take one step of gradient descent per batch, on one network after another, each from the processor's cache.
 
     Args:
-        pixels: uint8 [S, B * P], the examples of all batches, for each network.
+        pixels: uint8 or float32 [S, B * P], the examples of all batches, for each network.
         labels: int64 [S, B], of these examples.
         shift: float32 [P]; the first layer takes (pixel + shift) * scale.
         scale: float32 [P].

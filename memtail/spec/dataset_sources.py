@@ -1,0 +1,126 @@
+"""The `dataset` part of an experiment: a named dataset, or one that a key of its own declares, such as a user's function."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from memtail.spec.base import Part
+from memtail.spec.dataset import DatasetSpec
+from memtail.spec.trainer import UserFunction
+
+TorchvisionName = Literal[
+    "CIFAR10",
+    "CIFAR100",
+    "CLEVRClassification",
+    "Caltech101",
+    "Caltech256",
+    "Country211",
+    "DTD",
+    "EMNIST",
+    "EuroSAT",
+    "FER2013",
+    "FGVCAircraft",
+    "FakeData",
+    "FashionMNIST",
+    "Flowers102",
+    "Food101",
+    "GTSRB",
+    "INaturalist",
+    "ImageNet",
+    "Imagenette",
+    "KMNIST",
+    "LFWPeople",
+    "MNIST",
+    "OxfordIIITPet",
+    "PCAM",
+    "Places365",
+    "QMNIST",
+    "RenderedSST2",
+    "SEMEION",
+    "STL10",
+    "SUN397",
+    "SVHN",
+    "StanfordCars",
+    "USPS",
+]
+
+
+class FunctionDataset(UserFunction):
+    """A Python function that loads the examples and labels of both splits (see `memtail.datasets.function`).
+
+    Attributes:
+        function: the function, as `package.module:function`.
+        options: keyword arguments of the function.
+        code: files, as patterns relative to `folder`, after whose change the function is called again: its code, and the data that it
+            reads; by default the function's source file.
+        folder: folder in which the function is searched before the Python path; by default that of the experiment file.
+        max_train: use at most this many training examples: the first ones.
+        max_test: likewise, test examples.
+        resolution: side in pixels to which images are resized and cropped; required if they differ in size.
+    """
+
+    part: ClassVar[str] = "dataset"
+
+    max_train: Annotated[int, Field(ge=2)] | None = None
+    max_test: Annotated[int, Field(ge=1)] | None = None
+    resolution: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset in messages."""
+        return self.function
+
+
+class TorchvisionDataset(Part):
+    """A classification dataset of torchvision.
+
+    Attributes:
+        torchvision: its class in `torchvision.datasets`.
+        options: further arguments of the class. One that names the split, such as `split`, replaces the training split.
+        root: the folder that the class takes as `root`, and downloads to; `MEMTAIL_DATA` and the cache are searched too.
+        max_train: use at most this many training examples, evenly spaced ones.
+        max_test: likewise, test examples.
+        resolution: side in pixels to which images are resized and cropped; required if they differ in size.
+        orientation: `exif` turns photographs as their EXIF orientation says; `stored` takes the pixels as they are stored, as torchvision
+            does.
+        on_error: `skip` leaves damaged image files out and lists them; `stop` refuses the dataset, with a list of all of them.
+    """
+
+    torchvision: TorchvisionName
+    options: dict[str, Any] = {}
+    root: Path | None = None
+    max_train: Annotated[int, Field(ge=2)] | None = None
+    max_test: Annotated[int, Field(ge=1)] | None = None
+    resolution: Annotated[int, Field(ge=1)] | None = None
+    orientation: Literal["stored", "exif"] = "stored"
+    on_error: Literal["stop", "skip"] = "stop"
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset in messages."""
+        return self.torchvision
+
+
+def _kind(value: Any) -> str:
+    keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Part) else ()
+    return next((key for key in ("function", "torchvision") if key in keys), "named")
+
+
+AnyDataset = Annotated[
+    Annotated[DatasetSpec, Tag("named")] | Annotated[FunctionDataset, Tag("function")] | Annotated[TorchvisionDataset, Tag("torchvision")],
+    Discriminator(_kind),
+]
+
+
+def with_absolute_paths(dataset: AnyDataset, base: Path) -> AnyDataset:
+    """Return a declaration whose paths, and the folder of its code, start from a folder.
+
+    Args:
+        dataset: the declaration.
+        base: the folder.
+    """
+    paths = {key: path for key in type(dataset).model_fields if isinstance(path := getattr(dataset, key), Path)}
+    if isinstance(dataset, UserFunction):
+        paths.setdefault("folder", Path())
+    return dataset.model_copy(update={key: (base / path.expanduser()).resolve() for key, path in paths.items()})
