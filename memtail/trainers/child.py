@@ -21,6 +21,7 @@ from memtail.spec.trainer import UserTrainer, code_digest
 from memtail.trainers.channel import Channel
 from memtail.trainers.command import Command
 from memtail.trainers.function import Function
+from memtail.trainers.user_network import train_network_shard
 from memtail.trainers.user_shard import train_user_shard
 from memtail.trials import TrialBatch
 
@@ -59,6 +60,12 @@ class _Parent:
         if abs(fraction - self._fraction) >= _REPORT_STEP or fraction >= 1 or now - self._reported >= _REPORT_SECONDS:
             self._reported, self._fraction = now, fraction
             self.send({"progress": fraction})
+
+    def step(self) -> None:
+        """Report that training advances."""
+        if (now := time.monotonic()) - self._reported >= _REPORT_SECONDS:
+            self._reported = now
+            self.send({"step": True})
 
     def finished(self, trial: int) -> None:
         """Report a trained trial."""
@@ -111,15 +118,20 @@ class _Child:
             dataset = self._dataset(work["dataset"])
         except (DatasetError, OSError) as error:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
+        trials = range(work["first"], work["last"] + 1)
+        if isinstance(experiment.trainer, ImagesTrainer):
+            if str(code) not in sys.path:
+                sys.path.append(str(code))
+            self._parent.send({"ready": True})
+            return train_network_shard(experiment, dataset, trials, device, self._parent, checkpoint, work["profile"])
         if self._trainer is None:
-            declared = _checked(experiment, code, work["trainer_code"])
+            declared = _checked(experiment.trainer, code, work["trainer_code"])
             # from here on nothing that is raised is the fault of this machine
             self._parent.send({"importing": True})
             paths = [str(code), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of commands and other programs that user code starts
             self._trainer = Function(declared, code) if isinstance(declared, FunctionTrainer) else Command(declared, code)
         self._parent.send({"ready": self._trainer.takes_many})
-        trials = range(work["first"], work["last"] + 1)
         return train_user_shard(experiment, work["fingerprint"], dataset, trials, device, self._trainer, self._parent, checkpoint)
 
     def _dataset(self, folder: str) -> Dataset:
@@ -128,11 +140,9 @@ class _Child:
         return self._opened[folder]
 
 
-def _checked(experiment: Experiment, code: Path, digest: str) -> UserTrainer:
+def _checked(trainer: UserTrainer, code: Path, digest: str) -> UserTrainer:
     """Return the declaration of the trainer, if the code on this machine is the experiment's. Raises: UnsupportedError."""
-    if isinstance(experiment.trainer, ImagesTrainer):
-        raise UnsupportedError("the built-in trainer needs no trainer process")
-    declared = experiment.trainer.model_copy(update={"folder": code})
+    declared = trainer.model_copy(update={"folder": code})
     try:
         here = code_digest(declared, [part for part in sys.path if part != str(code)])
     except SpecError as error:

@@ -24,6 +24,7 @@ from memtail.datasets import DatasetLabels
 from memtail.errors import ForeignObjectError, TrainerError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.experiment_store import Record
 from memtail.processes import hide
+from memtail.spec import Experiment, ImagesTrainer
 from memtail.subsets import membership
 from memtail.trainers.channel import Channel
 from memtail.trainers.checkpoints import Checkpoints
@@ -44,6 +45,8 @@ _STOP_SECONDS = GRACE_SECONDS + 10.0
 _SEND_SECONDS, _END_SECONDS = 60.0, 30.0
 # Least seconds for imports, and for what memtail does after the last trial.
 _REST_SECONDS = 60.0
+# Bytes that a disk must take which is not at fault.
+_TRIED_BYTES = 1 << 20
 # Largest checkpoint in bytes.
 _LARGEST_STATE = 4 << 30
 # Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
@@ -60,6 +63,7 @@ class Work:
         shard: the shard.
         code: folder of the user's code.
         store: address of the store; if it is a folder, user code has no access to it.
+        profile: whether to measure the seconds by phase; only the built-in trainer does.
     """
 
     record: Record
@@ -67,18 +71,25 @@ class Work:
     shard: Shard
     code: Path
     store: str | None = None
+    profile: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The message that begins the training."""
         return {
-            "experiment": self.record.experiment.model_dump(mode="json"),
+            "experiment": self._experiment().model_dump(mode="json"),
             "fingerprint": self.record.fingerprint,
             "trainer_code": self.record.trainer_code,
             "dataset": str(self.dataset.folder),
             "first": self.shard.first,
             "last": self.shard.last,
             "code": str(self.code),
+            "profile": self.profile,
         }
+
+    def _experiment(self) -> Experiment:
+        """The experiment, with paths that hold in another folder."""
+        experiment = self.record.experiment
+        return experiment.with_masks(experiment.subsets.masks.absolute()) if experiment.subsets.masks else experiment
 
 
 class _RemoteTraceback(Exception):  # noqa: N818 - not raised, but shown as a cause
@@ -120,7 +131,7 @@ class TrainerProcess:
             TrainerError: the code raised, its process died, or a trial took longer than `trainer.timeout`.
             TrainingStopped: `stop` returned True.
             UnsupportedError: the code on this machine is not the experiment's.
-            WorkerFaultError: the process cannot be started, or cannot open the dataset.
+            WorkerFaultError: the process cannot be started, or cannot open the dataset; or the device or the disk is at fault.
         """
         state = checkpoints.load() if checkpoints else None
         self._begin(work)
@@ -140,7 +151,8 @@ class TrainerProcess:
                 self.end()  # so that all its output has been read
         output = self._output.text()
         trace = f"{failure.__cause__ or ''}\n" + (f"Last output of the trainer:\n{output}" if output else "")
-        raise failure from _RemoteTraceback(f"\n{trace}")
+        fault = _fault_of_machine(self._device) if isinstance(failure, TrainerError) else None
+        raise fault or failure from _RemoteTraceback(f"\n{trace}")
 
     def end(self) -> None:
         """End the process and all that it started."""
@@ -231,7 +243,7 @@ class TrainerProcess:
         stop: Callable[[], bool],
     ) -> TrialBatch:
         limits = _Limits(getattr(work.record.experiment.trainer, "timeout", None), len(work.shard.trials))
-        imports, reported = False, False
+        imports, reported = False, isinstance(work.record.experiment.trainer, ImagesTrainer)  # which reports each step
         while True:
             received = self._receive()
             limits.check()
@@ -253,6 +265,8 @@ class TrainerProcess:
                     reported = True
                     on_step()
                     on_progress(fraction)
+                case {"step": _}:
+                    on_step()
                 case {"finished": _}:
                     limits.finished()
                     on_step()
@@ -333,6 +347,23 @@ def _end(guardian: "subprocess.Popen[bytes]") -> None:
         log.warning("the trainer process does not end", pid=guardian.pid)
         guardian.kill()
         guardian.wait()
+
+
+def _fault_of_machine(device: str) -> WorkerFaultError | None:
+    """Find a fault of this machine, which a failure of user code may come from: the code itself is not asked."""
+    from torch import device as of_torch
+
+    from memtail.trainers.images.devices import check_unopened
+
+    try:
+        check_unopened(of_torch(device))
+        with tempfile.TemporaryFile() as file:
+            file.write(bytes(_TRIED_BYTES))
+    except OSError as error:
+        return WorkerFaultError(f"this machine cannot train: {error}")
+    except WorkerFaultError as error:
+        return error
+    return None
 
 
 def _printable(text: str) -> str:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from memtail.datasets import Dataset, as_images
 from memtail.experiment_store import Record
-from memtail.spec import ImagesTrainer
 from memtail.trainers.checkpoints import Checkpoints
 from memtail.trainers.process import TrainerProcess, Work
 from memtail.trials import Shard, TrialBatch
 
 
 class ShardTrainer:
-    """Trains shards: the built-in trainer in this process, user code in a trainer process, which is kept from shard to shard.
+    """Trains shards: memtail's own networks in this process, user code in a trainer process, which is kept from shard to shard.
 
     Args:
         device: to train on, as torch names it.
@@ -61,8 +60,8 @@ class ShardTrainer:
             UnsupportedError: the user's code on this machine is not the experiment's.
             Exception: the shard is at fault.
         """
-        if not isinstance(record.experiment.trainer, ImagesTrainer):
-            work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store)
+        if record.experiment.runs_user_code:
+            work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store, profile)
             return self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop)
         self._process.end()
         return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop, profile)

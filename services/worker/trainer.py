@@ -149,11 +149,9 @@ class Trainer:
         if self._checked:
             return
         try:
-            from memtail.trainers.images.devices import available_devices, check_device, check_in_new_process
+            from memtail.trainers.images.devices import available_devices, check_unopened
 
-            device = available_devices(self._device)[0]
-            # a device that hangs must not hang this process
-            (check_in_new_process if device.type == "cuda" else check_device)(device)
+            check_unopened(available_devices(self._device)[0])
         except (ImportError, OSError, SpecError) as error:
             raise WorkerFaultError(f"device {self._device} cannot be used: {error}") from error
         self._checked = True

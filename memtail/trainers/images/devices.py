@@ -140,6 +140,15 @@ def check_in_new_process(device: torch.device) -> None:
         raise WorkerFaultError(told or f"device {device} cannot be used: {reason}")
 
 
+def check_unopened(device: torch.device) -> None:
+    """Check a device without opening it in this process, if it is an accelerator; so one that hangs does not hang this process.
+
+    Raises:
+        WorkerFaultError: the device cannot be used.
+    """
+    (check_device if device.type == "cpu" else check_in_new_process)(device)
+
+
 def is_device_error(error: BaseException | None) -> bool:
     """Return whether an error comes from a device's driver; the process can then not use the device any more."""
     if error is None or is_out_of_memory(error):
