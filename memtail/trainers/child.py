@@ -87,6 +87,8 @@ class _Parent:
                     continue
                 if "stop" in received[0]:
                     self._stopping.set()
+                elif "show" in received[0]:
+                    faulthandler.dump_traceback(file=2)
                 else:
                     self._stopping.clear()
                     self._work.put(received)

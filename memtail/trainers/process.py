@@ -5,6 +5,7 @@ process says so or ends.
 """
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -28,8 +29,9 @@ from memtail.spec import Experiment, ImagesTrainer
 from memtail.subsets import membership
 from memtail.trainers.channel import Channel
 from memtail.trainers.checkpoints import Checkpoints
-from memtail.trainers.command import GRACE_SECONDS, describe_exit
+from memtail.trainers.command import describe_exit
 from memtail.trainers.confinement import has_landlock, restricted_paths, trainer_environment
+from memtail.trainers.limits import Limits
 from memtail.trainers.output import Output
 from memtail.trials import Shard, TrialBatch, largest_batch, pack
 
@@ -39,12 +41,10 @@ log = structlog.get_logger()
 _MOST_TRIALS = 10_000
 # Seconds between two looks at whether to stop.
 _POLL_SECONDS = 0.1
-# Seconds that the process has to stop, in which a command has its own grace.
-_STOP_SECONDS = GRACE_SECONDS + 10.0
 # Seconds within which the process takes a message, and within which it ends once it is killed.
 _SEND_SECONDS, _END_SECONDS = 60.0, 30.0
-# Least seconds for imports, and for what memtail does after the last trial.
-_REST_SECONDS = 60.0
+# Seconds in which a process that is about to be ended shows what it is doing.
+_SHOW_SECONDS = 0.5
 # Bytes that a disk must take which is not at fault.
 _TRIED_BYTES = 1 << 20
 # Largest checkpoint in bytes.
@@ -117,6 +117,7 @@ class TrainerProcess:
         on_progress: Callable[[float], None],
         on_step: Callable[[], None],
         stop: Callable[[], bool],
+        silence: float = math.inf,
     ) -> TrialBatch:
         """Train a shard.
 
@@ -124,11 +125,12 @@ class TrainerProcess:
             work: the shard.
             checkpoints: where its state is kept, if anywhere.
             on_progress: is called with the trained part of the shard, 0 to 1.
-            on_step: is called when training has advanced; several times a second while code is at work that has never reported progress.
+            on_step: is called several times a second while the code is watched.
             stop: is asked several times a second whether to stop.
+            silence: longest time in seconds without progress, of a network and of code that has reported progress.
 
         Raises:
-            TrainerError: the code raised, its process died, or a trial took longer than `trainer.timeout`.
+            TrainerError: the code raised, its process died, a trial took longer than `trainer.timeout`, or it hangs.
             TrainingStopped: `stop` returned True.
             UnsupportedError: the code on this machine is not the experiment's.
             WorkerFaultError: the process cannot be started, or cannot open the dataset; or the device or the disk is at fault.
@@ -138,7 +140,7 @@ class TrainerProcess:
         usable = False
         try:
             self._send({"train": work.to_json(), "device": self._device, "checkpoint": state is not None}, state or b"")
-            batch = self._follow(work, checkpoints, on_progress, on_step, stop)
+            batch = self._follow(work, checkpoints, on_progress, on_step, stop, silence)
             usable = True
             return batch
         except _EndedError:
@@ -241,19 +243,20 @@ class TrainerProcess:
         on_progress: Callable[[float], None],
         on_step: Callable[[], None],
         stop: Callable[[], bool],
+        silence: float,
     ) -> TrialBatch:
-        limits = _Limits(getattr(work.record.experiment.trainer, "timeout", None), len(work.shard.trials))
-        imports, reported = False, isinstance(work.record.experiment.trainer, ImagesTrainer)  # which reports each step
+        trainer, imports = work.record.experiment.trainer, False
+        limits = Limits(getattr(trainer, "timeout", None), len(work.shard.trials), silence, isinstance(trainer, ImagesTrainer))
         while True:
             received = self._receive()
-            limits.check()
+            self._check(limits)
+            on_step()
             if limits.stopping is None and stop():
                 limits.stopping = time.monotonic()
                 self._send({"stop": True})
             if received is None:
-                if not reported:
-                    on_step()
                 continue
+            limits.heard()
             message, data = received
             match message:
                 case {"importing": _}:
@@ -262,14 +265,10 @@ class TrainerProcess:
                     imports = True
                     limits.begin(bool(many))
                 case {"progress": float(fraction)} if 0 <= fraction <= 1:
-                    reported = True
-                    on_step()
+                    limits.progress()
                     on_progress(fraction)
-                case {"step": _}:
-                    on_step()
                 case {"finished": _}:
                     limits.finished()
-                    on_step()
                 case {"save": _}:
                     if checkpoints:
                         checkpoints.save(data)
@@ -277,6 +276,15 @@ class TrainerProcess:
                     return _checked(data, work)
                 case {"error": str(kind), "message": str(text), "traceback": str(trace)}:
                     self._raise(kind, _printable(text), _printable(trace), imports, limits.stopping is not None)
+
+    def _check(self, limits: Limits) -> None:
+        try:
+            limits.check()
+        except TrainerError:
+            with suppress(_EndedError):
+                self._send({"show": True})
+                time.sleep(_SHOW_SECONDS)
+            raise
 
     def _raise(self, kind: str, message: str, trace: str, imports: bool, stopping: bool) -> None:
         """Raise what the process says; only before it imports user code may it blame this machine."""
@@ -299,42 +307,6 @@ class TrainerProcess:
 
 class _EndedError(Exception):
     """The process has ended, or does not take messages."""
-
-
-class _Limits:
-    """Times at which the training of a shard is given up.
-
-    Args:
-        timeout: longest time of a trial in seconds, if there is one.
-        trials: number of trials of the shard.
-    """
-
-    def __init__(self, timeout: float | None, trials: int) -> None:
-        self._timeout, self._trials, self._together = timeout or float("inf"), trials, False
-        self._last, self._allowed = time.monotonic(), max(_REST_SECONDS, self._timeout * trials)
-        #: When the process was told to stop.
-        self.stopping: float | None = None
-
-    def begin(self, together: bool) -> None:
-        """Begin with the first trial, or with all trials together."""
-        self._together, self._last = together, time.monotonic()
-        self._allowed = self._timeout * (self._trials if together else 1)
-
-    def finished(self) -> None:
-        """Begin with the next trial, if there is one."""
-        self._trials -= 1
-        if not self._together:
-            self._last = time.monotonic()
-        if self._trials <= 0:
-            self._last, self._allowed = time.monotonic(), max(_REST_SECONDS, self._timeout)
-
-    def check(self) -> None:
-        """Raise if the time is over. Raises: TrainingStopped, TrainerError."""
-        now = time.monotonic()
-        if self.stopping is not None and now - self.stopping > _STOP_SECONDS:
-            raise TrainingStopped
-        if now - self._last > self._allowed:
-            raise TrainerError(f"a trial took longer than trainer.timeout, {self._timeout:g} s: raise it, or make the code faster")
 
 
 def _end(guardian: "subprocess.Popen[bytes]") -> None:

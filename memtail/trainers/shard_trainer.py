@@ -1,5 +1,6 @@
 """`ShardTrainer`: trains shards on one device by the trainer that their experiment declares."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class ShardTrainer:
         on_step: Callable[[], None] = lambda: None,
         stop: Callable[[], bool] = lambda: False,
         profile: bool = False,
+        silence: float = math.inf,
     ) -> TrialBatch:
         """Train a shard from its last checkpoint on.
 
@@ -47,9 +49,10 @@ class ShardTrainer:
             code: folder of the user's code; by default the current folder.
             store: address of the store; if it is a folder, user code has no access to it.
             on_progress: is called with the trained part of the shard, 0 to 1.
-            on_step: is called when training has advanced.
+            on_step: is called when training has advanced; several times a second while user code is watched.
             stop: is asked every few steps, or several times a second, whether to stop.
             profile: whether to measure the seconds by phase; only the built-in trainer does.
+            silence: seconds without progress after which user code is ended.
 
         Returns:
             The shard's batch.
@@ -62,7 +65,7 @@ class ShardTrainer:
         """
         if record.experiment.runs_user_code:
             work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store, profile)
-            return self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop)
+            return self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop, silence=silence)
         self._process.end()
         return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop, profile)
 

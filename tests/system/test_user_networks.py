@@ -223,3 +223,18 @@ def test_a_network_for_which_memory_is_short_is_trained_in_smaller_stacks(train,
         batch = train(declare(small, network("cramped")))
     assert any("halving the stack" in event.get("output", "") for event in events)
     assert (batch.train_correct == train(declare(small, network("wide"))).train_correct).all()
+
+
+HANGS = {
+    "in construction": "time.sleep(1000)",
+    "in a step": "Single.forward = lambda self, images: time.sleep(1000)",
+}
+
+
+@pytest.mark.parametrize("act", HANGS.values(), ids=HANGS)
+def test_a_network_that_hangs_is_ended_and_its_stack_is_shown(trainer, train, small, act):
+    with pytest.raises(TrainerError, match=r"^training hangs: no progress for more than 10 s: the output shows where") as caught:
+        train(declare(small, network("acting", act=act)), silence=10)
+    assert "most recent call first" in str(caught.value.__cause__)
+    assert "in train_network_shard" in str(caught.value.__cause__)
+    assert trainer.usable
