@@ -12,6 +12,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import structlog
+import torch
+
 from memtail import logs
 from memtail.datasets import Dataset, open_dataset
 from memtail.errors import DatasetError, MemtailError, SpecError, TrainingStopped, UnsupportedError, WorkerFaultError
@@ -19,11 +22,15 @@ from memtail.processes import keep_memory
 from memtail.spec import Experiment, FunctionTrainer, ImagesTrainer
 from memtail.spec.trainer import UserTrainer, code_digest
 from memtail.trainers.channel import Channel
+from memtail.trainers.checkpoints import LARGEST_STATE
 from memtail.trainers.command import Command
 from memtail.trainers.function import Function
+from memtail.trainers.images.devices import peak_memory
 from memtail.trainers.user_network import train_network_shard
 from memtail.trainers.user_shard import train_user_shard
 from memtail.trials import TrialBatch
+
+log = structlog.get_logger()
 
 # Least seconds between two reports of progress of less than a step: code may report after each of a thousand updates a second.
 _REPORT_SECONDS, _REPORT_STEP = 0.1, 0.01
@@ -72,7 +79,10 @@ class _Parent:
         self.send({"finished": trial})
 
     def save(self, state: bytes) -> None:
-        """Have a checkpoint kept."""
+        """Have a checkpoint kept, if it is not too large."""
+        if len(state) > LARGEST_STATE:
+            log.warning("checkpoint not kept, training continues", bytes=len(state), largest=LARGEST_STATE)
+            return
         self.send({"save": True}, state)
 
     def should_stop(self) -> bool:
@@ -109,7 +119,7 @@ class _Child:
             message, checkpoint = self._parent.next()
             try:
                 batch = self._train(message["train"], message["device"], checkpoint)
-                answer, data = {"batch": True}, batch.to_bytes()
+                answer, data = {"batch": True, "peak_memory": peak_memory(torch.device(message["device"]))}, batch.to_bytes()
             except BaseException as error:  # also SystemExit and KeyboardInterrupt of user code
                 answer, data = _described(error), b""
             self._parent.send(answer, data)

@@ -28,7 +28,7 @@ from memtail.processes import hide
 from memtail.spec import Experiment, ImagesTrainer
 from memtail.subsets import membership
 from memtail.trainers.channel import Channel
-from memtail.trainers.checkpoints import Checkpoints
+from memtail.trainers.checkpoints import LARGEST_STATE, Checkpoints
 from memtail.trainers.command import describe_exit
 from memtail.trainers.confinement import has_landlock, restricted_paths, trainer_environment
 from memtail.trainers.limits import Limits
@@ -47,8 +47,6 @@ _SEND_SECONDS, _END_SECONDS = 60.0, 30.0
 _SHOW_SECONDS = 0.5
 # Bytes that a disk must take which is not at fault.
 _TRIED_BYTES = 1 << 20
-# Largest checkpoint in bytes.
-_LARGEST_STATE = 4 << 30
 # Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from memtail.trainers.guardian import main; main()"
 
@@ -108,6 +106,8 @@ class TrainerProcess:
         self._guardian: subprocess.Popen[bytes] | None = None
         self._serves: tuple[str, Path, str | None] | None = None
         self._trials = 0
+        #: Peak memory in bytes when the last shard was trained, as the process says.
+        self.peak_memory = 0
 
     def train(
         self,
@@ -207,7 +207,7 @@ class TrainerProcess:
         finally:
             theirs.close()
             os.close(writing)
-        self._channel = Channel(ours, max(_LARGEST_STATE, size))
+        self._channel = Channel(ours, max(LARGEST_STATE, size))
         self._output = Output(reading)
 
     def _environment(self, scratch: Path) -> dict[str, str]:
@@ -273,6 +273,8 @@ class TrainerProcess:
                     if checkpoints:
                         checkpoints.save(data)
                 case {"batch": _}:
+                    peak = message.get("peak_memory")
+                    self.peak_memory = peak if isinstance(peak, int) else 0
                     return _checked(data, work)
                 case {"error": str(kind), "message": str(text), "traceback": str(trace)}:
                     self._raise(kind, _printable(text), _printable(trace), imports, limits.stopping is not None)

@@ -23,6 +23,8 @@ class ShardTrainer:
         self._process = TrainerProcess(device)
         #: Whether this process can train further shards; not after an error of its device's driver.
         self.usable = True
+        #: Peak memory in bytes of the process that trained the last shard: of the device on CUDA, of the host elsewhere.
+        self.peak_memory = 0
 
     def train(
         self,
@@ -65,7 +67,9 @@ class ShardTrainer:
         """
         if record.experiment.runs_user_code:
             work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store, profile)
-            return self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop, silence=silence)
+            batch = self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop, silence=silence)
+            self.peak_memory = self._process.peak_memory
+            return batch
         self._process.end()
         return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop, profile)
 
@@ -87,7 +91,7 @@ class ShardTrainer:
         import torch
 
         from memtail.trainers.images import Progress, train_shard
-        from memtail.trainers.images.devices import is_device_error
+        from memtail.trainers.images.devices import is_device_error, peak_memory
 
         def report(progress: Progress) -> None:
             on_progress(progress.epochs / progress.total)
@@ -96,12 +100,13 @@ class ShardTrainer:
             on_step()
             return stop()
 
+        device = torch.device(self._device)
         try:
-            return train_shard(
+            batch = train_shard(
                 record.experiment,
                 as_images(dataset),
                 shard.trials,
-                torch.device(self._device),
+                device,
                 on_progress=report,
                 checkpoints=checkpoints,
                 stop=step,
@@ -110,3 +115,5 @@ class ShardTrainer:
         except Exception as error:
             self.usable = not is_device_error(error)
             raise
+        self.peak_memory = peak_memory(device)
+        return batch

@@ -61,6 +61,19 @@ def device_kind(device: torch.device) -> str:
     return f"{device_name(device)}, {cpu_name()}"
 
 
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process in bytes: of the device on CUDA, of the host elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):  # Linux; its getrusage also counts the parent's memory at the start of the process
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
     """Use deterministic kernels within the block; on a CPU also a single thread, so that the order of sums does not depend on the cores.
