@@ -32,7 +32,7 @@ from memtail.processes import hide
 from memtail.scores.pointer import latest_version
 from memtail.scores.summary import ScoreSummary
 from memtail.settings import S3Settings
-from memtail.spec import Experiment, ImagesTrainer, TrainerSpec
+from memtail.spec import Experiment, TrainerSpec
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import is_url, open_store
@@ -266,7 +266,7 @@ class _Run:
         devices = state.devices[:shards]
         for device in devices if state.record.experiment.execution.require else ():
             self._experiment_store.check_device(state.record, device_kind(torch.device(device)))
-        if not isinstance(state.record.experiment.trainer, ImagesTrainer):
+        if state.record.experiment.runs_user_code:
             hide()
         task = Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile, code=self._code)
         return Workers(task, devices)

@@ -80,21 +80,25 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
     if devices[0] != "cpu":  # at least one full batch, else an accelerator is not busy
         share = max(share, record.experiment.training.batch_size / (fraction * dataset.n_train))
     sample = dataset if share >= 1 else _sample(dataset, share, folder / "sample")
-    shards = [Shard(place * size, (place + 1) * size - 1) for place in range(len(devices))]
+    both = [Shard(first, first + size - 1) for first in range(0, 2 * len(devices) * size, size)]
+    cold_shards, shards = both[: len(devices)], both[len(devices) :]
 
     def shortened(epochs: int) -> Record:
         # with shards of the size to be measured
         return declare(_shortened(record.experiment, epochs, fraction), sample, size)
 
     with Workers(Task(shortened(1), sample.folder, "", device=""), devices) as workers:
-        cold, _ = _train_at_once(workers, shards, folder / "cold", shortened(1))
-        warm, results = _train_at_once(workers, shards, folder / "warm", shortened(1), profile=True)
+        # in one store, so that a trainer process is kept
+        cold, _ = _train_at_once(workers, cold_shards, folder / "short", shortened(1))
+        warm, results = _train_at_once(workers, shards, folder / "short", shortened(1), profile=True)
         spent = [result.phases for result in results]
         evaluation = float(np.mean([phases["evaluation"] for phases in spent]))
         epoch = float(np.mean([sum(phases.values()) for phases in spent])) - evaluation
         fixed = max(0.0, warm - epoch - evaluation)  # building the networks, the commit, communication
         measured = max(1, min(epochs, int((_MEASURED_SECONDS - evaluation - fixed) / max(epoch, 1e-6))))
-        seconds, results = _train_at_once(workers, shards, folder / "whole", shortened(measured))
+        around = warm - float(np.mean([result.seconds for result in results]))
+        _, results = _train_at_once(workers, shards, folder / "whole", shortened(measured))
+        seconds = around + float(np.mean([result.seconds for result in results]))  # without the start of a trainer process
     batch = ExperimentStore(LocalStore(folder / "whole"), record.experiment.name).batch(shards[0], shortened(measured))
     training = max(0.0, seconds - fixed - evaluation) * epochs / measured * dataset.n_train / sample.n_train
     evaluation *= (dataset.n_train + dataset.n_test) / (sample.n_train + sample.n_test)

@@ -9,11 +9,10 @@ import queue
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memtail import logs
 from memtail.datasets import Dataset, open_dataset
@@ -26,9 +25,6 @@ from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
 from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
-
-if TYPE_CHECKING:
-    import torch
 
 #: Exit code of a process whose import of the script starts training, by which the process that started it knows the cause.
 _SCRIPT_TRAINS = 70
@@ -197,9 +193,7 @@ def end_trainers() -> None:
 
 
 def _train(task: Task, shard: Shard) -> ShardResult:
-    import torch
-
-    trainer, device = _trainer(task.device), torch.device(task.device)
+    trainer = _trainer(task.device)
 
     def train(checkpoints: StoredCheckpoints) -> TrialBatch:
         return trainer.train(
@@ -215,19 +209,4 @@ def _train(task: Task, shard: Shard) -> ShardResult:
 
     experiment_store = ExperimentStore(_store(task.store), task.record.experiment.name)
     result = run_shard(experiment_store, task.record, shard, task.device, train)
-    return replace(result, process_usable=trainer.usable, peak_memory=_peak_memory(device) if trainer.usable else 0)
-
-
-def _peak_memory(device: "torch.device") -> int:
-    """Return the peak memory of this process in bytes: of the device on CUDA, of the host elsewhere."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, StopIteration):  # Linux; its getrusage also counts the parent's memory at the start of the process
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return replace(result, process_usable=trainer.usable, peak_memory=trainer.peak_memory)

@@ -72,6 +72,11 @@ class NamedModel(Part):
     name: str
     options: dict[str, Any] = {}
 
+    @property
+    def is_user_code(self) -> bool:
+        """Whether the network is of the user's own; a builder of memtail's may build a `model` of its options, which may be one."""
+        return ":" in self.name and (not self.name.startswith("memtail.") or "model" in self.options)
+
 
 def _model_kind(value: Any) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
@@ -325,6 +330,11 @@ class Experiment(Part):
                     f"{key} is for the built-in trainer, and trainer.{kind} replaces it: remove {key}, or pass trainer.options"
                 )
         return data
+
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether its trials run code of the user's own: a function, a command, or a network named `package.module:function`."""
+        return not isinstance(self.trainer, ImagesTrainer) or (isinstance(self.model, NamedModel) and self.model.is_user_code)
 
     @field_validator("name", mode="before")
     @classmethod

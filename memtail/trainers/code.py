@@ -13,18 +13,20 @@ from memtail.spec.trainer import code_digest
 def code_folder(record: Record) -> Path | None:
     """Find the code of a function or a command: in `MEMTAIL_CODE`, in the folder from which it was registered, or in the current folder.
 
+    A network is found by its name, on the Python path or there.
+
     Args:
         record: of the experiment.
 
     Returns:
-        The folder; None for the built-in trainer.
+        The folder; that of `MEMTAIL_CODE`, if any, for the built-in trainer.
 
     Raises:
         UnsupportedError: no folder has the code; or it differs from that of the experiment.
     """
     trainer = record.experiment.trainer
     if isinstance(trainer, ImagesTrainer):
-        return None
+        return Settings().code
     reasons = []
     for folder in dict.fromkeys(filter(None, (Settings().code, trainer.folder, Path.cwd()))):
         try:

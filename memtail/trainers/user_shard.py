@@ -57,6 +57,10 @@ class Caller(Protocol):
         """Take the trained part of the shard, 0 to 1."""
         ...
 
+    def step(self) -> None:
+        """Take a sign that training advances."""
+        ...
+
     def finished(self, trial: int) -> None:
         """Take a trial that is trained."""
         ...

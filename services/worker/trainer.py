@@ -59,7 +59,7 @@ class Trainer:
         worker: name of the worker, with which its leases begin.
         device: as torch names it, or "auto" for the best available one.
         lease_seconds: duration of a lease; it is renewed three times as often.
-        silence_seconds: time without progress after which training counts as hung, and the process ends.
+        silence_seconds: time without progress after which training counts as hung; the process ends, or that of user code.
         stopping: whether the worker is about to stop, so that the shard is to be handed back.
         report: sends a report to the parent process, as `services.worker.metric_updates` takes it.
     """
@@ -149,11 +149,9 @@ class Trainer:
         if self._checked:
             return
         try:
-            from memtail.trainers.images.devices import available_devices, check_device, check_in_new_process
+            from memtail.trainers.images.devices import available_devices, check_unopened
 
-            device = available_devices(self._device)[0]
-            # a device that hangs must not hang this process
-            (check_in_new_process if device.type == "cuda" else check_device)(device)
+            check_unopened(available_devices(self._device)[0])
         except (ImportError, OSError, SpecError) as error:
             raise WorkerFaultError(f"device {self._device} cannot be used: {error}") from error
         self._checked = True
@@ -251,6 +249,7 @@ class Trainer:
                 on_step=lease.progress,
                 stop=interrupted,
                 profile=self._shards % _PROFILED == 0,
+                silence=self._silence_seconds,
             )
         finally:
             self.usable = self._shard_trainer.usable

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from memtail.execution.declare import declare as make_record
+from memtail.execution.pool import Task, Workers
+from memtail.execution.shard_task import ShardOutcome
 from memtail.experiment_store import ExperimentStore
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -107,7 +110,7 @@ def build(image_shape, classes):
     ("mode", "error"),
     [
         pytest.param("raise", "RuntimeError: the model is broken", marks=pytest.mark.slow),
-        ("die", "the training process died"),
+        ("die", "the trainer process was ended by SIGKILL"),
     ],
 )
 def test_a_shard_that_always_fails_leaves_failure_records_and_a_later_run_trains_it(tmp_path, mode, error):
@@ -136,6 +139,21 @@ def test_a_shard_that_always_fails_leaves_failure_records_and_a_later_run_trains
     result = command_in_process("run", path, "--store", tmp_path / "store", env=environment)
     assert result.returncode == 0, result.stderr
     assert len(batches(tmp_path / "store")) == 2
+
+
+def test_a_training_process_that_dies_costs_its_shard_and_is_replaced(declare, digits, tmp_path):
+    store = LocalStore(tmp_path / "store")
+    record = make_record(declare(4, subsets={"design": "balanced"}), digits, 2)
+    ExperimentStore(store, "digits").register(record)
+    with Workers(Task(record, digits.folder, store.address, device=""), ["cpu"]) as workers:
+        workers.start(Shard(0, 1))
+        next(iter(workers._pools[0]._processes.values())).kill()
+        (result,) = workers.finished(60)
+        assert (result.outcome, result.attempt) == (ShardOutcome.FAILED, 0)
+        assert result.error.startswith("the training process died (killed")
+        workers.start(Shard(0, 1))
+        (result,) = workers.finished(60)
+        assert result.outcome is ShardOutcome.COMMITTED
 
 
 def test_a_run_ends_when_its_first_shards_fail_alike(tmp_path):

@@ -186,3 +186,24 @@ def test_a_later_key_is_written_only_where_it_differs_from_its_default(parent, p
     assert unused.fingerprint("d") == before.fingerprint("d")
     assert used.model_dump(mode="json")[parent]["later"] == 1
     assert differences(before.canonical("d"), used.canonical("d")) == ([] if parent == "record" else ["training.later null -> 1"])
+
+
+_FEATURES = "memtail.studies.features:feature_model"
+
+
+@pytest.mark.parametrize(
+    ("parts", "runs"),
+    [
+        ({}, False),
+        ({"model": {"name": "cnn"}}, False),
+        ({"model": {"name": "resnet9"}}, False),
+        ({"model": {"name": "memtail.models.resnet:resnet9"}}, False),
+        ({"model": {"name": "mine:build"}}, True),
+        ({"model": {"name": "memtail_mine:build"}}, True),
+        ({"model": {"name": _FEATURES, "options": {"model": {"name": "mine:build"}}}}, True),
+        ({"trainer": {"function": "mine:train"}}, True),
+        ({"trainer": {"command": ["train"]}}, True),
+    ],
+)
+def test_functions_commands_and_networks_of_other_packages_are_user_code(parts, runs):
+    assert Experiment.parse({**BASE, **parts}).runs_user_code is runs
