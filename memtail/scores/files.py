@@ -11,6 +11,10 @@
 * `index.npz`, for datasets with file names: `tr_filenames`, `tt_filenames`, `tr_labels`, `tt_labels`, `tr_mem`.
 * `summary.json`: see `memtail.scores.summary`.
 
+Without test examples the arrays of test examples and of pairs are there and empty, and so are the tables of pairs. Without labels there are
+no labels in any file, and no influence matrices: one of all pairs would have n q values, and readers compute any part of it from
+`statistics.npz`.
+
 Equal statistics give equal bytes.
 """
 
@@ -72,14 +76,8 @@ def write_scores(
         counted=packed.counted,
     )
     if dataset.train_files is not None and dataset.test_files is not None:
-        np.savez(
-            folder / INDEX,
-            tr_filenames=dataset.train_files,
-            tt_filenames=dataset.test_files,
-            tr_labels=dataset.train_labels,
-            tt_labels=dataset.test_labels,
-            tr_mem=mem.value,
-        )
+        labels: dict[str, Any] = {"tr_labels": dataset.train_labels, "tt_labels": dataset.test_labels} if dataset.labelled else {}
+        np.savez(folder / INDEX, tr_filenames=dataset.train_files, tt_filenames=dataset.test_files, **labels, tr_mem=mem.value)
     summary = summarize(name, fingerprint, statistics, mem, pairs)
     (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1))
     return summary
@@ -143,7 +141,7 @@ def _accuracies(statistics: Statistics, attribute: str) -> list[float]:
 def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: DatasetLabels) -> None:
     columns: dict[str, Any] = {
         "index": np.arange(dataset.n_train),
-        "label": dataset.train_labels,
+        **({"label": dataset.train_labels} if dataset.labelled else {}),
         "mem": mem.value,
         "mem_se": mem.standard_error,
         "p_in": mem.p_in,
@@ -175,8 +173,9 @@ def _write_influence_matrix(
                 np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
         add("tr_mem", mem.value)
-        add("tr_labels", np.asarray(dataset.train_labels))
-        add("tt_labels", np.asarray(dataset.test_labels))
+        if dataset.labelled:
+            add("tr_labels", np.asarray(dataset.train_labels))
+            add("tt_labels", np.asarray(dataset.test_labels))
         for label in range(len(dataset.classes)):
             train, test = np.flatnonzero(dataset.train_labels == label), np.flatnonzero(dataset.test_labels == label)
             add(f"tr_classidx_{label}", train)

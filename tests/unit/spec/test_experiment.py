@@ -31,6 +31,7 @@ LATER_KEYS: dict[str, Any] = {
     "CommandTrainer.folder": None,
     "DatasetSpec.test": None,
     "DatasetSpec.columns": None,
+    "TableColumns.label": None,
     "TableColumns.text": None,
     "TableColumns.features": None,
     "TableColumns.id": None,
