@@ -15,6 +15,10 @@
   two base names are equal; `tr_paths`, `tt_paths`, `tr_labels`, `tt_labels`, `tr_mem`, `tr_mem_defined`.
 * `summary.json`: see `memtail.scores.summary`.
 
+Without test examples the arrays of test examples and of pairs are there and empty, and so are the tables of pairs. Without labels there are
+no labels in any file, and no influence matrices: one of all pairs would have n q values, and readers compute any part of it from
+`statistics.npz`.
+
 Equal statistics give equal bytes.
 """
 
@@ -74,14 +78,14 @@ def write_scores(
     arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}
     np.savez(folder / STATISTICS, **{name: array for name, array in arrays.items() if array is not None})
     if dataset.train_files is not None and dataset.test_files is not None:
+        labels: dict[str, Any] = {"tr_labels": dataset.train_labels, "tt_labels": dataset.test_labels} if dataset.labelled else {}
         np.savez(
             folder / INDEX,
             tr_filenames=_base_names(dataset.train_files),
             tt_filenames=_base_names(dataset.test_files),
             tr_paths=dataset.train_files,
             tt_paths=dataset.test_files,
-            tr_labels=dataset.train_labels,
-            tt_labels=dataset.test_labels,
+            **labels,
             tr_mem=np.nan_to_num(mem.value),
             tr_mem_defined=~np.isnan(mem.value),
         )
@@ -148,7 +152,7 @@ def _accuracies(statistics: Statistics, attribute: str) -> list[float]:
 def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: DatasetLabels) -> None:
     columns: dict[str, Any] = {
         "index": np.arange(dataset.n_train),
-        "label": dataset.train_labels,
+        **({"label": dataset.train_labels} if dataset.labelled else {}),
         "mem": mem.value,
         "mem_se": mem.standard_error,
         "p_in": mem.p_in,
@@ -183,8 +187,9 @@ def _write_influence_matrix(
 
         add("tr_mem", np.nan_to_num(mem.value))
         add("tr_mem_defined", ~np.isnan(mem.value))
-        add("tr_labels", np.asarray(dataset.train_labels))
-        add("tt_labels", np.asarray(dataset.test_labels))
+        if dataset.labelled:
+            add("tr_labels", np.asarray(dataset.train_labels))
+            add("tt_labels", np.asarray(dataset.test_labels))
         for label in range(len(dataset.classes)):
             train, test = np.flatnonzero(dataset.train_labels == label), np.flatnonzero(dataset.test_labels == label)
             add(f"tr_classidx_{label}", train)

@@ -11,8 +11,8 @@ from memtail.spec import RecordedOutcomes
 from memtail.statistics.soft import ONE
 from memtail.trainers.images.images import DeviceImages
 
-# Images per forward pass: few enough for a layer's outputs to stay in a processor's cache.
 _LARGEST = torch.finfo(torch.float16).max
+# Images per forward pass: few enough for a layer's outputs to stay in a processor's cache.
 _BATCH = {"cpu": 256, "cuda": 2048, "mps": 1024}
 
 
@@ -33,6 +33,14 @@ class SplitOutcomes:
     margin: npt.NDArray[np.float16] | None
     score: npt.NDArray[np.uint8] | None
     finite: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of_none(cls, networks: int, record: RecordedOutcomes) -> "SplitOutcomes":
+        """Return the outcomes on a split without examples, as the test split of a dataset without a test set."""
+        none = (networks, 0)
+        margin = np.empty(none, np.float16) if record.margins else None
+        score = np.empty(none, np.uint8) if record.scores else None
+        return cls(np.empty(none, np.bool_), np.empty(none, np.int32), margin, score, np.ones(networks, np.bool_))
 
 
 @torch.no_grad()

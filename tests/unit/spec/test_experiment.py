@@ -39,6 +39,7 @@ LATER_KEYS: dict[str, Any] = {
     "TorchvisionDataset.on_error": "stop",
     "DatasetSpec.test": None,
     "DatasetSpec.columns": None,
+    "TableColumns.label": None,
     "TableColumns.text": None,
     "TableColumns.features": None,
     "TableColumns.image": None,
