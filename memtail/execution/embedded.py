@@ -23,7 +23,7 @@ from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, U
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.breaker import BREAKER_SHARDS, common_error
 from memtail.execution.checkpoints import left_over
-from memtail.execution.declare import declare, user_shard_size
+from memtail.execution.declare import declare, network_shard_size, user_shard_size
 from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
@@ -172,14 +172,18 @@ def run(
     dataset = dataset or datasets.prepare(experiment.dataset, on_preparation)
     experiment_store = ExperimentStore(opened, experiment.name)
     devices = available_devices(experiment.execution.device)
-    record = experiment_store.register(declare(experiment, dataset, _shard_size(experiment, dataset, devices)))
+    record = experiment_store.register(declare(experiment, dataset, _shard_size(experiment, dataset, opened.address, devices)))
     aggregation = Aggregation(experiment_store, record, dataset, Pace(float("inf"), PUBLISH_SECONDS, first_at_once=False))
     state = RunState(aggregation, dataset, [str(device) for device in devices])
     return _Run(opened, experiment_store, state, on_progress, profile, experiment.trainer).to_the_end()
 
 
-def _shard_size(experiment: Experiment, dataset: Dataset, devices: list[torch.device]) -> int:
-    return user_shard_size(experiment, len(devices)) or checked_shard_size(experiment, dataset, devices)
+def _shard_size(experiment: Experiment, dataset: Dataset, store: str, devices: list[torch.device]) -> int:
+    return (
+        user_shard_size(experiment, len(devices))
+        or network_shard_size(experiment, dataset, store, [str(device) for device in devices])
+        or checked_shard_size(experiment, dataset, devices)
+    )
 
 
 class _Run:

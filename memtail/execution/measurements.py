@@ -75,17 +75,18 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
         MemtailError: a trial failed.
     """
     size, epochs = min(record.trials_per_shard, record.experiment.subsets.trials), record.experiment.training.epochs
-    short = _shortened(record.experiment, 1, fraction)
+    trials = 2 * len(devices) * size
+    short = _shortened(record.experiment, 1, fraction, trials)
     share = _OPERATIONS[devices[0].partition(":")[0]] / (size * operations_per_trial(short, dataset))
     if devices[0] != "cpu":  # at least one full batch, else an accelerator is not busy
         share = max(share, record.experiment.training.batch_size / (fraction * dataset.n_train))
     sample = dataset if share >= 1 else _sample(dataset, share, folder / "sample")
-    both = [Shard(first, first + size - 1) for first in range(0, 2 * len(devices) * size, size)]
+    both = [Shard(first, first + size - 1) for first in range(0, trials, size)]
     cold_shards, shards = both[: len(devices)], both[len(devices) :]
 
     def shortened(epochs: int) -> Record:
         # with shards of the size to be measured
-        return declare(_shortened(record.experiment, epochs, fraction), sample, size)
+        return declare(_shortened(record.experiment, epochs, fraction, trials), sample, size)
 
     with Workers(Task(shortened(1), sample.folder, "", device=""), devices) as workers:
         # in one store, so that a trainer process is kept
@@ -129,9 +130,9 @@ def _train_at_once(workers: Workers, shards: list[Shard], store: Path, record: R
     return float(np.mean(seconds)), results
 
 
-def _shortened(experiment: Experiment, epochs: int, fraction: float) -> Experiment:
+def _shortened(experiment: Experiment, epochs: int, fraction: float, trials: int) -> Experiment:
     """Return an experiment of equal work per epoch; its uniform subsets also fit a part of the dataset."""
-    subsets = SubsetsSpec(fraction=fraction, trials=experiment.subsets.trials, seed=experiment.subsets.seed)
+    subsets = SubsetsSpec(fraction=fraction, trials=trials, seed=experiment.subsets.seed)
     return experiment.model_copy(update={"subsets": subsets, "training": experiment.training.model_copy(update={"epochs": epochs})})
 
 

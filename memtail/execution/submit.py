@@ -63,7 +63,7 @@ def submit(
         raise SpecError(f"the owner is {owner!r}: give one line of 1 to 100 printable characters")
     experiment_store = ExperimentStore(store, experiment.name)
     dataset = dataset or datasets.prepare(experiment.dataset)
-    declared = replace(declare(experiment, dataset, shard_size_in_child(experiment, dataset)), owner=owner)
+    declared = replace(declare(experiment, dataset, shard_size_in_child(experiment, dataset, store.address)), owner=owner)
     held = experiment_store.read_record() if store.exists(keys.experiment(experiment.name)) else None
     if held:
         declared = experiment_store.register(declared)  # refuse before a large dataset is uploaded

@@ -53,9 +53,9 @@ class _Parent:
         threading.Thread(target=self._receive, daemon=True).start()
 
     def next(self) -> tuple[dict[str, Any], bytes | None]:
-        """Wait for a shard; return its message and checkpoint."""
+        """Wait for work; return its message, and a checkpoint if there is one."""
         message, checkpoint = self._work.get()
-        return message, checkpoint if message["checkpoint"] else None
+        return message, checkpoint if message.get("checkpoint") else None
 
     def send(self, message: dict[str, Any], data: bytes = b"") -> None:
         """Send a message, and bytes with it."""
@@ -118,8 +118,11 @@ class _Child:
         while True:
             message, checkpoint = self._parent.next()
             try:
-                batch = self._train(message["train"], message["device"], checkpoint)
-                answer, data = {"batch": True, "peak_memory": peak_memory(torch.device(message["device"]))}, batch.to_bytes()
+                if "check" in message:
+                    answer, data = {"trials_per_shard": _shard_size(message["check"], message["devices"])}, b""
+                else:
+                    batch = self._train(message["train"], message["device"], checkpoint)
+                    answer, data = {"batch": True, "peak_memory": peak_memory(torch.device(message["device"]))}, batch.to_bytes()
             except BaseException as error:  # also SystemExit and KeyboardInterrupt of user code
                 answer, data = _described(error), b""
             self._parent.send(answer, data)
@@ -132,8 +135,7 @@ class _Child:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
         trials = range(work["first"], work["last"] + 1)
         if isinstance(experiment.trainer, ImagesTrainer):
-            if str(code) not in sys.path:
-                sys.path.append(str(code))
+            _search(code)
             self._parent.send({"ready": True})
             return train_network_shard(experiment, dataset, trials, device, self._parent, checkpoint, work["profile"])
         if self._trainer is None:
@@ -150,6 +152,21 @@ class _Child:
         if folder not in self._opened:
             self._opened = {folder: open_dataset(Path(folder))}
         return self._opened[folder]
+
+
+def _shard_size(work: dict[str, Any], devices: list[str] | None) -> int:
+    """Check a network, and return the number of trials in a shard."""
+    from memtail.trainers.images.shard_size import checked_shard_size
+
+    _search(Path(work["code"]))
+    named = None if devices is None else [torch.device(device) for device in devices]
+    return checked_shard_size(Experiment.parse(work["experiment"]), open_dataset(Path(work["dataset"])), named)
+
+
+def _search(code: Path) -> None:
+    """Have networks searched in the folder of the code too, after the Python path."""
+    if str(code) not in sys.path:
+        sys.path.append(str(code))
 
 
 def _checked(trainer: UserTrainer, code: Path, digest: str) -> UserTrainer:

@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 
 from memtail.datasets import DatasetLabels
-from memtail.errors import ForeignObjectError, TrainerError, TrainingStopped, UnsupportedError, WorkerFaultError
+from memtail.errors import ForeignObjectError, SpecError, TrainerError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.experiment_store import Record
 from memtail.processes import hide
 from memtail.spec import Experiment, ImagesTrainer
@@ -155,6 +155,37 @@ class TrainerProcess:
         trace = f"{failure.__cause__ or ''}\n" + (f"Last output of the trainer:\n{output}" if output else "")
         fault = _fault_of_machine(self._device) if isinstance(failure, TrainerError) else None
         raise fault or failure from _RemoteTraceback(f"\n{trace}")
+
+    def shard_size(self, experiment: Experiment, dataset: DatasetLabels, code: Path, store: str | None, devices: list[str] | None) -> int:
+        """Check a network of the user's own, and return the number of trials in a shard, as `checked_shard_size` does.
+
+        Args:
+            experiment: the declaration.
+            dataset: its dataset.
+            code: folder of the user's code, as in `Work`.
+            store: address of the store, as in `Work`.
+            devices: devices to train on; those of this machine by default.
+
+        Raises:
+            SpecError: the network cannot be built, fails on an image, or ends the process.
+            WorkerFaultError: the process cannot be started.
+        """
+        work = Work(Record(experiment, "", {}, dataset.n_train, dataset.n_test, 1), dataset, Shard(0, 0), code, store)
+        self._begin(work)
+        try:
+            self._send({"check": work.to_json(), "devices": devices})
+            while True:
+                match self._receive():
+                    case {"trials_per_shard": int(size)}, _ if size > 0:
+                        return size
+                    case {"error": _, "message": str(message)}, _:
+                        raise SpecError(_printable(message))
+        except _EndedError:
+            raise SpecError(f"model '{experiment.model.name}': the process that built it {self._exit()}: fix the model") from None
+        except TrainerError as error:
+            raise SpecError(f"model '{experiment.model.name}': {error}") from None
+        finally:
+            self.end()
 
     def end(self) -> None:
         """End the process and all that it started."""

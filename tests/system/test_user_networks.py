@@ -2,22 +2,27 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from structlog.testing import capture_logs
 
 from memtail import datasets
 from memtail.errors import TrainerError, TrainingStopped, WorkerFaultError
 from memtail.execution.declare import declare as make_record
+from memtail.execution.embedded import run
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trainers import landlock, process
 from memtail.trainers.images import devices
 from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
+from tests.support import inline
 from tests.support.checkpoints import KeptCheckpoints
+from tests.support.cli import command, write_spec
 
 MODULE = """
 import json, os, sys, time
@@ -238,3 +243,28 @@ def test_a_network_that_hangs_is_ended_and_its_stack_is_shown(trainer, train, sm
     assert "most recent call first" in str(caught.value.__cause__)
     assert "in train_network_shard" in str(caught.value.__cause__)
     assert trainer.usable
+
+
+def test_a_run_imports_its_network_in_trainer_processes_only(module, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # of another test
+    monkeypatch.chdir(module)
+    spec = {"name": "mine", "dataset": {"name": "digits"}, "model": {"name": "mine:wide"}, "training": {"epochs": 1}}
+    execution = {"device": "cpu", "trials_per_shard": 2}
+    experiment = Experiment.parse({**spec, "subsets": {"trials": 4, "design": "balanced"}, "execution": execution})
+    with inline.training():
+        result = run(experiment, tmp_path / "store")
+    assert result.summary.trials == 4
+    assert "mine" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["run", "submit"])
+def test_a_network_that_ends_its_process_when_it_is_checked_is_one_line(name, module, tmp_path):
+    (module / "deadly.py").write_text("import os\nprint('before the end', flush=True)\nos._exit(3)\n")
+    path = write_spec(tmp_path, "deadly", model={"name": "deadly:build"})
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "model": {"name": "deadly:build"}}))
+    done = command(name, str(path), "--store", str(tmp_path / "store"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "memtail: model 'deadly:build': the process that built it ended with exit code 3: fix the model"
+    )
+    assert not list((tmp_path / "store").glob("experiments/*"))
