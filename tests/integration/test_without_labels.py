@@ -56,9 +56,9 @@ def test_pairs_are_those_of_all_memorized_and_all_test_examples(scores):
 def test_score_files_hold_no_labels_and_no_matrix_of_all_pairs(scores):
     assert "label" not in pyarrow.parquet.read_table(scores.folder / MEMORIZATION).column_names
     with np.load(scores.folder / INFLUENCE_MATRIX) as matrix:
-        assert matrix.files == ["tr_mem"]
+        assert matrix.files == ["tr_mem", "tr_mem_defined"]
     with np.load(scores.folder / INDEX) as index:
-        assert index.files == ["tr_filenames", "tt_filenames", "tr_mem"]
+        assert index.files == ["tr_filenames", "tt_filenames", "tr_paths", "tt_paths", "tr_mem", "tr_mem_defined"]
     assert not scores.labelled
     assert "label" not in scores.top_influencers(0)
     assert "label" not in scores.top_influenced(0)
