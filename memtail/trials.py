@@ -60,7 +60,7 @@ class TrialMetrics:
         diverged: whether its loss or an output is not finite; a diverged trial does not count.
         loss: mean training loss of the last epoch; None if not finite.
         in_subset_accuracy, held_out_accuracy, test_accuracy: fractions of the training examples inside and outside its subset and of the
-            test examples that are classified correctly; None if no training example is outside.
+            test examples that are classified correctly; None if no training example is outside, or there is no test set.
         further: numbers that training code of the user's own returned; written only where there are any.
     """
 
@@ -69,7 +69,7 @@ class TrialMetrics:
     loss: float | None
     in_subset_accuracy: float
     held_out_accuracy: float | None
-    test_accuracy: float
+    test_accuracy: float | None
     further: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -175,6 +175,8 @@ def top(
     """Show the most memorized training examples, or the high-influence pairs."""
     opened = open_existing(store)
     scores = _scores_of(opened, name)
+    if (pairs or influencers_of is not None) and not scores.summary.n_test:
+        raise ScoresError(f"experiment '{scores.summary.experiment}' has no test examples, and so neither influence nor pairs")
     if influencers_of is not None:
         table = scores.top_influencers(influencers_of, count)
     elif pairs:

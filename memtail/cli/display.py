@@ -49,17 +49,16 @@ def show_summary(scores: "Scores", seconds: float, store: str) -> None:
     summary, pairs = scores.summary, scores.summary.pairs
     console.print(f"\n{summary.experiment}: {summary.trials} trials{trained}", style="bold")
     se = summary.mem_se_quantile(0.95)
-    facts = [
-        ("test accuracy", percent(summary.test_accuracy, 2, "-")),
+    facts = [("test accuracy", percent(summary.test_accuracy, 2, "-"))] if summary.n_test else []
+    facts += [
         ("in-subset accuracy", percent(summary.in_subset_accuracy, 2, "-")),
         ("held-out accuracy", percent(summary.held_out_accuracy, 2, "-")),
         ("memorized (mem >= 0.25)", f"{percent(summary.mem_share(0.25), 2, '-')} of {summary.n_train} training examples"),
         ("standard error of mem", f"95% of examples at most {se:.3f}" if se is not None else "none"),
-        (
-            "high-influence pairs",
-            f"{pairs.count} (infl >= {pairs.infl_threshold}), {pairs.train_examples} training and {pairs.test_examples} test examples",
-        ),
     ]
+    if summary.n_test:
+        examples = f"{pairs.train_examples} training and {pairs.test_examples} test examples"
+        facts.append(("high-influence pairs", f"{pairs.count} (infl >= {pairs.infl_threshold}), {examples}"))
     if summary.without_estimate:
         facts.append(("without an estimate", f"{summary.without_estimate} examples, in every subset or in none"))
     if summary.diverged:
@@ -69,7 +68,7 @@ def show_summary(scores: "Scores", seconds: float, store: str) -> None:
     console.print("\nmost memorized")
     show_table(scores.most_memorized(5))
     console.print(f"\nfiles in {scores.folder}")
-    console.print(f"next: memtail top {summary.experiment} --pairs --store {store}")
+    console.print(f"next: memtail top {summary.experiment} {'--pairs ' if summary.n_test else ''}--store {store}")
 
 
 def show_profile(profile: dict[str, Any]) -> None:

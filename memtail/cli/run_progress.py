@@ -93,7 +93,8 @@ class RunProgress:
             line = f"{state.trials}/{state.total} trials, {rate:.2f} trials/s{left}"
             if self._shown_at == float("-inf"):
                 examples = "images" if state.dataset.kind == "images" else "examples"
-                images = f"{state.dataset.n_train} training and {state.dataset.n_test} test {examples}"
+                test = f"and {state.dataset.n_test} test {examples}" if state.dataset.n_test else f"{examples}, no test set"
+                images = f"{state.dataset.n_train} training {test}"
                 line = f"{state.trials}/{state.total} trials in the store; {images}, {len(state.devices)} x {state.devices[0]}"
             console.print(", ".join(part for part in (line, _figures(state)) if part))
             self._shown_at, self._shown_trials = time.monotonic(), state.trials
@@ -118,6 +119,6 @@ def _figures(state: "RunState") -> str:
     if not counted:
         return ""
     in_subset = np.mean([entry.in_subset_accuracy for entry in counted])
-    test = np.mean([entry.test_accuracy for entry in counted])
+    test = [entry.test_accuracy for entry in counted if entry.test_accuracy is not None]
     memorized = int(np.count_nonzero(memorization(state.statistics).value >= MEM_THRESHOLD))
-    return f"in-subset {in_subset:.2%}, test {test:.2%}, memorized {memorized}"
+    return ", ".join([f"in-subset {in_subset:.2%}", *([f"test {np.mean(test):.2%}"] if test else []), f"memorized {memorized}"])

@@ -1,5 +1,10 @@
-"""The user's arrays: an .npz file of images or features and labels of both splits, under memtail's names or those of Keras."""
+"""The user's arrays: an .npz file of images or features and their labels, under memtail's names or those of Keras.
 
+A file may hold the training split alone, and may hold no labels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,53 +55,74 @@ def load_arrays(path: Path) -> InMemoryDataset | InMemoryFeatures:
             [N, D], also under Keras' names. Labels are whole numbers [N] or [N, 1], or strings, the names of the classes.
 
     Raises:
-        DatasetError: the file is corrupt, or an array is missing, has another type or shape, or has labels out of range.
+        DatasetError: the file is corrupt, or an array is misnamed, has another type or shape, or has labels out of range.
         OSError: the file cannot be read.
     """
-    examples: dict[str, Array] = {}
-    labels: dict[str, Array] = {}
-    arrays, names = _read(path)
-    vectors = arrays[0][0] == "train_features" or (arrays[0][0] == "x_train" and arrays[0][1].ndim == 2)
-    for split, (examples_name, examples_array), (labels_name, labels_array) in zip(
-        ("train", "test"), arrays[::2], arrays[1::2], strict=True
-    ):
-        examples[split] = (_features if vectors else _images)(f"{path}: {examples_name}", examples_array)
-        labels[split] = _labels(f"{path}: {labels_name}", labels_array, examples_array)
-    if examples["train"].shape[1:] != examples["test"].shape[1:]:
+    held, names = _read(path)
+    vectors = held[0].name == "train_features" or (held[0].name == "x_train" and held[0].examples.ndim == 2)
+    read = _features if vectors else _images
+    examples: list[Array] = [read(f"{path}: {each.name}", each.examples) for each in held]
+    if len(held) == 1:
+        examples.append(examples[0][:0])
+    if examples[0].shape[1:] != examples[1].shape[1:]:
         kind = "examples" if vectors else "images"
         raise DatasetError(
-            f"{path}: training {kind} are {list(examples['train'].shape[1:])}, test {kind} {list(examples['test'].shape[1:])}: "
-            f"all must be of one size"
+            f"{path}: training {kind} are {list(examples[0].shape[1:])}, test {kind} {list(examples[1].shape[1:])}: all must be of one size"
         )
-    train, test, classes = _indices(path, [name for name, _ in arrays[1::2]], labels["train"], labels["test"])
+    train, test, classes = _all_labels(path, held, examples)
     if not vectors:
-        return InMemoryDataset(examples["train"], train, examples["test"], test, classes)
-    return InMemoryFeatures(examples["train"], train, examples["test"], test, classes, _feature_names(path, names, examples["train"]))
+        return InMemoryDataset(examples[0], train, examples[1], test, classes)
+    return InMemoryFeatures(examples[0], train, examples[1], test, classes, _feature_names(path, names, examples[0]))
 
 
-def _read(path: Path) -> tuple[list[tuple[str, Array]], Array | None]:
-    """Return the four arrays with their names, and the names of features."""
+@dataclass(frozen=True)
+class _Held:
+    """The arrays of a split, as they are in the file, with their names; `labels` is None where there are none."""
+
+    name: str
+    examples: Array
+    labels_name: str
+    labels: Array | None
+
+
+def _read(path: Path) -> tuple[list[_Held], Array | None]:
+    """Return the arrays of the training split, and of the test split if there is one; and the names of features."""
     with path.open("rb") as file:  # numpy does not close a file that it cannot read
         try:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DatasetError(f"{path}: is not an .npz file: write it with numpy.savez")
-            names = next((names for names in _NAMES if set(names) <= set(archive.files)), None)
-            if names is None:
-                near = max(_NAMES, key=lambda names: len(set(names) & set(archive.files)))
-                missing = ", ".join(name for name in near if name not in archive.files)
-                raise DatasetError(
-                    f"{path}: holds no {missing}; there: {', '.join(archive.files) or 'nothing'}: name the arrays "
-                    f"{' or '.join(', '.join(names) for names in _NAMES)}"
-                )
-            features = _array(path, archive, _FEATURE_NAMES) if _FEATURE_NAMES in archive.files else None
-            return [(name, _array(path, archive, name)) for name in names], features
+            held = [
+                _Held(name, _array(path, archive, name), labels or "", None if labels is None else _array(path, archive, labels))
+                for name, labels in _names(path, archive.files)
+            ]
+            return held, _array(path, archive, _FEATURE_NAMES) if _FEATURE_NAMES in archive.files else None
         except DatasetError:
             raise
         except MemoryError:
             raise DatasetError(f"{path}: needs more memory than there is: use dataset 'folder', which is read in parts") from None
         except Exception as error:  # zipfile, its decompressors and numpy raise every kind of exception on a damaged file
             raise DatasetError(f"{path}: is truncated or corrupt, or no .npz file ({error}): write it again with numpy.savez") from None
+
+
+def _names(path: Path, held: list[str]) -> Sequence[tuple[str, str | None]]:
+    """Return the names of the examples and the labels of each split.
+
+    Test set and labels may be missing, but then nothing else may be in the file, since it may be one of them under another name.
+    """
+    for train, train_labels, test, test_labels in _NAMES:
+        if {train, train_labels, test, test_labels} <= set(held):
+            return [(train, train_labels), (test, test_labels)]
+        parts: list[list[tuple[str, str | None]]] = [[(train, train_labels)], [(train, None), (test, None)], [(train, None)]]
+        for splits in parts:
+            if {name for split in splits for name in split if name} == set(held) - {_FEATURE_NAMES}:
+                return splits
+    near = max(_NAMES, key=lambda names: len(set(names) & set(held)))
+    missing = ", ".join(name for name in near if name not in held)
+    raise DatasetError(
+        f"{path}: holds no {missing}; there: {', '.join(held) or 'nothing'}: name the arrays "
+        f"{' or '.join(', '.join(names) for names in _NAMES)}, and leave out all others if it has no test set or no labels"
+    )
 
 
 def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> Array:
@@ -197,6 +223,21 @@ def _labels(what: str, labels: Array, images: Array) -> Array:
     elif labels.dtype.kind not in "iubU":
         raise DatasetError(f"{what} is {labels.dtype} {list(labels.shape)}, needed are {len(images)} whole numbers or strings")
     return labels
+
+
+def _all_labels(path: Path | str, held: list[_Held], examples: list[Array]) -> tuple[Labels, Labels, tuple[str, ...]]:
+    """Return the labels of both splits as indices of classes, and the names of the classes; 0 and no names if there are no labels."""
+    labels = [
+        _labels(f"{path}: {each.labels_name}", each.labels, each.examples)
+        if each.labels is not None
+        else np.zeros(len(each.examples), np.int64)
+        for each in held
+    ]
+    if len(held) == 1:
+        labels.append(labels[0][:0])
+    if held[0].labels is None:
+        return labels[0], labels[1], ()
+    return _indices(path, [each.labels_name for each in held], labels[0], labels[1])
 
 
 def _indices(path: Path | str, names: list[str], train: Array, test: Array) -> tuple[Labels, Labels, tuple[str, ...]]:

@@ -14,6 +14,8 @@ from memtail.errors import DatasetError
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 Names = npt.NDArray[np.bytes_]
+#: Names and values of the features of an example.
+Row = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +25,8 @@ class DatasetLabels:
     Attributes:
         folder: of the prepared files.
         fingerprint: SHA-256 (hex) of the content.
-        classes: names of the classes.
-        train_labels: int64 [n], in 0 .. len(classes) - 1.
+        classes: names of the classes; empty if the examples have no labels.
+        train_labels: int64 [n], in 0 .. len(classes) - 1; all 0 if there are no labels.
         test_labels: int64 [q].
         train_files: bytes [n], names of the examples, such as paths below their split's folder; None where they have none.
         test_files: bytes [q].
@@ -63,13 +65,18 @@ class DatasetLabels:
         }
 
     @property
+    def labelled(self) -> bool:
+        """Whether the examples have labels."""
+        return bool(self.classes)
+
+    @property
     def n_train(self) -> int:
         """Number of training examples, n."""
         return len(self.train_labels)
 
     @property
     def n_test(self) -> int:
-        """Number of test examples, q."""
+        """Number of test examples, q; 0 without a test set."""
         return len(self.test_labels)
 
 
@@ -82,8 +89,8 @@ class Dataset(DatasetLabels):
 
     kind: ClassVar[str]
 
-    def preview(self, split: str, index: int) -> Images | str:
-        """Return what a page shows of an example: the pixels uint8 [H, W, C] of an image, or a text.
+    def preview(self, split: str, index: int) -> Images | str | Row:
+        """Return what a page shows of an example: the pixels uint8 [H, W, C] of an image, a text, or a row of features.
 
         Args:
             split: `train` or `test`.

@@ -7,10 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from memtail.datasets.dataset import Dataset, load_array
-
-# Features of an example in a preview.
-_SHOWN = 12
+from memtail.datasets.dataset import Dataset, Row, load_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +43,6 @@ class FeatureDataset(Dataset):
         """Return the vectors of `train` or `test`, as they are in the source."""
         return self.train_features if split == "train" else self.test_features
 
-    def preview(self, split: str, index: int) -> str:
-        """Return the first features of an example, a line each."""
-        values = self.examples(split)[index]
-        lines = [f"{name}: {value:g}" for name, value in zip(self.features[:_SHOWN], values.tolist(), strict=False)]
-        return "\n".join(lines + ([f"... {len(self.features) - _SHOWN} more"] if len(self.features) > _SHOWN else []))
+    def preview(self, split: str, index: int) -> Row:
+        """Return the names and values of the features of an example."""
+        return tuple(zip(self.features, self.examples(split)[index].tolist(), strict=True))

@@ -213,7 +213,7 @@ class _Preparation:
         chunks: dict[str, list[ChunkSummary]] = {}
         for name, files in self._splits.items():
             usable = [index for index in range(len(files.files)) if index not in damaged[name]]
-            if not usable:
+            if files.files and not usable:
                 raise DatasetError(f"dataset '{self._spec.name}': no image in {files.folder} can be used: replace them")
             images = np.load(self._images(name), mmap_mode="r")
             copy = np.lib.format.open_memmap(folder / f"{name}_images.npy", "w+", np.uint8, (len(usable), *self._size, 3))
@@ -229,7 +229,7 @@ class _Preparation:
 
     def _finish(self, folder: Path, splits: dict[str, ImageFiles], chunks: dict[str, list[ChunkSummary]]) -> Path:
         prepared = {
-            name: Split(files.labels, np.array([os.fsencode(name) for name in files.names]), (*self._size, 3), chunks[name])
+            name: Split(files.labels, np.array([os.fsencode(name) for name in files.names], np.bytes_), (*self._size, 3), chunks[name])
             for name, files in splits.items()
         }
         return finish(folder, self._target, prepared["train"], prepared["test"], self._tree.classes)

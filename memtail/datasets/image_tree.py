@@ -1,5 +1,7 @@
 """Trees of image files, class by class: `train/CLASS/*.png` and `test/` or `val/` beside it, as in ImageNet.
 
+A tree with no folder beside `train/` has no test set.
+
 Images are the files with an extension that torchvision's ImageFolder takes. Others are left out and counted; hidden files and folders, and
 the `__MACOSX` folders of archives, are skipped. The order is: classes by name, then files by path. It is the order of ImageFolder, but
 where a class folder holds folders beside images: ImageFolder lists folder after folder.
@@ -113,13 +115,15 @@ def find_images(root: Path, max_train: int | None, max_test: int | None) -> Imag
         raise DatasetError(
             f"dataset 'folder': {describe_missing(root, 'folder')}: give dataset.root the folder that holds train/ and test/"
         )
+    if (root / "train").is_dir() and {entry.name for entry in _entries(root) if not entry.is_file()} == {"train"}:
+        return _without_test(root, max_train)
     candidates = (root / "test", root / "val")
     test_folder = next((folder for folder in candidates if folder.is_dir()), next(filter(Path.is_symlink, candidates), candidates[0]))
     for folder in (root / "train", test_folder):
         if not folder.is_dir():
             raise DatasetError(
                 f"dataset 'folder': {describe_missing(folder, 'folder')}: {root} must hold train/ and test/ (or val/), each with one "
-                f"folder per class"
+                f"folder per class, or train/ as its only folder"
             )
     train, test = _Listing.of(root / "train"), _Listing.of(test_folder)
     if strange := sorted(test.images.keys() - train.images.keys()):
@@ -131,6 +135,14 @@ def find_images(root: Path, max_train: int | None, max_test: int | None) -> Imag
     classes = sorted(train.images)
     left_out = train.left_out + test.left_out
     return ImageTree(root, classes, train.files(classes).limited(max_train), test.files(classes).limited(max_test), left_out)
+
+
+def _without_test(root: Path, max_train: int | None) -> ImageTree:
+    train = _Listing.of(root / "train")
+    train.check()
+    classes = sorted(train.images)
+    test = ImageFiles(root / "test", [], np.empty(0, np.int64))
+    return ImageTree(root, classes, train.files(classes).limited(max_train), test, train.left_out)
 
 
 @dataclass(frozen=True)

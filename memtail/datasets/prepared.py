@@ -82,7 +82,7 @@ def write_dataset(dataset: InMemoryDataset | InMemoryFeatures, target: Path) -> 
         The dataset's folder below `target`.
 
     Raises:
-        DatasetError: a split is too small, or a label is out of range.
+        DatasetError: the training split is too small, or a label is out of range.
     """
     if isinstance(dataset, InMemoryFeatures):
         return _write_features(dataset, target)
@@ -154,7 +154,7 @@ def finish(folder: Path, target: Path, train: Split, test: Split, classes: Itera
         The dataset's folder below `target`.
 
     Raises:
-        DatasetError: a split is too small, or a label is out of range.
+        DatasetError: the training split is too small, or a label is out of range.
     """
     classes = list(classes)
     check_labels(train.labels, test.labels, len(classes))
@@ -197,21 +197,23 @@ def move_into_place(folder: Path, final: Path) -> Path:
 
 
 def check_labels(train: Labels, test: Labels, classes: int) -> None:
-    """Refuse labels outside 0 .. classes - 1, splits that are too small, and datasets of a single class.
+    """Refuse labels outside 0 .. classes - 1, a training split that is too small, and datasets of a single class.
 
     Args:
         train: int64 [n].
-        test: int64 [q].
-        classes: number of classes.
+        test: int64 [q]; empty without a test set.
+        classes: number of classes; 0 without labels, which are then all 0.
 
     Raises:
         DatasetError: names the split and the first such label.
     """
-    if classes < 2:
-        raise DatasetError(f"train_labels: {classes} class, at least 2 are needed")
-    for name, labels, least in (("train", train, 2), ("test", test, 1)):
-        if len(labels) < least:
-            raise DatasetError(f"{name}_labels: {len(labels)} examples, at least {least} are needed")
+    if classes == 1:
+        raise DatasetError("train_labels: 1 class, at least 2 are needed: leave the labels out if there are none")
+    if len(train) < 2:
+        raise DatasetError(f"train_labels: {len(train)} examples, at least 2 are needed")
+    if classes == 0:
+        return
+    for name, labels in (("train", train), ("test", test)):
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))
         if len(wrong):
             raise DatasetError(

@@ -33,7 +33,7 @@ class Table:
 
     Attributes:
         root: file of the training examples, or of both splits.
-        test: file of the test examples, unless a column names the split.
+        test: file of the test examples, unless a column names the split or there are none.
         columns: the columns.
         max_train, max_test: use at most this many examples, evenly spaced.
     """
@@ -53,10 +53,10 @@ class Table:
 
 @dataclass(frozen=True)
 class _Split:
-    """One split: texts, paths or features [N, D], labels as they are in the table, and names if there are any."""
+    """One split: texts, paths or features [N, D], labels as they are in the table, and names, each if there are any."""
 
     examples: list[str] | npt.NDArray[np.float32]
-    labels: list[Any]
+    labels: list[Any] | None
     ids: list[str] | None
 
 
@@ -77,7 +77,7 @@ def prepare_table(table: Table, target: Path, unusable: Path, on_progress: OnPro
     """
     del unusable, on_progress
     names, train, test = _read(table)
-    classes, train_labels, test_labels = _labels(table, train.labels, test.labels)
+    classes, train_labels, test_labels = _labels(table, train, test)
     check_labels(train_labels, test_labels, len(classes))
     meta: dict[str, Any] = {"schema": 1, "kind": "text" if names is None else "features", "classes": classes}
     meta |= {"has_files": train.ids is not None} | ({} if names is None else {"features": names})
@@ -96,7 +96,7 @@ def table_images(table: Table) -> ImageTree:
         DatasetError: as of `prepare_table`; or images are missing.
     """
     _, train, test = _read(table)
-    classes, *labels = _labels(table, train.labels, test.labels)
+    classes, *labels = _labels(table, train, test)
     splits, missing = [], []
     for split, numbers, path in zip((train, test), labels, (table.root, table.test or table.root), strict=True):
         files = list(split.examples)
@@ -135,13 +135,17 @@ def _read(table: Table) -> tuple[list[str] | None, _Split, _Split]:
     columns, train = table.columns, _table(table.root)
     if table.test is not None:
         test = _table(table.test)
+    elif columns.split is None:
+        test = train.slice(0, 0)
     else:
-        split = _column(train, columns.split or "", table.root).cast(pa.string())
+        split = _column(train, columns.split, table.root).cast(pa.string())
         known = [compute.equal(split, name) for name in ("train", "test")]
         other = sorted(set(split.unique().to_pylist()) - {"train", "test"}, key=str)
         if other:
             raise DatasetError(f"{table.root}: column {columns.split} holds {other[0]!r}: its values must be 'train' and 'test'")
         train, test = train.filter(known[0]), train.filter(known[1])
+    if not len(test) and (table.test or columns.split):
+        raise DatasetError(f"{table.test or table.root}: has no test example: leave out dataset.test and columns.split if there are none")
     names = _features(columns, train)
     limits = (table.max_train, table.max_test)
     paths = (table.root, table.test or table.root)
@@ -178,7 +182,7 @@ def _features(columns: TableColumns, table: pa.Table) -> list[str] | None:
 
 
 def _split(table: pa.Table, columns: TableColumns, names: list[str] | None, path: Path) -> _Split:
-    labels = _column(table, columns.label, path).to_pylist()
+    labels = None if columns.label is None else _column(table, columns.label, path).to_pylist()
     ids = None if columns.id is None else [str(value) for value in _column(table, columns.id, path).to_pylist()]
     if names is None:
         name, what = (columns.text, "texts") if columns.text is not None else (columns.image or "", "paths of images")
@@ -203,8 +207,11 @@ def _split(table: pa.Table, columns: TableColumns, names: list[str] | None, path
     return _Split(features, labels, ids)
 
 
-def _labels(table: Table, train: list[Any], test: list[Any]) -> tuple[list[str], Labels, Labels]:
-    """Number the classes in the sorted order of the training labels."""
+def _labels(table: Table, train_split: _Split, test_split: _Split) -> tuple[list[str], Labels, Labels]:
+    """Number the classes in the sorted order of the training labels; without labels there are no classes, and all labels are 0."""
+    if train_split.labels is None or test_split.labels is None:
+        return [], np.zeros(len(train_split.examples), np.int64), np.zeros(len(test_split.examples), np.int64)
+    train, test = train_split.labels, test_split.labels
     for path, labels in ((table.root, train), (table.test or table.root, test)):
         for label in labels:
             if not isinstance(label, str | int) and not (isinstance(label, float) and label.is_integer()):

@@ -1,4 +1,7 @@
-"""High-influence pairs: a memorized training example, and a test example of its class whose correct prediction depends on it."""
+"""High-influence pairs: a memorized training example, and a test example of its class whose correct prediction depends on it.
+
+Without labels all labels are equal, so that pairs are not restricted to a class.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +76,7 @@ def high_influence_pairs(
 
 
 def candidates(mem: Floats, train_labels: Indices, test_labels: Indices, mem_threshold: float) -> list[tuple[Indices, Indices]]:
-    """List, for each class with any, the training examples with mem_i >= `mem_threshold`, and the class's test examples.
+    """List, for each class with both, the training examples with mem_i >= `mem_threshold`, and the class's test examples.
 
     Args:
         mem: float64 [n], memorization.
@@ -87,7 +90,7 @@ def candidates(mem: Floats, train_labels: Indices, test_labels: Indices, mem_thr
     memorized = mem >= mem_threshold
     return [
         (np.flatnonzero(memorized & (train_labels == label)), np.flatnonzero(test_labels == label))
-        for label in np.unique(train_labels[memorized])
+        for label in np.intersect1d(train_labels[memorized], test_labels)
     ]
 
 

@@ -187,7 +187,7 @@ def measure_writing(record: Record, dataset: Dataset, fraction: float, folder: P
             test_correct=pack(rng.random((len(trials), dataset.n_test), np.float32) < 0.95),
             n_train=dataset.n_train,
             n_test=dataset.n_test,
-            metrics=[TrialMetrics(int(trial), False, 0.0, 1.0, 1.0, 1.0) for trial in trials],
+            metrics=[TrialMetrics(int(trial), False, 0.0, 1.0, 1.0, 1.0 if dataset.n_test else None) for trial in trials],
             provenance=Provenance(record.fingerprint),
             train_margin=margins(len(trials), dataset.n_train),
             test_margin=margins(len(trials), dataset.n_test),

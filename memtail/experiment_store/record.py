@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from memtail.errors import SpecError, StoreError, UnsupportedError
 from memtail.settings import Limits
@@ -45,7 +45,7 @@ class _Content(BaseModel):
     fingerprint: _Digest
     canonical: Annotated[dict[str, Any], AfterValidator(_Canonical.model_validate), AfterValidator(_Canonical.model_dump)]
     n_train: PositiveInt
-    n_test: PositiveInt
+    n_test: NonNegativeInt
     trials_per_shard: PositiveInt
     owner: Annotated[str, Field(pattern=f"^{OWNER.pattern}$")] | None = None
 

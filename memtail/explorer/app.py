@@ -20,7 +20,7 @@ from memtail.explorer.library import Library
 from memtail.explorer.opened import Opened
 from memtail.explorer.score_cache import BeingReadError, NotPublishedError
 from memtail.explorer.selection import BY_HELD_OUT, ORDERS, QueryError, Selection, histogram
-from memtail.figures.numbers import fixed, percent
+from memtail.figures.numbers import fixed, general, percent
 from memtail.figures.thumbnails import png
 from memtail.report.pointer import ReportPointer
 from memtail.storage import ObjectNotFound, ObjectStore
@@ -28,6 +28,8 @@ from memtail.studies.result import StudyResult
 
 # Images are cached for a day: their URL holds the fingerprint of the dataset.
 _IMAGE_AGE = "private, max-age=86400"
+# Features on the page of an example, and in a row of a list.
+_MOST_FEATURES, _FEATURES_IN_ROW = 100, 8
 _TYPES = {"html": "text/html; charset=utf-8", "svg": "image/svg+xml", "png": "image/png"}
 
 # Columns of `/experiments.csv`, from `ExperimentProgress.to_json`.
@@ -101,7 +103,7 @@ def create(store: ObjectStore, token: str | None = None, log_requests: bool = Fa
             selection=selection,
             gallery=views.gallery(opened, selection),
             bars=histogram(opened.memorization, opened.lower_files, selection),
-            orders=ORDERS,
+            orders={name: label for name, label in ORDERS.items() if name != "class" or opened.classes},
             by_held_out=selection.sort in BY_HELD_OUT,
         )
 
@@ -138,7 +140,7 @@ def create(store: ObjectStore, token: str | None = None, log_requests: bool = Fa
         if opened.dataset is None:
             raise HTTPException(404, opened.missing)
         image = opened.dataset.preview(split, index)
-        if isinstance(image, str):
+        if isinstance(image, str | tuple):
             raise HTTPException(404, f"experiment '{name}' has {opened.dataset.kind}, and no images")
         return Response(png(image), media_type="image/png", headers={"Cache-Control": _IMAGE_AGE})
 
@@ -195,8 +197,13 @@ class _Pages:
         self._templates = Environment(
             loader=PackageLoader("memtail.explorer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        self._templates.filters |= {"decimal": fixed, "percent": percent, "moment": _moment}
-        self._templates.globals |= {"ORDERS": ORDERS, "release": version("memtail"), "SIGN_OUT": sign_out}
+        self._templates.filters |= {"decimal": fixed, "general": general, "percent": percent, "moment": _moment}
+        self._templates.globals |= {
+            "MOST_FEATURES": _MOST_FEATURES,
+            "FEATURES_IN_ROW": _FEATURES_IN_ROW,
+            "release": version("memtail"),
+            "SIGN_OUT": sign_out,
+        }
 
     def page(self, template: str, code: int = 200, **values: Any) -> Response:
         """Render a page."""

@@ -41,10 +41,12 @@ class Opened:
 
     @cached_property
     def classes(self) -> list[str]:
-        """Names of the classes."""
+        """Names of the classes; none if there are no labels."""
         if self.dataset is not None:
             return list(self.dataset.classes)
-        last = max(int(labels.max(initial=0)) for labels in (self.memorization["label"], self.scores.test_labels))
+        if not self.scores.labelled:
+            return []
+        last = max(int(labels.max(initial=0)) for labels in (self.scores.train_labels, self.scores.test_labels))
         return [f"class {label}" for label in range(last + 1)]
 
     @property

@@ -153,7 +153,9 @@ class ScoreCache:
         # Read all that a page may need, since files of a version are removed some time after the next one is published; and compile the
         # influence kernels, or load them from numba's cache.
         _ = opened.memorization, opened.lower_files, scores.test_labels, opened.test_files
-        _ = scores.influence(train=0).value, scores.influence(test=0).value
+        _ = scores.influence(train=0).value
+        if scores.summary.n_test:
+            _ = scores.influence(test=0).value
         return opened
 
     def _keep(self, opened: Opened) -> None:

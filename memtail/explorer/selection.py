@@ -101,7 +101,9 @@ def select(memorization: Mapping[str, Column], filenames: Sequence[str] | None, 
     rows = rows[np.argsort(-mem[rows], kind="stable")]
     if selection.sort == "memorized":
         return rows
-    key = {"class": memorization["label"], "hardest": memorization["p_out"], "easiest": -memorization["p_out"]}[selection.sort]
+    if selection.sort == "class" and "label" not in memorization:
+        return rows
+    key = memorization["label"] if selection.sort == "class" else memorization["p_out"] * (1 if selection.sort == "hardest" else -1)
     return rows[np.argsort(key[rows], kind="stable")]
 
 
@@ -162,7 +164,7 @@ def _matching(memorization: Mapping[str, Column], filenames: Sequence[str] | Non
     """Check the class, the held-out accuracy and the text of each example, bool [n]."""
     count = len(memorization["mem"])
     chosen = np.ones(count, np.bool_)
-    if selection.label is not None:
+    if selection.label is not None and "label" in memorization:
         chosen &= memorization["label"] == selection.label
     if selection.p_out_low is not None:
         chosen &= memorization["p_out"] >= selection.p_out_low

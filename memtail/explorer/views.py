@@ -28,14 +28,14 @@ class Tile:
 
     Attributes:
         split, index: "train" or "test", and the index in that split.
-        label: name of the class.
+        label: name of the class; None if there are no labels.
         value, se: the score shown and its standard error; NaN where there is no estimate.
         file: file name; None if the dataset has none.
     """
 
     split: str
     index: int
-    label: str
+    label: str | None
     value: float
     se: float
     file: str | None
@@ -98,7 +98,7 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
         "page": 1 + int(place[0]) // PER_PAGE if len(place) else 1,
         "helped": influenced_tiles(opened, helped),
         "hurt": influenced_tiles(opened, hurt),
-        "by_chance": by_chance(opened.scores.statistics.n_test),
+        "by_chance": by_chance(opened.scores.statistics.n_test) if opened.scores.statistics.n_test else None,
     }
 
 
@@ -124,7 +124,7 @@ def accuracy_on(opened: Opened, test: int) -> Accuracy:
 
 def train_tiles(opened: Opened, index: Column, value: Column, se: Column) -> list[Tile]:
     """Make tiles of training examples with a score."""
-    return _tiles(opened, "train", index, opened.memorization["label"], value, se, opened.train_files)
+    return _tiles(opened, "train", index, opened.scores.train_labels, value, se, opened.train_files)
 
 
 def influenced(opened: Opened, train: int) -> tuple[dict[str, Column], dict[str, Column]]:
@@ -155,11 +155,10 @@ def by_chance(count: int) -> float:
 
 
 def gallery_csv(opened: Opened, selection: Selection) -> bytes:
-    """Table of all examples of a selection, in its order: the columns of `memorization.parquet` and `class`."""
+    """Table of all examples of a selection, in its order: the columns of `memorization.parquet`, and `class` if there are labels."""
     rows = select(opened.memorization, opened.lower_files, selection)
     columns: dict[str, Any] = {name: values[rows] for name, values in opened.memorization.items()}
-    columns["class"] = _names(opened, columns["label"])
-    return csv(columns)
+    return csv(columns | _classes(opened, opened.scores.train_labels[rows]))
 
 
 def influenced_csv(opened: Opened, train: int) -> bytes:
@@ -168,11 +167,12 @@ def influenced_csv(opened: Opened, train: int) -> bytes:
     The first row is the training example: `tr_idx`, `class`, the columns of `memorization.parquet`, `p_in_se` and `p_out_se`. The others
     are test examples: `tt_idx`, `class`, `infl`, `infl_se`. All have a `filename` if the dataset has file names.
     """
-    own: dict[str, Any] = {"tr_idx": [train], "class": _names(opened, opened.memorization["label"][[train]])}
+    own: dict[str, Any] = {"tr_idx": [train]} | _classes(opened, opened.scores.train_labels[[train]])
     own |= {name: values[[train]] for name, values in opened.memorization.items() if name not in ("index", "label")}
     own |= {f"{p}_se": standard_error(own[p], own[k]) for p, k in (("p_in", "k_in"), ("p_out", "k_out"))}
     table = _joined(influenced(opened, train))
-    columns = {"tt_idx": table["tt_idx"], "class": _names(opened, table["label"]), "infl": table["infl"], "infl_se": table["infl_se"]}
+    columns: dict[str, Any] = {"tt_idx": table["tt_idx"]} | _classes(opened, opened.scores.test_labels[table["tt_idx"]])
+    columns |= {"infl": table["infl"], "infl_se": table["infl_se"]}
     if opened.test_files is not None:
         columns["filename"] = [opened.test_files[index] for index in table["tt_idx"]]
     return csv(own, columns)
@@ -186,12 +186,13 @@ def influencers_csv(opened: Opened, test: int) -> bytes:
     names.
     """
     accuracy = accuracy_on(opened, test)
-    own: dict[str, Any] = {"tt_idx": [test], "class": _names(opened, opened.scores.test_labels[[test]])}
+    own: dict[str, Any] = {"tt_idx": [test]} | _classes(opened, opened.scores.test_labels[[test]])
     own |= {"right": [accuracy.value], "right_se": [accuracy.se], "models": [accuracy.models]}
     if opened.test_files is not None:
         own["filename"] = [opened.test_files[test]]
     table = _joined(influencers(opened, test))
-    columns = {"tr_idx": table["tr_idx"], "class": _names(opened, table["label"]), "infl": table["infl"], "infl_se": table["infl_se"]}
+    columns: dict[str, Any] = {"tr_idx": table["tr_idx"]} | _classes(opened, opened.scores.train_labels[table["tr_idx"]])
+    columns |= {"infl": table["infl"], "infl_se": table["infl_se"]}
     columns |= {"mem": table["mem"], "mem_se": opened.memorization["mem_se"][table["tr_idx"]]}
     if opened.train_files is not None:
         columns["filename"] = [opened.train_files[index] for index in table["tr_idx"]]
@@ -211,8 +212,13 @@ def _tiles(opened: Opened, split: str, index: Column, labels: Column, value: Col
     return [Tile(split, i, name, score, score_se, None if files is None else files[i]) for i, name, score, score_se in rows]
 
 
-def _names(opened: Opened, labels: Column) -> list[str]:
-    return [opened.classes[label] for label in labels.tolist()]
+def _names(opened: Opened, labels: Column) -> list[str | None]:
+    return [opened.classes[label] if opened.scores.labelled else None for label in labels.tolist()]
+
+
+def _classes(opened: Opened, labels: Column) -> dict[str, Any]:
+    """The column `class` of a table, if there are labels."""
+    return {"class": _names(opened, labels)} if opened.scores.labelled else {}
 
 
 def _where(table: dict[str, Column], chosen: Column) -> dict[str, Column]:

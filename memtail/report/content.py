@@ -29,6 +29,7 @@ LABEL_MEM = 0.5
 GALLERY_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _GALLERY_EACH = 2
+_GALLERY_EACH_UNLABELLED = 6
 _GALLERY_CLASSES = 10
 # Bounds of the number of pairs shown, which is otherwise the number of confirmed pairs.
 _FEWEST_PAIRS, _MOST_PAIRS = 6, 20
@@ -69,9 +70,9 @@ def choose_content(
         for key in ACCURACIES
         if summary[key] is not None
     }
-    pairs, pair_counts = _pairs(scores, dataset)
+    pairs, pair_counts = _pairs(scores, dataset) if dataset.n_test else ([], None)
     gallery = _gallery(scores, dataset)
-    labels, doubtful = _doubtful_labels(scores, dataset)
+    labels, doubtful = _doubtful_labels(scores, dataset) if dataset.labelled else ([], 0)
     return Content(
         record=record,
         summary=summary,
@@ -80,8 +81,9 @@ def choose_content(
         stages=convergence(packed, MEM_STEPS, SE_QUANTILES, EDGES),
         fraction=fraction,
         expected_se=expected,
+        kind=dataset.kind,
         gallery=gallery,
-        classes=len(np.unique(dataset.train_labels)),
+        classes=len(np.unique(dataset.train_labels)) if dataset.labelled else 0,
         pairs=pairs,
         pair_counts=pair_counts,
         labels=labels,
@@ -91,15 +93,18 @@ def choose_content(
     )
 
 
-def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts, different: Sequence[Shard]) -> list[str]:
+def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:
     warnings = []
     trials, fitted = summary.trials, summary.in_subset_accuracy
     if expected > _BLURRED:
+        of_pairs = counts and (
+            f" At a fixed threshold of influence, some pairs are chance: trust the {counts.confirmed:,} of {counts.high:,} pairs that pass "
+            f"at a false discovery rate of {DISCOVERY_RATE:.0%}, and no others."
+        )
         warnings.append(
-            f"These scores rest on only {trials} trials: scores near one half have a standard error of {expected:.3f}. At a fixed "
-            f"threshold of influence, some pairs are chance: trust the {counts.confirmed:,} of {counts.high:,} pairs that pass at a false "
-            f"discovery rate of {DISCOVERY_RATE:.0%}, and no others. Noise also lifts examples above a threshold of memorization, more "
-            f"of them the lower the threshold is; standard errors do not show this. Four times as many trials halve the standard errors."
+            f"These scores rest on only {trials} trials: scores near one half have a standard error of {expected:.3f}."
+            f"{of_pairs or ''} Noise {'also ' if of_pairs else ''}lifts examples above a threshold of memorization, more of them the lower "
+            f"the threshold is; standard errors do not show this. Four times as many trials halve the standard errors."
         )
     if fitted is not None and fitted < _FITTED:
         warnings.append(
@@ -125,15 +130,20 @@ def _example(dataset: Dataset, split: str, index: int, scores: Scores | None = N
     labels, files = (dataset.train_labels, dataset.train_files) if split == "train" else (dataset.test_labels, dataset.test_files)
     file = None if files is None else bytes(files[index]).decode(errors="replace")
     mem = None if scores is None else Number(*(float(scores.memorization[column][index]) for column in ("mem", "mem_se")))
-    return Example(split, int(index), dataset.classes[int(labels[index])], file, mem)
+    return Example(split, int(index), _class(dataset, int(labels[index])), file, mem)
 
 
-def _gallery(scores: Scores, dataset: Dataset) -> list[tuple[str, list[list[Example]]]]:
+def _class(dataset: Dataset, label: int) -> str | None:
+    return dataset.classes[label] if dataset.labelled else None
+
+
+def _gallery(scores: Scores, dataset: Dataset) -> list[tuple[str | None, list[list[Example]]]]:
     """Choose the classes with the most memorized examples, and of each the examples nearest to every step of memorization."""
-    mem, labels = scores.memorization["mem"], scores.memorization["label"]
+    mem, labels = scores.memorization["mem"], scores.train_labels
     memorized = np.bincount(labels[mem >= MEM_THRESHOLD], minlength=len(dataset.classes))
     present = np.bincount(labels, minlength=len(dataset.classes)) > 0
     most = [label for label in np.argsort(-memorized, kind="stable").tolist() if present[label]][:_GALLERY_CLASSES]
+    each = _GALLERY_EACH if dataset.labelled else _GALLERY_EACH_UNLABELLED
     reach = (GALLERY_STEPS[1] - GALLERY_STEPS[0]) / 2
     rows = []
     for label in sorted(most):
@@ -141,9 +151,9 @@ def _gallery(scores: Scores, dataset: Dataset) -> list[tuple[str, list[list[Exam
         row = []
         for step in GALLERY_STEPS:
             distance = np.abs(mem[own] - step)
-            near = own[largest(np.where(distance < reach, -distance, np.nan), _GALLERY_EACH)]
+            near = own[largest(np.where(distance < reach, -distance, np.nan), each)]
             row.append([_example(dataset, "train", index, scores) for index in near.tolist()])
-        rows.append((dataset.classes[label], row))
+        rows.append((_class(dataset, label), row))
     return rows
 
 

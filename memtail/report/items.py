@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memtail.datasets import Dataset
-from memtail.datasets.dataset import Images
+from memtail.datasets.dataset import Images, Row
 from memtail.estimators import Stage
 from memtail.experiment_store import Record
 from memtail.scores.summary import ScoreSummary
@@ -21,16 +21,16 @@ class Number:
 
 @dataclass(frozen=True)
 class Example:
-    """An example: its split, index and class, its file name and its memorization where known."""
+    """An example: its split, index and class, its file name and its memorization, the last three where known."""
 
     split: str
     index: int
-    label: str
+    label: str | None
     file: str | None = None
     mem: Number | None = None
 
-    def preview(self, dataset: Dataset) -> Images | str:
-        """Read its pixels, uint8 [H, W, C], or its text."""
+    def preview(self, dataset: Dataset) -> Images | str | Row:
+        """Read its pixels, uint8 [H, W, C], its text, or its features."""
         return dataset.preview(self.split, self.index)
 
 
@@ -109,10 +109,11 @@ class Content:
         stages: memorization by number of trials.
         fraction: share of the training set that a trial saw.
         expected_se: largest standard error to expect of a score.
-        gallery: rows of (class, examples per step of memorization).
-        classes: number of classes, of which the gallery shows some.
-        pairs, pair_counts: the pairs shown, and how many there are.
-        labels, doubtful: the doubtful labels shown, and how many there are.
+        kind: kind of the examples.
+        gallery: rows of (class, examples per step of memorization); without labels one row.
+        classes: number of classes, of which the gallery shows some; 0 without labels.
+        pairs, pair_counts: the pairs shown, and how many there are; None without a test set.
+        labels, doubtful: the doubtful labels shown, and how many there are; none without labels.
         others_recorded: whether the classes predicted instead were recorded.
         studies: results of the experiment's studies.
     """
@@ -124,10 +125,11 @@ class Content:
     stages: list[Stage]
     fraction: float
     expected_se: float
-    gallery: list[tuple[str, list[list[Example]]]]
+    kind: str
+    gallery: list[tuple[str | None, list[list[Example]]]]
     classes: int
     pairs: list[Pair]
-    pair_counts: PairCounts
+    pair_counts: PairCounts | None
     labels: list[DoubtfulLabel]
     doubtful: int
     others_recorded: bool

@@ -13,7 +13,7 @@ from memtail.datasets import Dataset
 from memtail.estimators.convergence import HALVES
 from memtail.estimators.false_discovery import LARGEST_RATE
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
-from memtail.figures.numbers import fixed, percent
+from memtail.figures.numbers import fixed, general, percent
 from memtail.figures.thumbnails import thumbnail
 from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM
 from memtail.report.figures import convergence_figure, memorization_figure
@@ -46,6 +46,7 @@ def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Data
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         {
+            "general": general,
             "fixed": partial(fixed, missing=_MISSING),
             "percent": partial(percent, missing=_MISSING),
             "thousands": lambda value: f"{value:,}",
@@ -56,7 +57,13 @@ def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Data
             "data_uri": lambda image: _data_uri(*thumbnail(image)),
         }
     )
-    environment.tests.update({"undefined_number": math.isnan, "small": lambda image: max(image.shape[:2]) <= _SMALL})
+    environment.tests.update(
+        {
+            "undefined_number": math.isnan,
+            "small": lambda image: max(image.shape[:2]) <= _SMALL,
+            "row": lambda preview: isinstance(preview, tuple),
+        }
+    )
     source = files("memtail.report")
     last = content.stages[-1]
     shares = {step: Number(float(share), float(se)) for step, share, se in zip(MEM_STEPS, last.shares, last.shares_se, strict=True)}

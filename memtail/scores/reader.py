@@ -68,9 +68,21 @@ class Scores:
         with self._reading_archive(STATISTICS) as archive:
             return PackedTrials(**archive)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the examples have labels."""
+        return "label" in self.memorization
+
+    @property
+    def train_labels(self) -> npt.NDArray[np.int64]:
+        """int64 [n], the labels of the training examples; all 0 if they have none."""
+        return self.memorization["label"] if self.labelled else np.zeros(self.summary.n_train, np.int64)
+
     @cached_property
     def test_labels(self) -> npt.NDArray[np.int64]:
-        """int64 [q], the labels of the test examples."""
+        """int64 [q], the labels of the test examples; all 0 if they have none."""
+        if not self.labelled:
+            return np.zeros(self.summary.n_test, np.int64)
         with self._reading_archive(INFLUENCE_MATRIX) as archive:
             labels: npt.NDArray[np.int64] = archive["tt_labels"]
             return labels
@@ -109,7 +121,7 @@ class Scores:
             harmful: find those with the smallest influence instead, ascending.
 
         Returns:
-            Columns `tr_idx`, `label`, `infl`, `infl_se` and `mem`.
+            Columns `tr_idx`, `label` if there are labels, `infl`, `infl_se` and `mem`.
 
         Raises:
             ScoresError: the index is out of range.
@@ -118,7 +130,7 @@ class Scores:
         top = largest(-block.value[:, 0] if harmful else block.value[:, 0], k)
         return {
             "tr_idx": top,
-            "label": self.memorization["label"][top],
+            **self._labels(self.train_labels, top),
             "infl": block.value[top, 0],
             "infl_se": block.standard_error_at(top, np.zeros_like(top)),
             "mem": self.memorization["mem"][top],
@@ -133,7 +145,7 @@ class Scores:
             harmed: find those with the smallest influence instead, ascending.
 
         Returns:
-            Columns `tt_idx`, `label`, `infl` and `infl_se`.
+            Columns `tt_idx`, `label` if there are labels, `infl` and `infl_se`.
 
         Raises:
             ScoresError: the index is out of range.
@@ -142,10 +154,13 @@ class Scores:
         top = largest(-block.value[0] if harmed else block.value[0], k)
         return {
             "tt_idx": top,
-            "label": self.test_labels[top],
+            **self._labels(self.test_labels, top),
             "infl": block.value[0, top],
             "infl_se": block.standard_error_at(np.zeros_like(top), top),
         }
+
+    def _labels(self, labels: npt.NDArray[np.int64], index: npt.NDArray[np.int64]) -> dict[str, Column]:
+        return {"label": labels[index]} if self.labelled else {}
 
     def _table(self, file: str) -> dict[str, Column]:
         import pyarrow.parquet

@@ -12,7 +12,7 @@ class TableColumns(Part):
     """The columns of a table.
 
     Attributes:
-        label: the label; texts or whole numbers, whose sorted values are the classes.
+        label: the label; texts or whole numbers, whose sorted values are the classes. Without it the examples have no labels.
         text: the example, a text.
         features: the example, as numbers; `all` are all columns that are not named otherwise.
         image: the example, the path of an image file, relative to the folder of the table.
@@ -20,7 +20,7 @@ class TableColumns(Part):
         split: `train` or `test`, where one file has both splits.
     """
 
-    label: str
+    label: str | None = None
     text: str | None = None
     features: Literal["all"] | Annotated[list[str], Field(min_length=1)] | None = None
     image: str | None = None
@@ -45,7 +45,7 @@ class DatasetSpec(Part):
         max_train: use at most this many training examples: the first ones; of a folder or a table, evenly spaced ones.
         max_test: likewise, test examples.
         resolution: of image files, the side in pixels to which images are resized and cropped; required if they differ in size.
-        test: of a table, the file with the test examples.
+        test: of a table, the file with the test examples. Without it and `columns.split` there is no test set.
         columns: of a table, its columns.
         orientation: of image files, `exif` turns photographs as their EXIF orientation says; `stored` takes the pixels as they are
             stored, as torchvision does.
@@ -73,9 +73,9 @@ class DatasetSpec(Part):
             if getattr(self, key) is not None and self.name != "table":
                 raise ValueError(f"{key} is for dataset 'table', not for '{self.name}'")
         if self.name == "table" and self.columns is None:
-            raise ValueError("dataset 'table' needs columns: label, and text, features or image")
-        if self.columns is not None and (self.columns.split is None) == (self.test is None):
-            raise ValueError("dataset 'table' needs its test examples: either test, a second file, or columns.split")
+            raise ValueError("dataset 'table' needs columns: text, features or image, and label if there is one")
+        if self.columns is not None and self.columns.split is not None and self.test is not None:
+            raise ValueError("dataset 'table' has its test examples twice: in test, a second file, and by columns.split: remove one")
         if not files and (self.orientation, self.on_error) != ("stored", "stop"):
             raise ValueError(
                 f"orientation and on_error are for image files, of dataset 'folder' or columns.image; '{self.name}' holds none"

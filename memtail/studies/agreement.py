@@ -71,12 +71,17 @@ class Comparison:
     """Agreement of two sets of trials.
 
     Attributes:
-        agreements: agreement on both scores at each threshold.
+        agreements: agreement on both scores at each threshold; on memorization alone without test examples.
         rank_correlation: Spearman's, of the memorization scores that both sets have; None where it is undefined.
     """
 
     agreements: list[Agreement]
     rank_correlation: float | None
+
+    @property
+    def scores(self) -> list[Score]:
+        """The scores compared."""
+        return list(dict.fromkeys(each.score for each in self.agreements))
 
     def at_paper_threshold(self, score: Score) -> Agreement:
         """Return the agreement on a score at the paper's threshold."""
@@ -99,6 +104,8 @@ def _agreements(first: Estimates, second: Estimates) -> Iterator[Agreement]:
     for threshold in THRESHOLDS["memorization"]:
         yield _agreement("memorization", threshold, mem, (mem[0] >= threshold, mem[1] >= threshold))
     q = first.packed.n_test
+    if not q:
+        return
     pairs = [each.pairs.train * q + each.pairs.test for each in (first, second)]
     union = np.union1d(*pairs)
     infl = tuple(influence_at(each.packed, *np.divmod(union, q)) for each in (first, second))

@@ -25,7 +25,6 @@ from memtail.studies.agreement import (
     PAPERS,
     SMALLEST_HALF,
     SPLITS,
-    THRESHOLDS,
     Comparison,
     Estimates,
     Score,
@@ -110,7 +109,7 @@ def _evaluate(store: ObjectStore, records: list[Record]) -> StudyResult:
 
 def _compare_all(names: list[str], scores: list[Scores], trials: int) -> dict[str, list[Comparison]]:
     """Compare all pairs of experiments, and each with itself, in every split; by label."""
-    labels = scores[0].memorization["label"], scores[0].test_labels
+    labels = scores[0].train_labels, scores[0].test_labels
     statistics = [each.statistics for each in scores]
     compared: dict[str, list[Comparison]] = {}
     for split in range(SPLITS):
@@ -144,17 +143,17 @@ def _overlaps(splits: list[Comparison], score: Score) -> list[float | None]:
 
 
 def _means(splits: list[Comparison]) -> dict[str, float | None]:
-    means: dict[str, float | None] = {score: mean_defined(_overlaps(splits, score)) for score in PAPERS}
+    means: dict[str, float | None] = {score: mean_defined(_overlaps(splits, score)) for score in splits[0].scores}
     return means | {"rank_correlation": mean_defined(each.rank_correlation for each in splits)}
 
 
 def _of_experiment(record: Record, summary: ScoreSummary) -> str:
     memorized, pairs = summary.mem_share(PAPERS["memorization"]), summary.pairs.count
     share = "no training example has an estimate" if memorized is None else f"{memorized:.2%} of the training examples are memorized"
-    return (
-        f"{record.experiment.name} ({_trained(record.experiment)}, {summary.trials} trials): test accuracy "
-        f"{summary.test_accuracy:.2%}, {share} (mem >= {PAPERS['memorization']}), {pairs} pairs."
-    )
+    facts = [f"{share} (mem >= {PAPERS['memorization']})"]
+    if summary.test_accuracy is not None:
+        facts = [f"test accuracy {summary.test_accuracy:.2%}", *facts, f"{pairs} pairs"]
+    return f"{record.experiment.name} ({_trained(record.experiment)}, {summary.trials} trials): {', '.join(facts)}."
 
 
 def _trained(experiment: Experiment) -> str:
@@ -170,7 +169,8 @@ def _trained(experiment: Experiment) -> str:
 def _of_comparison(label: str, splits: list[Comparison]) -> str:
     parts = []
     selected: dict[Score, str] = {"memorization": "memorized examples", "influence": "pairs"}
-    for score, items in selected.items():
+    for score in splits[0].scores:
+        items = selected[score]
         overlap = _with_range(_overlaps(splits, score))
         parts.append(f"neither selects {items}" if overlap is None else f"{items} overlap by {overlap}")
     ranks = _with_range([each.rank_correlation for each in splits])
@@ -189,15 +189,17 @@ def _draw(compared: dict[str, list[Comparison]], trials: int) -> "Figure":
     from memtail.figures.style import COLOURS, drawing
 
     with drawing(7.5, 5.6) as figure:
-        grid = figure.subplots(2, 2, sharex="col")
+        scores = next(iter(compared.values()))[0].scores
+        grid = figure.subplots(2, len(scores), sharex="col", squeeze=False)
         for number, (label, splits) in enumerate(compared.items()):
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": "--" if label.endswith(" and itself") else "-"}
-            for column, score in enumerate(THRESHOLDS):
+            for column, score in enumerate(scores):
                 draw_by_threshold(grid[0, column], splits[0].agreements, score, "jaccard", label=label if column == 0 else None, **style)
                 draw_by_threshold(grid[1, column], splits[0].agreements, score, "difference", **style)
         figure.suptitle(f"{trials} trials each")
-        grid[0, 0].set(ylabel="overlap (Jaccard)", xlabel="", title="memorized examples")
-        grid[0, 1].set(xlabel="", title="pairs")
+        for column, title in enumerate(("memorized examples", "pairs")[: len(scores)]):
+            grid[0, column].set(xlabel="", title=title)
+        grid[0, 0].set(ylabel="overlap (Jaccard)")
         grid[1, 0].set(ylabel="mean difference of scores")
         figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -25,7 +25,7 @@ from memtail.studies.intervals import CONFIDENCE, difference
 from memtail.studies.options import REPEATS, ExperimentName, Repeats
 from memtail.studies.removal_design import Removal, declare_removal
 from memtail.studies.result import StudyResult, write_result
-from memtail.studies.retraining import dataset_of, require_built_in
+from memtail.studies.retraining import dataset_of, require_built_in, require_test_set
 from memtail.studies.study import Prepared
 
 if TYPE_CHECKING:
@@ -59,13 +59,14 @@ def prepare(
         repeats: models per condition, at least 2.
 
     Raises:
-        SpecError: the trainer is not the built-in one.
+        SpecError: the trainer is not the built-in one, or there are no test examples.
         DatasetError: the dataset does not hold images.
         ScoresError: there are no scores, or they are not final, or the pairs hold all training examples.
         StoreError: there is no such experiment, or the store cannot be read.
     """
     record = ExperimentStore(store, name).read_record()
     require_built_in(record, "duplicates")
+    require_test_set(record, "duplicates")
     dataset = as_images(dataset_of(store, record))
     has_pairs = len(open_scores(store, name).pairs["tr_idx"]) > 0
     removal = declare_removal(store, name, thetas=None, repeats=repeats) if has_pairs else None

@@ -21,7 +21,7 @@ from memtail.storage import ObjectStore
 from memtail.studies.experiment_names import derived_name
 from memtail.studies.options import ExperimentName
 from memtail.studies.result import StudyResult, write_result
-from memtail.studies.retraining import dataset_of, require_built_in, require_finished
+from memtail.studies.retraining import dataset_of, require_built_in, require_finished, require_test_set
 from memtail.studies.study import Prepared, Training
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def prepare(store: ObjectStore, name: ExperimentName) -> Prepared:
         name: the experiment.
 
     Raises:
-        SpecError: the trainer is not the built-in one, the model does not end with a linear layer, or the derived name is too long.
+        SpecError: the trainer is not the built-in one, there are no test examples, the model does not end with a linear layer, or the
+            derived name is too long.
         ScoresError: the scores are not final, or the model of the features diverged.
         StoreError: there is no such experiment, or the store cannot be read or written.
     """
@@ -49,6 +50,7 @@ def prepare(store: ObjectStore, name: ExperimentName) -> Prepared:
 
     record = require_finished(store, name)
     require_built_in(record, "last-layer")
+    require_test_set(record, "last-layer")
     features = features_of(store, record, lambda: dataset_of(store, record))
     experiment = _derive(record, features)
     return Prepared(lambda: _evaluate(store, name, experiment, features), Training(experiment, lambda: features.dataset))

@@ -109,10 +109,12 @@ def declare_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | 
         repeats: models per condition, at least 2.
 
     Raises:
+        SpecError: there are no test examples.
         ScoresError: there are no scores, or they are not final, or the study would remove no example or all of them.
         StoreError: there is no such experiment, or the store cannot be read.
     """
     record = retraining.require_finished(store, name)
+    retraining.require_test_set(record, "removal")
     scores = open_scores(store, name)
     n, seed = record.n_train, record.experiment.subsets.seed
     if thetas is None:
@@ -135,7 +137,7 @@ def declare_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | 
         random = np.ones((repeats, n), np.bool_)
         for repeat, order in enumerate(orders):
             random[repeat, order[:removed]] = False
-        labels = scores.memorization["label"]
+        labels = scores.train_labels
         emptied = tuple(np.setdiff1d(labels, labels[~out]).tolist())
         conditions += [Condition("chosen", theta, removed, emptied), Condition("random", theta, removed)]
         masks += [np.tile(~out, (repeats, 1)), random]

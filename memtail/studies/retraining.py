@@ -66,6 +66,15 @@ def require_built_in(record: Record, study: str) -> None:
         )
 
 
+def require_test_set(record: Record, study: str) -> None:
+    """Refuse an experiment without test examples. Raises: SpecError."""
+    if not record.n_test:
+        raise SpecError(
+            f"experiment '{record.experiment.name}' has no test examples, and the study {study} measures accuracy on them: declare an "
+            f"experiment on a dataset with a test set"
+        )
+
+
 def require_finished(store: ObjectStore, name: str) -> Record:
     """Read the record of an experiment whose scores will not change any more.
 

@@ -26,7 +26,6 @@ from memtail.studies.agreement import (
     PAPERS,
     SMALLEST_HALF,
     SPLITS,
-    THRESHOLDS,
     Comparison,
     Estimates,
     Score,
@@ -78,6 +77,11 @@ class _Group:
     trials: int
     splits: list[Comparison]
 
+    @property
+    def scores(self) -> list[Score]:
+        """The scores compared: without test examples memorization alone."""
+        return self.splits[0].scores
+
     def overlaps(self, score: Score) -> list[float]:
         """Overlaps at the paper's threshold, where defined."""
         overlaps = (split.at_paper_threshold(score).jaccard for split in self.splits)
@@ -111,7 +115,7 @@ def _evaluate(store: ObjectStore, name: str, overlap: float) -> StudyResult:
     scores = open_scores(store, name)
     groups = _groups(scores, name)
     largest = groups[0]
-    needed: dict[Score, _Needed] = {score: _trials_for(overlap, groups, score) for score in THRESHOLDS}
+    needed: dict[Score, _Needed] = {score: _trials_for(overlap, groups, score) for score in largest.scores}
     rows = [
         ({"trials": group.trials, "split": number, "rank_correlation": split.rank_correlation}, agreement)
         for group in groups
@@ -129,7 +133,7 @@ def _evaluate(store: ObjectStore, name: str, overlap: float) -> StudyResult:
         {"scores": scores.folder.name, "wanted": overlap, "splits": SPLITS},
         {
             "trials": largest.trials,
-            "jaccard": {score: mean_defined(largest.overlaps(score)) for score in THRESHOLDS},
+            "jaccard": {score: mean_defined(largest.overlaps(score)) for score in largest.scores},
             "rank_correlation": mean_defined(largest.rank_correlations()),
             "trials_needed": {score: asdict(each) for score, each in needed.items()},
         },
@@ -140,7 +144,7 @@ def _evaluate(store: ObjectStore, name: str, overlap: float) -> StudyResult:
 
 def _groups(scores: Scores, name: str) -> list[_Group]:
     """Split and compare, largest number of trials first."""
-    packed, labels = scores.statistics, (scores.memorization["label"], scores.test_labels)
+    packed, labels = scores.statistics, (scores.train_labels, scores.test_labels)
     if packed.trials < 2 * SMALLEST_HALF:
         raise ScoresError(
             f"experiment '{name}' has {packed.trials} trials, a split needs at least {2 * SMALLEST_HALF}: raise subsets.trials"
@@ -191,7 +195,7 @@ def _findings(groups: list[_Group], overlap: float, needed: dict[Score, _Needed]
     largest = groups[0]
     trials = largest.trials
     findings = []
-    for score in THRESHOLDS:
+    for score in largest.scores:
         overlaps = largest.overlaps(score)
         if not overlaps:
             findings.append(f"Two disjoint sets of {trials} trials select no {_SELECTED[score]}.")
@@ -223,11 +227,9 @@ def _findings(groups: list[_Group], overlap: float, needed: dict[Score, _Needed]
 def _draw(name: str, groups: list[_Group], overlap: float) -> "Figure":
     from memtail.figures.style import COLOURS, GREY, drawing
 
-    curves: list[tuple[str, list[list[float]]]] = [
-        (f"memorized, mem ≥ {PAPERS['memorization']}", [group.overlaps("memorization") for group in groups]),
-        (f"pairs, infl ≥ {PAPERS['influence']}", [group.overlaps("influence") for group in groups]),
-        ("ranks of mem", [group.rank_correlations() for group in groups]),
-    ]
+    labels = {"memorization": f"memorized, mem ≥ {PAPERS['memorization']}", "influence": f"pairs, infl ≥ {PAPERS['influence']}"}
+    curves = [(labels[score], [group.overlaps(score) for group in groups]) for score in groups[0].scores]
+    curves.append(("ranks of mem", [group.rank_correlations() for group in groups]))
     counts = [group.trials for group in groups]
     with drawing(9, 3.4) as figure:
         by_trials, overlaps, differences = figure.subplots(1, 3)
@@ -245,7 +247,7 @@ def _draw(name: str, groups: list[_Group], overlap: float) -> "Figure":
             xlabel="trials t", ylabel="overlap (Jaccard); rank correlation", ylim=(0, 1.02), title=f"{name}: two runs of t trials"
         )
         figure.legend(loc="outside lower center", ncols=3)
-        for score, colour in zip(THRESHOLDS, COLOURS, strict=False):
+        for score, colour in zip(groups[0].scores, COLOURS, strict=False):
             draw_by_threshold(overlaps, groups[0].splits[0].agreements, score, "jaccard", color=colour)
             draw_by_threshold(differences, groups[0].splits[0].agreements, score, "difference", color=colour)
         overlaps.set(xlabel="threshold", ylabel="overlap (Jaccard)", title=f"selections of {counts[0]} trials")

@@ -20,8 +20,6 @@ from memtail.trainers.task import Outcome, TrainingTask
 _POLL_SECONDS = 0.1
 # Seconds that a command has to end after SIGTERM.
 GRACE_SECONDS = 20.0
-# Files of a prepared dataset that a command may read, by their keys in `task.json`.
-_FILES = ("train_images", "test_images", "train_labels", "test_labels", "train_files", "test_files")
 
 
 class Command:
@@ -72,7 +70,7 @@ class Command:
             process.wait()
         if process.returncode:
             raise TrainerError(f"command {self._arguments[0]} {describe_exit(process.returncode)}")
-        return _outcome(folder / "outcome.npz")
+        return _outcome(folder / "outcome.npz", {"train_correct"} | ({"test_correct"} if task.dataset.n_test else set()))
 
     def _wait(self, process: "subprocess.Popen[bytes]", task: TrainingTask, progress: Path) -> None:
         stopping: float | None = None
@@ -107,7 +105,8 @@ def describe_exit(code: int) -> str:
 
 
 def _described(task: TrainingTask) -> dict[str, Any]:
-    files = {name: str(path) for name in _FILES if (path := task.dataset.folder / f"{name}.npy").exists()}
+    arrays = sorted(task.dataset.folder.glob("*.npy"))
+    files = {path.stem: str(path) for path in arrays if task.dataset.labelled or not path.stem.endswith("_labels")}
     return {
         "trial": task.trial,
         "seed": task.seed,
@@ -137,20 +136,20 @@ def _kill(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _outcome(path: Path) -> Outcome:
+def _outcome(path: Path, needed: set[str]) -> Outcome:
     names = set(Outcome.__dataclass_fields__)
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         raise OutcomeError(
-            "the command ended without outcome.npz in the folder MEMTAIL_TASK: write train_correct and test_correct there"
+            f"the command ended without outcome.npz in the folder MEMTAIL_TASK: write {' and '.join(sorted(needed, reverse=True))} there"
         ) from None
     except Exception as error:  # damaged bytes make numpy raise anything
         raise OutcomeError(f"outcome.npz cannot be read ({error}): write it with numpy.savez, without objects") from None
     if unknown := sorted(arrays.keys() - names):
         raise OutcomeError(f"outcome.npz has unknown arrays ({', '.join(unknown)}): known are {', '.join(sorted(names))}")
-    if missing := sorted({"train_correct", "test_correct"} - arrays.keys()):
+    if missing := sorted(needed - arrays.keys()):
         raise OutcomeError(f"outcome.npz has no {' and no '.join(missing)}: write one value for each example")
     if "metrics" in arrays:
         try:

@@ -33,10 +33,12 @@ def check_outcome(outcome: object, dataset: DatasetLabels, margins: bool) -> tup
         raise OutcomeError(f"metrics are not numbers by name ({error}): return a dict of floats") from None
     arrays: dict[str, npt.NDArray[Any]] = {}
     for split, size in (("train", dataset.n_train), ("test", dataset.n_test)):
-        arrays[f"{split}_correct"] = _correct(f"{split}_correct", getattr(outcome, f"{split}_correct"), size)
+        correct, margin = getattr(outcome, f"{split}_correct"), getattr(outcome, f"{split}_margin")
+        arrays[f"{split}_correct"] = _correct(f"{split}_correct", correct if size or correct is not None else (), size)
         if margins:
-            arrays[f"{split}_margin"] = _margins(f"{split}_margin", getattr(outcome, f"{split}_margin"), size)
-        _check_same(f"{split}_labels", getattr(outcome, f"{split}_labels"), getattr(dataset, f"{split}_labels"))
+            arrays[f"{split}_margin"] = _margins(f"{split}_margin", margin if size or margin is not None else (), size)
+        labels = getattr(dataset, f"{split}_labels") if dataset.labelled else None
+        _check_same(f"{split}_labels", getattr(outcome, f"{split}_labels"), labels)
         files = getattr(dataset, f"{split}_files")
         ids = None if files is None else np.char.decode(files, "utf-8", "surrogateescape")
         _check_same(f"{split}_ids", getattr(outcome, f"{split}_ids"), ids)
@@ -82,7 +84,8 @@ def _check_same(name: str, returned: Any, expected: npt.NDArray[Any] | None) -> 
     if returned is None:
         return
     if expected is None:
-        raise OutcomeError(f"{name} was returned, but the dataset has none: return labels instead")
+        instead = "labels" if name.endswith("_ids") else "ids, if it has those, or neither"
+        raise OutcomeError(f"{name} was returned, but the dataset has none: return {instead}")
     array = _array(name, returned, len(expected))
     same = array.astype(str) == expected if expected.dtype.kind == "U" else array == expected
     if not np.all(same):

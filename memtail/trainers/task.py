@@ -19,8 +19,8 @@ class Outcome:
     Any array-like of the right length is accepted.
 
     Attributes:
-        train_correct: bool [n], whether the trained model predicts the example's label.
-        test_correct: bool [q].
+        train_correct: bool [n], whether the trained model is right about the example: predicts its label, if the dataset has labels.
+        test_correct: bool [q]; may be None if the dataset has no test set.
         train_margin: float [n], logit margins; recorded where the experiment says `record: {margins: true}`.
         test_margin: float [q].
         train_labels: [n], labels as the training code has them; compared with the dataset's, so that outcomes in another order are refused.
@@ -31,7 +31,7 @@ class Outcome:
     """
 
     train_correct: npt.ArrayLike
-    test_correct: npt.ArrayLike
+    test_correct: npt.ArrayLike | None = None
     train_margin: npt.ArrayLike | None = None
     test_margin: npt.ArrayLike | None = None
     train_labels: npt.ArrayLike | None = None

@@ -55,7 +55,7 @@ def pack_trials(
             loss=float(losses[row]) if np.isfinite(losses[row]) else None,
             in_subset_accuracy=float(train_correct[row, members[row]].mean()),
             held_out_accuracy=None if members[row].all() else float(train_correct[row, ~members[row]].mean()),
-            test_accuracy=float(test_correct[row].mean()),
+            test_accuracy=float(test_correct[row].mean()) if dataset.n_test else None,
             further=(further[row] or None) if further else None,
         )
         for row, trial in enumerate(trials)

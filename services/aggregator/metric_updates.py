@@ -84,7 +84,8 @@ def update_scores(name: str, pointer: ScorePointer | None) -> None:
         return
     metrics.PUBLISHED.labels(name).set(datetime.fromisoformat(pointer.published).timestamp())
     metrics.PUBLISHED_TRIALS.labels(name).set(pointer.summary.accumulated_trials)
-    metrics.PAIRS.labels(name).set(pointer.summary.pairs.count)
+    if pointer.summary.n_test:
+        metrics.PAIRS.labels(name).set(pointer.summary.pairs.count)
 
 
 def _trials_to_reach(subsets: SubsetsSpec, statistics: Statistics) -> int:

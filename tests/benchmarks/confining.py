@@ -48,7 +48,7 @@ def trainer_process() -> list[Row]:
             each.end()
     ours, baseline = times["function"][1:], times["built-in"][1:]  # the first repetition starts the process and compiles
     overhead = statistics.median(a / b for a, b in zip(ours, baseline, strict=True)) - 1
-    accuracy = statistics.mean(entry.test_accuracy for entry in batches["function"].metrics)
+    accuracy = statistics.mean(entry.test_accuracy or 0.0 for entry in batches["function"].metrics)
     note = f"digits, MLP 256, shards of {TRIALS}; {100 * overhead:+.2f}% per trial; equal bits, test accuracy {accuracy:.2%}"
     return [Row("trainer-process", "trial", "0.99x", ours, baseline, "the built-in trainer", note=note)]
 

@@ -29,6 +29,13 @@ class SplitOutcomes:
     margin: npt.NDArray[np.float16] | None
     finite: npt.NDArray[np.bool_]
 
+    @classmethod
+    def of_none(cls, networks: int, margins: bool) -> "SplitOutcomes":
+        """Return the outcomes on a split without examples, as the test split of a dataset without a test set."""
+        none = (networks, 0)
+        margin = np.empty(none, np.float16) if margins else None
+        return cls(np.empty(none, np.bool_), np.empty(none, np.int32), margin, np.ones(networks, np.bool_))
+
 
 @torch.no_grad()
 def evaluate(

@@ -97,10 +97,11 @@ class StackedRun:
         while self.epoch < self.recipe.epochs:
             self._train_epoch(between_steps)
         m = self.subsets.shape[1]
+        margins, without_test = self.experiment.record.margins, SplitOutcomes.of_none(len(self.trials), self.experiment.record.margins)
         with self.phases.measure("evaluation"):
             train, test = (
-                evaluate(self.stack, self.images, split, self.experiment.record.margins, self.autocast, self.recipe.batch_size)
-                for split in ("train", "test")
+                evaluate(self.stack, self.images, split, margins, self.autocast, self.recipe.batch_size) if count else without_test
+                for split, count in (("train", len(self.images.train)), ("test", len(self.images.test)))
             )
         return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy())
 

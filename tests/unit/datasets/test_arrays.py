@@ -215,3 +215,31 @@ def test_vectors_are_features_as_they_are(prepare, names):
 def test_features_that_cannot_be_used_are_refused_with_the_reason(prepare, changes, message):
     with pytest.raises(DatasetError, match=message):
         prepare(FEATURES, names=("train_features", "train_labels", "test_features", "test_labels"), **changes)
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_test_set_and_labels_may_be_left_out(tmp_path, kind):
+    examples = {"images": IMAGES, "features": FEATURES}[kind]
+
+    def prepare(**arrays):
+        np.savez(tmp_path / "a.npz", **arrays)
+        return datasets.prepare(DatasetSpec(name="arrays", root=tmp_path / "a.npz"))
+
+    train = {f"train_{kind}": examples}
+    without_test = prepare(**train, train_labels=LABELS)
+    assert (without_test.n_test, without_test.classes) == (0, ("0", "1", "2"))
+    assert without_test.examples("test").shape == (0, *without_test.examples("train").shape[1:])
+    without_labels = prepare(**train, **{f"test_{kind}": examples[:5]})
+    assert (without_labels.n_test, without_labels.classes, without_labels.labelled) == (5, (), False)
+    assert without_labels.train_labels.tolist() == [0] * 40
+    neither = prepare(**train)
+    assert (neither.n_train, neither.n_test, neither.labelled) == (40, 0, False)
+    assert len({each.fingerprint for each in (without_test, without_labels, neither)}) == 3
+
+
+def test_other_arrays_beside_a_part_may_be_the_rest_under_another_name(tmp_path):
+    np.savez(tmp_path / "a.npz", train_images=IMAGES, train_labels=LABELS, val_images=IMAGES)
+    with pytest.raises(
+        DatasetError, match=r"holds no test_images, test_labels; .*, and leave out all others if it has no test set or no labels"
+    ):
+        datasets.prepare(DatasetSpec(name="arrays", root=tmp_path / "a.npz"))

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -100,8 +101,10 @@ def test_missing_truncated_and_incomplete_npz_files_are_named(tmp_path):
     (tmp_path / "a.npz").write_bytes(damaged)
     with pytest.raises(DatasetError, match=r"a\.npz: is truncated or corrupt"):
         arrays(tmp_path / "a.npz")
-    np.savez(tmp_path / "a.npz", train_images=np.zeros((2, 2, 2), np.uint8))
-    with pytest.raises(DatasetError, match="holds no train_labels, test_images, test_labels"):
+    np.savez(tmp_path / "a.npz", train_images=np.zeros((2, 2, 2), np.uint8), test_labels=np.zeros(2))
+    with pytest.raises(
+        DatasetError, match="holds no train_labels, test_images; there: train_images, test_labels: name the arrays train_images, "
+    ):
         arrays(tmp_path / "a.npz")
 
 
@@ -285,11 +288,28 @@ def test_an_unusable_cache_is_one_clear_error(tmp_path, monkeypatch):
         datasets.prepare(DatasetSpec(name="digits"))
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_tree_of_training_images_alone_has_no_test_set(tmp_path, damaged):
+    write_tree(tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    if damaged:
+        (tmp_path / "train/cat/bad.png").write_bytes(b"no")
+    (tmp_path / "README.txt").write_text("")
+    dataset = datasets.as_images(datasets.prepare(DatasetSpec(name="folder", root=tmp_path, on_error="skip")))
+    assert (dataset.n_train, dataset.n_test, dataset.classes) == (10, 0, ("cat", "dog"))
+    assert dataset.test_images.shape == (0, 8, 8, 3)
+    assert dataset.test_files is not None
+    assert dataset.test_files.tolist() == []
+
+
 def test_a_missing_split_class_or_root_is_named(tmp_path):
     with pytest.raises(DatasetError, match="there is no folder"):
         prepare_tree(tmp_path / "missing")
     (tmp_path / "train").mkdir()
-    with pytest.raises(DatasetError, match=r"must hold train/ and test/ \(or val/\)"):
+    with pytest.raises(DatasetError, match=r"train holds no images"):
+        prepare_tree(tmp_path)
+    (tmp_path / "validation").mkdir()  # perhaps the test images
+    with pytest.raises(DatasetError, match=r"must hold train/ and test/ \(or val/\), .*, or train/ as its only folder"):
         prepare_tree(tmp_path)
     (tmp_path / "test" / "bird").mkdir(parents=True)
     (tmp_path / "train" / "cat").mkdir()

@@ -77,14 +77,7 @@ def test_features_are_columns_of_numbers(prepare, named, features):
     assert dataset.classes == ("9", "10")
     assert dataset.train_labels.tolist() == [1, 0, 1]
     assert dataset.train_files is None
-    assert dataset.preview("test", 0) == "\n".join(f"{name}: {({'a': 7, 'b': 4})[name]}" for name in features)
-
-
-def test_many_features_are_not_all_shown(prepare):
-    columns = {f"f{index}": [1.0, 2.0] for index in range(20)} | {"kind": [0, 1]}
-    lines = prepare(columns, columns, {"label": "kind", "features": "all"}).preview("train", 0).splitlines()
-    assert len(lines) == 13
-    assert lines[-1] == "... 8 more"
+    assert dataset.preview("test", 0) == tuple((name, {"a": 7.0, "b": 4.0}[name]) for name in features)
 
 
 def test_a_column_may_name_the_split(prepare):
@@ -92,6 +85,29 @@ def test_a_column_may_name_the_split(prepare):
     dataset = prepare(columns, columns={**TEXTS, "split": "part"})
     assert list(dataset.train_texts) == ["a cat", "", "two\nlines"]
     assert list(dataset.test_texts) == ["ein Hündchen"]
+
+
+@pytest.mark.parametrize("columns", [{"text": "text", "id": "id"}, {"text": "text"}])
+def test_labels_and_a_test_set_may_be_left_out(tmp_path, columns):
+    root, store = write(tmp_path / "t.jsonl", TRAIN), LocalStore(tmp_path / "store")
+    labelled = datasets.prepare(DatasetSpec(name="table", root=root, columns=columns | {"label": "kind"}))
+    assert (labelled.n_train, labelled.n_test, labelled.classes) == (4, 0, ("cat", "dog"))
+    tested = datasets.prepare(DatasetSpec(name="table", root=root, test=root, columns=columns))
+    assert isinstance(tested, TextDataset)
+    assert (list(tested.test_texts), tested.classes) == (TRAIN["text"], ())
+    neither = datasets.prepare(DatasetSpec(name="table", root=root, columns=columns))
+    assert stage(neither, store)
+    fetched = fetch(store, neither.fingerprint, tmp_path / "other")
+    assert isinstance(fetched, TextDataset)
+    assert (list(fetched.train_texts), list(fetched.test_texts), fetched.classes, fetched.labelled) == (TRAIN["text"], [], (), False)
+
+
+def test_a_test_set_that_is_declared_must_have_examples(prepare):
+    columns = {**TRAIN, "part": ["train"] * 4}
+    with pytest.raises(
+        DatasetError, match=r"train\.jsonl: has no test example: leave out dataset\.test and columns\.split if there are none"
+    ):
+        prepare(columns, columns={**TEXTS, "split": "part"})
 
 
 def test_limits_take_evenly_spaced_examples(prepare):
@@ -162,9 +178,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "table", "root": "a.csv"}, "dataset 'table' needs columns: label, and text, features or image"),
+        ({"name": "table", "root": "a.csv"}, "dataset 'table' needs columns: text, features or image, and label if there is one"),
         ({"name": "table", "columns": TEXTS, "test": "b.csv"}, "dataset 'table' needs a root"),
-        ({"name": "table", "root": "a.csv", "columns": TEXTS}, r"needs its test examples: either test, a second file, or columns\.split"),
+        (
+            {"name": "table", "root": "a.csv", "test": "b.csv", "columns": TEXTS | {"split": "part"}},
+            r"has its test examples twice: in test, a second file, and by columns\.split: remove one",
+        ),
         ({"name": "table", "root": "a.csv", "test": "b.csv", "columns": {"label": "kind"}}, "name one of text, .* and image"),
         ({"name": "digits", "columns": TEXTS}, "columns is for dataset 'table', not for 'digits'"),
     ],

@@ -42,6 +42,7 @@ LATER_KEYS: dict[str, Any] = {
     "HuggingFaceSplits.test": "test",
     "DatasetSpec.test": None,
     "DatasetSpec.columns": None,
+    "TableColumns.label": None,
     "TableColumns.text": None,
     "TableColumns.features": None,
     "TableColumns.image": None,

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memtail.datasets import prepare
 from memtail.errors import OutcomeError, TrainerError, TrainingStopped
-from memtail.spec import CommandTrainer
+from memtail.spec import CommandTrainer, DatasetSpec
 from memtail.trainers import command as module
 from memtail.trainers.command import Command, describe_exit
-from memtail.trainers.task import TrainingTask
+from memtail.trainers.task import Outcome, TrainingTask
 
 
 @pytest.fixture
@@ -99,6 +100,26 @@ def test_a_command_that_fails_is_described(run, script, message):
 def test_an_outcome_that_cannot_be_read_is_described(run, script, message):
     with pytest.raises(OutcomeError, match=message):
         run(script)
+
+
+def test_a_task_without_labels_or_test_set_says_so(tmp_path, own_cache):
+    np.savez(tmp_path / "a.npz", train_features=np.ones((4, 2)))
+    dataset = prepare(DatasetSpec(name="arrays", root=tmp_path / "a.npz"))
+    for name in ("work", "checkpoint"):
+        (tmp_path / "0" / name).mkdir(parents=True)
+    (tmp_path / "train.py").write_text(
+        "import json, os, numpy as np\n"
+        "task = json.load(open(os.environ['MEMTAIL_TASK'] + '/task.json'))\n"
+        "correct = np.load(task['dataset']['train_features'])[:, 0]\n"
+        "np.savez(task['outcome'], train_correct=correct, metrics=json.dumps({'q': task['n_test']}))\n"
+    )
+    task = TrainingTask(0, np.array([1]), 1, "cpu", {}, dataset, tmp_path / "0/work", tmp_path / "0/checkpoint")
+    (outcome,) = Command(CommandTrainer(command=[sys.executable, "train.py"]), tmp_path)([task])
+    assert isinstance(outcome, Outcome)
+    assert (np.asarray(outcome.train_correct).tolist(), outcome.test_correct, outcome.metrics) == ([1, 1, 1, 1], None, {"q": 0})
+    told = json.loads((tmp_path / "0/task.json").read_text())
+    assert (told["classes"], told["n_test"]) == ([], 0)
+    assert sorted(told["dataset"]) == ["test_features", "train_features"]
 
 
 def test_a_program_that_is_missing_is_named(tmp_path, task):

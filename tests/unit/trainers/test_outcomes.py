@@ -1,6 +1,7 @@
 """What training code may return, and what is made of it."""
 
 import io
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -74,6 +75,29 @@ def test_another_object_is_refused(dataset):
 def test_equal_labels_and_ids_are_accepted(dataset):
     ids = [f"a/{index}.png" for index in range(N)]
     check_outcome(outcome(train_labels=[0, 1] * 3, test_labels=torch.tensor([0, 1, 0]), train_ids=ids), dataset, margins=False)
+
+
+def test_the_test_side_may_be_missing_without_a_test_set(dataset):
+    none = replace(dataset, test_labels=np.empty(0, np.int64), test_files=np.empty(0, "S1"))
+    for margins in (False, True):
+        arrays, _ = check_outcome(outcome(test_correct=None, train_margin=np.ones(N)), none, margins)
+        names = {"test_correct", "test_margin"} if margins else {"test_correct"}
+        assert {name: array.shape for name, array in arrays.items() if name.startswith("test")} == dict.fromkeys(names, (0,))
+    assert check_outcome(outcome(test_correct=[]), none, False)[0]["test_correct"].dtype == np.bool_
+    batch = make_batch(none, [0, 1], np.eye(2, N) > 0, [arrays, arrays], [{}, {}], Provenance())
+    assert [entry.test_accuracy for entry in batch.metrics] == [None, None]
+    assert TrialBatch.from_bytes(batch.to_bytes()).test_correct.shape == (2, 0)
+    with pytest.raises(OutcomeError, match=r"test_correct has shape \[3\], expected is \[0\]"):
+        check_outcome(outcome(), none, False)
+    with pytest.raises(OutcomeError, match="test_correct is missing: return one value for each of the 3 examples"):
+        check_outcome(outcome(test_correct=None), dataset, False)
+
+
+def test_labels_are_compared_only_if_there_are_some(dataset):
+    unlabelled = replace(dataset, classes=(), train_labels=np.zeros(N, np.int64), test_labels=np.zeros(Q, np.int64))
+    check_outcome(outcome(train_ids=[f"a/{index}.png" for index in range(N)]), unlabelled, False)
+    with pytest.raises(OutcomeError, match="train_labels was returned, but the dataset has none: return ids, if it has those, or neither"):
+        check_outcome(outcome(train_labels=np.zeros(N)), unlabelled, False)
 
 
 def test_margins_are_kept_where_the_experiment_records_them(dataset):
