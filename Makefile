@@ -102,7 +102,7 @@ docs: .venv-docs/installed
 	@touch $@
 
 .venv/installed-dev: .venv/installed-train
-	$(BIN)/python tools/requirements.py build base train services dev | ./tools/install.sh .venv .
+	$(BIN)/python tools/requirements.py build base train services hf dev | ./tools/install.sh .venv .
 	@touch $@
 
 clean:

@@ -15,12 +15,12 @@ requirements() { .venv/bin/python tools/requirements.py "$@"; }
 
 [ -x "$venv/bin/python" ] || "$uv" venv --quiet --python "$python" "$venv"
 if [ "$versions" = lowest ]; then
-  requirements base services train | "$uv" pip compile --quiet --resolution lowest-direct --python "$venv/bin/python" --output-file "$venv/lowest.txt" -
+  requirements base services train hf | "$uv" pip compile --quiet --resolution lowest-direct --python "$venv/bin/python" --output-file "$venv/lowest.txt" -
   requirements build dev | "$uv" pip install --quiet --python "$venv/bin/python" --requirement "$venv/lowest.txt" --requirement -
   "$uv" pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
   # old versions use what newer ones of their own requirements deprecate, and minio's finalizer fails where its constructor raised
   set -- -W ignore::DeprecationWarning -W ignore::pytest.PytestUnraisableExceptionWarning "$@"
 else
-  requirements build base services train dev | PATH=$(dirname "$uv"):$PATH tools/install.sh "$venv" .
+  requirements build base services train hf dev | PATH=$(dirname "$uv"):$PATH tools/install.sh "$venv" .
 fi
 "$venv/bin/python" -m pytest "$@"

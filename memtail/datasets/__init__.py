@@ -34,7 +34,7 @@ from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, 
 from memtail.datasets.trainable import Trainable, as_trainable
 from memtail.errors import DatasetError
 from memtail.settings import Settings
-from memtail.spec import AnyDataset, DatasetSpec, FunctionDataset, TableColumns, TorchvisionDataset
+from memtail.spec import AnyDataset, DatasetSpec, FunctionDataset, HuggingFaceDataset, TableColumns, TorchvisionDataset
 
 __all__ = [
     "Dataset",
@@ -189,7 +189,16 @@ def _torchvision_class(spec: TorchvisionDataset) -> _Source:
     return _Source(*torchvision_source(spec))
 
 
+def _huggingface(spec: HuggingFaceDataset) -> _Source:
+    # needs pillow, which a machine that prepares nothing may lack
+    from memtail.datasets.huggingface import huggingface_source
+
+    return _Source(*huggingface_source(spec))
+
+
 def _source(spec: AnyDataset) -> _Source:
+    if isinstance(spec, HuggingFaceDataset):
+        return _huggingface(spec)
     if isinstance(spec, TorchvisionDataset):
         return _torchvision_class(spec)
     if isinstance(spec, FunctionDataset):

@@ -44,12 +44,19 @@ def decode(path: Path, resolution: int | None, upright: bool) -> Images:
         OSError: the file cannot be read.
         MemoryError: the image does not fit into memory.
     """
-    data = path.read_bytes()
+    return decode_bytes(path.read_bytes(), resolution, upright)
+
+
+def decode_bytes(data: bytes, resolution: int | None, upright: bool, keep_grey: bool = False) -> Images:
+    """Return the pixels of the content of an image file, uint8 [H, W, 3], or [H, W, 1] of a grey image if `keep_grey` is true.
+
+    Other arguments and errors as of `decode`.
+    """
     if not data:
         raise DamagedImageError("is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _pixels(image, resolution, upright)
+            return _pixels(image, resolution, upright, "L" if keep_grey and image.mode in ("1", "L") else "RGB")
     except (DamagedImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -61,17 +68,18 @@ def decode(path: Path, resolution: int | None, upright: bool) -> Images:
         raise DamagedImageError(f"is truncated or corrupt: {error}") from None
 
 
-def _pixels(image: Image.Image, resolution: int | None, upright: bool) -> Images:
+def _pixels(image: Image.Image, resolution: int | None, upright: bool, mode: str) -> Images:
     if image.mode.startswith(("I", "F")):
         raise DamagedImageError("has more than 8 bits per channel, convert it to 8 bits")
     if resolution is not None:
-        image.draft("RGB", (resolution, resolution))  # decodes a JPEG at a fraction of its size
-    rgb = image.convert("RGB")
+        image.draft(mode, (resolution, resolution))  # decodes a JPEG at a fraction of its size
+    converted = image.convert(mode)
     if upright:
         orientation = image.getexif().get(ExifTags.Base.Orientation)  # after loading, in which Pillow turns a TIFF file itself
         if orientation in _TURNS:
-            rgb = rgb.transpose(_TURNS[orientation])
-    return np.asarray(fitted(rgb, resolution))
+            converted = converted.transpose(_TURNS[orientation])
+    pixels = np.asarray(fitted(converted, resolution))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def fitted(image: Image.Image, resolution: int | None) -> Image.Image:

@@ -5,7 +5,7 @@ No module of this package imports torch.
 
 from memtail.spec.cluster import Toleration, WorkersSpec
 from memtail.spec.dataset import DatasetSpec, TableColumns
-from memtail.spec.dataset_sources import AnyDataset, FunctionDataset, TorchvisionDataset
+from memtail.spec.dataset_sources import AnyDataset, FunctionDataset, HuggingFaceDataset, HuggingFaceSplits, TorchvisionDataset
 from memtail.spec.errors import differences
 from memtail.spec.experiment import (
     NAME,
@@ -42,6 +42,8 @@ __all__ = [
     "Experiment",
     "FunctionDataset",
     "FunctionTrainer",
+    "HuggingFaceDataset",
+    "HuggingFaceSplits",
     "ImagesTrainer",
     "Linear",
     "Mlp",

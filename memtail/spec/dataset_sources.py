@@ -1,12 +1,12 @@
 """The `dataset` part of an experiment: a named dataset, or one that a key of its own declares, such as a user's function."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from memtail.spec.base import Part
-from memtail.spec.dataset import DatasetSpec
+from memtail.spec.dataset import DatasetSpec, TableColumns
 from memtail.spec.trainer import UserFunction
 
 TorchvisionName = Literal[
@@ -102,13 +102,61 @@ class TorchvisionDataset(Part):
         return self.torchvision
 
 
+class HuggingFaceSplits(Part):
+    """The splits of a Hugging Face dataset, by their names there, such as `train`, `validation` or `train[:10%]`.
+
+    Attributes:
+        train: the training examples.
+        test: the test examples.
+    """
+
+    train: str = "train"
+    test: str = "test"
+
+
+class HuggingFaceDataset(Part):
+    """A dataset in a format of Hugging Face's package `datasets`.
+
+    Attributes:
+        huggingface: a folder (of `save_to_disk`, or of Parquet, CSV, JSON lines or image files), or the name of a dataset on the hub.
+        config: the configuration, of datasets that have several.
+        splits: the names of the splits.
+        columns: the columns.
+        max_train: use at most this many training examples, evenly spaced ones.
+        max_test: likewise, test examples.
+        resolution: of images, the side in pixels to which they are resized and cropped; required if they differ in size.
+    """
+
+    huggingface: str
+    config: str | None = None
+    splits: HuggingFaceSplits = HuggingFaceSplits()
+    columns: TableColumns
+    max_train: Annotated[int, Field(ge=2)] | None = None
+    max_test: Annotated[int, Field(ge=1)] | None = None
+    resolution: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _splits_are_no_column(self) -> Self:
+        if self.columns.split is not None:
+            raise ValueError("columns.split is for dataset 'table': name the splits in splits")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset in messages."""
+        return self.huggingface
+
+
 def _kind(value: Any) -> str:
     keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Part) else ()
-    return next((key for key in ("function", "torchvision") if key in keys), "named")
+    return next((key for key in ("function", "torchvision", "huggingface") if key in keys), "named")
 
 
 AnyDataset = Annotated[
-    Annotated[DatasetSpec, Tag("named")] | Annotated[FunctionDataset, Tag("function")] | Annotated[TorchvisionDataset, Tag("torchvision")],
+    Annotated[DatasetSpec, Tag("named")]
+    | Annotated[FunctionDataset, Tag("function")]
+    | Annotated[TorchvisionDataset, Tag("torchvision")]
+    | Annotated[HuggingFaceDataset, Tag("huggingface")],
     Discriminator(_kind),
 ]
 
@@ -123,4 +171,9 @@ def with_absolute_paths(dataset: AnyDataset, base: Path) -> AnyDataset:
     paths = {key: path for key in type(dataset).model_fields if isinstance(path := getattr(dataset, key), Path)}
     if isinstance(dataset, UserFunction):
         paths.setdefault("folder", Path())
-    return dataset.model_copy(update={key: (base / path.expanduser()).resolve() for key, path in paths.items()})
+    resolved: dict[str, Path | str] = {key: (base / path.expanduser()).resolve() for key, path in paths.items()}
+    if isinstance(dataset, HuggingFaceDataset):
+        folder = (base / Path(dataset.huggingface).expanduser()).resolve()
+        if folder.exists() or dataset.huggingface.startswith(("/", ".", "~")):  # else a name on the hub
+            resolved["huggingface"] = str(folder)
+    return dataset.model_copy(update=resolved)

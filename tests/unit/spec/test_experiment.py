@@ -9,7 +9,7 @@ from pydantic import create_model
 
 import memtail.spec
 from memtail.errors import SpecError
-from memtail.spec import Experiment, ImagesTrainer, RecordedOutcomes, TrainingSpec, differences
+from memtail.spec import Experiment, HuggingFaceSplits, ImagesTrainer, RecordedOutcomes, TrainingSpec, differences
 from memtail.spec.base import _FIRST_KEYS, Part
 
 BASE: dict[str, Any] = {"name": "digits", "dataset": {"name": "digits"}}
@@ -37,6 +37,10 @@ LATER_KEYS: dict[str, Any] = {
     "TorchvisionDataset.options": {},
     "TorchvisionDataset.orientation": "stored",
     "TorchvisionDataset.on_error": "stop",
+    **{f"HuggingFaceDataset.{key}": None for key in ("config", "max_train", "max_test", "resolution")},
+    "HuggingFaceDataset.splits": HuggingFaceSplits(),
+    "HuggingFaceSplits.train": "train",
+    "HuggingFaceSplits.test": "test",
     "DatasetSpec.test": None,
     "DatasetSpec.columns": None,
     "TableColumns.label": None,
