@@ -75,13 +75,13 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
         MemtailError: a trial failed.
     """
     size, epochs = min(record.trials_per_shard, record.experiment.subsets.trials), record.experiment.training.epochs
-    trials = 2 * len(devices) * size
+    trials = max(record.experiment.subsets.trials, 2 * len(devices) * size)
     short = _shortened(record.experiment, 1, fraction, trials)
     share = _OPERATIONS[devices[0].partition(":")[0]] / (size * operations_per_trial(short, dataset))
     if devices[0] != "cpu":  # at least one full batch, else an accelerator is not busy
         share = max(share, record.experiment.training.batch_size / (fraction * dataset.n_train))
     sample = dataset if share >= 1 else _sample(dataset, share, folder / "sample")
-    both = [Shard(first, first + size - 1) for first in range(0, trials, size)]
+    both = [Shard(first, first + size - 1) for first in range(0, 2 * len(devices) * size, size)]
     cold_shards, shards = both[: len(devices)], both[len(devices) :]
 
     def shortened(epochs: int) -> Record:

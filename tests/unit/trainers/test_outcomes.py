@@ -80,9 +80,10 @@ def test_equal_labels_and_ids_are_accepted(dataset):
 
 def test_the_test_side_may_be_missing_without_a_test_set(dataset):
     none = replace(dataset, test_labels=np.empty(0, np.int64), test_files=np.empty(0, "S1"))
-    for margins in (False, True):
-        arrays, _ = check_outcome(outcome(test_correct=None, train_margin=np.ones(N)), none, margins)
-        names = {"test_correct", "test_margin"} if margins else {"test_correct"}
+    for recorded in (False, True):
+        record = RecordedOutcomes(margins=recorded, scores=recorded)
+        arrays, _ = check_outcome(outcome(test_correct=None, train_margin=np.ones(N), train_score=np.ones(N)), none, record)
+        names = {"test_correct", "test_margin", "test_score"} if recorded else {"test_correct"}
         assert {name: array.shape for name, array in arrays.items() if name.startswith("test")} == dict.fromkeys(names, (0,))
     assert check_outcome(outcome(test_correct=[]), none, RecordedOutcomes())[0]["test_correct"].dtype == np.bool_
     batch = make_batch(none, [0, 1], np.eye(2, N) > 0, [arrays, arrays], [{}, {}], Provenance())

@@ -99,7 +99,12 @@ def test_a_network_of_the_users_own_gets_vectors(declare, features):
 )
 def test_a_recipe_for_images_is_refused_in_one_line(declare, features, parts, message):
     experiment = declare(**parts, execution={"trials_per_shard": 4})
-    for check in (checked_shard_size, shard_size_in_child, lambda experiment, dataset: declare_record(experiment, dataset, 4)):
+    checks = (
+        checked_shard_size,
+        lambda experiment, dataset: shard_size_in_child(experiment, dataset, "store"),
+        lambda experiment, dataset: declare_record(experiment, dataset, 4),
+    )
+    for check in checks:
         with pytest.raises(SpecError, match=message) as raised:
             check(experiment, features)
         assert "\n" not in str(raised.value)
