@@ -203,6 +203,8 @@ def _source(spec: AnyDataset) -> _Source:
         return _torchvision_class(spec)
     if isinstance(spec, FunctionDataset):
         return _function(spec)
+    if spec.name == "opaque":
+        raise DatasetError("dataset 'opaque': its examples are known by their indices only, as memtail import declares it: name another")
     return _SOURCES[spec.name](spec)
 
 

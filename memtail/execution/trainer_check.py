@@ -12,7 +12,7 @@ from memtail.errors import SpecError
 from memtail.execution.declare import declare
 from memtail.experiment_store import Record
 from memtail.experiment_store.replicas import compare
-from memtail.spec import Experiment, ImagesTrainer
+from memtail.spec import Experiment, ImagesTrainer, ImportedTrainer
 from memtail.spec.trainer import code_files
 from memtail.trainers.outcomes import looks_permuted
 from memtail.trainers.shard_trainer import ShardTrainer
@@ -85,8 +85,8 @@ class TrainerChecker:
     def __init__(self, experiment: Experiment, trial: int, on_preparation: Any = None) -> None:
         from memtail.trainers.images.devices import available_devices
 
-        if isinstance(experiment.trainer, ImagesTrainer):
-            raise SpecError(f"experiment '{experiment.name}' uses the built-in trainer, which needs no check")
+        if isinstance(experiment.trainer, ImagesTrainer | ImportedTrainer):
+            raise SpecError(f"experiment '{experiment.name}' has no training code of the user's own, so that nothing is checked")
         if not 0 <= trial < experiment.subsets.trials:
             raise SpecError(f"--trial {trial}: the trials of experiment '{experiment.name}' are 0 to {experiment.subsets.trials - 1}")
         self._devices = [str(device) for device in available_devices(experiment.execution.device)]

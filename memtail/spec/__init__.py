@@ -27,7 +27,7 @@ from memtail.spec.experiment import (
     TrainingSpec,
     UntilSpec,
 )
-from memtail.spec.trainer import CommandTrainer, FunctionTrainer, ImagesTrainer, TrainerSpec
+from memtail.spec.trainer import CommandTrainer, FunctionTrainer, ImagesTrainer, ImportedTrainer, TrainerSpec
 
 __all__ = [
     "NAME",
@@ -45,6 +45,7 @@ __all__ = [
     "HuggingFaceDataset",
     "HuggingFaceSplits",
     "ImagesTrainer",
+    "ImportedTrainer",
     "Linear",
     "Mlp",
     "ModelSpec",

@@ -22,7 +22,7 @@ from memtail.spec.base import Fraction, Part
 from memtail.spec.cluster import WorkersSpec
 from memtail.spec.dataset_sources import AnyDataset, with_absolute_paths
 from memtail.spec.errors import describe
-from memtail.spec.trainer import ImagesTrainer, TrainerSpec, code_digest
+from memtail.spec.trainer import ImagesTrainer, ImportedTrainer, TrainerSpec, code_digest
 
 #: Part of every fingerprint; raised when a change in memtail changes the computation of a trial.
 RECIPE_VERSION = 2
@@ -323,7 +323,7 @@ class Experiment(Part):
     @classmethod
     def _user_code_replaces_the_recipe(cls, data: Any) -> Any:
         trainer = data.get("trainer") if isinstance(data, dict) else None
-        kind = next((key for key in ("function", "command") if isinstance(trainer, dict) and key in trainer), None)
+        kind = next((key for key in ("function", "command", "imported") if isinstance(trainer, dict) and key in trainer), None)
         for key in ("model", "training"):
             if kind and data.get(key) not in (None, _DEFAULTS[key]):
                 raise ValueError(
@@ -334,7 +334,9 @@ class Experiment(Part):
     @property
     def runs_user_code(self) -> bool:
         """Whether its trials run code of the user's own: a function, a command, or a network named `package.module:function`."""
-        return not isinstance(self.trainer, ImagesTrainer) or (isinstance(self.model, NamedModel) and self.model.is_user_code)
+        return not isinstance(self.trainer, ImagesTrainer | ImportedTrainer) or (
+            isinstance(self.model, NamedModel) and self.model.is_user_code
+        )
 
     @field_validator("name", mode="before")
     @classmethod
@@ -360,7 +362,10 @@ class Experiment(Part):
             raise SpecError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise SpecError(f"{path}: holds {type(data).__name__}, not the keys of an experiment (name, dataset, ...)")
-        return cls.parse(data, base=path.parent, source=str(path))
+        experiment = cls.parse(data, base=path.parent, source=str(path))
+        if isinstance(experiment.trainer, ImportedTrainer):
+            raise SpecError(f"{path}: trainer.imported is of trials that memtail import brought: declare a function or a command")
+        return experiment
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, base: Path | None = None, source: str = "experiment") -> "Experiment":
@@ -393,7 +398,7 @@ class Experiment(Part):
         )
 
     def _trainer_in(self, base: Path) -> TrainerSpec:
-        if isinstance(self.trainer, ImagesTrainer):
+        if isinstance(self.trainer, ImagesTrainer | ImportedTrainer):
             return self.trainer
         return self.trainer.model_copy(update={"folder": (base / (self.trainer.folder or Path()).expanduser()).resolve()})
 
@@ -420,7 +425,7 @@ class Experiment(Part):
         if self.subsets.masks is not None:
             spec["subsets"]["masks"] = masks_digest or _masks_digest(self.subsets.masks)
             del spec["subsets"]["fraction"]
-        if not isinstance(self.trainer, ImagesTrainer):
+        if not isinstance(self.trainer, ImagesTrainer | ImportedTrainer):
             trainer = self.trainer.model_dump(mode="json", include={"function", "command", "options"})
             spec["trainer"] = trainer | {"code": trainer_code or code_digest(self.trainer, sys.path)}
         return {"recipe_version": RECIPE_VERSION, **spec}

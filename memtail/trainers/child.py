@@ -19,7 +19,7 @@ from memtail import logs
 from memtail.datasets import Dataset, open_dataset
 from memtail.errors import DatasetError, MemtailError, SpecError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.processes import keep_memory
-from memtail.spec import Experiment, FunctionTrainer, ImagesTrainer
+from memtail.spec import Experiment, FunctionTrainer, ImagesTrainer, ImportedTrainer
 from memtail.spec.trainer import UserTrainer, code_digest
 from memtail.trainers.channel import Channel
 from memtail.trainers.checkpoints import LARGEST_STATE
@@ -134,7 +134,7 @@ class _Child:
         except (DatasetError, OSError) as error:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
         trials = range(work["first"], work["last"] + 1)
-        if isinstance(experiment.trainer, ImagesTrainer):
+        if isinstance(experiment.trainer, ImagesTrainer | ImportedTrainer):
             _search(code)
             self._parent.send({"ready": True})
             return train_network_shard(experiment, dataset, trials, device, self._parent, checkpoint, work["profile"])

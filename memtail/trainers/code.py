@@ -6,7 +6,7 @@ from pathlib import Path
 from memtail.errors import SpecError, UnsupportedError
 from memtail.experiment_store import Record
 from memtail.settings import Settings
-from memtail.spec import ImagesTrainer
+from memtail.spec import ImagesTrainer, ImportedTrainer
 from memtail.spec.trainer import code_digest
 
 
@@ -27,6 +27,8 @@ def code_folder(record: Record) -> Path | None:
     trainer = record.experiment.trainer
     if isinstance(trainer, ImagesTrainer):
         return Settings().code
+    if isinstance(trainer, ImportedTrainer):
+        raise UnsupportedError(f"its trials were trained elsewhere ({trainer.imported}): memtail has no trainer to train others")
     reasons = []
     for folder in dict.fromkeys(filter(None, (Settings().code, trainer.folder, Path.cwd()))):
         try:

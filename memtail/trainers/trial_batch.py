@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from memtail.datasets import DatasetLabels
 from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
@@ -92,6 +91,8 @@ def describe_training(fingerprint: str, device: str, cpu: str, started: datetime
         started: when, with its time zone.
         seconds: how long it took.
     """
+    import torch  # not for callers that pack trials of others
+
     return Provenance(
         fingerprint=fingerprint,
         memtail=version("memtail"),
