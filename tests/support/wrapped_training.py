@@ -3,7 +3,7 @@
 import torch
 
 import memtail
-from memtail.models import mlp
+from memtail.models.plain import mlp
 from memtail.trials import unpack
 
 
