@@ -32,6 +32,7 @@ from memtail.datasets.sources import InMemoryDataset, digits, shortened
 from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
 from memtail.errors import DatasetError
+from memtail.processes import end_if_imported
 from memtail.settings import Settings
 from memtail.spec import DatasetSpec, TableColumns
 
@@ -52,6 +53,7 @@ def prepare(spec: DatasetSpec, on_progress: OnProgress | None = None) -> Dataset
     Raises:
         DatasetError: the dataset is missing (the message names the places searched and how to get it) or corrupt (it names the file).
     """
+    end_if_imported()  # it would wait for the process that prepares
     cache = Settings().cache
     try:
         source = _SOURCES[spec.name](spec)
