@@ -33,6 +33,7 @@ from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
 from memtail.datasets.trainable import Trainable, as_trainable
 from memtail.errors import DatasetError
+from memtail.processes import end_if_imported
 from memtail.settings import Settings
 from memtail.spec import AnyDataset, DatasetSpec, FunctionDataset, HuggingFaceDataset, TableColumns, TorchvisionDataset
 
@@ -65,6 +66,7 @@ def prepare(spec: AnyDataset, on_progress: OnProgress | None = None) -> Dataset:
         DatasetError: the dataset is missing (the message names the places searched and how to get it) or corrupt (it names the file).
         SpecError: the code of a function is missing.
     """
+    end_if_imported()  # it would wait for the process that prepares
     cache = Settings().cache
     try:
         source = _source(spec)

@@ -77,9 +77,16 @@ def network_shard_size(experiment: Experiment, dataset: Dataset, store: str, dev
     Raises:
         SpecError: the network cannot be built for the dataset.
     """
-    if not experiment.runs_user_code:
-        return None
-    return TrainerProcess("cpu").shard_size(experiment, dataset, Settings().code or Path.cwd(), store, devices)
+    return _check_network(experiment, dataset, store, devices, count=False)[0] if experiment.runs_user_code else None
+
+
+def network_operations(experiment: Experiment, dataset: Dataset, store: str) -> float | None:
+    """Return the operations of a trial, as `operations_per_trial` does, of a network of the user's own; as `network_shard_size`."""
+    return _check_network(experiment, dataset, store, None, count=True)[1] if experiment.runs_user_code else None
+
+
+def _check_network(experiment: Experiment, dataset: Dataset, store: str, devices: list[str] | None, count: bool) -> tuple[int, float]:
+    return TrainerProcess("cpu").check(experiment, dataset, Settings().code or Path.cwd(), store, devices, count)
 
 
 def shard_size_in_child(experiment: Experiment, dataset: Dataset, store: str) -> int:

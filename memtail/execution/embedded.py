@@ -28,7 +28,7 @@ from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
-from memtail.processes import hide
+from memtail.processes import end_if_imported, hide
 from memtail.scores.pointer import latest_version
 from memtail.scores.summary import ScoreSummary
 from memtail.settings import S3Settings
@@ -165,6 +165,7 @@ def run(
         ShardsFailedError: shards failed as often as a run tries them; the scores are published without them.
         BatchesRefusedError: trial batches are damaged; the scores are published without them.
     """
+    end_if_imported()
     if is_url(store):
         S3Settings.refuse_expiring_key()
     opened = open_store(store)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from memtail.datasets import Dataset, Trainable, as_trainable, open_dataset
 from memtail.errors import MemtailError
-from memtail.execution.declare import declare
+from memtail.execution.declare import declare, network_operations
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import ExperimentStore, Record
@@ -61,7 +61,7 @@ class ShardFigures:
     extrapolated: bool
 
 
-def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: list[str], folder: Path) -> ShardFigures:
+def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: list[str], folder: Path, store: str) -> ShardFigures:
     """Train shards of the experiment's size on all devices at once.
 
     Args:
@@ -70,6 +70,7 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
         fraction: m / n.
         devices: devices to train on, one process each.
         folder: an empty folder for stores and a sample of the dataset.
+        store: address of the experiment's store, to which user code has no access.
 
     Raises:
         MemtailError: a trial failed.
@@ -77,7 +78,8 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
     size, epochs = min(record.trials_per_shard, record.experiment.subsets.trials), record.experiment.training.epochs
     trials = max(record.experiment.subsets.trials, 2 * len(devices) * size)
     short = _shortened(record.experiment, 1, fraction, trials)
-    share = _OPERATIONS[devices[0].partition(":")[0]] / (size * operations_per_trial(short, dataset))
+    operations = network_operations(short, dataset, store) or operations_per_trial(short, dataset)
+    share = _OPERATIONS[devices[0].partition(":")[0]] / (size * operations)
     if devices[0] != "cpu":  # at least one full batch, else an accelerator is not busy
         share = max(share, record.experiment.training.batch_size / (fraction * dataset.n_train))
     sample = dataset if share >= 1 else _sample(dataset, share, folder / "sample")

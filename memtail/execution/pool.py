@@ -6,7 +6,6 @@ Processes end when their parent does, also if it was killed. Each imports the sc
 
 import multiprocessing
 import queue
-import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -16,18 +15,14 @@ from typing import Any
 
 from memtail import logs
 from memtail.datasets import Dataset, open_dataset
-from memtail.errors import MemtailError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
 from memtail.experiment_store import ExperimentStore, Record
-from memtail.processes import follow_parent, keep_memory
+from memtail.processes import check_script, follow_parent, keep_memory
 from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
 from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
-
-#: Exit code of a process whose import of the script starts training, by which the process that started it knows the cause.
-_SCRIPT_TRAINS = 70
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,6 @@ class Workers:
     """
 
     def __init__(self, task: Task, devices: list[str]) -> None:
-        if getattr(multiprocessing.current_process(), "_inheriting", False):  # multiprocessing's mark of a process that imports the script
-            sys.exit(_SCRIPT_TRAINS)
         self._context = multiprocessing.get_context("spawn")
         self._reports: multiprocessing.queues.Queue[tuple[Shard, float]] = self._context.Queue()
         self._tasks = [replace(task, device=device) for device in devices]
@@ -100,7 +93,7 @@ class Workers:
         The result of a shard whose process died is FAILED with `attempt` 0: the failure is not recorded yet.
 
         Raises:
-            MemtailError: the script starts training when a process imports it.
+            SpecError: the script starts a run when a process imports it.
         """
         results = []
         for future in wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done:
@@ -112,11 +105,7 @@ class Workers:
                     _end(self._pools[index])
                     self._pools[index] = self._pool()
             except BrokenProcessPool:
-                if _SCRIPT_TRAINS in _exit_codes(self._pools[index]):
-                    raise MemtailError(
-                        f"{sys.argv[0]} starts training as soon as it is imported, and training processes import it: "
-                        'put the call under `if __name__ == "__main__":`'
-                    ) from None
+                check_script(self._pools[index])
                 self._pools[index] = self._pool()
                 error = "the training process died (killed, out of memory, or a crash in native code)"
                 results.append(ShardResult(shard, ShardOutcome.FAILED, error=error))
@@ -143,13 +132,6 @@ def _end(pool: ProcessPoolExecutor) -> None:
         process.terminate()
     for process in processes:
         process.join()
-
-
-def _exit_codes(broken: ProcessPoolExecutor) -> list[int | None]:
-    """Return the exit codes of a pool whose process died."""
-    processes = list((broken._processes or {}).values())
-    broken.shutdown()  # waits for the thread that collects the codes
-    return [process.exitcode for process in processes]
 
 
 _reports: Any = None

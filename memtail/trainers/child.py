@@ -119,7 +119,7 @@ class _Child:
             message, checkpoint = self._parent.next()
             try:
                 if "check" in message:
-                    answer, data = {"trials_per_shard": _shard_size(message["check"], message["devices"])}, b""
+                    answer, data = _check(message["check"], message["devices"], message["count"]), b""
                 else:
                     batch = self._train(message["train"], message["device"], checkpoint)
                     answer, data = {"batch": True, "peak_memory": peak_memory(torch.device(message["device"]))}, batch.to_bytes()
@@ -154,13 +154,14 @@ class _Child:
         return self._opened[folder]
 
 
-def _shard_size(work: dict[str, Any], devices: list[str] | None) -> int:
-    """Check a network, and return the number of trials in a shard."""
-    from memtail.trainers.images.shard_size import checked_shard_size
+def _check(work: dict[str, Any], devices: list[str] | None, count: bool) -> dict[str, Any]:
+    """Check a network, and return the answer to the parent."""
+    from memtail.trainers.images.shard_size import checked_shard_size, operations_per_trial
 
     _search(Path(work["code"]))
-    named = None if devices is None else [torch.device(device) for device in devices]
-    return checked_shard_size(Experiment.parse(work["experiment"]), open_dataset(Path(work["dataset"])), named)
+    experiment, dataset = Experiment.parse(work["experiment"]), open_dataset(Path(work["dataset"]))
+    size = checked_shard_size(experiment, dataset, None if devices is None else [torch.device(device) for device in devices])
+    return {"trials_per_shard": size, "operations": operations_per_trial(experiment, dataset) if count else 0.0}
 
 
 def _search(code: Path) -> None:

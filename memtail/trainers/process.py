@@ -156,8 +156,10 @@ class TrainerProcess:
         fault = _fault_of_machine(self._device) if isinstance(failure, TrainerError) else None
         raise fault or failure from _RemoteTraceback(f"\n{trace}")
 
-    def shard_size(self, experiment: Experiment, dataset: DatasetLabels, code: Path, store: str | None, devices: list[str] | None) -> int:
-        """Check a network of the user's own, and return the number of trials in a shard, as `checked_shard_size` does.
+    def check(
+        self, experiment: Experiment, dataset: DatasetLabels, code: Path, store: str | None, devices: list[str] | None, count: bool
+    ) -> tuple[int, float]:
+        """Check a network of the user's own.
 
         Args:
             experiment: the declaration.
@@ -165,6 +167,10 @@ class TrainerProcess:
             code: folder of the user's code, as in `Work`.
             store: address of the store, as in `Work`.
             devices: devices to train on; those of this machine by default.
+            count: whether to count operations.
+
+        Returns:
+            The number of trials in a shard, as of `checked_shard_size`, and the operations of a trial, as of `operations_per_trial`.
 
         Raises:
             SpecError: the network cannot be built, fails on an image, or ends the process.
@@ -173,11 +179,11 @@ class TrainerProcess:
         work = Work(Record(experiment, "", {}, dataset.n_train, dataset.n_test, 1), dataset, Shard(0, 0), code, store)
         self._begin(work)
         try:
-            self._send({"check": work.to_json(), "devices": devices})
+            self._send({"check": work.to_json(), "devices": devices, "count": count})
             while True:
                 match self._receive():
-                    case {"trials_per_shard": int(size)}, _ if size > 0:
-                        return size
+                    case {"trials_per_shard": int(size), "operations": float(operations)}, _ if size > 0 and operations >= 0:
+                        return size, operations
                     case {"error": _, "message": str(message)}, _:
                         raise SpecError(_printable(message))
         except _EndedError:

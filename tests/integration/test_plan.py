@@ -177,7 +177,8 @@ def test_a_network_of_the_users_own_is_measured_in_a_trainer_process_that_is_kep
     experiment = declare(40, model={"name": "tests.support.networks:with_dropout"}, execution={"device": "cpu", "trials_per_shard": 2})
     monkeypatch.setattr("memtail.trainers.images.devices.cores", lambda: 1)
     plan = planning.forecast(experiment, tmp_path / "store")
-    assert [work.record.experiment.training.epochs for work in started] == [1, 2]  # the second one is another experiment
+    trained = [work.record.experiment.training.epochs for work in started if work.record.fingerprint]
+    assert trained == [1, 2]  # the second one is another experiment
     assert plan.peak_memory > 1 << 26
 
 

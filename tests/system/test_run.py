@@ -16,6 +16,7 @@ from memtail.experiment_store import ExperimentStore
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from tests.support import inline
+from tests.support.arrays import write_tree
 from tests.support.cli import MEMTAIL, batches, command, command_in_process, module_path, same_files, version
 from tests.support.cli import write_spec as spec
 
@@ -171,15 +172,19 @@ def test_a_run_ends_when_its_first_shards_fail_alike(tmp_path):
     assert len(experiment_store.attempts()) < 10
 
 
-def test_a_script_without_a_guard_ends_with_one_line_that_names_the_fix(tmp_path):
-    """Training processes import the script, and would start training again."""
-    script, path = tmp_path / "script.py", spec(tmp_path)
+@pytest.mark.parametrize("prepares", [False, True])
+def test_a_script_without_a_guard_ends_with_one_line_that_names_the_fix(tmp_path, prepares):
+    """Processes that train, or prepare a folder of images, import the script, and would start the run again."""
+    folder = {"name": "folder", "root": str(tmp_path / "tree")}
+    script, path = tmp_path / "script.py", spec(tmp_path, **({"dataset": folder} if prepares else {}))
+    if prepares:
+        write_tree(tmp_path / "tree")
     script.write_text(f"import memtail\nmemtail.run(memtail.Experiment.load({str(path)!r}), {str(tmp_path / 'store')!r})\n")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=100)
     assert result.returncode == 1
     assert result.stderr.count("Traceback") == 1
     assert result.stderr.splitlines()[-1] == (
-        f"memtail.errors.MemtailError: {script} starts training as soon as it is imported, and training processes import it: "
+        f"memtail.errors.SpecError: {script} starts a run as soon as it is imported, and the processes of the run import it: "
         'put the call under `if __name__ == "__main__":`'
     )
     assert batches(tmp_path / "store") == []

@@ -28,7 +28,7 @@ MODULE = """
 import json, os, sys, time
 from pathlib import Path
 from torch import nn
-from memtail.models import mlp
+from memtail.models.plain import mlp
 
 sys.path.append("tests/support")
 
