@@ -99,5 +99,13 @@ def _failed(spec: FunctionDataset, when: str, error: BaseException) -> DatasetEr
 def _write(spec: FunctionDataset, returned: Any, target: Path) -> Path:
     parts = parts_of(spec.function, returned)
     limits = {"train": spec.max_train, "test": spec.max_test}
-    splits = {name: ItemSplit(parts.items[name], most, parts.ids.get(name)) for name, most in limits.items()}
-    return write_items(spec.function, splits, target, classes=parts.classes, features=parts.features, resolution=spec.resolution)
+    splits = {name: ItemSplit(items, limits[name], parts.ids.get(name)) for name, items in parts.items.items()}
+    return write_items(
+        spec.function,
+        splits,
+        target,
+        labelled=parts.labelled,
+        classes=parts.classes,
+        features=parts.features,
+        resolution=spec.resolution,
+    )

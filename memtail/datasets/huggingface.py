@@ -90,11 +90,13 @@ def _prepare(spec: HuggingFaceDataset, target: Path, unusable: Path, on_progress
     del unusable
     columns, splits, classes, features = spec.columns, {}, None, None
     for split, name, most in (("train", spec.splits.train, spec.max_train), ("test", spec.splits.test, spec.max_test)):
+        if name is None:
+            continue
         rows = _split(spec, name)
         if most is not None and most < len(rows):
             rows = rows.select(np.arange(most) * len(rows) // most)
         examples = _examples(spec, name, rows)
-        names = getattr(rows.features[columns.label], "names", None)
+        names = () if columns.label is None else getattr(rows.features[columns.label], "names", None)
         if split == "test" and names != classes:
             raise DatasetError(
                 f"dataset '{spec.name}': the splits have different classes in column '{columns.label}': cast both to one ClassLabel"
@@ -109,6 +111,7 @@ def _prepare(spec: HuggingFaceDataset, target: Path, unusable: Path, on_progress
             spec.name,
             splits,
             target,
+            labelled=columns.label is not None,
             classes=None if classes is None else tuple(classes),
             features=features,
             resolution=spec.resolution,
@@ -147,34 +150,40 @@ def _feature_names(columns: list[str], row: dict[str, Any]) -> tuple[str, ...]:
 
 
 class _Rows:
-    """Pairs of an example and its label."""
+    """Pairs of an example and its label, or examples where there are no labels."""
 
     def __init__(self, rows: Any, spec: HuggingFaceDataset, examples: list[str]) -> None:
         import datasets
 
         if spec.columns.image is not None:
             rows = rows.cast_column(spec.columns.image, datasets.Image(decode=False))
-        self._rows, self._spec, self._examples = rows.select_columns([*examples, spec.columns.label]), spec, examples
+        self._spec, self._examples = spec, examples
+        self._columns = [*examples, *filter(None, [spec.columns.label])]
+        self._rows = rows.select_columns(self._columns)
         self._start, self._held = 0, self._rows[:0]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> Any:
         if not self._start <= index < self._start + len(self._held[self._examples[0]]):
             self._start, self._held = index, self._rows[index : index + _ROWS]
-        values = [self._held[column][index - self._start] for column in self._examples]
-        label = self._held[self._spec.columns.label][index - self._start]
-        for column, value in zip((*self._examples, self._spec.columns.label), (*values, label), strict=True):
+        values = [self._held[column][index - self._start] for column in self._columns]
+        for column, value in zip(self._columns, values, strict=True):
             if value is None:
                 raise ValueError(f"column '{column}' has no value")
+        count = len(self._examples)
+        example = self._example(values[:count])
+        return example if self._spec.columns.label is None else (example, values[count])
+
+    def _example(self, values: list[Any]) -> Any:
         if self._spec.columns.image is not None:
             data = values[0]["bytes"] if values[0]["bytes"] is not None else Path(values[0]["path"]).read_bytes()
             # as the package itself decodes images: turned as their EXIF orientation says
-            return decode_bytes(data, self._spec.resolution, upright=True, keep_grey=True), label
+            return decode_bytes(data, self._spec.resolution, upright=True, keep_grey=True)
         if self._spec.columns.text is not None:
-            return values[0], label
+            return values[0]
         for column, value in zip(self._examples, values, strict=True):
             if np.asarray(value).dtype.kind not in "iufb":
                 raise ValueError(f"column '{column}' holds {value!r}, and features are numbers")
-        return np.concatenate([np.atleast_1d(value) for value in values]), label
+        return np.concatenate([np.atleast_1d(value) for value in values])

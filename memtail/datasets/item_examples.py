@@ -36,6 +36,10 @@ class ItemTexts:
         """Return the arrays of a prepared dataset, without the name of the split."""
         return encoded(self._texts)
 
+    def no_arrays(self) -> dict[str, Array]:
+        """Return the arrays of no texts."""
+        return encoded([])
+
 
 class ItemFeatures:
     """Vectors of numbers."""
@@ -65,6 +69,10 @@ class ItemFeatures:
     def arrays(self) -> dict[str, Array]:
         """Return the array of a prepared dataset, without the name of the split."""
         return {"features": np.stack(self._vectors)}
+
+    def no_arrays(self) -> dict[str, Array]:
+        """Return the array of no vectors."""
+        return {"features": np.empty((0, *self.shape), np.float32)}
 
 
 class ItemImages:

@@ -64,6 +64,7 @@ def write_items(
     splits: dict[str, ItemSplit],
     target: Path,
     *,
+    labelled: bool = True,
     classes: tuple[str, ...] | None = None,
     features: tuple[str, ...] | None = None,
     resolution: int | None = None,
@@ -73,8 +74,9 @@ def write_items(
 
     Args:
         source: name of their source in messages.
-        splits: `train` and `test`.
+        splits: `train`, and `test` if there is a test set.
         target: the folder of all prepared datasets.
+        labelled: whether items are pairs of an example and its label; otherwise they are examples.
         classes: names of the classes; by default labels are names, or indices of classes without names.
         features: names of the features; by default their indices.
         resolution: side in pixels to which images are resized and cropped; None to keep their size.
@@ -92,15 +94,19 @@ def write_items(
     target.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target))
     try:
-        examples, labels = _read(source, splits, folder, resolution, on_progress)
+        examples, labels = _read(source, splits, folder, labelled, resolution, on_progress)
         if len({(each.kind, each.shape) for each in examples.values()}) > 1:
             shown = ", ".join(f"{name} examples are {each.kind} {list(each.shape)}" for name, each in examples.items())
             raise DatasetError(f"{source}: {shown}: all must be alike")
-        numbers, names = _numbered(source, labels, classes)
+        numbers, names = _numbered(source, labels, () if not labelled else classes)
         images = {name: each for name, each in examples.items() if isinstance(each, ItemImages)}
         if images:
             prepared = {name: Split(numbers[name], splits[name].names, *each.written()) for name, each in images.items()}
-            return finish(folder, target, prepared["train"], prepared["test"], names)
+            shape = prepared["train"].image_shape
+            if "test" not in splits:
+                np.save(folder / "test_images.npy", np.empty((0, *shape), np.uint8))
+            nothing = Split(numbers["test"], _no_names(splits), shape, [])
+            return finish(folder, target, prepared["train"], prepared.get("test", nothing), names)
         check_labels(numbers["train"], numbers["test"], len(names))
         columns = {name: each for name, each in examples.items() if not isinstance(each, ItemImages)}
         return _write_columns(source, splits, columns, numbers, names, features, target)
@@ -109,7 +115,7 @@ def write_items(
 
 
 def _read(
-    source: str, splits: dict[str, ItemSplit], folder: Path, resolution: int | None, on_progress: OnProgress | None
+    source: str, splits: dict[str, ItemSplit], folder: Path, labelled: bool, resolution: int | None, on_progress: OnProgress | None
 ) -> tuple[dict[str, ItemExamples], dict[str, list[Any]]]:
     """Read the items of all splits: examples and labels."""
     examples: dict[str, ItemExamples] = {}
@@ -122,10 +128,11 @@ def _read(
             what = f"{source}: {name}[{index}]"
             done += 1
             try:
-                example, label = _pair(what, _item(split.items, name, index))
+                item = _item(split.items, name, index)
             except DamagedImageError as error:
                 damaged.append(f"{name}[{index}] {error}")
                 continue
+            example, label = _pair(what, item) if labelled else (item, 0)
             labels[name].append(label)
             if name not in examples:
                 examples[name] = examples_like(what, example, folder / f"{name}_images.npy", len(split), resolution)
@@ -154,8 +161,11 @@ def _pair(what: str, item: Any) -> tuple[Any, Any]:
 
 
 def _numbered(source: str, labels: dict[str, list[Any]], classes: tuple[str, ...] | None) -> tuple[dict[str, Labels], tuple[str, ...]]:
-    """Return labels as indices of classes, and the names of the classes."""
+    """Return labels as indices of classes, and the names of the classes; without classes there are no labels, and all are 0."""
+    if classes == ():
+        return {name: np.zeros(len(labels.get(name, [])), np.int64) for name in ("train", "test")}, ()
     held = {name: _labels(f"{source}: labels of {name}", _as_labels(each), np.empty((len(each), 0))) for name, each in labels.items()}
+    held.setdefault("test", held["train"][:0])
     if classes is None:
         *indices, names = _indices(source, [f"labels of {name}" for name in held], held["train"], held["test"])
         return dict(zip(held, indices, strict=True)), names
@@ -172,6 +182,11 @@ def _as_labels(labels: list[Any]) -> Array:
     kinds = {type(label).__name__ for label in labels}
     # numpy would turn numbers beside texts into texts
     return np.array(labels, dtype=object) if "str" in kinds and len(kinds) > 1 else np.asarray(labels)
+
+
+def _no_names(splits: dict[str, ItemSplit]) -> Names | None:
+    """Return the names of no test examples, if those of training have names."""
+    return None if splits["train"].ids is None else np.empty(0, np.bytes_)
 
 
 def _write_columns(
@@ -192,7 +207,9 @@ def _write_columns(
             raise DatasetError(f"{source}: {len(features)} names of features, and {count} features: name each of them")
         meta["features"] = list(features or map(str, range(count)))
     arrays: dict[str, Array] = {}
-    for name, split in splits.items():
-        names = {} if split.names is None else {"files": split.names}
-        arrays |= {f"{name}_{key}": array for key, array in ({"labels": numbers[name]} | names | examples[name].arrays()).items()}
+    for split in ("train", "test"):
+        names = splits[split].names if split in splits else _no_names(splits)
+        parts = {"labels": numbers[split]} | ({} if names is None else {"files": names})
+        parts |= examples[split].arrays() if split in splits else examples["train"].no_arrays()
+        arrays |= {f"{split}_{key}": array for key, array in parts.items()}
     return write_arrays(meta, arrays, target)

@@ -5,6 +5,8 @@
   `feature_names` the features.
 * Two torch `Dataset`s, for training and test, or other sequences of pairs of an example and its label. Names of the classes are taken from
   the attribute `classes` of the first one.
+
+Test examples may be missing, or be None; and so may labels, where examples and labels have names.
 """
 
 from collections.abc import Mapping
@@ -32,13 +34,15 @@ class Parts:
     """What a function has returned.
 
     Attributes:
-        items: pairs of an example and its label, by split.
+        items: pairs of an example and its label, or examples, by split; without a test set only `train`.
+        labelled: whether there are labels.
         ids: names of the examples, by split, if they have any.
         classes: names of the classes.
         features: names of the features.
     """
 
     items: dict[str, Items]
+    labelled: bool
     ids: dict[str, list[str]] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     features: tuple[str, ...] | None = None
@@ -77,14 +81,15 @@ def _pair(source: str, returned: Any) -> Parts | None:
         return None
     if all(isinstance(each, tuple | list) and len(each) == 2 and hasattr(each[0], "shape") for each in returned):
         return _columns(source, dict(zip(_NAMES[-1], (*returned[0], *returned[1]), strict=True)))  # as Keras returns them
-    for name, each in zip(_SPLITS, returned, strict=True):
+    items = {name: each for name, each in zip(_SPLITS, returned, strict=True) if each is not None or name == "train"}
+    for name, each in items.items():
         if not (hasattr(each, "__len__") and hasattr(each, "__getitem__")) or isinstance(each, str | Mapping):
             raise DatasetError(
                 f"{source} returned {described(each)} for {name}, needed is a torch Dataset with a length, or a list of pairs"
             )
     classes = getattr(returned[0], "classes", None) or ()
     named = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
-    return Parts(dict(zip(_SPLITS, returned, strict=True)), classes=tuple(classes) if named and classes else None)
+    return Parts(items, True, classes=tuple(classes) if named and classes else None)
 
 
 def _columns(source: str, returned: Any) -> Parts:
@@ -93,22 +98,30 @@ def _columns(source: str, returned: Any) -> Parts:
     known = " or ".join(", ".join(names) for names in _NAMES)
     if not isinstance(held, Mapping):
         raise DatasetError(f"{source} returned {described(returned)}, needed are two torch Datasets, or a dict of {known}")
-    names = next((names for names in _NAMES if set(names) <= held.keys()), None)
+    given = {name: value for name, value in held.items() if value is not None}
+    names = next((names for names in _NAMES if names[0] in given), None)
     if names is None:
-        raise DatasetError(f"{source} returned {', '.join(map(str, held)) or 'nothing'}, needed are {known}")
-    if unknown := held.keys() - {*names, *_OPTIONAL}:
-        raise DatasetError(f"{source} returned {', '.join(sorted(map(str, unknown)))}: known beside {names[0]} are {', '.join(_OPTIONAL)}")
-    items: dict[str, Items] = {}
-    ids = {split: [str(name) for name in held[f"{split}_ids"]] for split in _SPLITS if held.get(f"{split}_ids") is not None}
-    for split, (examples, labels) in zip(_SPLITS, (names[:2], names[2:]), strict=True):
-        items[split] = _Columns(_examples(f"{source}: {examples}", held[examples]), held[labels])
-        for name, column in ((labels, held[labels]), (f"{split}_ids", ids.get(split))):
-            if column is not None and len(column) != len(held[examples]):
-                raise DatasetError(f"{source}: {len(column)} {name} for {len(held[examples])} {examples}: return one for each")
-    if len(ids) == 1:
-        raise DatasetError(f"{source} returned {next(iter(ids))}_ids only: return train_ids and test_ids, or none")
-    named = {key: tuple(map(str, held[key])) for key in ("classes", "feature_names") if held.get(key) is not None}
-    return Parts(items, ids, named.get("classes"), named.get("feature_names"))
+        raise DatasetError(f"{source} returned {', '.join(map(str, given)) or 'nothing'}, needed are {known}")
+    if unknown := given.keys() - {*names, *_OPTIONAL}:
+        known = ", ".join((*names[1:], *_OPTIONAL))
+        raise DatasetError(f"{source} returned {', '.join(sorted(map(str, unknown)))}: known beside {names[0]} are {known}")
+    if names[2] not in given and (lone := given.keys() & {names[3], "test_ids"}):
+        raise DatasetError(f"{source} returned {', '.join(sorted(lone))} without {names[2]}: return the test examples too, or neither")
+    splits = {"train": names[:2], "test": names[2:]} if names[2] in given else {"train": names[:2]}
+    labelled, items = names[1] in given, {}
+    ids = {split: [str(name) for name in given[f"{split}_ids"]] for split in splits if f"{split}_ids" in given}
+    for split, (examples, labels) in splits.items():
+        if (labels in given) != labelled:
+            raise DatasetError(f"{source} returned labels of one split only: return both {names[1]} and {names[3]}, or neither")
+        if (f"{split}_ids" in given) != ("train_ids" in given):
+            raise DatasetError(f"{source} returned ids of one split only: return train_ids and test_ids, or neither")
+        for name, column in ((labels, given.get(labels)), (f"{split}_ids", ids.get(split))):
+            if column is not None and len(column) != len(given[examples]):
+                raise DatasetError(f"{source}: {len(column)} {name} for {len(given[examples])} {examples}: return one for each")
+        held_examples = _examples(f"{source}: {examples}", given[examples])
+        items[split] = _Columns(held_examples, given[labels]) if labelled else held_examples
+    named = {key: tuple(map(str, given[key])) for key in ("classes", "feature_names") if key in given}
+    return Parts(items, labelled, ids, named.get("classes"), named.get("feature_names"))
 
 
 def _examples(what: str, examples: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from memtail.datasets.folder import prepare_folder
 from memtail.datasets.image_tree import ImageFiles, ImageTree
@@ -26,6 +27,9 @@ _OURS = {"self", "root", "train", "transform", "transforms", "target_transform",
 # Options that choose other labels than those that the attribute of the classes names.
 _OTHER_LABELS = {"target_type", "target_types"}
 
+# Attributes that name the classes.
+_CLASSES = ("classes", "categories", "all_categories", "class_to_idx")
+
 Prepare = Callable[[Path, Path, OnProgress | None], Path]
 
 
@@ -40,7 +44,7 @@ def torchvision_source(spec: TorchvisionDataset) -> tuple[list[Any], Prepare]:
         the dataset's folder.
 
     Raises:
-        DatasetError: torchvision is not installed; the dataset has no test split, or no such options; or it is missing and cannot be
+        DatasetError: torchvision is not installed; the dataset has no such options; or it is missing and cannot be
             downloaded, or damaged.
         OSError: a file cannot be read.
     """
@@ -70,12 +74,7 @@ def _imported(spec: TorchvisionDataset) -> Any:
 
 
 def _check(spec: TorchvisionDataset, entry: Entry, kind: Any) -> None:
-    """Refuse datasets without a test split, and options that do not fit."""
-    if not entry.test:
-        raise DatasetError(
-            f"dataset '{spec.name}': torchvision has no test split of its classes: divide it in a function of your own (dataset.function), "
-            f"or arrange its images as train/CLASS and test/CLASS (dataset 'folder')"
-        )
+    """Refuse options that do not fit."""
     parameters = _parameters(kind)
     if entry.listed and "loader" not in parameters:
         raise DatasetError(f"dataset '{spec.name}' needs torchvision 0.22 or newer, which lists its images: upgrade torchvision")
@@ -103,7 +102,12 @@ def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
 def _arguments(spec: TorchvisionDataset, entry: Entry, split: str) -> dict[str, Any]:
     if split == "train":
         return {**entry.train, **spec.options}
-    return {**{name: value for name, value in spec.options.items() if name not in entry.train}, **entry.test}
+    return {**{name: value for name, value in spec.options.items() if name not in entry.train}, **(entry.test or {})}
+
+
+def _splits(spec: TorchvisionDataset, entry: Entry) -> dict[str, int | None]:
+    """Return the splits, and the number of images that are used of each."""
+    return {"train": spec.max_train} if entry.test is None else {"train": spec.max_train, "test": spec.max_test}
 
 
 def _found(spec: TorchvisionDataset, entry: Entry, kind: Any) -> Path:
@@ -119,7 +123,7 @@ def _found(spec: TorchvisionDataset, entry: Entry, kind: Any) -> Path:
             f"dataset '{spec.name}' is not in {searched}, and torchvision cannot download it: put {entry.by_hand} into a folder, and set "
             f"dataset.root or MEMTAIL_DATA to it"
         )
-    splits = [_arguments(spec, entry, split) for split in ("train", "test")]
+    splits = [_arguments(spec, entry, split) for split in _splits(spec, entry)]
     try:
         for arguments in splits:
             kind(str(download_to), download=True, **arguments)
@@ -134,9 +138,9 @@ def _found(spec: TorchvisionDataset, entry: Entry, kind: Any) -> Path:
 
 
 def _opened(spec: TorchvisionDataset, entry: Entry, kind: Any, root: Path, split: str, **more: Any) -> Any:
-    place = {"root": str(root)} if "root" in _parameters(kind) else {}
+    fixed = {name: value for name, value in (("root", str(root)), ("download", False)) if name in _parameters(kind)}
     try:
-        return kind(**place, **_arguments(spec, entry, split), **more)
+        return kind(**fixed, **_arguments(spec, entry, split), **more)
     except Exception as error:  # torchvision checks little, and parsers of damaged files raise anything
         shown = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise DatasetError(
@@ -147,7 +151,7 @@ def _opened(spec: TorchvisionDataset, entry: Entry, kind: Any, root: Path, split
 
 def _classes(spec: TorchvisionDataset, dataset: Any) -> tuple[str, ...] | None:
     """Return the names of the classes, if torchvision has them."""
-    names = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", None)
+    names = next((getattr(dataset, name) for name in _CLASSES if hasattr(dataset, name)), None)
     if not names or spec.options.keys() & _OTHER_LABELS:
         return None
     return tuple(name if isinstance(name, str) else ", ".join(name) for name in names)
@@ -156,7 +160,7 @@ def _classes(spec: TorchvisionDataset, dataset: Any) -> tuple[str, ...] | None:
 def _tree(spec: TorchvisionDataset, entry: Entry, kind: Any, root: Path) -> ImageTree:
     """List the image files of both splits."""
     splits, classes = {}, None
-    for split, most in (("train", spec.max_train), ("test", spec.max_test)):
+    for split, most in _splits(spec, entry).items():
         dataset = _opened(spec, entry, kind, root, split, loader=str)
         samples = [dataset[index] for index in range(len(dataset))]
         if entry.unordered:
@@ -165,7 +169,8 @@ def _tree(spec: TorchvisionDataset, entry: Entry, kind: Any, root: Path) -> Imag
         splits[split] = ImageFiles(root, files, np.array([label for _, label in samples], np.int64)).limited(most)
         classes = classes or _classes(spec, dataset)
     count = max(int(split.labels.max(initial=-1)) for split in splits.values()) + 1
-    return ImageTree(root, list(classes or map(str, range(count))), splits["train"], splits["test"])
+    nothing = ImageFiles(root, [], np.empty(0, np.int64))
+    return ImageTree(root, list(classes or map(str, range(count))), splits["train"], splits.get("test", nothing))
 
 
 class _Spaced:
@@ -181,13 +186,18 @@ class _Spaced:
         return self._items[index * len(self._items) // self._count]
 
 
+def _coloured(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
 def _prepare_items(
     spec: TorchvisionDataset, entry: Entry, kind: Any, root: Path, target: Path, unusable: Path, on_progress: OnProgress | None
 ) -> Path:
     """Write the images that torchvision decodes; `unusable` is not written, since all must be usable."""
     del unusable
-    opened = {split: _opened(spec, entry, kind, root, split) for split in ("train", "test")}
-    splits = {split: ItemSplit(_Spaced(opened[split], most)) for split, most in (("train", spec.max_train), ("test", spec.max_test))}
+    more = {"transform": _coloured} if entry.mixed else {}
+    opened = {split: _opened(spec, entry, kind, root, split, **more) for split in _splits(spec, entry)}
+    splits = {split: ItemSplit(_Spaced(opened[split], most)) for split, most in _splits(spec, entry).items()}
     try:
         return write_items(
             spec.name, splits, target, classes=_classes(spec, opened["train"]), resolution=spec.resolution, on_progress=on_progress

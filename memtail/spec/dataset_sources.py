@@ -107,11 +107,11 @@ class HuggingFaceSplits(Part):
 
     Attributes:
         train: the training examples.
-        test: the test examples.
+        test: the test examples; without it there is no test set.
     """
 
-    train: str = "train"
-    test: str = "test"
+    train: str
+    test: str | None = None
 
 
 class HuggingFaceDataset(Part):
@@ -120,7 +120,7 @@ class HuggingFaceDataset(Part):
     Attributes:
         huggingface: a folder (of `save_to_disk`, or of Parquet, CSV, JSON lines or image files), or the name of a dataset on the hub.
         config: the configuration, of datasets that have several.
-        splits: the names of the splits.
+        splits: the names of the splits; by default `train` and `test`.
         columns: the columns.
         max_train: use at most this many training examples, evenly spaced ones.
         max_test: likewise, test examples.
@@ -129,7 +129,7 @@ class HuggingFaceDataset(Part):
 
     huggingface: str
     config: str | None = None
-    splits: HuggingFaceSplits = HuggingFaceSplits()
+    splits: HuggingFaceSplits = HuggingFaceSplits(train="train", test="test")
     columns: TableColumns
     max_train: Annotated[int, Field(ge=2)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None

@@ -35,9 +35,9 @@ def _pixels(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def _image(path: Path, seed: int) -> None:
+def _image(path: Path, seed: int, mode: str = "RGB") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_pixels(12, 10, 3, seed=seed)).save(path)
+    Image.fromarray(_pixels(12, 10, 3, seed=seed)).convert(mode).save(path)
 
 
 def _idx(path: Path, array: np.ndarray, kind: int = 8) -> None:
@@ -199,7 +199,7 @@ def _classes(*folders: str, classes: tuple[str, ...] = ("negative", "positive"),
     """Return a writer of folders that hold a folder for each class."""
 
     def write(root: Path) -> None:
-        for folder, begin, count in zip(folders, (0, TRAIN), (TRAIN, TEST), strict=True):
+        for folder, begin, count in zip(folders, (0, TRAIN), (TRAIN, TEST), strict=False):
             for index in range(begin, begin + count):
                 _image(root / folder / classes[index % 2] / f"{index}{suffix}", index)
 
@@ -233,13 +233,51 @@ def _clevr(root: Path) -> None:
         (folder / f"scenes/CLEVR_{name}_scenes.json").write_text(json.dumps({"scenes": scenes}))
 
 
+def _caltech101(root: Path) -> None:
+    for name in ("BACKGROUND_Google", "ant", "bee"):
+        for number in range(1, TRAIN // 2 + 1):
+            path = root / f"caltech101/101_ObjectCategories/{name}/image_{number:04}.jpg"
+            _image(path, number + len(name) * ord(name[0]), "L" if number == 1 else "RGB")
+
+
+def _caltech256(root: Path) -> None:
+    for kind, name in enumerate(("001.ak47", "002.flag"), 1):
+        for number in range(1, TRAIN // 2 + 1):
+            _image(root / f"caltech256/256_ObjectCategories/{name}/{kind:03}_{number:04}.jpg", number + 10 * kind)
+
+
+def _semeion(root: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 2, (TRAIN, 256))
+    np.savetxt(root / "semeion.data", np.concatenate([values, np.eye(10)[np.arange(TRAIN) % 2]], axis=1), fmt="%.1f")
+
+
+def _sun(root: Path) -> None:
+    for index in range(TRAIN):
+        _image(root / "SUN397" / ("a/abbey", "b/bar/outdoor")[index % 2] / f"sun_{index}.jpg", index)
+    (root / "SUN397/ClassName.txt").write_text("/a/abbey\n/b/bar/outdoor\n")
+
+
+def _lfw(root: Path) -> None:
+    people = [("Ann_Lee", TRAIN // 2), ("Bo_Ek", TRAIN // 2)]
+    for name, count in people:
+        for number in range(1, count + 1):
+            _image(root / f"lfw-py/lfw_funneled/{name}/{name}_{number:04}.jpg", number + len(name) * 10)
+    folds = [f"1\n{name}\t{count}" for name, count in people]
+    (root / "lfw-py/people.txt").write_text("\n".join(["2", *folds]) + "\n")
+    (root / "lfw-py/lfw-names.txt").write_text("".join(f"{name}\t{count}\n" for name, count in people))
+    (root / "lfw-py/lfw-funneled.tgz").write_bytes(b"")
+
+
 #: A function that writes the files of a class below its root.
 WRITERS: dict[str, Callable[[Path], None]] = {
     "CIFAR10": _cifar10,
     "CLEVRClassification": _clevr,
+    "Caltech101": _caltech101,
+    "Caltech256": _caltech256,
     "Country211": _classes("country211/train", "country211/test", classes=("AD", "AE"), suffix=".jpg"),
     "DTD": _dtd,
     "EMNIST": _mnist("EMNIST", ("emnist-digits-train", "emnist-digits-test")),
+    "EuroSAT": _classes("eurosat/2750", classes=("Forest", "River"), suffix=".jpg"),
     "FER2013": _fer2013,
     "FGVCAircraft": _aircraft,
     "FakeData": lambda root: None,
@@ -256,12 +294,15 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "ImageNet": _imagenet,
     "Imagenette": _classes("imagenette2/train", "imagenette2/val", classes=("n01440764", "n02102040"), suffix=".JPEG"),
     "KMNIST": _mnist("KMNIST", ("train", "t10k")),
+    "LFWPeople": _lfw,
     "MNIST": _mnist("MNIST", ("train", "t10k")),
     "OxfordIIITPet": _pets,
     "Places365": _places,
     "QMNIST": _qmnist,
     "RenderedSST2": _classes("rendered-sst2/train", "rendered-sst2/test"),
+    "SEMEION": _semeion,
     "STL10": _stl10,
+    "SUN397": _sun,
     "SVHN": _svhn,
     "StanfordCars": _cars,
     "USPS": _usps,

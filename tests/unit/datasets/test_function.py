@@ -137,6 +137,22 @@ def test_texts_and_features_equal_those_of_a_table(prepare, tmp_path):
     assert dataset.features == ("0", "1", "2")
 
 
+@pytest.mark.parametrize(("name", "kind"), [("images", ImageDataset), ("texts", TextDataset), ("vectors", FeatureDataset)])
+@pytest.mark.parametrize("labels", [True, False])
+def test_test_examples_and_labels_may_be_missing(prepare, name, kind, labels):
+    key = "features" if name == "vectors" else name
+    given = f"train_{key}={name}, train_ids=texts" + (", train_labels=named" if labels else "")
+    dataset = prepare(f"return dict({given}, test_{key}=None)")
+    assert isinstance(dataset, kind)
+    assert (dataset.n_train, dataset.n_test, dataset.labelled) == (12, 0, labels)
+    assert dataset.train_labels.tolist() == (LABELS.tolist() if labels else [0] * 12)
+    assert len(dataset.test_files) == 0
+    dataset = prepare(f"return dict({given}, test_ids=['a'], test_{key}={name}[:1]" + (", test_labels=['b'])" if labels else ")"))
+    assert (dataset.n_test, dataset.labelled) == (1, labels)
+    if labels:
+        assert prepare(f"return list(zip({name}, named)), None").n_test == 0
+
+
 def test_names_of_classes_and_features_may_be_returned(prepare):
     body = "return dict(train_features=vectors, train_labels={}, test_features=vectors[:3], test_labels={}[:3], {})"
     dataset = prepare(body.format("labels", "labels", "classes=['x', 'y', 'z'], feature_names=['u', 'v', 'w']"))
@@ -186,8 +202,11 @@ FAULTS = {
     "return images, labels, images, labels": "data:load returned tuple, needed are two torch Datasets",
     "return images, labels": r"data:load: train\[0\] is uint8 \[8, 6, 3\], needed is a pair of example and label",
     "return iter(()), iter(())": "returned tuple_iterator for train, needed is a torch Dataset with a length, or a list of pairs",
-    "return dict(train_images=images)": "data:load returned train_images, needed are train_images, train_labels, ",
-    "return dict(x_train=images, y_train=labels, x_test=images, y_test=labels, ids=1)": "returned ids: known beside x_train are train_ids,",
+    "return dict(images=images)": "data:load returned images, needed are train_images, train_labels, ",
+    "return dict(x_train=images, y_train=labels, x_test=images)": "labels of one split only: return both y_train and y_test, or neither",
+    "return dict(x_train=images, y_train=labels, y_test=labels)": "data:load returned y_test without x_test: return the test examples too",
+    "return dict(x_train=images, x_test=images, train_ids=texts)": "ids of one split only: return train_ids and test_ids, or neither",
+    "return dict(x_train=images, y_train=labels, x_test=images, y_test=labels, ids=1)": "returned ids: known beside x_train are y_train,",
     "return (images, labels[:5]), (images, labels)": "data:load: 5 y_train for 12 x_train: return one for each",
     "return (images / 2, labels), (images, labels)": r'x_train is float64 .*: return x_train\.round\(\)\.astype\("uint8"\)',
     "return list(zip(images - 500., labels)), []": r"train\[0\] is float64 from -\d+ to .*leave normalization to memtail",

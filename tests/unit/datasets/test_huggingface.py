@@ -104,6 +104,14 @@ def test_splits_may_have_other_names_and_be_parts_of_one(prepare, texts, tmp_pat
     assert list(dataset.test_texts) == ["train 4", "train 5"]
 
 
+def test_test_examples_and_labels_may_be_missing(prepare, texts):
+    dataset = prepare(splits={"train": "train"})
+    assert (dataset.n_train, dataset.n_test, dataset.classes) == (6, 0, ("neg", "pos"))
+    dataset = prepare({"text": "text", "id": "name"})
+    assert (dataset.n_train, dataset.n_test, dataset.labelled) == (6, 4, False)
+    assert list(dataset.train_texts) == [f"train {index}" for index in range(6)]
+
+
 def test_limits_are_evenly_spaced(prepare, texts):
     dataset = prepare(max_train=3, max_test=2)
     assert list(dataset.train_texts) == ["train 0", "train 2", "train 4"]
@@ -173,7 +181,7 @@ def test_a_changed_dataset_is_prepared_again(prepare, texts, tmp_path):
 
 def test_faults_name_the_split_the_column_and_the_row(prepare, texts, tmp_path):
     for keys, message in (
-        ({"splits": {"test": "validation"}}, "has no split 'validation', there are train, test: fix dataset.splits"),
+        ({"splits": {"train": "train", "test": "validation"}}, "has no split 'validation', there are train, test: fix dataset.splits"),
         ({"columns": {"text": "texts", "label": "label"}}, "split 'train' has no column 'texts', there are text, label, name: fix"),
         ({"columns": {"image": "text", "label": "label"}}, "column 'text' holds Value.*: name the column of the images"),
         (

@@ -60,6 +60,13 @@ def test_a_column_may_name_the_split_and_paths_may_be_absolute(prepare, tree):
     assert dataset.fingerprint == datasets.prepare(DatasetSpec(name="folder", root=tree / "tree")).fingerprint
 
 
+def test_test_images_and_labels_may_be_missing(prepare):
+    dataset = prepare(test=None)
+    assert (dataset.n_train, dataset.n_test, dataset.classes) == (10, 0, ("cat", "dog"))
+    dataset = prepare({"image": "file"})
+    assert (dataset.n_train, dataset.n_test, dataset.labelled) == (10, 10, False)
+
+
 def test_resolution_orientation_and_damaged_images_are_those_of_a_folder(prepare, tree):
     path = tree / "tree" / "train" / "cat" / "001.png"
     Image.new("RGB", (9, 30)).save(path)
