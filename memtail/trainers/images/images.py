@@ -11,8 +11,8 @@ from torch import Tensor
 from memtail.datasets import FeatureDataset, Trainable
 from memtail.trainers.images.batches import Augmentation
 
-# Vectors per step of the computation of their moments, which is in float64.
-_CHUNK = 1 << 16
+# Values per step of the computation of moments, which is in float64.
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,12 @@ def device_images(dataset: Trainable, device: torch.device) -> DeviceImages:
 
 def _moments(features: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return mean and standard deviation float64 [D] of features [n, D]; infinite deviations make constant features 0."""
-    chunks = [features[start : start + _CHUNK] for start in range(0, len(features), _CHUNK)]
+    rows = max(1, _CHUNK // features.shape[1])
+    chunks = [features[start : start + rows] for start in range(0, len(features), rows)]
     mean = np.sum([chunk.sum(0, dtype=np.float64) for chunk in chunks], axis=0) / len(features)
     variance = np.sum([((chunk - mean) ** 2).sum(0) for chunk in chunks], axis=0) / len(features)
     std = np.sqrt(variance)
-    return mean, np.where((features == features[0]).all(0) | (std < np.finfo(np.float32).tiny), np.inf, std)
+    return mean, np.where((features.min(0) == features.max(0)) | (std < np.finfo(np.float32).tiny), np.inf, std)
 
 
 def _augment(images: Tensor, augmentation: _DeviceAugmentation, positions: slice) -> Tensor:

@@ -36,7 +36,9 @@ def features(tmp_path):
     return dataset
 
 
-def test_features_are_standardised_by_the_training_split_and_constant_ones_are_0(features):
+@pytest.mark.parametrize("chunk", [4, 40, 1 << 22])
+def test_features_are_standardised_by_the_training_split_and_constant_ones_are_0(features, monkeypatch, chunk):
+    monkeypatch.setattr("memtail.trainers.images.images._CHUNK", chunk)
     before, images = features.train_features.copy(), DeviceImages(features, CPU)
     scaler = StandardScaler().fit(features.train_features.astype(np.float64))
     for split in ("train", "test"):
