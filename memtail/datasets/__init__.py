@@ -198,6 +198,10 @@ def _huggingface(spec: HuggingFaceDataset) -> _Source:
     return _Source(*huggingface_source(spec))
 
 
+def _opaque(spec: DatasetSpec) -> _Source:
+    raise DatasetError(f"dataset '{spec.name}': its examples are known by their indices only, as memtail import declares it: name another")
+
+
 def _source(spec: AnyDataset) -> _Source:
     if isinstance(spec, HuggingFaceDataset):
         return _huggingface(spec)
@@ -205,8 +209,6 @@ def _source(spec: AnyDataset) -> _Source:
         return _torchvision_class(spec)
     if isinstance(spec, FunctionDataset):
         return _function(spec)
-    if spec.name == "opaque":
-        raise DatasetError("dataset 'opaque': its examples are known by their indices only, as memtail import declares it: name another")
     return _SOURCES[spec.name](spec)
 
 
@@ -215,5 +217,6 @@ _SOURCES: dict[str, Callable[[DatasetSpec], _Source]] = {
     "folder": _folder,
     "arrays": _arrays,
     "table": _table,
+    "opaque": _opaque,
     **dict.fromkeys(TORCHVISION, _torchvision),
 }
