@@ -22,6 +22,7 @@ class ShardTrainer:
     def __init__(self, device: str) -> None:
         self._device = device
         self._process = TrainerProcess(device)
+        self._keeps_images = False
         #: Whether this process can train further shards; not after an error of its device's driver.
         self.usable = True
         #: Peak memory in bytes of the process that trained the last shard: of the device on CUDA, of the host elsewhere.
@@ -67,6 +68,7 @@ class ShardTrainer:
             Exception: the shard is at fault.
         """
         if record.experiment.runs_user_code:
+            self._release_device()
             work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store, profile)
             batch = self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop, silence=silence)
             self.peak_memory = self._process.peak_memory
@@ -77,6 +79,18 @@ class ShardTrainer:
     def end(self) -> None:
         """End the trainer process."""
         self._process.end()
+
+    def _release_device(self) -> None:
+        """Release the device's memory that this process keeps for the next shard of the built-in trainer."""
+        if not self._keeps_images:
+            return
+        import torch
+
+        from memtail.trainers.images.images import device_images
+
+        device_images.cache_clear()
+        torch.cuda.empty_cache()  # does nothing where this process has not used CUDA
+        self._keeps_images = False
 
     def _train_images(
         self,
@@ -101,7 +115,7 @@ class ShardTrainer:
             on_step()
             return stop()
 
-        device = torch.device(self._device)
+        device, self._keeps_images = torch.device(self._device), True
         try:
             batch = train_shard(
                 record.experiment,

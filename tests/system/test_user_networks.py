@@ -18,6 +18,7 @@ from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trainers import landlock, process
 from memtail.trainers.images import devices
+from memtail.trainers.images.images import device_images
 from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
 from tests.support import inline
@@ -154,6 +155,14 @@ def test_a_batch_has_the_bytes_of_a_training_in_this_process(train, here, small,
 def test_networks_of_memtail_train_in_this_process(train, small, monkeypatch):
     monkeypatch.setattr(process.TrainerProcess, "_start", lambda *_: pytest.fail("a trainer process was started"))
     train(declare(small, {"name": "mlp", "hidden": [16]}))
+
+
+def test_this_process_keeps_no_images_on_the_device_while_a_network_trains(train, small):
+    device_images.cache_clear()
+    train(declare(small, {"name": "mlp", "hidden": [16]}))
+    assert device_images.cache_info().currsize == 1
+    train(declare(small, network("single")))
+    assert device_images.cache_info().currsize == 0
 
 
 @needs_landlock
