@@ -9,24 +9,15 @@ from memtail.spec.errors import differences
 from memtail.spec.experiment import (
     NAME,
     RECIPE_VERSION,
-    Cnn,
-    Constant,
-    Cosine,
     ExecutionSpec,
     Experiment,
-    Linear,
-    Mlp,
-    ModelSpec,
-    NamedModel,
     RecordedOutcomes,
-    ScheduleSpec,
-    Sgd,
-    Step,
     SubsetsSpec,
-    TrainingSpec,
     UntilSpec,
 )
+from memtail.spec.model import Cnn, Mlp, ModelSpec, NamedModel
 from memtail.spec.trainer import CommandTrainer, FunctionTrainer, ImagesTrainer, TrainerSpec
+from memtail.spec.training import Constant, Cosine, Linear, ScheduleSpec, Sgd, Step, TrainingSpec
 
 __all__ = [
     "NAME",

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from memtail.digests import file_digest
 from memtail.errors import SpecError
-from memtail.spec.base import Fraction, Part
+from memtail.spec.base import Part
 from memtail.spec.cluster import WorkersSpec
 from memtail.spec.dataset import DatasetSpec
 from memtail.spec.errors import describe
+from memtail.spec.model import Mlp, ModelSpec
 from memtail.spec.trainer import ImagesTrainer, TrainerSpec, code_digest
+from memtail.spec.training import TrainingSpec
 
 #: Part of every fingerprint; raised when a change in memtail changes the computation of a trial.
 RECIPE_VERSION = 2
@@ -32,157 +34,6 @@ NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 
 # Fewest trials in the first round of an experiment that stops at a standard error.
 _SMALLEST_ROUND = 64
-
-
-class Mlp(Part):
-    """Fully connected layers with ReLU between them.
-
-    Attributes:
-        name: the architecture.
-        hidden: widths of the hidden layers; an empty list is a linear model.
-    """
-
-    name: Literal["mlp"] = "mlp"
-    hidden: list[Annotated[int, Field(ge=1)]] = [256]
-
-
-class Cnn(Part):
-    """3x3 convolutions, each followed by ReLU and 2x2 max pooling, then one hidden layer.
-
-    Attributes:
-        name: the architecture.
-        channels: output channels of the convolutions.
-        hidden: width of the hidden layer.
-    """
-
-    name: Literal["cnn"] = "cnn"
-    channels: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [16, 32]
-    hidden: Annotated[int, Field(ge=1)] = 128
-
-
-class NamedModel(Part):
-    """A larger architecture.
-
-    Attributes:
-        name: `resnet9`, `resnet18`, `resnet50`, `densenet100`, `inception`, a torchvision classification model, or a function of your own,
-            `package.module:function`.
-        options: keyword arguments of the model's builder.
-    """
-
-    name: str
-    options: dict[str, Any] = {}
-
-
-def _model_kind(value: Any) -> str:
-    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return name if name in ("mlp", "cnn") else "named"
-
-
-ModelSpec = Annotated[
-    Annotated[Mlp, Tag("mlp")] | Annotated[Cnn, Tag("cnn")] | Annotated[NamedModel, Tag("named")],
-    Discriminator(_model_kind),
-]
-
-
-class Sgd(Part):
-    """Stochastic gradient descent as in `torch.optim.SGD`.
-
-    Attributes:
-        name: the optimizer.
-        lr: learning rate at the peak of the schedule.
-        momentum: momentum.
-        weight_decay: weight decay, of all parameters.
-        nesterov: whether to use Nesterov momentum.
-    """
-
-    name: Literal["sgd"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5.0e-4
-    nesterov: bool = True
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-
-class Constant(Part):
-    """A constant learning rate after the warm-up.
-
-    Attributes:
-        name: the schedule.
-        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
-    """
-
-    name: Literal["constant"]
-    warmup: Fraction = 0.0
-
-
-class Step(Part):
-    """A learning rate that is multiplied by `gamma` at each milestone.
-
-    Attributes:
-        name: the schedule.
-        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
-        milestones: fractions of all steps.
-        gamma: the factor.
-    """
-
-    name: Literal["step"]
-    warmup: Fraction = 0.0
-    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]
-    gamma: Annotated[float, Field(gt=0)] = 0.1
-
-
-class Cosine(Part):
-    """Half a cosine down to 0 after the warm-up.
-
-    Attributes:
-        name: the schedule.
-        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
-    """
-
-    name: Literal["cosine"]
-    warmup: Fraction = 0.0
-
-
-class Linear(Part):
-    """A linear decay to 0 after the warm-up.
-
-    Attributes:
-        name: the schedule.
-        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
-    """
-
-    name: Literal["linear"]
-    warmup: Fraction = 0.0
-
-
-ScheduleSpec = Annotated[Constant | Step | Cosine | Linear, Field(discriminator="name")]
-
-
-class TrainingSpec(Part):
-    """The training recipe of every trial.
-
-    Attributes:
-        epochs: passes over the subset.
-        batch_size: examples per step.
-        optimizer: the optimizer.
-        schedule: the learning rate over the steps.
-        label_smoothing: share of the target distribution that is spread over all classes.
-        augmentation: `flip` mirrors images at random; `crop-flip` also shifts them.
-        precision: `auto` is `bfloat16` on CUDA and `float32` elsewhere.
-    """
-
-    epochs: Annotated[int, Field(ge=1)] = 20
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    optimizer: Sgd = Sgd()
-    schedule: ScheduleSpec = Cosine(name="cosine", warmup=0.1)
-    label_smoothing: Fraction = 0.0
-    augmentation: Literal["none", "flip", "crop-flip"] = "none"
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
 
 
 class UntilSpec(Part):
