@@ -17,11 +17,13 @@ from memtail.spec.experiment import (
 )
 from memtail.spec.model import Cnn, Mlp, ModelSpec, NamedModel
 from memtail.spec.trainer import CommandTrainer, FunctionTrainer, ImagesTrainer, TrainerSpec
-from memtail.spec.training import Constant, Cosine, Linear, ScheduleSpec, Sgd, Step, TrainingSpec
+from memtail.spec.training import Adam, AdamW, Constant, Cosine, Linear, OptimizerSpec, ScheduleSpec, Sgd, Step, TrainingSpec
 
 __all__ = [
     "NAME",
     "RECIPE_VERSION",
+    "Adam",
+    "AdamW",
     "Cnn",
     "CommandTrainer",
     "Constant",
@@ -35,6 +37,7 @@ __all__ = [
     "Mlp",
     "ModelSpec",
     "NamedModel",
+    "OptimizerSpec",
     "RecordedOutcomes",
     "ScheduleSpec",
     "Sgd",

@@ -1,8 +1,8 @@
 """The `training` part of an experiment: epochs, batches, optimizer, schedule and augmentation."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from memtail.spec.base import Fraction, Part
 
@@ -29,6 +29,56 @@ class Sgd(Part):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         return self
+
+
+_Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+_Eps = Annotated[float, Field(ge=1e-16)]  # less is 0 beside a gradient of float32
+
+
+class Adam(Part):
+    """Adam as in `torch.optim.Adam`. Its weight decay is part of the gradient, and so scaled like the gradient: see `adamw`.
+
+    Attributes:
+        name: the optimizer.
+        lr: learning rate at the peak of the schedule.
+        betas: decay rates of the means of the gradient and of its square.
+        eps: added to the root of the mean square.
+        weight_decay: weight decay, of all parameters; it is added to the gradient.
+    """
+
+    name: Literal["adam"]
+    lr: Annotated[float, Field(gt=0)] = 1.0e-3
+    betas: _Betas = [0.9, 0.999]
+    eps: _Eps = 1.0e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class AdamW(Part):
+    """Adam with decoupled weight decay, as in `torch.optim.AdamW`.
+
+    Attributes:
+        name: the optimizer.
+        lr: learning rate at the peak of the schedule.
+        betas: decay rates of the means of the gradient and of its square.
+        eps: added to the root of the mean square.
+        weight_decay: weight decay, of all parameters; each step multiplies them by 1 - learning rate x weight decay.
+    """
+
+    name: Literal["adamw"]
+    lr: Annotated[float, Field(gt=0)] = 1.0e-3
+    betas: _Betas = [0.9, 0.999]
+    eps: _Eps = 1.0e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1.0e-2
+
+
+def _sgd_unless_named(value: Any) -> Any:
+    return {"name": "sgd", **value} if isinstance(value, dict) else value
+
+
+OptimizerSpec = Annotated[
+    Annotated[Sgd | Adam | AdamW, Field(discriminator="name")],
+    BeforeValidator(_sgd_unless_named),
+]
 
 
 class Constant(Part):
@@ -101,7 +151,7 @@ class TrainingSpec(Part):
 
     epochs: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 64
-    optimizer: Sgd = Sgd()
+    optimizer: OptimizerSpec = Sgd()
     schedule: ScheduleSpec = Cosine(name="cosine", warmup=0.1)
     label_smoothing: Fraction = 0.0
     augmentation: Literal["none", "flip", "crop-flip"] = "none"

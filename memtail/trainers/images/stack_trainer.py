@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from memtail.models import build_model
 from memtail.randomness import Purpose, torch_seed
-from memtail.spec import Experiment, Sgd, TrainingSpec
+from memtail.spec import Experiment, TrainingSpec
 from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
-from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
+from memtail.trainers.images.cpu.mlp import COMPILED, DenseStack, dense_layers
 from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.optimizers import make_optimizer
@@ -77,7 +77,7 @@ class StackedRun:
         self.optimizer: torch.optim.Optimizer | None = None
         self.steps_at_once = 1
         layers = dense_layers(self.stack) if images.device.type == "cpu" and not low else None
-        if layers and isinstance(self.recipe.optimizer, Sgd):
+        if layers and isinstance(self.recipe.optimizer, COMPILED):
             self.stack = DenseStack(layers, image_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
             # independent of the stack's width, on which no bit may depend
             self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(image_shape)))

@@ -35,6 +35,14 @@ LATER_KEYS: dict[str, Any] = {
     "TableColumns.features": None,
     "TableColumns.id": None,
     "TableColumns.split": None,
+    "Adam.lr": 1.0e-3,
+    "Adam.betas": [0.9, 0.999],
+    "Adam.eps": 1.0e-8,
+    "Adam.weight_decay": 0.0,
+    "AdamW.lr": 1.0e-3,
+    "AdamW.betas": [0.9, 0.999],
+    "AdamW.eps": 1.0e-8,
+    "AdamW.weight_decay": 1.0e-2,
 }
 
 
@@ -71,6 +79,15 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("subsets.fraction", 1.5, "subsets.fraction: input should be less than 1 (got 1.5)"),
         ("subsets.fraction", 0, "subsets.fraction: input should be greater than 0 (got 0)"),
         ("subsets.design", "random", "subsets.design: input should be 'uniform', 'balanced', 'stratified' or 'explicit' (got random)"),
+        ("training.optimizer", {"name": "adamm"}, "training.optimizer: input tag 'adamm'"),
+        (
+            "training.optimizer",
+            {"name": "adamw", "momentum": 0.9},
+            "unknown key 'training.optimizer.momentum': known here: name, lr, betas, eps",
+        ),
+        ("training.optimizer", {"name": "adam", "betas": [0.9, 1.0]}, "training.optimizer.betas.1: input should be less than 1 (got 1.0)"),
+        ("training.optimizer", {"name": "adam", "betas": [0.9]}, "training.optimizer.betas: list should have at least 2 items"),
+        ("training.optimizer", "adamw", "training.optimizer: input should be a valid dictionary"),
         ("training.schedule", {"name": "cosin"}, "training.schedule: input tag 'cosin'"),
         ("execution.device", "gpu", "execution.device: "),
         ("name", "My Experiment", "name: "),
@@ -117,6 +134,7 @@ def test_the_fingerprint_omits_keys_on_which_no_trial_depends():
     [
         ("training.epochs", 21),
         ("training.optimizer.lr", 0.2),
+        ("training.optimizer", {"name": "adamw"}),
         ("training.precision", "bfloat16"),
         ("subsets.seed", 1),
         ("subsets.fraction", 0.5),

@@ -16,7 +16,7 @@ from memtail import models, subsets
 from memtail.datasets import prepare
 from memtail.errors import SpecError
 from memtail.models import build_model, check_model
-from memtail.spec import Constant, Cosine, Linear, NamedModel, ScheduleSpec, Sgd, Step
+from memtail.spec import Constant, Cosine, Linear, NamedModel, OptimizerSpec, ScheduleSpec, Sgd, Step
 from memtail.trainers.images import devices, stack_trainer, train_shard
 from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
@@ -29,19 +29,9 @@ from memtail.trainers.images.stack import is_stackable, stack_networks
 from memtail.trainers.images.stack_trainer import StackedRun
 from memtail.trials import unpack
 from tests.support.arrays import write_arrays
+from tests.support.training import STACKABLE, same_bits, torchs_optimizer
 
 CPU = torch.device("cpu")
-SAME = ("trial", "membership", "train_correct", "test_correct", "train_mistakes")
-
-
-def same_bits(batches, others, margins=False):
-    def joined(parts, name):
-        return np.concatenate([getattr(part, name) for part in parts])
-
-    for name in SAME + (("train_margin", "test_margin") if margins else ()):
-        if joined(batches, name).tobytes() != joined(others, name).tobytes():
-            return False
-    return [entry for part in batches for entry in part.metrics] == [entry for part in others for entry in part.metrics]
 
 
 def in_shards(experiment, dataset, trials, size):
@@ -121,7 +111,7 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
 
 def reference_trial(experiment, dataset, trial):
     """Train one model in plain PyTorch, with memtail's membership, initial weights and batch order."""
-    recipe, sgd = experiment.training, experiment.training.optimizer
+    recipe, spec = experiment.training, experiment.training.optimizer
     member = subsets.membership(experiment.subsets, dataset.train_labels, [trial])[0]
     images = torch.from_numpy(np.array(dataset.train_images)).float().sub(torch.tensor(dataset.mean)).div(torch.tensor(dataset.std))
     images, labels = images.permute(0, 3, 1, 2), torch.from_numpy(np.array(dataset.train_labels))
@@ -129,14 +119,14 @@ def reference_trial(experiment, dataset, trial):
 
     torch.manual_seed(torch_seed(experiment.subsets.seed, Purpose.WEIGHTS, trial))
     model = build_model(experiment.model, dataset.image_shape, len(dataset.classes))
-    optimizer = torch.optim.SGD(model.parameters(), lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay, nesterov=sgd.nesterov)
+    optimizer = torchs_optimizer(spec, model.parameters())
     subset, step = np.flatnonzero(member)[None], 0
     bounds = batch_bounds(subset.shape[1], recipe.batch_size)
     for epoch in range(recipe.epochs):
         order = epoch_order(experiment.subsets.seed, [trial], epoch, subset)[0]
         for start, stop in bounds:
             for group in optimizer.param_groups:
-                group["lr"] = sgd.lr * learning_rate_factor(recipe.schedule, step, recipe.epochs * len(bounds))
+                group["lr"] = spec.lr * learning_rate_factor(recipe.schedule, step, recipe.epochs * len(bounds))
             batch = torch.from_numpy(order[start:stop])
             loss = F.cross_entropy(model(images[batch]), labels[batch], label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()
@@ -149,9 +139,11 @@ def reference_trial(experiment, dataset, trial):
 @pytest.mark.parametrize(
     "model", [{"name": "mlp", "hidden": [32, 16]}, {"name": "mlp", "hidden": []}, {"name": "cnn", "channels": [4], "hidden": 8}]
 )
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_a_stacked_trial_ends_with_the_weights_of_a_plain_pytorch_loop(declare, digits, model, smoothing):
-    experiment = declare(3, model=model, training={"epochs": 2, "label_smoothing": smoothing})
+@pytest.mark.parametrize(
+    ("smoothing", "optimizer"), [(0.0, {}), (0.2, {}), (0.0, {"name": "adamw", "weight_decay": 0.5}), (0.2, {"name": "adam"})]
+)
+def test_a_stacked_trial_ends_with_the_weights_of_a_plain_pytorch_loop(declare, digits, model, smoothing, optimizer):
+    experiment = declare(3, model=model, training={"epochs": 2, "label_smoothing": smoothing, "optimizer": optimizer})
     members = subsets.membership(experiment.subsets, digits.train_labels, range(3))
     run = StackedRun(
         experiment, DeviceImages(digits, CPU), digits.image_shape, 10, [0, 1, 2], np.stack([np.flatnonzero(row) for row in members])
@@ -163,22 +155,9 @@ def test_a_stacked_trial_ends_with_the_weights_of_a_plain_pytorch_loop(declare, 
         torch.testing.assert_close(logits[trial], reference_trial(experiment, digits, trial).eval()(images), atol=2e-3, rtol=2e-3)
 
 
-NETWORKS = {
-    "mlp": lambda: models.plain.mlp((1, 8, 8), 5, [7, 6]),
-    "cnn": lambda: models.plain.cnn((3, 8, 8), 5, [4, 6], 7),
-    "nested with batch normalisation": lambda: nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
-        nn.Identity(),
-        nn.AvgPool2d(3),
-        nn.Flatten(),
-        nn.Linear(4, 5, bias=False),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", STACKABLE)
 def test_a_stack_computes_what_its_networks_compute(name):
-    networks = [NETWORKS[name]() for _ in range(3)]
+    networks = [STACKABLE[name]() for _ in range(3)]
     assert all(is_stackable(network) for network in networks)
     stack = stack_networks([copy.deepcopy(network) for network in networks])
     shape = (1, 8, 8) if name == "mlp" else (3, 8, 8)
@@ -286,26 +265,29 @@ class Memory:
 
 
 @pytest.mark.parametrize(
-    ("model", "stop_at"),
+    ("model", "stop_at", "optimizer"),
     [
-        ({"name": "mlp", "hidden": [16]}, 1),
-        ({"name": "mlp", "hidden": [16]}, 20),
-        ({"name": "resnet9", "options": {"width": 2}}, 9),
-        ("tests.support.networks:with_dropout", 9),
+        ({"name": "mlp", "hidden": [16]}, 1, "sgd"),
+        ({"name": "mlp", "hidden": [16]}, 20, "sgd"),
+        ({"name": "resnet9", "options": {"width": 2}}, 9, "sgd"),
+        ({"name": "tests.support.networks:with_dropout"}, 9, "sgd"),
+        ({"name": "mlp", "hidden": [16]}, 20, "adamw"),
+        ({"name": "mlp", "hidden": [16]}, 20, "adam"),
+        ({"name": "cnn", "channels": [2], "hidden": 8}, 9, "adamw"),
+        ({"name": "resnet9", "options": {"width": 2}}, 9, "adam"),
     ],
 )
-def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at):
+def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at, optimizer):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 3})
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
-    model = {"name": model} if isinstance(model, str) else model
     experiment = declare(
         5,
         model=model,
         record={"margins": True},
         dataset={"name": "digits", "max_train": 300},
-        training={"batch_size": 32, "augmentation": "crop-flip"},
+        training={"batch_size": 32, "augmentation": "crop-flip", "optimizer": {"name": optimizer, "weight_decay": 0.1}},
     )
     dataset = prepare(experiment.dataset)
     expected = train_shard(experiment, dataset, range(5), CPU)
@@ -506,7 +488,7 @@ def test_every_declarable_optimizer_and_schedule_is_implemented():
     def names(*specs):
         return {spec.model_fields["name"].annotation.__args__[0] for spec in specs}
 
-    assert _OPTIMIZERS.keys() == names(Sgd)
+    assert _OPTIMIZERS.keys() == names(*typing.get_args(typing.get_args(OptimizerSpec)[0]))
     assert _SCHEDULES.keys() == names(*typing.get_args(typing.get_args(ScheduleSpec)[0]))
 
 
