@@ -3,6 +3,7 @@
 No module of this package imports torch.
 """
 
+from memtail.spec.augmentation import AugmentationSpec, ColorJitter, CropFlip, Flip, RandomErasing, RandomResizedCrop
 from memtail.spec.cluster import Toleration, WorkersSpec
 from memtail.spec.dataset import DatasetSpec, TableColumns
 from memtail.spec.errors import differences
@@ -24,13 +25,17 @@ __all__ = [
     "RECIPE_VERSION",
     "Adam",
     "AdamW",
+    "AugmentationSpec",
     "Cnn",
+    "ColorJitter",
     "CommandTrainer",
     "Constant",
     "Cosine",
+    "CropFlip",
     "DatasetSpec",
     "ExecutionSpec",
     "Experiment",
+    "Flip",
     "FunctionTrainer",
     "ImagesTrainer",
     "Linear",
@@ -38,6 +43,8 @@ __all__ = [
     "ModelSpec",
     "NamedModel",
     "OptimizerSpec",
+    "RandomErasing",
+    "RandomResizedCrop",
     "RecordedOutcomes",
     "ScheduleSpec",
     "Sgd",

@@ -1,9 +1,10 @@
-"""The `training` part of an experiment: epochs, batches, optimizer, schedule and augmentation."""
+"""The `training` part of an experiment: epochs, batches, optimizer and schedule."""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from memtail.spec.augmentation import Chain
 from memtail.spec.base import Fraction, Part
 
 
@@ -145,7 +146,7 @@ class TrainingSpec(Part):
         optimizer: the optimizer.
         schedule: the learning rate over the steps.
         label_smoothing: share of the target distribution that is spread over all classes.
-        augmentation: `flip` mirrors images at random; `crop-flip` also shifts them.
+        augmentation: `flip` mirrors images at random; `crop-flip` also shifts them; a list of steps applies one after the other.
         precision: `auto` is `bfloat16` on CUDA and `float32` elsewhere.
     """
 
@@ -154,5 +155,5 @@ class TrainingSpec(Part):
     optimizer: OptimizerSpec = Sgd()
     schedule: ScheduleSpec = Cosine(name="cosine", warmup=0.1)
     label_smoothing: Fraction = 0.0
-    augmentation: Literal["none", "flip", "crop-flip"] = "none"
+    augmentation: Annotated[Chain, Field(json_schema_extra={"default": "none"})] = []
     precision: Literal["float32", "bfloat16", "auto"] = "float32"

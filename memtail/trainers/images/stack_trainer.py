@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from memtail.models import build_model
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment, TrainingSpec
-from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
+from memtail.trainers.images.augmentations import epoch_augmentation
+from memtail.trainers.images.batches import batch_bounds, epoch_order
 from memtail.trainers.images.cpu.mlp import COMPILED, DenseStack, dense_layers
 from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
@@ -109,8 +110,8 @@ class StackedRun:
         with self.phases.measure("data"):
             order = epoch_order(seed, self.trials, self.epoch, self.subsets)
             index = torch.from_numpy(order).to(images.device)
-            reach = max(1, images.train.shape[1] // 8)
-            augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], reach)
+            height, width = images.train.shape[1:3]
+            augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], height, width)
         steps = recipe.epochs * len(self.bounds)
         if self.step == 0:
             self.loss_sum.zero_()

@@ -35,6 +35,15 @@ LATER_KEYS: dict[str, Any] = {
     "TableColumns.features": None,
     "TableColumns.id": None,
     "TableColumns.split": None,
+    "RandomResizedCrop.scale": [0.08, 1.0],
+    "RandomResizedCrop.ratio": [0.75, 4 / 3],
+    "ColorJitter.brightness": 0.0,
+    "ColorJitter.contrast": 0.0,
+    "ColorJitter.saturation": 0.0,
+    "ColorJitter.hue": 0.0,
+    "RandomErasing.probability": 0.5,
+    "RandomErasing.scale": [0.02, 0.33],
+    "RandomErasing.ratio": [0.3, 3.3],
     "Adam.lr": 1.0e-3,
     "Adam.betas": [0.9, 0.999],
     "Adam.eps": 1.0e-8,
@@ -88,6 +97,14 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("training.optimizer", {"name": "adam", "betas": [0.9, 1.0]}, "training.optimizer.betas.1: input should be less than 1 (got 1.0)"),
         ("training.optimizer", {"name": "adam", "betas": [0.9]}, "training.optimizer.betas: list should have at least 2 items"),
         ("training.optimizer", "adamw", "training.optimizer: input should be a valid dictionary"),
+        ("training.augmentation", "flop", "training.augmentation.0: input tag 'flop'"),
+        ("training.augmentation", "color-jitter", "training.augmentation.0: color-jitter changes nothing: set brightness, contrast"),
+        (
+            "training.augmentation",
+            ["flip", {"name": "color-jitter", "hu": 0.1}],
+            "unknown key 'training.augmentation.1.hu': did you mean 'hue'?",
+        ),
+        ("training.augmentation", ["flip", {"name": "random-erasing", "scale": [0.5, 0.1]}], "training.augmentation.1.scale: goes from"),
         ("training.schedule", {"name": "cosin"}, "training.schedule: input tag 'cosin'"),
         ("execution.device", "gpu", "execution.device: "),
         ("name", "My Experiment", "name: "),
@@ -110,6 +127,23 @@ def test_a_fault_is_reported_in_one_line(path, value, message):
     text = str(caught.value)
     assert message in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("none", "none"),
+        ([], "none"),
+        ("flip", "flip"),
+        (["crop-flip"], "crop-flip"),
+        ("random-resized-crop", [{"name": "random-resized-crop"}]),
+        (["flip", {"name": "color-jitter", "hue": 0.1, "contrast": 0.0}], [{"name": "flip"}, {"name": "color-jitter", "hue": 0.1}]),
+    ],
+)
+def test_augmentations_of_the_first_version_are_written_as_it_wrote_them(value, written):
+    experiment = changed("training.augmentation", value)
+    assert experiment.model_dump(mode="json")["training"]["augmentation"] == written
+    assert Experiment.parse(yaml.safe_load(experiment.to_yaml())) == experiment
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", "\0", ""])

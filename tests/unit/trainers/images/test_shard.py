@@ -16,10 +16,11 @@ from memtail import models, subsets
 from memtail.datasets import prepare
 from memtail.errors import SpecError
 from memtail.models import build_model, check_model
-from memtail.spec import Constant, Cosine, Linear, NamedModel, OptimizerSpec, ScheduleSpec, Sgd, Step
+from memtail.spec import AugmentationSpec, Constant, Cosine, Linear, NamedModel, OptimizerSpec, ScheduleSpec, Sgd, Step
 from memtail.trainers.images import devices, stack_trainer, train_shard
 from memtail.trainers.images import shard as shard_module
-from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
+from memtail.trainers.images.augmentations import _STEPS
+from memtail.trainers.images.batches import batch_bounds, epoch_order
 from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
 from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.optimizers import _OPTIMIZERS
@@ -451,26 +452,6 @@ def test_batches_cover_an_epoch_and_none_has_a_single_example():
     assert batch_bounds(1, 4) == [(0, 1)]
 
 
-def test_augmentation_shifts_with_zeros_and_mirrors(digits):
-    images = DeviceImages(digits, CPU)
-    index = torch.arange(20).reshape(2, 10)
-    augmentation = epoch_augmentation("crop-flip", 0, [3, 4], 0, 10, 2)
-    normalised = images.normalised(images.gather(index, augmentation, slice(0, 10)))
-    got = normalised * torch.tensor(digits.std) + torch.tensor(digits.mean)
-    assert len(set(augmentation.down.flatten().tolist())) == 5
-    assert 0 < augmentation.flip.mean() < 1
-    for s in range(2):
-        for b in range(10):
-            padded = np.pad(digits.train_images[int(index[s, b]), ..., 0], 2)
-            down, right = augmentation.down[s, b], augmentation.right[s, b]
-            expected = padded[2 - down : 10 - down, 2 - right : 10 - right]
-            # the image is mirrored first, then shifted: mirror the source, then take the same window
-            if augmentation.flip[s, b]:
-                mirrored = np.pad(digits.train_images[int(index[s, b]), :, ::-1, 0], 2)
-                expected = mirrored[2 - down : 10 - down, 2 + right : 10 + right]
-            np.testing.assert_allclose(got[s, b, 0].numpy(), expected, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("schedule", "factors"),
     [
@@ -484,11 +465,12 @@ def test_schedules(schedule, factors):
     np.testing.assert_allclose([learning_rate_factor(schedule, step, 10) for step in range(10)], factors, atol=1e-12)
 
 
-def test_every_declarable_optimizer_and_schedule_is_implemented():
+def test_every_declarable_optimizer_schedule_and_augmentation_is_implemented():
     def names(*specs):
         return {spec.model_fields["name"].annotation.__args__[0] for spec in specs}
 
     assert _OPTIMIZERS.keys() == names(*typing.get_args(typing.get_args(OptimizerSpec)[0]))
+    assert _STEPS.keys() == names(*typing.get_args(typing.get_args(AugmentationSpec)[0]))
     assert _SCHEDULES.keys() == names(*typing.get_args(typing.get_args(ScheduleSpec)[0]))
 
 
