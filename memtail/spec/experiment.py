@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -227,19 +228,36 @@ class Experiment(Part):
                 "dataset": self.dataset.model_copy(update={"root": absolute(self.dataset.root), "test": absolute(self.dataset.test)}),
                 "trainer": self._trainer_in(base),
                 "subsets": self.subsets.model_copy(update={"masks": absolute(self.subsets.masks)}),
+                "model": self._model_from(absolute(self.model.weights_file)),
             }
         )
+
+    def _model_from(self, weights: Path | None) -> ModelSpec:
+        return self.model if weights is None else self.model.model_copy(update={"weights": str(weights)})
 
     def _trainer_in(self, base: Path) -> TrainerSpec:
         if isinstance(self.trainer, ImagesTrainer):
             return self.trainer
         return self.trainer.model_copy(update={"folder": (base / (self.trainer.folder or Path()).expanduser()).resolve()})
 
-    def with_masks(self, masks: Path) -> "Experiment":
-        """Return this experiment with its masks in another file of equal content."""
-        return self.model_copy(update={"subsets": self.subsets.model_copy(update={"masks": masks})})
+    def with_files(self, files: Mapping[Path, Path]) -> "Experiment":
+        """Return this experiment with masks and weights in other files of equal content.
 
-    def canonical(self, dataset_fingerprint: str, masks_digest: str | None = None, trainer_code: str | None = None) -> dict[str, Any]:
+        Args:
+            files: the other file of each.
+        """
+        subsets, weights = self.subsets, self.model.weights_file
+        if subsets.masks is not None and subsets.masks in files:
+            subsets = subsets.model_copy(update={"masks": files[subsets.masks]})
+        return self.model_copy(update={"subsets": subsets, "model": self._model_from(files.get(weights) if weights else None)})
+
+    def canonical(
+        self,
+        dataset_fingerprint: str,
+        masks_digest: str | None = None,
+        trainer_code: str | None = None,
+        weights_digest: str | None = None,
+    ) -> dict[str, Any]:
         """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
 
         Keys later than 0.1.0 are in it only where they differ from their default, and those of `record` never.
@@ -248,16 +266,19 @@ class Experiment(Part):
             dataset_fingerprint: replaces the dataset's declaration.
             masks_digest: digest of the masks, where their file is elsewhere; by default the file is read.
             trainer_code: digest of the trainer's code, where its files are elsewhere; by default they are read.
+            weights_digest: digest of the file of the weights, where it is elsewhere; by default it is read.
 
         Raises:
-            SpecError: the masks or the trainer's code cannot be read.
+            SpecError: the masks, the weights or the trainer's code cannot be read.
         """
         spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})
         spec["dataset"] = {"fingerprint": dataset_fingerprint}
         spec["record"] = {"margins": self.record.margins}
         if self.subsets.masks is not None:
-            spec["subsets"]["masks"] = masks_digest or _masks_digest(self.subsets.masks)
+            spec["subsets"]["masks"] = masks_digest or _digest("subsets.masks", self.subsets.masks)
             del spec["subsets"]["fraction"]
+        if (weights := self.model.weights_file) is not None:
+            spec["model"]["weights"] = weights_digest or _digest("model.weights", weights)
         if not isinstance(self.trainer, ImagesTrainer):
             trainer = self.trainer.model_dump(mode="json", include={"function", "command", "options"})
             spec["trainer"] = trainer | {"code": trainer_code or code_digest(self.trainer, sys.path)}
@@ -270,7 +291,7 @@ class Experiment(Part):
             dataset_fingerprint: of the prepared dataset.
 
         Raises:
-            SpecError: the masks cannot be read.
+            SpecError: the masks, the weights or the trainer's code cannot be read.
         """
         text = json.dumps(self.canonical(dataset_fingerprint), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -288,8 +309,8 @@ class Experiment(Part):
 _DEFAULTS = {"model": Mlp().model_dump(mode="json"), "training": TrainingSpec().model_dump(mode="json")}
 
 
-def _masks_digest(path: Path) -> str:
+def _digest(key: str, path: Path) -> str:
     try:
         return file_digest(path)
     except OSError as error:
-        raise SpecError(f"subsets.masks: {path} cannot be read ({error.strerror})") from None
+        raise SpecError(f"{key}: {path} cannot be read ({error.strerror})") from None

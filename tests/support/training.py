@@ -38,3 +38,21 @@ def torchs_optimizer(spec, parameters):
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name]
     constants = {name: getattr(spec, name) for name in type(spec).model_fields if name != "name"}
     return kind(parameters, **constants, foreach=False)
+
+
+class Interrupted:
+    """Checkpoints in memory; raises `StopError` once the save numbered `stop_at` is kept."""
+
+    class StopError(Exception):
+        pass
+
+    def __init__(self, stop_at=None):
+        self.state, self.saves, self.stop_at = None, 0, stop_at
+
+    def load(self):
+        return self.state
+
+    def save(self, state):
+        self.state, self.saves = state, self.saves + 1
+        if self.saves == self.stop_at:
+            raise Interrupted.StopError

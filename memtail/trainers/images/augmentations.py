@@ -41,7 +41,7 @@ class Augmentation:
 
 
 def epoch_augmentation(
-    steps: Sequence[AugmentationSpec], seed: int, trials: Sequence[int], epoch: int, m: int, height: int, width: int
+    steps: Sequence[AugmentationSpec], seed: int, trials: Sequence[int], epoch: int, m: int, size: Sequence[int]
 ) -> Augmentation | None:
     """Draw the augmentation of an epoch: a pure function of (seed, trial, epoch). None if there are no steps.
 
@@ -51,15 +51,14 @@ def epoch_augmentation(
         trials: the S trials of a stack.
         epoch: from 0.
         m: examples in each trial's subset.
-        height: of the images.
-        width: of the images.
+        size: height and width of the images.
     """
     if not steps:
         return None
     streams = [stream(seed, Purpose.AUGMENTATION, trial, epoch) for trial in trials]
     draws = []
     for step in steps:
-        drawn = [_STEPS[step.name][0](step, draw, m, height, width) for draw in streams]
+        drawn = [_STEPS[step.name][0](step, draw, m, *size) for draw in streams]
         draws.append({name: np.stack([each[name] for each in drawn]) for name in drawn[0]})
     return Augmentation(tuple(step.name for step in steps), tuple(draws))
 

@@ -110,8 +110,8 @@ class StackedRun:
         with self.phases.measure("data"):
             order = epoch_order(seed, self.trials, self.epoch, self.subsets)
             index = torch.from_numpy(order).to(images.device)
-            height, width = images.train.shape[1:3]
-            augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], height, width)
+            size = images.train.shape[1:3]
+            augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], size)
         steps = recipe.epochs * len(self.bounds)
         if self.step == 0:
             self.loss_sum.zero_()

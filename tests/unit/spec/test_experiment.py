@@ -35,6 +35,8 @@ LATER_KEYS: dict[str, Any] = {
     "TableColumns.features": None,
     "TableColumns.id": None,
     "TableColumns.split": None,
+    "NamedModel.weights": None,
+    "NamedModel.freeze": [],
     "RandomResizedCrop.scale": [0.08, 1.0],
     "RandomResizedCrop.ratio": [0.75, 4 / 3],
     "ColorJitter.brightness": 0.0,
@@ -105,6 +107,8 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
             "unknown key 'training.augmentation.1.hu': did you mean 'hue'?",
         ),
         ("training.augmentation", ["flip", {"name": "random-erasing", "scale": [0.5, 0.1]}], "training.augmentation.1.scale: goes from"),
+        ("model", {"name": "resnet18", "weights": "DEFAULT"}, "model.weights: are other weights in another version of torchvision"),
+        ("model", {"name": "mlp", "weights": "w.pt"}, "unknown key 'model.weights': known here: name, hidden"),
         ("training.schedule", {"name": "cosin"}, "training.schedule: input tag 'cosin'"),
         ("execution.device", "gpu", "execution.device: "),
         ("name", "My Experiment", "name: "),
@@ -200,6 +204,24 @@ def test_paths_are_relative_to_the_file_and_masks_count_by_content(tmp_path):
     a, b, c = (Experiment.load(tmp_path / folder / "e.yaml") for folder in "abc")
     assert a.dataset.root == tmp_path / "a" / "images"
     assert a.fingerprint("d") == b.fingerprint("d") != c.fingerprint("d")
+
+
+def test_weights_are_relative_to_the_file_and_count_by_content(tmp_path):
+    for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w.pt").write_bytes(content)
+        (tmp_path / folder / "e.yaml").write_text(yaml.safe_dump({**BASE, "model": {"name": "resnet9", "weights": "w.pt"}}))
+    a, b, c = (Experiment.load(tmp_path / folder / "e.yaml") for folder in "abc")
+    assert a.model.weights == str(tmp_path / "a" / "w.pt")
+    assert a.fingerprint("d") == b.fingerprint("d") != c.fingerprint("d")
+    moved = a.with_files({tmp_path / "a" / "w.pt": tmp_path / "b" / "w.pt"})
+    assert moved.model == b.model
+    published = [changed("model", {"name": "resnet50", "weights": f"IMAGENET1K_V{version}"}) for version in (1, 2)]
+    assert published[0].model.weights_file is None
+    assert published[0].fingerprint("d") != published[1].fingerprint("d")
+    (tmp_path / "a" / "w.pt").unlink()
+    with pytest.raises(SpecError, match=r"model\.weights: .*w\.pt cannot be read \(No such file"):
+        a.fingerprint("d")
 
 
 def test_later_keys_keep_their_defaults():

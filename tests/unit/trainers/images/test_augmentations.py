@@ -23,7 +23,7 @@ ERASING = RandomErasing(name="random-erasing")
 def augmented(step, images, epoch=0):
     """Return the draws and the augmented images [N, H, W, C] of one step, for one trial."""
     count, height, width, channels = images.shape
-    augmentation = epoch_augmentation([step], 5, [7], epoch, count, height, width)
+    augmentation = epoch_augmentation([step], 5, [7], epoch, count, (height, width))
     draws = [{name: torch.from_numpy(array) for name, array in drawn.items()} for drawn in augmentation.draws]
     result = augment(images[None], augmentation.names, draws, torch.arange(channels) * 10.4 + 100)
     assert result.dtype == torch.uint8
@@ -112,7 +112,7 @@ def test_erased_rectangles_hold_the_mean_pixel():
 def test_rectangles_are_distributed_as_those_of_torchvision(step, theirs, keys):
     torch.manual_seed(0)
     image = torch.zeros(3, 24, 20)
-    drawn = epoch_augmentation([step], 0, [0], 0, 4000, 24, 20).draws[0]
+    drawn = epoch_augmentation([step], 0, [0], 0, 4000, (24, 20)).draws[0]
     params = [theirs.make_params([image]) for _ in range(4000)]
     for ours, key in zip(("top", "left", "height", "width"), keys, strict=True):
         assert stats.ks_2samp(drawn[ours][0], [each[key] for each in params]).pvalue > 0.001, ours
@@ -120,14 +120,14 @@ def test_rectangles_are_distributed_as_those_of_torchvision(step, theirs, keys):
 
 def test_a_crop_that_never_fits_is_the_largest_one_at_the_centre():
     step = RandomResizedCrop(name="random-resized-crop", scale=[1.0, 1.0], ratio=[3.0, 4.0])
-    drawn = epoch_augmentation([step], 0, [0], 0, 5, 24, 20).draws[0]
+    drawn = epoch_augmentation([step], 0, [0], 0, 5, (24, 20)).draws[0]
     expected = v2.RandomResizedCrop((24, 20), scale=(1.0, 1.0), ratio=(3.0, 4.0)).make_params([torch.zeros(3, 24, 20)])
     assert {key: set(values[0].tolist()) for key, values in drawn.items()} == {key: {value} for key, value in expected.items()}
 
 
 def test_changes_of_colour_are_distributed_as_those_of_torchvision():
     torch.manual_seed(0)
-    drawn = epoch_augmentation([JITTER], 0, [0], 0, 4000, 24, 20).draws[0]
+    drawn = epoch_augmentation([JITTER], 0, [0], 0, 4000, (24, 20)).draws[0]
     theirs = v2.ColorJitter(0.4, 0.5, 0.6, 0.1)
     params = [theirs.make_params([]) for _ in range(4000)]
     for place, key in enumerate(("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")):
@@ -140,7 +140,7 @@ def test_changes_of_colour_are_distributed_as_those_of_torchvision():
 def test_augmentation_shifts_with_zeros_and_mirrors(digits):
     images = DeviceImages(digits, CPU)
     index = torch.arange(20).reshape(2, 10)
-    augmentation = epoch_augmentation([CropFlip(name="crop-flip")], 0, [3, 4], 0, 10, 8, 8)
+    augmentation = epoch_augmentation([CropFlip(name="crop-flip")], 0, [3, 4], 0, 10, (8, 8))
     (moves,) = augmentation.draws
     normalised = images.normalised(images.gather(index, augmentation, slice(0, 10)))
     got = normalised * torch.tensor(digits.std) + torch.tensor(digits.mean)
@@ -183,7 +183,7 @@ def test_a_chain_gives_the_same_bits_in_any_shard(declare, tmp_path, model):
 
 def test_the_steps_of_a_chain_are_applied_in_their_order():
     images = pictures(3)[None]
-    augmentation = epoch_augmentation([CROP, CropFlip(name="crop-flip"), JITTER], 0, [0], 0, 40, 24, 20)
+    augmentation = epoch_augmentation([CROP, CropFlip(name="crop-flip"), JITTER], 0, [0], 0, 40, (24, 20))
     draws = [{name: torch.from_numpy(array) for name, array in drawn.items()} for drawn in augmentation.draws]
     expected = images
     for name, drawn in zip(augmentation.names, draws, strict=True):

@@ -30,7 +30,7 @@ from memtail.trainers.images.stack import is_stackable, stack_networks
 from memtail.trainers.images.stack_trainer import StackedRun
 from memtail.trials import unpack
 from tests.support.arrays import write_arrays
-from tests.support.training import STACKABLE, same_bits, torchs_optimizer
+from tests.support.training import STACKABLE, Interrupted, same_bits, torchs_optimizer
 
 CPU = torch.device("cpu")
 
@@ -247,24 +247,6 @@ def test_one_trial_that_does_not_fit_is_an_error(declare, digits, monkeypatch):
         train_shard(declare(3), digits, range(3), CPU)
 
 
-class Memory:
-    """Checkpoints in memory; raises `StopError` once the save numbered `stop_at` is kept."""
-
-    class StopError(Exception):
-        pass
-
-    def __init__(self, stop_at=None):
-        self.state, self.saves, self.stop_at = None, 0, stop_at
-
-    def load(self):
-        return self.state
-
-    def save(self, state):
-        self.state, self.saves = state, self.saves + 1
-        if self.saves == self.stop_at:
-            raise Memory.StopError
-
-
 @pytest.mark.parametrize(
     ("model", "stop_at", "optimizer"),
     [
@@ -292,13 +274,13 @@ def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, mo
     )
     dataset = prepare(experiment.dataset)
     expected = train_shard(experiment, dataset, range(5), CPU)
-    checkpoints = Memory(stop_at)
-    with pytest.raises(Memory.StopError):
+    checkpoints = Interrupted(stop_at)
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)
     saves = checkpoints.saves
     resumed = train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)
     assert same_bits([expected], [resumed], margins=True)
-    whole = Memory()
+    whole = Interrupted()
     train_shard(experiment, dataset, range(5), CPU, checkpoints=whole)
     assert checkpoints.saves - saves == whole.saves - stop_at  # no epoch before the checkpoint was trained again
 
@@ -310,9 +292,9 @@ def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, mon
     experiment = declare(9, training={"epochs": 1, "batch_size": 256})
     expected = train_shard(experiment, digits, range(9), CPU)
     for before, after, stop_at in ((2, 8, 13), (8, 2, 2), (3, 16, 4)):
-        checkpoints = Memory(stop_at)
+        checkpoints = Interrupted(stop_at)
         monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": before})
-        with pytest.raises(Memory.StopError):
+        with pytest.raises(Interrupted.StopError):
             train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)
         monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": after})
         assert same_bits([expected], [train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)])
@@ -321,8 +303,8 @@ def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, mon
 def test_a_shard_that_is_resumed_on_another_kind_of_device_names_all_kinds_in_order(declare, digits, monkeypatch):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
-    experiment, checkpoints = declare(2), Memory(1)
-    with pytest.raises(Memory.StopError):
+    experiment, checkpoints = declare(2), Interrupted(1)
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints)
     first = train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints).provenance
     assert first.devices is None
@@ -342,7 +324,7 @@ def test_checkpoints_that_take_long_are_written_rarely(declare, digits, monkeypa
 
     def saves(share: float) -> int:
         monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", share)
-        checkpoints = Memory()
+        checkpoints = Interrupted()
         train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)
         return checkpoints.saves
 
@@ -355,10 +337,10 @@ def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digit
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     experiment = declare(2, training={"epochs": 1})
     expected = train_shard(experiment, digits, range(2), CPU)
-    foreign = Memory(3)
-    with pytest.raises(Memory.StopError):
+    foreign = Interrupted(3)
+    with pytest.raises(Interrupted.StopError):
         train_shard(declare(2, training={"epochs": 1, "label_smoothing": 0.5}), digits, range(2), CPU, checkpoints=foreign)
-    damaged = Memory()
+    damaged = Interrupted()
     damaged.state = foreign.state[: len(foreign.state) // 2]
     for checkpoints in (foreign, damaged):
         checkpoints.stop_at = None
@@ -373,8 +355,8 @@ def test_a_checkpoint_of_an_older_layout_is_dropped_and_the_shard_starts_over(de
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     experiment = declare(4, training={"epochs": 1})
     expected = train_shard(experiment, digits, range(4), CPU)
-    checkpoints = Memory(30)
-    with pytest.raises(Memory.StopError):
+    checkpoints = Interrupted(30)
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)
     state = torch.load(io.BytesIO(checkpoints.state), weights_only=True)
     assert state.pop("layout") == 2
@@ -385,7 +367,7 @@ def test_a_checkpoint_of_an_older_layout_is_dropped_and_the_shard_starts_over(de
     torch.save({**state, "done": [first]}, older)  # as version 0.1.0 wrote it
     checkpoints.state, checkpoints.stop_at, checkpoints.saves = older.getvalue(), None, 0
     assert same_bits([expected], [train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)])
-    whole = Memory()
+    whole = Interrupted()
     train_shard(experiment, digits, range(4), CPU, checkpoints=whole)
     assert checkpoints.saves == whole.saves
     shown = "".join(capfd.readouterr())
@@ -553,7 +535,7 @@ def test_a_checkpoint_of_another_implementation_of_the_step_is_dropped(declare, 
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     experiment = declare(3, model={"name": "mlp", "hidden": [16]}, dataset={"name": "digits", "max_train": 300})
-    dataset, checkpoints = prepare(experiment.dataset), Memory(stop_at=2)
+    dataset, checkpoints = prepare(experiment.dataset), Interrupted(stop_at=2)
 
     def choose(compiled):
         monkeypatch.setattr(stack_trainer, "dense_layers", dense_layers if compiled else lambda stack: None)
@@ -561,7 +543,7 @@ def test_a_checkpoint_of_another_implementation_of_the_step_is_dropped(declare, 
     choose(not compiled_first)
     expected = train_shard(experiment, dataset, range(3), CPU)
     choose(compiled_first)
-    with pytest.raises(Memory.StopError):
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, dataset, range(3), CPU, checkpoints=checkpoints)
     choose(not compiled_first)
     resumed = train_shard(experiment, dataset, range(3), CPU, checkpoints=checkpoints)
@@ -574,10 +556,10 @@ def test_no_trial_is_trained_partly_elsewhere_though_the_checkpoint_fits(declare
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
     experiment = declare(4, dataset={"name": "digits", "max_train": 300})
-    dataset, checkpoints, whole = prepare(experiment.dataset), Memory(), Memory()
+    dataset, checkpoints, whole = prepare(experiment.dataset), Interrupted(), Interrupted()
     expected = train_shard(experiment, dataset, range(4), CPU, checkpoints=whole)
     checkpoints.stop_at = whole.saves - 1  # in the second stack
-    with pytest.raises(Memory.StopError):
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, dataset, range(4), CPU, checkpoints=checkpoints)
     state = torch.load(io.BytesIO(checkpoints.state), weights_only=True)
     assert len(state["finished"]) == 1
