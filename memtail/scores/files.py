@@ -6,6 +6,7 @@
   `filename` if the dataset has file names; in the csv, one that begins like a formula has a leading apostrophe (`memtail.scores.csv`).
 * `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
   float32 [train, test], `tr_classidx_{K}` and `tt_classidx_{K}`, all in original order.
+* `snapshots.parquet`, if outcomes by epoch are recorded: `index`, `epoch`, `mem`, `mem_se`; one row for each training example and epoch.
 * `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors.
 * `statistics.npz`: the arrays of `memtail.statistics.accumulator.PackedTrials`.
 * `index.npz`, for datasets with file names: `tr_filenames`, `tt_filenames`, `tr_labels`, `tt_labels`, `tr_mem`.
@@ -28,9 +29,10 @@ import pyarrow.parquet
 from memtail.datasets import DatasetLabels
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
 from memtail.estimators.binomial import share
+from memtail.estimators.memorization import from_counts
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.scores.csv import write_csv
-from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SCHEMA, SE_QUANTILES, PairSummary, ScoreSummary
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
@@ -62,6 +64,8 @@ def write_scores(
     pairs = high_influence_pairs(packed, mem, dataset.train_labels, dataset.test_labels)
     progress()
     _write_memorization(folder, mem, statistics, dataset)
+    if statistics.by_epoch:
+        _write_snapshots(folder / SNAPSHOTS, statistics)
     _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
     _write_pairs(folder, pairs)
     np.savez(
@@ -163,6 +167,19 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
     table = pa.table(columns)
     pyarrow.parquet.write_table(table, folder / MEMORIZATION)
     write_csv(table, folder / MEMORIZATION_CSV)
+
+
+def _write_snapshots(path: Path, statistics: Statistics) -> None:
+    correct_in, correct = np.stack(list(statistics.by_epoch.values()), axis=1)
+    mem = from_counts(statistics.k_in, statistics.k_out, correct_in, correct - correct_in)
+    epochs = np.array(list(statistics.by_epoch), np.int32)
+    columns = {
+        "index": np.tile(np.arange(statistics.n_train), len(epochs)),
+        "epoch": epochs.repeat(statistics.n_train),
+        "mem": mem.value.ravel(),
+        "mem_se": mem.standard_error.ravel(),
+    }
+    pyarrow.parquet.write_table(pa.table(columns), path)
 
 
 def _write_influence_matrix(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from memtail.digests import file_digest
 from memtail.errors import SpecError
@@ -32,6 +32,9 @@ RECIPE_VERSION = 2
 
 #: Pattern of experiment names, which are parts of object keys.
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
+
+#: Most epochs after which outcomes are recorded.
+MOST_SNAPSHOTS = 32
 
 # Fewest trials in the first round of an experiment that stops at a standard error.
 _SMALLEST_ROUND = 64
@@ -111,14 +114,22 @@ class SubsetsSpec(Part):
         return self
 
 
+def _ascending(epochs: list[int]) -> list[int]:
+    if sorted(set(epochs)) != epochs:
+        raise ValueError(f"are different epochs in ascending order, not {epochs}")
+    return epochs
+
+
 class RecordedOutcomes(Part):
     """Additional outcomes recorded in each trial.
 
     Attributes:
         margins: record the logit margin of every example.
+        snapshots: record after these epochs, too, which training examples are classified correctly; of the built-in trainer.
     """
 
     margins: bool = False
+    snapshots: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=MOST_SNAPSHOTS), AfterValidator(_ascending)] = []
 
 
 class ExecutionSpec(Part):
@@ -174,6 +185,16 @@ class Experiment(Part):
                     f"{key} is for the built-in trainer, and trainer.{kind} replaces it: remove {key}, or pass trainer.options"
                 )
         return data
+
+    @model_validator(mode="after")
+    def _snapshots_are_within_the_training(self) -> Self:
+        if not (snapshots := self.record.snapshots):
+            return self
+        if not isinstance(self.trainer, ImagesTrainer):
+            raise ValueError("record.snapshots is for the built-in trainer, whose epochs memtail knows: remove it")
+        if snapshots[-1] > self.training.epochs:
+            raise ValueError(f"record.snapshots: {snapshots[-1]} is after the last of {self.training.epochs} epochs: name epochs up to it")
+        return self
 
     @field_validator("name", mode="before")
     @classmethod

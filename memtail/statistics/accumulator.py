@@ -126,6 +126,8 @@ class Statistics:
             of 2^-24, in which float16 is exact; None if margins are not recorded.
         held_out_misclassifications: classes predicted by the trials with the example outside their subset; None if a trial that counts has
             not recorded them.
+        by_epoch: of each epoch after which all trials that count have recorded outcomes, int64 [2, n]: trials with the example in their
+            subset that classify it correctly after the epoch, and trials that do so whether or not it is in their subset.
         conditions: numbers of accumulated trials by device, version of torch and version of memtail. No estimate depends on them.
     """
 
@@ -140,6 +142,7 @@ class Statistics:
         self.margin_in: Counts | None = None
         self.margin_out: Counts | None = None
         self.held_out_misclassifications: Misclassifications | None = Misclassifications()
+        self.by_epoch: dict[int, Counts] = {}
         self._membership: list[Words] = []
         self._train_correct: list[Words] = []
         self._test_correct: list[Words] = []
@@ -152,6 +155,7 @@ class Statistics:
         metrics: Sequence[TrialMetrics],
         misclassifications: Misclassifications | None,
         margins: tuple[Counts, Counts] | None,
+        by_epoch: dict[int, Counts],
     ) -> "Statistics":
         """Return statistics that consist of these parts, whose arrays they take over.
 
@@ -160,6 +164,7 @@ class Statistics:
             metrics: of every accumulated trial.
             misclassifications: `held_out_misclassifications`.
             margins: `margin_in` and `margin_out`.
+            by_epoch: `by_epoch`.
         """
         statistics = cls(packed.n_train, packed.n_test)
         statistics.k_in, statistics.correct_in, statistics.correct = packed.k_in, packed.correct_in, packed.correct
@@ -167,6 +172,7 @@ class Statistics:
         statistics.diverged = sum(entry.diverged for entry in metrics)
         statistics.margin_in, statistics.margin_out = margins or (None, None)
         statistics.held_out_misclassifications = misclassifications
+        statistics.by_epoch = by_epoch
         statistics._membership, statistics._train_correct = list(packed.membership), list(packed.train_correct)
         statistics._test_correct, statistics._counted = list(packed.test_correct), packed.counted.tolist()
         return statistics
@@ -224,6 +230,7 @@ class Statistics:
                 self.held_out_misclassifications.add(examples[held_out], predicted[ends[row] - len(examples) : ends[row]][held_out])
             if batch.train_margin is not None:
                 self._add_margin(members[row], batch.train_margin[row])
+            self._add_snapshots(batch, row, members[row])
         for condition, value in batch.provenance.conditions().items() if added else ():
             counts = self.conditions.setdefault(condition, {})
             counts[value] = counts.get(value, 0) + added
@@ -247,12 +254,26 @@ class Statistics:
         self.margin_in += np.where(members, fixed_point, 0)
         self.margin_out += np.where(members, 0, fixed_point)
 
+    def _add_snapshots(self, batch: TrialBatch, row: int, members: npt.NDArray[np.bool_]) -> None:
+        if batch.snapshot_epochs is None or batch.snapshot_correct is None:
+            self.by_epoch = {}
+            return
+        if self.trials == 1:  # the first
+            self.by_epoch = {epoch: np.zeros((2, self.n_train), np.int64) for epoch in batch.snapshot_epochs.tolist()}
+        correct = dict(zip(batch.snapshot_epochs.tolist(), unpack(batch.snapshot_correct[:, row], self.n_train), strict=True))
+        self.by_epoch = {epoch: sums for epoch, sums in self.by_epoch.items() if epoch in correct}
+        for epoch, sums in self.by_epoch.items():
+            sums[0] += members & correct[epoch]
+            sums[1] += correct[epoch]
+
     def digest(self) -> str:
         """SHA-256 (hex) of the bits and of the numbers of the diverged trials: equal for equal trials in whatever order they came."""
         diverged = sorted(trial for trial, metrics in self.metrics.items() if metrics.diverged)
         digest = hashlib.sha256(json.dumps([self.n_train, self.n_test, self._counted, diverged]).encode())
         for words in (*self._membership, *self._train_correct, *self._test_correct):
             digest.update(words.astype("<u8", copy=False).tobytes())
+        for epoch, sums in self.by_epoch.items():
+            digest.update(f"epoch {epoch}".encode() + sums.astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
 
     def packed(self) -> PackedTrials:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -31,11 +31,19 @@ _PIXELS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class StackResult:
-    """Outcomes of S trials on both splits, and their mean training loss in the last epoch, float64 [S]."""
+    """Outcomes of S trials.
+
+    Attributes:
+        train: of the final models, on the training split.
+        test: on the test split.
+        loss: float64 [S], the mean training loss in the last epoch.
+        snapshots: correctness on the training split after the epochs that are recorded, bool [S, n] each.
+    """
 
     train: SplitOutcomes
     test: SplitOutcomes
     loss: npt.NDArray[np.float64]
+    snapshots: dict[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
 
 class StackedRun:
@@ -88,6 +96,7 @@ class StackedRun:
         self.bounds = batch_bounds(subsets.shape[1], self.recipe.batch_size)
         self.epoch, self.step = 0, 0
         self.loss_sum = torch.zeros(len(trials), device=images.device)
+        self.snapshots: dict[int, npt.NDArray[np.bool_]] = {}
 
     def train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
         """Train to the end and evaluate.
@@ -95,15 +104,21 @@ class StackedRun:
         Args:
             between_steps: called after every few steps; it may save the state, or raise to stop.
         """
+        self._take_snapshot()  # the run may have been interrupted before it
         while self.epoch < self.recipe.epochs:
             self._train_epoch(between_steps)
-        m = self.subsets.shape[1]
+            self._take_snapshot()
+        m, margins = self.subsets.shape[1], self.experiment.record.margins
+        train, test = (self._evaluate(split, margins) for split in ("train", "test"))
+        return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy(), self.snapshots)
+
+    def _take_snapshot(self) -> None:
+        if self.step == 0 and self.epoch in self.experiment.record.snapshots and self.epoch not in self.snapshots:
+            self.snapshots[self.epoch] = self._evaluate("train", False).correct
+
+    def _evaluate(self, split: str, margins: bool) -> SplitOutcomes:
         with self.phases.measure("evaluation"):
-            train, test = (
-                evaluate(self.stack, self.images, split, self.experiment.record.margins, self.autocast, self.recipe.batch_size)
-                for split in ("train", "test")
-            )
-        return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy())
+            return evaluate(self.stack, self.images, split, margins, self.autocast, self.recipe.batch_size)
 
     def _train_epoch(self, between_steps: Callable[["StackedRun"], None]) -> None:
         recipe, images, seed = self.recipe, self.images, self.experiment.subsets.seed
@@ -166,6 +181,8 @@ class StackedRun:
             "loss_sum": self.loss_sum,
             "random": torch.get_rng_state(),
         }
+        if self.snapshots:
+            state["snapshots"] = {epoch: torch.from_numpy(correct) for epoch, correct in self.snapshots.items()}
         if self.images.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.images.device)
         return copy.deepcopy(state)
@@ -183,6 +200,9 @@ class StackedRun:
         if (maker := state["made_by"]) != self._maker():
             raise ValueError(f"it was made by {maker}, this is {self._maker()}")
         self.epoch, self.step = state["epoch"], state["step"]
+        taken = {epoch: correct.cpu().numpy() for epoch, correct in state.get("snapshots", {}).items()}
+        passed = self.epoch if self.step else self.epoch - 1
+        self.snapshots = {epoch: taken[epoch] for epoch in self.experiment.record.snapshots if epoch <= passed or epoch in taken}
         self.stack.load_state_dict(state["stack"])
         if self.optimizer:
             self.optimizer.load_state_dict(state["optimizer"])

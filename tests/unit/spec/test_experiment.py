@@ -35,6 +35,7 @@ LATER_KEYS: dict[str, Any] = {
     "TableColumns.features": None,
     "TableColumns.id": None,
     "TableColumns.split": None,
+    "RecordedOutcomes.snapshots": [],
     "NamedModel.weights": None,
     "NamedModel.freeze": [],
     "RandomResizedCrop.scale": [0.08, 1.0],
@@ -109,6 +110,9 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("training.augmentation", ["flip", {"name": "random-erasing", "scale": [0.5, 0.1]}], "training.augmentation.1.scale: goes from"),
         ("model", {"name": "resnet18", "weights": "DEFAULT"}, "model.weights: are other weights in another version of torchvision"),
         ("model", {"name": "mlp", "weights": "w.pt"}, "unknown key 'model.weights': known here: name, hidden"),
+        ("record.snapshots", [5, 5], "record.snapshots: are different epochs in ascending order, not [5, 5]"),
+        ("record.snapshots", [0], "record.snapshots.0: input should be greater than or equal to 1 (got 0)"),
+        ("record.snapshots", [5, 30], "record.snapshots: 30 is after the last of 20 epochs"),
         ("training.schedule", {"name": "cosin"}, "training.schedule: input tag 'cosin'"),
         ("execution.device", "gpu", "execution.device: "),
         ("name", "My Experiment", "name: "),
@@ -222,6 +226,11 @@ def test_weights_are_relative_to_the_file_and_count_by_content(tmp_path):
     (tmp_path / "a" / "w.pt").unlink()
     with pytest.raises(SpecError, match=r"model\.weights: .*w\.pt cannot be read \(No such file"):
         a.fingerprint("d")
+
+
+def test_outcomes_by_epoch_of_training_code_of_the_users_own_are_refused():
+    with pytest.raises(SpecError, match=r"record\.snapshots is for the built-in trainer, whose epochs memtail knows: remove it"):
+        Experiment.parse({**BASE, "trainer": {"function": "train:train"}, "record": {"snapshots": [1]}})
 
 
 def test_later_keys_keep_their_defaults():

@@ -572,3 +572,46 @@ def test_no_trial_is_trained_partly_elsewhere_though_the_checkpoint_fits(declare
     shown = "".join(capfd.readouterr())
     assert "checkpoint does not fit, starting over" in shown
     assert next(iter(made_by.values())) in shown
+
+
+@pytest.mark.parametrize("model", [{"name": "mlp", "hidden": [16]}, {"name": "resnet9", "options": {"width": 2}}])
+def test_outcomes_after_an_epoch_are_those_of_a_training_that_ends_there(declare, model):
+    parts = {"model": model, "dataset": {"name": "digits", "max_train": 200}}
+    training = {"epochs": 3, "schedule": {"name": "constant"}, "augmentation": "crop-flip"}
+    plain, recording = declare(5, training=training, **parts), declare(5, training=training, record={"snapshots": [1, 2, 3]}, **parts)
+    dataset = prepare(plain.dataset)
+    expected, batch = (train_shard(experiment, dataset, range(5), CPU) for experiment in (plain, recording))
+    assert same_bits([expected], [batch])
+    assert expected.snapshot_epochs is None
+    assert batch.snapshot_epochs.tolist() == [1, 2, 3]
+    assert (batch.snapshot_correct[2] == batch.train_correct).all()
+    for epoch in (1, 2):
+        shorter = train_shard(declare(5, training={**training, "epochs": epoch}, **parts), dataset, range(5), CPU)
+        assert (batch.snapshot_correct[epoch - 1] == shorter.train_correct).all()
+
+
+@pytest.mark.parametrize("stop_at", range(1, 18, 3))
+def test_outcomes_by_epoch_survive_an_interruption_anywhere(declare, monkeypatch, stop_at):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
+    parts = {"training": {"epochs": 3}, "dataset": {"name": "digits", "max_train": 200}}
+    experiment = declare(4, record={"snapshots": [1, 2]}, **parts)
+    dataset, checkpoints = prepare(experiment.dataset), Interrupted(stop_at)
+    expected = train_shard(experiment, dataset, range(4), CPU)
+    with pytest.raises(Interrupted.StopError):
+        train_shard(experiment, dataset, range(4), CPU, checkpoints=checkpoints)
+    other = declare(4, record={"snapshots": [1, 2, 3]}, **parts)  # of one fingerprint
+    held = Interrupted()
+    held.state = checkpoints.state
+    resumed = train_shard(experiment, dataset, range(4), CPU, checkpoints=checkpoints)
+    assert same_bits([expected], [resumed])
+    assert (resumed.snapshot_correct == expected.snapshot_correct).all()
+    more = train_shard(other, dataset, range(4), CPU, checkpoints=held)
+    assert same_bits([expected], [more])
+    assert (more.snapshot_correct[:2] == expected.snapshot_correct).all()
+    plain = Interrupted(stop_at)
+    with pytest.raises(Interrupted.StopError):
+        train_shard(declare(4, **parts), dataset, range(4), CPU, checkpoints=plain)
+    assert (train_shard(experiment, dataset, range(4), CPU, checkpoints=plain).snapshot_correct == expected.snapshot_correct).all()
