@@ -13,7 +13,7 @@ import numpy as np
 from memtail.datasets import Dataset
 from memtail.datasets.opaque_dataset import write_opaque
 from memtail.datasets.staged_dataset import stage
-from memtail.datasets.staged_masks import stage_masks
+from memtail.datasets.staged_inputs import stage_inputs
 from memtail.errors import OutcomeError
 from memtail.exchange.foreign import ForeignTrial, ForeignTrials, read_foreign
 from memtail.execution.aggregation import Aggregation, Pace
@@ -88,12 +88,12 @@ def import_trials(
     with tempfile.TemporaryDirectory(prefix="memtail-import-") as folder:
         masks = Path(folder, "masks.npy")
         _write_masks(trials, masks)
-        record = declare(_experiment(name, spec, trials, masks), dataset, _SHARD)
+        declared = declare(_experiment(name, spec, trials, masks), dataset, _SHARD)
         if store.exists(keys.experiment(name)):
-            record = experiment_store.register(record)  # refuse before a large dataset is uploaded
+            experiment_store.register(declared)  # refuse before a large dataset is uploaded
         stage(dataset, store)
-        stage_masks(masks, record.canonical["subsets"]["masks"], store)
-    record = experiment_store.register(record)
+        stage_inputs(declared.experiment, declared.canonical, store)
+    record = experiment_store.register(declared)
     _commit(experiment_store, record, dataset, trials, on_progress)
     aggregation = Aggregation(experiment_store, record, dataset, Pace(1, 1, first_at_once=True))
     aggregation.accumulate_new()

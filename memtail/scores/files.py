@@ -8,6 +8,7 @@
 * `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
   float32 [train, test], `tr_classidx_{K}` and `tt_classidx_{K}`, all in original order. As in theirs, scores without an estimate are 0;
   `tr_mem_defined` bool [train] says which have one.
+* `snapshots.parquet`, if outcomes by epoch are recorded: `index`, `epoch`, `mem`, `mem_se`; one row for each training example and epoch.
 * `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors, and with `infl_p` and
   `infl_p_se`, influence on scores, if all trials have recorded scores.
 * `statistics.npz`: the arrays of `memtail.statistics.accumulator.PackedTrials`.
@@ -38,10 +39,11 @@ from memtail.datasets import DatasetLabels
 from memtail.datasets.dataset import Names
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
 from memtail.estimators.binomial import Floats, share
+from memtail.estimators.memorization import from_counts
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.estimators.soft import soft_influence_at, soft_memorization
 from memtail.scores.csv import write_csv
-from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SCHEMA, SE_QUANTILES, PairSummary, ScoreSummary
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
@@ -73,6 +75,8 @@ def write_scores(
     pairs = high_influence_pairs(packed, mem, dataset.train_labels, dataset.test_labels)
     progress()
     _write_memorization(folder, mem, statistics, dataset)
+    if statistics.by_epoch:
+        _write_snapshots(folder / SNAPSHOTS, statistics)
     _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
     _write_pairs(folder, pairs, soft_influence_at(packed, pairs.train, pairs.test))
     arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}
@@ -174,6 +178,19 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
     table = pa.table(columns)
     pyarrow.parquet.write_table(table, folder / MEMORIZATION)
     write_csv(table, folder / MEMORIZATION_CSV)
+
+
+def _write_snapshots(path: Path, statistics: Statistics) -> None:
+    correct_in, correct = np.stack(list(statistics.by_epoch.values()), axis=1)
+    mem = from_counts(statistics.k_in, statistics.k_out, correct_in, correct - correct_in)
+    epochs = np.array(list(statistics.by_epoch), np.int32)
+    columns = {
+        "index": np.tile(np.arange(statistics.n_train), len(epochs)),
+        "epoch": epochs.repeat(statistics.n_train),
+        "mem": mem.value.ravel(),
+        "mem_se": mem.standard_error.ravel(),
+    }
+    pyarrow.parquet.write_table(pa.table(columns), path)
 
 
 def _write_influence_matrix(

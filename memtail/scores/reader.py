@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import ScoresError
-from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.scores.summary import ScoreSummary
 
 if TYPE_CHECKING:
@@ -55,11 +55,16 @@ class Scores:
         """The columns of the table of high-influence pairs, with standard errors, by falling influence."""
         return self._table(PAIRS_TABLE)
 
-    def to_pandas(self, table: Literal["memorization", "pairs"]) -> "pd.DataFrame":
-        """Return a table as a pandas frame."""
+    @cached_property
+    def snapshots(self) -> dict[str, Column] | None:
+        """The columns of `snapshots.parquet`, memorization by epoch, ascending; None if no outcomes by epoch are published."""
+        return self._table(SNAPSHOTS) if (self.folder / SNAPSHOTS).exists() else None
+
+    def to_pandas(self, table: Literal["memorization", "pairs", "snapshots"]) -> "pd.DataFrame":
+        """Return a table as a pandas frame; an empty one if no outcomes by epoch are published."""
         import pandas as pd
 
-        return pd.DataFrame(self.memorization if table == "memorization" else self.pairs)
+        return pd.DataFrame(getattr(self, table))
 
     @cached_property
     def statistics(self) -> "PackedTrials":

@@ -132,6 +132,8 @@ class Statistics:
         held_out_misclassifications: classes predicted by the trials with the example outside their subset; None if a trial that counts has
             not recorded them.
         soft: sums of the scores of training examples; None if a trial that counts has no scores.
+        by_epoch: of each epoch after which all trials that count have recorded outcomes, int64 [2, n]: trials with the example in their
+            subset that classify it correctly after the epoch, and trials that do so whether or not it is in their subset.
         conditions: numbers of accumulated trials by device, version of torch and version of memtail. No estimate depends on them.
     """
 
@@ -147,6 +149,7 @@ class Statistics:
         self.margin_out: Counts | None = None
         self.held_out_misclassifications: Misclassifications | None = Misclassifications()
         self.soft: SoftSums | None = SoftSums.zeros(n_train)
+        self.by_epoch: dict[int, Counts] = {}
         self._membership: list[Words] = []
         self._train_correct: list[Words] = []
         self._test_correct: list[Words] = []
@@ -161,6 +164,7 @@ class Statistics:
         misclassifications: Misclassifications | None,
         margins: tuple[Counts, Counts] | None,
         soft: SoftSums | None,
+        by_epoch: dict[int, Counts],
     ) -> "Statistics":
         """Return statistics that consist of these parts, whose arrays they take over.
 
@@ -170,6 +174,7 @@ class Statistics:
             misclassifications: `held_out_misclassifications`.
             margins: `margin_in` and `margin_out`.
             soft: `soft`.
+            by_epoch: `by_epoch`.
         """
         statistics = cls(packed.n_train, packed.n_test)
         statistics.k_in, statistics.correct_in, statistics.correct = packed.k_in, packed.correct_in, packed.correct
@@ -177,6 +182,7 @@ class Statistics:
         statistics.diverged = sum(entry.diverged for entry in metrics)
         statistics.margin_in, statistics.margin_out = margins or (None, None)
         statistics.held_out_misclassifications = misclassifications
+        statistics.by_epoch = by_epoch
         statistics._membership, statistics._train_correct = list(packed.membership), list(packed.train_correct)
         statistics._test_correct, statistics._counted = list(packed.test_correct), packed.counted.tolist()
         statistics.soft = soft
@@ -242,6 +248,7 @@ class Statistics:
             elif self.soft is not None:
                 self.soft.add(members[row], batch.train_score[row])
                 place(self._test_score[trial // _BITS], trial % _BITS, batch.test_score[row])
+            self._add_snapshots(batch, row, members[row])
         for condition, value in batch.provenance.conditions().items() if added else ():
             counts = self.conditions.setdefault(condition, {})
             counts[value] = counts.get(value, 0) + added
@@ -267,6 +274,18 @@ class Statistics:
         self.margin_in += np.where(members, fixed_point, 0)
         self.margin_out += np.where(members, 0, fixed_point)
 
+    def _add_snapshots(self, batch: TrialBatch, row: int, members: npt.NDArray[np.bool_]) -> None:
+        if batch.snapshot_epochs is None or batch.snapshot_correct is None:
+            self.by_epoch = {}
+            return
+        if self.trials == 1:  # the first
+            self.by_epoch = {epoch: np.zeros((2, self.n_train), np.int64) for epoch in batch.snapshot_epochs.tolist()}
+        correct = dict(zip(batch.snapshot_epochs.tolist(), unpack(batch.snapshot_correct[:, row], self.n_train), strict=True))
+        self.by_epoch = {epoch: sums for epoch, sums in self.by_epoch.items() if epoch in correct}
+        for epoch, sums in self.by_epoch.items():
+            sums[0] += members & correct[epoch]
+            sums[1] += correct[epoch]
+
     def digest(self) -> str:
         """SHA-256 (hex) of the bits and of the numbers of the diverged trials: equal for equal trials in whatever order they came."""
         diverged = sorted(trial for trial, metrics in self.metrics.items() if metrics.diverged)
@@ -276,6 +295,8 @@ class Statistics:
         if self.soft is not None and self.trials:
             for array in (*vars(self.soft).values(), *self._test_score):
                 digest.update(array.astype(f"<{array.dtype.kind}8", copy=False).tobytes())
+        for epoch, sums in self.by_epoch.items():
+            digest.update(f"epoch {epoch}".encode() + sums.astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
 
     def packed(self) -> PackedTrials:

@@ -10,6 +10,7 @@ Schema 1, for t accumulated trials of b batches on n training and q test example
 * `margin_in`, `margin_out` int64 [n], where margins are recorded.
 * `score_in`, `square_in`, `score_out`, `square_out` int64 [n], the arrays of `SoftSums`, and `test_score` uint64 [8, W, q], if all trials
   have scores.
+* `epoch` int64 [e] and `by_epoch` int64 [e, 2, n], the sums of `Statistics.by_epoch`, where outcomes by epoch are recorded.
 """
 
 import json
@@ -71,6 +72,9 @@ class Snapshot:
             arrays |= {"margin_in": statistics.margin_in, "margin_out": statistics.margin_out}
         if statistics.soft is not None and packed.test_score is not None:
             arrays |= vars(statistics.soft) | {"test_score": packed.test_score}
+        if statistics.by_epoch:
+            arrays["epoch"] = np.array(list(statistics.by_epoch), np.int64)
+            arrays["by_epoch"] = np.stack(list(statistics.by_epoch.values()))
         np.savez(path, **arrays)
 
     @classmethod
@@ -118,15 +122,18 @@ class Snapshot:
             metrics.append(TrialMetrics(trial, flag, **recorded))
         if packed.trials != sum(not entry.diverged for entry in metrics):
             raise ValueError("its trials are not those of its bits")
-        misclassifications, margins, soft = None, None, None
+        misclassifications, margins, soft, by_epoch = None, None, None, {}
         if "misclassified" in arrays:
             misclassifications = Misclassifications(array("misclassified", np.int64, k), array("frequency", np.int32, k))
         if "margin_in" in arrays:
             margins = array("margin_in", np.int64, n_train), array("margin_out", np.int64, n_train)
         if packed.test_score is not None:
             soft = SoftSums(*(array(field.name, np.int64, n_train) for field in fields(SoftSums)))
+        if "epoch" in arrays:
+            epochs = array("epoch", np.int64, len(arrays["epoch"])).tolist()
+            by_epoch = dict(zip(epochs, array("by_epoch", np.int64, len(epochs), 2, n_train), strict=True))
         shards = map(Shard, array("first", np.int64, b).tolist(), array("last", np.int64, b).tolist())
         batches = dict(zip(shards, (tag.decode() for tag in arrays["tag"].tolist()), strict=True))
-        statistics = Statistics.restored(packed, metrics, misclassifications, margins, soft)
+        statistics = Statistics.restored(packed, metrics, misclassifications, margins, soft, by_epoch)
         statistics.conditions = _CONDITIONS.validate_python(header["conditions"])
         return cls(str(header["fingerprint"]), statistics, batches)

@@ -87,7 +87,8 @@ class Work:
     def _experiment(self) -> Experiment:
         """The experiment, with paths that hold in another folder."""
         experiment = self.record.experiment
-        return experiment.with_masks(experiment.subsets.masks.absolute()) if experiment.subsets.masks else experiment
+        paths = [path for path in (experiment.subsets.masks, experiment.model.weights_file) if path is not None]
+        return experiment.with_files({path: path.absolute() for path in paths})
 
 
 class _RemoteTraceback(Exception):  # noqa: N818 - not raised, but shown as a cause

@@ -16,13 +16,12 @@ from structlog.contextvars import bound_contextvars
 from memtail.datasets import Dataset
 from memtail.datasets.cache_folder import note_use
 from memtail.datasets.staged_dataset import fetch
-from memtail.datasets.staged_masks import fetch_masks
+from memtail.datasets.staged_inputs import fetch_inputs
 from memtail.errors import DatasetError, LocalFileError, SpecError, StoreError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Failure, Notice, Record
 from memtail.settings import Settings
-from memtail.spec import Experiment
 from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.trainers.code import code_folder
 from memtail.trainers.shard_trainer import ShardTrainer
@@ -232,7 +231,8 @@ class Trainer:
             return self._stopping() or lease.cancelled or lease.lost
 
         try:
-            record, dataset = replace(record, experiment=self._experiment_of(record)), self._dataset_of(record, interrupted)
+            experiment = fetch_inputs(record.experiment, record.canonical, self._store, Settings().cache)
+            record, dataset = replace(record, experiment=experiment), self._dataset_of(record, interrupted)
         except (DatasetError, LocalFileError, OSError) as error:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
 
@@ -260,12 +260,6 @@ class Trainer:
     def _report_training(self, experiment: str, result: ShardResult) -> None:
         committed = result.outcome is ShardOutcome.COMMITTED
         self._report("trained", experiment, result.trials, committed, result.examples, result.seconds, result.phases)
-
-    def _experiment_of(self, record: Record) -> Experiment:
-        """The experiment, with its masks, if any, in a file on this machine."""
-        if record.experiment.subsets.masks is None:
-            return record.experiment
-        return record.experiment.with_masks(fetch_masks(self._store, record.canonical["subsets"]["masks"], Settings().cache))
 
     def _dataset_of(self, record: Record, interrupted: Callable[[], bool]) -> Dataset:
         """The dataset; the last one stays open, so that its images stay on the device from shard to shard."""

@@ -36,6 +36,25 @@ def test_a_batch_is_read_back_as_written(k, n, q, seed, margins, mistakes):
     assert read.to_bytes() == batch.to_bytes()
 
 
+def test_outcomes_by_epoch_are_read_back_and_must_fit():
+    batch, (_, train, _) = make(mistakes=False)
+    correct = np.stack([batch.train_correct, ~batch.train_correct])
+    recorded = replace(batch, snapshot_epochs=np.array([2, 7], np.int32), snapshot_correct=correct)
+    read = TrialBatch.from_bytes(recorded.to_bytes())
+    assert read.snapshot_epochs.tolist() == [2, 7]
+    assert (unpack(read.snapshot_correct[0], batch.n_train) == train).all()
+    assert (read.snapshot_correct == correct).all()
+    for changes, message in (
+        ({"snapshot_epochs": np.array([7, 2], np.int32)}, "snapshot_epochs is not int32 in ascending order"),
+        ({"snapshot_epochs": np.array([2, 7])}, "snapshot_epochs is not int32 in ascending order"),
+        ({"snapshot_epochs": None}, "snapshot_epochs is not int32"),
+        ({"snapshot_correct": None}, r"snapshot_correct is not uint8 \[2, 3, 2\]"),
+        ({"snapshot_correct": correct[:1]}, r"snapshot_correct is not uint8 \[2, 3, 2\]"),
+    ):
+        with pytest.raises(ForeignObjectError, match=message):
+            replace(recorded, **changes)
+
+
 def test_predicted_classes_must_match_the_number_of_misclassifications():
     batch, _ = make()
     with pytest.raises(ForeignObjectError, match=r"train_mistakes is uint16 \[\d+\], expected is uint16 \[\d+\]"):
