@@ -9,11 +9,19 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
+
+from memtail.errors import SpecError
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 # Seconds after which a signal is sent again whose exception was dropped.
 _AGAIN_SECONDS = 0.05
 _PR_SET_DUMPABLE = 4  # from linux/prctl.h
+# Exit code of a process whose import of the script starts a run, by which the process that started it knows the cause.
+_SCRIPT_RUNS = 70
 
 
 def cores() -> int:
@@ -25,6 +33,27 @@ def follow_parent() -> None:
     """Leave Ctrl-C, which reaches the whole process group, to the parent; end when the parent ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def end_if_imported() -> None:
+    """End this process if it is one of a run that imports the run's script, as multiprocessing does, and so would start the run again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # multiprocessing's mark of such a process
+        sys.exit(_SCRIPT_RUNS)
+
+
+def check_script(broken: "ProcessPoolExecutor") -> None:
+    """Check that a pool's process did not end because the script starts a run when it is imported.
+
+    Raises:
+        SpecError: it did.
+    """
+    processes = list((broken._processes or {}).values())
+    broken.shutdown()  # waits for the thread that collects the exit codes
+    if any(process.exitcode == _SCRIPT_RUNS for process in processes):
+        raise SpecError(
+            f"{sys.argv[0]} starts a run as soon as it is imported, and the processes of the run import it: "
+            'put the call under `if __name__ == "__main__":`'
+        ) from None
 
 
 def hide() -> None:

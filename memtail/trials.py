@@ -8,6 +8,9 @@ Schema 1, for k trials on n training and q test examples:
 * `train_mistakes` uint16 [w], the predicted classes of the misclassified training examples, trial by trial in the order of the examples,
   without diverged trials. Batches of memtail's first versions lack it.
 * `train_margin` float16 [k, n] and `test_margin` float16 [k, q], where margins are recorded.
+* `train_score` uint8 [k, n] and `test_score` uint8 [k, q], scores in 255ths, where scores are recorded.
+* `snapshot_epochs` int32 [s] and `snapshot_correct` uint8 [s, k, ceil(n/8)], packed as `train_correct`: outcomes after s epochs, ascending,
+  where they are recorded.
 * `metrics`, a list of one object per trial, and `provenance`, an object, both as JSON text.
 """
 
@@ -140,7 +143,8 @@ class TrialBatch:
     """The outcomes of k trials on n training and q test examples; immutable.
 
     Attributes:
-        trial, membership, train_correct, test_correct, train_margin, test_margin, train_mistakes: arrays of the module's schema.
+        trial, membership, train_correct, test_correct, train_margin, test_margin, train_mistakes, train_score, test_score, snapshot_epochs,
+            snapshot_correct: arrays of the module's schema.
         n_train, n_test: n and q.
         metrics: of each trial, in the order of `trial`.
         provenance: of the batch.
@@ -160,6 +164,10 @@ class TrialBatch:
     train_margin: npt.NDArray[np.float16] | None = None
     test_margin: npt.NDArray[np.float16] | None = None
     train_mistakes: npt.NDArray[np.uint16] | None = None
+    train_score: npt.NDArray[np.uint8] | None = None
+    test_score: npt.NDArray[np.uint8] | None = None
+    snapshot_epochs: npt.NDArray[np.int32] | None = None
+    snapshot_correct: Bits | None = None
 
     def __post_init__(self) -> None:
         k = len(self.trial)
@@ -169,6 +177,8 @@ class TrialBatch:
             "test_correct": (k, -(-self.n_test // 8)),
             "train_margin": (k, self.n_train),
             "test_margin": (k, self.n_test),
+            "train_score": (k, self.n_train),
+            "test_score": (k, self.n_test),
         }
         for name, shape in expected.items():
             array = getattr(self, name)
@@ -178,6 +188,7 @@ class TrialBatch:
         if [entry.trial for entry in self.metrics] != self.trial.tolist():
             raise ForeignObjectError(f"trial batch: its metrics are not those of its {k} trials")
         self._check_mistakes()
+        self._check_snapshots()
 
     def _check_mistakes(self) -> None:
         if self.train_mistakes is None:
@@ -185,6 +196,16 @@ class TrialBatch:
         array, count = self.train_mistakes, int(self.misclassified().sum())
         if array.shape != (count,) or array.dtype != np.uint16:
             raise ForeignObjectError(f"trial batch: train_mistakes is {array.dtype} {list(array.shape)}, expected is uint16 [{count}]")
+
+    def _check_snapshots(self) -> None:
+        epochs, correct = self.snapshot_epochs, self.snapshot_correct
+        if epochs is None and correct is None:
+            return
+        if epochs is None or epochs.dtype != np.int32 or epochs.ndim != 1 or (np.diff(epochs) <= 0).any():
+            raise ForeignObjectError("trial batch: snapshot_epochs is not int32 in ascending order")
+        shape = (len(epochs), len(self.trial), -(-self.n_train // 8))
+        if correct is None or correct.dtype != np.uint8 or correct.shape != shape:
+            raise ForeignObjectError(f"trial batch: snapshot_correct is not uint8 {list(shape)}")
 
     def misclassified(self) -> npt.NDArray[np.bool_]:
         """Return bool [k, n], the places of the entries of `train_mistakes`: misclassified, in a trial that has not diverged."""
@@ -217,6 +238,10 @@ class TrialBatch:
             arrays["train_mistakes"] = self.train_mistakes
         if self.train_margin is not None and self.test_margin is not None:
             arrays |= {"train_margin": self.train_margin, "test_margin": self.test_margin}
+        if self.train_score is not None and self.test_score is not None:
+            arrays |= {"train_score": self.train_score, "test_score": self.test_score}
+        if self.snapshot_epochs is not None and self.snapshot_correct is not None:
+            arrays |= {"snapshot_epochs": self.snapshot_epochs, "snapshot_correct": self.snapshot_correct}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         return buffer.getvalue()
@@ -253,7 +278,7 @@ class TrialBatch:
 
 def largest_batch(trials: int, n_train: int, n_test: int) -> int:
     """Return the largest plausible size of a batch in bytes: all arrays of the schema, and a page of text per trial."""
-    return trials * (5 * (n_train + n_test) + 4096) + (1 << 20)
+    return trials * (10 * (n_train + n_test) + 4096) + (1 << 20)
 
 
 def pack(bits: npt.NDArray[np.bool_]) -> Bits:

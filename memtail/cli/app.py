@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memtail.cli import cache as cli_cache
+from memtail.cli import exchange as cli_exchange
 from memtail.cli import retention as cli_retention
 from memtail.cli import service as cli_service
 from memtail.cli import study as cli_study
@@ -311,5 +312,6 @@ def _scores_of(store: "ObjectStore", name: str | None) -> "Scores":
 cli_service.register(app)
 cli_cache.register(app)
 cli_retention.register(app)
+cli_exchange.register(app)
 app.add_typer(cli_study.app, name="study")
 app.add_typer(cli_trainer.app, name="trainer")

@@ -64,10 +64,10 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def preparation(quiet: bool) -> Iterator[Any]:
     """Show a progress bar while a folder of images is prepared; yields the callback, or None if quiet."""
-    from memtail.cli.run_progress import PreparationProgress
+    from memtail.cli.run_progress import CountProgress
 
     if quiet:
         yield None
         return
-    with PreparationProgress() as progress:
+    with CountProgress("preparing", "prepared", "images") as progress:
         yield progress.update

@@ -23,7 +23,7 @@ def cache(
     all_: Annotated[bool, typer.Option("--all", help="All experiments that are not finished, paused or cancelled.")] = False,
     store: Store = DEFAULT_STORE,
 ) -> None:
-    """Download the datasets and masks of experiments into the cache, for workers that share it. Exits with 1 if one is missing."""
+    """Download the datasets, masks and weights of experiments into the cache, for workers that share it. Exits with 1 if one is missing."""
     from memtail import logs
 
     if bool(names) == all_:
@@ -65,7 +65,7 @@ def _cache(store: "ObjectStore", name: str) -> "Dataset":
     from rich.filesize import decimal
 
     from memtail.datasets.staged_dataset import fetch
-    from memtail.datasets.staged_masks import fetch_masks
+    from memtail.datasets.staged_inputs import fetch_inputs
     from memtail.experiment_store import ExperimentStore
     from memtail.settings import Settings
 
@@ -73,8 +73,7 @@ def _cache(store: "ObjectStore", name: str) -> "Dataset":
     record: Record = ExperimentStore(store, name).read_record()
     with _Download(name) as download:
         dataset = fetch(store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit, download.update)
-        if record.experiment.subsets.masks is not None:
-            fetch_masks(store, record.canonical["subsets"]["masks"], settings.cache)
+        fetch_inputs(record.experiment, record.canonical, store, settings.cache)
     size = sum(path.stat().st_size for path in dataset.folder.iterdir())
     how = "downloaded" if download.began else "there before"
     print(f"{name}: dataset {dataset.fingerprint[:8]}... of {decimal(size)} in {dataset.folder}, {how}", flush=True)

@@ -131,6 +131,7 @@ def show_trainer_check(check: "TrainerCheck") -> None:
         ("test accuracy", percent(outcome.test_accuracy, 2, "-")),
         ("order", order),
         ("margins", "returned" if check.margins else "not recorded"),
+        ("scores", "returned" if check.scores else "not recorded"),
         ("metrics", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "none"),
         ("time", f"{check.seconds:.3g} s, and {check.start_seconds:.1f} s to start the trainer process"),
     ]

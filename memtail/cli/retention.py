@@ -45,7 +45,7 @@ def gc(
     yes: Yes = False,
     store: Store = DEFAULT_STORE,
 ) -> None:
-    """Remove datasets and masks that no experiment needs, and checkpoints that no shard continues from."""
+    """Remove datasets, masks and weights that no experiment needs, and checkpoints that no shard continues from."""
     from memtail.execution import retention
 
     opened = open_existing(store)

@@ -14,15 +14,22 @@ if TYPE_CHECKING:
 _PLAIN_LINE_SECONDS = 5.0
 
 
-class PreparationProgress:
-    """Number of prepared images; shows nothing if there are none to prepare."""
+class CountProgress:
+    """Number of things done, such as prepared images; shows nothing if there are none to do.
 
-    def __init__(self) -> None:
-        self._bar = Progress(TextColumn("preparing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    Args:
+        doing: what is done, such as `preparing`.
+        did: the same of what is done already, such as `prepared`.
+        things: what it is done to, such as `images`.
+    """
+
+    def __init__(self, doing: str, did: str, things: str) -> None:
+        self._did, self._things = did, things
+        self._bar = Progress(TextColumn(f"{doing} {things}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
         self._task: Any = None
         self._shown_at = time.monotonic()
 
-    def __enter__(self) -> "PreparationProgress":
+    def __enter__(self) -> "CountProgress":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -30,10 +37,10 @@ class PreparationProgress:
             self._bar.stop()
 
     def update(self, done: int, total: int) -> None:
-        """Show that `done` of `total` images are prepared."""
+        """Show that `done` of `total` are done."""
         if not console.is_terminal:
             if done == total or time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS:
-                console.print(f"prepared {done} of {total} images")
+                console.print(f"{self._did} {done} of {total} {self._things}")
                 self._shown_at = time.monotonic()
             return
         if self._task is None:

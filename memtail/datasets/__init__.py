@@ -33,6 +33,7 @@ from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
 from memtail.datasets.trainable import Trainable, as_trainable
 from memtail.errors import DatasetError
+from memtail.processes import end_if_imported
 from memtail.settings import Settings
 from memtail.spec import AnyDataset, DatasetSpec, FunctionDataset, HuggingFaceDataset, TableColumns, TorchvisionDataset
 
@@ -65,6 +66,7 @@ def prepare(spec: AnyDataset, on_progress: OnProgress | None = None) -> Dataset:
         DatasetError: the dataset is missing (the message names the places searched and how to get it) or corrupt (it names the file).
         SpecError: the code of a function is missing.
     """
+    end_if_imported()  # it would wait for the process that prepares
     cache = Settings().cache
     try:
         source = _source(spec)
@@ -196,6 +198,10 @@ def _huggingface(spec: HuggingFaceDataset) -> _Source:
     return _Source(*huggingface_source(spec))
 
 
+def _opaque(spec: DatasetSpec) -> _Source:
+    raise DatasetError(f"dataset '{spec.name}': its examples are known by their indices only, as memtail import declares it: name another")
+
+
 def _source(spec: AnyDataset) -> _Source:
     if isinstance(spec, HuggingFaceDataset):
         return _huggingface(spec)
@@ -211,5 +217,6 @@ _SOURCES: dict[str, Callable[[DatasetSpec], _Source]] = {
     "folder": _folder,
     "arrays": _arrays,
     "table": _table,
+    "opaque": _opaque,
     **dict.fromkeys(TORCHVISION, _torchvision),
 }

@@ -25,7 +25,7 @@ from memtail.datasets.image_tree import ImageFiles, ImageTree
 from memtail.datasets.prepared import CHUNK, ChunkSummary, OnProgress, Split, finish
 from memtail.datasets.sources import MOST_SHOWN, shortened
 from memtail.errors import DatasetError
-from memtail.processes import cores, follow_parent
+from memtail.processes import check_script, cores, follow_parent
 from memtail.spec import DatasetSpec, TorchvisionDataset
 
 # Images that a process decodes in about the time in which another one starts.
@@ -74,6 +74,7 @@ def prepare_folder(tree: ImageTree, spec: _Images, target: Path, unusable: Path,
 
     Raises:
         DatasetError: files are damaged and not to be left out, or cannot be read; or images differ in size without a resolution.
+        SpecError: the script prepares datasets when a process imports it.
     """
     images = len(tree.train.files) + len(tree.test.files)
     processes = min(cores(), -(-images // _IMAGES_PER_START))
@@ -82,6 +83,7 @@ def prepare_folder(tree: ImageTree, spec: _Images, target: Path, unusable: Path,
         try:
             return _Preparation(tree, spec, target, pool).to_the_end(unusable, on_progress)
         except BrokenProcessPool:
+            check_script(pool)
             raise DatasetError(
                 f"dataset '{spec.name}': a process that decodes the images of {tree.root} was killed, as for want of memory or of disk "
                 f"space in {target}: free some, then run again to resume"

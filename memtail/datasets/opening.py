@@ -6,10 +6,11 @@ from pathlib import Path
 from memtail.datasets.dataset import Dataset, checked
 from memtail.datasets.feature_dataset import FeatureDataset
 from memtail.datasets.image_dataset import ImageDataset
+from memtail.datasets.opaque_dataset import OpaqueDataset
 from memtail.datasets.text_dataset import TextDataset
 from memtail.errors import DatasetError
 
-_KINDS: dict[str, type[Dataset]] = {kind.kind: kind for kind in (ImageDataset, TextDataset, FeatureDataset)}
+_KINDS: dict[str, type[Dataset]] = {kind.kind: kind for kind in (ImageDataset, TextDataset, FeatureDataset, OpaqueDataset)}
 
 
 def open_dataset(folder: Path) -> Dataset:

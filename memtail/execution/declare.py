@@ -10,9 +10,11 @@ import structlog
 from memtail.datasets import Dataset, open_dataset
 from memtail.errors import SpecError
 from memtail.experiment_store import Record
+from memtail.settings import Settings
 from memtail.spec import Experiment, ImagesTrainer
 from memtail.subsets import check_trials
 from memtail.trainers.inputs import trainable
+from memtail.trainers.process import TrainerProcess
 
 log = structlog.get_logger()
 
@@ -63,10 +65,39 @@ def user_shard_size(experiment: Experiment, devices: int = 1) -> int | None:
     return min(_USER_SHARD, -(-experiment.subsets.trials // devices)) if declared == "auto" else declared
 
 
-def shard_size_in_child(experiment: Experiment, dataset: Dataset) -> int:
+def network_shard_size(experiment: Experiment, dataset: Dataset, store: str, devices: list[str] | None) -> int | None:
+    """Check a network of the user's own and return the number of trials in a shard, in a trainer process; None for those of memtail.
+
+    Args:
+        experiment: the declaration.
+        dataset: its dataset.
+        store: address of the store; if it is a folder, user code has no access to it.
+        devices: devices to train on; those of this machine by default.
+
+    Raises:
+        SpecError: the network cannot be built for the dataset.
+    """
+    return _check_network(experiment, dataset, store, devices, count=False)[0] if experiment.runs_user_code else None
+
+
+def network_operations(experiment: Experiment, dataset: Dataset, store: str) -> float | None:
+    """Return the operations of a trial, as `operations_per_trial` does, of a network of the user's own; as `network_shard_size`."""
+    return _check_network(experiment, dataset, store, None, count=True)[1] if experiment.runs_user_code else None
+
+
+def _check_network(experiment: Experiment, dataset: Dataset, store: str, devices: list[str] | None, count: bool) -> tuple[int, float]:
+    return TrainerProcess("cpu").check(experiment, dataset, Settings().code or Path.cwd(), store, devices, count)
+
+
+def shard_size_in_child(experiment: Experiment, dataset: Dataset, store: str) -> int:
     """Check the model and return the number of trials in a shard, in a child process that imports torch and the user's model.
 
     Without torch the model is not checked, and the number must be declared.
+
+    Args:
+        experiment: the declaration.
+        dataset: its dataset.
+        store: address of the store.
 
     Raises:
         SpecError: the model cannot be built for the dataset; or the number is `auto`, and torch is not installed.
@@ -74,8 +105,13 @@ def shard_size_in_child(experiment: Experiment, dataset: Dataset) -> int:
     if size := user_shard_size(experiment):
         return size
     if find_spec("torch") is not None:
+        device = experiment.execution.device
+        # a named device belongs to the workers and may be missing here
+        devices = None if device == "auto" else [device]
+        if size := network_shard_size(experiment, dataset, store, devices):
+            return size
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
-            return child.submit(_check, experiment, dataset.folder).result()
+            return child.submit(_check, experiment, dataset.folder, devices).result()
     declared = experiment.execution.trials_per_shard
     if declared == "auto":
         raise SpecError(
@@ -86,11 +122,9 @@ def shard_size_in_child(experiment: Experiment, dataset: Dataset) -> int:
     return declared
 
 
-def _check(experiment: Experiment, folder: Path) -> int:
+def _check(experiment: Experiment, folder: Path, devices: list[str] | None) -> int:
     import torch
 
     from memtail.trainers.images.shard_size import checked_shard_size
 
-    device = experiment.execution.device
-    # a named device belongs to the workers and may be missing here
-    return checked_shard_size(experiment, open_dataset(folder), None if device == "auto" else [torch.device(device)])
+    return checked_shard_size(experiment, open_dataset(folder), None if devices is None else [torch.device(device) for device in devices])

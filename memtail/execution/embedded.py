@@ -23,16 +23,16 @@ from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, U
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.breaker import BREAKER_SHARDS, common_error
 from memtail.execution.checkpoints import left_over
-from memtail.execution.declare import declare, user_shard_size
+from memtail.execution.declare import declare, network_shard_size, user_shard_size
 from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
-from memtail.processes import hide
+from memtail.processes import end_if_imported, hide
 from memtail.scores.pointer import latest_version
 from memtail.scores.summary import ScoreSummary
 from memtail.settings import S3Settings
-from memtail.spec import Experiment, ImagesTrainer, TrainerSpec
+from memtail.spec import Experiment, TrainerSpec
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import is_url, open_store
@@ -165,6 +165,7 @@ def run(
         ShardsFailedError: shards failed as often as a run tries them; the scores are published without them.
         BatchesRefusedError: trial batches are damaged; the scores are published without them.
     """
+    end_if_imported()
     if is_url(store):
         S3Settings.refuse_expiring_key()
     opened = open_store(store)
@@ -172,14 +173,18 @@ def run(
     dataset = dataset or datasets.prepare(experiment.dataset, on_preparation)
     experiment_store = ExperimentStore(opened, experiment.name)
     devices = available_devices(experiment.execution.device)
-    record = experiment_store.register(declare(experiment, dataset, _shard_size(experiment, dataset, devices)))
+    record = experiment_store.register(declare(experiment, dataset, _shard_size(experiment, dataset, opened.address, devices)))
     aggregation = Aggregation(experiment_store, record, dataset, Pace(float("inf"), PUBLISH_SECONDS, first_at_once=False))
     state = RunState(aggregation, dataset, [str(device) for device in devices])
     return _Run(opened, experiment_store, state, on_progress, profile, experiment.trainer).to_the_end()
 
 
-def _shard_size(experiment: Experiment, dataset: Dataset, devices: list[torch.device]) -> int:
-    return user_shard_size(experiment, len(devices)) or checked_shard_size(experiment, dataset, devices)
+def _shard_size(experiment: Experiment, dataset: Dataset, store: str, devices: list[torch.device]) -> int:
+    return (
+        user_shard_size(experiment, len(devices))
+        or network_shard_size(experiment, dataset, store, [str(device) for device in devices])
+        or checked_shard_size(experiment, dataset, devices)
+    )
 
 
 class _Run:
@@ -266,7 +271,7 @@ class _Run:
         devices = state.devices[:shards]
         for device in devices if state.record.experiment.execution.require else ():
             self._experiment_store.check_device(state.record, device_kind(torch.device(device)))
-        if not isinstance(state.record.experiment.trainer, ImagesTrainer):
+        if state.record.experiment.runs_user_code:
             hide()
         task = Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile, code=self._code)
         return Workers(task, devices)

@@ -17,11 +17,11 @@ from memtail import datasets
 from memtail.datasets import Dataset, as_trainable
 from memtail.errors import SpecError, StoreError
 from memtail.estimators import expected_standard_error
-from memtail.execution.declare import declare
+from memtail.execution.declare import declare, network_shard_size
 from memtail.execution.measurements import measure_shard, measure_writing
 from memtail.experiment_store import ExperimentStore, Record, missing_shards
 from memtail.spec import Experiment, ImagesTrainer
-from memtail.storage import keys
+from memtail.storage import ObjectStore, keys
 from memtail.storage.open import open_store
 from memtail.subsets import membership
 from memtail.trainers.images.devices import available_devices
@@ -125,14 +125,15 @@ def forecast(
         raise SpecError(f"--price must be at least 0, got {price:g}")
     dataset = datasets.prepare(experiment.dataset, on_preparation)
     began = time.perf_counter()
-    record, todo = _to_train(experiment, datasets.prepare(experiment.dataset), store)
+    opened = open_store(store, verify=False)
+    record, todo = _to_train(experiment, datasets.prepare(experiment.dataset), opened)
     subprocess.run([sys.executable, "-c", _START], check=True, stdin=subprocess.DEVNULL)
     started = time.perf_counter() - began
     devices = [str(device) for device in available_devices(experiment.execution.device)]
     trials, fraction = experiment.subsets.trials, _fraction(experiment, dataset)
     remaining = sum(len(shard.trials) for shard in todo)
     with tempfile.TemporaryDirectory(prefix="memtail-plan-") as folder:
-        shard = measure_shard(record, as_trainable(dataset), fraction, devices, Path(folder))
+        shard = measure_shard(record, as_trainable(dataset), fraction, devices, Path(folder), opened.address)
         writing = measure_writing(record, dataset, fraction, Path(folder))
     per_trial = shard.seconds / shard.trials + writing.trial_seconds
     startup = started + shard.startup_seconds
@@ -146,7 +147,7 @@ def forecast(
         size = max(1, min(record.trials_per_shard, -(-remaining // count)))
         return [min(size, remaining - first) for first in range(0, remaining, size)]
 
-    row = sum(2 * size for size in (dataset.n_train, dataset.n_test)) if experiment.record.margins else 0
+    row = (2 * experiment.record.margins + experiment.record.scores) * (dataset.n_train + dataset.n_test)
     row += 2 * -(-dataset.n_train // 8) + -(-dataset.n_test // 8)
     error = expected_standard_error(1, fraction)
     return Forecast(
@@ -172,15 +173,17 @@ def forecast(
     )
 
 
-def _to_train(experiment: Experiment, dataset: Dataset, store: str | Path) -> tuple[Record, list[Shard]]:
+def _to_train(experiment: Experiment, dataset: Dataset, store: ObjectStore) -> tuple[Record, list[Shard]]:
     """The record of the run, and the shards without a batch in the store."""
-    declared = declare(experiment, dataset, checked_shard_size(experiment, dataset))
-    experiment_store = ExperimentStore(open_store(store, verify=False), experiment.name)
-    if not experiment_store.store.exists(keys.experiment(experiment.name)):
+    size = network_shard_size(experiment, dataset, store.address, None) or checked_shard_size(experiment, dataset)
+    declared, experiment_store = declare(experiment, dataset, size), ExperimentStore(store, experiment.name)
+    if not store.exists(keys.experiment(experiment.name)):
         return declared, missing_shards(experiment.subsets.trials, declared.trials_per_shard, [])
     held = experiment_store.read_record()
     if held.fingerprint != declared.fingerprint:
-        raise StoreError(f"experiment '{experiment.name}' is in the store {store} and differs from this spec: choose another name or store")
+        raise StoreError(
+            f"experiment '{experiment.name}' is in the store {store.address} and differs from this spec: choose another name or store"
+        )
     record = replace(declared, trials_per_shard=held.trials_per_shard)
     return record, experiment_store.missing(record)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from memtail.datasets import Dataset, Trainable, as_trainable, open_dataset
 from memtail.errors import MemtailError
-from memtail.execution.declare import declare
+from memtail.execution.declare import declare, network_operations
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import ExperimentStore, Record
@@ -61,7 +61,7 @@ class ShardFigures:
     extrapolated: bool
 
 
-def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: list[str], folder: Path) -> ShardFigures:
+def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: list[str], folder: Path, store: str) -> ShardFigures:
     """Train shards of the experiment's size on all devices at once.
 
     Args:
@@ -70,31 +70,38 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
         fraction: m / n.
         devices: devices to train on, one process each.
         folder: an empty folder for stores and a sample of the dataset.
+        store: address of the experiment's store, to which user code has no access.
 
     Raises:
         MemtailError: a trial failed.
     """
     size, epochs = min(record.trials_per_shard, record.experiment.subsets.trials), record.experiment.training.epochs
-    short = _shortened(record.experiment, 1, fraction)
-    share = _OPERATIONS[devices[0].partition(":")[0]] / (size * operations_per_trial(short, dataset))
+    trials = max(record.experiment.subsets.trials, 2 * len(devices) * size)
+    short = _shortened(record.experiment, 1, fraction, trials)
+    operations = network_operations(short, dataset, store) or operations_per_trial(short, dataset)
+    share = _OPERATIONS[devices[0].partition(":")[0]] / (size * operations)
     if devices[0] != "cpu":  # at least one full batch, else an accelerator is not busy
         share = max(share, record.experiment.training.batch_size / (fraction * dataset.n_train))
     sample = dataset if share >= 1 else _sample(dataset, share, folder / "sample")
-    shards = [Shard(place * size, (place + 1) * size - 1) for place in range(len(devices))]
+    both = [Shard(first, first + size - 1) for first in range(0, 2 * len(devices) * size, size)]
+    cold_shards, shards = both[: len(devices)], both[len(devices) :]
 
     def shortened(epochs: int) -> Record:
         # with shards of the size to be measured
-        return declare(_shortened(record.experiment, epochs, fraction), sample, size)
+        return declare(_shortened(record.experiment, epochs, fraction, trials), sample, size)
 
     with Workers(Task(shortened(1), sample.folder, "", device=""), devices) as workers:
-        cold, _ = _train_at_once(workers, shards, folder / "cold", shortened(1))
-        warm, results = _train_at_once(workers, shards, folder / "warm", shortened(1), profile=True)
+        # in one store, so that a trainer process is kept
+        cold, _ = _train_at_once(workers, cold_shards, folder / "short", shortened(1))
+        warm, results = _train_at_once(workers, shards, folder / "short", shortened(1), profile=True)
         spent = [result.phases for result in results]
         evaluation = float(np.mean([phases["evaluation"] for phases in spent]))
         epoch = float(np.mean([sum(phases.values()) for phases in spent])) - evaluation
         fixed = max(0.0, warm - epoch - evaluation)  # building the networks, the commit, communication
         measured = max(1, min(epochs, int((_MEASURED_SECONDS - evaluation - fixed) / max(epoch, 1e-6))))
-        seconds, results = _train_at_once(workers, shards, folder / "whole", shortened(measured))
+        around = warm - float(np.mean([result.seconds for result in results]))
+        _, results = _train_at_once(workers, shards, folder / "whole", shortened(measured))
+        seconds = around + float(np.mean([result.seconds for result in results]))  # without the start of a trainer process
     batch = ExperimentStore(LocalStore(folder / "whole"), record.experiment.name).batch(shards[0], shortened(measured))
     training = max(0.0, seconds - fixed - evaluation) * epochs / measured * dataset.n_train / sample.n_train
     evaluation *= (dataset.n_train + dataset.n_test) / (sample.n_train + sample.n_test)
@@ -125,9 +132,9 @@ def _train_at_once(workers: Workers, shards: list[Shard], store: Path, record: R
     return float(np.mean(seconds)), results
 
 
-def _shortened(experiment: Experiment, epochs: int, fraction: float) -> Experiment:
+def _shortened(experiment: Experiment, epochs: int, fraction: float, trials: int) -> Experiment:
     """Return an experiment of equal work per epoch; its uniform subsets also fit a part of the dataset."""
-    subsets = SubsetsSpec(fraction=fraction, trials=experiment.subsets.trials, seed=experiment.subsets.seed)
+    subsets = SubsetsSpec(fraction=fraction, trials=trials, seed=experiment.subsets.seed)
     return experiment.model_copy(update={"subsets": subsets, "training": experiment.training.model_copy(update={"epochs": epochs})})
 
 
@@ -146,8 +153,10 @@ def _sample(dataset: Trainable, share: float, folder: Path) -> Trainable:
 
 
 def _other_bytes(batch: TrialBatch) -> int:
-    arrays = (batch.membership, batch.train_correct, batch.test_correct, batch.train_margin, batch.test_margin)
-    return len(batch.to_bytes()) - sum(array.nbytes for array in arrays if array is not None) - _mistake_bytes(batch)
+    names = ("membership", "train_correct", "test_correct", "train_margin", "test_margin", "train_score", "test_score")
+    arrays = [getattr(batch, name) for name in names]
+    of_arrays: int = sum(array.nbytes for array in arrays if array is not None)
+    return len(batch.to_bytes()) - of_arrays - _mistake_bytes(batch)
 
 
 def _mistake_bytes(batch: TrialBatch) -> int:
@@ -175,6 +184,9 @@ def measure_writing(record: Record, dataset: Dataset, fraction: float, folder: P
     def margins(*shape: int) -> npt.NDArray[np.float16] | None:
         return rng.normal(0, 5, shape).astype(np.float16) if record.experiment.record.margins else None
 
+    def scores(*shape: int) -> npt.NDArray[np.uint8] | None:
+        return rng.integers(0, 256, shape, np.uint8) if record.experiment.record.scores else None
+
     seconds = 0.0
     while len(statistics.metrics) < total and seconds < _WRITING_SECONDS:
         first = len(statistics.metrics)
@@ -191,6 +203,8 @@ def measure_writing(record: Record, dataset: Dataset, fraction: float, folder: P
             provenance=Provenance(record.fingerprint),
             train_margin=margins(len(trials), dataset.n_train),
             test_margin=margins(len(trials), dataset.n_test),
+            train_score=scores(len(trials), dataset.n_train),
+            test_score=scores(len(trials), dataset.n_test),
             train_mistakes=np.zeros(np.count_nonzero(~members & memorized), np.uint16),
         )
         experiment_store.commit(batch, record.fingerprint)

@@ -6,32 +6,23 @@ Processes end when their parent does, also if it was killed. Each imports the sc
 
 import multiprocessing
 import queue
-import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memtail import logs
 from memtail.datasets import Dataset, open_dataset
-from memtail.errors import MemtailError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
 from memtail.experiment_store import ExperimentStore, Record
-from memtail.processes import follow_parent, keep_memory
+from memtail.processes import check_script, follow_parent, keep_memory
 from memtail.storage import ObjectStore
 from memtail.storage.open import open_store
 from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
-
-if TYPE_CHECKING:
-    import torch
-
-#: Exit code of a process whose import of the script starts training, by which the process that started it knows the cause.
-_SCRIPT_TRAINS = 70
 
 
 @dataclass(frozen=True)
@@ -64,8 +55,6 @@ class Workers:
     """
 
     def __init__(self, task: Task, devices: list[str]) -> None:
-        if getattr(multiprocessing.current_process(), "_inheriting", False):  # multiprocessing's mark of a process that imports the script
-            sys.exit(_SCRIPT_TRAINS)
         self._context = multiprocessing.get_context("spawn")
         self._reports: multiprocessing.queues.Queue[tuple[Shard, float]] = self._context.Queue()
         self._tasks = [replace(task, device=device) for device in devices]
@@ -104,7 +93,7 @@ class Workers:
         The result of a shard whose process died is FAILED with `attempt` 0: the failure is not recorded yet.
 
         Raises:
-            MemtailError: the script starts training when a process imports it.
+            SpecError: the script starts a run when a process imports it.
         """
         results = []
         for future in wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done:
@@ -116,11 +105,7 @@ class Workers:
                     _end(self._pools[index])
                     self._pools[index] = self._pool()
             except BrokenProcessPool:
-                if _SCRIPT_TRAINS in _exit_codes(self._pools[index]):
-                    raise MemtailError(
-                        f"{sys.argv[0]} starts training as soon as it is imported, and training processes import it: "
-                        'put the call under `if __name__ == "__main__":`'
-                    ) from None
+                check_script(self._pools[index])
                 self._pools[index] = self._pool()
                 error = "the training process died (killed, out of memory, or a crash in native code)"
                 results.append(ShardResult(shard, ShardOutcome.FAILED, error=error))
@@ -147,13 +132,6 @@ def _end(pool: ProcessPoolExecutor) -> None:
         process.terminate()
     for process in processes:
         process.join()
-
-
-def _exit_codes(broken: ProcessPoolExecutor) -> list[int | None]:
-    """Return the exit codes of a pool whose process died."""
-    processes = list((broken._processes or {}).values())
-    broken.shutdown()  # waits for the thread that collects the codes
-    return [process.exitcode for process in processes]
 
 
 _reports: Any = None
@@ -197,9 +175,7 @@ def end_trainers() -> None:
 
 
 def _train(task: Task, shard: Shard) -> ShardResult:
-    import torch
-
-    trainer, device = _trainer(task.device), torch.device(task.device)
+    trainer = _trainer(task.device)
 
     def train(checkpoints: StoredCheckpoints) -> TrialBatch:
         return trainer.train(
@@ -215,19 +191,4 @@ def _train(task: Task, shard: Shard) -> ShardResult:
 
     experiment_store = ExperimentStore(_store(task.store), task.record.experiment.name)
     result = run_shard(experiment_store, task.record, shard, task.device, train)
-    return replace(result, process_usable=trainer.usable, peak_memory=_peak_memory(device) if trainer.usable else 0)
-
-
-def _peak_memory(device: "torch.device") -> int:
-    """Return the peak memory of this process in bytes: of the device on CUDA, of the host elsewhere."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, StopIteration):  # Linux; its getrusage also counts the parent's memory at the start of the process
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return replace(result, process_usable=trainer.usable, peak_memory=trainer.peak_memory)

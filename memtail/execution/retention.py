@@ -140,7 +140,7 @@ def _finished(store: ObjectStore, name: str) -> tuple[Finished, str]:
 
 
 def planned_collection(store: ObjectStore, seconds: float, clock: Callable[[], float] = time.time) -> list[Stored]:
-    """List datasets and masks that no experiment needs, and checkpoints from which no shard continues.
+    """List datasets, masks and weights that no experiment needs, and checkpoints from which no shard continues.
 
     Args:
         store: the store.
@@ -158,12 +158,13 @@ def planned_collection(store: ObjectStore, seconds: float, clock: Callable[[], f
         if fingerprint not in needed and all(each.modified < before for each in dataset):
             # the manifest first: without it a dataset is staged again
             planned += sorted(dataset, key=lambda each: each.key != _manifest(fingerprint))
-    masks = [each for each in store.inventory(keys.all_masks()) if _digest(each.key) not in needed]
-    return planned + [each for each in masks + _useless_checkpoints(store) if each.modified < before]
+    inputs = [each for prefix in (keys.all_masks(), keys.all_weights()) for each in store.inventory(prefix)]
+    inputs = [each for each in inputs if _digest(each.key) not in needed]
+    return planned + [each for each in inputs + _useless_checkpoints(store) if each.modified < before]
 
 
 def _digest(key: str) -> str:
-    """The fingerprint of a dataset, the digest of masks, or the name of a checkpoint's experiment, in a key."""
+    """The fingerprint of a dataset, the digest of masks or weights, or the name of a checkpoint's experiment, in a key."""
     return key.split("/")[1].removesuffix(".npy")
 
 
@@ -186,7 +187,7 @@ def collect(store: ObjectStore, planned: Iterable[Stored]) -> None:
                 current = set(store.inventory(keys.checkpoints(digest)))
                 _delete(store, [each for each in old if each in current])
             else:
-                prefix = keys.dataset(digest, "") if kind == "datasets" else keys.masks(digest)
+                prefix = {"datasets": keys.dataset(digest, ""), "masks": keys.masks(digest), "weights": keys.weights(digest)}[kind]
                 if set(store.inventory(prefix)) <= set(old) and digest not in _needed(store):
                     _delete(store, old)
                     if kind == "datasets":
@@ -194,12 +195,12 @@ def collect(store: ObjectStore, planned: Iterable[Stored]) -> None:
 
 
 def _needed(store: ObjectStore) -> set[str]:
-    """The fingerprints of datasets and digests of masks that experiments name; records of any version are read."""
+    """The fingerprints of datasets and digests of masks and weights that experiments name; records of any version are read."""
     needed: set[str] = set()
     for name in store.folders(keys.experiments()):
         try:
             canonical = json.loads(store.get(keys.experiment(name), limit=_RECORD))["canonical"]
-            needed |= {canonical["dataset"]["fingerprint"], canonical["subsets"].get("masks")}
+            needed |= {canonical["dataset"]["fingerprint"], canonical["subsets"].get("masks"), canonical["model"].get("weights")}
             needed.add(json.loads(store.get(keys.features(name), limit=_RECORD))["dataset"])
         except ObjectNotFound:
             continue

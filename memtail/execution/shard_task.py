@@ -60,7 +60,7 @@ class ShardResult:
         phases: seconds by phase, if they were measured.
         commit_seconds: seconds that the commit took.
         process_usable: whether the process can train further shards; not after an error of its device's driver.
-        peak_memory: peak memory of the process so far in bytes: of the device on CUDA, of the host elsewhere; 0 if not measured.
+        peak_memory: peak memory in bytes of the process that trained: of the device on CUDA, of the host elsewhere; 0 if not measured.
         replica: comparison with the committed batch, where there was one that can be read.
     """
 

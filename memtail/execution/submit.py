@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from memtail import datasets
 from memtail.datasets import Dataset
 from memtail.datasets.staged_dataset import stage
-from memtail.datasets.staged_masks import stage_masks
+from memtail.datasets.staged_inputs import stage_inputs
 from memtail.errors import SpecError
 from memtail.execution.declare import declare, shard_size_in_child
 from memtail.experiment_store import Control, ExperimentStore, Record, record_action
@@ -63,13 +63,12 @@ def submit(
         raise SpecError(f"the owner is {owner!r}: give one line of 1 to 100 printable characters")
     experiment_store = ExperimentStore(store, experiment.name)
     dataset = dataset or datasets.prepare(experiment.dataset)
-    declared = replace(declare(experiment, dataset, shard_size_in_child(experiment, dataset)), owner=owner)
+    declared = replace(declare(experiment, dataset, shard_size_in_child(experiment, dataset, store.address)), owner=owner)
     held = experiment_store.read_record() if store.exists(keys.experiment(experiment.name)) else None
     if held:
         declared = experiment_store.register(declared)  # refuse before a large dataset is uploaded
     staged = stage(dataset, store)
-    if experiment.subsets.masks is not None:
-        stage_masks(experiment.subsets.masks, declared.canonical["subsets"]["masks"], store)
+    stage_inputs(experiment, declared.canonical, store)
     before, control = experiment_store.change_control(lambda held: held if priority is None else replace(held, priority=priority))
     if held is None:
         declared = experiment_store.register(declared)

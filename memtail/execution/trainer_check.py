@@ -12,7 +12,7 @@ from memtail.errors import SpecError
 from memtail.execution.declare import declare
 from memtail.experiment_store import Record
 from memtail.experiment_store.replicas import compare
-from memtail.spec import Experiment, ImagesTrainer
+from memtail.spec import Experiment, ImagesTrainer, ImportedTrainer
 from memtail.spec.trainer import code_files
 from memtail.trainers.outcomes import looks_permuted
 from memtail.trainers.shard_trainer import ShardTrainer
@@ -31,7 +31,7 @@ class TrainerCheck:
         subset, n_train: number of training examples in the subset, and of all.
         outcome: accuracies and metrics.
         compared: the labels and ids that were returned and are the dataset's.
-        margins: whether margins were returned and are recorded.
+        margins, scores: whether they were returned and are recorded.
         seconds, start_seconds: seconds of the trial, and of the start of the trainer process.
         warnings: signs of a fault, one line each.
     """
@@ -47,6 +47,7 @@ class TrainerCheck:
     outcome: TrialMetrics
     compared: tuple[str, ...]
     margins: bool
+    scores: bool
     seconds: float
     start_seconds: float
     warnings: tuple[str, ...]
@@ -61,7 +62,7 @@ class Repetition:
     """A second training of the trial, in the same process.
 
     Attributes:
-        differences: number of outcomes and margins that differ from the first training's.
+        differences: number of outcomes, margins and scores that differ from the first training's.
         seconds: seconds of the trial; less than at first, when the code imports and compiles what it needs.
     """
 
@@ -84,8 +85,8 @@ class TrainerChecker:
     def __init__(self, experiment: Experiment, trial: int, on_preparation: Any = None) -> None:
         from memtail.trainers.images.devices import available_devices
 
-        if isinstance(experiment.trainer, ImagesTrainer):
-            raise SpecError(f"experiment '{experiment.name}' uses the built-in trainer, which needs no check")
+        if isinstance(experiment.trainer, ImagesTrainer | ImportedTrainer):
+            raise SpecError(f"experiment '{experiment.name}' has no training code of the user's own, so that nothing is checked")
         if not 0 <= trial < experiment.subsets.trials:
             raise SpecError(f"--trial {trial}: the trials of experiment '{experiment.name}' are 0 to {experiment.subsets.trials - 1}")
         self._devices = [str(device) for device in available_devices(experiment.execution.device)]
@@ -122,6 +123,7 @@ class TrainerChecker:
             outcome=trial,
             compared=batch.provenance.compared or (),
             margins=batch.train_margin is not None,
+            scores=batch.train_score is not None,
             seconds=seconds,
             start_seconds=max(0.0, spent - seconds),
             warnings=tuple(_warnings(batch)),
@@ -142,7 +144,7 @@ class TrainerChecker:
 def _warnings(batch: TrialBatch) -> list[str]:
     trial = batch.metrics[0]
     if trial.diverged:
-        return ["the trial diverged and would not count: its loss or a margin is not finite"]
+        return ["the trial diverged and would not count: its loss, a margin or a score is not finite"]
     if trial.held_out_accuracy is None:
         return []
     members, correct = unpack(batch.membership, batch.n_train), unpack(batch.train_correct, batch.n_train)

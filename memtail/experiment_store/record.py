@@ -104,9 +104,9 @@ class Record:
         recipe = self.canonical.get("recipe_version")
         if recipe != RECIPE_VERSION:
             raise UnsupportedError(f"it has recipe {recipe}, and memtail {version('memtail')} trains recipe {RECIPE_VERSION}")
-        masks = self.canonical["subsets"].get("masks")
-        code = self.trainer_code
-        read = self.experiment.canonical(self.canonical["dataset"]["fingerprint"], masks, code)
+        masks, model = self.canonical["subsets"].get("masks"), self.canonical.get("model")
+        weights = model.get("weights") if isinstance(model, dict) else None
+        read = self.experiment.canonical(self.canonical["dataset"]["fingerprint"], masks, self.trainer_code, weights)
         if changes := differences(self.canonical, read):
             raise UnsupportedError(f"memtail {version('memtail')} reads another declaration than was registered ({', '.join(changes)})")
 

@@ -18,9 +18,9 @@ class Replica:
 
     Attributes:
         shard: the shard.
-        trials: number of trials that differ: in a bit, a margin or a predicted class.
+        trials: number of trials that differ: in a bit, a margin, a score or a predicted class.
         bits: number of different bits of membership and correctness.
-        margins: number of different margins.
+        margins: number of different margins and scores.
         committed: origin of the committed batch.
         replica: origin of the other one, which is not kept.
         when: time in UTC, ISO 8601.
@@ -70,7 +70,7 @@ def _is_chosen(fingerprint: str, shard: Shard, share: float) -> bool:
 def compare(committed: TrialBatch, replica: TrialBatch) -> Replica:
     """Compare a training of a shard with its committed batch, which has the same trials."""
     bits = _differences(committed, replica, "membership", "train_correct", "test_correct")
-    margins = _differences(committed, replica, "train_margin", "test_margin")
+    margins = _differences(committed, replica, "train_margin", "test_margin", "train_score", "test_score")
     predicted = np.zeros(len(bits), np.bool_)
     if committed.train_mistakes is not None and replica.train_mistakes is not None:
         predicted[:] = [not np.array_equal(one, other) for one, other in zip(_predicted(committed), _predicted(replica), strict=True)]
@@ -93,7 +93,8 @@ def _differences(one: TrialBatch, other: TrialBatch, *names: str) -> npt.NDArray
         if first is not None and second is not None:
             # as integers, in which NaN equals itself
             changed = first.view(f"u{first.itemsize}") ^ second.view(f"u{second.itemsize}")
-            count += (np.bitwise_count(changed) if first.dtype == np.uint8 else changed != 0).sum(1, dtype=np.int64)
+            numbers = name.endswith(("_margin", "_score"))
+            count += (changed != 0 if numbers else np.bitwise_count(changed)).sum(1, dtype=np.int64)
     return count
 
 

@@ -53,7 +53,8 @@ class Opened:
     def size(self) -> int:
         """Bytes of the statistics."""
         packed = self.scores.statistics
-        return packed.membership.nbytes + packed.test_correct.nbytes
+        scores = 0 if packed.test_score is None else packed.test_score.nbytes
+        return packed.membership.nbytes + packed.test_correct.nbytes + scores
 
     @cached_property
     def train_files(self) -> list[str] | None:

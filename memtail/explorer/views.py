@@ -89,6 +89,7 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
     helped, hurt = influenced(opened, index)
     return {
         "tile": train_tiles(opened, np.array([index]), opened.memorization["mem"][[index]], opened.memorization["mem_se"][[index]])[0],
+        **{name: row.get(name) for name in ("mem_p", "mem_p_se", "score_in", "score_out")},
         "accuracy_in": Accuracy.of(row["p_in"], row["k_in"]),
         "accuracy_out": Accuracy.of(row["p_out"], row["k_out"]),
         "previous": previous_row,

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtail.errors import SpecError
+from memtail.errors import MemtailError, SpecError
 from memtail.models.densenet import densenet100
 from memtail.models.inception import inception
 from memtail.models.plain import cnn, mlp
 from memtail.models.resnet import resnet9, resnet18, resnet50
-from memtail.spec import Cnn, Mlp, ModelSpec
+from memtail.models.weights import say_replaced, start_from
+from memtail.spec import Cnn, Mlp, ModelSpec, NamedModel
 
 #: Shape of an example: (C, H, W) of an image, (D,) of features.
 InputShape = tuple[int, ...]
@@ -37,7 +38,7 @@ _SMALL_IMAGE = 128
 
 
 def build_model(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Module:
-    """Return a network with weights drawn from torch's global generator.
+    """Return a network with weights drawn from torch's global generator, or with those from which the model is to start.
 
     Args:
         spec: the `model` part of an experiment.
@@ -45,8 +46,21 @@ def build_model(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Mo
         classes: number of logits.
 
     Raises:
-        SpecError: the name is unknown, or the user's module cannot be imported.
+        SpecError: the name is unknown, the user's module cannot be imported, or the declared weights do not fit.
+        WorkerFaultError: the declared weights cannot be downloaded.
     """
+    network = _initialised(spec, input_shape, classes)
+    if isinstance(spec, NamedModel):
+        start_from(spec, _own(network), classes)
+    return network
+
+
+def _own(network: nn.Module) -> nn.Module:
+    """Return the network whose parameters have the names of the architecture."""
+    return network[1] if isinstance(network, _GreyAsColour) else network
+
+
+def _initialised(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Module:
     if isinstance(spec, Mlp):
         return mlp(input_shape, classes, spec.hidden)
     if isinstance(spec, Cnn):
@@ -73,8 +87,9 @@ def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, withi
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), within or nullcontext():
-            logits = build_model(spec, input_shape, classes).eval()(torch.zeros(1, *input_shape))
-    except SpecError:
+            network = build_model(spec, input_shape, classes)
+            logits = network.eval()(torch.zeros(1, *input_shape))
+    except MemtailError:
         raise
     except Exception as error:  # user code may raise any exception
         examples = f"images of {list(input_shape)} [C, H, W]" if len(input_shape) == 3 else f"features {list(input_shape)}"
@@ -85,6 +100,8 @@ def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, withi
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         shown = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise SpecError(f"model '{spec.name}': gives {shown} for one example, needed are logits [1, {classes}]: fix the model")
+    if isinstance(spec, NamedModel):
+        say_replaced(spec, _own(network), classes)
 
 
 def _torchvision(name: str, input_shape: InputShape, classes: int, options: dict[str, Any]) -> nn.Module:
@@ -101,7 +118,11 @@ def _torchvision(name: str, input_shape: InputShape, classes: int, options: dict
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True, **options}
     network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
-    return network if input_shape[0] == 3 else nn.Sequential(_AsColour(), network)
+    return network if input_shape[0] == 3 else _GreyAsColour(_AsColour(), network)
+
+
+class _GreyAsColour(nn.Sequential):
+    """A network of torchvision's that takes grey images."""
 
 
 class _AsColour(nn.Module):

@@ -6,6 +6,7 @@ Reads no image but those shown, and draws nothing.
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from memtail.datasets import Dataset
 from memtail.errors import ScoresError
@@ -13,7 +14,7 @@ from memtail.estimators import convergence, expected_standard_error, false_disco
 from memtail.estimators.binomial import share, standard_error
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.experiment_store import Record
-from memtail.report.items import Content, DoubtfulLabel, Example, Number, Pair, PairCounts
+from memtail.report.items import Content, DoubtfulLabel, Example, Number, Pair, PairCounts, SoftScores
 from memtail.scores.reader import Scores, largest
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SE_QUANTILES, ScoreSummary
 from memtail.studies.result import StudyResult
@@ -88,9 +89,19 @@ def choose_content(
         pair_counts=pair_counts,
         labels=labels,
         doubtful=doubtful,
+        soft=_soft(scores),
         others_recorded="other" in scores.memorization,
         studies=studies,
     )
+
+
+def _soft(scores: Scores) -> SoftScores | None:
+    if "mem_p" not in scores.memorization:
+        return None
+    mem, mem_p = (scores.memorization[name] for name in ("mem", "mem_p"))
+    both = ~np.isnan(mem)
+    ranks = [pd.Series(values[both]).rank() for values in (mem, mem_p)]
+    return SoftScores(mem[both], mem_p[both], float(mem_p[both].mean()), float(ranks[0].corr(ranks[1])))
 
 
 def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:

@@ -1,6 +1,7 @@
 """Figures of the report, as SVG and PNG; equal data give equal bytes."""
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from memtail.estimators import Stage, expected_standard_error
@@ -42,6 +43,27 @@ def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("memorization")
         axes.set_ylabel("training examples")
+        return encoded(figure)
+
+
+def scores_figure(mem: np.ndarray, mem_p: np.ndarray) -> dict[str, bytes]:
+    """Draw memorization of scores against memorization: the number of training examples in each cell of the plane.
+
+    Args:
+        mem: float64 [m].
+        mem_p: float64 [m].
+    """
+    with drawing(6.4, 3.6) as figure:
+        axes = figure.subplots()
+        low = min(0.0, float(mem.min()), float(mem_p.min()))
+        palette = LinearSegmentedColormap.from_list("counts", [colour("accent-soft"), colour("accent"), colour("ink")])
+        cells = axes.hexbin(mem, mem_p, gridsize=(36, 20), extent=(low, 1, low, 1), bins="log", mincnt=1, cmap=palette, linewidths=0.2)
+        axes.plot([low, 1], [low, 1], color=colour("warm"), linewidth=1, linestyle="--")
+        axes.set_xlabel("memorization, mem")
+        axes.set_ylabel("memorization of scores, mem_p")
+        bar = figure.colorbar(cells, label="training examples")
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
         return encoded(figure)
 
 

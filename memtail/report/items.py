@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from memtail.datasets import Dataset
 from memtail.datasets.dataset import Images, Row
 from memtail.estimators import Stage
@@ -99,6 +102,22 @@ class PairCounts:
 
 
 @dataclass(frozen=True)
+class SoftScores:
+    """Memorization of scores beside memorization, of the m training examples with both.
+
+    Attributes:
+        mem, mem_p: float64 [m].
+        mean: mean of `mem_p`.
+        rank_correlation: Spearman's, of both; NaN if one is constant.
+    """
+
+    mem: npt.NDArray[np.float64]
+    mem_p: npt.NDArray[np.float64]
+    mean: float
+    rank_correlation: float
+
+
+@dataclass(frozen=True)
 class Content:
     """Content of the page.
 
@@ -114,6 +133,7 @@ class Content:
         classes: number of classes, of which the gallery shows some; 0 without labels.
         pairs, pair_counts: the pairs shown, and how many there are; None without a test set.
         labels, doubtful: the doubtful labels shown, and how many there are; none without labels.
+        soft: memorization of scores; None if not all trials have recorded scores.
         others_recorded: whether the classes predicted instead were recorded.
         studies: results of the experiment's studies.
     """
@@ -132,5 +152,6 @@ class Content:
     pair_counts: PairCounts | None
     labels: list[DoubtfulLabel]
     doubtful: int
+    soft: SoftScores | None
     others_recorded: bool
     studies: Sequence[StudyResult]

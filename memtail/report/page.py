@@ -16,7 +16,7 @@ from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.figures.numbers import fixed, general, percent
 from memtail.figures.thumbnails import thumbnail
 from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM
-from memtail.report.figures import convergence_figure, memorization_figure
+from memtail.report.figures import convergence_figure, memorization_figure, scores_figure
 from memtail.report.items import Content, Number
 from memtail.scores.summary import MEM_STEPS
 
@@ -28,10 +28,11 @@ _MISSING = "–"
 
 def draw(content: Content) -> dict[str, dict[str, bytes]]:
     """Draw the figures; returns the files of `memtail.figures.style.encoded` by figure."""
-    return {
+    figures = {
         "memorization": memorization_figure(content.stages[-1], EDGES),
         "convergence": convergence_figure(content.stages, content.fraction),
     }
+    return figures if content.soft is None else figures | {"scores": scores_figure(content.soft.mem, content.soft.mem_p)}
 
 
 def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Dataset, scores: str) -> str:

@@ -3,11 +3,14 @@
 * `memorization.parquet`, `.csv`: `index`, `label`, `mem`, `mem_se`, `p_in`, `p_out`, `k_in`, `k_out`. `other` and `p_other`: the most
   frequent misclassification by models trained without the example, and the share of these models that predict it; -1 and 0 if there is
   none, and no columns if a trial has not recorded predicted classes. `margin_in` and `margin_out`, mean logit margins, if recorded.
+  `mem_p`, `mem_p_se`, `score_in` and `score_out`, memorization of scores and mean scores, if all trials have recorded scores.
   `filename` if the dataset has file names; in the csv, one that begins like a formula has a leading apostrophe (`memtail.scores.csv`).
 * `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
   float32 [train, test], `tr_classidx_{K}` and `tt_classidx_{K}`, all in original order. As in theirs, scores without an estimate are 0;
   `tr_mem_defined` bool [train] says which have one.
-* `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors.
+* `snapshots.parquet`, if outcomes by epoch are recorded: `index`, `epoch`, `mem`, `mem_se`; one row for each training example and epoch.
+* `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors, and with `infl_p` and
+  `infl_p_se`, influence on scores, if all trials have recorded scores.
 * `statistics.npz`: the arrays of `memtail.statistics.accumulator.PackedTrials`.
 * `index.npz`, for datasets with file names: `tr_filenames`, `tt_filenames`, base names as the authors have them, or paths in a split where
   two base names are equal; `tr_paths`, `tt_paths`, `tr_labels`, `tt_labels`, `tr_mem`, `tr_mem_defined`.
@@ -23,6 +26,7 @@ Equal statistics give equal bytes.
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +38,12 @@ import pyarrow.parquet
 from memtail.datasets import DatasetLabels
 from memtail.datasets.dataset import Names
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
-from memtail.estimators.binomial import share
+from memtail.estimators.binomial import Floats, share
+from memtail.estimators.memorization import from_counts
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.estimators.soft import soft_influence_at, soft_memorization
 from memtail.scores.csv import write_csv
-from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SCHEMA, SE_QUANTILES, PairSummary, ScoreSummary
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
@@ -69,15 +75,12 @@ def write_scores(
     pairs = high_influence_pairs(packed, mem, dataset.train_labels, dataset.test_labels)
     progress()
     _write_memorization(folder, mem, statistics, dataset)
+    if statistics.by_epoch:
+        _write_snapshots(folder / SNAPSHOTS, statistics)
     _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
-    _write_pairs(folder, pairs)
-    np.savez(
-        folder / STATISTICS,
-        membership=packed.membership,
-        train_correct=packed.train_correct,
-        test_correct=packed.test_correct,
-        counted=packed.counted,
-    )
+    _write_pairs(folder, pairs, soft_influence_at(packed, pairs.train, pairs.test))
+    arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}
+    np.savez(folder / STATISTICS, **{name: array for name, array in arrays.items() if array is not None})
     if dataset.train_files is not None and dataset.test_files is not None:
         labels: dict[str, Any] = {"tr_labels": dataset.train_labels, "tt_labels": dataset.test_labels} if dataset.labelled else {}
         np.savez(
@@ -168,11 +171,26 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
         with np.errstate(invalid="ignore", divide="ignore"):
             columns["margin_in"] = statistics.margin_in / 2**24 / mem.k_in
             columns["margin_out"] = statistics.margin_out / 2**24 / mem.k_out
+    if (soft := soft_memorization(statistics)) is not None:
+        columns |= {"mem_p": soft.value, "mem_p_se": soft.standard_error, "score_in": soft.score_in, "score_out": soft.score_out}
     if dataset.train_files is not None:
         columns["filename"] = [name.decode(errors="replace") for name in dataset.train_files.tolist()]
     table = pa.table(columns)
     pyarrow.parquet.write_table(table, folder / MEMORIZATION)
     write_csv(table, folder / MEMORIZATION_CSV)
+
+
+def _write_snapshots(path: Path, statistics: Statistics) -> None:
+    correct_in, correct = np.stack(list(statistics.by_epoch.values()), axis=1)
+    mem = from_counts(statistics.k_in, statistics.k_out, correct_in, correct - correct_in)
+    epochs = np.array(list(statistics.by_epoch), np.int32)
+    columns = {
+        "index": np.tile(np.arange(statistics.n_train), len(epochs)),
+        "epoch": epochs.repeat(statistics.n_train),
+        "mem": mem.value.ravel(),
+        "mem_se": mem.standard_error.ravel(),
+    }
+    pyarrow.parquet.write_table(pa.table(columns), path)
 
 
 def _write_influence_matrix(
@@ -207,16 +225,16 @@ def _base_names(paths: Names) -> Names:
     return names if len(np.unique(names)) == len(names) else paths
 
 
-def _write_pairs(folder: Path, pairs: Pairs) -> None:
+def _write_pairs(folder: Path, pairs: Pairs, soft: tuple[Floats, Floats] | None) -> None:
     np.savez(folder / PAIRS, tr_idx=pairs.train, tt_idx=pairs.test, infl=pairs.influence, mem=pairs.mem)
-    table = pa.table(
-        {
-            "tr_idx": pairs.train,
-            "tt_idx": pairs.test,
-            "infl": pairs.influence,
-            "infl_se": pairs.influence_se,
-            "mem": pairs.mem,
-            "mem_se": pairs.mem_se,
-        }
-    )
-    pyarrow.parquet.write_table(table, folder / PAIRS_TABLE)
+    columns = {
+        "tr_idx": pairs.train,
+        "tt_idx": pairs.test,
+        "infl": pairs.influence,
+        "infl_se": pairs.influence_se,
+        "mem": pairs.mem,
+        "mem_se": pairs.mem_se,
+    }
+    if soft is not None:
+        columns |= {"infl_p": soft[0], "infl_p_se": soft[1]}
+    pyarrow.parquet.write_table(pa.table(columns), folder / PAIRS_TABLE)

@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import ScoresError
-from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.scores.summary import ScoreSummary
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from memtail.estimators import Influence
+    from memtail.estimators.soft import SoftInfluence
     from memtail.statistics.accumulator import PackedTrials
 
 Column = npt.NDArray[Any]
@@ -54,11 +55,16 @@ class Scores:
         """The columns of the table of high-influence pairs, with standard errors, by falling influence."""
         return self._table(PAIRS_TABLE)
 
-    def to_pandas(self, table: Literal["memorization", "pairs"]) -> "pd.DataFrame":
-        """Return a table as a pandas frame."""
+    @cached_property
+    def snapshots(self) -> dict[str, Column] | None:
+        """The columns of `snapshots.parquet`, memorization by epoch, ascending; None if no outcomes by epoch are published."""
+        return self._table(SNAPSHOTS) if (self.folder / SNAPSHOTS).exists() else None
+
+    def to_pandas(self, table: Literal["memorization", "pairs", "snapshots"]) -> "pd.DataFrame":
+        """Return a table as a pandas frame; an empty one if no outcomes by epoch are published."""
         import pandas as pd
 
-        return pd.DataFrame(self.memorization if table == "memorization" else self.pairs)
+        return pd.DataFrame(getattr(self, table))
 
     @cached_property
     def statistics(self) -> "PackedTrials":
@@ -106,6 +112,29 @@ class Scores:
 
         columns = self.statistics.n_test if on == "test" else self.statistics.n_train
         return influence(self.statistics, _indices(train, self.statistics.n_train, "train"), _indices(test, columns, on), on)
+
+    def soft_influence(self, train: Choice = None, test: Choice = None) -> "SoftInfluence":
+        """Estimate influences of training examples (rows) on the scores of test examples (columns), with standard errors.
+
+        Args:
+            train: index or indices of training examples; None for all.
+            test: index or indices of test examples; None for all.
+
+        Returns:
+            `value` and `standard_error`, float64 [a, b].
+
+        Raises:
+            ScoresError: an index is out of range, or not all trials have recorded scores.
+        """
+        from memtail.estimators.soft import soft_influence
+
+        packed = self.statistics
+        block = soft_influence(packed, _indices(train, packed.n_train, "train"), _indices(test, packed.n_test, "test"))
+        if block is None:
+            raise ScoresError(
+                f"{self.folder}: not all trials have recorded scores: declare record: {{scores: true}} from the first trial on"
+            )
+        return block
 
     def most_memorized(self, k: int = 10) -> dict[str, Column]:
         """Return the rows of the k most memorized training examples, falling."""

@@ -52,7 +52,7 @@ class DatasetSpec(Part):
         on_error: of image files, `skip` leaves damaged ones out and lists them; `stop` refuses the dataset, with a list of all of them.
     """
 
-    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "table"]
+    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "table", "opaque"]
     root: Path | None = None
     max_train: Annotated[int, Field(ge=2)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None

@@ -36,6 +36,9 @@ def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, li
     candidates: list[type[BaseModel]] = [model]
     known: list[str] = []
     for part in loc:
+        if isinstance(part, int):  # an item of a list
+            path.append(str(part))
+            continue
         fields = {name: field for model in candidates for name, field in model.model_fields.items()}
         tagged = [model for model in candidates if _tag(model) == part]
         if len(candidates) > 1 and tagged:

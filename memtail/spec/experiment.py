@@ -10,19 +10,22 @@ import json
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from memtail.digests import file_digest
 from memtail.errors import SpecError
-from memtail.spec.base import Fraction, Part
+from memtail.spec.base import Part
 from memtail.spec.cluster import WorkersSpec
 from memtail.spec.dataset_sources import AnyDataset, with_absolute_paths
 from memtail.spec.errors import describe
-from memtail.spec.trainer import ImagesTrainer, TrainerSpec, code_digest
+from memtail.spec.model import Mlp, ModelSpec, NamedModel
+from memtail.spec.trainer import ImagesTrainer, ImportedTrainer, TrainerSpec, code_digest
+from memtail.spec.training import TrainingSpec
 
 #: Part of every fingerprint; raised when a change in memtail changes the computation of a trial.
 RECIPE_VERSION = 2
@@ -30,159 +33,11 @@ RECIPE_VERSION = 2
 #: Pattern of experiment names, which are parts of object keys.
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 
+#: Most epochs after which outcomes are recorded.
+MOST_SNAPSHOTS = 32
+
 # Fewest trials in the first round of an experiment that stops at a standard error.
 _SMALLEST_ROUND = 64
-
-
-class Mlp(Part):
-    """Fully connected layers with ReLU between them.
-
-    Attributes:
-        name: the architecture.
-        hidden: widths of the hidden layers; an empty list is a linear model.
-    """
-
-    name: Literal["mlp"] = "mlp"
-    hidden: list[Annotated[int, Field(ge=1)]] = [256]
-
-
-class Cnn(Part):
-    """3x3 convolutions, each followed by ReLU and 2x2 max pooling, then one hidden layer.
-
-    Attributes:
-        name: the architecture.
-        channels: output channels of the convolutions.
-        hidden: width of the hidden layer.
-    """
-
-    name: Literal["cnn"] = "cnn"
-    channels: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [16, 32]
-    hidden: Annotated[int, Field(ge=1)] = 128
-
-
-class NamedModel(Part):
-    """A larger architecture.
-
-    Attributes:
-        name: `resnet9`, `resnet18`, `resnet50`, `densenet100`, `inception`, a torchvision classification model, or a function of your own,
-            `package.module:function`.
-        options: keyword arguments of the model's builder.
-    """
-
-    name: str
-    options: dict[str, Any] = {}
-
-
-def _model_kind(value: Any) -> str:
-    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return name if name in ("mlp", "cnn") else "named"
-
-
-ModelSpec = Annotated[
-    Annotated[Mlp, Tag("mlp")] | Annotated[Cnn, Tag("cnn")] | Annotated[NamedModel, Tag("named")],
-    Discriminator(_model_kind),
-]
-
-
-class Sgd(Part):
-    """Stochastic gradient descent as in `torch.optim.SGD`.
-
-    Attributes:
-        name: the optimizer.
-        lr: learning rate at the peak of the schedule.
-        momentum: momentum.
-        weight_decay: weight decay, of all parameters.
-        nesterov: whether to use Nesterov momentum.
-    """
-
-    name: Literal["sgd"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5.0e-4
-    nesterov: bool = True
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-
-class Constant(Part):
-    """A constant learning rate after the warm-up.
-
-    Attributes:
-        name: the schedule.
-        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
-    """
-
-    name: Literal["constant"]
-    warmup: Fraction = 0.0
-
-
-class Step(Part):
-    """A learning rate that is multiplied by `gamma` at each milestone.
-
-    Attributes:
-        name: the schedule.
-        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
-        milestones: fractions of all steps.
-        gamma: the factor.
-    """
-
-    name: Literal["step"]
-    warmup: Fraction = 0.0
-    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]
-    gamma: Annotated[float, Field(gt=0)] = 0.1
-
-
-class Cosine(Part):
-    """Half a cosine down to 0 after the warm-up.
-
-    Attributes:
-        name: the schedule.
-        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
-    """
-
-    name: Literal["cosine"]
-    warmup: Fraction = 0.0
-
-
-class Linear(Part):
-    """A linear decay to 0 after the warm-up.
-
-    Attributes:
-        name: the schedule.
-        warmup: fraction of all steps in which the learning rate rises linearly to its peak.
-    """
-
-    name: Literal["linear"]
-    warmup: Fraction = 0.0
-
-
-ScheduleSpec = Annotated[Constant | Step | Cosine | Linear, Field(discriminator="name")]
-
-
-class TrainingSpec(Part):
-    """The training recipe of every trial.
-
-    Attributes:
-        epochs: passes over the subset.
-        batch_size: examples per step.
-        optimizer: the optimizer.
-        schedule: the learning rate over the steps.
-        label_smoothing: share of the target distribution that is spread over all classes.
-        augmentation: `flip` mirrors images at random; `crop-flip` also shifts them.
-        precision: `auto` is `bfloat16` on CUDA and `float32` elsewhere.
-    """
-
-    epochs: Annotated[int, Field(ge=1)] = 20
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    optimizer: Sgd = Sgd()
-    schedule: ScheduleSpec = Cosine(name="cosine", warmup=0.1)
-    label_smoothing: Fraction = 0.0
-    augmentation: Literal["none", "flip", "crop-flip"] = "none"
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
 
 
 class UntilSpec(Part):
@@ -259,14 +114,25 @@ class SubsetsSpec(Part):
         return self
 
 
+def _ascending(epochs: list[int]) -> list[int]:
+    if sorted(set(epochs)) != epochs:
+        raise ValueError(f"are different epochs in ascending order, not {epochs}")
+    return epochs
+
+
 class RecordedOutcomes(Part):
     """Additional outcomes recorded in each trial.
 
     Attributes:
         margins: record the logit margin of every example.
+        scores: record a score in [0, 1] of every example, of which memorization and influence are estimated too: of the built-in trainer,
+            the probability of the label; of training code of your own, what it returns. Each takes a byte.
+        snapshots: record after these epochs, too, which training examples are classified correctly; of the built-in trainer.
     """
 
     margins: bool = False
+    scores: bool = False
+    snapshots: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=MOST_SNAPSHOTS), AfterValidator(_ascending)] = []
 
 
 class ExecutionSpec(Part):
@@ -315,13 +181,30 @@ class Experiment(Part):
     @classmethod
     def _user_code_replaces_the_recipe(cls, data: Any) -> Any:
         trainer = data.get("trainer") if isinstance(data, dict) else None
-        kind = next((key for key in ("function", "command") if isinstance(trainer, dict) and key in trainer), None)
+        kind = next((key for key in ("function", "command", "imported") if isinstance(trainer, dict) and key in trainer), None)
         for key in ("model", "training"):
             if kind and data.get(key) not in (None, _DEFAULTS[key]):
                 raise ValueError(
                     f"{key} is for the built-in trainer, and trainer.{kind} replaces it: remove {key}, or pass trainer.options"
                 )
         return data
+
+    @model_validator(mode="after")
+    def _snapshots_are_within_the_training(self) -> Self:
+        if not (snapshots := self.record.snapshots):
+            return self
+        if not isinstance(self.trainer, ImagesTrainer):
+            raise ValueError("record.snapshots is for the built-in trainer, whose epochs memtail knows: remove it")
+        if snapshots[-1] > self.training.epochs:
+            raise ValueError(f"record.snapshots: {snapshots[-1]} is after the last of {self.training.epochs} epochs: name epochs up to it")
+        return self
+
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether its trials run code of the user's own: a function, a command, or a network named `package.module:function`."""
+        return not isinstance(self.trainer, ImagesTrainer | ImportedTrainer) or (
+            isinstance(self.model, NamedModel) and self.model.is_user_code
+        )
 
     @field_validator("name", mode="before")
     @classmethod
@@ -347,7 +230,10 @@ class Experiment(Part):
             raise SpecError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise SpecError(f"{path}: holds {type(data).__name__}, not the keys of an experiment (name, dataset, ...)")
-        return cls.parse(data, base=path.parent, source=str(path))
+        experiment = cls.parse(data, base=path.parent, source=str(path))
+        if isinstance(experiment.trainer, ImportedTrainer):
+            raise SpecError(f"{path}: trainer.imported is of trials that memtail import brought: declare a function or a command")
+        return experiment
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, base: Path | None = None, source: str = "experiment") -> "Experiment":
@@ -376,19 +262,36 @@ class Experiment(Part):
                 "dataset": with_absolute_paths(self.dataset, base),
                 "trainer": self._trainer_in(base),
                 "subsets": self.subsets.model_copy(update={"masks": absolute(self.subsets.masks)}),
+                "model": self._model_from(absolute(self.model.weights_file)),
             }
         )
 
+    def _model_from(self, weights: Path | None) -> ModelSpec:
+        return self.model if weights is None else self.model.model_copy(update={"weights": str(weights)})
+
     def _trainer_in(self, base: Path) -> TrainerSpec:
-        if isinstance(self.trainer, ImagesTrainer):
+        if isinstance(self.trainer, ImagesTrainer | ImportedTrainer):
             return self.trainer
         return self.trainer.model_copy(update={"folder": (base / (self.trainer.folder or Path()).expanduser()).resolve()})
 
-    def with_masks(self, masks: Path) -> "Experiment":
-        """Return this experiment with its masks in another file of equal content."""
-        return self.model_copy(update={"subsets": self.subsets.model_copy(update={"masks": masks})})
+    def with_files(self, files: Mapping[Path, Path]) -> "Experiment":
+        """Return this experiment with masks and weights in other files of equal content.
 
-    def canonical(self, dataset_fingerprint: str, masks_digest: str | None = None, trainer_code: str | None = None) -> dict[str, Any]:
+        Args:
+            files: the other file of each.
+        """
+        subsets, weights = self.subsets, self.model.weights_file
+        if subsets.masks is not None and subsets.masks in files:
+            subsets = subsets.model_copy(update={"masks": files[subsets.masks]})
+        return self.model_copy(update={"subsets": subsets, "model": self._model_from(files.get(weights) if weights else None)})
+
+    def canonical(
+        self,
+        dataset_fingerprint: str,
+        masks_digest: str | None = None,
+        trainer_code: str | None = None,
+        weights_digest: str | None = None,
+    ) -> dict[str, Any]:
         """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
 
         Keys later than 0.1.0 are in it only where they differ from their default, and those of `record` never.
@@ -397,17 +300,20 @@ class Experiment(Part):
             dataset_fingerprint: replaces the dataset's declaration.
             masks_digest: digest of the masks, where their file is elsewhere; by default the file is read.
             trainer_code: digest of the trainer's code, where its files are elsewhere; by default they are read.
+            weights_digest: digest of the file of the weights, where it is elsewhere; by default it is read.
 
         Raises:
-            SpecError: the masks or the trainer's code cannot be read.
+            SpecError: the masks, the weights or the trainer's code cannot be read.
         """
         spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})
         spec["dataset"] = {"fingerprint": dataset_fingerprint}
         spec["record"] = {"margins": self.record.margins}
         if self.subsets.masks is not None:
-            spec["subsets"]["masks"] = masks_digest or _masks_digest(self.subsets.masks)
+            spec["subsets"]["masks"] = masks_digest or _digest("subsets.masks", self.subsets.masks)
             del spec["subsets"]["fraction"]
-        if not isinstance(self.trainer, ImagesTrainer):
+        if (weights := self.model.weights_file) is not None:
+            spec["model"]["weights"] = weights_digest or _digest("model.weights", weights)
+        if not isinstance(self.trainer, ImagesTrainer | ImportedTrainer):
             trainer = self.trainer.model_dump(mode="json", include={"function", "command", "options"})
             spec["trainer"] = trainer | {"code": trainer_code or code_digest(self.trainer, sys.path)}
         return {"recipe_version": RECIPE_VERSION, **spec}
@@ -419,7 +325,7 @@ class Experiment(Part):
             dataset_fingerprint: of the prepared dataset.
 
         Raises:
-            SpecError: the masks cannot be read.
+            SpecError: the masks, the weights or the trainer's code cannot be read.
         """
         text = json.dumps(self.canonical(dataset_fingerprint), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -437,8 +343,8 @@ class Experiment(Part):
 _DEFAULTS = {"model": Mlp().model_dump(mode="json"), "training": TrainingSpec().model_dump(mode="json")}
 
 
-def _masks_digest(path: Path) -> str:
+def _digest(key: str, path: Path) -> str:
     try:
         return file_digest(path)
     except OSError as error:
-        raise SpecError(f"subsets.masks: {path} cannot be read ({error.strerror})") from None
+        raise SpecError(f"{key}: {path} cannot be read ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""Trainer of an experiment: the built-in one for images, a user's function, or a user's command; and the digest of a user's code."""
+"""Trainer of an experiment: the built-in one for images, a user's function, a user's command, or none; and the digest of a user's code."""
 
 import hashlib
 import re
@@ -93,15 +93,28 @@ class CommandTrainer(Part):
     folder: Path | None = None
 
 
+class ImportedTrainer(Part):
+    """No trainer: the trials were trained elsewhere, and `memtail import` brought them.
+
+    Attributes:
+        imported: where they come from.
+    """
+
+    imported: str
+
+
 def _kind(value: Any) -> str:
     keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Part) else ()
-    return next((key for key in ("function", "command") if key in keys), "images")
+    return next((key for key in ("function", "command", "imported") if key in keys), "images")
 
 
 UserTrainer = FunctionTrainer | CommandTrainer
 UserCode = UserFunction | CommandTrainer
 TrainerSpec = Annotated[
-    Annotated[ImagesTrainer, Tag("images")] | Annotated[FunctionTrainer, Tag("function")] | Annotated[CommandTrainer, Tag("command")],
+    Annotated[ImagesTrainer, Tag("images")]
+    | Annotated[FunctionTrainer, Tag("function")]
+    | Annotated[CommandTrainer, Tag("command")]
+    | Annotated[ImportedTrainer, Tag("imported")],
     Discriminator(_kind),
 ]
 

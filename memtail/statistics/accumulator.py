@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from memtail.errors import StoreError
 from memtail.statistics.misclassifications import Misclassifications
+from memtail.statistics.soft import PLANES, SoftSums, place
 from memtail.trials import TrialBatch, TrialMetrics, unpack
 
 Words = npt.NDArray[np.uint64]
@@ -32,12 +33,15 @@ class PackedTrials:
         membership, train_correct: uint64 [ceil(T / 64), n]; bit b of word w is trial 64 w + b, and T is the largest index + 1.
         test_correct: uint64 [ceil(T / 64), q].
         counted: uint64 [ceil(T / 64)], the trials that count; the bits of all others are 0.
+        test_score: uint64 [8, ceil(T / 64), q], the bit planes of scores (see `memtail.statistics.soft`); None if a trial that counts has
+            no scores.
     """
 
     membership: Words
     train_correct: Words
     test_correct: Words
     counted: Words
+    test_score: Words | None = None
 
     @cached_property
     def trials(self) -> int:
@@ -85,7 +89,8 @@ class PackedTrials:
         bits[trials] = True
         selected = self.counted & pack_words(bits)
         mask = selected[:, None]
-        return PackedTrials(self.membership & mask, self.train_correct & mask, self.test_correct & mask, selected)
+        test_score = None if self.test_score is None else self.test_score & mask
+        return PackedTrials(self.membership & mask, self.train_correct & mask, self.test_correct & mask, selected, test_score)
 
     @property
     def n_train(self) -> int:
@@ -126,6 +131,9 @@ class Statistics:
             of 2^-24, in which float16 is exact; None if margins are not recorded.
         held_out_misclassifications: classes predicted by the trials with the example outside their subset; None if a trial that counts has
             not recorded them.
+        soft: sums of the scores of training examples; None if a trial that counts has no scores.
+        by_epoch: of each epoch after which all trials that count have recorded outcomes, int64 [2, n]: trials with the example in their
+            subset that classify it correctly after the epoch, and trials that do so whether or not it is in their subset.
         conditions: numbers of accumulated trials by device, version of torch and version of memtail. No estimate depends on them.
     """
 
@@ -140,9 +148,12 @@ class Statistics:
         self.margin_in: Counts | None = None
         self.margin_out: Counts | None = None
         self.held_out_misclassifications: Misclassifications | None = Misclassifications()
+        self.soft: SoftSums | None = SoftSums.zeros(n_train)
+        self.by_epoch: dict[int, Counts] = {}
         self._membership: list[Words] = []
         self._train_correct: list[Words] = []
         self._test_correct: list[Words] = []
+        self._test_score: list[Words] = []
         self._counted: list[int] = []
 
     @classmethod
@@ -152,6 +163,8 @@ class Statistics:
         metrics: Sequence[TrialMetrics],
         misclassifications: Misclassifications | None,
         margins: tuple[Counts, Counts] | None,
+        soft: SoftSums | None,
+        by_epoch: dict[int, Counts],
     ) -> "Statistics":
         """Return statistics that consist of these parts, whose arrays they take over.
 
@@ -160,6 +173,8 @@ class Statistics:
             metrics: of every accumulated trial.
             misclassifications: `held_out_misclassifications`.
             margins: `margin_in` and `margin_out`.
+            soft: `soft`.
+            by_epoch: `by_epoch`.
         """
         statistics = cls(packed.n_train, packed.n_test)
         statistics.k_in, statistics.correct_in, statistics.correct = packed.k_in, packed.correct_in, packed.correct
@@ -167,8 +182,12 @@ class Statistics:
         statistics.diverged = sum(entry.diverged for entry in metrics)
         statistics.margin_in, statistics.margin_out = margins or (None, None)
         statistics.held_out_misclassifications = misclassifications
+        statistics.by_epoch = by_epoch
         statistics._membership, statistics._train_correct = list(packed.membership), list(packed.train_correct)
         statistics._test_correct, statistics._counted = list(packed.test_correct), packed.counted.tolist()
+        statistics.soft = soft
+        if packed.test_score is not None:
+            statistics._test_score = list(packed.test_score.swapaxes(0, 1).copy())
         return statistics
 
     @property
@@ -224,6 +243,12 @@ class Statistics:
                 self.held_out_misclassifications.add(examples[held_out], predicted[ends[row] - len(examples) : ends[row]][held_out])
             if batch.train_margin is not None:
                 self._add_margin(members[row], batch.train_margin[row])
+            if batch.train_score is None or batch.test_score is None:
+                self.soft, self._test_score = None, []
+            elif self.soft is not None:
+                self.soft.add(members[row], batch.train_score[row])
+                place(self._test_score[trial // _BITS], trial % _BITS, batch.test_score[row])
+            self._add_snapshots(batch, row, members[row])
         for condition, value in batch.provenance.conditions().items() if added else ():
             counts = self.conditions.setdefault(condition, {})
             counts[value] = counts.get(value, 0) + added
@@ -236,6 +261,8 @@ class Statistics:
             self._membership.append(np.zeros(self.n_train, np.uint64))
             self._train_correct.append(np.zeros(self.n_train, np.uint64))
             self._test_correct.append(np.zeros(self.n_test, np.uint64))
+            if self.soft is not None:
+                self._test_score.append(np.zeros((PLANES, self.n_test), np.uint64))
         self._counted[word] |= 1 << bit
         for words, bits in ((self._membership, members), (self._train_correct, train), (self._test_correct, test)):
             words[word] |= bits.astype(np.uint64) << np.uint64(bit)
@@ -247,12 +274,29 @@ class Statistics:
         self.margin_in += np.where(members, fixed_point, 0)
         self.margin_out += np.where(members, 0, fixed_point)
 
+    def _add_snapshots(self, batch: TrialBatch, row: int, members: npt.NDArray[np.bool_]) -> None:
+        if batch.snapshot_epochs is None or batch.snapshot_correct is None:
+            self.by_epoch = {}
+            return
+        if self.trials == 1:  # the first
+            self.by_epoch = {epoch: np.zeros((2, self.n_train), np.int64) for epoch in batch.snapshot_epochs.tolist()}
+        correct = dict(zip(batch.snapshot_epochs.tolist(), unpack(batch.snapshot_correct[:, row], self.n_train), strict=True))
+        self.by_epoch = {epoch: sums for epoch, sums in self.by_epoch.items() if epoch in correct}
+        for epoch, sums in self.by_epoch.items():
+            sums[0] += members & correct[epoch]
+            sums[1] += correct[epoch]
+
     def digest(self) -> str:
         """SHA-256 (hex) of the bits and of the numbers of the diverged trials: equal for equal trials in whatever order they came."""
         diverged = sorted(trial for trial, metrics in self.metrics.items() if metrics.diverged)
         digest = hashlib.sha256(json.dumps([self.n_train, self.n_test, self._counted, diverged]).encode())
         for words in (*self._membership, *self._train_correct, *self._test_correct):
             digest.update(words.astype("<u8", copy=False).tobytes())
+        if self.soft is not None and self.trials:
+            for array in (*vars(self.soft).values(), *self._test_score):
+                digest.update(array.astype(f"<{array.dtype.kind}8", copy=False).tobytes())
+        for epoch, sums in self.by_epoch.items():
+            digest.update(f"epoch {epoch}".encode() + sums.astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
 
     def packed(self) -> PackedTrials:
@@ -266,4 +310,5 @@ class Statistics:
             stacked(self._train_correct, self.n_train),
             stacked(self._test_correct, self.n_test),
             np.array(self._counted, np.uint64),
+            np.stack(self._test_score, axis=1) if self._test_score else None,
         )

@@ -8,12 +8,15 @@ Schema 1, for t accumulated trials of b batches on n training and q test example
 * `trial` int64 [t], `diverged` bool [t], and `values` float64 [t, 4], the other metrics of the trials; NaN for None.
 * `misclassified` int64 and `frequency` int32: the arrays of `Misclassifications`, unless a trial has not recorded them.
 * `margin_in`, `margin_out` int64 [n], where margins are recorded.
+* `score_in`, `square_in`, `score_out`, `square_out` int64 [n], the arrays of `SoftSums`, and `test_score` uint64 [8, W, q], if all trials
+  have scores.
+* `epoch` int64 [e] and `by_epoch` int64 [e, 2, n], the sums of `Statistics.by_epoch`, where outcomes by epoch are recorded.
 """
 
 import json
 import math
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +27,7 @@ from pydantic import TypeAdapter
 from memtail.errors import ForeignObjectError
 from memtail.statistics.accumulator import PackedTrials, Statistics
 from memtail.statistics.misclassifications import Misclassifications
+from memtail.statistics.soft import PLANES, SoftSums
 from memtail.trials import Shard, TrialMetrics
 
 SCHEMA = 1
@@ -66,6 +70,11 @@ class Snapshot:
             arrays["misclassified"], arrays["frequency"] = statistics.held_out_misclassifications.merged()
         if statistics.margin_in is not None and statistics.margin_out is not None:
             arrays |= {"margin_in": statistics.margin_in, "margin_out": statistics.margin_out}
+        if statistics.soft is not None and packed.test_score is not None:
+            arrays |= vars(statistics.soft) | {"test_score": packed.test_score}
+        if statistics.by_epoch:
+            arrays["epoch"] = np.array(list(statistics.by_epoch), np.int64)
+            arrays["by_epoch"] = np.stack(list(statistics.by_epoch.values()))
         np.savez(path, **arrays)
 
     @classmethod
@@ -103,6 +112,7 @@ class Snapshot:
             array("train_correct", np.uint64, w, n_train),
             array("test_correct", np.uint64, w, n_test),
             array("counted", np.uint64, w),
+            array("test_score", np.uint64, PLANES, w, n_test) if "test_score" in arrays else None,
         )
         trials, diverged = array("trial", np.int64, t).tolist(), array("diverged", np.bool_, t).tolist()
         values = array("values", np.float64, t, len(_VALUES)).tolist()
@@ -112,13 +122,18 @@ class Snapshot:
             metrics.append(TrialMetrics(trial, flag, **recorded))
         if packed.trials != sum(not entry.diverged for entry in metrics):
             raise ValueError("its trials are not those of its bits")
-        misclassifications, margins = None, None
+        misclassifications, margins, soft, by_epoch = None, None, None, {}
         if "misclassified" in arrays:
             misclassifications = Misclassifications(array("misclassified", np.int64, k), array("frequency", np.int32, k))
         if "margin_in" in arrays:
             margins = array("margin_in", np.int64, n_train), array("margin_out", np.int64, n_train)
+        if packed.test_score is not None:
+            soft = SoftSums(*(array(field.name, np.int64, n_train) for field in fields(SoftSums)))
+        if "epoch" in arrays:
+            epochs = array("epoch", np.int64, len(arrays["epoch"])).tolist()
+            by_epoch = dict(zip(epochs, array("by_epoch", np.int64, len(epochs), 2, n_train), strict=True))
         shards = map(Shard, array("first", np.int64, b).tolist(), array("last", np.int64, b).tolist())
         batches = dict(zip(shards, (tag.decode() for tag in arrays["tag"].tolist()), strict=True))
-        statistics = Statistics.restored(packed, metrics, misclassifications, margins)
+        statistics = Statistics.restored(packed, metrics, misclassifications, margins, soft, by_epoch)
         statistics.conditions = _CONDITIONS.validate_python(header["conditions"])
         return cls(str(header["fingerprint"]), statistics, batches)

@@ -52,6 +52,16 @@ def masks(digest: str) -> str:
     return f"{all_masks()}{digest}.npy"
 
 
+def all_weights() -> str:
+    """Return the prefix of all weights."""
+    return "weights/"
+
+
+def weights(digest: str) -> str:
+    """Return the key of the weights that networks start from, by the SHA-256 of the file."""
+    return f"{all_weights()}{digest}"
+
+
 def experiments() -> str:
     """Return the prefix of all experiments."""
     return "experiments/"
@@ -64,7 +74,7 @@ def everything(name: str) -> str:
 
 def top_level() -> tuple[str, ...]:
     """Return the first parts of all keys."""
-    return identity(), datasets(), all_masks(), experiments(), changes()
+    return identity(), datasets(), all_masks(), all_weights(), experiments(), changes()
 
 
 def experiment(name: str) -> str:

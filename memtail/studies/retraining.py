@@ -5,12 +5,15 @@ The experiment's name is derived from its parent, the study and a hash of its ma
 
 import hashlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from memtail.datasets import Dataset
 from memtail.datasets.staged_dataset import fetch
+from memtail.datasets.staged_inputs import fetch_inputs
+from memtail.digests import file_digest
 from memtail.errors import ScoresError, SpecError
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore, Record
@@ -76,10 +79,11 @@ def require_test_set(record: Record, study: str) -> None:
 
 
 def require_finished(store: ObjectStore, name: str) -> Record:
-    """Read the record of an experiment whose scores will not change any more.
+    """Read the record of an experiment whose scores will not change any more, with the weights of its networks in a file of this machine.
 
     Raises:
         ScoresError: the experiment has trials left to train or publish.
+        DatasetError: the weights are neither on this machine, as they were, nor in the store.
         StoreError: there is no such experiment, or the store cannot be read.
     """
     record, progress = ExperimentStore(store, name).read_record(), progress_of(store, name)
@@ -88,7 +92,14 @@ def require_finished(store: ObjectStore, name: str) -> Record:
             f"experiment '{name}' has scores of {progress.published_trials} of {progress.total} trials, and a study needs final scores: "
             f"wait until it finishes, or stop it with memtail cancel {name}"
         )
-    return record
+    return _with_weights(store, record)
+
+
+def _with_weights(store: ObjectStore, record: Record) -> Record:
+    weights = record.experiment.model.weights_file
+    if weights is None or (weights.is_file() and file_digest(weights) == record.canonical["model"]["weights"]):
+        return record
+    return replace(record, experiment=fetch_inputs(record.experiment, record.canonical, store, Settings().cache))
 
 
 def is_finished(store: ObjectStore, experiment: Experiment) -> bool:

@@ -2,6 +2,9 @@
 
 from typing import Protocol
 
+#: Largest state in bytes that a trainer process may have kept.
+LARGEST_STATE = 4 << 30
+
 
 class Checkpoints(Protocol):
     """The place where the state of one unfinished shard is kept."""

@@ -12,17 +12,25 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import structlog
+import torch
+
 from memtail import logs
 from memtail.datasets import Dataset, open_dataset
 from memtail.errors import DatasetError, MemtailError, SpecError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.processes import keep_memory
-from memtail.spec import Experiment, FunctionTrainer, ImagesTrainer
+from memtail.spec import Experiment, FunctionTrainer, ImagesTrainer, ImportedTrainer
 from memtail.spec.trainer import UserTrainer, code_digest
 from memtail.trainers.channel import Channel
+from memtail.trainers.checkpoints import LARGEST_STATE
 from memtail.trainers.command import Command
 from memtail.trainers.function import Function
+from memtail.trainers.images.devices import peak_memory
+from memtail.trainers.user_network import train_network_shard
 from memtail.trainers.user_shard import train_user_shard
 from memtail.trials import TrialBatch
+
+log = structlog.get_logger()
 
 # Least seconds between two reports of progress of less than a step: code may report after each of a thousand updates a second.
 _REPORT_SECONDS, _REPORT_STEP = 0.1, 0.01
@@ -45,9 +53,9 @@ class _Parent:
         threading.Thread(target=self._receive, daemon=True).start()
 
     def next(self) -> tuple[dict[str, Any], bytes | None]:
-        """Wait for a shard; return its message and checkpoint."""
+        """Wait for work; return its message, and a checkpoint if there is one."""
         message, checkpoint = self._work.get()
-        return message, checkpoint if message["checkpoint"] else None
+        return message, checkpoint if message.get("checkpoint") else None
 
     def send(self, message: dict[str, Any], data: bytes = b"") -> None:
         """Send a message, and bytes with it."""
@@ -60,12 +68,21 @@ class _Parent:
             self._reported, self._fraction = now, fraction
             self.send({"progress": fraction})
 
+    def step(self) -> None:
+        """Report that training advances."""
+        if (now := time.monotonic()) - self._reported >= _REPORT_SECONDS:
+            self._reported = now
+            self.send({"step": True})
+
     def finished(self, trial: int) -> None:
         """Report a trained trial."""
         self.send({"finished": trial})
 
     def save(self, state: bytes) -> None:
-        """Have a checkpoint kept."""
+        """Have a checkpoint kept, if it is not too large."""
+        if len(state) > LARGEST_STATE:
+            log.warning("checkpoint not kept, training continues", bytes=len(state), largest=LARGEST_STATE)
+            return
         self.send({"save": True}, state)
 
     def should_stop(self) -> bool:
@@ -80,6 +97,8 @@ class _Parent:
                     continue
                 if "stop" in received[0]:
                     self._stopping.set()
+                elif "show" in received[0]:
+                    faulthandler.dump_traceback(file=2)
                 else:
                     self._stopping.clear()
                     self._work.put(received)
@@ -99,8 +118,11 @@ class _Child:
         while True:
             message, checkpoint = self._parent.next()
             try:
-                batch = self._train(message["train"], message["device"], checkpoint)
-                answer, data = {"batch": True}, batch.to_bytes()
+                if "check" in message:
+                    answer, data = _check(message["check"], message["devices"], message["count"]), b""
+                else:
+                    batch = self._train(message["train"], message["device"], checkpoint)
+                    answer, data = {"batch": True, "peak_memory": peak_memory(torch.device(message["device"]))}, batch.to_bytes()
             except BaseException as error:  # also SystemExit and KeyboardInterrupt of user code
                 answer, data = _described(error), b""
             self._parent.send(answer, data)
@@ -111,15 +133,19 @@ class _Child:
             dataset = self._dataset(work["dataset"])
         except (DatasetError, OSError) as error:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
+        trials = range(work["first"], work["last"] + 1)
+        if isinstance(experiment.trainer, ImagesTrainer | ImportedTrainer):
+            _search(code)
+            self._parent.send({"ready": True})
+            return train_network_shard(experiment, dataset, trials, device, self._parent, checkpoint, work["profile"])
         if self._trainer is None:
-            declared = _checked(experiment, code, work["trainer_code"])
+            declared = _checked(experiment.trainer, code, work["trainer_code"])
             # from here on nothing that is raised is the fault of this machine
             self._parent.send({"importing": True})
             paths = [str(code), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of commands and other programs that user code starts
             self._trainer = Function(declared, code) if isinstance(declared, FunctionTrainer) else Command(declared, code)
         self._parent.send({"ready": self._trainer.takes_many})
-        trials = range(work["first"], work["last"] + 1)
         return train_user_shard(experiment, work["fingerprint"], dataset, trials, device, self._trainer, self._parent, checkpoint)
 
     def _dataset(self, folder: str) -> Dataset:
@@ -128,11 +154,25 @@ class _Child:
         return self._opened[folder]
 
 
-def _checked(experiment: Experiment, code: Path, digest: str) -> UserTrainer:
+def _check(work: dict[str, Any], devices: list[str] | None, count: bool) -> dict[str, Any]:
+    """Check a network, and return the answer to the parent."""
+    from memtail.trainers.images.shard_size import checked_shard_size, operations_per_trial
+
+    _search(Path(work["code"]))
+    experiment, dataset = Experiment.parse(work["experiment"]), open_dataset(Path(work["dataset"]))
+    size = checked_shard_size(experiment, dataset, None if devices is None else [torch.device(device) for device in devices])
+    return {"trials_per_shard": size, "operations": operations_per_trial(experiment, dataset) if count else 0.0}
+
+
+def _search(code: Path) -> None:
+    """Have networks searched in the folder of the code too, after the Python path."""
+    if str(code) not in sys.path:
+        sys.path.append(str(code))
+
+
+def _checked(trainer: UserTrainer, code: Path, digest: str) -> UserTrainer:
     """Return the declaration of the trainer, if the code on this machine is the experiment's. Raises: UnsupportedError."""
-    if isinstance(experiment.trainer, ImagesTrainer):
-        raise UnsupportedError("the built-in trainer needs no trainer process")
-    declared = experiment.trainer.model_copy(update={"folder": code})
+    declared = trainer.model_copy(update={"folder": code})
     try:
         here = code_digest(declared, [part for part in sys.path if part != str(code)])
     except SpecError as error:

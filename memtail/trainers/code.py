@@ -6,25 +6,29 @@ from pathlib import Path
 from memtail.errors import SpecError, UnsupportedError
 from memtail.experiment_store import Record
 from memtail.settings import Settings
-from memtail.spec import ImagesTrainer
+from memtail.spec import ImagesTrainer, ImportedTrainer
 from memtail.spec.trainer import code_digest
 
 
 def code_folder(record: Record) -> Path | None:
     """Find the code of a function or a command: in `MEMTAIL_CODE`, in the folder from which it was registered, or in the current folder.
 
+    A network is found by its name, on the Python path or there.
+
     Args:
         record: of the experiment.
 
     Returns:
-        The folder; None for the built-in trainer.
+        The folder; that of `MEMTAIL_CODE`, if any, for the built-in trainer.
 
     Raises:
         UnsupportedError: no folder has the code; or it differs from that of the experiment.
     """
     trainer = record.experiment.trainer
     if isinstance(trainer, ImagesTrainer):
-        return None
+        return Settings().code
+    if isinstance(trainer, ImportedTrainer):
+        raise UnsupportedError(f"its trials were trained elsewhere ({trainer.imported}): memtail has no trainer to train others")
     reasons = []
     for folder in dict.fromkeys(filter(None, (Settings().code, trainer.folder, Path.cwd()))):
         try:

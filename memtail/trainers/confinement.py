@@ -47,7 +47,7 @@ _HARMLESS = {"MEMTAIL_HEARTBEAT_FILE", "MEMTAIL_S3_CA_FILE"}
 _SECRETS = ("/run/secrets", "/var/run/secrets")
 _HOME_SECRETS = (".aws", ".azure", ".config/gcloud", ".docker", ".kube", ".mc")
 # Folders of the cache that hold datasets.
-_DATASETS = ("datasets", "labels", "masks", "scores", "sources")
+_DATASETS = ("datasets", "labels", "masks", "scores", "sources", "weights")
 # Folders in the user's cache folder, and variables that name folders, in which libraries keep files from process to process.
 _LIBRARIES = ("cuda", "fontconfig", "huggingface", "matplotlib", "torch", "triton")
 _CACHES = (

@@ -19,8 +19,9 @@ def trainable(experiment: Experiment, dataset: Dataset) -> Trainable:
     checked = as_trainable(dataset)
     if isinstance(checked, FeatureDataset):
         augmentation, model = experiment.training.augmentation, experiment.model
-        if augmentation != "none":
-            raise SpecError(f"training.augmentation: '{augmentation}' is for images, and the dataset holds features: set it to none")
+        if augmentation:
+            steps = ", ".join(step.name for step in augmentation)
+            raise SpecError(f"training.augmentation: '{steps}' is for images, and the dataset holds features: set it to none")
         if not isinstance(model, Mlp) and ":" not in model.name:
             raise SpecError(
                 f"model.name: '{model.name}' takes images, and the dataset holds features: use mlp, or a network of your own "

@@ -8,19 +8,22 @@ import numpy.typing as npt
 
 from memtail.datasets import DatasetLabels
 from memtail.errors import OutcomeError
+from memtail.spec import RecordedOutcomes
 from memtail.trainers.task import Outcome
 
 #: Largest difference between in-subset and held-out accuracy, in standard errors, at which outcomes look like those of another order.
 _SAME = 2.0
 
 
-def check_outcome(outcome: object, dataset: DatasetLabels, margins: bool) -> tuple[dict[str, npt.NDArray[Any]], dict[str, float]]:
-    """Check what a trainer returned, and return its arrays (`train_correct`, `test_correct`, the margins if recorded) and its metrics.
+def check_outcome(
+    outcome: object, dataset: DatasetLabels, record: RecordedOutcomes
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, float]]:
+    """Check what a trainer returned, and return its arrays (correctness, and margins and scores if recorded) and its metrics.
 
     Args:
         outcome: what the trainer returned.
         dataset: the dataset of the trial.
-        margins: whether the experiment records margins.
+        record: what the experiment records.
 
     Raises:
         OutcomeError: it is no outcome, an array has another length or type, or the labels or ids are not the dataset's in its order.
@@ -33,10 +36,12 @@ def check_outcome(outcome: object, dataset: DatasetLabels, margins: bool) -> tup
         raise OutcomeError(f"metrics are not numbers by name ({error}): return a dict of floats") from None
     arrays: dict[str, npt.NDArray[Any]] = {}
     for split, size in (("train", dataset.n_train), ("test", dataset.n_test)):
-        correct, margin = getattr(outcome, f"{split}_correct"), getattr(outcome, f"{split}_margin")
+        correct, margin, score = (getattr(outcome, f"{split}_{name}") for name in ("correct", "margin", "score"))
         arrays[f"{split}_correct"] = _correct(f"{split}_correct", correct if size or correct is not None else (), size)
-        if margins:
+        if record.margins:
             arrays[f"{split}_margin"] = _margins(f"{split}_margin", margin if size or margin is not None else (), size)
+        if record.scores:
+            arrays[f"{split}_score"] = _scores(f"{split}_score", score if size or score is not None else (), size)
         labels = getattr(dataset, f"{split}_labels") if dataset.labelled else None
         _check_same(f"{split}_labels", getattr(outcome, f"{split}_labels"), labels)
         files = getattr(dataset, f"{split}_files")
@@ -78,6 +83,20 @@ def _margins(name: str, values: Any, size: int) -> npt.NDArray[np.float16]:
     largest = float(np.finfo(np.float16).max)
     margins: npt.NDArray[np.float16] = np.clip(array, -largest, largest).astype(np.float16)
     return margins
+
+
+def _scores(name: str, values: Any, size: int) -> npt.NDArray[np.float32]:
+    if values is None:
+        raise OutcomeError(f"{name} is missing, and the experiment records scores: return it, or remove record.scores")
+    array = _array(name, values, size)
+    if array.dtype.kind not in "biuf":
+        raise OutcomeError(f"{name} is {array.dtype}: return floats from 0 to 1")
+    outside = (array < 0) | (array > 1)  # not NaN, which makes the trial diverged
+    if outside.any():
+        first = int(np.argmax(outside))
+        raise OutcomeError(f"{name} is {array[first]} at {first}: return scores from 0 to 1, such as the probability of the label")
+    scores: npt.NDArray[np.float32] = array.astype(np.float32)
+    return scores
 
 
 def _check_same(name: str, returned: Any, expected: npt.NDArray[Any] | None) -> None:

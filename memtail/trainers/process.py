@@ -5,6 +5,7 @@ process says so or ends.
 """
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -21,14 +22,16 @@ from typing import Any
 import structlog
 
 from memtail.datasets import DatasetLabels
-from memtail.errors import ForeignObjectError, TrainerError, TrainingStopped, UnsupportedError, WorkerFaultError
+from memtail.errors import ForeignObjectError, SpecError, TrainerError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.experiment_store import Record
 from memtail.processes import hide
+from memtail.spec import Experiment, ImagesTrainer
 from memtail.subsets import membership
 from memtail.trainers.channel import Channel
-from memtail.trainers.checkpoints import Checkpoints
-from memtail.trainers.command import GRACE_SECONDS, describe_exit
+from memtail.trainers.checkpoints import LARGEST_STATE, Checkpoints
+from memtail.trainers.command import describe_exit
 from memtail.trainers.confinement import has_landlock, restricted_paths, trainer_environment
+from memtail.trainers.limits import Limits
 from memtail.trainers.output import Output
 from memtail.trials import Shard, TrialBatch, largest_batch, pack
 
@@ -38,14 +41,12 @@ log = structlog.get_logger()
 _MOST_TRIALS = 10_000
 # Seconds between two looks at whether to stop.
 _POLL_SECONDS = 0.1
-# Seconds that the process has to stop, in which a command has its own grace.
-_STOP_SECONDS = GRACE_SECONDS + 10.0
 # Seconds within which the process takes a message, and within which it ends once it is killed.
 _SEND_SECONDS, _END_SECONDS = 60.0, 30.0
-# Least seconds for imports, and for what memtail does after the last trial.
-_REST_SECONDS = 60.0
-# Largest checkpoint in bytes.
-_LARGEST_STATE = 4 << 30
+# Seconds in which a process that is about to be ended shows what it is doing.
+_SHOW_SECONDS = 0.5
+# Bytes that a disk must take which is not at fault.
+_TRIED_BYTES = 1 << 20
 # Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from memtail.trainers.guardian import main; main()"
 
@@ -60,6 +61,7 @@ class Work:
         shard: the shard.
         code: folder of the user's code.
         store: address of the store; if it is a folder, user code has no access to it.
+        profile: whether to measure the seconds by phase; only the built-in trainer does.
     """
 
     record: Record
@@ -67,18 +69,26 @@ class Work:
     shard: Shard
     code: Path
     store: str | None = None
+    profile: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The message that begins the training."""
         return {
-            "experiment": self.record.experiment.model_dump(mode="json"),
+            "experiment": self._experiment().model_dump(mode="json"),
             "fingerprint": self.record.fingerprint,
             "trainer_code": self.record.trainer_code,
             "dataset": str(self.dataset.folder),
             "first": self.shard.first,
             "last": self.shard.last,
             "code": str(self.code),
+            "profile": self.profile,
         }
+
+    def _experiment(self) -> Experiment:
+        """The experiment, with paths that hold in another folder."""
+        experiment = self.record.experiment
+        paths = [path for path in (experiment.subsets.masks, experiment.model.weights_file) if path is not None]
+        return experiment.with_files({path: path.absolute() for path in paths})
 
 
 class _RemoteTraceback(Exception):  # noqa: N818 - not raised, but shown as a cause
@@ -97,6 +107,8 @@ class TrainerProcess:
         self._guardian: subprocess.Popen[bytes] | None = None
         self._serves: tuple[str, Path, str | None] | None = None
         self._trials = 0
+        #: Peak memory in bytes when the last shard was trained, as the process says.
+        self.peak_memory = 0
 
     def train(
         self,
@@ -106,6 +118,7 @@ class TrainerProcess:
         on_progress: Callable[[float], None],
         on_step: Callable[[], None],
         stop: Callable[[], bool],
+        silence: float = math.inf,
     ) -> TrialBatch:
         """Train a shard.
 
@@ -113,21 +126,22 @@ class TrainerProcess:
             work: the shard.
             checkpoints: where its state is kept, if anywhere.
             on_progress: is called with the trained part of the shard, 0 to 1.
-            on_step: is called when training has advanced; several times a second while code is at work that has never reported progress.
+            on_step: is called several times a second while the code is watched.
             stop: is asked several times a second whether to stop.
+            silence: longest time in seconds without progress, of a network and of code that has reported progress.
 
         Raises:
-            TrainerError: the code raised, its process died, or a trial took longer than `trainer.timeout`.
+            TrainerError: the code raised, its process died, a trial took longer than `trainer.timeout`, or it hangs.
             TrainingStopped: `stop` returned True.
             UnsupportedError: the code on this machine is not the experiment's.
-            WorkerFaultError: the process cannot be started, or cannot open the dataset.
+            WorkerFaultError: the process cannot be started, or cannot open the dataset; or the device or the disk is at fault.
         """
         state = checkpoints.load() if checkpoints else None
         self._begin(work)
         usable = False
         try:
             self._send({"train": work.to_json(), "device": self._device, "checkpoint": state is not None}, state or b"")
-            batch = self._follow(work, checkpoints, on_progress, on_step, stop)
+            batch = self._follow(work, checkpoints, on_progress, on_step, stop, silence)
             usable = True
             return batch
         except _EndedError:
@@ -140,7 +154,45 @@ class TrainerProcess:
                 self.end()  # so that all its output has been read
         output = self._output.text()
         trace = f"{failure.__cause__ or ''}\n" + (f"Last output of the trainer:\n{output}" if output else "")
-        raise failure from _RemoteTraceback(f"\n{trace}")
+        fault = _fault_of_machine(self._device) if isinstance(failure, TrainerError) else None
+        raise fault or failure from _RemoteTraceback(f"\n{trace}")
+
+    def check(
+        self, experiment: Experiment, dataset: DatasetLabels, code: Path, store: str | None, devices: list[str] | None, count: bool
+    ) -> tuple[int, float]:
+        """Check a network of the user's own.
+
+        Args:
+            experiment: the declaration.
+            dataset: its dataset.
+            code: folder of the user's code, as in `Work`.
+            store: address of the store, as in `Work`.
+            devices: devices to train on; those of this machine by default.
+            count: whether to count operations.
+
+        Returns:
+            The number of trials in a shard, as of `checked_shard_size`, and the operations of a trial, as of `operations_per_trial`.
+
+        Raises:
+            SpecError: the network cannot be built, fails on an image, or ends the process.
+            WorkerFaultError: the process cannot be started.
+        """
+        work = Work(Record(experiment, "", {}, dataset.n_train, dataset.n_test, 1), dataset, Shard(0, 0), code, store)
+        self._begin(work)
+        try:
+            self._send({"check": work.to_json(), "devices": devices, "count": count})
+            while True:
+                match self._receive():
+                    case {"trials_per_shard": int(size), "operations": float(operations)}, _ if size > 0 and operations >= 0:
+                        return size, operations
+                    case {"error": _, "message": str(message)}, _:
+                        raise SpecError(_printable(message))
+        except _EndedError:
+            raise SpecError(f"model '{experiment.model.name}': the process that built it {self._exit()}: fix the model") from None
+        except TrainerError as error:
+            raise SpecError(f"model '{experiment.model.name}': {error}") from None
+        finally:
+            self.end()
 
     def end(self) -> None:
         """End the process and all that it started."""
@@ -193,7 +245,7 @@ class TrainerProcess:
         finally:
             theirs.close()
             os.close(writing)
-        self._channel = Channel(ours, max(_LARGEST_STATE, size))
+        self._channel = Channel(ours, max(LARGEST_STATE, size))
         self._output = Output(reading)
 
     def _environment(self, scratch: Path) -> dict[str, str]:
@@ -229,19 +281,20 @@ class TrainerProcess:
         on_progress: Callable[[float], None],
         on_step: Callable[[], None],
         stop: Callable[[], bool],
+        silence: float,
     ) -> TrialBatch:
-        limits = _Limits(getattr(work.record.experiment.trainer, "timeout", None), len(work.shard.trials))
-        imports, reported = False, False
+        trainer, imports = work.record.experiment.trainer, False
+        limits = Limits(getattr(trainer, "timeout", None), len(work.shard.trials), silence, isinstance(trainer, ImagesTrainer))
         while True:
             received = self._receive()
-            limits.check()
+            self._check(limits)
+            on_step()
             if limits.stopping is None and stop():
                 limits.stopping = time.monotonic()
                 self._send({"stop": True})
             if received is None:
-                if not reported:
-                    on_step()
                 continue
+            limits.heard()
             message, data = received
             match message:
                 case {"importing": _}:
@@ -250,19 +303,28 @@ class TrainerProcess:
                     imports = True
                     limits.begin(bool(many))
                 case {"progress": float(fraction)} if 0 <= fraction <= 1:
-                    reported = True
-                    on_step()
+                    limits.progress()
                     on_progress(fraction)
                 case {"finished": _}:
                     limits.finished()
-                    on_step()
                 case {"save": _}:
                     if checkpoints:
                         checkpoints.save(data)
                 case {"batch": _}:
+                    peak = message.get("peak_memory")
+                    self.peak_memory = peak if isinstance(peak, int) else 0
                     return _checked(data, work)
                 case {"error": str(kind), "message": str(text), "traceback": str(trace)}:
                     self._raise(kind, _printable(text), _printable(trace), imports, limits.stopping is not None)
+
+    def _check(self, limits: Limits) -> None:
+        try:
+            limits.check()
+        except TrainerError:
+            with suppress(_EndedError):
+                self._send({"show": True})
+                time.sleep(_SHOW_SECONDS)
+            raise
 
     def _raise(self, kind: str, message: str, trace: str, imports: bool, stopping: bool) -> None:
         """Raise what the process says; only before it imports user code may it blame this machine."""
@@ -287,42 +349,6 @@ class _EndedError(Exception):
     """The process has ended, or does not take messages."""
 
 
-class _Limits:
-    """Times at which the training of a shard is given up.
-
-    Args:
-        timeout: longest time of a trial in seconds, if there is one.
-        trials: number of trials of the shard.
-    """
-
-    def __init__(self, timeout: float | None, trials: int) -> None:
-        self._timeout, self._trials, self._together = timeout or float("inf"), trials, False
-        self._last, self._allowed = time.monotonic(), max(_REST_SECONDS, self._timeout * trials)
-        #: When the process was told to stop.
-        self.stopping: float | None = None
-
-    def begin(self, together: bool) -> None:
-        """Begin with the first trial, or with all trials together."""
-        self._together, self._last = together, time.monotonic()
-        self._allowed = self._timeout * (self._trials if together else 1)
-
-    def finished(self) -> None:
-        """Begin with the next trial, if there is one."""
-        self._trials -= 1
-        if not self._together:
-            self._last = time.monotonic()
-        if self._trials <= 0:
-            self._last, self._allowed = time.monotonic(), max(_REST_SECONDS, self._timeout)
-
-    def check(self) -> None:
-        """Raise if the time is over. Raises: TrainingStopped, TrainerError."""
-        now = time.monotonic()
-        if self.stopping is not None and now - self.stopping > _STOP_SECONDS:
-            raise TrainingStopped
-        if now - self._last > self._allowed:
-            raise TrainerError(f"a trial took longer than trainer.timeout, {self._timeout:g} s: raise it, or make the code faster")
-
-
 def _end(guardian: "subprocess.Popen[bytes]") -> None:
     """Have a guardian kill the processes that it guards, and clean up."""
     if guardian.stdin is not None:
@@ -333,6 +359,23 @@ def _end(guardian: "subprocess.Popen[bytes]") -> None:
         log.warning("the trainer process does not end", pid=guardian.pid)
         guardian.kill()
         guardian.wait()
+
+
+def _fault_of_machine(device: str) -> WorkerFaultError | None:
+    """Find a fault of this machine, which a failure of user code may come from: the code itself is not asked."""
+    from torch import device as of_torch
+
+    from memtail.trainers.images.devices import check_unopened
+
+    try:
+        check_unopened(of_torch(device))
+        with tempfile.TemporaryFile() as file:
+            file.write(bytes(_TRIED_BYTES))
+    except OSError as error:
+        return WorkerFaultError(f"this machine cannot train: {error}")
+    except WorkerFaultError as error:
+        return error
+    return None
 
 
 def _printable(text: str) -> str:

@@ -1,11 +1,11 @@
 """`ShardTrainer`: trains shards on one device by the trainer that their experiment declares."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from memtail.datasets import Dataset
 from memtail.experiment_store import Record
-from memtail.spec import ImagesTrainer
 from memtail.trainers.checkpoints import Checkpoints
 from memtail.trainers.inputs import trainable
 from memtail.trainers.process import TrainerProcess, Work
@@ -13,7 +13,7 @@ from memtail.trials import Shard, TrialBatch
 
 
 class ShardTrainer:
-    """Trains shards: the built-in trainer in this process, user code in a trainer process, which is kept from shard to shard.
+    """Trains shards: memtail's own networks in this process, user code in a trainer process, which is kept from shard to shard.
 
     Args:
         device: to train on, as torch names it.
@@ -22,8 +22,11 @@ class ShardTrainer:
     def __init__(self, device: str) -> None:
         self._device = device
         self._process = TrainerProcess(device)
+        self._keeps_images = False
         #: Whether this process can train further shards; not after an error of its device's driver.
         self.usable = True
+        #: Peak memory in bytes of the process that trained the last shard: of the device on CUDA, of the host elsewhere.
+        self.peak_memory = 0
 
     def train(
         self,
@@ -38,6 +41,7 @@ class ShardTrainer:
         on_step: Callable[[], None] = lambda: None,
         stop: Callable[[], bool] = lambda: False,
         profile: bool = False,
+        silence: float = math.inf,
     ) -> TrialBatch:
         """Train a shard from its last checkpoint on.
 
@@ -49,9 +53,10 @@ class ShardTrainer:
             code: folder of the user's code; by default the current folder.
             store: address of the store; if it is a folder, user code has no access to it.
             on_progress: is called with the trained part of the shard, 0 to 1.
-            on_step: is called when training has advanced.
+            on_step: is called when training has advanced; several times a second while user code is watched.
             stop: is asked every few steps, or several times a second, whether to stop.
             profile: whether to measure the seconds by phase; only the built-in trainer does.
+            silence: seconds without progress after which user code is ended.
 
         Returns:
             The shard's batch.
@@ -62,15 +67,30 @@ class ShardTrainer:
             UnsupportedError: the user's code on this machine is not the experiment's.
             Exception: the shard is at fault.
         """
-        if not isinstance(record.experiment.trainer, ImagesTrainer):
-            work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store)
-            return self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop)
+        if record.experiment.runs_user_code:
+            self._release_device()
+            work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store, profile)
+            batch = self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop, silence=silence)
+            self.peak_memory = self._process.peak_memory
+            return batch
         self._process.end()
         return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop, profile)
 
     def end(self) -> None:
         """End the trainer process."""
         self._process.end()
+
+    def _release_device(self) -> None:
+        """Release the device's memory that this process keeps for the next shard of the built-in trainer."""
+        if not self._keeps_images:
+            return
+        import torch
+
+        from memtail.trainers.images.images import device_images
+
+        device_images.cache_clear()
+        torch.cuda.empty_cache()  # does nothing where this process has not used CUDA
+        self._keeps_images = False
 
     def _train_images(
         self,
@@ -86,7 +106,7 @@ class ShardTrainer:
         import torch
 
         from memtail.trainers.images import Progress, train_shard
-        from memtail.trainers.images.devices import is_device_error
+        from memtail.trainers.images.devices import is_device_error, peak_memory
 
         def report(progress: Progress) -> None:
             on_progress(progress.epochs / progress.total)
@@ -95,12 +115,13 @@ class ShardTrainer:
             on_step()
             return stop()
 
+        device, self._keeps_images = torch.device(self._device), True
         try:
-            return train_shard(
+            batch = train_shard(
                 record.experiment,
                 trainable(record.experiment, dataset),
                 shard.trials,
-                torch.device(self._device),
+                device,
                 on_progress=report,
                 checkpoints=checkpoints,
                 stop=step,
@@ -109,3 +130,5 @@ class ShardTrainer:
         except Exception as error:
             self.usable = not is_device_error(error)
             raise
+        self.peak_memory = peak_memory(device)
+        return batch

@@ -23,6 +23,9 @@ class Outcome:
         test_correct: bool [q]; may be None if the dataset has no test set.
         train_margin: float [n], logit margins; recorded where the experiment says `record: {margins: true}`.
         test_margin: float [q].
+        train_score: float [n], in [0, 1], such as the probability of the label; recorded, in 255ths, where the experiment says
+            `record: {scores: true}`.
+        test_score: float [q].
         train_labels: [n], labels as the training code has them; compared with the dataset's, so that outcomes in another order are refused.
         test_labels: [q].
         train_ids: [n], file names as the training code has them; compared with the dataset's.
@@ -34,6 +37,8 @@ class Outcome:
     test_correct: npt.ArrayLike | None = None
     train_margin: npt.ArrayLike | None = None
     test_margin: npt.ArrayLike | None = None
+    train_score: npt.ArrayLike | None = None
+    test_score: npt.ArrayLike | None = None
     train_labels: npt.ArrayLike | None = None
     test_labels: npt.ArrayLike | None = None
     train_ids: Sequence[str] | npt.ArrayLike | None = None

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from memtail.datasets import DatasetLabels
 from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
@@ -29,9 +28,11 @@ def pack_trials(
     further: Sequence[dict[str, float]] | None = None,
     train_margin: npt.NDArray[np.float16] | None = None,
     test_margin: npt.NDArray[np.float16] | None = None,
+    train_score: npt.NDArray[np.uint8] | None = None,
+    test_score: npt.NDArray[np.uint8] | None = None,
     train_predicted: npt.NDArray[np.integer[Any]] | None = None,
 ) -> TrialBatch:
-    """Make a batch. The correctness bits of a diverged trial are 0, and it has no misclassifications.
+    """Make a batch. The correctness bits and scores of a diverged trial are 0, and it has no misclassifications.
 
     Args:
         dataset: the dataset of the k trials.
@@ -45,6 +46,8 @@ def pack_trials(
         further: of each trial, numbers that training code of the user's own returned.
         train_margin: float16 [k, n], where margins are recorded.
         test_margin: float16 [k, q].
+        train_score: uint8 [k, n], where scores are recorded.
+        test_score: uint8 [k, q].
         train_predicted: integers [k, n], predicted classes, if they are known.
     """
     train_correct, test_correct = train_correct & ~diverged[:, None], test_correct & ~diverged[:, None]
@@ -72,6 +75,8 @@ def pack_trials(
         provenance=provenance,
         train_margin=train_margin,
         test_margin=test_margin,
+        train_score=None if train_score is None else train_score * ~diverged[:, None],
+        test_score=None if test_score is None else test_score * ~diverged[:, None],
         train_mistakes=None if train_predicted is None else train_predicted[misclassified].astype(np.uint16),
     )
 
@@ -86,6 +91,8 @@ def describe_training(fingerprint: str, device: str, cpu: str, started: datetime
         started: when, with its time zone.
         seconds: how long it took.
     """
+    import torch  # not for callers that pack trials of others
+
     return Provenance(
         fingerprint=fingerprint,
         memtail=version("memtail"),

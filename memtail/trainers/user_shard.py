@@ -23,6 +23,7 @@ from memtail.datasets import Dataset
 from memtail.errors import OutcomeError
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment
+from memtail.statistics.soft import quantized
 from memtail.subsets import membership
 from memtail.trainers.images.devices import cpu_name, device_name
 from memtail.trainers.outcomes import check_outcome, looks_permuted
@@ -54,6 +55,10 @@ class Caller(Protocol):
 
     def progress(self, fraction: float) -> None:
         """Take the trained part of the shard, 0 to 1."""
+        ...
+
+    def step(self) -> None:
+        """Take a sign that training advances."""
         ...
 
     def finished(self, trial: int) -> None:
@@ -193,7 +198,7 @@ class _UserShard:
 
     def _take(self, trial: int, outcome: object) -> None:
         try:
-            self.state.arrays[trial], self.state.metrics[trial] = check_outcome(outcome, self.dataset, self.experiment.record.margins)
+            self.state.arrays[trial], self.state.metrics[trial] = check_outcome(outcome, self.dataset, self.experiment.record)
         except OutcomeError as error:
             raise OutcomeError(f"trial {trial}: {error}") from None
         compared = {name for name in _COMPARED if getattr(outcome, name) is not None}
@@ -286,7 +291,7 @@ def make_batch(
     metrics: Sequence[Mapping[str, float]],
     provenance: Provenance,
 ) -> TrialBatch:
-    """Pack what trials returned. One whose loss or margins are not numbers is diverged: its bits are 0.
+    """Pack what trials returned. One whose loss, margins or scores are not numbers is diverged: its bits are 0.
 
     Args:
         dataset: the dataset of the k trials.
@@ -298,9 +303,10 @@ def make_batch(
     """
     stacked = {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
     diverged = np.array([not np.isfinite(each.get("loss", 0.0)) for each in metrics])
-    margins = {name: array for name, array in stacked.items() if name.endswith("_margin")}
-    for array in margins.values():
+    further = {name: array for name, array in stacked.items() if name.endswith(("_margin", "_score"))}
+    for array in further.values():
         diverged |= np.isnan(array).any(1)
+    further |= {name: quantized(np.nan_to_num(array)) for name, array in further.items() if name.endswith("_score")}
     return pack_trials(
         dataset,
         trials,
@@ -311,5 +317,5 @@ def make_batch(
         diverged,
         provenance,
         further=[{name: value for name, value in each.items() if name != "loss" and np.isfinite(value)} for each in metrics],
-        **margins,
+        **further,
     )

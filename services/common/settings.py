@@ -27,7 +27,7 @@ class ServiceSettings:
         identity: of the store, which is read from it: the prefix of the keys in Redis follows from it and `store`.
         broker: `MEMTAIL_BROKER` (or the file named by `MEMTAIL_BROKER_FILE`): Redis's URL with its password; not in the repr.
         lease_seconds: duration of a lease; a worker that stops renewing it loses its shard.
-        silence_seconds: time without progress after which a training process counts as hung, and ends; longer if its own pauses are.
+        silence_seconds: time without progress after which training counts as hung, and its process is ended; longer if its own pauses are.
         shard_seconds: maximum training time of a shard, after which its process is killed.
         max_starts: number of workers lost on a shard that counts as one failed attempt, as far as one dispatcher saw their leases expire.
         breaker_shards: number of shards that must fail alike, before any is committed, to pause their experiment.

@@ -3,7 +3,6 @@
 import contextvars
 import os
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,15 +12,13 @@ import structlog
 
 from memtail.errors import StoreError
 from memtail.experiment_store import ExperimentStore
+from memtail.trainers.silence import Silence
 from services.common.broker import Assignment, Broker
 
 log = structlog.get_logger()
 
 #: Exit code of a training process that hung.
 HUNG = 4
-
-# A training process hangs if it is silent for this many times its longest silence before, and for the settings' seconds.
-_SILENCE_FACTOR = 5
 
 
 class Lease:
@@ -47,11 +44,9 @@ class Lease:
         self, broker: Broker, assignment: Assignment, holder: str, seconds: float, silence: float, experiment_store: ExperimentStore
     ) -> None:
         self._broker, self._assignment, self._experiment_store = broker, assignment, experiment_store
-        self._seconds, self._silence = seconds, silence
+        self._seconds, self._silence = seconds, Silence(silence)
         self._holder = f"{holder}/{uuid.uuid4().hex}"
         self._over = threading.Event()
-        self._progressed_at: float | None = None
-        self._longest = 0.0
         self._threads = [self._thread(self._renew), self._thread(self._watch)]
         self.held = self.lost = self.cancelled = False
 
@@ -75,14 +70,11 @@ class Lease:
 
     def progress(self) -> None:
         """Report that training advances; from the first call on, silence counts as a hang."""
-        now = time.monotonic()
-        if self._progressed_at is not None:
-            self._longest = max(self._longest, now - self._progressed_at)
-        self._progressed_at = now
+        self._silence.progress()
 
     def trained(self) -> None:
         """Report that training has ended, so that silence is no hang any more."""
-        self._progressed_at = None
+        self._silence.end()
 
     def _thread(self, target: Callable[[], None]) -> threading.Thread:
         # the context makes its log lines name the shard
@@ -98,12 +90,8 @@ class Lease:
                     return
 
     def _end_if_hung(self) -> None:
-        progressed_at = self._progressed_at
-        if progressed_at is None:
-            return
-        silence = time.monotonic() - progressed_at
-        if silence > max(self._silence, _SILENCE_FACTOR * self._longest):
-            log.error("training hangs, ending the process", seconds=round(silence))
+        if (seconds := self._silence.hung()) is not None:
+            log.error("training hangs, ending the process", seconds=round(seconds))
             os._exit(HUNG)
 
     def _watch(self) -> None:

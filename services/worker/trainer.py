@@ -16,13 +16,12 @@ from structlog.contextvars import bound_contextvars
 from memtail.datasets import Dataset
 from memtail.datasets.cache_folder import note_use
 from memtail.datasets.staged_dataset import fetch
-from memtail.datasets.staged_masks import fetch_masks
+from memtail.datasets.staged_inputs import fetch_inputs
 from memtail.errors import DatasetError, LocalFileError, SpecError, StoreError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.execution.checkpoints import StoredCheckpoints
 from memtail.execution.shard_task import ShardOutcome, ShardResult, run_shard
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Failure, Notice, Record
 from memtail.settings import Settings
-from memtail.spec import Experiment
 from memtail.storage import ObjectNotFound, ObjectStore
 from memtail.trainers.code import code_folder
 from memtail.trainers.shard_trainer import ShardTrainer
@@ -59,7 +58,7 @@ class Trainer:
         worker: name of the worker, with which its leases begin.
         device: as torch names it, or "auto" for the best available one.
         lease_seconds: duration of a lease; it is renewed three times as often.
-        silence_seconds: time without progress after which training counts as hung, and the process ends.
+        silence_seconds: time without progress after which training counts as hung; the process ends, or that of user code.
         stopping: whether the worker is about to stop, so that the shard is to be handed back.
         report: sends a report to the parent process, as `services.worker.metric_updates` takes it.
     """
@@ -149,11 +148,9 @@ class Trainer:
         if self._checked:
             return
         try:
-            from memtail.trainers.images.devices import available_devices, check_device, check_in_new_process
+            from memtail.trainers.images.devices import available_devices, check_unopened
 
-            device = available_devices(self._device)[0]
-            # a device that hangs must not hang this process
-            (check_in_new_process if device.type == "cuda" else check_device)(device)
+            check_unopened(available_devices(self._device)[0])
         except (ImportError, OSError, SpecError) as error:
             raise WorkerFaultError(f"device {self._device} cannot be used: {error}") from error
         self._checked = True
@@ -234,7 +231,8 @@ class Trainer:
             return self._stopping() or lease.cancelled or lease.lost
 
         try:
-            record, dataset = replace(record, experiment=self._experiment_of(record)), self._dataset_of(record, interrupted)
+            experiment = fetch_inputs(record.experiment, record.canonical, self._store, Settings().cache)
+            record, dataset = replace(record, experiment=experiment), self._dataset_of(record, interrupted)
         except (DatasetError, LocalFileError, OSError) as error:
             raise WorkerFaultError(f"the dataset cannot be opened: {error}") from error
 
@@ -251,6 +249,7 @@ class Trainer:
                 on_step=lease.progress,
                 stop=interrupted,
                 profile=self._shards % _PROFILED == 0,
+                silence=self._silence_seconds,
             )
         finally:
             self.usable = self._shard_trainer.usable
@@ -261,12 +260,6 @@ class Trainer:
     def _report_training(self, experiment: str, result: ShardResult) -> None:
         committed = result.outcome is ShardOutcome.COMMITTED
         self._report("trained", experiment, result.trials, committed, result.examples, result.seconds, result.phases)
-
-    def _experiment_of(self, record: Record) -> Experiment:
-        """The experiment, with its masks, if any, in a file on this machine."""
-        if record.experiment.subsets.masks is None:
-            return record.experiment
-        return record.experiment.with_masks(fetch_masks(self._store, record.canonical["subsets"]["masks"], Settings().cache))
 
     def _dataset_of(self, record: Record, interrupted: Callable[[], bool]) -> Dataset:
         """The dataset; the last one stays open, so that its images stay on the device from shard to shard."""

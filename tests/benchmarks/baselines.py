@@ -12,7 +12,10 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 @dataclass(frozen=True)
 class Recipe:
-    """A workload: the training recipe of a network. `schedule` is "constant" or "cosine" (with 10% linear warm-up)."""
+    """A workload: the training recipe of a network. `schedule` is "constant" or "cosine" (with 10% linear warm-up).
+
+    AdamW takes neither `momentum` nor `nesterov`.
+    """
 
     epochs: int
     batch_size: int
@@ -21,6 +24,7 @@ class Recipe:
     weight_decay: float
     nesterov: bool
     schedule: str
+    optimizer: str = "sgd"
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def with_dataloader(model: nn.Module, recipe: Recipe, data: Data, member: np.nda
     """(a) One model in plain PyTorch with DataLoaders; returns in-subset and test accuracy."""
     train, test = TensorDataset(data.train, data.train_labels), TensorDataset(data.test, data.test_labels)
     loader = DataLoader(Subset(train, np.flatnonzero(member).tolist()), recipe.batch_size, shuffle=True)
-    optimizer = _sgd(model, recipe, fused=False)
+    optimizer = _optimizer(model, recipe, fused=False)
     steps, step = recipe.epochs * len(loader), 0
     model.train()
     for _ in range(recipe.epochs):
@@ -70,7 +74,7 @@ def with_dataloader(model: nn.Module, recipe: Recipe, data: Data, member: np.nda
 def in_memory(model: nn.Module, recipe: Recipe, data: Data, member: np.ndarray, compiled: nn.Module | None = None) -> tuple[float, float]:
     """(b) The same without a DataLoader: tensors in memory, fused optimizer; `compiled` is the model through `torch.compile`."""
     forward = compiled or model
-    optimizer = _sgd(model, recipe, fused=True)
+    optimizer = _optimizer(model, recipe, fused=True)
     subset = torch.from_numpy(np.flatnonzero(member))
     steps, step = recipe.epochs * -(-len(subset) // recipe.batch_size), 0
     model.train()
@@ -102,7 +106,9 @@ def _batches(subset: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     return iter(subset[torch.randperm(len(subset))].split(size))
 
 
-def _sgd(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
     return torch.optim.SGD(
         model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, fused=fused
     )

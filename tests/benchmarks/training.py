@@ -32,7 +32,9 @@ REPETITIONS = 5
 
 def _workload(name: str, model: dict, recipe: Recipe, dataset: dict) -> Experiment:
     schedule = {"name": recipe.schedule} | ({"warmup": 0.1} if recipe.schedule == "cosine" else {})
-    optimizer = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "nesterov": recipe.nesterov}
+    optimizer = {"name": recipe.optimizer, "lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        optimizer |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
     training = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "optimizer": optimizer, "schedule": schedule}
     return Experiment.parse({"name": name, "dataset": dataset, "model": model, "training": training})
 
@@ -64,6 +66,7 @@ def measure(name: str, model: dict, recipe: Recipe, dataset_spec: dict, trials: 
     record = declare(experiment, dataset, share).with_trials(2 * 10**6)
     with tempfile.TemporaryDirectory() as folder, Workers(Task(record, dataset.folder, folder, ""), ["cpu"] * cores()) as workers:
         experiment_store = ExperimentStore(LocalStore(Path(folder)), experiment.name)
+        experiment_store.register(record)
         _train(workers, [Shard(10**6 + core, 10**6 + core) for core in range(cores())])  # start the processes
         for repetition in range(REPETITIONS):
             shards = [
@@ -112,12 +115,17 @@ def mnist() -> dict:
 
 
 DIGITS = Recipe(20, 64, 0.1, 0.9, 5e-4, True, "cosine")
+DIGITS_ADAMW = Recipe(20, 64, 0.003, 0.0, 0.01, False, "cosine", "adamw")
 DEMO = Recipe(2, 128, 0.1, 0.9, 0.0, False, "constant")
 
 ROWS: dict[str, Callable[[], list[Row]]] = {
     "digits-mlp": partial(
         measure, "digits-mlp", {"name": "mlp", "hidden": [256]}, DIGITS, {"name": "digits"}, 256, {"(a)": "20x", "(b)": "5x"}
     ),
+    "adamw-mlp": partial(
+        measure, "adamw-mlp", {"name": "mlp", "hidden": [256]}, DIGITS_ADAMW, {"name": "digits"}, 256, {"(a)": "20x", "(b)": "5x"}
+    ),
+    "adamw-cnn": partial(measure, "adamw-cnn", {"name": "cnn"}, DIGITS_ADAMW, {"name": "digits"}, 2, {"(b)": "1x"}),
     "mnist-mlp": partial(
         measure, "mnist-mlp", {"name": "mlp", "hidden": [512, 256]}, DEMO, mnist(), 16, {"(a)": "2x", "(b)": "1.4x"}, "; 2 epochs"
     ),

@@ -1,13 +1,15 @@
-"""`memtail cache`: datasets and masks are in the cache before a worker needs them."""
+"""`memtail cache`: datasets, masks and weights are in the cache before a worker needs them."""
 
 import numpy as np
 import pytest
+import torch
 
 from memtail.datasets.staged_dataset import fetch
-from memtail.datasets.staged_masks import fetch_masks
+from memtail.datasets.staged_inputs import fetch_inputs
 from memtail.execution.submit import submit
 from memtail.experiment_store import Control, ExperimentStore
-from memtail.spec import Experiment
+from memtail.models import build_model
+from memtail.spec import Experiment, NamedModel
 from memtail.storage import keys
 from tests.support.arrays import write_arrays
 from tests.support.cli import command
@@ -23,13 +25,13 @@ def store(tmp_path):
 def declared(tmp_path, store, monkeypatch):
     """Function that submits an experiment; the cache of the command is another one."""
 
-    def submit_(name, shade=0, **subsets):
-        images = np.random.default_rng(shade).integers(0, 255, (40, 6, 6)).astype(np.uint8)
-        root = write_arrays(tmp_path / f"{shade}.npz", train_images=images)
+    def submit_(name, shade=0, model=None, **subsets):
+        images = np.random.default_rng(shade).integers(0, 255, (40, 12, 12)).astype(np.uint8)
+        root = write_arrays(tmp_path / f"{shade}.npz", train_images=images, test_images=images[:20])
         content = {
             "name": name,
             "dataset": {"name": "arrays", "root": str(root)},
-            "model": {"name": "mlp", "hidden": [4]},
+            "model": model or {"name": "mlp", "hidden": [4]},
             "subsets": {"trials": 24, **subsets},
             "execution": {"trials_per_shard": 4},
         }
@@ -49,9 +51,12 @@ def cache(tmp_path, store, monkeypatch):
     return run
 
 
-def test_datasets_and_masks_are_downloaded_once(tmp_path, store, declared, cache):
+def test_datasets_masks_and_weights_are_downloaded_once(tmp_path, store, declared, cache):
     np.save(tmp_path / "masks.npy", np.eye(24, 40, dtype=bool))
-    a, b = declared("a"), declared("b", 1, design="explicit", masks=str(tmp_path / "masks.npy"))
+    network = {"name": "resnet9", "options": {"width": 2}}
+    torch.save(build_model(NamedModel(**network), (1, 12, 12), 2).state_dict(), tmp_path / "w.pt")
+    model = {**network, "weights": str(tmp_path / "w.pt")}
+    a, b = declared("a"), declared("b", 1, model, design="explicit", masks=str(tmp_path / "masks.npy"))
     done = cache("a", "b")
     assert done.returncode == 0, done.output
     lines = done.stdout.splitlines()
@@ -62,8 +67,24 @@ def test_datasets_and_masks_are_downloaded_once(tmp_path, store, declared, cache
     assert cache("a").stdout.endswith(", there before\n")
     for record in (a, b):
         fetch(store, record.canonical["dataset"]["fingerprint"], tmp_path / "other cache")
-    fetch_masks(store, b.canonical["subsets"]["masks"], tmp_path / "other cache")
+    fetched = fetch_inputs(b.experiment, b.canonical, store, tmp_path / "other cache")
     assert store.noted("downloads") == before
+    assert fetched.subsets.masks.read_bytes() == (tmp_path / "masks.npy").read_bytes()
+    assert fetched.model.weights_file.read_bytes() == (tmp_path / "w.pt").read_bytes()
+    assert fetched.fingerprint(b.canonical["dataset"]["fingerprint"]) == b.fingerprint
+    assert fetched.model.weights != b.experiment.model.weights
+
+
+def test_damaged_weights_are_not_used(tmp_path, store, declared, cache):
+    network = {"name": "resnet9", "options": {"width": 2}}
+    torch.save(build_model(NamedModel(**network), (1, 12, 12), 2).state_dict(), tmp_path / "w.pt")
+    record = declared("a", 0, {**network, "weights": str(tmp_path / "w.pt")})
+    key = keys.weights(record.canonical["model"]["weights"])
+    store.delete(key)
+    store.put(key, b"damaged")
+    done = cache("a")
+    assert done.returncode == 1
+    assert f"{key} in {store.address} is damaged: remove it, then memtail submit SPEC" in done.stderr
 
 
 def test_all_are_those_that_are_to_be_trained(store, declared, cache):

@@ -1,12 +1,19 @@
 """Features with the built-in trainer, through the command line: scikit-learn's breast cancer data."""
 
+import re
+import time
+
 import numpy as np
 import pytest
 import yaml
+from fastapi.testclient import TestClient
 from sklearn.datasets import load_breast_cancer
 
 from memtail import load_scores
 from memtail.errors import MemtailError
+from memtail.explorer.app import create
+from memtail.explorer.views import PER_PAGE
+from memtail.storage.local import LocalStore
 from tests.support.cli import command, invoke
 
 
@@ -40,9 +47,35 @@ def test_the_scores_are_those_of_good_models(finished):
     assert scores.memorization["mem"].max() > 0.8
 
 
-def test_the_report_shows_features_as_they_are_in_the_file(finished):
-    (page,) = (finished / "store").rglob("report.html")
-    assert "mean radius" in page.read_text()
+def test_the_report_shows_features_as_tables_and_pairs_as_rows(finished):
+    (path,) = (finished / "store").rglob("report.html")
+    page, scores = path.read_text().partition("</style>")[2], load_scores(finished / "store/experiments/cancer")
+    most = int(np.argmax(scores.memorization["mem"]))
+    with np.load(finished / "cancer.npz") as raw:
+        values = [f"{value:.6g}" for value in raw["train_features"][most, :2].astype(np.float32).tolist()]
+    cell = '<tr><th scope="row">{}</th><td class="number">{}</td></tr>\n'
+    assert cell.format("mean radius", values[0]) + cell.format("mean texture", values[1]) in page
+    assert "24 more" in page
+    assert "<blockquote" not in page
+    assert page.count('<table class="rows">') == page.count('<article class="pair">') > 0
+    assert f'<th scope="row">training {scores.pairs["tr_idx"][0]}</th>' in page
+
+
+def test_the_explorer_shows_an_example_as_a_table_and_its_influencers_as_rows(finished):
+    client = TestClient(create(LocalStore(finished / "store")), base_url="http://localhost")
+    while (gallery := client.get("/experiments/cancer")).status_code == 503:  # while the scores are being read
+        time.sleep(0.05)
+    assert gallery.text.count('<th scope="row"><a href="/experiments/cancer/train/') == PER_PAGE
+    scores = load_scores(finished / "store/experiments/cancer")
+    test = int(scores.pairs["tt_idx"][0])
+    page = client.get(f"/experiments/cancer/test/{test}").text
+    assert page.count('<tr><th scope="row">mean ') == 10
+    assert page.count('<tr><th scope="row">worst ') == 10
+    with np.load(finished / "cancer.npz") as raw:
+        for row in scores.top_influencers(test, 3)["tr_idx"].tolist():
+            radius = f"{raw['train_features'].astype(np.float32)[row, 0].item():.6g}"
+            assert re.search(rf'href="/experiments/cancer/train/{row}">{row}</a></th>.*?<td>{radius}</td>', page, re.DOTALL)
+    assert client.get(f"/experiments/cancer/images/test/{test}.png").status_code == 404
 
 
 def test_a_plan_measures_features(finished):

@@ -14,6 +14,7 @@ from memtail.execution import forecast as planning
 from memtail.execution import measurements
 from memtail.trainers.images import train_shard
 from memtail.trainers.images.profiling import PHASES, Phases
+from memtail.trainers.process import TrainerProcess
 from memtail.trials import TrialBatch
 from tests.support.cli import command
 
@@ -167,6 +168,18 @@ def test_a_trial_that_fails_is_named(declare, tmp_path):
     experiment = declare(40, model={"name": "tests.support.networks:failing"}, execution={"device": "cpu", "trials_per_shard": 2})
     with pytest.raises(MemtailError, match="a trial failed while the run was measured: RuntimeError: not in training"):
         planning.forecast(experiment, tmp_path / "store")
+
+
+def test_a_network_of_the_users_own_is_measured_in_a_trainer_process_that_is_kept(declare, tmp_path, monkeypatch):
+    start, started = TrainerProcess._start, []
+    monkeypatch.setattr(TrainerProcess, "_start", lambda self, work: started.append(work) or start(self, work))
+    monkeypatch.setattr("memtail.trainers.images.devices.peak_memory", lambda device: 1)  # of this process
+    experiment = declare(40, model={"name": "tests.support.networks:with_dropout"}, execution={"device": "cpu", "trials_per_shard": 2})
+    monkeypatch.setattr("memtail.trainers.images.devices.cores", lambda: 1)
+    plan = planning.forecast(experiment, tmp_path / "store")
+    trained = [work.record.experiment.training.epochs for work in started if work.record.fingerprint]
+    assert trained == [1, 2]  # the second one is another experiment
+    assert plan.peak_memory > 1 << 26
 
 
 def test_each_shard_goes_to_the_first_free_device():

@@ -210,23 +210,25 @@ def test_gc_removes_what_no_experiment_needs_after_a_day(call, store, submit, di
     store.put("datasets/" + 64 * "a" + "/manifest.json", b"{}")
     store.put("datasets/" + 64 * "a" + "/train_images.npy", b"123")
     store.put(keys.masks(64 * "b"), b"1")
+    store.put(keys.weights(64 * "b"), b"1")
     store.put(keys.checkpoint("done", 0, 3), b"12")
     store.put(keys.checkpoint("removed", 0, 3), b"12")
     assert "nothing to remove" in call("gc")
-    age(store, 25, "datasets/", "masks/", "experiments/")
+    age(store, 25, "datasets/", "masks/", "weights/", "experiments/")
     store.put(keys.masks(64 * "c"), b"1")
+    store.put(keys.weights(64 * "c"), b"1")
     before = list(store.list(""))
     text = call("gc", code=1, answer="n\n")
     assert list(store.list("")) == before
-    for kind, count in {"datasets": 2, "masks": 1, "checkpoints": 2, "total": 5}.items():
+    for kind, count in {"datasets": 2, "masks": 1, "weights": 1, "checkpoints": 2, "total": 6}.items():
         assert f"{kind:<15} {count:>8}" in text
     call("gc", "--yes")
     gone = [key for key in before if key not in set(store.list(""))]
-    assert len(gone) == 5
+    assert len(gone) == 6
     assert fetch(store, digits.fingerprint, store.root.parent / "cache").n_train == digits.n_train
     assert "nothing to remove" in call("gc")
     call("gc", "--older-than", 0, "--yes")
-    assert not list(store.list("masks/"))
+    assert not [*store.list("masks/"), *store.list("weights/")]
 
 
 def test_gc_keeps_checkpoints_that_shards_continue_from(call, store, submit):
@@ -288,6 +290,19 @@ def test_a_dataset_that_is_staged_while_gc_removes_it_can_be_staged_again(store,
     retention.collect(hooked, retention.planned_collection(store, 3600))
     stage(digits, store)
     assert fetch(store, digits.fingerprint, store.root.parent / "cache").n_train == digits.n_train
+
+
+def test_gc_keeps_the_weights_that_an_experiment_starts_from(call, store, submit, tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    model = {"name": "resnet9", "weights": str(tmp_path / "w.pt")}
+    record = submit(model=model).read_record()
+    key = keys.weights(record.canonical["model"]["weights"])
+    store.put(key, b"weights")
+    age(store, 25, "weights/", "experiments/")
+    assert "nothing to remove" in call("gc")
+    call("remove", "done", "--yes")
+    call("gc", "--yes")
+    assert not store.exists(key)
 
 
 def test_gc_leaves_masks_and_checkpoints_that_were_written_again(store, submit):

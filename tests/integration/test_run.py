@@ -74,6 +74,33 @@ def test_more_trials_extend_an_experiment_to_the_scores_of_a_single_run(finished
     assert len(list((tmp_path / "store" / "experiments" / "digits" / "scores").glob("0*"))) == 2
 
 
+def test_memorization_by_epoch_is_that_of_the_recorded_outcomes(tmp_path, declare, digits):
+    experiment = declare(40, training={"epochs": 3}, record={"snapshots": [1, 3]}, execution={"device": "cpu", "trials_per_shard": 16})
+    memtail.run(experiment, tmp_path)
+    scores = memtail.load_scores(tmp_path / "experiments" / "digits")
+    table = scores.to_pandas("snapshots")
+    assert table.columns.tolist() == ["index", "epoch", "mem", "mem_se"]
+    assert table["epoch"].unique().tolist() == [1, 3]
+    last = table[table["epoch"] == 3]
+    assert (last["mem"].to_numpy() == scores.memorization["mem"]).all()
+    assert (last["mem_se"].to_numpy() == scores.memorization["mem_se"]).all()
+    experiment_store = ExperimentStore(LocalStore(tmp_path), "digits")
+    record = experiment_store.read_record()
+    held = [experiment_store.batch(shard, record) for shard in experiment_store.committed()]
+    M = np.concatenate([unpack(batch.membership, digits.n_train) for batch in held])
+    C = np.concatenate([unpack(batch.snapshot_correct[0], digits.n_train) for batch in held])
+    expected = (M & C).sum(0) / M.sum(0) - (~M & C).sum(0) / (~M).sum(0)
+    first = table[table["epoch"] == 1]
+    np.testing.assert_allclose(first["mem"], expected, atol=1e-12)
+    assert first["index"].tolist() == list(range(digits.n_train))
+    parts = experiment.model_dump(include={"training", "execution"})
+    for trials, snapshots, published in ((44, [1], [1]), (45, [], [])):
+        memtail.run(declare(trials, record={"snapshots": snapshots}, **parts), tmp_path)
+        extended = memtail.load_scores(tmp_path / "experiments" / "digits")
+        assert extended.summary.trials == trials
+        assert extended.to_pandas("snapshots").get("epoch", np.array([])).tolist() == published * digits.n_train
+
+
 def test_a_run_that_requires_one_kind_of_device_refuses_to_continue_on_another(tmp_path, declare, monkeypatch):
     execution = {"device": "cpu", "trials_per_shard": 4, "require": "same-device"}
     memtail.run(declare(8, subsets={"design": "balanced"}, execution=execution), tmp_path)

@@ -7,29 +7,35 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import memtail
 from memtail import datasets
 from memtail.cli.app import app
 from memtail.datasets.staged_dataset import fetch
-from memtail.datasets.staged_masks import fetch_masks
+from memtail.datasets.staged_inputs import fetch_inputs
 from memtail.errors import MemtailError, ScoresError
+from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.embedded import run
+from memtail.execution.submit import submit
 from memtail.experiment_store import Control, ExperimentStore
+from memtail.models import build_model
 from memtail.settings import Settings
-from memtail.spec import Experiment
+from memtail.spec import Experiment, NamedModel
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.studies import STUDIES
 from memtail.studies.duplicates import measure
 from memtail.studies.features import features_of
 from memtail.studies.result import load_results
+from memtail.studies.retraining import derive_experiment, require_finished
 from memtail.studies.study import Study
 from memtail.trainers.images.shard_size import checked_shard_size
-from memtail.trials import unpack
+from memtail.trials import Shard, unpack
 from tests.support.arrays import write_arrays
+from tests.support.batches import commit
 from tests.support.cli import invoke
 
 SPEC = {
@@ -141,9 +147,9 @@ def test_a_submitted_study_needs_only_the_store_and_is_evaluated_once_trained(st
     assert not experiment_store.committed()
     monkeypatch.setenv("MEMTAIL_CACHE", str(tmp_path / "cache of a worker"))
     record = experiment_store.read_record()
-    masks = fetch_masks(store, record.canonical["subsets"]["masks"], Settings().cache)
+    fetched = fetch_inputs(record.experiment, record.canonical, store, Settings().cache)
     dataset = fetch(store, record.canonical["dataset"]["fingerprint"], Settings().cache)
-    run(record.experiment.with_masks(masks), store.address, dataset=dataset)
+    run(fetched, store.address, dataset=dataset)
     result = json.loads(study(store, *arguments, "--submit", "--json"))
     assert result["study"] == "removal"
     assert result["trials"] == 6
@@ -307,3 +313,27 @@ def test_a_study_of_another_module_gets_its_command_from_the_dictionary(store, m
     options = CliRunner().invoke(app, ["study", "own", "--help"]).stdout
     assert "--share" in options
     assert "--submit" not in options  # it trains no models
+
+
+def test_a_study_of_fine_tuned_models_starts_from_the_same_weights(tmp_path, declare, digits):
+    network, weights = {"name": "resnet9", "options": {"width": 2}}, tmp_path / "w.pt"
+    torch.save(build_model(NamedModel(**network), digits.image_shape, 10).state_dict(), weights)
+    content, store = weights.read_bytes(), LocalStore(tmp_path / "store")
+    parts = {"subsets": {"design": "balanced"}, "execution": {"trials_per_shard": 4, "device": "cpu"}}
+    experiment = declare(8, model={**network, "weights": str(weights)}, **parts)
+    submit(experiment, store, dataset=digits)
+    experiment_store = ExperimentStore(store, "digits")
+    commit(experiment_store, Shard(0, 3), Shard(4, 7))
+    aggregation = Aggregation(experiment_store, experiment_store.read_record(), digits, Pace(1, 1, first_at_once=True))
+    aggregation.accumulate_new()
+    aggregation.publish()
+    assert aggregation.finish()
+
+    def starts_from():
+        masks = np.ones((2, digits.n_train), bool)
+        return derive_experiment(require_finished(store, "digits"), "removal", masks).model.weights_file
+
+    assert starts_from() == weights
+    weights.write_bytes(b"others")
+    assert starts_from() != weights
+    assert starts_from().read_bytes() == content

@@ -43,14 +43,16 @@ def batch_of(
 def random_batch(
     k: int = 3, n: int = 13, q: int = 5, seed: int = 0, margins: bool = False, mistakes: bool = True
 ) -> tuple[TrialBatch, list[Bits]]:
-    """Return a batch of trials 10 to 9 + k with all optional records, and its M, C and T."""
+    """Return a batch of trials 10 to 9 + k, and its M, C and T; with `margins` it also records scores."""
     rng = np.random.default_rng(seed)
     bits = [rng.random((k, size)) < 0.5 for size in (n, n, q)]
     metrics = [TrialMetrics(trial, False, 0.5, 1.0, None, 0.75) for trial in range(10, 10 + k)]
     train, test = (rng.normal(size=(k, size)).astype(np.float16) if margins else None for size in (n, q))
+    scores = [rng.integers(0, 256, (k, size), np.uint8) if margins else None for size in (n, q)]
     wrong = rng.integers(0, 300, (~bits[1]).sum(), np.uint16) if mistakes else None
     packed = (pack(bits[0]), pack(bits[1]), pack(bits[2]))
-    return TrialBatch(np.arange(10, 10 + k, dtype=np.int32), *packed, n, q, metrics, Provenance("f"), train, test, wrong), bits
+    trial = np.arange(10, 10 + k, dtype=np.int32)
+    return TrialBatch(trial, *packed, n, q, metrics, Provenance("f"), train, test, wrong, *scores), bits
 
 
 def commit(experiment_store: ExperimentStore, *shards: Shard, diverged: bool = False) -> None:

@@ -1,6 +1,8 @@
 """Metrics and logs of real services, compared with their work."""
 
 import io
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from services.common.broker import TASK, Assignment
 from services.worker.metric_updates import OUTCOMES
 from tests.support.cluster import PROJECT
 from tests.support.experiments import PER_SHARD, SHARDS, TRIALS, faulty, gated
+from tests.support.faulty_models import Gate
 from tests.support.metrics import logged, scrape, states
 from tests.support.servers import LossyProxy
 
@@ -111,9 +114,17 @@ def test_a_new_aggregator_exports_published_scores_before_it_accumulates_trials(
     assert seen.value("memtail_high_influence_pairs") == pointer.summary.pairs.count
 
 
+def kill_training_processes(worker):
+    for child in worker.children():
+        os.kill(child, signal.SIGKILL)
+
+
 def test_a_dead_training_process_is_counted_and_its_worker_still_exports_metrics(living, declare, digits):
     dispatcher, worker = living.kinds("dispatcher")[0], living.replace("worker")
-    experiment_store = living.submit(faulty(declare, "segfault", name="dies"), digits)
+    experiment_store = living.submit(gated(declare, name="dies"), digits)
+    living.until(lambda: living.gate.waiting)
+    kill_training_processes(worker)
+    living.gate.open()
     living.until(lambda: len(experiment_store.committed()) == SHARDS)
     living.until(lambda: scrape(worker).value("memtail_shard_attempts_total", outcome="committed") == SHARDS)
     assert scrape(worker).value("memtail_shard_attempts_total", outcome="died") == 1
@@ -229,9 +240,13 @@ def test_a_worker_logs_one_line_per_shard_and_names_experiment_and_shard_in_warn
 
 
 def test_logs_are_json_and_contain_no_secrets(cluster, declare, digits, tmp_path):
-    experiment_store = cluster.submit(faulty(declare, "segfault"), digits)
-    services = [cluster.start(name, FAULT_FOLDER=str(tmp_path)) for name in ("dispatcher", "worker", "aggregator")]
-    cluster.until(experiment_store.attempts)  # a training process has died
+    gate = Gate(tmp_path / "gate")
+    experiment_store = cluster.submit(gated(declare), digits)
+    services = [cluster.start(name, GATE_FOLDER=str(tmp_path / "gate")) for name in ("dispatcher", "worker", "aggregator")]
+    cluster.until(lambda: gate.waiting)
+    kill_training_processes(services[1])
+    gate.open()
+    cluster.until(experiment_store.attempts)
     cluster.redis.kill()
     cluster.until(lambda: scrape(services[0]).value("memtail_dispatcher_leader") == 0)
     cluster.redis.start()

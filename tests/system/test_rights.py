@@ -33,6 +33,7 @@ _PART = 5 << 20
 OBJECTS = {
     "dataset": keys.dataset("f00d", "manifest.json"),
     "masks": keys.masks("f00d"),
+    "weights": keys.weights("f00d"),
     "record": keys.experiment("digits"),
     "control": keys.control("digits"),
     "device": keys.device("digits"),
@@ -70,9 +71,9 @@ DELETED = {
 }
 READ = {
     "worker": EVERYTHING - {"discard", "snapshot", "pointer", "scores", "report", "study"},
-    "dispatcher": EVERYTHING - {"dataset", "masks"},
+    "dispatcher": EVERYTHING - {"dataset", "masks", "weights"},
     "aggregator": EVERYTHING - {"identity"},
-    "explorer": EVERYTHING - {"masks", "probe", "identity"},
+    "explorer": EVERYTHING - {"masks", "weights", "probe", "identity"},
     "client": EVERYTHING,
 }
 

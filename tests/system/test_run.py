@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from memtail.execution.declare import declare as make_record
+from memtail.execution.pool import Task, Workers
+from memtail.execution.shard_task import ShardOutcome
 from memtail.experiment_store import ExperimentStore
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
 from tests.support import inline
+from tests.support.arrays import write_tree
 from tests.support.cli import MEMTAIL, batches, command, command_in_process, module_path, same_files, version
 from tests.support.cli import write_spec as spec
 
@@ -107,7 +111,7 @@ def build(image_shape, classes):
     ("mode", "error"),
     [
         pytest.param("raise", "RuntimeError: the model is broken", marks=pytest.mark.slow),
-        ("die", "the training process died"),
+        ("die", "the trainer process was ended by SIGKILL"),
     ],
 )
 def test_a_shard_that_always_fails_leaves_failure_records_and_a_later_run_trains_it(tmp_path, mode, error):
@@ -138,6 +142,21 @@ def test_a_shard_that_always_fails_leaves_failure_records_and_a_later_run_trains
     assert len(batches(tmp_path / "store")) == 2
 
 
+def test_a_training_process_that_dies_costs_its_shard_and_is_replaced(declare, digits, tmp_path):
+    store = LocalStore(tmp_path / "store")
+    record = make_record(declare(4, subsets={"design": "balanced"}), digits, 2)
+    ExperimentStore(store, "digits").register(record)
+    with Workers(Task(record, digits.folder, store.address, device=""), ["cpu"]) as workers:
+        workers.start(Shard(0, 1))
+        next(iter(workers._pools[0]._processes.values())).kill()
+        (result,) = workers.finished(60)
+        assert (result.outcome, result.attempt) == (ShardOutcome.FAILED, 0)
+        assert result.error.startswith("the training process died (killed")
+        workers.start(Shard(0, 1))
+        (result,) = workers.finished(60)
+        assert result.outcome is ShardOutcome.COMMITTED
+
+
 def test_a_run_ends_when_its_first_shards_fail_alike(tmp_path):
     (tmp_path / "fragile.py").write_text(MODELS)
     path = spec(tmp_path, training={"epochs": 1}, execution={"trials_per_shard": 1})
@@ -153,15 +172,19 @@ def test_a_run_ends_when_its_first_shards_fail_alike(tmp_path):
     assert len(experiment_store.attempts()) < 10
 
 
-def test_a_script_without_a_guard_ends_with_one_line_that_names_the_fix(tmp_path):
-    """Training processes import the script, and would start training again."""
-    script, path = tmp_path / "script.py", spec(tmp_path)
+@pytest.mark.parametrize("prepares", [False, True])
+def test_a_script_without_a_guard_ends_with_one_line_that_names_the_fix(tmp_path, prepares):
+    """Processes that train, or prepare a folder of images, import the script, and would start the run again."""
+    folder = {"name": "folder", "root": str(tmp_path / "tree")}
+    script, path = tmp_path / "script.py", spec(tmp_path, **({"dataset": folder} if prepares else {}))
+    if prepares:
+        write_tree(tmp_path / "tree")
     script.write_text(f"import memtail\nmemtail.run(memtail.Experiment.load({str(path)!r}), {str(tmp_path / 'store')!r})\n")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=100)
     assert result.returncode == 1
     assert result.stderr.count("Traceback") == 1
     assert result.stderr.splitlines()[-1] == (
-        f"memtail.errors.MemtailError: {script} starts training as soon as it is imported, and training processes import it: "
+        f"memtail.errors.SpecError: {script} starts a run as soon as it is imported, and the processes of the run import it: "
         'put the call under `if __name__ == "__main__":`'
     )
     assert batches(tmp_path / "store") == []

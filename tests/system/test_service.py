@@ -4,14 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import trustme
 from kombu.exceptions import OperationalError
 
 from memtail.execution.progress import progress_of
 from memtail.execution.submit import submit
 from memtail.experiment_store import Control, ExperimentStore
+from memtail.models import build_model
 from memtail.report.pointer import latest_report
 from memtail.report.publish import publish_report
+from memtail.spec import NamedModel
 from memtail.storage import keys
 from services.common.broker import TASK, Assignment, Broker, celery_app
 from services.common.settings import ServiceSettings
@@ -149,6 +152,23 @@ def test_workers_fetch_the_masks_of_an_explicit_design(living, declare, digits, 
     scores = expected(experiment)
     submit(experiment, living.store)
     (tmp_path / "masks.npy").unlink()
+    experiment_store = ExperimentStore(living.store, experiment.name)
+    living.until_published(experiment_store, TRIALS)
+    assert living.scores(experiment.name) == scores
+    assert not experiment_store.attempts()
+
+
+def test_workers_fetch_the_weights_that_networks_start_from(living, declare, digits, expected, tmp_path):
+    network = {"name": "resnet9", "options": {"width": 2}}
+    torch.save(build_model(NamedModel(**network), digits.image_shape, 7).state_dict(), tmp_path / "w.pt")
+    execution = {"trials_per_shard": PER_SHARD, "device": "cpu"}
+    model = {**network, "weights": str(tmp_path / "w.pt"), "freeze": ["0", "1"]}
+    experiment = declare(
+        TRIALS, name="tuned", model=model, training={"epochs": 1}, execution=execution, dataset={"name": "digits", "max_train": 200}
+    )
+    scores = expected(experiment)
+    submit(experiment, living.store)
+    (tmp_path / "w.pt").unlink()
     experiment_store = ExperimentStore(living.store, experiment.name)
     living.until_published(experiment_store, TRIALS)
     assert living.scores(experiment.name) == scores

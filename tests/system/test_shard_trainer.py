@@ -158,6 +158,13 @@ def test_a_trial_that_takes_too_long_ends(train, declared):
     assert time.monotonic() - began < 30
 
 
+def test_code_that_has_reported_progress_and_is_silent_since_is_ended_and_its_stack_is_shown(train, declared):
+    train(declared(act="if task.trial == 0: time.sleep(1.5)"), silence=1)  # before its first report
+    with pytest.raises(TrainerError, match=r"^training hangs: no progress for more than 1 s: ") as raised:
+        train(declared(act="task.report(0.1); time.sleep(60)"), silence=1)
+    assert "in train\n" in str(raised.value.__cause__)
+
+
 def test_trials_are_timed_one_by_one(train, declared):
     train(declared(act="time.sleep(1.5)", timeout=5))  # four of them take longer
 
@@ -182,7 +189,7 @@ open({str(tmp_path / "trained")!r}, "a").write(f"{{task.trial}} {{[path.name for
 
 
 def test_code_that_does_not_stop_is_ended_after_a_while(train, declared, monkeypatch):
-    monkeypatch.setattr("memtail.trainers.process._STOP_SECONDS", 0.5)
+    monkeypatch.setattr("memtail.trainers.limits._STOP_SECONDS", 0.5)
     with pytest.raises(TrainingStopped):
         train(declared(act="time.sleep(60)"), stop=lambda: True)
 

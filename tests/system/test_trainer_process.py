@@ -19,7 +19,7 @@ from memtail.execution.declare import declare
 from memtail.experiment_store import ExperimentStore
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
-from memtail.trainers import landlock, process
+from memtail.trainers import landlock, limits
 from memtail.trainers.process import TrainerProcess, Work
 from memtail.trials import Shard
 from tests.support.checkpoints import KeptCheckpoints
@@ -175,7 +175,7 @@ def test_code_that_hangs_is_ended_at_the_timeout(trainer, digits, act):
 
 
 def test_code_that_ignores_a_stop_is_killed(trainer, digits, file, monkeypatch):
-    monkeypatch.setattr(process, "_STOP_SECONDS", 0.5)
+    monkeypatch.setattr(limits, "_STOP_SECONDS", 0.5)
     with pytest.raises(TrainingStopped):
         train(trainer, hostile(digits, {"0": "ignore_signals"}, file=str(file)), stop=file.exists)
     assert trainer._guardian is None

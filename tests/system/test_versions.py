@@ -24,7 +24,7 @@ SERVICES = ("dispatcher", "aggregator", "worker")
 _SPEC = "memtail/spec/experiment.py"
 _RECIPE = (_SPEC, "RECIPE_VERSION = 2", "RECIPE_VERSION = 3")
 _KEYS = (
-    (_SPEC, '"auto"] = "float32"\n', '"auto"] = "float32"\n    dropout: float = 0.0\n'),
+    ("memtail/spec/training.py", '"auto"] = "float32"\n', '"auto"] = "float32"\n    dropout: float = 0.0\n'),
     (_SPEC, "    workers: WorkersSpec | None = None\n", '    workers: WorkersSpec | None = None\n    compile: str = "no"\n'),
 )
 _RECORD = "memtail/experiment_store/record.py"

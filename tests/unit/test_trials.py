@@ -29,9 +29,30 @@ def test_a_batch_is_read_back_as_written(k, n, q, seed, margins, mistakes):
     assert read.shard == batch.shard
     assert (read.train_margin is None) != margins
     assert not margins or (read.test_margin == batch.test_margin).all()
+    assert (read.train_score is None) != margins
+    assert not margins or (read.test_score == batch.test_score).all()
     assert (read.train_mistakes is None) != mistakes
     assert not mistakes or (read.train_mistakes == batch.train_mistakes).all()
     assert read.to_bytes() == batch.to_bytes()
+
+
+def test_outcomes_by_epoch_are_read_back_and_must_fit():
+    batch, (_, train, _) = make(mistakes=False)
+    correct = np.stack([batch.train_correct, ~batch.train_correct])
+    recorded = replace(batch, snapshot_epochs=np.array([2, 7], np.int32), snapshot_correct=correct)
+    read = TrialBatch.from_bytes(recorded.to_bytes())
+    assert read.snapshot_epochs.tolist() == [2, 7]
+    assert (unpack(read.snapshot_correct[0], batch.n_train) == train).all()
+    assert (read.snapshot_correct == correct).all()
+    for changes, message in (
+        ({"snapshot_epochs": np.array([7, 2], np.int32)}, "snapshot_epochs is not int32 in ascending order"),
+        ({"snapshot_epochs": np.array([2, 7])}, "snapshot_epochs is not int32 in ascending order"),
+        ({"snapshot_epochs": None}, "snapshot_epochs is not int32"),
+        ({"snapshot_correct": None}, r"snapshot_correct is not uint8 \[2, 3, 2\]"),
+        ({"snapshot_correct": correct[:1]}, r"snapshot_correct is not uint8 \[2, 3, 2\]"),
+    ):
+        with pytest.raises(ForeignObjectError, match=message):
+            replace(recorded, **changes)
 
 
 def test_predicted_classes_must_match_the_number_of_misclassifications():

@@ -16,7 +16,7 @@ from memtail.trainers.images.stack_trainer import StackResult
 #: Number of the layout; raised whenever a key of a checkpoint, or of a stack's state, changes; readers ignore further keys.
 LAYOUT = 2
 
-_OUTCOMES = ("correct", "predicted_class", "margin", "finite")
+_OUTCOMES = ("correct", "predicted_class", "margin", "score", "finite")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def decode(data: bytes, fingerprint: str, device: torch.device) -> ShardState:
 
 def _to_tensors(trials: list[int], result: StackResult) -> dict[str, Any]:
     state: dict[str, Any] = {"trials": trials, "loss": torch.from_numpy(result.loss)}
+    if result.snapshots:
+        state["snapshots"] = {epoch: torch.from_numpy(correct) for epoch, correct in result.snapshots.items()}
     for split, outcomes in (("train", result.train), ("test", result.test)):
         for name in _OUTCOMES:
             array = getattr(outcomes, name)
@@ -74,6 +76,9 @@ def _to_tensors(trials: list[int], result: StackResult) -> dict[str, Any]:
 
 
 def _from_tensors(state: dict[str, Any]) -> tuple[list[int], StackResult]:
-    arrays = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+    arrays: dict[str, Any] = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+    arrays.setdefault("train_score", None)  # of versions without scores
+    arrays.setdefault("test_score", None)
     train, test = (SplitOutcomes(*(arrays[f"{split}_{name}"] for name in _OUTCOMES)) for split in ("train", "test"))
-    return state["trials"], StackResult(train, test, arrays["loss"])
+    snapshots = {epoch: correct.cpu().numpy() for epoch, correct in state.get("snapshots", {}).items()}
+    return state["trials"], StackResult(train, test, arrays["loss"], snapshots)

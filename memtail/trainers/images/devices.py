@@ -61,6 +61,19 @@ def device_kind(device: torch.device) -> str:
     return f"{device_name(device)}, {cpu_name()}"
 
 
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process in bytes: of the device on CUDA, of the host elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):  # Linux; its getrusage also counts the parent's memory at the start of the process
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
     """Use deterministic kernels within the block; on a CPU also a single thread, so that the order of sums does not depend on the cores.
@@ -138,6 +151,15 @@ def check_in_new_process(device: torch.device) -> None:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         told = reason.partition(f"{WorkerFaultError.__name__}: ")[2]
         raise WorkerFaultError(told or f"device {device} cannot be used: {reason}")
+
+
+def check_unopened(device: torch.device) -> None:
+    """Check a device without opening it in this process, if it is an accelerator; so one that hangs does not hang this process.
+
+    Raises:
+        WorkerFaultError: the device cannot be used.
+    """
+    (check_device if device.type == "cpu" else check_in_new_process)(device)
 
 
 def is_device_error(error: BaseException | None) -> bool:

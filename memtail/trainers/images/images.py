@@ -1,6 +1,5 @@
 """Examples on the device: gathers, augments and normalises batches there, for all trials of a stack in one call."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -9,19 +8,10 @@ import torch
 from torch import Tensor
 
 from memtail.datasets import FeatureDataset, Trainable
-from memtail.trainers.images.batches import Augmentation
+from memtail.trainers.images.augmentations import Augmentation, augment
 
-# Vectors per step of the computation of their moments, which is in float64.
-_CHUNK = 1 << 16
-
-
-@dataclass(frozen=True)
-class _DeviceAugmentation:
-    """An `Augmentation` on the device."""
-
-    flip: Tensor
-    down: Tensor | None
-    right: Tensor | None
+# Values per step of the computation of moments, which is in float64.
+_CHUNK = 1 << 22
 
 
 class DeviceImages:
@@ -47,7 +37,7 @@ class DeviceImages:
         mean, std = _moments(dataset.train_features) if isinstance(dataset, FeatureDataset) else (dataset.mean, dataset.std)
         self.shift = -torch.tensor(mean, dtype=torch.float32, device=device)
         self.scale = 1 / torch.tensor(std, dtype=torch.float32, device=device)
-        self._epoch: tuple[Augmentation, _DeviceAugmentation] | None = None
+        self._epoch: tuple[Augmentation, list[dict[str, Tensor]]] | None = None
 
     def gather(self, index: Tensor, augmentation: Augmentation | None, positions: slice) -> Tensor:
         """Return training examples, augmented.
@@ -62,20 +52,21 @@ class DeviceImages:
         """
         chosen = self.train.index_select(0, index.flatten().to(self.train.device))
         images = chosen.view(*index.shape, *self.train.shape[1:]).to(self.device)
-        return images if augmentation is None else _augment(images, self._on_device(augmentation), positions)
+        if augmentation is None:
+            return images
+        draws = [{name: array[:, positions] for name, array in step.items()} for step in self._on_device(augmentation)]
+        return augment(images, augmentation.names, draws, -self.shift)
 
     def split(self, name: str, start: int, stop: int) -> Tensor:
         """Return examples `start` to `stop` of the split "train" or "test", normalised: float32 [B, C, H, W] or [B, D]."""
         images = (self.train if name == "train" else self.test)[start:stop]
         return self.normalised(images.to(self.device))
 
-    def _on_device(self, augmentation: Augmentation) -> _DeviceAugmentation:
-        """Copy an epoch's augmentation at its first batch: every copy from the host waits for all work queued before it."""
+    def _on_device(self, augmentation: Augmentation) -> list[dict[str, Tensor]]:
+        """Copy an epoch's draws at its first batch: every copy from the host waits for all work queued before it."""
         if self._epoch is None or self._epoch[0] is not augmentation:
-            down, right = (
-                None if shifts is None else torch.from_numpy(shifts).to(self.device) for shifts in (augmentation.down, augmentation.right)
-            )
-            self._epoch = augmentation, _DeviceAugmentation(torch.from_numpy(augmentation.flip).to(self.device), down, right)
+            copies = [{name: torch.from_numpy(array).to(self.device) for name, array in step.items()} for step in augmentation.draws]
+            self._epoch = augmentation, copies
         return self._epoch[1]
 
     def normalised(self, images: Tensor) -> Tensor:
@@ -92,26 +83,12 @@ def device_images(dataset: Trainable, device: torch.device) -> DeviceImages:
 
 def _moments(features: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return mean and standard deviation float64 [D] of features [n, D]; infinite deviations make constant features 0."""
-    chunks = [features[start : start + _CHUNK] for start in range(0, len(features), _CHUNK)]
+    rows = max(1, _CHUNK // features.shape[1])
+    chunks = [features[start : start + rows] for start in range(0, len(features), rows)]
     mean = np.sum([chunk.sum(0, dtype=np.float64) for chunk in chunks], axis=0) / len(features)
     variance = np.sum([((chunk - mean) ** 2).sum(0) for chunk in chunks], axis=0) / len(features)
     std = np.sqrt(variance)
-    return mean, np.where((features == features[0]).all(0) | (std < np.finfo(np.float32).tiny), np.inf, std)
-
-
-def _augment(images: Tensor, augmentation: _DeviceAugmentation, positions: slice) -> Tensor:
-    """Mirror and shift uint8 [S, B, H, W, C], each image by its own draws; shifts fill with 0."""
-    height, width = images.shape[2:4]
-    columns = torch.arange(width, device=images.device)
-    column = torch.where(augmentation.flip[:, positions, None], width - 1 - columns, columns)
-    if augmentation.down is None or augmentation.right is None:
-        return images.take_along_dim(column[:, :, None, :, None], dim=3)
-    row = torch.arange(height, device=images.device) - augmentation.down[:, positions, None]
-    column = column - augmentation.right[:, positions, None]
-    inside = ((row >= 0) & (row < height))[..., :, None] & ((column >= 0) & (column < width))[..., None, :]
-    moved = images.take_along_dim(row.clamp(0, height - 1)[:, :, :, None, None], dim=2)
-    moved = moved.take_along_dim(column.clamp(0, width - 1)[:, :, None, :, None], dim=3)
-    return moved * inside[..., None]
+    return mean, np.where((features.min(0) == features.max(0)) | (std < np.finfo(np.float32).tiny), np.inf, std)
 
 
 def _fits(size: int, device: torch.device) -> bool:

@@ -202,6 +202,8 @@ class _ShardTraining:
             return None
         try:
             state = decode(data, self.fingerprint, self.device)
+            if any(list(result.snapshots) != self.experiment.record.snapshots for _, result in state.finished):
+                raise ValueError("it has the outcomes of other epochs than are recorded")
         except Exception as error:  # torch.load does not limit what damaged bytes raise
             log.warning("checkpoint cannot be used, starting over", trials=f"{self.trials[0]}-{self.trials[-1]}", error=str(error))
             return None

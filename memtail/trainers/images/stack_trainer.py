@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from memtail.models import build_model
 from memtail.randomness import Purpose, torch_seed
-from memtail.spec import Experiment, Sgd, TrainingSpec
-from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
-from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
+from memtail.spec import Experiment, RecordedOutcomes, TrainingSpec
+from memtail.trainers.images.augmentations import epoch_augmentation
+from memtail.trainers.images.batches import batch_bounds, epoch_order
+from memtail.trainers.images.cpu.mlp import COMPILED, DenseStack, dense_layers
 from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.optimizers import make_optimizer
@@ -30,11 +31,19 @@ _PIXELS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class StackResult:
-    """Outcomes of S trials on both splits, and their mean training loss in the last epoch, float64 [S]."""
+    """Outcomes of S trials.
+
+    Attributes:
+        train: of the final models, on the training split.
+        test: on the test split.
+        loss: float64 [S], the mean training loss in the last epoch.
+        snapshots: correctness on the training split after the epochs that are recorded, bool [S, n] each.
+    """
 
     train: SplitOutcomes
     test: SplitOutcomes
     loss: npt.NDArray[np.float64]
+    snapshots: dict[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
 
 class StackedRun:
@@ -77,7 +86,7 @@ class StackedRun:
         self.optimizer: torch.optim.Optimizer | None = None
         self.steps_at_once = 1
         layers = dense_layers(self.stack) if images.device.type == "cpu" and not low else None
-        if layers and isinstance(self.recipe.optimizer, Sgd):
+        if layers and isinstance(self.recipe.optimizer, COMPILED):
             self.stack = DenseStack(layers, input_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
             # independent of the stack's width, on which no bit may depend
             self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(input_shape)))
@@ -87,6 +96,7 @@ class StackedRun:
         self.bounds = batch_bounds(subsets.shape[1], self.recipe.batch_size)
         self.epoch, self.step = 0, 0
         self.loss_sum = torch.zeros(len(trials), device=images.device)
+        self.snapshots: dict[int, npt.NDArray[np.bool_]] = {}
 
     def train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
         """Train to the end and evaluate.
@@ -94,24 +104,31 @@ class StackedRun:
         Args:
             between_steps: called after every few steps; it may save the state, or raise to stop.
         """
+        self._take_snapshot()  # the run may have been interrupted before it
         while self.epoch < self.recipe.epochs:
             self._train_epoch(between_steps)
-        m = self.subsets.shape[1]
-        margins, without_test = self.experiment.record.margins, SplitOutcomes.of_none(len(self.trials), self.experiment.record.margins)
+            self._take_snapshot()
+        m, record = self.subsets.shape[1], self.experiment.record
+        train, test = (self._evaluate(split, record) for split in ("train", "test"))
+        return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy(), self.snapshots)
+
+    def _take_snapshot(self) -> None:
+        if self.step == 0 and self.epoch in self.experiment.record.snapshots and self.epoch not in self.snapshots:
+            self.snapshots[self.epoch] = self._evaluate("train", RecordedOutcomes()).correct
+
+    def _evaluate(self, split: str, record: RecordedOutcomes) -> SplitOutcomes:
+        if not len(self.images.train if split == "train" else self.images.test):
+            return SplitOutcomes.of_none(len(self.trials), record)
         with self.phases.measure("evaluation"):
-            train, test = (
-                evaluate(self.stack, self.images, split, margins, self.autocast, self.recipe.batch_size) if count else without_test
-                for split, count in (("train", len(self.images.train)), ("test", len(self.images.test)))
-            )
-        return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy())
+            return evaluate(self.stack, self.images, split, record, self.autocast, self.recipe.batch_size)
 
     def _train_epoch(self, between_steps: Callable[["StackedRun"], None]) -> None:
         recipe, images, seed = self.recipe, self.images, self.experiment.subsets.seed
         with self.phases.measure("data"):
             order = epoch_order(seed, self.trials, self.epoch, self.subsets)
             index = torch.from_numpy(order).to(images.device)
-            reach = max(1, images.train.shape[1] // 8)
-            augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], reach)
+            size = images.train.shape[1:3]
+            augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], size)
         steps = recipe.epochs * len(self.bounds)
         if self.step == 0:
             self.loss_sum.zero_()
@@ -166,6 +183,8 @@ class StackedRun:
             "loss_sum": self.loss_sum,
             "random": torch.get_rng_state(),
         }
+        if self.snapshots:
+            state["snapshots"] = {epoch: torch.from_numpy(correct) for epoch, correct in self.snapshots.items()}
         if self.images.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.images.device)
         return copy.deepcopy(state)
@@ -183,6 +202,9 @@ class StackedRun:
         if (maker := state["made_by"]) != self._maker():
             raise ValueError(f"it was made by {maker}, this is {self._maker()}")
         self.epoch, self.step = state["epoch"], state["step"]
+        taken = {epoch: correct.cpu().numpy() for epoch, correct in state.get("snapshots", {}).items()}
+        passed = self.epoch if self.step else self.epoch - 1
+        self.snapshots = {epoch: taken[epoch] for epoch in self.experiment.record.snapshots if epoch <= passed or epoch in taken}
         self.stack.load_state_dict(state["stack"])
         if self.optimizer:
             self.optimizer.load_state_dict(state["optimizer"])

@@ -1,6 +1,7 @@
 """Makes a shard's trial batch from the results of its stacks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,7 @@ from memtail.datasets import DatasetLabels
 from memtail.trainers.images.evaluation import SplitOutcomes
 from memtail.trainers.images.stack_trainer import StackResult
 from memtail.trainers.trial_batch import pack_trials
-from memtail.trials import Provenance, TrialBatch
+from memtail.trials import Provenance, TrialBatch, pack
 
 
 def concatenate(results: Sequence[StackResult]) -> StackResult:
@@ -18,15 +19,18 @@ def concatenate(results: Sequence[StackResult]) -> StackResult:
         _concatenate_outcomes([result.train for result in results]),
         _concatenate_outcomes([result.test for result in results]),
         np.concatenate([result.loss for result in results]),
+        {epoch: np.concatenate([result.snapshots[epoch] for result in results]) for epoch in results[0].snapshots},
     )
 
 
 def _concatenate_outcomes(outcomes: list[SplitOutcomes]) -> SplitOutcomes:
     margins = [outcome.margin for outcome in outcomes if outcome.margin is not None]
+    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
     return SplitOutcomes(
         np.concatenate([outcome.correct for outcome in outcomes]),
         np.concatenate([outcome.predicted_class for outcome in outcomes]),
         np.concatenate(margins) if margins else None,
+        np.concatenate(scores) if scores else None,
         np.concatenate([outcome.finite for outcome in outcomes]),
     )
 
@@ -45,16 +49,23 @@ def make_trial_batch(
         result: their outcomes and losses.
         provenance: of the batch.
     """
-    return pack_trials(
+    diverged = ~(np.isfinite(result.loss) & result.train.finite & result.test.finite)
+    batch = pack_trials(
         dataset,
         trials,
         members,
         result.train.correct,
         result.test.correct,
         result.loss,
-        ~(np.isfinite(result.loss) & result.train.finite & result.test.finite),
+        diverged,
         provenance,
         train_margin=result.train.margin,
         test_margin=result.test.margin,
+        train_score=result.train.score,
+        test_score=result.test.score,
         train_predicted=result.train.predicted_class,
     )
+    if not result.snapshots:
+        return batch
+    correct = np.stack([pack(correct & ~diverged[:, None]) for correct in result.snapshots.values()])
+    return replace(batch, snapshot_epochs=np.array(list(result.snapshots), np.int32), snapshot_correct=correct)

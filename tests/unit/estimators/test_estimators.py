@@ -6,10 +6,12 @@ import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from memtail.estimators import expected_standard_error, high_influence_pairs, influence, memorization, top_influencers
+from memtail.estimators import expected_standard_error, false_discovery, high_influence_pairs, influence, memorization, top_influencers
 from memtail.estimators.binomial import share, standard_error
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics import popcount_avx2 as lookup
+from memtail.statistics.snapshot import Snapshot
+from memtail.trials import Shard
 from tests.support.batches import batch_of as batch
 from tests.support.batches import random_bits
 
@@ -160,6 +162,37 @@ def test_pairs_are_all_those_of_one_class_above_both_thresholds_by_falling_influ
     assert (np.diff(pairs.influence) <= 0).all()
     assert (pairs.influence == everything[pairs.train, pairs.test]).all()
     assert (pairs.mem == mem.value[pairs.train]).all()
+
+
+def test_without_labels_pairs_are_those_of_any_examples():
+    M, C, T = random_bits(8, 40, 60, 50)
+    statistics = Statistics(60, 50)
+    statistics.accumulate(batch(0, M, C, T))
+    mem, packed = memorization(statistics), statistics.packed()
+    none = np.zeros(60, np.int64), np.zeros(50, np.int64)
+    pairs = high_influence_pairs(packed, mem, *none, 0.05, 0.1)
+    with np.errstate(invalid="ignore"):
+        expected = (mem.value[:, None] >= 0.05) & (influence(packed, slice(None), slice(None)).value >= 0.1)
+    assert len(pairs) == expected.sum()
+    assert expected[pairs.train, pairs.test].all()
+    assert false_discovery(packed, mem.value, *none, pairs.train, pairs.test, 0.05).tested == (mem.value >= 0.05).sum() * 50
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_without_a_test_set_there_is_memorization_and_no_influence(tmp_path, device):
+    M, C, T = random_bits(8, 70, 60, 0)
+    statistics = Statistics(60, 0)
+    statistics.accumulate(batch(0, M, C, T))
+    Snapshot("f", statistics, {Shard(0, 69): "tag"}).write(tmp_path / "snapshot.npz")
+    packed = Snapshot.read(tmp_path / "snapshot.npz", 60, 0).statistics.packed()
+    mem = memorization(packed)
+    np.testing.assert_array_equal(mem.value, memorization(statistics).value)
+    assert packed.test_correct.shape == (2, 0)
+    assert influence(packed, slice(None), slice(None)).value.shape == (60, 0)
+    labels = np.arange(60) % 2, np.empty(0, np.int64)
+    assert len(high_influence_pairs(packed, mem, *labels, device=device)) == 0
+    assert top_influencers(packed, 3, device=device)[0].shape == (0, 3)
+    assert false_discovery(packed, mem.value, *labels, labels[1], labels[1]).tested == 0
 
 
 @given(k=st.integers(1, 12), seed=st.integers(0, 50), on=st.sampled_from(["test", "train"]))

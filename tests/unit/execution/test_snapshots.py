@@ -22,7 +22,7 @@ KEY = keys.snapshot("digits")
 
 
 class Experiment:
-    """An experiment in a folder whose batches have margins, misclassifications and a diverged trial."""
+    """An experiment in a folder whose batches have margins, misclassifications, scores and a diverged trial."""
 
     def __init__(self, folder, declare, digits):
         experiment = declare(32, execution={"trials_per_shard": 4, "device": "cpu"}, subsets={"design": "balanced"})
@@ -42,7 +42,13 @@ class Experiment:
             predicted = rng.integers(0, 10, (~C & (np.array(shard.trials) != 9)[:, None]).sum()).astype(np.uint16)
             margins = [rng.normal(size=(4, size)).astype(np.float16) for size in (n, q)]
             trial, provenance = np.array(shard.trials, np.int32), Provenance(self.record.fingerprint, device=f"cpu {shard.first % 8}")
-            batch = TrialBatch(trial, pack(M), pack(C), pack(T), n, q, metrics, provenance, margins[0], margins[1], predicted)
+            scores = [rng.integers(0, 256, (4, size), np.uint8) for size in (n, q)]
+            by_epoch = np.stack([pack(rng.random((4, n)) < share) for share in (0.3, 0.5)])
+            epochs = np.array([1, 2], np.int32)
+            further = {"train_score": scores[0], "test_score": scores[1], "snapshot_epochs": epochs, "snapshot_correct": by_epoch}
+            batch = TrialBatch(
+                trial, pack(M), pack(C), pack(T), n, q, metrics, provenance, margins[0], margins[1], predicted, **further
+            )  # fmt: skip
             assert self.experiment_store.commit(batch, self.record.fingerprint)
 
     def aggregation(self):
@@ -105,7 +111,9 @@ def test_after_a_restart_only_new_batches_are_read_and_scores_have_the_same_bits
     whole = experiment.without_snapshot()
     assert restarted.statistics.digest() == whole.statistics.digest()
     assert restarted.statistics.metrics == whole.statistics.metrics
-    assert experiment.published(restarted) == experiment.published(whole)
+    version, files = experiment.published(restarted)
+    assert (version, files) == experiment.published(whole)
+    assert "snapshots.parquet" in files
 
 
 def test_a_run_on_the_store_begins_with_the_snapshot_too(experiment, monkeypatch):

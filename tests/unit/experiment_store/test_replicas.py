@@ -41,7 +41,8 @@ def test_margins_that_are_not_a_number_are_equal():
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "margins"), [("membership", 8, 0), ("train_correct", 8, 0), ("test_correct", 8, 0), ("test_margin", 0, 1)]
+    ("name", "bits", "margins"),
+    [("membership", 8, 0), ("train_correct", 8, 0), ("test_correct", 8, 0), ("test_margin", 0, 1), ("test_score", 0, 1)],
 )
 def test_different_bits_and_margins_are_counted(name, bits, margins):
     replica = compare(replace(BATCH, train_mistakes=None), changed(name, row=1))

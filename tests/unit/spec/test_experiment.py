@@ -20,6 +20,7 @@ LATER_KEYS: dict[str, Any] = {
     "DatasetSpec.on_error": "stop",
     "ExecutionSpec.require": None,
     "ExecutionSpec.verify": 0.0,
+    "RecordedOutcomes.scores": False,
     "Experiment.trainer": ImagesTrainer(),
     "FunctionTrainer.options": {},
     "FunctionTrainer.code": [],
@@ -47,6 +48,26 @@ LATER_KEYS: dict[str, Any] = {
     "TableColumns.image": None,
     "TableColumns.id": None,
     "TableColumns.split": None,
+    "RecordedOutcomes.snapshots": [],
+    "NamedModel.weights": None,
+    "NamedModel.freeze": [],
+    "RandomResizedCrop.scale": [0.08, 1.0],
+    "RandomResizedCrop.ratio": [0.75, 4 / 3],
+    "ColorJitter.brightness": 0.0,
+    "ColorJitter.contrast": 0.0,
+    "ColorJitter.saturation": 0.0,
+    "ColorJitter.hue": 0.0,
+    "RandomErasing.probability": 0.5,
+    "RandomErasing.scale": [0.02, 0.33],
+    "RandomErasing.ratio": [0.3, 3.3],
+    "Adam.lr": 1.0e-3,
+    "Adam.betas": [0.9, 0.999],
+    "Adam.eps": 1.0e-8,
+    "Adam.weight_decay": 0.0,
+    "AdamW.lr": 1.0e-3,
+    "AdamW.betas": [0.9, 0.999],
+    "AdamW.eps": 1.0e-8,
+    "AdamW.weight_decay": 1.0e-2,
 }
 
 
@@ -83,6 +104,28 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("subsets.fraction", 1.5, "subsets.fraction: input should be less than 1 (got 1.5)"),
         ("subsets.fraction", 0, "subsets.fraction: input should be greater than 0 (got 0)"),
         ("subsets.design", "random", "subsets.design: input should be 'uniform', 'balanced', 'stratified' or 'explicit' (got random)"),
+        ("training.optimizer", {"name": "adamm"}, "training.optimizer: input tag 'adamm'"),
+        (
+            "training.optimizer",
+            {"name": "adamw", "momentum": 0.9},
+            "unknown key 'training.optimizer.momentum': known here: name, lr, betas, eps",
+        ),
+        ("training.optimizer", {"name": "adam", "betas": [0.9, 1.0]}, "training.optimizer.betas.1: input should be less than 1 (got 1.0)"),
+        ("training.optimizer", {"name": "adam", "betas": [0.9]}, "training.optimizer.betas: list should have at least 2 items"),
+        ("training.optimizer", "adamw", "training.optimizer: input should be a valid dictionary"),
+        ("training.augmentation", "flop", "training.augmentation.0: input tag 'flop'"),
+        ("training.augmentation", "color-jitter", "training.augmentation.0: color-jitter changes nothing: set brightness, contrast"),
+        (
+            "training.augmentation",
+            ["flip", {"name": "color-jitter", "hu": 0.1}],
+            "unknown key 'training.augmentation.1.hu': did you mean 'hue'?",
+        ),
+        ("training.augmentation", ["flip", {"name": "random-erasing", "scale": [0.5, 0.1]}], "training.augmentation.1.scale: goes from"),
+        ("model", {"name": "resnet18", "weights": "DEFAULT"}, "model.weights: are other weights in another version of torchvision"),
+        ("model", {"name": "mlp", "weights": "w.pt"}, "unknown key 'model.weights': known here: name, hidden"),
+        ("record.snapshots", [5, 5], "record.snapshots: are different epochs in ascending order, not [5, 5]"),
+        ("record.snapshots", [0], "record.snapshots.0: input should be greater than or equal to 1 (got 0)"),
+        ("record.snapshots", [5, 30], "record.snapshots: 30 is after the last of 20 epochs"),
         ("training.schedule", {"name": "cosin"}, "training.schedule: input tag 'cosin'"),
         ("execution.device", "gpu", "execution.device: "),
         ("name", "My Experiment", "name: "),
@@ -107,6 +150,23 @@ def test_a_fault_is_reported_in_one_line(path, value, message):
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("none", "none"),
+        ([], "none"),
+        ("flip", "flip"),
+        (["crop-flip"], "crop-flip"),
+        ("random-resized-crop", [{"name": "random-resized-crop"}]),
+        (["flip", {"name": "color-jitter", "hue": 0.1, "contrast": 0.0}], [{"name": "flip"}, {"name": "color-jitter", "hue": 0.1}]),
+    ],
+)
+def test_augmentations_of_the_first_version_are_written_as_it_wrote_them(value, written):
+    experiment = changed("training.augmentation", value)
+    assert experiment.model_dump(mode="json")["training"]["augmentation"] == written
+    assert Experiment.parse(yaml.safe_load(experiment.to_yaml())) == experiment
+
+
 @pytest.mark.parametrize("text", ["- a list", "a: [", "\0", ""])
 def test_a_file_that_is_not_yaml_or_not_a_mapping_is_named(tmp_path, text):
     path = tmp_path / "e.yaml"
@@ -129,6 +189,7 @@ def test_the_fingerprint_omits_keys_on_which_no_trial_depends():
     [
         ("training.epochs", 21),
         ("training.optimizer.lr", 0.2),
+        ("training.optimizer", {"name": "adamw"}),
         ("training.precision", "bfloat16"),
         ("subsets.seed", 1),
         ("subsets.fraction", 0.5),
@@ -162,6 +223,29 @@ def test_paths_are_relative_to_the_file_and_masks_count_by_content(tmp_path):
     assert a.fingerprint("d") == b.fingerprint("d") != c.fingerprint("d")
 
 
+def test_weights_are_relative_to_the_file_and_count_by_content(tmp_path):
+    for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w.pt").write_bytes(content)
+        (tmp_path / folder / "e.yaml").write_text(yaml.safe_dump({**BASE, "model": {"name": "resnet9", "weights": "w.pt"}}))
+    a, b, c = (Experiment.load(tmp_path / folder / "e.yaml") for folder in "abc")
+    assert a.model.weights == str(tmp_path / "a" / "w.pt")
+    assert a.fingerprint("d") == b.fingerprint("d") != c.fingerprint("d")
+    moved = a.with_files({tmp_path / "a" / "w.pt": tmp_path / "b" / "w.pt"})
+    assert moved.model == b.model
+    published = [changed("model", {"name": "resnet50", "weights": f"IMAGENET1K_V{version}"}) for version in (1, 2)]
+    assert published[0].model.weights_file is None
+    assert published[0].fingerprint("d") != published[1].fingerprint("d")
+    (tmp_path / "a" / "w.pt").unlink()
+    with pytest.raises(SpecError, match=r"model\.weights: .*w\.pt cannot be read \(No such file"):
+        a.fingerprint("d")
+
+
+def test_outcomes_by_epoch_of_training_code_of_the_users_own_are_refused():
+    with pytest.raises(SpecError, match=r"record\.snapshots is for the built-in trainer, whose epochs memtail knows: remove it"):
+        Experiment.parse({**BASE, "trainer": {"function": "train:train"}, "record": {"snapshots": [1]}})
+
+
 def test_later_keys_keep_their_defaults():
     parts = [part for part in vars(memtail.spec).values() if isinstance(part, type) and issubclass(part, Part)]
     later = {
@@ -189,3 +273,24 @@ def test_a_later_key_is_written_only_where_it_differs_from_its_default(parent, p
     assert unused.fingerprint("d") == before.fingerprint("d")
     assert used.model_dump(mode="json")[parent]["later"] == 1
     assert differences(before.canonical("d"), used.canonical("d")) == ([] if parent == "record" else ["training.later null -> 1"])
+
+
+_FEATURES = "memtail.studies.features:feature_model"
+
+
+@pytest.mark.parametrize(
+    ("parts", "runs"),
+    [
+        ({}, False),
+        ({"model": {"name": "cnn"}}, False),
+        ({"model": {"name": "resnet9"}}, False),
+        ({"model": {"name": "memtail.models.resnet:resnet9"}}, False),
+        ({"model": {"name": "mine:build"}}, True),
+        ({"model": {"name": "memtail_mine:build"}}, True),
+        ({"model": {"name": _FEATURES, "options": {"model": {"name": "mine:build"}}}}, True),
+        ({"trainer": {"function": "mine:train"}}, True),
+        ({"trainer": {"command": ["train"]}}, True),
+    ],
+)
+def test_functions_commands_and_networks_of_other_packages_are_user_code(parts, runs):
+    assert Experiment.parse({**BASE, **parts}).runs_user_code is runs

@@ -24,9 +24,12 @@ def record(folder):
     return declare(Experiment.parse(spec), DatasetLabels(folder, "0" * 64, ("a", "b"), labels, labels, None, None), 4)
 
 
-def test_the_built_in_trainer_has_none(record):
-    spec = {"name": "e", "dataset": {"name": "digits"}}
-    assert code_folder(type(record)(Experiment.parse(spec), "f", {}, 1, 1, 1)) is None
+def test_networks_are_also_searched_in_the_folder_of_the_setting(record, folder, monkeypatch):
+    network = {"name": "e", "dataset": {"name": "digits"}, "model": {"name": "mine:build"}}
+    monkeypatch.delenv("MEMTAIL_CODE", raising=False)
+    assert code_folder(type(record)(Experiment.parse(network), "f", {}, 1, 1, 1)) is None
+    monkeypatch.setenv("MEMTAIL_CODE", str(folder))
+    assert code_folder(type(record)(Experiment.parse(network), "f", {}, 1, 1, 1)) == folder
 
 
 def test_the_folder_of_the_registration_is_used_where_it_has_the_code(record, folder, monkeypatch):

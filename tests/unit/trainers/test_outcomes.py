@@ -10,6 +10,7 @@ import torch
 
 from memtail.datasets import DatasetLabels
 from memtail.errors import OutcomeError
+from memtail.spec import RecordedOutcomes
 from memtail.trainers.outcomes import check_outcome, looks_permuted
 from memtail.trainers.task import Outcome
 from memtail.trainers.trial_batch import describe_training
@@ -41,7 +42,7 @@ def outcome(**changes):
     ids=["list", "integers", "floats", "tensor", "tensor with gradient"],
 )
 def test_array_likes_of_zeros_and_ones_are_accepted(dataset, correct):
-    arrays, metrics = check_outcome(outcome(train_correct=correct, metrics={"loss": np.float32(2)}), dataset, margins=False)
+    arrays, metrics = check_outcome(outcome(train_correct=correct, metrics={"loss": np.float32(2)}), dataset, RecordedOutcomes())
     assert arrays["train_correct"].tolist() == [True, False] * 3
     assert arrays["test_correct"].tolist() == [True, False, True]
     assert metrics == {"loss": 2.0}
@@ -64,54 +65,82 @@ def test_array_likes_of_zeros_and_ones_are_accepted(dataset, correct):
 )
 def test_a_fault_is_one_line_that_names_the_array(dataset, changes, message):
     with pytest.raises(OutcomeError, match=message):
-        check_outcome(outcome(**changes), dataset, margins=False)
+        check_outcome(outcome(**changes), dataset, RecordedOutcomes())
 
 
 def test_another_object_is_refused(dataset):
     with pytest.raises(OutcomeError, match=r"the trainer returned dict, not a memtail\.Outcome"):
-        check_outcome({"train_correct": []}, dataset, margins=False)
+        check_outcome({"train_correct": []}, dataset, RecordedOutcomes())
 
 
 def test_equal_labels_and_ids_are_accepted(dataset):
     ids = [f"a/{index}.png" for index in range(N)]
-    check_outcome(outcome(train_labels=[0, 1] * 3, test_labels=torch.tensor([0, 1, 0]), train_ids=ids), dataset, margins=False)
+    check_outcome(outcome(train_labels=[0, 1] * 3, test_labels=torch.tensor([0, 1, 0]), train_ids=ids), dataset, RecordedOutcomes())
 
 
 def test_the_test_side_may_be_missing_without_a_test_set(dataset):
     none = replace(dataset, test_labels=np.empty(0, np.int64), test_files=np.empty(0, "S1"))
-    for margins in (False, True):
-        arrays, _ = check_outcome(outcome(test_correct=None, train_margin=np.ones(N)), none, margins)
-        names = {"test_correct", "test_margin"} if margins else {"test_correct"}
+    for recorded in (False, True):
+        record = RecordedOutcomes(margins=recorded, scores=recorded)
+        arrays, _ = check_outcome(outcome(test_correct=None, train_margin=np.ones(N), train_score=np.ones(N)), none, record)
+        names = {"test_correct", "test_margin", "test_score"} if recorded else {"test_correct"}
         assert {name: array.shape for name, array in arrays.items() if name.startswith("test")} == dict.fromkeys(names, (0,))
-    assert check_outcome(outcome(test_correct=[]), none, False)[0]["test_correct"].dtype == np.bool_
+    assert check_outcome(outcome(test_correct=[]), none, RecordedOutcomes())[0]["test_correct"].dtype == np.bool_
     batch = make_batch(none, [0, 1], np.eye(2, N) > 0, [arrays, arrays], [{}, {}], Provenance())
     assert [entry.test_accuracy for entry in batch.metrics] == [None, None]
     assert TrialBatch.from_bytes(batch.to_bytes()).test_correct.shape == (2, 0)
     with pytest.raises(OutcomeError, match=r"test_correct has shape \[3\], expected is \[0\]"):
-        check_outcome(outcome(), none, False)
+        check_outcome(outcome(), none, RecordedOutcomes())
     with pytest.raises(OutcomeError, match="test_correct is missing: return one value for each of the 3 examples"):
-        check_outcome(outcome(test_correct=None), dataset, False)
+        check_outcome(outcome(test_correct=None), dataset, RecordedOutcomes())
 
 
 def test_labels_are_compared_only_if_there_are_some(dataset):
     unlabelled = replace(dataset, classes=(), train_labels=np.zeros(N, np.int64), test_labels=np.zeros(Q, np.int64))
-    check_outcome(outcome(train_ids=[f"a/{index}.png" for index in range(N)]), unlabelled, False)
+    check_outcome(outcome(train_ids=[f"a/{index}.png" for index in range(N)]), unlabelled, RecordedOutcomes())
     with pytest.raises(OutcomeError, match="train_labels was returned, but the dataset has none: return ids, if it has those, or neither"):
-        check_outcome(outcome(train_labels=np.zeros(N)), unlabelled, False)
+        check_outcome(outcome(train_labels=np.zeros(N)), unlabelled, RecordedOutcomes())
 
 
 def test_margins_are_kept_where_the_experiment_records_them(dataset):
     returned = outcome(train_margin=np.array([1e9, -1e9, 0, 1, 2, 3]), test_margin=[0.5, 1, 2])
-    assert "train_margin" not in check_outcome(returned, dataset, margins=False)[0]
-    arrays, _ = check_outcome(returned, dataset, margins=True)
+    assert "train_margin" not in check_outcome(returned, dataset, RecordedOutcomes())[0]
+    arrays, _ = check_outcome(returned, dataset, RecordedOutcomes(margins=True))
     assert arrays["train_margin"].dtype == np.float16
     assert np.isfinite(arrays["train_margin"]).all()
     with pytest.raises(OutcomeError, match="train_margin is missing, and the experiment records margins"):
-        check_outcome(outcome(), dataset, margins=True)
+        check_outcome(outcome(), dataset, RecordedOutcomes(margins=True))
 
 
-def batch_of(dataset, outcomes, members, margins=False):
-    checked = [check_outcome(each, dataset, margins) for each in outcomes]
+def test_scores_are_kept_where_the_experiment_records_them(dataset):
+    record, members = RecordedOutcomes(scores=True), np.ones((1, N), bool)
+    returned = outcome(train_score=torch.linspace(0, 1, N), test_score=[0.0, 0.5, True])
+    batch = batch_of(dataset, [returned], members, record)
+    assert batch.train_score.tolist() == [[0, 51, 102, 153, 204, 255]]
+    assert batch.test_score.tolist() == [[0, 128, 255]]
+    assert batch_of(dataset, [returned], members).train_score is None
+    read = TrialBatch.from_bytes(batch.to_bytes())
+    np.testing.assert_array_equal(read.train_score, batch.train_score)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_score": None}, "train_score is missing, and the experiment records scores: return it, or remove record.scores"),
+        ({"test_score": [0.1, 1.5, 0]}, "test_score is 1.5 at 1: return scores from 0 to 1"),
+        ({"train_score": -np.ones(N)}, "train_score is -1.0 at 0"),
+        ({"train_score": list("abcdef")}, "train_score is <U1: return floats from 0 to 1"),
+        ({"train_score": np.ones(4)}, r"train_score has shape \[4\]"),
+    ],
+)
+def test_scores_outside_0_and_1_are_refused(dataset, changes, message):
+    returned = {"train_score": np.ones(N), "test_score": np.ones(Q)} | changes
+    with pytest.raises(OutcomeError, match=message):
+        check_outcome(outcome(**returned), dataset, RecordedOutcomes(scores=True))
+
+
+def batch_of(dataset, outcomes, members, record=RecordedOutcomes()):  # noqa: B008
+    checked = [check_outcome(each, dataset, record) for each in outcomes]
     arrays, metrics = zip(*checked, strict=True)
     return make_batch(dataset, range(len(outcomes)), members, arrays, metrics, Provenance(fingerprint="f"))
 
@@ -128,11 +157,16 @@ def test_a_batch_holds_the_outcomes_and_survives_its_wire_format(dataset):
     assert not any(each.diverged for each in read.metrics)
 
 
-@pytest.mark.parametrize("changes", [{"metrics": {"loss": float("nan")}}, {"train_margin": np.full(N, np.nan)}], ids=["loss", "margins"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"metrics": {"loss": float("nan")}}, {"train_margin": np.full(N, np.nan)}, {"test_score": [1, np.nan, 1]}],
+    ids=["loss", "margins", "scores"],
+)
 def test_a_trial_without_finite_results_is_diverged_and_does_not_count(dataset, changes):
     members = np.ones((2, N), bool)
-    full = {"train_margin": np.zeros(N), "test_margin": np.zeros(Q)}
-    batch = batch_of(dataset, [outcome(**full | changes), outcome(**full)], members, margins=True)
+    full = {"train_margin": np.zeros(N), "test_margin": np.zeros(Q), "train_score": np.ones(N), "test_score": np.ones(Q)}
+    batch = batch_of(dataset, [outcome(**full | changes), outcome(**full)], members, RecordedOutcomes(margins=True, scores=True))
+    assert batch.train_score.sum(1).tolist() == [0, 255 * N]
     assert [each.diverged for each in batch.metrics] == [True, False]
     assert not unpack(batch.train_correct, N)[0].any()
     assert batch.metrics[1].held_out_accuracy is None

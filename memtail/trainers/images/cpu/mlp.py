@@ -12,27 +12,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtail.spec import Sgd
+from memtail.spec import Adam, AdamW, OptimizerSpec, Sgd
 from memtail.trainers.images.stack import Stacked, StackedLinear, is_shared
+
+#: Optimizers with compiled steps.
+COMPILED = (Sgd, Adam, AdamW)
 
 
 class DenseStack(nn.Module):
-    """S networks of linear layers with ReLU between them, and their momenta: float32, on a CPU.
+    """S networks of linear layers with ReLU between them, and the state of their optimizer: float32, on a CPU.
 
-    Like every stack, it maps normalised examples to logits [S, B, classes]. Parameters and momenta are buffers, so `state_dict` holds
-    everything that training depends on.
+    Like every stack, it maps normalised examples to logits [S, B, classes]. Parameters and the optimizer's state are buffers, so that
+    `state_dict` holds everything that training depends on.
 
     Args:
         layers: the linear layers of all S networks, from input to logits.
         input_shape: of an example, (C, H, W) or (D,), which is D channels of one pixel.
         shift: float32 [C] or [D]; values are normalised as (value + shift) * scale.
         scale: float32 [C] or [D].
-        optimizer: constants of gradient descent; its learning rate is not used.
+        optimizer: constants of the optimizer; its learning rate is not used.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
     """
 
     values: Tensor
     momenta: Tensor
+    squares: Tensor
+    steps: Tensor
 
     def __init__(
         self,
@@ -40,7 +45,7 @@ class DenseStack(nn.Module):
         input_shape: tuple[int, ...],
         shift: Tensor,
         scale: Tensor,
-        optimizer: Sgd,
+        optimizer: OptimizerSpec,
         label_smoothing: float,
     ) -> None:
         from memtail.trainers.images.cpu.gemm import COLUMNS, ROWS  # compiles
@@ -57,14 +62,12 @@ class DenseStack(nn.Module):
         self._biases = areas.sum() + np.concatenate([[0], np.cumsum(self._sizes[1:])[:-1]])
         self.register_buffer("values", torch.zeros(self.width, int(areas.sum() + self._sizes[1:].sum())))
         self.register_buffer("momenta", torch.zeros_like(self.values))
+        if not isinstance(optimizer, Sgd):
+            self.register_buffer("squares", torch.zeros_like(self.values))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._transposed = np.empty(int(areas[1:].max(initial=0)), np.float32)
         self._workspaces: dict[int, _Workspace] = {}
-        self._constants = (
-            np.float32(optimizer.momentum),
-            np.float32(optimizer.weight_decay),
-            optimizer.nesterov,
-            np.float32(label_smoothing),
-        )
+        self._optimizer, self._smoothing = optimizer, np.float32(label_smoothing)
         for layer, weight_at, bias_at in zip(layers, self._weights.tolist(), self._biases.tolist(), strict=True):
             weight = layer.weight.detach()
             if not weight_at:  # pixels are channels last
@@ -100,7 +103,7 @@ class DenseStack(nn.Module):
         return torch.from_numpy(logits)
 
     def train_steps(self, pixels: Tensor, labels: Tensor, bounds: list[tuple[int, int]], rates: list[float]) -> Tensor:
-        """Take one step of gradient descent per batch, on every network.
+        """Take one step of the optimizer per batch, on every network.
 
         Args:
             pixels: uint8 [S, B, H, W, C] or float32 [S, B, D], the examples of all batches.
@@ -117,11 +120,28 @@ class DenseStack(nn.Module):
         workspace = self._workspace(-(-int(np.diff(places).max()) // self._rows) * self._rows)
         losses = np.empty(self.width, np.float32)
         train_steps(
-            pixels.flatten(1).numpy(), labels.numpy(), self._shift, self._scale, places, np.array(rates, np.float32), self.classes,
+            pixels.flatten(1).numpy(), labels.numpy(), self._shift, self._scale, places, *self._update(rates), self.classes,
             self.values.numpy(), self.momenta.numpy(), self._sizes, self._weights, self._biases,
-            workspace.starts, workspace.x, workspace.outputs, workspace.deltas, self._transposed, *self._constants, losses,
+            workspace.starts, workspace.x, workspace.outputs, workspace.deltas, self._transposed, self._smoothing, losses,
         )  # fmt: skip
         return torch.from_numpy(losses)
+
+    def _update(self, rates: list[float]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        """Return the rates of the next steps, the constants and the mean squares, as `train_steps` of the kernels takes them."""
+        spec, by_step = self._optimizer, np.ones((len(rates), 3), np.float32)
+        if isinstance(spec, Sgd):
+            by_step[:, 0] = rates
+            return by_step, np.array([spec.momentum, spec.weight_decay, spec.nesterov], np.float32), None
+        first, second = spec.betas
+        decoupled = isinstance(spec, AdamW)
+        steps = int(self.steps) + 1 + np.arange(len(rates))
+        by_step[:, 0] = rates / (1 - first**steps)
+        by_step[:, 1] = np.sqrt(1 - second**steps)
+        if decoupled:
+            by_step[:, 2] = 1 - np.array(rates) * spec.weight_decay
+        self.steps += len(rates)
+        constants = [1 - first, second, 1 - second, spec.eps, 0.0 if decoupled else spec.weight_decay]
+        return by_step, np.array(constants, np.float32), self.squares.numpy()
 
     def _workspace(self, padded: int) -> "_Workspace":
         """Return the arrays for a padded number of examples, allocated once."""

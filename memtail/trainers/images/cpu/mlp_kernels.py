@@ -108,14 +108,37 @@ def _loss(logits, start, rows, padded, classes, labels, first, smoothing, deltas
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def _update(values, momenta, start, gradient, count, rate, momentum, decay, nesterov):  # type: ignore[no-untyped-def]
-    """Update `count` values from `start` on by stochastic gradient descent as in `torch.optim.SGD`."""
-    value, kept = values[start : start + count], momenta[start : start + count]
+def _update(values, momenta, squares, start, gradient, count, rates, constants):  # type: ignore[no-untyped-def]
+    """Update `count` values from `start` on. The type of `squares` decides, when this is compiled, by which optimizer."""
+    if squares is None:
+        momentum, decay, nesterov = constants[0], constants[1], constants[2]
+        _descend(values[start : start + count], momenta[start : start + count], gradient, count, rates[0], momentum, decay, nesterov)
+    else:
+        _adapt(
+            values[start : start + count], momenta[start : start + count], squares[start : start + count], gradient, count, rates, constants
+        )  # fmt: skip
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _descend(value, kept, gradient, count, rate, momentum, decay, nesterov):  # type: ignore[no-untyped-def]
+    """Update `count` values by stochastic gradient descent as in `torch.optim.SGD`."""
     ahead, along = (momentum, np.float32(1)) if nesterov else (np.float32(1), np.float32(0))
     for i in range(count):
         g = gradient[i] + decay * value[i]
         kept[i] = momentum * kept[i] + g
         value[i] -= rate * (ahead * kept[i] + along * g)
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _adapt(value, mean, square, gradient, count, rates, constants):  # type: ignore[no-untyped-def]
+    """Update `count` values as `torch.optim.Adam` and `torch.optim.AdamW` do."""
+    rate, root, kept = rates[0], rates[1], rates[2]
+    news, old, new, eps, decay = constants[0], constants[1], constants[2], constants[3], constants[4]
+    for i in range(count):
+        g = gradient[i] + decay * value[i]
+        mean[i] += news * (g - mean[i])
+        square[i] = old * square[i] + new * g * g
+        value[i] = kept * value[i] - rate * mean[i] / (np.sqrt(square[i]) / root + eps)
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
@@ -158,8 +181,8 @@ def _normalise(pixels, shift, scale, rows, padded, features, x):  # type: ignore
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def _train(  # type: ignore[no-untyped-def]
-    pixels, labels, shift, scale, bounds, rates, classes, values, momenta, sizes, weights, biases, starts, x, outputs, deltas, transposed,
-    momentum, decay, nesterov, smoothing,
+    pixels, labels, shift, scale, bounds, rates, constants, squares, classes, values, momenta, sizes, weights, biases, starts, x, outputs,
+    deltas, transposed, smoothing,
 ):  # fmt: skip
     """Take the steps of `train_steps` on one network; return the sum of its examples' losses."""
     layers = len(weights)
@@ -169,7 +192,6 @@ def _train(  # type: ignore[no-untyped-def]
     for step in range(len(rates)):
         first, rows = bounds[step], bounds[step + 1] - bounds[step]
         padded = (rows + ROWS - 1) // ROWS * ROWS
-        rate = rates[step]
         _normalise(pixels[first * len(shift) :], shift, scale, rows, padded, sizes[0], x)
         forward(x, padded, values, sizes, weights, biases, starts, outputs)
         total += _loss(outputs, starts[layers], rows, padded, classes, labels, first, smoothing, deltas)
@@ -189,7 +211,7 @@ def _train(  # type: ignore[no-untyped-def]
                 start = starts[layer + 1] + panel * padded * COLUMNS
                 _add_rows(deltas[start : start + padded * COLUMNS], four_rows, gradient)
                 bias = biases[layer] + panel * COLUMNS
-                _update(values, momenta, bias, gradient, COLUMNS, rate, momentum, decay, nesterov)
+                _update(values, momenta, squares, bias, gradient, COLUMNS, rates[step], constants)
             for block in range(0, inputs, _HEIGHT):
                 height = min(_HEIGHT, inputs - block)
                 for panel in range(out // COLUMNS):
@@ -204,16 +226,16 @@ def _train(  # type: ignore[no-untyped-def]
                                 1, padded, zeros, 0,
                             )  # fmt: skip
                     place = weights[layer] + (panel * inputs + block) * COLUMNS
-                    _update(values, momenta, place, gradient, height * COLUMNS, rate, momentum, decay, nesterov)
+                    _update(values, momenta, squares, place, gradient, height * COLUMNS, rates[step], constants)
     return total
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def train_steps(  # type: ignore[no-untyped-def]
-    pixels, labels, shift, scale, bounds, rates, classes, values, momenta, sizes, weights, biases, starts, x, outputs, deltas, transposed,
-    momentum, decay, nesterov, smoothing, losses,
+    pixels, labels, shift, scale, bounds, rates, constants, squares, classes, values, momenta, sizes, weights, biases, starts, x, outputs,
+    deltas, transposed, smoothing, losses,
 ):  # fmt: skip
-    """Take one step of gradient descent per batch, on one network after another, each from the processor's cache.
+    """Take one step of the optimizer per batch, on one network after another, each from the processor's cache.
 
     Args:
         pixels: uint8 or float32 [S, B * P], the examples of all batches, for each network.
@@ -221,10 +243,14 @@ def train_steps(  # type: ignore[no-untyped-def]
         shift: float32 [P]; the first layer takes (pixel + shift) * scale.
         scale: float32 [P].
         bounds: int64 [steps + 1], start of each batch and stop of the last.
-        rates: float32 [steps], learning rates.
+        rates: float32 [steps, 3]: of SGD the learning rate; of Adam the learning rate over the correction of the mean, the root of the
+            correction of the mean square, and the factor of the parameters (1 less their decoupled decay).
+        constants: float32: of SGD momentum, weight decay, and 1 for Nesterov's momentum; of Adam 1 - beta 1, beta 2, 1 - beta 2, eps, and
+            the weight decay that is part of the gradient.
+        squares: float32 [S, ...], of Adam the means of the squares of their gradients, updated; None for SGD.
         classes: number of logits, without padding.
         values: float32 [S, ...], parameters of the networks; updated.
-        momenta: float32 [S, ...], their momenta; updated.
+        momenta: float32 [S, ...], their momenta, of Adam the means of their gradients; updated.
         sizes: see the module.
         weights: see the module.
         biases: see the module.
@@ -233,14 +259,11 @@ def train_steps(  # type: ignore[no-untyped-def]
         outputs: float32 workspace for the layers' outputs.
         deltas: float32 workspace for the gradients of the outputs.
         transposed: float32 workspace for the transposed weights of a layer.
-        momentum: float32.
-        decay: float32, the weight decay.
-        nesterov: bool.
         smoothing: float32, the label smoothing.
         losses: float32 [S]; receives the sums of the examples' losses.
     """
     for network in range(len(losses)):
         losses[network] = _train(
-            pixels[network], labels[network], shift, scale, bounds, rates, classes, values[network], momenta[network], sizes, weights,
-            biases, starts, x, outputs, deltas, transposed, momentum, decay, nesterov, smoothing,
+            pixels[network], labels[network], shift, scale, bounds, rates, constants, None if squares is None else squares[network],
+            classes, values[network], momenta[network], sizes, weights, biases, starts, x, outputs, deltas, transposed, smoothing,
         )  # fmt: skip

@@ -36,7 +36,9 @@ def features(tmp_path):
     return dataset
 
 
-def test_features_are_standardised_by_the_training_split_and_constant_ones_are_0(features):
+@pytest.mark.parametrize("chunk", [4, 40, 1 << 22])
+def test_features_are_standardised_by_the_training_split_and_constant_ones_are_0(features, monkeypatch, chunk):
+    monkeypatch.setattr("memtail.trainers.images.images._CHUNK", chunk)
     before, images = features.train_features.copy(), DeviceImages(features, CPU)
     scaler = StandardScaler().fit(features.train_features.astype(np.float64))
     for split in ("train", "test"):
@@ -99,7 +101,12 @@ def test_a_network_of_the_users_own_gets_vectors(declare, features):
 )
 def test_a_recipe_for_images_is_refused_in_one_line(declare, features, parts, message):
     experiment = declare(**parts, execution={"trials_per_shard": 4})
-    for check in (checked_shard_size, shard_size_in_child, lambda experiment, dataset: declare_record(experiment, dataset, 4)):
+    checks = (
+        checked_shard_size,
+        lambda experiment, dataset: shard_size_in_child(experiment, dataset, "store"),
+        lambda experiment, dataset: declare_record(experiment, dataset, 4),
+    )
+    for check in checks:
         with pytest.raises(SpecError, match=message) as raised:
             check(experiment, features)
         assert "\n" not in str(raised.value)

@@ -16,10 +16,11 @@ from memtail import models, subsets
 from memtail.datasets import prepare
 from memtail.errors import SpecError
 from memtail.models import build_model, check_model
-from memtail.spec import Constant, Cosine, Linear, NamedModel, ScheduleSpec, Sgd, Step
+from memtail.spec import AugmentationSpec, Constant, Cosine, Linear, NamedModel, OptimizerSpec, ScheduleSpec, Sgd, Step
 from memtail.trainers.images import devices, stack_trainer, train_shard
 from memtail.trainers.images import shard as shard_module
-from memtail.trainers.images.batches import batch_bounds, epoch_augmentation, epoch_order
+from memtail.trainers.images.augmentations import _STEPS
+from memtail.trainers.images.batches import batch_bounds, epoch_order
 from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
 from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.optimizers import _OPTIMIZERS
@@ -29,19 +30,10 @@ from memtail.trainers.images.stack import is_stackable, stack_networks
 from memtail.trainers.images.stack_trainer import StackedRun
 from memtail.trials import unpack
 from tests.support.arrays import write_arrays
+from tests.support.training import STACKABLE, Interrupted, same_bits, torchs_optimizer
 
 CPU = torch.device("cpu")
-SAME = ("trial", "membership", "train_correct", "test_correct", "train_mistakes")
-
-
-def same_bits(batches, others, margins=False):
-    def joined(parts, name):
-        return np.concatenate([getattr(part, name) for part in parts])
-
-    for name in SAME + (("train_margin", "test_margin") if margins else ()):
-        if joined(batches, name).tobytes() != joined(others, name).tobytes():
-            return False
-    return [entry for part in batches for entry in part.metrics] == [entry for part in others for entry in part.metrics]
+RECORDED = {"margins": True, "scores": True}
 
 
 def in_shards(experiment, dataset, trials, size):
@@ -61,10 +53,10 @@ def _arrays(tmp_path):
 
 
 def test_64_trials_give_the_same_bits_in_shards_of_1_7_and_64(declare, digits):
-    experiment = declare(64, training={"epochs": 3, "augmentation": "crop-flip", "label_smoothing": 0.1}, record={"margins": True})
+    experiment = declare(64, training={"epochs": 3, "augmentation": "crop-flip", "label_smoothing": 0.1}, record=RECORDED)
     together = in_shards(experiment, digits, 64, 64)
-    assert same_bits(together, in_shards(experiment, digits, 64, 1), margins=True)
-    assert same_bits(together, in_shards(experiment, digits, 64, 7), margins=True)
+    assert same_bits(together, in_shards(experiment, digits, 64, 1), recorded=True)
+    assert same_bits(together, in_shards(experiment, digits, 64, 7), recorded=True)
 
 
 @pytest.mark.parametrize("model", [{"name": "cnn", "channels": [4, 8], "hidden": 16}, {"name": "resnet9", "options": {"width": 2}}])
@@ -121,7 +113,7 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
 
 def reference_trial(experiment, dataset, trial):
     """Train one model in plain PyTorch, with memtail's membership, initial weights and batch order."""
-    recipe, sgd = experiment.training, experiment.training.optimizer
+    recipe, spec = experiment.training, experiment.training.optimizer
     member = subsets.membership(experiment.subsets, dataset.train_labels, [trial])[0]
     images = torch.from_numpy(np.array(dataset.train_images)).float().sub(torch.tensor(dataset.mean)).div(torch.tensor(dataset.std))
     images, labels = images.permute(0, 3, 1, 2), torch.from_numpy(np.array(dataset.train_labels))
@@ -129,14 +121,14 @@ def reference_trial(experiment, dataset, trial):
 
     torch.manual_seed(torch_seed(experiment.subsets.seed, Purpose.WEIGHTS, trial))
     model = build_model(experiment.model, dataset.image_shape, len(dataset.classes))
-    optimizer = torch.optim.SGD(model.parameters(), lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay, nesterov=sgd.nesterov)
+    optimizer = torchs_optimizer(spec, model.parameters())
     subset, step = np.flatnonzero(member)[None], 0
     bounds = batch_bounds(subset.shape[1], recipe.batch_size)
     for epoch in range(recipe.epochs):
         order = epoch_order(experiment.subsets.seed, [trial], epoch, subset)[0]
         for start, stop in bounds:
             for group in optimizer.param_groups:
-                group["lr"] = sgd.lr * learning_rate_factor(recipe.schedule, step, recipe.epochs * len(bounds))
+                group["lr"] = spec.lr * learning_rate_factor(recipe.schedule, step, recipe.epochs * len(bounds))
             batch = torch.from_numpy(order[start:stop])
             loss = F.cross_entropy(model(images[batch]), labels[batch], label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()
@@ -149,9 +141,11 @@ def reference_trial(experiment, dataset, trial):
 @pytest.mark.parametrize(
     "model", [{"name": "mlp", "hidden": [32, 16]}, {"name": "mlp", "hidden": []}, {"name": "cnn", "channels": [4], "hidden": 8}]
 )
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_a_stacked_trial_ends_with_the_weights_of_a_plain_pytorch_loop(declare, digits, model, smoothing):
-    experiment = declare(3, model=model, training={"epochs": 2, "label_smoothing": smoothing})
+@pytest.mark.parametrize(
+    ("smoothing", "optimizer"), [(0.0, {}), (0.2, {}), (0.0, {"name": "adamw", "weight_decay": 0.5}), (0.2, {"name": "adam"})]
+)
+def test_a_stacked_trial_ends_with_the_weights_of_a_plain_pytorch_loop(declare, digits, model, smoothing, optimizer):
+    experiment = declare(3, model=model, training={"epochs": 2, "label_smoothing": smoothing, "optimizer": optimizer})
     members = subsets.membership(experiment.subsets, digits.train_labels, range(3))
     run = StackedRun(
         experiment, DeviceImages(digits, CPU), digits.image_shape, 10, [0, 1, 2], np.stack([np.flatnonzero(row) for row in members])
@@ -163,22 +157,9 @@ def test_a_stacked_trial_ends_with_the_weights_of_a_plain_pytorch_loop(declare, 
         torch.testing.assert_close(logits[trial], reference_trial(experiment, digits, trial).eval()(images), atol=2e-3, rtol=2e-3)
 
 
-NETWORKS = {
-    "mlp": lambda: models.plain.mlp((1, 8, 8), 5, [7, 6]),
-    "cnn": lambda: models.plain.cnn((3, 8, 8), 5, [4, 6], 7),
-    "nested with batch normalisation": lambda: nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
-        nn.Identity(),
-        nn.AvgPool2d(3),
-        nn.Flatten(),
-        nn.Linear(4, 5, bias=False),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", STACKABLE)
 def test_a_stack_computes_what_its_networks_compute(name):
-    networks = [NETWORKS[name]() for _ in range(3)]
+    networks = [STACKABLE[name]() for _ in range(3)]
     assert all(is_stackable(network) for network in networks)
     stack = stack_networks([copy.deepcopy(network) for network in networks])
     shape = (1, 8, 8) if name == "mlp" else (3, 8, 8)
@@ -267,55 +248,40 @@ def test_one_trial_that_does_not_fit_is_an_error(declare, digits, monkeypatch):
         train_shard(declare(3), digits, range(3), CPU)
 
 
-class Memory:
-    """Checkpoints in memory; raises `StopError` once the save numbered `stop_at` is kept."""
-
-    class StopError(Exception):
-        pass
-
-    def __init__(self, stop_at=None):
-        self.state, self.saves, self.stop_at = None, 0, stop_at
-
-    def load(self):
-        return self.state
-
-    def save(self, state):
-        self.state, self.saves = state, self.saves + 1
-        if self.saves == self.stop_at:
-            raise Memory.StopError
-
-
 @pytest.mark.parametrize(
-    ("model", "stop_at"),
+    ("model", "stop_at", "optimizer"),
     [
-        ({"name": "mlp", "hidden": [16]}, 1),
-        ({"name": "mlp", "hidden": [16]}, 20),
-        ({"name": "resnet9", "options": {"width": 2}}, 9),
-        ("tests.support.networks:with_dropout", 9),
+        ({"name": "mlp", "hidden": [16]}, 1, "sgd"),
+        ({"name": "mlp", "hidden": [16]}, 20, "sgd"),
+        ({"name": "resnet9", "options": {"width": 2}}, 9, "sgd"),
+        ({"name": "tests.support.networks:with_dropout"}, 9, "sgd"),
+        ({"name": "mlp", "hidden": [16]}, 20, "adamw"),
+        ({"name": "mlp", "hidden": [16]}, 20, "adam"),
+        ({"name": "cnn", "channels": [2], "hidden": 8}, 9, "adamw"),
+        ({"name": "resnet9", "options": {"width": 2}}, 9, "adam"),
     ],
 )
-def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at):
+def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at, optimizer):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 3})
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
-    model = {"name": model} if isinstance(model, str) else model
     experiment = declare(
         5,
         model=model,
-        record={"margins": True},
+        record=RECORDED,
         dataset={"name": "digits", "max_train": 300},
-        training={"batch_size": 32, "augmentation": "crop-flip"},
+        training={"batch_size": 32, "augmentation": "crop-flip", "optimizer": {"name": optimizer, "weight_decay": 0.1}},
     )
     dataset = prepare(experiment.dataset)
     expected = train_shard(experiment, dataset, range(5), CPU)
-    checkpoints = Memory(stop_at)
-    with pytest.raises(Memory.StopError):
+    checkpoints = Interrupted(stop_at)
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)
     saves = checkpoints.saves
     resumed = train_shard(experiment, dataset, range(5), CPU, checkpoints=checkpoints)
-    assert same_bits([expected], [resumed], margins=True)
-    whole = Memory()
+    assert same_bits([expected], [resumed], recorded=True)
+    whole = Interrupted()
     train_shard(experiment, dataset, range(5), CPU, checkpoints=whole)
     assert checkpoints.saves - saves == whole.saves - stop_at  # no epoch before the checkpoint was trained again
 
@@ -327,9 +293,9 @@ def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, mon
     experiment = declare(9, training={"epochs": 1, "batch_size": 256})
     expected = train_shard(experiment, digits, range(9), CPU)
     for before, after, stop_at in ((2, 8, 13), (8, 2, 2), (3, 16, 4)):
-        checkpoints = Memory(stop_at)
+        checkpoints = Interrupted(stop_at)
         monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": before})
-        with pytest.raises(Memory.StopError):
+        with pytest.raises(Interrupted.StopError):
             train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)
         monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": after})
         assert same_bits([expected], [train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)])
@@ -338,8 +304,8 @@ def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, mon
 def test_a_shard_that_is_resumed_on_another_kind_of_device_names_all_kinds_in_order(declare, digits, monkeypatch):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
-    experiment, checkpoints = declare(2), Memory(1)
-    with pytest.raises(Memory.StopError):
+    experiment, checkpoints = declare(2), Interrupted(1)
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints)
     first = train_shard(experiment, digits, range(2), CPU, checkpoints=checkpoints).provenance
     assert first.devices is None
@@ -359,7 +325,7 @@ def test_checkpoints_that_take_long_are_written_rarely(declare, digits, monkeypa
 
     def saves(share: float) -> int:
         monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", share)
-        checkpoints = Memory()
+        checkpoints = Interrupted()
         train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)
         return checkpoints.saves
 
@@ -372,10 +338,10 @@ def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digit
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     experiment = declare(2, training={"epochs": 1})
     expected = train_shard(experiment, digits, range(2), CPU)
-    foreign = Memory(3)
-    with pytest.raises(Memory.StopError):
+    foreign = Interrupted(3)
+    with pytest.raises(Interrupted.StopError):
         train_shard(declare(2, training={"epochs": 1, "label_smoothing": 0.5}), digits, range(2), CPU, checkpoints=foreign)
-    damaged = Memory()
+    damaged = Interrupted()
     damaged.state = foreign.state[: len(foreign.state) // 2]
     for checkpoints in (foreign, damaged):
         checkpoints.stop_at = None
@@ -390,8 +356,8 @@ def test_a_checkpoint_of_an_older_layout_is_dropped_and_the_shard_starts_over(de
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     experiment = declare(4, training={"epochs": 1})
     expected = train_shard(experiment, digits, range(4), CPU)
-    checkpoints = Memory(30)
-    with pytest.raises(Memory.StopError):
+    checkpoints = Interrupted(30)
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)
     state = torch.load(io.BytesIO(checkpoints.state), weights_only=True)
     assert state.pop("layout") == 2
@@ -402,7 +368,7 @@ def test_a_checkpoint_of_an_older_layout_is_dropped_and_the_shard_starts_over(de
     torch.save({**state, "done": [first]}, older)  # as version 0.1.0 wrote it
     checkpoints.state, checkpoints.stop_at, checkpoints.saves = older.getvalue(), None, 0
     assert same_bits([expected], [train_shard(experiment, digits, range(4), CPU, checkpoints=checkpoints)])
-    whole = Memory()
+    whole = Interrupted()
     train_shard(experiment, digits, range(4), CPU, checkpoints=whole)
     assert checkpoints.saves == whole.saves
     shown = "".join(capfd.readouterr())
@@ -417,8 +383,8 @@ def test_training_uses_the_given_dataset(declare, digits):
     assert (batches[0].test_correct != batches[1].test_correct).any()
 
 
-def test_margins_and_mistakes_are_those_of_the_final_model(declare, digits):
-    experiment = declare(2, record={"margins": True})
+def test_margins_scores_and_mistakes_are_those_of_the_final_model(declare, digits):
+    experiment = declare(2, record=RECORDED)
     batch = train_shard(experiment, digits, range(2), CPU)
     correct = unpack(batch.train_correct, digits.n_train)
     assert ((batch.train_margin > 0) <= correct).all()
@@ -435,6 +401,9 @@ def test_margins_and_mistakes_are_those_of_the_final_model(declare, digits):
     assert np.mean(batch.train_mistakes[: wrong.sum()] == given[wrong]) > 0.95
     p = logits(digits.test_images).softmax(1).gather(1, torch.from_numpy(np.array(digits.test_labels))[:, None])[:, 0].detach()
     np.testing.assert_allclose(batch.test_margin[0].astype(float), torch.logit(p).numpy(), atol=0.05, rtol=0.02)
+    np.testing.assert_allclose(batch.test_score[0], 255 * p.numpy(), atol=1.5)
+    assert (batch.train_score[correct] >= 25).all()
+    assert (batch.train_score[~correct] <= 128).all()
 
 
 def test_progress_counts_every_epoch_of_every_trial(declare, digits, monkeypatch):
@@ -469,26 +438,6 @@ def test_batches_cover_an_epoch_and_none_has_a_single_example():
     assert batch_bounds(1, 4) == [(0, 1)]
 
 
-def test_augmentation_shifts_with_zeros_and_mirrors(digits):
-    images = DeviceImages(digits, CPU)
-    index = torch.arange(20).reshape(2, 10)
-    augmentation = epoch_augmentation("crop-flip", 0, [3, 4], 0, 10, 2)
-    normalised = images.normalised(images.gather(index, augmentation, slice(0, 10)))
-    got = normalised * torch.tensor(digits.std) + torch.tensor(digits.mean)
-    assert len(set(augmentation.down.flatten().tolist())) == 5
-    assert 0 < augmentation.flip.mean() < 1
-    for s in range(2):
-        for b in range(10):
-            padded = np.pad(digits.train_images[int(index[s, b]), ..., 0], 2)
-            down, right = augmentation.down[s, b], augmentation.right[s, b]
-            expected = padded[2 - down : 10 - down, 2 - right : 10 - right]
-            # the image is mirrored first, then shifted: mirror the source, then take the same window
-            if augmentation.flip[s, b]:
-                mirrored = np.pad(digits.train_images[int(index[s, b]), :, ::-1, 0], 2)
-                expected = mirrored[2 - down : 10 - down, 2 + right : 10 + right]
-            np.testing.assert_allclose(got[s, b, 0].numpy(), expected, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("schedule", "factors"),
     [
@@ -502,11 +451,12 @@ def test_schedules(schedule, factors):
     np.testing.assert_allclose([learning_rate_factor(schedule, step, 10) for step in range(10)], factors, atol=1e-12)
 
 
-def test_every_declarable_optimizer_and_schedule_is_implemented():
+def test_every_declarable_optimizer_schedule_and_augmentation_is_implemented():
     def names(*specs):
         return {spec.model_fields["name"].annotation.__args__[0] for spec in specs}
 
-    assert _OPTIMIZERS.keys() == names(Sgd)
+    assert _OPTIMIZERS.keys() == names(*typing.get_args(typing.get_args(OptimizerSpec)[0]))
+    assert _STEPS.keys() == names(*typing.get_args(typing.get_args(AugmentationSpec)[0]))
     assert _SCHEDULES.keys() == names(*typing.get_args(typing.get_args(ScheduleSpec)[0]))
 
 
@@ -589,7 +539,7 @@ def test_a_checkpoint_of_another_implementation_of_the_step_is_dropped(declare, 
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     experiment = declare(3, model={"name": "mlp", "hidden": [16]}, dataset={"name": "digits", "max_train": 300})
-    dataset, checkpoints = prepare(experiment.dataset), Memory(stop_at=2)
+    dataset, checkpoints = prepare(experiment.dataset), Interrupted(stop_at=2)
 
     def choose(compiled):
         monkeypatch.setattr(stack_trainer, "dense_layers", dense_layers if compiled else lambda stack: None)
@@ -597,7 +547,7 @@ def test_a_checkpoint_of_another_implementation_of_the_step_is_dropped(declare, 
     choose(not compiled_first)
     expected = train_shard(experiment, dataset, range(3), CPU)
     choose(compiled_first)
-    with pytest.raises(Memory.StopError):
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, dataset, range(3), CPU, checkpoints=checkpoints)
     choose(not compiled_first)
     resumed = train_shard(experiment, dataset, range(3), CPU, checkpoints=checkpoints)
@@ -610,10 +560,10 @@ def test_no_trial_is_trained_partly_elsewhere_though_the_checkpoint_fits(declare
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
     experiment = declare(4, dataset={"name": "digits", "max_train": 300})
-    dataset, checkpoints, whole = prepare(experiment.dataset), Memory(), Memory()
+    dataset, checkpoints, whole = prepare(experiment.dataset), Interrupted(), Interrupted()
     expected = train_shard(experiment, dataset, range(4), CPU, checkpoints=whole)
     checkpoints.stop_at = whole.saves - 1  # in the second stack
-    with pytest.raises(Memory.StopError):
+    with pytest.raises(Interrupted.StopError):
         train_shard(experiment, dataset, range(4), CPU, checkpoints=checkpoints)
     state = torch.load(io.BytesIO(checkpoints.state), weights_only=True)
     assert len(state["finished"]) == 1
@@ -626,3 +576,46 @@ def test_no_trial_is_trained_partly_elsewhere_though_the_checkpoint_fits(declare
     shown = "".join(capfd.readouterr())
     assert "checkpoint does not fit, starting over" in shown
     assert next(iter(made_by.values())) in shown
+
+
+@pytest.mark.parametrize("model", [{"name": "mlp", "hidden": [16]}, {"name": "resnet9", "options": {"width": 2}}])
+def test_outcomes_after_an_epoch_are_those_of_a_training_that_ends_there(declare, model):
+    parts = {"model": model, "dataset": {"name": "digits", "max_train": 200}}
+    training = {"epochs": 3, "schedule": {"name": "constant"}, "augmentation": "crop-flip"}
+    plain, recording = declare(5, training=training, **parts), declare(5, training=training, record={"snapshots": [1, 2, 3]}, **parts)
+    dataset = prepare(plain.dataset)
+    expected, batch = (train_shard(experiment, dataset, range(5), CPU) for experiment in (plain, recording))
+    assert same_bits([expected], [batch])
+    assert expected.snapshot_epochs is None
+    assert batch.snapshot_epochs.tolist() == [1, 2, 3]
+    assert (batch.snapshot_correct[2] == batch.train_correct).all()
+    for epoch in (1, 2):
+        shorter = train_shard(declare(5, training={**training, "epochs": epoch}, **parts), dataset, range(5), CPU)
+        assert (batch.snapshot_correct[epoch - 1] == shorter.train_correct).all()
+
+
+@pytest.mark.parametrize("stop_at", range(1, 18, 3))
+def test_outcomes_by_epoch_survive_an_interruption_anywhere(declare, monkeypatch, stop_at):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
+    parts = {"training": {"epochs": 3}, "dataset": {"name": "digits", "max_train": 200}}
+    experiment = declare(4, record={"snapshots": [1, 2]}, **parts)
+    dataset, checkpoints = prepare(experiment.dataset), Interrupted(stop_at)
+    expected = train_shard(experiment, dataset, range(4), CPU)
+    with pytest.raises(Interrupted.StopError):
+        train_shard(experiment, dataset, range(4), CPU, checkpoints=checkpoints)
+    other = declare(4, record={"snapshots": [1, 2, 3]}, **parts)  # of one fingerprint
+    held = Interrupted()
+    held.state = checkpoints.state
+    resumed = train_shard(experiment, dataset, range(4), CPU, checkpoints=checkpoints)
+    assert same_bits([expected], [resumed])
+    assert (resumed.snapshot_correct == expected.snapshot_correct).all()
+    more = train_shard(other, dataset, range(4), CPU, checkpoints=held)
+    assert same_bits([expected], [more])
+    assert (more.snapshot_correct[:2] == expected.snapshot_correct).all()
+    plain = Interrupted(stop_at)
+    with pytest.raises(Interrupted.StopError):
+        train_shard(declare(4, **parts), dataset, range(4), CPU, checkpoints=plain)
+    assert (train_shard(experiment, dataset, range(4), CPU, checkpoints=plain).snapshot_correct == expected.snapshot_correct).all()

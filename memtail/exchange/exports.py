@@ -1,0 +1,216 @@
+"""Writes trials and scores of an experiment in the formats of other tools; they hold the trials that count, in the order of their indices.
+
+* `authors`: the files of Feldman and Zhang: `NAME_infl_matrix.npz`, the pairs, `NAME_index.npz` for datasets of files, and the trials as
+  `NAME/FRACTION/TRIAL/aux_arrays.npz`, with `correctness_SPLIT`, `index_SPLIT` (splits `train`, `removed` and `test`) and `subsample_idx`.
+* `infl-mem`: one file of the authors' demonstration: `memorization` float32 [n] and `influence` float32 [q, n].
+* `cscores`: held-out accuracy as the consistency score of Jiang et al. (2021): `labels`, `scores`, and `filenames` for datasets of files.
+* `datamodels`: `masks.npy` bool [t, n] and `margins.npy` float16 [t, q], as Ilyas et al. (2022) train on; `train_margins.npy` beside it.
+* `lira`: for each trial a folder `experiment-K_T` with `keep.npy` bool [n] and `scores/0000000000.npy` [n, 1], the log-odds of the label,
+  as the code of Carlini et al. (2022) has them; `y_train.npy` beside them.
+* `zenodo`: one file with the bits of all trials, `trainset_mask` and `trainset_correctness` bool [t, n], `testset_correctness` bool [t, q],
+  `memorization` and `influence`.
+
+Scores without an estimate are 0, as in the authors' files.
+"""
+
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.errors import ScoresError
+from memtail.estimators import influence
+from memtail.experiment_store import ExperimentStore, Record
+from memtail.scores.fetch import open_scores
+from memtail.scores.names import INDEX, INFLUENCE_MATRIX, PAIRS
+from memtail.scores.reader import Scores
+from memtail.statistics.accumulator import PackedTrials
+from memtail.storage import ObjectStore
+
+# Test examples per block of the influences, which bounds memory.
+_BLOCK = 128
+_BITS = 64
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported."""
+
+    record: Record
+    scores: Scores
+    experiment_store: ExperimentStore
+
+    @property
+    def packed(self) -> PackedTrials:
+        return self.scores.statistics
+
+    @property
+    def memorization(self) -> npt.NDArray[np.float32]:
+        mem: npt.NDArray[np.float32] = np.nan_to_num(self.scores.memorization["mem"]).astype(np.float32)
+        return mem
+
+
+def export(store: ObjectStore, name: str, form: str, folder: Path) -> list[Path]:
+    """Write the published trials and scores of an experiment in the format of another tool.
+
+    Args:
+        store: with the experiment.
+        name: of the experiment.
+        form: a key of `FORMATS`.
+        folder: to write to; made if it is missing. Files in it of the same names are replaced.
+
+    Returns:
+        The files and folders written.
+
+    Raises:
+        ScoresError: there are no scores, or what the format needs was not recorded.
+        StoreError: the store cannot be read.
+    """
+    experiment_store = ExperimentStore(store, name)
+    record = experiment_store.read_record()
+    source = _Source(record, open_scores(store, name), experiment_store)
+    folder.mkdir(parents=True, exist_ok=True)
+    return FORMATS[form](source, folder)
+
+
+def _authors(source: _Source, folder: Path) -> list[Path]:
+    name, written = source.record.experiment.name, []
+    for path in (source.scores.folder / file for file in (INFLUENCE_MATRIX, PAIRS, INDEX)):
+        if path.exists():
+            written += [shutil.copyfile(path, folder / f"{name}_{path.name}")]
+    packed = source.packed
+    trials = folder / name / f"{packed.k_in.mean() / packed.trials:.2g}"
+    for trial, members, train, test in _bits(packed):
+        path = trials / str(trial) / "aux_arrays.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        inside, outside = np.flatnonzero(members), np.flatnonzero(~members)
+        np.savez(
+            path,
+            correctness_train=train[inside],
+            index_train=inside,
+            correctness_removed=train[outside],
+            index_removed=outside,
+            correctness_test=test,
+            index_test=np.arange(packed.n_test),
+            subsample_idx=inside,
+        )
+    return [*written, trials]
+
+
+def _infl_mem(source: _Source, folder: Path) -> list[Path]:
+    return [_archive(folder / f"{source.record.experiment.name}_infl_mem.npz", source, {"memorization": source.memorization})]
+
+
+def _cscores(source: _Source, folder: Path) -> list[Path]:
+    path = folder / f"{source.record.experiment.name}-cscores-orig-order.npz"
+    table = source.scores.memorization
+    arrays: dict[str, Any] = {"labels": table["label"], "scores": np.nan_to_num(table["p_out"])}
+    if "filename" in table:
+        arrays["filenames"] = np.array([name.encode() for name in table["filename"]], np.bytes_)
+    np.savez(path, **arrays)
+    return [path]
+
+
+def _datamodels(source: _Source, folder: Path) -> list[Path]:
+    packed = source.packed
+    shapes = {"margins": (packed.trials, packed.n_test), "train_margins": (packed.trials, packed.n_train)}
+    paths = {name: folder / f"{name}.npy" for name in ("masks", *shapes)}
+    masks = np.lib.format.open_memmap(paths["masks"], "w+", np.bool_, (packed.trials, packed.n_train))
+    arrays = {name: np.lib.format.open_memmap(paths[name], "w+", np.float16, shape) for name, shape in shapes.items()}
+    for row, (_, members, _, _) in enumerate(_bits(packed)):
+        masks[row] = members
+    for row, train, test in _margins(source):
+        arrays["train_margins"][row], arrays["margins"][row] = train, test
+    return list(paths.values())
+
+
+def _lira(source: _Source, folder: Path) -> list[Path]:
+    packed = source.packed
+    written = [folder / f"experiment-{row}_{packed.trials}" for row in range(packed.trials)]
+    for place, (_, members, _, _) in zip(written, _bits(packed), strict=True):
+        (place / "scores").mkdir(parents=True, exist_ok=True)
+        np.save(place / "keep.npy", members)
+    for row, train, _ in _margins(source):
+        np.save(written[row] / "scores" / "0000000000.npy", train.astype(np.float32)[:, None])
+    np.save(folder / "y_train.npy", source.scores.memorization["label"])
+    return [folder]
+
+
+def _zenodo(source: _Source, folder: Path) -> list[Path]:
+    packed = source.packed
+    arrays = {
+        "trainset_mask": _unpacked(packed, packed.membership),
+        "trainset_correctness": _unpacked(packed, packed.train_correct),
+        "testset_correctness": _unpacked(packed, packed.test_correct),
+        "memorization": source.memorization,
+    }
+    return [_archive(folder / f"{source.record.experiment.name}_trials.npz", source, arrays)]
+
+
+#: Writers by the name of the format.
+FORMATS: dict[str, Callable[[_Source, Path], list[Path]]] = {
+    "authors": _authors,
+    "infl-mem": _infl_mem,
+    "cscores": _cscores,
+    "datamodels": _datamodels,
+    "lira": _lira,
+    "zenodo": _zenodo,
+}
+
+
+def _archive(path: Path, source: _Source, arrays: dict[str, npt.NDArray[Any]]) -> Path:
+    """Write arrays, and `influence` float32 [q, n], block by block."""
+    packed = source.packed
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            with _member(archive, name) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+        with _member(archive, "influence") as member:
+            shape = (packed.n_test, packed.n_train)
+            np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for first in range(0, packed.n_test, _BLOCK):
+                block = influence(packed, slice(None), slice(first, first + _BLOCK)).value
+                member.write(np.nan_to_num(block).T.astype("<f4").tobytes())
+    return path
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    return archive.open(f"{name}.npy", "w", force_zip64=True)
+
+
+def _bits(packed: PackedTrials) -> Iterator[tuple[int, npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
+    """Yield the index of each trial that counts, and its bits: its subset [n], and correctness [n] and [q]."""
+    for trial in packed.counted_trials.tolist():
+        word, bit = divmod(trial, _BITS)
+        members, train, test = (
+            (words[word] >> np.uint64(bit) & np.uint64(1)).astype(np.bool_)
+            for words in (packed.membership, packed.train_correct, packed.test_correct)
+        )
+        yield trial, members, train, test
+
+
+def _unpacked(packed: PackedTrials, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Bool [t, columns] of uint64 [W, columns]."""
+    bits = np.unpackbits(words.astype("<u8").T.copy().view(np.uint8), axis=1, bitorder="little")
+    return np.ascontiguousarray(bits.T[packed.counted_trials].view(np.bool_))
+
+
+def _margins(source: _Source) -> Iterator[tuple[int, npt.NDArray[np.float16], npt.NDArray[np.float16]]]:
+    """Yield the place of each trial that counts among them, and its margins [n] and [q]. Raises: ScoresError: there are none."""
+    places = {trial: place for place, trial in enumerate(source.packed.counted_trials.tolist())}
+    for shard in source.experiment_store.committed():
+        if not any(trial in places for trial in shard.trials):
+            continue
+        batch = source.experiment_store.batch(shard, source.record)
+        if batch.train_margin is None or batch.test_margin is None:
+            raise ScoresError(f"{batch.shard} has no margins, which this format consists of: declare record: {{margins: true}}")
+        for row, trial in enumerate(batch.trial.tolist()):
+            if trial in places:
+                yield places.pop(trial), batch.train_margin[row], batch.test_margin[row]
+    if places:
+        raise ScoresError(f"the batches of {len(places)} trials are not in the store any more, and margins are only there")

@@ -1,0 +1,234 @@
+"""Reads trials that were trained elsewhere, in the formats of other tools. Each holds t trials on n training and q test examples.
+
+* The authors' folders: below the given folder, `aux_arrays.npz` of each trial with `subsample_idx`, and `correctness_SPLIT` and
+  `index_SPLIT` for the splits `train`, `removed` and `test`.
+* datamodels: `masks.npy` bool [t, n], `margins.npy` [t, q] and `train_margins.npy` [t, n]; trials that `_completed.npy` lacks are left out.
+* Membership inference (LiRA): a folder `experiment...` of each trial with `keep.npy` bool [n] and `scores/EPOCH.npy` [n, augmentations],
+  the log-odds of the label, of which the last epoch counts; `y_train.npy` beside them.
+* One `.npz` of all trials: `trainset_mask`, `trainset_correctness` and `testset_correctness`; or `membership`, `train_correct` and
+  `test_correct`, with `train_score`, `test_score`, `train_margin`, `test_margin`, `train_labels` and `test_labels` if there are any.
+
+A margin or log-odds above 0 means that the label has more than half of the probability, and counts as correct; a label that wins with less
+counts as wrong.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memtail.errors import OutcomeError
+from memtail.statistics.soft import quantized
+
+_Bools = npt.NDArray[np.bool_]
+_Labels = npt.NDArray[np.int64]
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class ForeignTrial:
+    """The outcomes of one trial; arrays as of `memtail.trials.TrialBatch`, unpacked.
+
+    Attributes:
+        members, train_correct: bool [n].
+        test_correct: bool [q].
+        train_margin, test_margin: float16 [n] and [q], or None.
+        train_score, test_score: uint8 [n] and [q], scores in 255ths, or None.
+    """
+
+    members: _Bools
+    train_correct: _Bools
+    test_correct: _Bools
+    train_margin: npt.NDArray[np.float16] | None = None
+    test_margin: npt.NDArray[np.float16] | None = None
+    train_score: npt.NDArray[np.uint8] | None = None
+    test_score: npt.NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class ForeignTrials:
+    """Trials that were trained elsewhere, read one by one.
+
+    Attributes:
+        origin: name of their format.
+        count: number of trials, t.
+        n_train, n_test: n and q; 0 if there are no test examples.
+        read: reads a trial by its place.
+        train_labels, test_labels: int64 [n] and [q]; None if the files have none.
+    """
+
+    origin: str
+    count: int
+    n_train: int
+    n_test: int
+    read: Callable[[int], ForeignTrial]
+    train_labels: _Labels | None = None
+    test_labels: _Labels | None = None
+
+    def __iter__(self) -> Iterator[ForeignTrial]:
+        """Read all trials. Raises: OutcomeError: a trial has other examples than the first, or values that are no outcomes."""
+        for place in range(self.count):
+            trial = self.read(place)
+            if (len(trial.members), len(trial.test_correct)) != (self.n_train, self.n_test):
+                raise OutcomeError(
+                    f"trial {place} has {len(trial.members)} training and {len(trial.test_correct)} test examples, the first "
+                    f"{self.n_train} and {self.n_test}: give the trials of one experiment"
+                )
+            yield trial
+
+
+def read_foreign(path: Path) -> ForeignTrials:
+    """Open the trials in a file or folder; its content tells the format.
+
+    Args:
+        path: of the file or folder.
+
+    Raises:
+        OutcomeError: it holds no trials in a known format, or is damaged.
+    """
+    if path.is_file():
+        return _read_archive(path)
+    if not path.is_dir():
+        raise OutcomeError(f"{path}: there is no such file or folder: give the trials' file, or the folder that holds them")
+    if (path / "masks.npy").exists():
+        return _read_datamodels(path)
+    if folders := sorted(path.glob("experiment*/keep.npy"), key=_numbers):
+        return _read_lira(path, [each.parent for each in folders])
+    if files := sorted(path.rglob("aux_arrays.npz"), key=_numbers):
+        return _read_authors(files)
+    raise OutcomeError(
+        f"{path}: holds no trials that memtail reads: aux_arrays.npz below it, masks.npy and margins.npy, or experiment*/keep.npy"
+    )
+
+
+def _read_authors(files: Sequence[Path]) -> ForeignTrials:
+    def read(place: int) -> ForeignTrial:
+        path = files[place]
+        with _reading(path), np.load(path, allow_pickle=False) as arrays:
+            held = {name: arrays[name] for name in arrays.files}
+            size = len(held["index_train"]) + len(held["index_removed"])
+            members, correct = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
+            members[held["subsample_idx"]] = True
+            for split in ("train", "removed"):
+                correct[held[f"index_{split}"]] = _bits(path, f"correctness_{split}", held[f"correctness_{split}"])
+            test = np.zeros(len(held["index_test"]), np.bool_)
+            test[held["index_test"]] = _bits(path, "correctness_test", held["correctness_test"])
+            return ForeignTrial(members, correct, test)
+
+    return _opened("aux_arrays", len(files), read)
+
+
+def _read_datamodels(folder: Path) -> ForeignTrials:
+    for name in ("margins", "train_margins"):
+        if not (folder / f"{name}.npy").exists():
+            raise OutcomeError(f"{folder}: has masks.npy, and no {name}.npy: memorization needs margins of training and test examples")
+    masks, test, train = (_map(folder / f"{name}.npy") for name in ("masks", "margins", "train_margins"))
+    completed = folder / "_completed.npy"
+    rows = np.flatnonzero(_map(completed)) if completed.exists() else np.arange(len(masks))
+
+    def read(place: int) -> ForeignTrial:
+        row = rows[place]
+        margins = _margins(train[row]), _margins(test[row])
+        return ForeignTrial(_bits(folder / "masks.npy", "masks", masks[row]), margins[0] > 0, margins[1] > 0, *margins)
+
+    return _opened("datamodels", len(rows), read)
+
+
+def _read_lira(root: Path, folders: Sequence[Path]) -> ForeignTrials:
+    def read(place: int) -> ForeignTrial:
+        folder = folders[place]
+        scores = sorted((folder / "scores").glob("*.npy"), key=_numbers)
+        if not scores:
+            raise OutcomeError(f"{folder}: has no scores/EPOCH.npy: run the tool's score.py, or remove the folder")
+        odds = np.asarray(_map(scores[-1]), np.float64).mean(-1)
+        members = _bits(folder / "keep.npy", "keep", _map(folder / "keep.npy"))[: len(odds)]
+        none = np.zeros(0, np.bool_)
+        return ForeignTrial(members, odds > 0, none, _margins(odds), none.astype(np.float16), _probabilities(odds), none.astype(np.uint8))
+
+    labels = root / "y_train.npy"
+    return _opened("lira", len(folders), read, np.asarray(_map(labels), np.int64) if labels.exists() else None, np.zeros(0, np.int64))
+
+
+def _read_archive(path: Path) -> ForeignTrials:
+    with _reading(path), np.load(path, allow_pickle=False) as arrays:
+        names = dict.fromkeys(arrays.files)
+        theirs = ("trainset_mask", "trainset_correctness", "testset_correctness")
+        ours = ("membership", "train_correct", "test_correct")
+        bits = theirs if theirs[0] in names else ours
+        if missing := [name for name in bits[:2] if name not in names]:
+            raise OutcomeError(f"{path}: has no array {missing[0]}, there are {', '.join(names) or 'none'}: see docs of memtail import")
+        held = {name: arrays[name] for name in names if name in (*bits, *_OPTIONAL)}
+    test = held.get(bits[2], np.zeros((len(held[bits[0]]), 0), np.bool_))
+
+    def read(place: int) -> ForeignTrial:
+        further = {name: held[name][place] for name in _OPTIONAL if name in held and not name.endswith("_labels")}
+        for name, values in further.items():
+            further[name] = _margins(values) if name.endswith("_margin") else _scores(path, name, values)
+        members, train = (_bits(path, name, held[name][place]) for name in bits[:2])
+        return ForeignTrial(members, train, _bits(path, bits[2], test[place]), **further)
+
+    labels = (np.asarray(held[name], np.int64) if name in held else None for name in ("train_labels", "test_labels"))
+    return _opened("arrays", len(held[bits[0]]), read, *labels)
+
+
+_OPTIONAL = ("train_margin", "test_margin", "train_score", "test_score", "train_labels", "test_labels")
+
+
+def _opened(
+    origin: str,
+    count: int,
+    read: Callable[[int], ForeignTrial],
+    train_labels: _Labels | None = None,
+    test_labels: _Labels | None = None,
+) -> ForeignTrials:
+    if count < 2:
+        raise OutcomeError(f"there is only {count} trial: scores need at least two, and in practice hundreds")
+    first = read(0)
+    return ForeignTrials(origin, count, len(first.members), len(first.test_correct), read, train_labels, test_labels)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutcomeError:
+        raise
+    except Exception as error:  # damaged bytes make numpy raise anything
+        raise OutcomeError(f"{path}: cannot be read ({type(error).__name__}: {error}): give the file as its tool wrote it") from None
+
+
+def _map(path: Path) -> npt.NDArray[Any]:
+    with _reading(path):
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
+
+
+def _bits(path: Path, name: str, values: npt.NDArray[Any]) -> _Bools:
+    if values.dtype != np.bool_ and not (values.dtype.kind in "iuf" and np.isin(values, (0, 1)).all()):
+        raise OutcomeError(f"{path}: {name} is {values.dtype} with other values than 0 and 1")
+    return values.astype(np.bool_)
+
+
+def _margins(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    margins: npt.NDArray[np.float16] = np.clip(values, -_LARGEST, _LARGEST).astype(np.float16)
+    return margins
+
+
+def _probabilities(odds: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    return quantized(1 / (1 + np.exp(-np.clip(odds, -50, 50))))
+
+
+def _scores(path: Path, name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    if not (values.dtype.kind == "f" and ((values >= 0) & (values <= 1)).all()):
+        raise OutcomeError(f"{path}: {name} is {values.dtype}: scores are floats from 0 to 1")
+    return quantized(values)
+
+
+def _numbers(path: Path) -> list[int | str]:
+    """Sort key in which 10 follows 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
