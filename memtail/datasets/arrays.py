@@ -60,7 +60,7 @@ def load_arrays(path: Path) -> InMemoryDataset | InMemoryFeatures:
     """
     held, names = _read(path)
     vectors = held[0].name == "train_features" or (held[0].name == "x_train" and held[0].examples.ndim == 2)
-    read = _features if vectors else _images
+    read = _features if vectors else checked_images
     examples: list[Array] = [read(f"{path}: {each.name}", each.examples) for each in held]
     if len(held) == 1:
         examples.append(examples[0][:0])
@@ -136,8 +136,16 @@ def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> Array:
     return array
 
 
-def _images(what: str, images: Array) -> Images:
-    """Return images uint8 [N, H, W, C]."""
+def checked_images(what: str, images: Array) -> Images:
+    """Return images uint8 [N, H, W, C].
+
+    Args:
+        what: source and name of the images, for messages.
+        images: uint8 [N, H, W], [N, H, W, C], or [N, C, H, W] where that is unambiguous.
+
+    Raises:
+        DatasetError: the images are of another type or shape; the message names the conversion.
+    """
     name = what.rsplit(maxsplit=1)[-1]
     if images.ndim not in (3, 4) or images.size == 0:
         raise DatasetError(f"{what} is {images.dtype} {list(images.shape)}, needed is uint8 [N, H, W] or [N, H, W, C]")
@@ -200,8 +208,17 @@ def _conversion(name: str, images: Array) -> str:
     return "save numbers from 0 to 255 as uint8"
 
 
-def _labels(what: str, labels: Array, images: Array) -> Array:
-    """Return labels int64 [N] or str [N]."""
+def checked_labels(what: str, labels: Array, images: Array) -> Array:
+    """Return labels int64 [N] or str [N].
+
+    Args:
+        what: source and name of the labels, for messages.
+        labels: whole numbers [N] or [N, 1], or strings.
+        images: the N examples.
+
+    Raises:
+        DatasetError: the labels are of another type or number.
+    """
     name = what.rsplit(maxsplit=1)[-1]
     if labels.ndim == 2 and len(labels) == len(images) and labels.shape[1] > 1:
         raise DatasetError(f"{what} is {labels.dtype} {list(labels.shape)}, one label for each image is needed: save {name}.argmax(1)")
@@ -225,10 +242,10 @@ def _labels(what: str, labels: Array, images: Array) -> Array:
     return labels
 
 
-def _all_labels(path: Path | str, held: list[_Held], examples: list[Array]) -> tuple[Labels, Labels, tuple[str, ...]]:
+def _all_labels(path: Path, held: list[_Held], examples: list[Array]) -> tuple[Labels, Labels, tuple[str, ...]]:
     """Return the labels of both splits as indices of classes, and the names of the classes; 0 and no names if there are no labels."""
     labels = [
-        _labels(f"{path}: {each.labels_name}", each.labels, each.examples)
+        checked_labels(f"{path}: {each.labels_name}", each.labels, each.examples)
         if each.labels is not None
         else np.zeros(len(each.examples), np.int64)
         for each in held
@@ -237,21 +254,31 @@ def _all_labels(path: Path | str, held: list[_Held], examples: list[Array]) -> t
         labels.append(labels[0][:0])
     if held[0].labels is None:
         return labels[0], labels[1], ()
-    return _indices(path, [each.labels_name for each in held], labels[0], labels[1])
+    return class_indices(path, [each.labels_name for each in held], labels[0], labels[1])
 
 
-def _indices(path: Path | str, names: list[str], train: Array, test: Array) -> tuple[Labels, Labels, tuple[str, ...]]:
-    """Return labels as indices of classes, int64 [N] of both splits, and the names of the classes."""
+def class_indices(source: Path | str, names: list[str], train: Array, test: Array) -> tuple[Labels, Labels, tuple[str, ...]]:
+    """Return labels as indices of classes, int64 [N] of both splits, and the names of the classes.
+
+    Args:
+        source: name of their source in messages.
+        names: names of the labels of both splits.
+        train: as `checked_labels` returns them.
+        test: as `train`.
+
+    Raises:
+        DatasetError: the splits have labels of different types, or labels are out of range.
+    """
     if (train.dtype.kind == "U") != (test.dtype.kind == "U"):
-        raise DatasetError(f"{path}: {names[0]} is {train.dtype}, {names[1]} {test.dtype}: labels of both must be numbers, or names")
+        raise DatasetError(f"{source}: {names[0]} is {train.dtype}, {names[1]} {test.dtype}: labels of both must be numbers, or names")
     if train.dtype.kind == "U":
         classes = np.unique(train)
         if unknown := sorted(set(test.tolist()) - set(classes.tolist())):
-            raise DatasetError(f"{path}: {names[1]} holds {unknown[0]!r}, a class that {names[0]} does not have: add training images")
+            raise DatasetError(f"{source}: {names[1]} holds {unknown[0]!r}, a class that {names[0]} does not have: add training images")
         return np.searchsorted(classes, train), np.searchsorted(classes, test), tuple(classes.tolist())
     count = int(train.max()) + 1
     if count > len(train):
         raise DatasetError(
-            f"{path}: {names[0]} out of range: {count - 1} at index {int(train.argmax())} makes more classes than there are examples"
+            f"{source}: {names[0]} out of range: {count - 1} at index {int(train.argmax())} makes more classes than there are examples"
         )
     return train.astype(np.int64), test.astype(np.int64), tuple(str(label) for label in range(count))

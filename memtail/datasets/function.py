@@ -18,7 +18,7 @@ from memtail.datasets.items import ItemError, ItemSplit, write_items
 from memtail.datasets.prepared import OnProgress
 from memtail.datasets.returned import parts_of
 from memtail.errors import DatasetError
-from memtail.processes import follow_parent
+from memtail.processes import check_script, follow_parent
 from memtail.spec import FunctionDataset
 from memtail.spec.trainer import code_digest
 
@@ -48,6 +48,7 @@ def prepare_function(spec: FunctionDataset, target: Path, unusable: Path, on_pro
 
     Raises:
         DatasetError: the function fails, or returns what is no dataset.
+        SpecError: the script starts a run when the child imports it.
         OSError: the dataset cannot be written.
     """
     del unusable, on_progress
@@ -55,6 +56,7 @@ def prepare_function(spec: FunctionDataset, target: Path, unusable: Path, on_pro
         try:
             return child.submit(_load, spec, target).result()
         except BrokenProcessPool:
+            check_script(child)
             raise DatasetError(
                 f"dataset.function '{spec.function}': its process ended or was killed, as for want of memory: fix it, or load less"
             ) from None

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from memtail.datasets.arrays import Array, _indices, _labels
+from memtail.datasets.arrays import Array, checked_labels, class_indices
 from memtail.datasets.dataset import Labels, Names
 from memtail.datasets.decoding import DamagedImageError
 from memtail.datasets.item_examples import ItemExamples, ItemFeatures, ItemImages, ItemTexts, described, examples_like
@@ -164,10 +164,12 @@ def _numbered(source: str, labels: dict[str, list[Any]], classes: tuple[str, ...
     """Return labels as indices of classes, and the names of the classes; without classes there are no labels, and all are 0."""
     if classes == ():
         return {name: np.zeros(len(labels.get(name, [])), np.int64) for name in ("train", "test")}, ()
-    held = {name: _labels(f"{source}: labels of {name}", _as_labels(each), np.empty((len(each), 0))) for name, each in labels.items()}
+    held = {
+        name: checked_labels(f"{source}: labels of {name}", _as_labels(each), np.empty((len(each), 0))) for name, each in labels.items()
+    }
     held.setdefault("test", held["train"][:0])
     if classes is None:
-        *indices, names = _indices(source, [f"labels of {name}" for name in held], held["train"], held["test"])
+        *indices, names = class_indices(source, [f"labels of {name}" for name in held], held["train"], held["test"])
         return dict(zip(held, indices, strict=True)), names
     places = {name: place for place, name in enumerate(classes)}
     for name, each in held.items():

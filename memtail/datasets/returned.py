@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from memtail.datasets.arrays import _images
+from memtail.datasets.arrays import checked_images
 from memtail.datasets.item_examples import described
 from memtail.datasets.items import Items
 from memtail.errors import DatasetError
@@ -133,6 +133,6 @@ def _examples(what: str, examples: Any) -> Any:
     if images.dtype.kind == "f" and images.size and images.min() >= 0 and images.max() <= 1:
         images = np.rint(images * 255).astype(np.uint8)
     try:
-        return _images(what, images)
+        return checked_images(what, images)
     except DatasetError as error:  # the conversions are those of a file
         raise DatasetError(str(error).replace(": save ", ": return ")) from None

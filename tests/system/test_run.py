@@ -172,13 +172,18 @@ def test_a_run_ends_when_its_first_shards_fail_alike(tmp_path):
     assert len(experiment_store.attempts()) < 10
 
 
-@pytest.mark.parametrize("prepares", [False, True])
-def test_a_script_without_a_guard_ends_with_one_line_that_names_the_fix(tmp_path, prepares):
-    """Processes that train, or prepare a folder of images, import the script, and would start the run again."""
-    folder = {"name": "folder", "root": str(tmp_path / "tree")}
-    script, path = tmp_path / "script.py", spec(tmp_path, **({"dataset": folder} if prepares else {}))
-    if prepares:
-        write_tree(tmp_path / "tree")
+@pytest.mark.parametrize("source", ["digits", "folder", "function"])
+def test_a_script_without_a_guard_ends_with_one_line_that_names_the_fix(tmp_path, source):
+    """Processes that train, prepare a folder of images, or load a dataset import the script, and would start the run again."""
+    sources = {
+        "digits": {"name": "digits"},
+        "folder": {"name": "folder", "root": str(tmp_path / "tree")},
+        "function": {"function": "data:load", "folder": str(tmp_path)},
+    }
+    write_tree(tmp_path / "tree")
+    (tmp_path / "data.py").write_text("def load(): ...")
+    script, path = tmp_path / "script.py", spec(tmp_path)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"dataset": sources[source]}))
     script.write_text(f"import memtail\nmemtail.run(memtail.Experiment.load({str(path)!r}), {str(tmp_path / 'store')!r})\n")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=100)
     assert result.returncode == 1

@@ -40,7 +40,7 @@ def prepare(tmp_path, monkeypatch):
         if not child:
             monkeypatch.setattr(function_module, "prepare_function", lambda spec, target, *_: function_module._load(spec, target))
             monkeypatch.setattr(sys, "path", list(sys.path))
-            monkeypatch.delitem(sys.modules, "data", raising=False)
+            sys.modules.pop("data", None)
         return datasets.prepare(FunctionDataset(function="data:load", folder=tmp_path, **keys))
 
     yield prepare
@@ -84,6 +84,12 @@ def test_equal_images_in_each_form_are_one_dataset(prepare, plain, form):
     assert isinstance(dataset, ImageDataset)
     assert (dataset.train_images == IMAGES).all()
     assert dataset.fingerprint == plain.fingerprint
+
+
+def test_channels_come_first_in_tensors_and_last_in_arrays(prepare):
+    shapes = "x = np.zeros((4, 5, 8, 6), 'uint8'); y = [0, 1] * 2; "
+    assert prepare(f"import torch; {shapes}return list(zip(torch.tensor(x), y)), None").train_images.shape == (4, 8, 6, 5)
+    assert prepare(f"{shapes}return list(zip(x, y)), None").train_images.shape == (4, 5, 8, 6)
 
 
 def test_a_child_process_loads_the_dataset(prepare, plain, capfd):

@@ -153,17 +153,23 @@ def test_images_of_unequal_size_need_a_resolution(prepare, tmp_path, name):
     assert prepare(name, resolution=8).train_images.shape == (TRAIN, 8, 8, 3)
 
 
-def test_a_changed_file_is_prepared_again(prepare, tmp_path):
-    for name, pattern in (("USPS", "usps.bz2"), ("DTD", "train1.txt")):
-        WRITERS[name](tmp_path)
-        first = prepare(name)
-        assert prepare(name).fingerprint == first.fingerprint
-        path = next(tmp_path.rglob(pattern))
-        path.write_bytes(path.read_bytes() if name == "USPS" else b"\n".join(path.read_bytes().split()[1:]))
-        if name == "USPS":
-            WRITERS[name](tmp_path)
-            (tmp_path / "usps.bz2").write_bytes((tmp_path / "usps.t.bz2").read_bytes())
-        assert prepare(name).fingerprint != first.fingerprint
+def test_changed_files_are_prepared_again(prepare, tmp_path):
+    WRITERS["USPS"](tmp_path)
+    first = prepare("USPS")
+    assert prepare("USPS").fingerprint == first.fingerprint
+    (tmp_path / "usps.bz2").write_bytes((tmp_path / "usps.t.bz2").read_bytes())
+    assert prepare("USPS").fingerprint != first.fingerprint
+
+
+def test_changed_labels_of_unchanged_images_are_prepared_again(prepare, tmp_path):
+    from scipy.io import savemat
+
+    WRITERS["Flowers102"](tmp_path)
+    first = prepare("Flowers102")
+    savemat(tmp_path / "flowers-102/imagelabels.mat", {"labels": np.arange(TRAIN + TEST)[None] % 3 + 1})
+    second = prepare("Flowers102")
+    assert (second.train_images == first.train_images).all()
+    assert second.train_labels.tolist() != first.train_labels.tolist()
 
 
 def test_damaged_files_are_listed_or_left_out(prepare, tmp_path):
