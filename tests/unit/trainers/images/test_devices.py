@@ -66,5 +66,5 @@ def test_a_check_in_a_new_process_finds_what_a_check_here_finds():
 
 def test_a_disk_without_space_is_a_fault_of_the_machine(monkeypatch):
     assert fault_of_machine("cpu") is None
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb"))  # noqa: SIM115
     assert "No space left on device" in str(fault_of_machine("cpu"))
