@@ -40,7 +40,7 @@ def start_from(spec: NamedModel, network: nn.Module, classes: int) -> None:
         UnsupportedError: weights of torchvision cannot be downloaded to this machine.
     """
     if spec.weights:
-        _load(network, _state(spec.name, spec.weights), spec.weights, classes)
+        _load(network, _state(spec), spec.weights, classes)
     if spec.freeze:
         _freeze(network, spec.freeze)
 
@@ -53,7 +53,7 @@ def say_replaced(spec: NamedModel, network: nn.Module, classes: int) -> None:
         network: a network that starts from its weights.
         classes: number of logits.
     """
-    if spec.weights and (head := _head(network.state_dict(), state := _state(spec.name, spec.weights), classes)):
+    if spec.weights and (head := _head(network.state_dict(), state := _state(spec), classes)):
         before = f"{state[head[0]].shape[0]} -> {classes}"
         log.info("last layer not loaded, it starts from initial weights", weights=spec.weights, parameters=", ".join(head), classes=before)
 
@@ -84,18 +84,23 @@ def _head(own: dict[str, Tensor], state: dict[str, Tensor], classes: int) -> lis
     return [name for name, (a, b) in shapes.items() if len(a) == len(b) > 0 and a[0] == classes != b[0] and a[1:] == b[1:]]
 
 
-@lru_cache(maxsize=1)  # for the next trial
-def _state(name: str, weights: str) -> dict[str, Tensor]:
-    file = NamedModel(name=name, weights=weights).weights_file
+def _state(spec: NamedModel) -> dict[str, Tensor]:
+    file = spec.weights_file
     if file is None:
-        return _published(name, weights)
+        return _published(spec.name, str(spec.weights))
+    try:
+        return _saved(file, file.stat().st_mtime_ns)
+    except OSError as error:
+        raise SpecError(f"model.weights: {file} cannot be read ({error.strerror})") from None
+
+
+@lru_cache(maxsize=1)  # for the next trial
+def _saved(file: Path, modified: int) -> dict[str, Tensor]:
     try:
         with file.open("rb") as opened:
             beginning = opened.read(9)
         state: Any = _safetensors(file) if beginning[8:] == b"{" else torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise SpecError(f"model.weights: {file} cannot be read ({error.strerror})") from None
-    except SpecError:
+    except OSError:
         raise
     except Exception as error:  # damaged bytes make the parsers raise anything
         reason = " ".join(str(error).split())[:200]
@@ -113,6 +118,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     return state
 
 
+@lru_cache(maxsize=1)
 def _published(name: str, weights: str) -> dict[str, Tensor]:
     from torchvision import models
 

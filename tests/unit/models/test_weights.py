@@ -1,5 +1,6 @@
 """Networks that start from weights, and parts of networks that are not trained."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ SMALL = {"name": "resnet9", "options": {"width": 2}}
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    weights._state.cache_clear()
+    weights._saved.cache_clear()
+    weights._published.cache_clear()
 
 
 def state_of(classes: int, name: str = "resnet9", shape=(1, 8, 8), **options) -> dict[str, torch.Tensor]:
@@ -78,6 +80,15 @@ def test_a_last_layer_for_other_classes_keeps_its_initial_weights_and_the_check_
     assert shown.count("last layer not loaded, it starts from initial weights") == 1
     assert "parameters=11.weight" in shown
     assert "10 -> 7" in shown
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path):
+    spec, values = NamedModel(**SMALL, weights=str(tmp_path / "w.pt")), []
+    for scale in (1, 2):
+        torch.save({name: value * scale for name, value in state_of(10, width=2).items()}, tmp_path / "w.pt")
+        os.utime(tmp_path / "w.pt", (scale, scale))
+        values.append(build_model(spec, (1, 8, 8), 10).state_dict()["0.0.weight"])
+    assert torch.equal(2 * values[0], values[1])
 
 
 def changed(state, **entries):
