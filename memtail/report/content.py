@@ -6,7 +6,6 @@ Reads no image but those shown, and draws nothing.
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from memtail.datasets import Dataset
 from memtail.errors import ScoresError
@@ -98,6 +97,8 @@ def choose_content(
 def _soft(scores: Scores) -> SoftScores | None:
     if "mem_p" not in scores.memorization:
         return None
+    import pandas as pd  # slow to import, and only these scores need it
+
     mem, mem_p = (scores.memorization[name] for name in ("mem", "mem_p"))
     both = ~np.isnan(mem)
     ranks = [pd.Series(values[both]).rank() for values in (mem, mem_p)]

@@ -1,6 +1,7 @@
 """Faults of a device are told from those of a shard."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,5 +67,5 @@ def test_a_check_in_a_new_process_finds_what_a_check_here_finds():
 
 def test_a_disk_without_space_is_a_fault_of_the_machine(monkeypatch):
     assert fault_of_machine("cpu") is None
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb"))  # noqa: SIM115
+    monkeypatch.setattr(tempfile, "TemporaryFile", partial(Path("/dev/full").open, "wb"))
     assert "No space left on device" in str(fault_of_machine("cpu"))
