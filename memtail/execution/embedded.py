@@ -180,11 +180,8 @@ def run(
 
 
 def _shard_size(experiment: Experiment, dataset: Dataset, store: str, devices: list[torch.device]) -> int:
-    return (
-        user_shard_size(experiment, len(devices))
-        or network_shard_size(experiment, dataset, store, [str(device) for device in devices])
-        or checked_shard_size(experiment, dataset, devices)
-    )
+    of_user = user_shard_size(experiment, len(devices)) or network_shard_size(experiment, dataset, store, [*map(str, devices)])
+    return of_user or checked_shard_size(experiment, dataset, devices)
 
 
 class _Run:

@@ -47,7 +47,7 @@ def build_model(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Mo
 
     Raises:
         SpecError: the name is unknown, the user's module cannot be imported, or the declared weights do not fit.
-        WorkerFaultError: the declared weights cannot be downloaded.
+        UnsupportedError: the declared weights cannot be downloaded to this machine.
     """
     network = _initialised(spec, input_shape, classes)
     if isinstance(spec, NamedModel):

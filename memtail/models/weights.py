@@ -4,6 +4,7 @@ Weights are a state dict: a file of `torch.save` or of safetensors, or published
 """
 
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from memtail.errors import SpecError, WorkerFaultError
+from memtail.errors import SpecError, UnsupportedError
 from memtail.spec import NamedModel
 
 log = structlog.get_logger()
@@ -36,7 +37,7 @@ def start_from(spec: NamedModel, network: nn.Module, classes: int) -> None:
 
     Raises:
         SpecError: the file cannot be read, or does not fit the network; or there is nothing to freeze, or nothing left to train.
-        WorkerFaultError: weights of torchvision cannot be downloaded.
+        UnsupportedError: weights of torchvision cannot be downloaded to this machine.
     """
     if spec.weights:
         _load(network, _state(spec.name, spec.weights), spec.weights, classes)
@@ -123,8 +124,8 @@ def _published(name: str, weights: str) -> dict[str, Tensor]:
         raise SpecError(f"model.weights: there are no weights {weights} of {name}: known are {', '.join(each.name for each in known)}")
     try:
         state: dict[str, Tensor] = known[weights].get_state_dict(progress=False, check_hash=True, map_location="cpu")
-    except (OSError, RuntimeError) as error:  # no network, no space; or other bytes than were published
-        raise WorkerFaultError(
+    except (OSError, HTTPException, RuntimeError) as error:  # no network, no space; or other bytes than were published
+        raise UnsupportedError(
             f"weights {weights} of {name} cannot be downloaded ({' '.join(str(error).split())[:200]}): check the network, or save them to "
             f"a file and name that in model.weights"
         ) from error

@@ -47,7 +47,7 @@ TorchvisionName = Literal[
 
 
 class FunctionDataset(UserFunction):
-    """A Python function that loads examples and labels: see [Choose the dataset](../guides/own-data.md#a-python-function).
+    """A Python function that loads examples and labels. [Choose the dataset](../guides/own-data.md#a-python-function) says what it returns.
 
     Attributes:
         function: the function, as `package.module:function`.

@@ -37,7 +37,9 @@ _REPORT_SECONDS, _REPORT_STEP = 0.1, 0.01
 # Most characters of an error's message and traceback.
 _LONGEST_MESSAGE, _LONGEST_TRACEBACK = 10_000, 100_000
 # Where an access was refused.
-_HINT = ": user code cannot change the store and the datasets, nor make files in the folders that lead to them; write to task.workdir"
+_HINT = (
+    ": user code cannot change the store and the datasets, nor make files in the folders that lead to them: write to task.workdir or TMPDIR"
+)
 # Largest checkpoint that is taken, in bytes: any, since the other side is trusted.
 _LARGEST = 1 << 62
 

@@ -45,8 +45,6 @@ _POLL_SECONDS = 0.1
 _SEND_SECONDS, _END_SECONDS = 60.0, 30.0
 # Seconds in which a process that is about to be ended shows what it is doing.
 _SHOW_SECONDS = 0.5
-# Bytes that a disk must take which is not at fault.
-_TRIED_BYTES = 1 << 20
 # Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from memtail.trainers.guardian import main; main()"
 
@@ -154,8 +152,7 @@ class TrainerProcess:
                 self.end()  # so that all its output has been read
         output = self._output.text()
         trace = f"{failure.__cause__ or ''}\n" + (f"Last output of the trainer:\n{output}" if output else "")
-        fault = _fault_of_machine(self._device) if isinstance(failure, TrainerError) else None
-        raise fault or failure from _RemoteTraceback(f"\n{trace}")
+        raise self._fault(failure) or failure from _RemoteTraceback(f"\n{trace}")
 
     def check(
         self, experiment: Experiment, dataset: DatasetLabels, code: Path, store: str | None, devices: list[str] | None, count: bool
@@ -287,6 +284,8 @@ class TrainerProcess:
         limits = Limits(getattr(trainer, "timeout", None), len(work.shard.trials), silence, isinstance(trainer, ImagesTrainer))
         while True:
             received = self._receive()
+            if received is not None:
+                limits.heard()
             self._check(limits)
             on_step()
             if limits.stopping is None and stop():
@@ -294,7 +293,6 @@ class TrainerProcess:
                 self._send({"stop": True})
             if received is None:
                 continue
-            limits.heard()
             message, data = received
             match message:
                 case {"importing": _}:
@@ -310,6 +308,7 @@ class TrainerProcess:
                 case {"save": _}:
                     if checkpoints:
                         checkpoints.save(data)
+                        limits.heard()  # the store may have been slow
                 case {"batch": _}:
                     peak = message.get("peak_memory")
                     self.peak_memory = peak if isinstance(peak, int) else 0
@@ -337,6 +336,12 @@ class TrainerProcess:
         error = WorkerFaultError(message) if kind == "worker" and not imports else TrainerError(message)
         raise error from _RemoteTraceback(trace)
 
+    def _fault(self, failure: Exception) -> WorkerFaultError | None:
+        """Find a fault of this machine that a failure of user code may come from."""
+        from memtail.trainers.images.devices import fault_of_machine
+
+        return fault_of_machine(self._device) if isinstance(failure, TrainerError) else None
+
     def _exit(self) -> str:
         """Wait for the end of a process that has closed its connection; return how it ended."""
         if self._guardian is not None:
@@ -359,23 +364,6 @@ def _end(guardian: "subprocess.Popen[bytes]") -> None:
         log.warning("the trainer process does not end", pid=guardian.pid)
         guardian.kill()
         guardian.wait()
-
-
-def _fault_of_machine(device: str) -> WorkerFaultError | None:
-    """Find a fault of this machine, which a failure of user code may come from: the code itself is not asked."""
-    from torch import device as of_torch
-
-    from memtail.trainers.images.devices import check_unopened
-
-    try:
-        check_unopened(of_torch(device))
-        with tempfile.TemporaryFile() as file:
-            file.write(bytes(_TRIED_BYTES))
-    except OSError as error:
-        return WorkerFaultError(f"this machine cannot train: {error}")
-    except WorkerFaultError as error:
-        return error
-    return None
 
 
 def _printable(text: str) -> str:

@@ -36,7 +36,7 @@ class Rights:
 
 _EXPERIMENT = f"{keys.experiments()}*"
 _DATASETS = keys.dataset("*", "*")
-_INPUTS = (keys.masks("*"), keys.weights("*"))
+_MASKS, _WEIGHTS = keys.masks("*"), keys.weights("*")
 _PROBES = f"{keys.probe().partition('/')[0]}/*"
 # Record of the end of an experiment, and marks of experiments that changed after it.
 _FINISHED, _CHANGES = f"{keys.experiments()}*/finished.json", "changes/*"
@@ -49,7 +49,8 @@ RIGHTS = {
     "worker": Rights(
         read=(
             _DATASETS,
-            *_INPUTS,
+            _MASKS,
+            _WEIGHTS,
             *(key("*") for key in (keys.experiment, keys.control, keys.device)),
             *(f"{prefix('*')}*" for prefix in (keys.trials, keys.replicas, keys.notices)),
             _CHECKPOINTS,
@@ -69,7 +70,7 @@ RIGHTS = {
         delete=(*_DISPATCHER_NOTICES, _PROBES),
     ),
     "aggregator": Rights(
-        read=(_DATASETS, *_INPUTS, _EXPERIMENT, _CHANGES, _PROBES),
+        read=(_DATASETS, _MASKS, _EXPERIMENT, _CHANGES, _PROBES),
         create=(_FAILURES,),
         write=(
             keys.experiment("*"),

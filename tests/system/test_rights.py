@@ -72,7 +72,7 @@ DELETED = {
 READ = {
     "worker": EVERYTHING - {"discard", "snapshot", "pointer", "scores", "report", "study"},
     "dispatcher": EVERYTHING - {"dataset", "masks", "weights"},
-    "aggregator": EVERYTHING - {"identity"},
+    "aggregator": EVERYTHING - {"weights", "identity"},
     "explorer": EVERYTHING - {"masks", "weights", "probe", "identity"},
     "client": EVERYTHING,
 }

@@ -165,6 +165,14 @@ def test_code_that_has_reported_progress_and_is_silent_since_is_ended_and_its_st
     assert "in train\n" in str(raised.value.__cause__)
 
 
+def test_a_store_that_is_slow_to_take_a_checkpoint_is_no_silence_of_the_code(train, declared):
+    class Slow(KeptCheckpoints):
+        def save(self, state):
+            time.sleep(1.5)
+
+    train(declared(act="task.report(0.1); task.save()"), kept=Slow(), silence=1)
+
+
 def test_trials_are_timed_one_by_one(train, declared):
     train(declared(act="time.sleep(1.5)", timeout=5))  # four of them take longer
 

@@ -82,14 +82,7 @@ def _draw_flip(step: Flip, draw: np.random.Generator, m: int, height: int, width
 
 
 def _flip(images: Tensor, drawn: dict[str, Tensor], mean: Tensor) -> Tensor:
-    return images.take_along_dim(_mirrored(images, drawn)[:, :, None, :, None], dim=3)
-
-
-def _mirrored(images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
-    """Return the columns of the images [S, B, W], right to left where they are mirrored."""
-    width = images.shape[3]
-    columns = torch.arange(width, device=images.device)
-    return torch.where(drawn["flip"][..., None], width - 1 - columns, columns)
+    return torch.where(drawn["flip"][..., None, None, None], images.flip(3), images)
 
 
 def _draw_crop_flip(step: CropFlip, draw: np.random.Generator, m: int, height: int, width: int) -> Draws:
@@ -103,7 +96,8 @@ def _crop_flip(images: Tensor, drawn: dict[str, Tensor], mean: Tensor) -> Tensor
     """Mirror, then shift; shifts fill with 0."""
     height, width = images.shape[2:4]
     row = torch.arange(height, device=images.device) - drawn["down"][..., None]
-    column = _mirrored(images, drawn) - drawn["right"][..., None]
+    columns = torch.arange(width, device=images.device)
+    column = torch.where(drawn["flip"][..., None], width - 1 - columns, columns) - drawn["right"][..., None]
     inside = ((row >= 0) & (row < height))[..., :, None] & ((column >= 0) & (column < width))[..., None, :]
     moved = images.take_along_dim(row.clamp(0, height - 1)[:, :, :, None, None], dim=2)
     moved = moved.take_along_dim(column.clamp(0, width - 1)[:, :, None, :, None], dim=3)
@@ -138,21 +132,23 @@ def _draw_resized_crop(step: RandomResizedCrop, draw: np.random.Generator, m: in
 
 def _resized_crop(images: Tensor, drawn: dict[str, Tensor], mean: Tensor) -> Tensor:
     """Resize parts of the images to the size of the whole, by bilinear interpolation."""
-    rows = (each[:, :, :, None, None] for each in _interpolation(drawn["top"], drawn["height"], images.shape[2]))
-    columns = (each[:, :, None, :, None] for each in _interpolation(drawn["left"], drawn["width"], images.shape[3]))
-    pixels = images.float()
-    for dim, (low, high, share) in ((2, rows), (3, columns)):
-        pixels = pixels.take_along_dim(low, dim) * (1 - share) + pixels.take_along_dim(high, dim) * share
-    return pixels.round().to(torch.uint8)
+    down = _resized(images.flatten(0, 1), drawn["top"], drawn["height"])
+    across = _resized(down.transpose(1, 2), drawn["left"], drawn["width"])
+    return across.round().to(torch.uint8).transpose(1, 2).reshape(images.shape)
 
 
-def _interpolation(start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the two neighbours of each of `size` points spread over a length, and the share of the second: [S, B, size] each."""
-    points = (torch.arange(size, device=start.device) + 0.5) * length[..., None] / size - 0.5
+def _resized(images: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """Resize a part of the first side of images [N, L, ...] to the whole side, in float32."""
+    n, side = images.shape[:2]
+    points = (torch.arange(side, device=images.device) + 0.5) * length.reshape(n, 1) / side - 0.5
     points = points.clamp(min=0)
     low = points.floor()
-    high = torch.minimum(low + 1, length[..., None] - 1)
-    return start[..., None] + low.long(), start[..., None] + high.long(), points - low
+    high = torch.minimum(low + 1, length.reshape(n, 1) - 1)
+    first = torch.arange(n, device=images.device)[:, None] * side + start.reshape(n, 1)
+    rows = images.reshape(n * side, -1)  # whole rows are faster to gather than pixels
+    below, above = (rows.index_select(0, (first + each.long()).flatten()).float() for each in (low, high))
+    share = (points - low).reshape(-1, 1)
+    return below.mul_(1 - share).add_(above.mul_(share)).view(images.shape)
 
 
 def _draw_color_jitter(step: ColorJitter, draw: np.random.Generator, m: int, height: int, width: int) -> Draws:

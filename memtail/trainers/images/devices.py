@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -112,6 +113,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 _CHECK_SIZE = 64
 # Longest seconds of a check in a new process, which imports torch and opens the device.
 _CHECK_SECONDS = 120.0
+# Bytes that a disk must take which is not at fault.
+_TRIED_BYTES = 1 << 20
 # Errors of the operating system that are the machine's: no space, quota, read-only or broken disk, lost device, no file handles.
 _MACHINE_ERRORS = {
     getattr(errno, name)
@@ -160,6 +163,19 @@ def check_unopened(device: torch.device) -> None:
         WorkerFaultError: the device cannot be used.
     """
     (check_device if device.type == "cpu" else check_in_new_process)(device)
+
+
+def fault_of_machine(device: str) -> WorkerFaultError | None:
+    """Return a fault of a device or of the disk of temporary files, None if there is none; whoever has met an error is not asked."""
+    try:
+        check_unopened(torch.device(device))
+        with tempfile.TemporaryFile() as file:
+            file.write(bytes(_TRIED_BYTES))
+    except WorkerFaultError as error:
+        return error
+    except OSError as error:
+        return WorkerFaultError(f"this machine cannot train: {error}")
+    return None
 
 
 def is_device_error(error: BaseException | None) -> bool:

@@ -9,13 +9,18 @@ from torch import nn
 
 from memtail import subsets
 from memtail.datasets import prepare
-from memtail.errors import SpecError, WorkerFaultError
+from memtail.errors import SpecError, UnsupportedError
+from memtail.execution.declare import declare as declare_record
+from memtail.execution.shard_task import run_shard
+from memtail.experiment_store import ExperimentStore
 from memtail.models import build_model, check_model, weights
 from memtail.spec import NamedModel
+from memtail.storage.local import LocalStore
 from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images import train_shard
 from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.stack_trainer import StackedRun
+from memtail.trials import Shard
 from tests.support.training import Interrupted, same_bits
 
 CPU = torch.device("cpu")
@@ -143,12 +148,23 @@ def test_published_weights_of_torchvision_are_those_of_its_file(tmp_path, monkey
     assert [parameter.requires_grad for parameter in network.parameters()][:4] == [False] * 3 + [True]
 
 
-def test_a_download_that_fails_is_the_fault_of_the_machine(tmp_path, monkeypatch):
+def test_a_machine_that_cannot_download_weights_leaves_the_experiment_alone(tmp_path, monkeypatch, declare, digits):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    with pytest.raises(WorkerFaultError, match=r"weights IMAGENET1K_V1 of resnet18 cannot be downloaded .*: check the network, or save"):
-        check_model(NamedModel(name="resnet18", weights="IMAGENET1K_V1"), (3, 128, 128), 5)
+    masks = tmp_path / "masks.npy"
+    np.save(masks, np.arange(2 * digits.n_train).reshape(2, -1) % 3 > 0)
+    experiment = declare(
+        2, model={"name": "mobilenet_v3_small", "weights": "IMAGENET1K_V1"}, subsets={"masks": masks, "design": "explicit"}
+    )
+    message = r"weights IMAGENET1K_V1 of mobilenet_v3_small cannot be downloaded .*: check the network, or save"
+    with pytest.raises(UnsupportedError, match=message):
+        check_model(experiment.model, digits.image_shape, 10)
+    experiment_store, shard = ExperimentStore(LocalStore(tmp_path / "store"), "digits"), Shard(0, 1)
+    record = experiment_store.register(declare_record(experiment, digits, 2))
+    with pytest.raises(UnsupportedError, match=message):
+        run_shard(experiment_store, record, shard, "cpu", lambda _: train_shard(experiment, digits, shard.trials, CPU))
+    assert not experiment_store.attempts()
 
 
 @pytest.mark.parametrize(

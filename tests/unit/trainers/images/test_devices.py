@@ -1,11 +1,14 @@
 """Faults of a device are told from those of a shard."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
 from memtail.errors import WorkerFaultError
 from memtail.trainers.images import devices
-from memtail.trainers.images.devices import attributed, check_device, check_in_new_process, is_device_error
+from memtail.trainers.images.devices import attributed, check_device, check_in_new_process, fault_of_machine, is_device_error
 
 CPU = torch.device("cpu")
 
@@ -59,3 +62,9 @@ def test_a_check_in_a_new_process_finds_what_a_check_here_finds():
     for check in (check_device, check_in_new_process):
         with pytest.raises(WorkerFaultError, match=r"^device cuda:31 cannot be used: [^:]"):
             check(torch.device("cuda", 31))
+
+
+def test_a_disk_without_space_is_a_fault_of_the_machine(monkeypatch):
+    assert fault_of_machine("cpu") is None
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb"))  # noqa: SIM115
+    assert "No space left on device" in str(fault_of_machine("cpu"))
