@@ -5,10 +5,12 @@
   none, and no columns if a trial has not recorded predicted classes. `margin_in` and `margin_out`, mean logit margins, if recorded.
   `filename` if the dataset has file names; in the csv, one that begins like a formula has a leading apostrophe (`memtail.scores.csv`).
 * `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
-  float32 [train, test], `tr_classidx_{K}` and `tt_classidx_{K}`, all in original order.
+  float32 [train, test], `tr_classidx_{K}` and `tt_classidx_{K}`, all in original order. As in theirs, scores without an estimate are 0;
+  `tr_mem_defined` bool [train] says which have one.
 * `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors.
 * `statistics.npz`: the arrays of `memtail.statistics.accumulator.PackedTrials`.
-* `index.npz`, for datasets with file names: `tr_filenames`, `tt_filenames`, `tr_labels`, `tt_labels`, `tr_mem`.
+* `index.npz`, for datasets with file names: `tr_filenames`, `tt_filenames`, base names as the authors have them, or paths in a split where
+  two base names are equal; `tr_paths`, `tt_paths`, `tr_labels`, `tt_labels`, `tr_mem`, `tr_mem_defined`.
 * `summary.json`: see `memtail.scores.summary`.
 
 Equal statistics give equal bytes.
@@ -26,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from memtail.datasets import DatasetLabels
+from memtail.datasets.dataset import Names
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
 from memtail.estimators.binomial import share
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
@@ -74,11 +77,14 @@ def write_scores(
     if dataset.train_files is not None and dataset.test_files is not None:
         np.savez(
             folder / INDEX,
-            tr_filenames=dataset.train_files,
-            tt_filenames=dataset.test_files,
+            tr_filenames=_base_names(dataset.train_files),
+            tt_filenames=_base_names(dataset.test_files),
+            tr_paths=dataset.train_files,
+            tt_paths=dataset.test_files,
             tr_labels=dataset.train_labels,
             tt_labels=dataset.test_labels,
-            tr_mem=mem.value,
+            tr_mem=np.nan_to_num(mem.value),
+            tr_mem_defined=~np.isnan(mem.value),
         )
     summary = summarize(name, fingerprint, statistics, mem, pairs)
     (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1))
@@ -174,7 +180,8 @@ def _write_influence_matrix(
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
-        add("tr_mem", mem.value)
+        add("tr_mem", np.nan_to_num(mem.value))
+        add("tr_mem_defined", ~np.isnan(mem.value))
         add("tr_labels", np.asarray(dataset.train_labels))
         add("tt_labels", np.asarray(dataset.test_labels))
         for label in range(len(dataset.classes)):
@@ -185,8 +192,14 @@ def _write_influence_matrix(
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(train), len(test))}
                 np.lib.format.write_array_header_1_0(member, header)
                 for _, block in influence_blocks(packed, train, test):
-                    member.write(block.value.astype("<f4").tobytes())
+                    member.write(np.nan_to_num(block.value, copy=False).astype("<f4").tobytes())
                     progress()
+
+
+def _base_names(paths: Names) -> Names:
+    """The last parts of paths; the paths themselves if two are equal."""
+    names = np.array([path.rpartition(b"/")[2] for path in paths.tolist()], dtype=np.bytes_)
+    return names if len(np.unique(names)) == len(names) else paths
 
 
 def _write_pairs(folder: Path, pairs: Pairs) -> None:

@@ -30,9 +30,10 @@ class Deployment:
         out: folder that the command line writes to.
         workers: number of workers.
         code: folder of training code.
+        memory: limit of a worker's.
     """
 
-    def __init__(self, spec: Path, out: Path, workers: int, code: Path) -> None:
+    def __init__(self, spec: Path, out: Path, workers: int, code: Path, memory: str) -> None:
         self.project, self._workers = f"memtail-e2e-{os.getpid()}", workers
         user = os.getuid() or 1000
         os.chown(out, user, -1)
@@ -41,6 +42,7 @@ class Deployment:
             "MEMTAIL_OUT": str(out),
             "MEMTAIL_USER": f"{user}:{os.getgid() or 1000}",
             "CODE_FOLDER": str(code),
+            "MEMTAIL_WORKER_MEMORY": memory,
         }
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MEMTAIL_", "COMPOSE_"))}
         self._environment = {**inherited, **settings}
@@ -50,6 +52,11 @@ class Deployment:
         if not _available(OPTIONAL):
             names.remove(OPTIONAL)
         self.compose("up", "--detach", "--scale", f"worker={self._workers}", *names, capture=False)
+
+    def replace_workers(self, image: str) -> None:
+        """Replace the workers by some of another image."""
+        self._environment["WORKER_IMAGE"] = image
+        self.compose("up", "--detach", "--no-build", "--no-deps", "--scale", f"worker={self._workers}", "worker", capture=False)
 
     def down(self) -> None:
         """Remove all containers, volumes and networks, but not the images."""

@@ -24,7 +24,7 @@ from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
-from memtail.storage import keys
+from memtail.storage import ObjectStore, keys
 from memtail.storage.local import LocalStore
 from tests.e2e.deployment import PROJECT, Deployment, build_images, docker, prepare_images, service_of
 
@@ -47,12 +47,15 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example of a command, with fewer trials, in a folder below that of the training code."""
+    """The example of a command, with fewer trials, in a folder below that of the training code; and a function that leaks memory."""
     folder = tmp_path_factory.mktemp("code")
     shutil.copytree(PROJECT / "examples/command", folder / "command")
     path = folder / "command/neighbours.yaml"
     declared = yaml.safe_load(path.read_text()) | {"subsets": {"trials": 24}, "execution": {"trials_per_shard": 6, "device": "cpu"}}
     path.write_text(yaml.safe_dump(declared))
+    shutil.copy(PROJECT / "tests/support/hostile_trainer.py", folder)
+    leaking = {"function": "hostile_trainer:train", "options": {"acts": {"7": "leak"}}}
+    (folder / "leak.yaml").write_text(yaml.safe_dump({**declared, "name": "leak", "trainer": leaking}))
     folder.chmod(0o755)
     return folder
 
@@ -66,7 +69,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deployment(spec: Path, out: Path, code: Path) -> Iterator[Deployment]:
     """A system that trained all trials although one of its workers was killed."""
     prepare_images()
-    deployment = Deployment(spec, out, WORKERS, code)
+    deployment = Deployment(spec, out, WORKERS, code, memory="2g")
     print(f"\nimages built in {build_images():.0f} s")
     try:
         began = time.monotonic()
@@ -147,19 +150,23 @@ def test_a_study_is_trained_by_the_workers_and_shown_in_the_explorer(deployment:
 def test_a_command_of_the_user_trains_in_the_workers_as_in_an_embedded_run(
     deployment: Deployment, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deployment.compose("run", "--rm", "--no-deps", "submit", "memtail", "submit", "/code/command/neighbours.yaml")
-    store = deployment.store()
+    store = _submit(deployment, "/code/command/neighbours.yaml")
     deployment.until(lambda: progress_of(store, "neighbours").ending == "published", 300)
     assert progress_of(store, "neighbours").failed_attempts == 0
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))  # of the command's Python
     run(Experiment.load(code / "command/neighbours.yaml"), tmp_path)
-    tables = []
-    for scored in (store, LocalStore(tmp_path)):
-        pointer = latest_version(scored, "neighbours")
-        assert pointer
-        data = scored.get(keys.scores("neighbours", pointer.version) + "memorization.parquet")
-        tables.append(pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict())
-    assert tables[0] == tables[1]
+    assert _memorization(store, "neighbours") == _memorization(LocalStore(tmp_path), "neighbours")
+
+
+def test_user_code_that_uses_up_the_memory_of_its_container_costs_its_shard_and_no_worker(deployment: Deployment) -> None:
+    workers = [each["Id"] for each in deployment.containers("worker") if each["State"]["Running"]]
+    store = _submit(deployment, "/code/leak.yaml")
+    deployment.until(lambda: progress_of(store, "leak").ending, 300)
+    assert [shard.first for shard in progress_of(store, "leak").committed] == [0, 12, 18]
+    failures = list(ExperimentStore(store, "leak").failures())
+    assert [failure.shard.first for failure in failures] == [6] * 3
+    assert {failure.error for failure in failures} == {"the trainer process was ended by SIGKILL: out of memory, or killed"}
+    assert [each["Id"] for each in deployment.containers("worker") if each["State"]["Running"]] == workers
 
 
 def test_all_containers_are_healthy_except_the_killed_worker(deployment: Deployment) -> None:
@@ -208,6 +215,38 @@ def test_prometheus_scrapes_all_services_and_has_the_rules(deployment: Deploymen
     deployment.until(lambda: {"dispatcher", "aggregator", "explorer", "worker", "minio"} <= up(), 60)
     with urllib.request.urlopen(f"{address}/api/v1/rules", timeout=10) as answer:
         assert json.load(answer)["data"]["groups"]
+
+
+def test_an_image_built_on_the_workers_brings_code_and_packages(deployment: Deployment, tmp_path: Path) -> None:
+    """Last, since it replaces the workers."""
+    folder, image = tmp_path / "image", f"{deployment.project}-worker"
+    shutil.copytree(PROJECT / "tests/fixtures/worker-image", folder)
+    guide = (PROJECT / "docs/guides/worker-code.md").read_text()
+    (folder / "Dockerfile").write_text(guide.partition("```dockerfile\n")[2].partition("```")[0])
+    docker("build", "--quiet", "--tag", image, str(folder))
+    try:
+        deployment.replace_workers(image)
+        store = _submit(deployment, "/opt/code/experiment.yaml")
+        deployment.until(lambda: progress_of(store, "centroids").ending == "published", 300)
+        assert progress_of(store, "centroids").failed_attempts == 0
+    finally:
+        deployment.compose("rm", "--stop", "--force", "worker", capture=False)
+        docker("rmi", image)
+
+
+def _submit(deployment: Deployment, path: str) -> ObjectStore:
+    """Submit an experiment file of the container; returns the store."""
+    deployment.compose("run", "--rm", "--no-deps", "submit", "memtail", "submit", path)
+    return deployment.store()
+
+
+def _memorization(store: ObjectStore, name: str) -> dict[str, list[Any]]:
+    """Return the published table of an experiment."""
+    pointer = latest_version(store, name)
+    assert pointer
+    data = store.get(keys.scores(name, pointer.version) + "memorization.parquet")
+    table: dict[str, list[Any]] = pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict()
+    return table
 
 
 def _explored(deployment: Deployment, path: str) -> bytes:

@@ -296,8 +296,8 @@ def test_scores_of_a_folder_include_file_names(tmp_path):
     )
     assert command("run", path, "--store", tmp_path / "store").returncode == 0
     with np.load(version(tmp_path / "store", "folder") / "index.npz") as archive:
-        assert archive["tr_filenames"][0] == b"cat/000.png"
-        assert archive["tt_filenames"][-1] == b"dog/005.png"
+        assert archive["tr_paths"][0] == archive["tr_filenames"][0] == b"cat/000.png"  # a base name of each class
+        assert archive["tt_paths"][-1] == b"dog/005.png"
         assert len(archive["tr_mem"]) == len(archive["tr_labels"]) == 12
     top = json.loads(command("top", "--json", "-n", 2, "--store", tmp_path / "store").stdout)
     assert len(top) == 2

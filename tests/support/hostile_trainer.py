@@ -97,6 +97,12 @@ def killed(task):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leak(task):
+    kept = []
+    while True:
+        kept.append(bytearray(b"x") * (1 << 26))
+
+
 def bus_error(task):
     os.kill(os.getpid(), signal.SIGBUS)
 
@@ -192,6 +198,7 @@ def look(task):
     seen = {
         "environment": dict(os.environ),
         "open": opened(),
+        "out of memory": int(Path("/proc/self/oom_score_adj").read_text()),
         "parents": [attempt(lambda path=f"/proc/{pid}/{name}": _read(path)) for pid in parents() for name in ("environ", "mem")],
         "files of parents": [attempt(lambda path=f"/proc/{pid}/fd": _read_links(path)) for pid in parents()],
         "signals": [attempt(lambda pid=pid: os.kill(pid, 0)) for pid in parents()],

@@ -118,6 +118,25 @@ def test_an_exception_has_its_message_its_traceback_and_the_last_output(train, d
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import no_such_package", "^ModuleNotFoundError: No module named 'no_such_package'$"),
+        ("print('before'); raise SystemExit(3)", "^SystemExit: 3$"),
+        ("print('before'); os._exit(3)", "^the trainer process ended with exit code 3$"),
+    ],
+)
+def test_a_failure_in_an_import_costs_its_shard_only(train, declared, code, line, message):
+    path = code / "mine.py"
+    working = path.read_text()
+    path.write_text(f"import os\n{line}\n{working}")
+    with pytest.raises(TrainerError, match=message) as raised:
+        train(declared())
+    assert "mine.py" in str(raised.value.__cause__) or "before" in str(raised.value.__cause__)
+    path.write_text(working)
+    assert train(declared()).trial.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
     ("act", "message"),
     [
         ("os._exit(3)", "^the trainer process ended with exit code 3$"),

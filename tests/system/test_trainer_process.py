@@ -81,6 +81,11 @@ def is_running(pid):
         return False
 
 
+def own_score():
+    """How readily the kernel kills this process for want of memory."""
+    return int(Path("/proc/self/oom_score_adj").read_text())
+
+
 def causes(error):
     return str(error.__cause__)
 
@@ -232,6 +237,7 @@ def test_user_code_sees_no_credentials_and_no_store(trainer, digits, tmp_path, f
     assert seen["open"]["0"] == "/dev/null"
     assert seen["parents"] == ["Permission denied"] * 4
     assert seen["files of parents"] == ["Permission denied"] * 2
+    assert seen["out of memory"] > own_score()
     if landlock.version() >= 6:
         assert seen["signals"] == ["Operation not permitted"] * 2
     denied = "Permission denied"
