@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memtail.datasets import Dataset, as_images
+from memtail.datasets import Dataset, as_trainable
 from memtail.errors import WorkerFaultError
 from memtail.spec import Experiment
 from memtail.trainers.images import Progress, train_shard
@@ -45,7 +45,7 @@ def train_network_shard(
     try:
         return train_shard(
             experiment,
-            as_images(dataset),
+            as_trainable(dataset),
             trials,
             torch.device(device),
             on_progress=report,

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from structlog.testing import capture_logs
@@ -38,6 +39,10 @@ def wide(image_shape, classes):
 
 class Single(nn.Sequential):
     pass
+
+def linear(input_shape, classes):
+    (features,) = input_shape
+    return Single(nn.Linear(features, classes))
 
 def single(image_shape, classes):
     return Single(*mlp(image_shape, classes, [16]))
@@ -150,6 +155,23 @@ def test_a_batch_has_the_bytes_of_a_training_in_this_process(train, here, small,
     assert len(steps) >= len(fractions)
     assert timeless(batch) == timeless(here(record))
     assert batch.train_margin is not None
+
+
+def test_a_network_gets_features_in_the_trainer_process(module, trainer, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"{split}_{name}": values for split, count in (("train", 60), ("test", 20)) for name, values in _split(rng, count).items()}
+    np.savez(tmp_path / "features.npz", **arrays)
+    dataset = datasets.prepare(Experiment.parse({"name": "e", "dataset": {"name": "arrays", "root": tmp_path / "features.npz"}}).dataset)
+    spec = {"name": "arrays", "root": str(tmp_path / "features.npz")}
+    record = declare(dataset, network("linear"), dataset=spec, training={"epochs": 40, "batch_size": 8})
+    batch = trainer.train(record, dataset, FIRST, KeptCheckpoints(), code=module)
+    assert not any(entry.diverged for entry in batch.metrics)
+    assert batch.metrics[0].in_subset_accuracy > 0.5
+
+
+def _split(rng, count):
+    labels = np.arange(count) % 2
+    return {"features": rng.normal(size=(count, 3)).astype(np.float32) + labels[:, None], "labels": labels}
 
 
 def test_networks_of_memtail_train_in_this_process(train, small, monkeypatch):
