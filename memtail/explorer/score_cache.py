@@ -14,7 +14,7 @@ from memtail.errors import DatasetError, MemtailError, ScoresError
 from memtail.experiment_store import Record
 from memtail.explorer.opened import Opened
 from memtail.scores.fetch import open_scores
-from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, STATISTICS, SUMMARY
+from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.settings import Settings
 from memtail.storage import ObjectStore
 
@@ -29,7 +29,7 @@ _TIMEOUT = 3.0
 # Seconds before scores or images that could not be read are retried.
 _RETRY_AFTER = 10.0
 # Score files that the pages need.
-_SCORE_FILES = (MEMORIZATION, STATISTICS, SUMMARY)
+_SCORE_FILES = (MEMORIZATION, SNAPSHOTS, STATISTICS, SUMMARY)
 
 
 class NotPublishedError(ScoresError):

@@ -89,6 +89,7 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
     helped, hurt = influenced(opened, index)
     return {
         "tile": train_tiles(opened, np.array([index]), opened.memorization["mem"][[index]], opened.memorization["mem_se"][[index]])[0],
+        "by_epoch": _by_epoch(opened, index),
         **{name: row.get(name) for name in ("mem_p", "mem_p_se", "score_in", "score_out")},
         "accuracy_in": Accuracy.of(row["p_in"], row["k_in"]),
         "accuracy_out": Accuracy.of(row["p_out"], row["k_out"]),
@@ -101,6 +102,15 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
         "hurt": influenced_tiles(opened, hurt),
         "by_chance": by_chance(opened.scores.statistics.n_test) if opened.scores.statistics.n_test else None,
     }
+
+
+def _by_epoch(opened: Opened, train: int) -> list[tuple[int, float, float]]:
+    """Epochs with memorization of an example after them, and its standard error."""
+    table = opened.scores.snapshots
+    if table is None:
+        return []
+    rows = np.flatnonzero(table["index"] == train)
+    return list(zip(*(table[name][rows].tolist() for name in ("epoch", "mem", "mem_se")), strict=True))
 
 
 def test_example(opened: Opened, index: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from memtail.estimators import convergence, expected_standard_error, false_disco
 from memtail.estimators.binomial import share, standard_error
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.experiment_store import Record
-from memtail.report.items import Content, DoubtfulLabel, Example, Number, Pair, PairCounts, SoftScores
+from memtail.report.items import Content, DoubtfulLabel, EpochStage, Example, Number, Pair, PairCounts, SoftScores
 from memtail.scores.reader import Scores, largest
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SE_QUANTILES, ScoreSummary
 from memtail.studies.result import StudyResult
@@ -89,6 +89,7 @@ def choose_content(
         labels=labels,
         doubtful=doubtful,
         soft=_soft(scores),
+        epochs=_epochs(scores),
         others_recorded="other" in scores.memorization,
         studies=studies,
     )
@@ -103,6 +104,19 @@ def _soft(scores: Scores) -> SoftScores | None:
     both = ~np.isnan(mem)
     ranks = [pd.Series(values[both]).rank() for values in (mem, mem_p)]
     return SoftScores(mem[both], mem_p[both], float(mem_p[both].mean()), float(ranks[0].corr(ranks[1])))
+
+
+def _epochs(scores: Scores) -> list[EpochStage]:
+    if scores.snapshots is None:
+        return []
+    final, stages = scores.memorization["mem"], []
+    memorized = np.flatnonzero(final >= MEM_THRESHOLD)
+    for epoch in np.unique(scores.snapshots["epoch"]).tolist():
+        mem = scores.snapshots["mem"][scores.snapshots["epoch"] == epoch]  # by example, in order
+        defined, at_end = mem[~np.isnan(mem)], mem[memorized]
+        quartiles = np.nanquantile(at_end, (0.25, 0.5, 0.75)).tolist() if len(at_end) else [np.nan] * 3
+        stages.append(EpochStage(epoch, [float((defined >= step).mean()) for step in MEM_STEPS], tuple(quartiles)))
+    return stages
 
 
 def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:

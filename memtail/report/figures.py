@@ -1,12 +1,15 @@
 """Figures of the report, as SVG and PNG; equal data give equal bytes."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from memtail.estimators import Stage, expected_standard_error
 from memtail.estimators.pairs import MEM_THRESHOLD
 from memtail.figures.style import colour, drawing, encoded
+from memtail.report.items import EpochStage
 from memtail.scores.summary import MEM_STEPS, SE_QUANTILES
 
 
@@ -64,6 +67,35 @@ def scores_figure(mem: np.ndarray, mem_p: np.ndarray) -> dict[str, bytes]:
         bar = figure.colorbar(cells, label="training examples")
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        return encoded(figure)
+
+
+def epochs_figure(stages: Sequence[EpochStage]) -> dict[str, bytes]:
+    """Draw memorization over training: shares of the examples by threshold, and quartiles of the examples that are memorized in the end.
+
+    Args:
+        stages: by epoch, ascending.
+    """
+    with drawing(9.6, 3.3) as figure:
+        shares, quartiles = figure.subplots(1, 2)
+        epochs = [stage.epoch for stage in stages]
+        shown = [place for place, step in enumerate(MEM_STEPS) if step in (0.25, 0.5, 0.75)]
+        for place, shade in zip(shown, (colour("accent-soft"), colour("accent"), colour("ink")), strict=True):
+            values = [stage.shares[place] for stage in stages]
+            shares.plot(epochs, values, marker="o", markersize=3.5, color=shade, label=f"mem ≥ {MEM_STEPS[place]:g}")
+        shares.set_ylim(bottom=0)
+        shares.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        shares.set_ylabel("training examples")
+        shares.legend()
+        lower, median, upper = (np.array([stage.quartiles[place] for stage in stages]) for place in range(3))
+        quartiles.fill_between(epochs, lower, upper, color=colour("accent-soft"), alpha=0.6, linewidth=0, label="middle half")
+        quartiles.plot(epochs, median, marker="o", markersize=3.5, color=colour("accent"), label="median")
+        quartiles.set_ylim(min(0.0, float(np.nanmin(lower, initial=0.0))), 1.02)
+        quartiles.set_ylabel("mem of those memorized in the end")
+        quartiles.legend()
+        for axes in (shares, quartiles):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlabel("epochs")
         return encoded(figure)
 
 

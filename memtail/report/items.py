@@ -118,6 +118,21 @@ class SoftScores:
 
 
 @dataclass(frozen=True)
+class EpochStage:
+    """Memorization after an epoch.
+
+    Attributes:
+        epoch: number of epochs.
+        shares: share of the examples with at least each memorization of `MEM_STEPS`.
+        quartiles: lower quartile, median and upper quartile of memorization, of the examples that are memorized in the end.
+    """
+
+    epoch: int
+    shares: list[float]
+    quartiles: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
 class Content:
     """Content of the page.
 
@@ -134,6 +149,7 @@ class Content:
         pairs, pair_counts: the pairs shown, and how many there are; None without a test set.
         labels, doubtful: the doubtful labels shown, and how many there are; none without labels.
         soft: memorization of scores; None if not all trials have recorded scores.
+        epochs: memorization by epoch; empty if no outcomes by epoch are published.
         others_recorded: whether the classes predicted instead were recorded.
         studies: results of the experiment's studies.
     """
@@ -153,5 +169,6 @@ class Content:
     labels: list[DoubtfulLabel]
     doubtful: int
     soft: SoftScores | None
+    epochs: list[EpochStage]
     others_recorded: bool
     studies: Sequence[StudyResult]

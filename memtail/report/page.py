@@ -16,7 +16,7 @@ from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.figures.numbers import fixed, general, percent
 from memtail.figures.thumbnails import thumbnail
 from memtail.report.content import DISCOVERY_RATE, EDGES, GALLERY_STEPS, LABEL_MEM
-from memtail.report.figures import convergence_figure, memorization_figure, scores_figure
+from memtail.report.figures import convergence_figure, epochs_figure, memorization_figure, scores_figure
 from memtail.report.items import Content, Number
 from memtail.scores.summary import MEM_STEPS
 
@@ -32,7 +32,11 @@ def draw(content: Content) -> dict[str, dict[str, bytes]]:
         "memorization": memorization_figure(content.stages[-1], EDGES),
         "convergence": convergence_figure(content.stages, content.fraction),
     }
-    return figures if content.soft is None else figures | {"scores": scores_figure(content.soft.mem, content.soft.mem_p)}
+    if content.soft is not None:
+        figures["scores"] = scores_figure(content.soft.mem, content.soft.mem_p)
+    if content.epochs:
+        figures["epochs"] = epochs_figure(content.epochs)
+    return figures
 
 
 def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Dataset, scores: str) -> str:

@@ -8,7 +8,6 @@ import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from memtail.datasets.staged_dataset import fetch
@@ -16,7 +15,7 @@ from memtail.errors import ScoresError
 from memtail.experiment_store import ExperimentStore
 from memtail.report.pointer import ReportPointer, latest_report
 from memtail.scores.fetch import fetch_scores
-from memtail.scores.names import MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY
+from memtail.scores.names import MEMORIZATION, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
@@ -27,7 +26,7 @@ from memtail.trials import Shard
 #: File name of the page.
 PAGE = "report.html"
 # Score files that the report is made from.
-_SCORE_FILES = (MEMORIZATION, PAIRS_TABLE, STATISTICS, SUMMARY)
+_SCORE_FILES = (MEMORIZATION, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY)
 
 
 def is_current(store: ObjectStore, name: str) -> bool:
@@ -93,7 +92,7 @@ def _scores(store: ObjectStore, name: str, pointer: ScorePointer) -> Iterator[Sc
         yield Scores(folder)
         return
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
-        fetch_scores(store, name, replace(pointer, files=_SCORE_FILES), Path(temporary))
+        fetch_scores(store, name, pointer.only(_SCORE_FILES), Path(temporary))
         yield Scores(Path(temporary))
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from memtail.errors import ScoresError
@@ -47,7 +46,7 @@ def open_scores(store: ObjectStore, name: str, files: Sequence[str] | None = Non
     Args:
         store: with the experiment.
         name: of the experiment.
-        files: names of those to be read; by default all.
+        files: names of those to be read, if they are published; by default all.
 
     Raises:
         ScoresError: there are no scores, or they are damaged.
@@ -60,7 +59,7 @@ def open_scores(store: ObjectStore, name: str, files: Sequence[str] | None = Non
         raise ScoresError(f"experiment '{name}' has no published scores yet: see memtail status")
     digest = hashlib.sha256(store.address.encode()).hexdigest()[:16]
     folder = Settings().cache / "scores" / digest / keys.check(f"{name}/{pointer.version}")
-    fetch_scores(store, name, pointer if files is None else replace(pointer, files=tuple(files)), folder, again=False)
+    fetch_scores(store, name, pointer if files is None else pointer.only(files), folder, again=False)
     _remove_old(folder)
     return Scores(folder)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from memtail.scores.summary import ScoreSummary
@@ -34,6 +34,10 @@ class ScorePointer:
     def order(self) -> tuple[int, int]:
         """Sorts pointers of one experiment: the one of more discards, then of more trials, is the later one."""
         return self.discards, self.summary.accumulated_trials
+
+    def only(self, files: Iterable[str]) -> Self:
+        """Return this pointer with those of some files that the version has."""
+        return replace(self, files=tuple(file for file in files if file in self.files))
 
     def to_dict(self) -> dict[str, Any]:
         """The values in the order of the file, for `json.dumps`; without discards as 0.1.0 writes them."""

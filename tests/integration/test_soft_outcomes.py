@@ -1,16 +1,24 @@
 """Soft outcomes of a run, from the trainer to the published files."""
 
 import json
+import re
+import time
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
 import memtail
+from memtail.datasets import prepare
+from memtail.datasets.staged_dataset import stage
 from memtail.errors import ScoresError
+from memtail.explorer.app import create
 from memtail.spec import Experiment
+from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, unpack
-from tests.support.cli import batches
+from tests.support.cli import batches, command
 
+DATASET = {"name": "digits", "max_train": 200, "max_test": 50}
 CODE = """
 import numpy as np
 import memtail
@@ -31,7 +39,7 @@ def run(tmp_path, trials=40, **changes):
     (tmp_path / "soft_code.py").write_text(CODE)
     spec = {
         "name": "soft",
-        "dataset": {"name": "digits", "max_train": 200, "max_test": 50},
+        "dataset": DATASET,
         "subsets": {"trials": trials, "design": "balanced"},
         "record": {"scores": True},
         "execution": {"device": "cpu", "trials_per_shard": 10},
@@ -82,3 +90,36 @@ def test_an_experiment_that_began_without_scores_has_none(tmp_path):
     assert "mem_p" not in result.scores.memorization
     record = json.loads((tmp_path / "store/experiments/soft/experiment.json").read_text())
     assert record["experiment"]["record"]["scores"] is True
+
+
+def test_pages_show_scores_and_epochs_where_they_are_recorded(tmp_path):
+    (tmp_path / "plain").mkdir()
+    store = tmp_path / "store"
+    parts = {"training": {"epochs": 4}, "record": {"scores": True, "snapshots": [1, 4]}}
+    run(tmp_path, **parts)
+    run(tmp_path / "plain", training={"epochs": 1}, record={})
+    shown, plain = (published(folder / "store") for folder in (tmp_path, tmp_path / "plain"))
+    for heading in ("Memorization of scores", "Memorization over training"):
+        assert heading in shown
+        assert heading not in plain
+    table = memtail.load_scores(store / "experiments" / "soft").snapshots
+    after_one, after_four = (table["mem"][(table["index"] == 7) & (table["epoch"] == epoch)].item() for epoch in (1, 4))
+    client = TestClient(create(LocalStore(store)), base_url="http://localhost")
+    while (answer := client.get("/experiments/soft/train/7")).status_code == 503:  # while the scores are being read
+        time.sleep(0.05)
+    page = " ".join(re.sub("<[^>]+>", " ", answer.text).split())
+    assert "memorization of scores" in page
+    assert re.search(rf"memorization by epoch 1: {shown_as(after_one)} ± \S+ 4: {shown_as(after_four)} ± ", page), page
+    np.testing.assert_allclose(after_four, memtail.load_scores(store / "experiments" / "soft").memorization["mem"][7])
+
+
+def published(store):
+    stage(prepare(Experiment.parse({"name": "soft", "dataset": DATASET}).dataset), LocalStore(store))
+    done = command("report", "soft", "--store", store)
+    assert done.returncode == 0, done.stderr
+    (page,) = store.glob("experiments/soft/report/*/report.html")
+    return page.read_text()
+
+
+def shown_as(value):
+    return f"{value:.2f}".replace("-", "−")
