@@ -3,7 +3,8 @@
 * `authors`: the files of Feldman and Zhang: `NAME_infl_matrix.npz`, the pairs, `NAME_index.npz` for datasets of files, and the trials as
   `NAME/FRACTION/TRIAL/aux_arrays.npz`, with `correctness_SPLIT`, `index_SPLIT` (splits `train`, `removed` and `test`) and `subsample_idx`.
 * `infl-mem`: one file of the authors' demonstration: `memorization` float32 [n] and `influence` float32 [q, n].
-* `cscores`: held-out accuracy as the consistency score of Jiang et al. (2021): `labels`, `scores`, and `filenames` for datasets of files.
+* `cscores`: held-out accuracy as the consistency score of Jiang et al. (2021): `scores`, `labels` if there are any, and `filenames` for
+  datasets of files.
 * `datamodels`: `masks.npy` bool [t, n] and `margins.npy` float16 [t, q], as Ilyas et al. (2022) train on; `train_margins.npy` beside it.
 * `lira`: for each trial a folder `experiment-K_T` with `keep.npy` bool [n] and `scores/0000000000.npy` [n, 1], the log-odds of the label,
   as the code of Carlini et al. (2022) has them; `y_train.npy` beside them.
@@ -15,10 +16,10 @@ Scores without an estimate are 0, as in the authors' files.
 
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,8 @@ from memtail.scores.reader import Scores
 from memtail.statistics.accumulator import PackedTrials
 from memtail.storage import ObjectStore
 
-# Test examples per block of the influences, which bounds memory.
-_BLOCK = 128
+# Influences that are computed at once, which bounds memory.
+_PAIRS_AT_ONCE = 1 << 23
 _BITS = 64
 
 
@@ -48,11 +49,6 @@ class _Source:
     @property
     def packed(self) -> PackedTrials:
         return self.scores.statistics
-
-    @property
-    def memorization(self) -> npt.NDArray[np.float32]:
-        mem: npt.NDArray[np.float32] = np.nan_to_num(self.scores.memorization["mem"]).astype(np.float32)
-        return mem
 
 
 def export(store: ObjectStore, name: str, form: str, folder: Path) -> list[Path]:
@@ -103,13 +99,16 @@ def _authors(source: _Source, folder: Path) -> list[Path]:
 
 
 def _infl_mem(source: _Source, folder: Path) -> list[Path]:
-    return [_archive(folder / f"{source.record.experiment.name}_infl_mem.npz", source, {"memorization": source.memorization})]
+    path = folder / f"{source.record.experiment.name}_infl_mem.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        _write_scores(archive, source)
+    return [path]
 
 
 def _cscores(source: _Source, folder: Path) -> list[Path]:
     path = folder / f"{source.record.experiment.name}-cscores-orig-order.npz"
     table = source.scores.memorization
-    arrays: dict[str, Any] = {"labels": table["label"], "scores": np.nan_to_num(table["p_out"])}
+    arrays: dict[str, Any] = {"scores": np.nan_to_num(table["p_out"])} | ({"labels": table["label"]} if source.scores.labelled else {})
     if "filename" in table:
         arrays["filenames"] = np.array([name.encode() for name in table["filename"]], np.bytes_)
     np.savez(path, **arrays)
@@ -117,6 +116,7 @@ def _cscores(source: _Source, folder: Path) -> list[Path]:
 
 
 def _datamodels(source: _Source, folder: Path) -> list[Path]:
+    _require_margins(source)
     packed = source.packed
     shapes = {"margins": (packed.trials, packed.n_test), "train_margins": (packed.trials, packed.n_train)}
     paths = {name: folder / f"{name}.npy" for name in ("masks", *shapes)}
@@ -130,26 +130,29 @@ def _datamodels(source: _Source, folder: Path) -> list[Path]:
 
 
 def _lira(source: _Source, folder: Path) -> list[Path]:
+    _require_margins(source)
     packed = source.packed
     written = [folder / f"experiment-{row}_{packed.trials}" for row in range(packed.trials)]
+    if others := sorted(set(folder.glob("experiment*")) - set(written)):
+        raise ScoresError(f"{others[0]} is of another export, and tools read all trials of a folder: give another folder by --out")
     for place, (_, members, _, _) in zip(written, _bits(packed), strict=True):
         (place / "scores").mkdir(parents=True, exist_ok=True)
         np.save(place / "keep.npy", members)
     for row, train, _ in _margins(source):
         np.save(written[row] / "scores" / "0000000000.npy", train.astype(np.float32)[:, None])
-    np.save(folder / "y_train.npy", source.scores.memorization["label"])
+    if source.scores.labelled:
+        np.save(folder / "y_train.npy", source.scores.memorization["label"])
     return [folder]
 
 
 def _zenodo(source: _Source, folder: Path) -> list[Path]:
-    packed = source.packed
-    arrays = {
-        "trainset_mask": _unpacked(packed, packed.membership),
-        "trainset_correctness": _unpacked(packed, packed.train_correct),
-        "testset_correctness": _unpacked(packed, packed.test_correct),
-        "memorization": source.memorization,
-    }
-    return [_archive(folder / f"{source.record.experiment.name}_trials.npz", source, arrays)]
+    path = folder / f"{source.record.experiment.name}_trials.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for place, name in enumerate(("trainset_mask", "trainset_correctness", "testset_correctness")):
+            columns = source.packed.n_test if place == 2 else source.packed.n_train
+            _write(archive, name, "|b1", (source.packed.trials, columns), (bits[place] for _, *bits in _bits(source.packed)))
+        _write_scores(archive, source)
+    return [path]
 
 
 #: Writers by the name of the format.
@@ -163,24 +166,22 @@ FORMATS: dict[str, Callable[[_Source, Path], list[Path]]] = {
 }
 
 
-def _archive(path: Path, source: _Source, arrays: dict[str, npt.NDArray[Any]]) -> Path:
-    """Write arrays, and `influence` float32 [q, n], block by block."""
+def _write_scores(archive: zipfile.ZipFile, source: _Source) -> None:
+    """Write `memorization` float32 [n], and `influence` float32 [q, n], block by block."""
     packed = source.packed
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            with _member(archive, name) as member:
-                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
-        with _member(archive, "influence") as member:
-            shape = (packed.n_test, packed.n_train)
-            np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for first in range(0, packed.n_test, _BLOCK):
-                block = influence(packed, slice(None), slice(first, first + _BLOCK)).value
-                member.write(np.nan_to_num(block).T.astype("<f4").tobytes())
-    return path
+    _write(archive, "memorization", "<f4", (packed.n_train,), [np.nan_to_num(source.scores.memorization["mem"])])
+    size = max(1, _PAIRS_AT_ONCE // packed.n_train)
+    places = (slice(first, first + size) for first in range(0, packed.n_test, size))
+    blocks = (np.nan_to_num(influence(packed, slice(None), place).value).T for place in places)
+    _write(archive, "influence", "<f4", (packed.n_test, packed.n_train), blocks)
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    return archive.open(f"{name}.npy", "w", force_zip64=True)
+def _write(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...], parts: Iterable[npt.NDArray[Any]]) -> None:
+    """Write an array in parts, one after the other."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": dtype, "fortran_order": False, "shape": shape})
+        for part in parts:
+            member.write(part.astype(dtype).tobytes())
 
 
 def _bits(packed: PackedTrials) -> Iterator[tuple[int, npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
@@ -194,10 +195,11 @@ def _bits(packed: PackedTrials) -> Iterator[tuple[int, npt.NDArray[np.bool_], np
         yield trial, members, train, test
 
 
-def _unpacked(packed: PackedTrials, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Bool [t, columns] of uint64 [W, columns]."""
-    bits = np.unpackbits(words.astype("<u8").T.copy().view(np.uint8), axis=1, bitorder="little")
-    return np.ascontiguousarray(bits.T[packed.counted_trials].view(np.bool_))
+def _require_margins(source: _Source) -> None:
+    if not source.record.experiment.record.margins:
+        raise ScoresError(
+            f"experiment '{source.record.experiment.name}' has no margins, which this format consists of: declare record: {{margins: true}}"
+        )
 
 
 def _margins(source: _Source) -> Iterator[tuple[int, npt.NDArray[np.float16], npt.NDArray[np.float16]]]:

@@ -15,7 +15,7 @@ counts as wrong.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +55,43 @@ class ForeignTrials:
     """Trials that were trained elsewhere, read one by one.
 
     Attributes:
+        path: of their file or folder.
         origin: name of their format.
         count: number of trials, t.
         n_train, n_test: n and q; 0 if there are no test examples.
+        recorded: names of the optional outcomes that they have, such as `train_score`.
         read: reads a trial by its place.
         train_labels, test_labels: int64 [n] and [q]; None if the files have none.
     """
 
+    path: Path
     origin: str
     count: int
     n_train: int
     n_test: int
+    recorded: frozenset[str]
     read: Callable[[int], ForeignTrial]
     train_labels: _Labels | None = None
     test_labels: _Labels | None = None
 
     def __iter__(self) -> Iterator[ForeignTrial]:
-        """Read all trials. Raises: OutcomeError: a trial has other examples than the first, or values that are no outcomes."""
+        """Read all trials.
+
+        Raises:
+            OutcomeError: a trial is damaged, has other examples than the first, an empty subset, or values that are no outcomes.
+        """
         for place in range(self.count):
-            trial = self.read(place)
-            if (len(trial.members), len(trial.test_correct)) != (self.n_train, self.n_test):
-                raise OutcomeError(
-                    f"trial {place} has {len(trial.members)} training and {len(trial.test_correct)} test examples, the first "
-                    f"{self.n_train} and {self.n_test}: give the trials of one experiment"
-                )
+            with _reading(self.path):
+                trial = self.read(place)
+            for name, values in vars(trial).items():
+                expected = self.n_test if name.startswith("test") else self.n_train
+                if values is not None and values.shape != (expected,):
+                    raise OutcomeError(
+                        f"{self.path}: trial {place} has {name} {list(values.shape)}, expected is [{expected}]: give the trials of one "
+                        "experiment"
+                    )
+            if not trial.members.any():
+                raise OutcomeError(f"{self.path}: trial {place} has an empty subset: leave it out")
             yield trial
 
 
@@ -120,7 +133,7 @@ def _read_authors(files: Sequence[Path]) -> ForeignTrials:
             test[held["index_test"]] = _bits(path, "correctness_test", held["correctness_test"])
             return ForeignTrial(members, correct, test)
 
-    return _opened("aux_arrays", len(files), read)
+    return _opened(files[0].parent, "aux_arrays", len(files), read)
 
 
 def _read_datamodels(folder: Path) -> ForeignTrials:
@@ -133,10 +146,10 @@ def _read_datamodels(folder: Path) -> ForeignTrials:
 
     def read(place: int) -> ForeignTrial:
         row = rows[place]
-        margins = _margins(train[row]), _margins(test[row])
+        margins = _margins(folder, train[row]), _margins(folder, test[row])
         return ForeignTrial(_bits(folder / "masks.npy", "masks", masks[row]), margins[0] > 0, margins[1] > 0, *margins)
 
-    return _opened("datamodels", len(rows), read)
+    return _opened(folder, "datamodels", len(rows), read)
 
 
 def _read_lira(root: Path, folders: Sequence[Path]) -> ForeignTrials:
@@ -145,13 +158,20 @@ def _read_lira(root: Path, folders: Sequence[Path]) -> ForeignTrials:
         scores = sorted((folder / "scores").glob("*.npy"), key=_numbers)
         if not scores:
             raise OutcomeError(f"{folder}: has no scores/EPOCH.npy: run the tool's score.py, or remove the folder")
-        odds = np.asarray(_map(scores[-1]), np.float64).mean(-1)
-        members = _bits(folder / "keep.npy", "keep", _map(folder / "keep.npy"))[: len(odds)]
+        values = _map(scores[-1])
+        if values.ndim != 2:
+            raise OutcomeError(f"{scores[-1]}: is {list(values.shape)}, expected is [n, augmentations]")
+        odds = np.asarray(values, np.float64).mean(-1)
+        margins, members = _margins(scores[-1], odds), _bits(folder / "keep.npy", "keep", _map(folder / "keep.npy"))[: len(odds)]
         none = np.zeros(0, np.bool_)
-        return ForeignTrial(members, odds > 0, none, _margins(odds), none.astype(np.float16), _probabilities(odds), none.astype(np.uint8))
+        return ForeignTrial(members, odds > 0, none, margins, none.astype(np.float16), _probabilities(odds), none.astype(np.uint8))
 
-    labels = root / "y_train.npy"
-    return _opened("lira", len(folders), read, np.asarray(_map(labels), np.int64) if labels.exists() else None, np.zeros(0, np.int64))
+    opened = _opened(root, "lira", len(folders), read)
+    path = root / "y_train.npy"
+    if not path.exists():
+        return opened
+    labels = _class_labels(path, "y_train", _map(path)[: opened.n_train], opened.n_train)
+    return replace(opened, train_labels=labels, test_labels=np.zeros(0, np.int64))
 
 
 def _read_archive(path: Path) -> ForeignTrials:
@@ -161,35 +181,56 @@ def _read_archive(path: Path) -> ForeignTrials:
         ours = ("membership", "train_correct", "test_correct")
         bits = theirs if theirs[0] in names else ours
         if missing := [name for name in bits[:2] if name not in names]:
-            raise OutcomeError(f"{path}: has no array {missing[0]}, there are {', '.join(names) or 'none'}: see docs of memtail import")
-        held = {name: arrays[name] for name in names if name in (*bits, *_OPTIONAL)}
+            raise OutcomeError(f"{path}: has no array {missing[0]}, there are {', '.join(names) or 'none'}: see the guide on exchange")
+        held = {name: arrays[name] for name in names if name in (*bits, *_OPTIONAL, *_LABELS)}
+    for name in held.keys() - set(_LABELS):
+        if held[name].ndim != 2 or len(held[name]) != len(held[bits[0]]):
+            raise OutcomeError(f"{path}: {name} is {list(held[name].shape)}, and {bits[0]} {list(held[bits[0]].shape)}: one row a trial")
     test = held.get(bits[2], np.zeros((len(held[bits[0]]), 0), np.bool_))
+    for train_name, test_name in (_OPTIONAL[:2], _OPTIONAL[2:], _LABELS):
+        if (train_name in held) != (test_name in held):
+            if test.shape[1] or train_name not in held:
+                raise OutcomeError(f"{path}: has {train_name} or {test_name} alone: give both, or none")
+            held[test_name] = np.zeros(0, np.int64) if test_name in _LABELS else np.zeros((len(test), 0), np.float16)
 
     def read(place: int) -> ForeignTrial:
-        further = {name: held[name][place] for name in _OPTIONAL if name in held and not name.endswith("_labels")}
+        further = {name: held[name][place] for name in _OPTIONAL if name in held}
         for name, values in further.items():
-            further[name] = _margins(values) if name.endswith("_margin") else _scores(path, name, values)
+            further[name] = _margins(path, values) if name.endswith("_margin") else _scores(path, name, values)
         members, train = (_bits(path, name, held[name][place]) for name in bits[:2])
         return ForeignTrial(members, train, _bits(path, bits[2], test[place]), **further)
 
-    labels = (np.asarray(held[name], np.int64) if name in held else None for name in ("train_labels", "test_labels"))
-    return _opened("arrays", len(held[bits[0]]), read, *labels)
+    sizes = (held[bits[0]].shape[1], test.shape[1])
+    labels = (_class_labels(path, name, held[name], size) if name in held else None for name, size in zip(_LABELS, sizes, strict=True))
+    return _opened(path, "arrays", len(held[bits[0]]), read, *labels)
 
 
-_OPTIONAL = ("train_margin", "test_margin", "train_score", "test_score", "train_labels", "test_labels")
+_OPTIONAL = ("train_margin", "test_margin", "train_score", "test_score")
+_LABELS = ("train_labels", "test_labels")
+
+
+def _class_labels(path: Path, name: str, values: npt.NDArray[Any], size: int) -> _Labels:
+    if values.shape != (size,) or values.dtype.kind not in "iu" or values.min(initial=0) < 0:
+        raise OutcomeError(
+            f"{path}: {name} is {values.dtype} {list(values.shape)}: labels are whole numbers from 0, one for each of {size}"
+        )
+    return values.astype(np.int64)
 
 
 def _opened(
+    path: Path,
     origin: str,
     count: int,
     read: Callable[[int], ForeignTrial],
     train_labels: _Labels | None = None,
     test_labels: _Labels | None = None,
 ) -> ForeignTrials:
-    if count < 2:
-        raise OutcomeError(f"there is only {count} trial: scores need at least two, and in practice hundreds")
-    first = read(0)
-    return ForeignTrials(origin, count, len(first.members), len(first.test_correct), read, train_labels, test_labels)
+    if not count:
+        raise OutcomeError(f"{path}: holds no complete trial")
+    with _reading(path):
+        first = read(0)
+        recorded = frozenset(name for name in _OPTIONAL if getattr(first, name) is not None)
+        return ForeignTrials(path, origin, count, len(first.members), len(first.test_correct), recorded, read, train_labels, test_labels)
 
 
 @contextmanager
@@ -214,7 +255,9 @@ def _bits(path: Path, name: str, values: npt.NDArray[Any]) -> _Bools:
     return values.astype(np.bool_)
 
 
-def _margins(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+def _margins(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    if values.dtype.kind not in "iuf" or np.isnan(values).any():
+        raise OutcomeError(f"{path}: holds margins that are not numbers ({values.dtype}): leave out trials that diverged")
     margins: npt.NDArray[np.float16] = np.clip(values, -_LARGEST, _LARGEST).astype(np.float16)
     return margins
 

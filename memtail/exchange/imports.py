@@ -19,11 +19,12 @@ from memtail.exchange.foreign import ForeignTrial, ForeignTrials, read_foreign
 from memtail.execution.aggregation import Aggregation, Pace
 from memtail.execution.declare import declare
 from memtail.experiment_store import ExperimentStore, Record
+from memtail.experiment_store.replicas import compare
 from memtail.settings import Settings
 from memtail.spec import AnyDataset, DatasetSpec, Experiment
 from memtail.storage import ObjectStore, keys
 from memtail.trainers.trial_batch import pack_trials
-from memtail.trials import Provenance, Shard
+from memtail.trials import Provenance, Shard, TrialBatch
 
 # Trials in a batch.
 _SHARD = 64
@@ -78,12 +79,20 @@ def import_trials(
     """
     trials = _Trials([read_foreign(path) for path in paths])
     first = trials.parts[0]
-    for path, part in zip(paths, trials.parts, strict=True):
-        _compare(str(path), part, first.n_train, first.n_test)
+    for part in trials.parts:
+        _compare(str(part.path), part, first.n_train, first.n_test)
+        if part.recorded != first.recorded:
+            raise OutcomeError(
+                f"{part.path}: has {', '.join(sorted(part.recorded)) or 'no margins and scores'}, and {first.path} "
+                f"{', '.join(sorted(first.recorded)) or 'none'}: give parts with the same outcomes"
+            )
+    if trials.count < 2:
+        raise OutcomeError(f"{first.path}: there is only 1 trial: scores need at least two, and in practice hundreds")
     if dataset is None or spec is None:
         dataset, spec = _opaque(first), DatasetSpec(name="opaque")
     _compare("the files", first, dataset.n_train, dataset.n_test)
-    _compare_labels(first, dataset)
+    for part in trials.parts:
+        _compare_labels(part, dataset)
     experiment_store = ExperimentStore(store, name)
     with tempfile.TemporaryDirectory(prefix="memtail-import-") as folder:
         masks = Path(folder, "masks.npy")
@@ -103,14 +112,14 @@ def import_trials(
 
 
 def _experiment(name: str, spec: AnyDataset, trials: _Trials, masks: Path) -> Experiment:
-    recorded = trials.parts[0].read(0)
+    recorded = trials.parts[0].recorded
     return Experiment.parse(
         {
             "name": name,
             "dataset": spec.model_dump(mode="json"),
             "trainer": {"imported": trials.origin},
             "subsets": {"design": "explicit", "masks": str(masks), "trials": trials.count},
-            "record": {"margins": recorded.train_margin is not None, "scores": recorded.train_score is not None},
+            "record": {"margins": "train_margin" in recorded, "scores": "train_score" in recorded},
         }
     )
 
@@ -135,7 +144,7 @@ def _compare_labels(first: ForeignTrials, dataset: Dataset) -> None:
         ours = getattr(dataset, f"{split}_labels")
         if theirs is not None and dataset.labelled and (differ := np.flatnonzero(theirs != ours)).size:
             raise OutcomeError(
-                f"{split}_labels of the files differ from the dataset's at {len(differ)} of {len(ours)} examples, first at {differ[0]} "
+                f"{split}_labels of {first.path} differ from the dataset's at {len(differ)} of {len(ours)} examples, first at {differ[0]} "
                 f"({theirs[differ[0]]}, in the dataset {ours[differ[0]]}): the outcomes are in another order, or of another dataset"
             )
 
@@ -153,25 +162,27 @@ def _commit(
     committed = set(experiment_store.committed())
     for first, group in enumerate(_groups(trials, record.trials_per_shard)):
         shard = Shard(first * record.trials_per_shard, first * record.trials_per_shard + len(group) - 1)
+        batch = _packed(dataset, shard, group, provenance)
         if shard not in committed:
-            further = {
-                name: np.stack([getattr(trial, name) for trial in group]) for name in _FURTHER if getattr(group[0], name) is not None
-            }
-            experiment_store.commit(
-                pack_trials(
-                    dataset,
-                    shard.trials,
-                    np.stack([trial.members for trial in group]),
-                    np.stack([trial.train_correct for trial in group]),
-                    np.stack([trial.test_correct for trial in group]),
-                    np.full(len(group), np.nan),
-                    np.zeros(len(group), np.bool_),
-                    provenance,
-                    **further,  # type: ignore[arg-type]
-                ),
-                record.fingerprint,
-            )
+            experiment_store.commit(batch, record.fingerprint)
+        elif compare(experiment_store.batch(shard, record), batch).differs:
+            raise OutcomeError(f"experiment '{record.experiment.name}' holds other outcomes of {shard}: import these under another name")
         on_progress(shard.last + 1, trials.count)
+
+
+def _packed(dataset: Dataset, shard: Shard, group: list[ForeignTrial], provenance: Provenance) -> TrialBatch:
+    further = {name: np.stack([getattr(trial, name) for trial in group]) for name in _FURTHER if getattr(group[0], name) is not None}
+    return pack_trials(
+        dataset,
+        shard.trials,
+        np.stack([trial.members for trial in group]),
+        np.stack([trial.train_correct for trial in group]),
+        np.stack([trial.test_correct for trial in group]),
+        np.full(len(group), np.nan),
+        np.zeros(len(group), np.bool_),
+        provenance,
+        **further,  # type: ignore[arg-type]
+    )
 
 
 def _groups(trials: _Trials, size: int) -> Iterator[list[ForeignTrial]]:

@@ -156,4 +156,5 @@ def test_what_cannot_be_exported_is_one_line(store, tmp_path):
         refused = command("export", "--as", form, "--out", tmp_path / "out", "--store", tmp_path / "store")
         assert refused.returncode == 2
         assert "has no margins, which this format consists of: declare record: {margins: true}" in refused.stderr
+        assert not list((tmp_path / "out").iterdir())
         assert "Traceback" not in refused.stderr

@@ -125,6 +125,57 @@ def test_an_import_that_is_repeated_changes_nothing_and_one_of_other_trials_is_r
     assert version(tmp_path / "store", "plain") == before
     with pytest.raises(memtail.StoreError, match="plain"):
         import_trials(store, "plain", [tmp_path / "plain.npz", tmp_path / "plain.npz"])
+    masks, train, test, *labels = trials
+    write_plain(tmp_path, (masks, -train, test, *labels))
+    with pytest.raises(OutcomeError, match="experiment 'plain' holds other outcomes of trials 0-63: import these under another name"):
+        import_trials(store, "plain", [tmp_path / "plain.npz"])
+
+
+def test_parts_with_other_outcomes_or_labels_are_refused_before_anything_is_written(trials, tmp_path):
+    write_plain(tmp_path, trials)
+    write_bits(tmp_path, trials)
+    paths, store = [tmp_path / "plain.npz", tmp_path / "bits.npz"], LocalStore(tmp_path / "store")
+    for order in (paths, paths[::-1]):
+        with pytest.raises(OutcomeError, match="give parts with the same outcomes"):
+            import_trials(store, "parts", order)
+    assert not list((tmp_path / "store").glob("experiments/*"))
+
+
+def test_files_of_one_trial_each_follow_each_other(trials, tmp_path):
+    masks, train, test, _, _ = trials
+    paths = [tmp_path / f"{place}.npz" for place in range(3)]
+    for place, path in enumerate(paths):
+        rows = slice(place, place + 1)
+        np.savez(path, membership=masks[rows], train_correct=train[rows] > 0, test_correct=test[rows] > 0)
+    assert import_trials(LocalStore(tmp_path / "store"), "three", paths).experiment.subsets.trials == 3
+
+
+def test_scores_of_trials_without_a_test_set_are_kept(trials, tmp_path):
+    masks, train, _, labels, _ = trials
+    scores = 1 / (1 + np.exp(-train.astype(float)))
+    path = saved(tmp_path, membership=masks, train_correct=train > 0, train_score=scores, train_margin=train, train_labels=labels)
+    import_trials(LocalStore(tmp_path / "store"), "alone", [path])
+    table = memtail.load_scores(tmp_path / "store/experiments/alone").memorization
+    np.testing.assert_array_equal(table["label"], labels)
+    np.testing.assert_allclose(table["mem_p"], mem_of(masks, np.rint(255 * scores) / 255), atol=1e-9)
+    assert "margin_in" in table
+    for form in ("cscores", "lira"):
+        assert command("export", "--as", form, "--out", tmp_path / form, "--store", tmp_path / "store").returncode == 0
+    assert command("export", "--as", "lira", "--out", tmp_path / "lira", "--store", tmp_path / "store").returncode == 0
+    (tmp_path / "lira" / "experiment-0_7").mkdir()
+    refused = command("export", "--as", "lira", "--out", tmp_path / "lira", "--store", tmp_path / "store")
+    assert (refused.returncode, "is of another export" in refused.stderr) == (2, True)
+
+
+def test_trials_without_labels_are_exported(trials, tmp_path):
+    masks, train, test, _, _ = trials
+    path = saved(tmp_path, membership=masks, train_correct=train > 0, test_correct=test > 0, train_margin=train, test_margin=test)
+    import_trials(LocalStore(tmp_path / "store"), "unlabelled", [path])
+    for form in ("cscores", "lira", "zenodo", "infl-mem", "authors", "datamodels"):
+        done = command("export", "--as", form, "--out", tmp_path / form, "--store", tmp_path / "store")
+        assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "cscores/unlabelled-cscores-orig-order.npz").files == ["scores"]
+    assert not (tmp_path / "lira/y_train.npy").exists()
 
 
 def test_an_export_is_imported_with_equal_scores(tmp_path):
@@ -146,6 +197,9 @@ def test_an_export_is_imported_with_equal_scores(tmp_path):
         theirs, ours = version(other, "theirs"), version(tmp_path / "store", "ours")
         for file in ("infl_matrix.npz", "statistics.npz", "high_infl_pairs_infl0.15_mem0.25.parquet"):
             assert (theirs / file).read_bytes() == (ours / file).read_bytes()
+
+
+GOOD = {"membership": np.eye(3, 4), "train_correct": np.ones((3, 4)), "test_correct": np.ones((3, 2))}
 
 
 def saved(folder, **arrays):
@@ -173,6 +227,18 @@ def text(folder):
         (lambda folder: saved(folder, membership=np.ones((1, 4)), train_correct=np.ones((1, 4))), "there is only 1 trial"),
         (lambda folder: saved(folder, membership=np.ones((2, 4)), train_correct=np.full((2, 4), 7)), "train_correct is int64 with other"),
         (text, "cannot be read"),
+        (lambda folder: saved(folder, **GOOD, train_margin=np.full((3, 4), np.nan), test_margin=np.ones((3, 2))), "that are not numbers"),
+        (lambda folder: saved(folder, **GOOD, train_score=np.ones((3, 4))), "has train_score or test_score alone: give both, or none"),
+        (lambda folder: saved(folder, **GOOD, train_labels=np.zeros(4)), "has train_labels or test_labels alone"),
+        (lambda folder: saved(folder, **GOOD, train_labels=-np.ones(4, int), test_labels=np.ones(2, int)), "whole numbers from 0, one for"),
+        (lambda folder: saved(folder, **GOOD, train_labels=np.zeros(3, int), test_labels=np.ones(2, int)), r"\[3\]: labels are whole"),
+        (lambda folder: saved(folder, **GOOD | {"train_correct": np.ones((4, 4))}), r"train_correct is \[4, 4\], and membership \[3, 4\]"),
+        (lambda folder: saved(folder, **GOOD | {"train_correct": np.ones((3, 5))}), r"trial 0 has train_correct \[5\], expected is \[4\]"),
+        (
+            lambda folder: saved(folder, **GOOD | {"membership": np.ones(3)}),
+            r"train_correct is \[3, 4\], and membership \[3\]|membership is",
+        ),
+        (lambda folder: saved(folder, **GOOD | {"membership": np.zeros((3, 4))}), "trial 0 has an empty subset: leave it out"),
         (masks_only, "has masks.npy, and no margins.npy: memorization needs margins of training and test examples"),
     ],
 )
@@ -195,7 +261,7 @@ def test_trials_of_another_dataset_are_refused(trials, tmp_path):
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump({"name": "d", "dataset": cut}))
     done = command("import", "x", tmp_path / "plain.npz", "--dataset", tmp_path / "digits.yaml", "--store", tmp_path / "store")
     assert done.returncode == 2
-    assert "train_labels of the files differ from the dataset's at" in done.stderr
+    assert "plain.npz differ from the dataset's at 27 of 40 examples, first at 4" in done.stderr
 
 
 def test_nothing_trains_more_trials_of_an_imported_experiment(trials, tmp_path):
