@@ -69,5 +69,5 @@ def preparation(quiet: bool) -> Iterator[Any]:
     if quiet:
         yield None
         return
-    with CountProgress("preparing", "prepared", "images") as progress:
+    with CountProgress("preparing", "prepared", "examples") as progress:
         yield progress.update

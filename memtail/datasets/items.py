@@ -4,6 +4,7 @@ The first training example decides the kind: a text, an image (Pillow's, or an a
 item is read once, in order. Images go to the disk one by one, so that memory is bounded.
 """
 
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -157,7 +158,11 @@ def _pair(what: str, item: Any) -> tuple[Any, Any]:
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DatasetError(f"{what} is {described(item)}, needed is a pair of example and label")
     example, label = item
-    return example, label.item() if hasattr(label, "item") else label
+    if hasattr(label, "item"):
+        if math.prod(getattr(label, "shape", ())) != 1:
+            raise DatasetError(f"{what}: its label is {described(label)}, needed is one number or name: of one-hot labels return argmax(1)")
+        label = label.item()
+    return example, label
 
 
 def _numbered(source: str, labels: dict[str, list[Any]], classes: tuple[str, ...] | None) -> tuple[dict[str, Labels], tuple[str, ...]]:

@@ -79,8 +79,10 @@ def _pair(source: str, returned: Any) -> Parts | None:
     """Return the items of two torch `Dataset`s; None if something else was returned."""
     if hasattr(returned, "_asdict") or not isinstance(returned, tuple | list) or len(returned) != 2:
         return None
-    if all(isinstance(each, tuple | list) and len(each) == 2 and hasattr(each[0], "shape") for each in returned):
-        return _columns(source, dict(zip(_NAMES[-1], (*returned[0], *returned[1]), strict=True)))  # as Keras returns them
+    given = [each for each in returned if each is not None]
+    if given and all(isinstance(each, tuple | list) and len(each) == 2 and hasattr(each[0], "shape") for each in given):
+        arrays = [array for pair in given for array in pair]  # as Keras returns them
+        return _columns(source, dict(zip(_NAMES[-1], arrays, strict=False)))
     items = {name: each for name, each in zip(_SPLITS, returned, strict=True) if each is not None or name == "train"}
     for name, each in items.items():
         if not (hasattr(each, "__len__") and hasattr(each, "__getitem__")) or isinstance(each, str | Mapping):

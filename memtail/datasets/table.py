@@ -167,9 +167,14 @@ def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
     if name not in table.column_names:
         raise DatasetError(f"{path}: has no column '{name}', there are {', '.join(table.column_names)}: fix dataset.columns")
     column = table.column(name)
-    if column.null_count:
-        row = next(index for index, value in enumerate(column) if not value.is_valid)
-        raise DatasetError(f"{path}: column '{name}' has no value in {column.null_count} rows, first in row {row}: fill or drop them")
+    if pa.types.is_binary(column.type):  # pyarrow's type of texts that it cannot decode
+        raise DatasetError(f"{path}: column '{name}' is not UTF-8: convert the file, as by iconv -f latin1 -t utf-8")
+    missing = compute.is_null(column)
+    if pa.types.is_string(column.type) and path.suffix.lower() in (".csv", ".tsv"):
+        missing = compute.or_kleene(missing, compute.equal(column, ""))
+    if count := compute.sum(missing).as_py():
+        row = compute.index(missing, True).as_py()
+        raise DatasetError(f"{path}: column '{name}' has no value in {count} rows, first in row {row}: fill or drop them")
     return column
 
 

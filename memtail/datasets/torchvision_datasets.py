@@ -129,6 +129,8 @@ def _found(spec: TorchvisionDataset, entry: Entry, kind: Any) -> Path:
             kind(str(download_to), download=True, **arguments)
     except Exception as error:  # of networks, archives and arguments
         shown = (str(error).splitlines() or [type(error).__name__])[0]
+        if spec.options and isinstance(error, TypeError | ValueError):
+            raise DatasetError(f"dataset '{spec.name}': torchvision refuses dataset.options ({shown}): fix them") from None
         raise DatasetError(
             f"dataset '{spec.name}' is not in {searched}, and cannot be downloaded ({shown}): on a machine with a network run python -c "
             f"\"from torchvision.datasets import {spec.name}; [{spec.name}('DIR', download=True, **split) for split in {splits}]\", and "

@@ -157,6 +157,7 @@ def test_test_examples_and_labels_may_be_missing(prepare, name, kind, labels):
     assert (dataset.n_test, dataset.labelled) == (1, labels)
     if labels:
         assert prepare(f"return list(zip({name}, named)), None").n_test == 0
+        assert name != "images" or prepare("return (images, labels), None").n_test == 0  # Keras' pair
 
 
 def test_names_of_classes_and_features_may_be_returned(prepare):
@@ -206,6 +207,7 @@ FAULTS = {
     "return np.zeros(3).reshape(2)": r"failed: ValueError: cannot reshape .* \(.*data\.py, line 17\)$",
     "return None": "data:load returned NoneType, needed are two torch Datasets, or a dict of train_images, train_labels",
     "return images, labels, images, labels": "data:load returned tuple, needed are two torch Datasets",
+    "return dict(train_images=images, train_labels=np.eye(12))": r"train\[0\]: its label is float64 \[12\], needed is one number",
     "return images, labels": r"data:load: train\[0\] is uint8 \[8, 6, 3\], needed is a pair of example and label",
     "return iter(()), iter(())": "returned tuple_iterator for train, needed is a torch Dataset with a length, or a list of pairs",
     "return dict(images=images)": "data:load returned images, needed are train_images, train_labels, ",

@@ -207,3 +207,19 @@ def test_the_built_in_trainer_refuses_texts_in_one_line(prepare):
         match="the built-in trainer takes images and features, and the dataset holds text: train it with a function or a command",
     ):
         checked_shard_size(Experiment.parse({"name": "e", "dataset": {"name": "digits"}}), prepare())
+
+
+@pytest.mark.parametrize(("row", "column"), [(",b1", "kind"), ("cat,", "id")])
+def test_an_empty_value_of_a_csv_is_missing(tmp_path, row, column):
+    path = tmp_path / "a.csv"
+    path.write_text(f"kind,id,text\ncat,a,one\n{row},two\ndog,c,three\n")
+    spec = DatasetSpec(name="table", root=path, columns={"label": "kind", "text": "text", "id": "id"})
+    with pytest.raises(DatasetError, match=rf"a\.csv: column '{column}' has no value in 1 rows, first in row 1: fill or drop them"):
+        datasets.prepare(spec)
+
+
+def test_a_text_in_another_encoding_says_how_to_convert_it(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("kind,text\ncat,caf\xe9\ndog,two\n".encode("latin-1"))
+    with pytest.raises(DatasetError, match=r"a\.csv: column 'text' is not UTF-8: convert the file, as by iconv"):
+        datasets.prepare(DatasetSpec(name="table", root=path, columns={"label": "kind", "text": "text"}))
