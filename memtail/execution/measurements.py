@@ -105,6 +105,8 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
     batch = ExperimentStore(LocalStore(folder / "whole"), record.experiment.name).batch(shards[0], shortened(measured))
     training = max(0.0, seconds - fixed - evaluation) * epochs / measured * dataset.n_train / sample.n_train
     evaluation *= (dataset.n_train + dataset.n_test) / (sample.n_train + sample.n_test)
+    # those after epochs are of the training examples only, and were not measured
+    evaluation *= 1 + len(record.experiment.record.snapshots) * dataset.n_train / (dataset.n_train + dataset.n_test)
     size_of, size_of_sample = (data.examples("train").nbytes + data.examples("test").nbytes for data in (dataset, sample))
     return ShardFigures(
         trials=size,
@@ -133,9 +135,14 @@ def _train_at_once(workers: Workers, shards: list[Shard], store: Path, record: R
 
 
 def _shortened(experiment: Experiment, epochs: int, fraction: float, trials: int) -> Experiment:
-    """Return an experiment of equal work per epoch; its uniform subsets also fit a part of the dataset."""
+    """Return an experiment of equal work per epoch; its uniform subsets also fit a part of the dataset.
+
+    It records no outcomes after epochs, which it may not reach.
+    """
     subsets = SubsetsSpec(fraction=fraction, trials=trials, seed=experiment.subsets.seed)
-    return experiment.model_copy(update={"subsets": subsets, "training": experiment.training.model_copy(update={"epochs": epochs})})
+    training = experiment.training.model_copy(update={"epochs": epochs})
+    recorded = experiment.record.model_copy(update={"snapshots": []})
+    return experiment.model_copy(update={"subsets": subsets, "training": training, "record": recorded})
 
 
 def _sample(dataset: Trainable, share: float, folder: Path) -> Trainable:
@@ -180,6 +187,7 @@ def measure_writing(record: Record, dataset: Dataset, fraction: float, folder: P
     experiment_store.register(record)
     rng = np.random.default_rng(0)
     memorized = rng.random(dataset.n_train) < 0.05
+    epochs = record.experiment.record.snapshots
 
     def margins(*shape: int) -> npt.NDArray[np.float16] | None:
         return rng.normal(0, 5, shape).astype(np.float16) if record.experiment.record.margins else None
@@ -192,6 +200,7 @@ def measure_writing(record: Record, dataset: Dataset, fraction: float, folder: P
         first = len(statistics.metrics)
         trials = np.arange(first, min(first + size, total), dtype=np.int32)
         members = rng.random((len(trials), dataset.n_train), np.float32) < fraction
+        learned = pack(rng.random(members.shape, np.float32) < 0.95) if epochs else None
         batch = TrialBatch(
             trial=trials,
             membership=pack(members),
@@ -206,6 +215,8 @@ def measure_writing(record: Record, dataset: Dataset, fraction: float, folder: P
             train_score=scores(len(trials), dataset.n_train),
             test_score=scores(len(trials), dataset.n_test),
             train_mistakes=np.zeros(np.count_nonzero(~members & memorized), np.uint16),
+            snapshot_epochs=np.array(epochs, np.int32) if epochs else None,
+            snapshot_correct=None if learned is None else np.stack([np.roll(learned, place, 1) for place in range(len(epochs))]),
         )
         experiment_store.commit(batch, record.fingerprint)
         began = time.perf_counter()

@@ -49,11 +49,11 @@ def quickly():
         yield
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "margins"])
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "recorded"])
 def planned(request, tmp_path_factory, quickly):
-    """A forecast as JSON, and a profiled run of the same experiment; the second parameter records margins, the first measures the start."""
+    """A forecast as JSON, and a profiled run of the same experiment; the second parameter records more, the first measures the start."""
     folder = tmp_path_factory.mktemp("planned")
-    path = spec(folder, record={"margins": request.param})
+    path = spec(folder, record={"margins": True, "snapshots": [1, 2, 5, 12]} if request.param else {})
     with pytest.MonkeyPatch.context() as patch:
         if not request.param:
             patch.setattr(planning, "_START", START)
