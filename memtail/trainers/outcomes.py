@@ -15,6 +15,12 @@ from memtail.trainers.task import Outcome
 _SAME = 2.0
 
 
+def recorded_arrays(record: RecordedOutcomes) -> set[str]:
+    """Return the names of the arrays of a trial."""
+    recorded = {"correct": True, "margin": record.margins, "score": record.scores}
+    return {f"{split}_{name}" for split in ("train", "test") for name, kept in recorded.items() if kept}
+
+
 def check_outcome(
     outcome: object, dataset: DatasetLabels, record: RecordedOutcomes
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, float]]:

@@ -26,7 +26,7 @@ from memtail.spec import Experiment
 from memtail.statistics.soft import quantized
 from memtail.subsets import membership
 from memtail.trainers.images.devices import cpu_name, device_name
-from memtail.trainers.outcomes import check_outcome, looks_permuted
+from memtail.trainers.outcomes import check_outcome, looks_permuted, recorded_arrays
 from memtail.trainers.task import TrainingTask
 from memtail.trainers.trial_batch import describe_training, pack_trials
 from memtail.trials import Provenance, TrialBatch
@@ -177,7 +177,11 @@ class _UserShard:
         if checkpoint is None:
             return
         try:
-            self.state = _State.from_bytes(checkpoint, self.fingerprint)
+            state = _State.from_bytes(checkpoint, self.fingerprint)
+            names = recorded_arrays(self.experiment.record)
+            if any(arrays.keys() != names for arrays in state.arrays.values()):
+                raise ValueError("it has other outcomes than are recorded")
+            self.state = state
         except Exception as error:  # damaged bytes make numpy raise anything
             log.warning("checkpoint cannot be used, starting over", trials=f"{self.trials[0]}-{self.trials[-1]}", error=str(error))
 

@@ -1,5 +1,6 @@
 """Evaluates the final models of a stack: correctness, predicted classes, and logit margins and probabilities where they are recorded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,13 @@ class SplitOutcomes:
 
 @torch.no_grad()
 def evaluate(
-    stack: nn.Module, images: DeviceImages, split: str, record: RecordedOutcomes, autocast: torch.autocast, trained_batch: int
+    stack: nn.Module,
+    images: DeviceImages,
+    split: str,
+    record: RecordedOutcomes,
+    autocast: torch.autocast,
+    trained_batch: int,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> SplitOutcomes:
     """Run a split through a stack of networks.
 
@@ -59,6 +66,7 @@ def evaluate(
         record: what to compute beside correctness.
         autocast: the context of the forward pass.
         trained_batch: examples per training step. Evaluation takes at most four times as many at once, so that it fits into memory.
+        on_batch: called after each batch.
 
     Returns:
         The outcomes, in host memory.
@@ -79,6 +87,7 @@ def evaluate(
             margins = _margins(logits, labels)
             margin.append(margins.clamp(-_LARGEST, _LARGEST).to(torch.float16))
             score.append((margins.sigmoid() * ONE).round().to(torch.uint8))
+        on_batch()
     stack.train()
     return SplitOutcomes(
         torch.cat(correct, 1).cpu().numpy(),

@@ -72,7 +72,7 @@ def train_shard(
         on_progress: called after every epoch of a stack.
         checkpoints: where the state is saved and resumed from. It is saved at most every two minutes, and less often if saving would take
             more than a hundredth of the time.
-        stop: asked every few steps whether to stop.
+        stop: asked every few steps whether to stop. It is also called after every batch of an evaluation, which is not stopped.
         profile: add the seconds by phase (of this call, not of an interrupted one) to the provenance, as `phases`.
 
     Returns:
@@ -167,7 +167,8 @@ class _ShardTraining:
         images = device_images(self.dataset, self.device)
 
         def begin() -> StackedRun:
-            return StackedRun(self.experiment, images, self.dataset.input_shape, len(self.dataset.classes), trials, subsets, self.phases)
+            shape, classes = self.dataset.input_shape, len(self.dataset.classes)
+            return StackedRun(self.experiment, images, shape, classes, trials, subsets, self.phases, self._while_evaluating)
 
         run = begin()
         if resumed is not None:
@@ -179,6 +180,11 @@ class _ShardTraining:
                 log.warning("checkpoint does not fit, starting over", trials=f"{trials[0]}-{trials[-1]}", error=str(error)[:200])
                 run = begin()
         return run.train(self._between_steps)
+
+    def _while_evaluating(self) -> None:
+        """Give a sign of life. Training is stopped only between steps, with a checkpoint."""
+        if self.stop is not None:
+            self.stop()
 
     def _between_steps(self, run: StackedRun) -> None:
         if self.on_progress and run.step == 0:
@@ -202,8 +208,11 @@ class _ShardTraining:
             return None
         try:
             state = decode(data, self.fingerprint, self.device)
-            if any(list(result.snapshots) != self.experiment.record.snapshots for _, result in state.finished):
+            recorded = self.experiment.record
+            if any(list(result.snapshots) != recorded.snapshots for _, result in state.finished):
                 raise ValueError("it has the outcomes of other epochs than are recorded")
+            if any((result.train.score is not None) != recorded.scores for _, result in state.finished):
+                raise ValueError("it has other outcomes than are recorded")
         except Exception as error:  # torch.load does not limit what damaged bytes raise
             log.warning("checkpoint cannot be used, starting over", trials=f"{self.trials[0]}-{self.trials[-1]}", error=str(error))
             return None

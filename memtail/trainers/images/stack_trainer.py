@@ -57,6 +57,7 @@ class StackedRun:
         trials: the S trials; more than one only if the network is stackable.
         subsets: int64 [S, m], the examples of each trial's subset.
         phases: accumulates the seconds of each phase; compiled steps count as forward/backward, their optimizer included.
+        on_evaluated: called after each batch of an evaluation.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class StackedRun:
         trials: Sequence[int],
         subsets: npt.NDArray[np.int64],
         phases: Phases | None = None,
+        on_evaluated: Callable[[], object] = lambda: None,
     ) -> None:
         self.experiment, self.images, self.trials, self.subsets = experiment, images, trials, subsets
-        self.recipe, self.phases = experiment.training, phases or Phases()
+        self.recipe, self.phases, self._on_evaluated = experiment.training, phases or Phases(), on_evaluated
         seed = experiment.subsets.seed
         networks = []
         for trial in trials:
@@ -120,7 +122,7 @@ class StackedRun:
         if not len(self.images.train if split == "train" else self.images.test):
             return SplitOutcomes.of_none(len(self.trials), record)
         with self.phases.measure("evaluation"):
-            return evaluate(self.stack, self.images, split, record, self.autocast, self.recipe.batch_size)
+            return evaluate(self.stack, self.images, split, record, self.autocast, self.recipe.batch_size, self._on_evaluated)
 
     def _train_epoch(self, between_steps: Callable[["StackedRun"], None]) -> None:
         recipe, images, seed = self.recipe, self.images, self.experiment.subsets.seed

@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from memtail.errors import OutcomeError, TrainingStopped
-from memtail.spec import Experiment
+from memtail.spec import Experiment, RecordedOutcomes
 from memtail.subsets import membership
 from memtail.trainers.task import Outcome
 from memtail.trainers.user_shard import train_user_shard
@@ -181,3 +181,33 @@ def test_code_that_changes_the_folder_does_not_move_the_process(shard):
     before = Path.cwd()
     shard(Train(act=lambda task: os.chdir("/")), Caller())
     assert Path.cwd() == before
+
+
+def test_a_checkpoint_with_other_outcomes_than_are_recorded_is_not_used(experiment, digits):
+    with_scores = experiment.model_copy(update={"record": RecordedOutcomes(scores=True)})  # of one fingerprint
+
+    def train(tasks):
+        return [
+            Outcome(np.ones(digits.n_train), np.ones(digits.n_test), train_score=np.ones(digits.n_train), test_score=np.ones(digits.n_test))
+            for _ in tasks
+        ]
+
+    def interrupted(task):
+        if task.trial == 1:
+            (task.checkpoint / "weights").write_bytes(b"of trial 1")
+            task.save()
+            raise TrainingStopped
+
+    scoring = Train()
+    scoring.__class__ = type("Scoring", (Train,), {"__call__": lambda self, tasks: [self._act(task) for task in tasks] and train(tasks)})
+    for before, after in ((experiment, with_scores), (with_scores, experiment)):
+        caller, seen = Caller(), []
+        scoring._act = interrupted
+        with pytest.raises(TrainingStopped):
+            train_user_shard(before, "f" * 64, digits, range(3), "cpu", scoring, caller, None)
+        scoring._act = lambda task, seen=seen: seen.append((task.trial, any(task.checkpoint.iterdir())))
+        with structlog.testing.capture_logs() as logs:
+            batch = train_user_shard(after, "f" * 64, digits, range(3), "cpu", scoring, Caller(), caller.states[-1])
+        assert (batch.train_score is not None) == after.record.scores
+        assert seen == [(0, False), (1, False), (2, False)]
+        assert logs[0]["event"] == "checkpoint cannot be used, starting over"

@@ -17,7 +17,7 @@ from memtail.datasets import prepare
 from memtail.errors import SpecError
 from memtail.models import build_model, check_model
 from memtail.spec import AugmentationSpec, Constant, Cosine, Linear, NamedModel, OptimizerSpec, ScheduleSpec, Sgd, Step
-from memtail.trainers.images import devices, stack_trainer, train_shard
+from memtail.trainers.images import devices, evaluation, stack_trainer, train_shard
 from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images.augmentations import _STEPS
 from memtail.trainers.images.batches import batch_bounds, epoch_order
@@ -299,6 +299,30 @@ def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, mon
             train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)
         monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": after})
         assert same_bits([expected], [train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)])
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)])
+def test_a_checkpoint_with_other_outcomes_than_are_recorded_is_not_used(declare, digits, monkeypatch, capfd, before, after):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    first, second = (declare(4, training={"epochs": 1}, record={"scores": scores}) for scores in (before, after))
+    checkpoints = Interrupted(2)  # in the second stack
+    with pytest.raises(Interrupted.StopError):
+        train_shard(first, digits, range(4), CPU, checkpoints=checkpoints)
+    resumed = train_shard(second, digits, range(4), CPU, checkpoints=checkpoints)
+    assert same_bits([train_shard(second, digits, range(4), CPU)], [resumed])
+    assert (resumed.train_score is not None) == after
+    assert "checkpoint cannot be used, starting over" in "".join(capfd.readouterr())
+
+
+def test_each_batch_of_an_evaluation_is_a_sign_of_life(declare, digits, monkeypatch):
+    monkeypatch.setattr(evaluation, "_BATCH", {"cpu": 16})
+    experiment, calls = declare(2, training={"epochs": 1}, record={"snapshots": [1]}), []
+    train_shard(experiment, digits, range(2), CPU, stop=lambda: bool(calls.append(0)))
+    images = 2 * math.ceil(digits.n_train / 16) + math.ceil(digits.n_test / 16)
+    steps = len(batch_bounds(round(0.7 * digits.n_train), experiment.training.batch_size))
+    assert images < len(calls) <= images + steps
 
 
 def test_a_shard_that_is_resumed_on_another_kind_of_device_names_all_kinds_in_order(declare, digits, monkeypatch):
