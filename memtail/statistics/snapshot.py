@@ -129,6 +129,8 @@ class Snapshot:
             margins = array("margin_in", np.int64, n_train), array("margin_out", np.int64, n_train)
         if packed.test_score is not None:
             soft = SoftSums(*(array(field.name, np.int64, n_train) for field in fields(SoftSums)))
+        elif w == 0:  # no trial counts yet
+            soft = SoftSums.zeros(n_train)
         if "epoch" in arrays:
             epochs = array("epoch", np.int64, len(arrays["epoch"])).tolist()
             by_epoch = dict(zip(epochs, array("by_epoch", np.int64, len(epochs), 2, n_train), strict=True))

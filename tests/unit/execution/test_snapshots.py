@@ -30,16 +30,17 @@ class Experiment:
         self.experiment_store = ExperimentStore(self.store, "digits")
         self.record = self.experiment_store.register(declare_record(experiment, digits, 4))
 
-    def commit(self, *shards, seed=0):
+    def commit(self, *shards, seed=0, diverged=False):
         n, q = self.record.n_train, self.record.n_test
         for shard in shards:
             rng = np.random.default_rng([seed, shard.first])
             M, C, T = (rng.random((4, size)) < share for size, share in ((n, 0.7), (n, 0.6), (q, 0.6)))
+            lost = [diverged or k == 9 for k in shard.trials]
             metrics = [
-                TrialMetrics(k, k == 9, None if k == 9 else 0.1 * k, rng.random(), None if k == 3 else rng.random(), rng.random())
-                for k in shard.trials
+                TrialMetrics(k, ends, None if ends else 0.1 * k, rng.random(), None if k == 3 else rng.random(), rng.random())
+                for k, ends in zip(shard.trials, lost, strict=True)
             ]
-            predicted = rng.integers(0, 10, (~C & (np.array(shard.trials) != 9)[:, None]).sum()).astype(np.uint16)
+            predicted = rng.integers(0, 10, (~C & ~np.array(lost)[:, None]).sum()).astype(np.uint16)
             margins = [rng.normal(size=(4, size)).astype(np.float16) for size in (n, q)]
             trial, provenance = np.array(shard.trials, np.int32), Provenance(self.record.fingerprint, device=f"cpu {shard.first % 8}")
             scores = [rng.integers(0, 256, (4, size), np.uint8) for size in (n, q)]
@@ -114,6 +115,16 @@ def test_after_a_restart_only_new_batches_are_read_and_scores_have_the_same_bits
     version, files = experiment.published(restarted)
     assert (version, files) == experiment.published(whole)
     assert "snapshots.parquet" in files
+
+
+def test_scores_survive_a_snapshot_without_a_trial_that_counts(experiment):
+    experiment.commit(SHARDS[0], diverged=True)
+    experiment.saved()
+    experiment.commit(*SHARDS[1:])
+    restarted, read = experiment.restarted()
+    assert read == SHARDS[1:]
+    assert restarted.statistics.soft is not None
+    assert experiment.published(restarted) == experiment.published(experiment.without_snapshot())
 
 
 def test_a_run_on_the_store_begins_with_the_snapshot_too(experiment, monkeypatch):
