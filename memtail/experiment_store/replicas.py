@@ -69,7 +69,7 @@ def _is_chosen(fingerprint: str, shard: Shard, share: float) -> bool:
 
 def compare(committed: TrialBatch, replica: TrialBatch) -> Replica:
     """Compare a training of a shard with its committed batch, which has the same trials."""
-    bits = _differences(committed, replica, "membership", "train_correct", "test_correct")
+    bits = _differences(committed, replica, "membership", "train_correct", "test_correct") + _differences_by_epoch(committed, replica)
     margins = _differences(committed, replica, "train_margin", "test_margin", "train_score", "test_score")
     predicted = np.zeros(len(bits), np.bool_)
     if committed.train_mistakes is not None and replica.train_mistakes is not None:
@@ -96,6 +96,21 @@ def _differences(one: TrialBatch, other: TrialBatch, *names: str) -> npt.NDArray
             numbers = name.endswith(("_margin", "_score"))
             count += (changed != 0 if numbers else np.bitwise_count(changed)).sum(1, dtype=np.int64)
     return count
+
+
+def _differences_by_epoch(one: TrialBatch, other: TrialBatch) -> npt.NDArray[np.int64]:
+    """Count the different bits of each trial after the epochs that both batches have."""
+    count = np.zeros(len(one.trial), np.int64)
+    first, second = _by_epoch(one), _by_epoch(other)
+    for epoch in first.keys() & second.keys():
+        count += np.bitwise_count(first[epoch] ^ second[epoch]).sum(1, dtype=np.int64)
+    return count
+
+
+def _by_epoch(batch: TrialBatch) -> dict[int, npt.NDArray[np.uint8]]:
+    if batch.snapshot_epochs is None or batch.snapshot_correct is None:
+        return {}
+    return dict(zip(batch.snapshot_epochs.tolist(), batch.snapshot_correct, strict=True))
 
 
 def _predicted(batch: TrialBatch) -> list[Any]:

@@ -49,6 +49,19 @@ def test_different_bits_and_margins_are_counted(name, bits, margins):
     assert (replica.differs, replica.trials, replica.bits, replica.margins) == (True, 1, bits, margins)
 
 
+def test_outcomes_of_the_epochs_that_both_have_are_compared():
+    epochs, correct = np.array([1, 3], np.int32), np.stack([BATCH.train_correct, BATCH.membership])
+    committed = replace(BATCH, snapshot_epochs=epochs, snapshot_correct=correct)
+    assert not compare(committed, committed).differs
+    assert not compare(committed, BATCH).differs
+    other = replace(BATCH, snapshot_epochs=np.array([2, 3], np.int32), snapshot_correct=correct)
+    assert not compare(committed, other).differs
+    wrong = correct.copy()
+    wrong[1, 2, 0] ^= 3
+    replica = compare(committed, replace(other, snapshot_correct=wrong))
+    assert (replica.trials, replica.bits) == (1, 2)
+
+
 def test_other_predicted_classes_are_a_difference():
     mistakes = BATCH.train_mistakes.copy()
     mistakes[0] += 1
