@@ -31,7 +31,8 @@ _LONGEST_MESSAGE = 500
 def function_identity(spec: FunctionDataset) -> list[Any]:
     """Return JSON values that change with the function's code and options. Raises: SpecError: the code is missing."""
     limits = [spec.max_train, spec.max_test, spec.resolution]
-    return ["function", FUNCTION_VERSION, spec.function, code_digest(spec, sys.path), spec.options, limits]
+    options = spec.model_dump(mode="json").get("options", {})  # with dates as text
+    return ["function", FUNCTION_VERSION, spec.function, code_digest(spec, sys.path), options, limits]
 
 
 def prepare_function(spec: FunctionDataset, target: Path, unusable: Path, on_progress: OnProgress | None) -> Path:

@@ -51,7 +51,8 @@ def torchvision_source(spec: TorchvisionDataset) -> tuple[list[Any], Prepare]:
     entry, kind = ENTRIES[spec.torchvision], _imported(spec)
     _check(spec, entry, kind)
     root = _found(spec, entry, kind)
-    identity = ["torchvision", spec.torchvision, spec.options, spec.resolution, spec.orientation, spec.on_error]
+    options = spec.model_dump(mode="json").get("options", {})  # with dates as text
+    identity = ["torchvision", spec.torchvision, options, spec.resolution, spec.orientation, spec.on_error]
     if entry.listed:
         tree = _tree(spec, entry, kind, root)
         return [*identity, tree.identity(), tree.declared()], partial(prepare_folder, tree, spec)

@@ -1,6 +1,7 @@
 """Datasets of a user's function: what may be returned, what identifies it, and one line for each fault."""
 
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,13 @@ def test_the_function_is_called_again_only_after_a_change_of_code_or_options(pre
     (tmp_path / "rows.csv").write_text("2")
     prepare(body, code=["data.py", "rows.csv"])
     assert (tmp_path / "calls").read_text() == "....."
+
+
+def test_options_may_be_dates(prepare, tmp_path):
+    body = f"note({str(tmp_path / 'options')!r}, str(options['since'].year)); {IMAGE_FORMS['arrays']}"
+    for year in (2019, 2020):
+        prepare(body, options={"since": date(year, 1, 1)})
+    assert (tmp_path / "options").read_text() == "20192020"
 
 
 def test_the_fingerprint_of_an_experiment_follows_the_content_and_not_the_code(prepare):
