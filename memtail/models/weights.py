@@ -3,16 +3,19 @@
 Weights are a state dict: a file of `torch.save` or of safetensors, or published ones of torchvision. The bytes of a file run no code.
 """
 
+import re
 from functools import lru_cache
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from memtail.digests import file_digest
 from memtail.errors import SpecError, UnsupportedError
 from memtail.spec import NamedModel
 
@@ -129,6 +132,7 @@ def _published(name: str, weights: str) -> dict[str, Tensor]:
     if weights not in known.__members__:
         raise SpecError(f"model.weights: there are no weights {weights} of {name}: known are {', '.join(each.name for each in known)}")
     try:
+        _remove_replaced(known[weights].url)
         state: dict[str, Tensor] = known[weights].get_state_dict(progress=False, check_hash=True, map_location="cpu")
     except (OSError, HTTPException, RuntimeError) as error:  # no network, no space; or other bytes than were published
         raise UnsupportedError(
@@ -136,6 +140,16 @@ def _published(name: str, weights: str) -> dict[str, Tensor]:
             f"a file and name that in model.weights"
         ) from error
     return state
+
+
+def _remove_replaced(url: str) -> None:
+    """Remove a downloaded file of other bytes than were published, as user code can leave: torch checks those it downloads only."""
+    file = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlsplit(url).path).name)
+    published = re.search(r"-([0-9a-f]{8,})\.", file.name)  # the beginning of its SHA-256
+    if published is None or not file.exists() or (digest := file_digest(file)).startswith(published[1]):
+        return
+    log.warning("published weights were replaced, downloading them again", file=str(file), sha256=digest, published=published[1])
+    file.unlink(missing_ok=True)
 
 
 def _freeze(network: nn.Module, prefixes: list[str]) -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import get_model_weights
 
 from memtail import subsets
 from memtail.datasets import prepare
+from memtail.digests import file_digest
 from memtail.errors import SpecError, UnsupportedError
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.shard_task import run_shard
@@ -144,15 +146,41 @@ def test_files_without_weights_are_refused_and_run_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """Return a function that publishes other weights of shufflenet_v2_x0_5, and returns the place of their download."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def publish(state: dict[str, torch.Tensor]) -> Path:
+        torch.save(state, tmp_path / "published")
+        published = tmp_path / f"shufflenet-{file_digest(tmp_path / 'published')[:8]}.pth"
+        (tmp_path / "published").rename(published)
+        monkeypatch.setattr(get_model_weights("shufflenet_v2_x0_5").IMAGENET1K_V1.value, "url", published.as_uri())
+        return tmp_path / "torch" / "hub" / "checkpoints" / published.name
+
+    return publish
+
+
+def test_published_weights_that_were_replaced_on_this_machine_are_not_used(publish, tmp_path, capfd):
+    spec, state = NamedModel(name="shufflenet_v2_x0_5", weights="IMAGENET1K_V1"), state_of(1000, "shufflenet_v2_x0_5", (3, 128, 128))
+    kept = publish(state)
+    kept.parent.mkdir(parents=True)
+    torch.save({name: torch.zeros_like(value) for name, value in state.items()}, kept)
+    network = build_model(spec, (3, 128, 128), 1000)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert "".join(capfd.readouterr()).count("published weights were replaced, downloading them again") == 1
+    weights._published.cache_clear()
+    kept.write_bytes(b"replaced")
+    (tmp_path / kept.name).unlink()
+    with pytest.raises(UnsupportedError, match=r"weights IMAGENET1K_V1 of shufflenet_v2_x0_5 cannot be downloaded"):
+        build_model(spec, (3, 128, 128), 1000)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_published_weights_of_torchvision_are_those_of_its_file(tmp_path, monkeypatch, channels):
-    """The file of a download is in torch's folder before, so that none is made."""
+def test_published_weights_of_torchvision_are_those_of_its_file(publish, channels):
     name = "shufflenet_v2_x0_5"
     state = state_of(1000, name, (3, 128, 128))
-    folder = tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    torch.save(state, folder / "shufflenetv2_x0.5-f707e7126e.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    publish(state)
     network = build_model(NamedModel(name=name, weights="IMAGENET1K_V1", freeze=["conv1"]), (channels, 128, 128), 5)
     own = {key.removeprefix("1." if channels == 1 else ""): value for key, value in network.state_dict().items()}
     assert {key for key, value in own.items() if not torch.equal(value, state[key])} == {"fc.weight", "fc.bias"}
