@@ -18,7 +18,7 @@ from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
 from memtail.scores.reader import Scores
 from memtail.scores.summary import ScoreSummary
-from memtail.spec import CommandTrainer, Experiment, FunctionTrainer
+from memtail.spec import CommandTrainer, Experiment, FunctionTrainer, ImportedTrainer
 from memtail.statistics.accumulator import PackedTrials
 from memtail.storage import ObjectStore
 from memtail.studies.agreement import (
@@ -157,12 +157,14 @@ def _of_experiment(record: Record, summary: ScoreSummary) -> str:
 
 
 def _trained(experiment: Experiment) -> str:
-    """Name the model, or the code that trains it."""
+    """Name the model, the code that trains it, or where its trials come from."""
     match experiment.trainer:
         case FunctionTrainer(function=function):
             return function
         case CommandTrainer(command=command):
             return " ".join(command)
+        case ImportedTrainer(imported=origin):
+            return origin
     return experiment.model.name
 
 

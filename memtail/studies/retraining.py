@@ -18,7 +18,7 @@ from memtail.errors import ScoresError, SpecError
 from memtail.execution.progress import progress_of
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.settings import Settings
-from memtail.spec import Experiment, ImagesTrainer, TrainerSpec
+from memtail.spec import Experiment, ImagesTrainer, ImportedTrainer, TrainerSpec
 from memtail.storage import ObjectStore, keys
 from memtail.storage.atomic_file import atomic_file
 from memtail.studies.experiment_names import derived_name
@@ -61,10 +61,12 @@ def _trainer_here(record: Record) -> TrainerSpec:
 
 
 def require_built_in(record: Record, study: str) -> None:
-    """Refuse an experiment whose models memtail cannot build. Raises: SpecError: its trainer is a function or a command."""
-    if not isinstance(record.experiment.trainer, ImagesTrainer):
+    """Refuse an experiment whose models memtail cannot build. Raises: SpecError: its trainer is not the built-in one."""
+    trainer = record.experiment.trainer
+    if not isinstance(trainer, ImagesTrainer):
+        origin = f"was imported ({trainer.imported})" if isinstance(trainer, ImportedTrainer) else "is trained by a function or a command"
         raise SpecError(
-            f"experiment '{record.experiment.name}' is trained by a function or a command, and the study {study} needs a model of the "
+            f"experiment '{record.experiment.name}' {origin}, and the study {study} needs a model of the "
             f"built-in trainer: declare an experiment with model and training on this dataset"
         )
 
