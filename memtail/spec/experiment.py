@@ -294,7 +294,7 @@ class Experiment(Part):
     ) -> dict[str, Any]:
         """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
 
-        Keys later than 0.1.0 are in it only where they differ from their default, and those of `record` never.
+        Keys later than 0.1.0 are in it only where they differ from their default, and `scores` and `snapshots` of `record` never.
 
         Args:
             dataset_fingerprint: replaces the dataset's declaration.
