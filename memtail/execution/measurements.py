@@ -24,6 +24,7 @@ from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome, ShardResult
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.publish import publish
+from memtail.settings import Settings
 from memtail.spec import Experiment, SubsetsSpec
 from memtail.statistics import Statistics
 from memtail.storage import keys
@@ -90,7 +91,7 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
         # with shards of the size to be measured
         return declare(_shortened(record.experiment, epochs, fraction, trials), sample, size)
 
-    with Workers(Task(shortened(1), sample.folder, "", device=""), devices) as workers:
+    with Workers(Task(shortened(1), sample.folder, "", device="", code=Settings().code), devices) as workers:
         # in one store, so that a trainer process is kept
         cold, _ = _train_at_once(workers, cold_shards, folder / "short", shortened(1))
         warm, results = _train_at_once(workers, shards, folder / "short", shortened(1), profile=True)

@@ -108,6 +108,22 @@ def test_a_plan_counts_trials_in_the_store_and_does_not_change_it(planned):
     assert {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")} == before
 
 
+@pytest.mark.slow
+def test_a_plan_measures_a_network_in_the_folder_of_the_code(tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "mine.py").write_text(
+        "from memtail.models.plain import mlp\n\n\ndef net(shape, classes):\n    return mlp(shape, classes, [8])\n"
+    )
+    monkeypatch.setenv("MEMTAIL_CODE", str(tmp_path / "code"))
+    plan = command(
+        "plan",
+        spec(tmp_path, model={"name": "mine:net"}, training={"epochs": 1}, execution={"trials_per_shard": 1, "device": "cpu"}),
+        "--store",
+        tmp_path / "store",
+    )
+    assert plan.returncode == 0, plan.stderr
+
+
 def test_the_phases_of_a_run_add_up_to_its_device_time(planned):
     profile = planned[1]["profile"]
     assert list(profile["phases"]) == [*PHASES, "writing", "rest"]
