@@ -51,10 +51,11 @@ class Opened:
 
     @property
     def size(self) -> int:
-        """Bytes of the statistics."""
+        """Bytes of the statistics and of memorization by epoch."""
         packed = self.scores.statistics
         scores = 0 if packed.test_score is None else packed.test_score.nbytes
-        return packed.membership.nbytes + packed.test_correct.nbytes + scores
+        by_epoch = sum(column.nbytes for column in (self.scores.snapshots or {}).values())
+        return packed.membership.nbytes + packed.test_correct.nbytes + scores + by_epoch
 
     @cached_property
     def train_files(self) -> list[str] | None:

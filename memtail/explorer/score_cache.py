@@ -152,7 +152,7 @@ class ScoreCache:
         opened = Opened(record, scores, dataset, missing)
         # Read all that a page may need, since files of a version are removed some time after the next one is published; and compile the
         # influence kernels, or load them from numba's cache.
-        _ = opened.memorization, opened.lower_files, scores.test_labels, opened.test_files
+        _ = opened.memorization, opened.lower_files, scores.snapshots, scores.test_labels, opened.test_files
         _ = scores.influence(train=0).value
         if scores.summary.n_test:
             _ = scores.influence(test=0).value

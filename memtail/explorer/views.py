@@ -109,7 +109,7 @@ def _by_epoch(opened: Opened, train: int) -> list[tuple[int, float, float]]:
     table = opened.scores.snapshots
     if table is None:
         return []
-    rows = np.flatnonzero(table["index"] == train)
+    rows = slice(train, None, opened.scores.summary.n_train)  # the rows of an epoch are those of all examples, in order
     return list(zip(*(table[name][rows].tolist() for name in ("epoch", "mem", "mem_se")), strict=True))
 
 

@@ -181,16 +181,13 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
 
 
 def _write_snapshots(path: Path, statistics: Statistics) -> None:
-    correct_in, correct = np.stack(list(statistics.by_epoch.values()), axis=1)
-    mem = from_counts(statistics.k_in, statistics.k_out, correct_in, correct - correct_in)
-    epochs = np.array(list(statistics.by_epoch), np.int32)
-    columns = {
-        "index": np.tile(np.arange(statistics.n_train), len(epochs)),
-        "epoch": epochs.repeat(statistics.n_train),
-        "mem": mem.value.ravel(),
-        "mem_se": mem.standard_error.ravel(),
-    }
-    pyarrow.parquet.write_table(pa.table(columns), path)
+    index = np.arange(statistics.n_train)
+    schema = pa.schema({"index": pa.int64(), "epoch": pa.int32(), "mem": pa.float64(), "mem_se": pa.float64()})
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for epoch, (correct_in, correct) in statistics.by_epoch.items():  # one at a time, since all together take much memory
+            mem = from_counts(statistics.k_in, statistics.k_out, correct_in, correct - correct_in)
+            columns = {"index": index, "epoch": np.full(len(index), epoch, np.int32), "mem": mem.value, "mem_se": mem.standard_error}
+            writer.write_table(pa.table(columns, schema))
 
 
 def _write_influence_matrix(
