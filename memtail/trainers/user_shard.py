@@ -19,7 +19,7 @@ import numpy.typing as npt
 import structlog
 import torch
 
-from memtail.datasets import Dataset
+from memtail.datasets import Dataset, open_dataset
 from memtail.errors import OutcomeError
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment
@@ -211,7 +211,9 @@ class _UserShard:
         folders = [Path(_base().name, str(place)) for place in range(len(rows))]
         before, parts = Path.cwd(), dict.fromkeys(rows, 0.0)
         try:
-            tasks = [self._task(row, folder, parts) for row, folder in zip(rows, folders, strict=True)]
+            # arrays of its own for each call of the code: what it writes to them reaches neither a later trial nor the check of the order
+            dataset = open_dataset(self.dataset.folder)
+            tasks = [self._task(row, dataset, folder, parts) for row, folder in zip(rows, folders, strict=True)]
             if self.state.files:
                 with tarfile.open(fileobj=io.BytesIO(self.state.files)) as archive:
                     archive.extractall(tasks[0].checkpoint, filter="data")
@@ -222,7 +224,7 @@ class _UserShard:
             for folder in folders:
                 _empty(folder)
 
-    def _task(self, row: int, folder: Path, parts: dict[int, float]) -> TrainingTask:
+    def _task(self, row: int, dataset: Dataset, folder: Path, parts: dict[int, float]) -> TrainingTask:
         workdir, checkpoint = folder / "work", folder / "checkpoint"
         for path in (workdir, checkpoint):
             path.mkdir(parents=True, exist_ok=True)
@@ -240,7 +242,7 @@ class _UserShard:
             seed,
             self.device,
             dict(options),
-            self.dataset,
+            dataset,
             workdir,
             checkpoint,
             report,

@@ -181,3 +181,31 @@ def test_code_that_changes_the_folder_does_not_move_the_process(shard):
     before = Path.cwd()
     shard(Train(act=lambda task: os.chdir("/")), Caller())
     assert Path.cwd() == before
+
+
+def test_what_the_code_writes_to_the_dataset_ends_with_its_trial(shard, digits):
+    seen = []
+
+    def write(task):
+        seen.append((int(task.dataset.train_images[0].max()), int(task.dataset.train_labels[0])))
+        task.dataset.train_images[0], task.dataset.train_labels[0] = 200, 9
+
+    shard(Train(act=write), Caller())
+    assert seen == [(int(digits.train_images[0].max()), int(digits.train_labels[0]))] * 4
+    assert seen[0][0] != 200
+    assert seen[0][1] != 9
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_labels_are_compared_with_those_on_the_disk(shard, many):
+    def train(tasks):
+        outcomes = []
+        for task in tasks:
+            task.dataset.train_labels[:5] = 0
+            right = np.ones(task.dataset.n_train), np.ones(task.dataset.n_test)
+            outcomes.append(Outcome(*right, train_labels=task.dataset.train_labels))
+        return outcomes
+
+    train.takes_many = many
+    with pytest.raises(OutcomeError, match="train_labels differs from the dataset at 4 of 1438 examples"):
+        shard(train, Caller())
