@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from memtail.cli.arguments import Json, SpecFile, interruptible, preparation
+from memtail.cli.arguments import DEFAULT_STORE, Json, SpecFile, interruptible, preparation
 from memtail.errors import TrainerError
+from memtail.settings import STORE_VARIABLE
 
 app = typer.Typer(help="Check training code of your own.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -23,6 +24,7 @@ def check(
     spec: SpecFile,
     trial: Annotated[int, typer.Option(min=0, help="Index of the trial.", metavar="K")] = 0,
     once: Annotated[bool, typer.Option("--once", help="Train the trial once only: do not check that its outcomes are repeatable.")] = False,
+    store: Annotated[str, typer.Option(help="Store that is kept from the code; it is not opened.", envvar=STORE_VARIABLE)] = DEFAULT_STORE,
     json_: Json = False,
 ) -> None:
     """Train one trial by the experiment's function or command, without a store, and show what came back and how long it took.
@@ -40,7 +42,11 @@ def check(
         print(f"{experiment.name}: the built-in trainer needs no check: memtail plan {spec} measures a run")
         return
     try:
-        with interruptible(), preparation(quiet=json_) as on_preparation, TrainerChecker(experiment, trial, on_preparation) as checker:
+        with (
+            interruptible(),
+            preparation(quiet=json_) as on_preparation,
+            TrainerChecker(experiment, trial, on_preparation, store) as checker,
+        ):
             first = checker.check()
             if not json_:
                 display.show_trainer_check(first)

@@ -7,6 +7,8 @@ from textwrap import dedent
 import pytest
 import yaml
 
+from memtail.storage.local import LocalStore
+from memtail.trainers import landlock
 from tests.support.arrays import write_arrays
 from tests.support.cli import command
 
@@ -168,3 +170,19 @@ def test_a_forecast_names_the_check_instead(declared, tmp_path):
     assert shown.returncode == 2
     assert "memtail trainer check" in shown.stderr
     assert len(shown.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not landlock.version(), reason="needs Landlock")
+@pytest.mark.parametrize("named", ["option", "variable", "default"])
+def test_the_store_is_kept_from_code_that_is_checked(declared, tmp_path, monkeypatch, named):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    store = LocalStore("memtail-store" if named == "default" else "results")
+    store.put("experiments/other/experiment.json", b"{}")
+    if named == "variable":
+        monkeypatch.setenv("MEMTAIL_STORE", "results")
+    path = declared(f"import shutil; shutil.rmtree({store.address + '/experiments'!r})\nreturn None")
+    shown = check(path, "--once", *(["--store", "results"] if named == "option" else []))
+    assert shown.returncode == 2
+    assert "PermissionError" in shown.stderr
+    assert store.get("experiments/other/experiment.json") == b"{}"
