@@ -87,6 +87,10 @@ class _Parent:
             return
         self.send({"save": True}, state)
 
+    def warn(self, message: str, trials: str) -> None:
+        """Have a warning logged."""
+        self.send({"warning": message, "trials": trials})
+
     def should_stop(self) -> bool:
         """Return whether the parent asked to stop."""
         return self._stopping.is_set()

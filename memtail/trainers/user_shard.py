@@ -37,6 +37,10 @@ log = structlog.get_logger()
 _CHECKPOINT_SECONDS = 60.0
 # Parts of an outcome that are compared with the dataset.
 _COMPARED = ("train_labels", "test_labels", "train_ids", "test_ids")
+_PERMUTED = (
+    "models are no better on their subsets than elsewhere: outcomes are probably not in the order of the dataset, or the subset is "
+    "ignored; return train_labels to check the order"
+)
 
 
 class UserTrainer(Protocol):
@@ -67,6 +71,10 @@ class Caller(Protocol):
 
     def save(self, state: bytes) -> None:
         """Keep a checkpoint."""
+        ...
+
+    def warn(self, message: str, trials: str) -> None:
+        """Take a warning to the user, about the trials `first-last`."""
         ...
 
     def should_stop(self) -> bool:
@@ -151,11 +159,7 @@ def train_user_shard(
     batch = make_batch(dataset, trials, members, arrays, metrics, provenance)
     ordered = any(name.startswith("train") for name in compared)
     if not ordered and looks_permuted(members, np.stack([each["train_correct"] for each in arrays])):
-        log.warning(
-            "models are no better on their subsets than elsewhere: outcomes are probably not in the order of the dataset, or the subset is "
-            "ignored; return train_labels to check the order",
-            trials=f"{trials[0]}-{trials[-1]}",
-        )
+        caller.warn(_PERMUTED, f"{trials[0]}-{trials[-1]}")
     return batch
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from structlog.testing import capture_logs
 
 from memtail.errors import TrainerError, TrainingStopped, UnsupportedError
 from memtail.execution.declare import declare as make_record
@@ -97,6 +98,17 @@ def test_one_process_trains_shard_after_shard_without_touching_this_one(train, d
     assert 0.125 in fractions
     assert fractions[-1] == 1.0
     assert len(steps) >= 8
+
+
+def test_outcomes_in_another_order_are_warned_of_once_by_this_process(train, declared):
+    act = "sys.modules['mine'].outcome = lambda task: memtail.Outcome([i % 2 for i in range(200)], [True] * 50)"
+    with capture_logs() as events:
+        train(declared(act=act))
+        train(declared(act=act), Shard(4, 7))
+    (warning,) = [event for event in events if event["log_level"] == "warning"]
+    assert "models are no better on their subsets than elsewhere" in warning["event"]
+    assert (warning["experiment"], warning["trials"]) == ("mine", "0-3")
+    assert not [event for event in events if event["event"] == "trainer"]
 
 
 def test_another_experiment_and_a_failure_get_a_new_process(train, declared):
