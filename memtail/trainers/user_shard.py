@@ -158,7 +158,8 @@ def train_user_shard(
     arrays, metrics = [shard.state.arrays[trial] for trial in trials], [shard.state.metrics[trial] for trial in trials]
     batch = make_batch(dataset, trials, members, arrays, metrics, provenance)
     ordered = any(name.startswith("train") for name in compared)
-    if not ordered and looks_permuted(members, np.stack([each["train_correct"] for each in arrays])):
+    trained = [row for row, trial in enumerate(batch.metrics) if not trial.diverged]
+    if not ordered and trained and looks_permuted(members[trained], np.stack([arrays[row]["train_correct"] for row in trained])):
         caller.warn(_PERMUTED, f"{trials[0]}-{trials[-1]}")
     return batch
 

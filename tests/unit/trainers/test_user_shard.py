@@ -168,17 +168,14 @@ def test_a_faulty_outcome_names_its_trial(shard):
         shard(train, Caller())
 
 
-def test_outcomes_that_do_not_depend_on_the_subset_are_warned_of(shard):
-    train = Train()
-    train.__class__ = type(
-        "Other",
-        (Train,),
-        {"__call__": lambda self, tasks: [Outcome(np.arange(tasks[0].dataset.n_train) % 2, np.ones(tasks[0].dataset.n_test))]},
-    )
-    caller = Caller()
+@pytest.mark.parametrize("loss", [1.0, np.nan])
+def test_outcomes_that_do_not_depend_on_the_subset_are_warned_of_unless_trials_diverged(shard, loss):
+    def train(tasks):
+        return [Outcome(np.arange(tasks[0].dataset.n_train) % 2, np.ones(tasks[0].dataset.n_test), metrics={"loss": loss})]
+
+    train.takes_many, caller = False, Caller()
     shard(train, caller)
-    (warning,) = caller.warnings
-    assert "outcomes are probably not in the order of the dataset" in warning
+    assert ["outcomes are probably not in the order of the dataset" in each for each in caller.warnings] == [True] * (loss == 1.0)
 
 
 def test_code_that_changes_the_folder_does_not_move_the_process(shard):
