@@ -40,6 +40,8 @@ _LONGEST_MESSAGE, _LONGEST_TRACEBACK = 10_000, 100_000
 _HINT = (
     ": user code cannot change the store and the datasets, nor make files in the folders that lead to them: write to task.workdir or TMPDIR"
 )
+# Folder of memtail's code.
+_PACKAGE = Path(__file__).parents[1]
 # Largest checkpoint that is taken, in bytes: any, since the other side is trusted.
 _LARGEST = 1 << 62
 
@@ -193,12 +195,18 @@ def _described(error: BaseException) -> dict[str, Any]:
     kind = next((kind for cause, kind in kinds.items() if isinstance(error, cause)), "shard")
     try:
         message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
-        text = "".join(traceback.format_exception(error))
+        text = "" if isinstance(error, MemtailError) and _is_own(error) else "".join(traceback.format_exception(error))
         if isinstance(error, PermissionError):
             message += _HINT
     except Exception:  # an exception of user code may not know how to be shown
         message = text = type(error).__name__
     return {"error": kind, "message": message[:_LONGEST_MESSAGE], "traceback": text[-_LONGEST_TRACEBACK:]}
+
+
+def _is_own(error: BaseException) -> bool:
+    """Return whether memtail itself found the fault, so that a traceback shows nothing of the user's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return error.__cause__ is None and all(Path(frame.filename).is_relative_to(_PACKAGE) for frame in frames)
 
 
 def serve(connection: int) -> None:

@@ -155,7 +155,7 @@ class TrainerProcess:
                 self.end()  # so that all its output has been read
         output = self._output.text()
         trace = f"{failure.__cause__ or ''}\n" + (f"Last output of the trainer:\n{output}" if output else "")
-        raise self._fault(failure) or failure from _RemoteTraceback(f"\n{trace}")
+        raise self._fault(failure) or failure from _RemoteTraceback(f"\n{trace}") if trace.strip() else None
 
     def check(
         self, experiment: Experiment, dataset: DatasetLabels, code: Path, store: str | None, devices: list[str] | None, count: bool

@@ -113,8 +113,6 @@ def test_signs_of_a_fault_are_warned_of_with_advice(declared, end, advice):
     ("end", "line", "below"),
     [
         ("print('almost there')\nraise ValueError('no such file')", "ValueError: no such file", "almost there"),
-        ("return memtail.Outcome(train_correct=correct[task.subset], test_correct=[])", "train_correct has shape", "user_shard.py"),
-        (outcome("train_labels=labels[::-1]"), "the outcomes are in another order", "user_shard.py"),
         ("import os\nprint('going', flush=True)\nos._exit(3)", "ended with exit code 3", "going"),
     ],
 )
@@ -140,6 +138,22 @@ def test_bad_input_is_refused_in_one_line(declared, options, parts, line):
     assert shown.returncode == 2
     assert line in shown.stderr
     assert len(shown.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "parts", "line"),
+    [
+        ("return memtail.Outcome(train_correct=correct[task.subset], test_correct=[])", {}, "train_correct has shape"),
+        (outcome("train_labels=labels[::-1]"), {}, "the outcomes are in another order"),
+        (RETURN, {"trainer": {"function": "own:missing"}}, "trainer.function: module 'own' has no function 'missing'"),
+        (RETURN, {"trainer": {"command": ["pythn", "own.py"]}}, "command pythn cannot be started"),
+    ],
+)
+def test_faults_that_memtail_finds_have_no_traceback(declared, end, parts, line):
+    shown = check(declared(end, **parts))
+    assert shown.returncode == 2
+    assert line in shown.stderr
+    assert "Traceback" not in shown.stderr
 
 
 def test_the_built_in_trainer_needs_no_check(declared):
