@@ -161,29 +161,6 @@ def test_train_many_must_return_one_outcome_for_each_task(shard, returned, descr
         shard(train, Caller())
 
 
-def test_a_faulty_outcome_names_its_trial(shard):
-    train = Train()
-    train.__class__ = type("Other", (Train,), {"__call__": lambda self, tasks: [Outcome([1], [1])]})
-    with pytest.raises(OutcomeError, match=r"^trial 0: train_correct has shape \[1\]"):
-        shard(train, Caller())
-
-
-@pytest.mark.parametrize("loss", [1.0, np.nan])
-def test_outcomes_that_do_not_depend_on_the_subset_are_warned_of_unless_trials_diverged(shard, loss):
-    def train(tasks):
-        return [Outcome(np.arange(tasks[0].dataset.n_train) % 2, np.ones(tasks[0].dataset.n_test), metrics={"loss": loss})]
-
-    train.takes_many, caller = False, Caller()
-    shard(train, caller)
-    assert ["outcomes are probably not in the order of the dataset" in each for each in caller.warnings] == [True] * (loss == 1.0)
-
-
-def test_code_that_changes_the_folder_does_not_move_the_process(shard):
-    before = Path.cwd()
-    shard(Train(act=lambda task: os.chdir("/")), Caller())
-    assert Path.cwd() == before
-
-
 def test_what_the_code_writes_to_the_dataset_ends_with_its_trial(shard, digits):
     seen = []
 
@@ -210,3 +187,26 @@ def test_labels_are_compared_with_those_on_the_disk(shard, many):
     train.takes_many = many
     with pytest.raises(OutcomeError, match="train_labels differs from the dataset at 4 of 1438 examples"):
         shard(train, Caller())
+
+
+def test_a_faulty_outcome_names_its_trial(shard):
+    train = Train()
+    train.__class__ = type("Other", (Train,), {"__call__": lambda self, tasks: [Outcome([1], [1])]})
+    with pytest.raises(OutcomeError, match=r"^trial 0: train_correct has shape \[1\]"):
+        shard(train, Caller())
+
+
+@pytest.mark.parametrize("loss", [1.0, np.nan])
+def test_outcomes_that_do_not_depend_on_the_subset_are_warned_of_unless_trials_diverged(shard, loss):
+    def train(tasks):
+        return [Outcome(np.arange(tasks[0].dataset.n_train) % 2, np.ones(tasks[0].dataset.n_test), metrics={"loss": loss})]
+
+    train.takes_many, caller = False, Caller()
+    shard(train, caller)
+    assert ["outcomes are probably not in the order of the dataset" in each for each in caller.warnings] == [True] * (loss == 1.0)
+
+
+def test_code_that_changes_the_folder_does_not_move_the_process(shard):
+    before = Path.cwd()
+    shard(Train(act=lambda task: os.chdir("/")), Caller())
+    assert Path.cwd() == before
