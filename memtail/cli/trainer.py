@@ -13,6 +13,9 @@ from memtail.settings import STORE_VARIABLE
 
 app = typer.Typer(help="Check training code of your own.", no_args_is_help=True, rich_markup_mode=None)
 
+# Most lines of the output of faulty code that a check shows.
+_OUTPUT_LINES = 50
+
 
 @app.callback()
 def _group() -> None:
@@ -52,9 +55,9 @@ def check(
                 display.show_trainer_check(first)
             second = None if once else checker.repeat()
     except TrainerError as error:
-        print(f"memtail: {' '.join(str(error).split())}", file=sys.stderr)
         if error.__cause__ is not None:
-            print(str(error.__cause__).strip("\n"), file=sys.stderr)
+            _show(str(error.__cause__))
+        print(f"memtail: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     seconds = first.all_seconds((second or first).seconds)
     if json_:
@@ -63,3 +66,11 @@ def check(
         print(json.dumps(shown, indent=1))
     else:
         display.show_repetition(first, second, seconds)
+
+
+def _show(cause: str) -> None:
+    """Print the traceback of a fault, and the last lines of the output."""
+    from memtail.trainers.process import OUTPUT_HEADING
+
+    trace, heading, output = cause.strip("\n").partition(OUTPUT_HEADING)
+    print(trace + heading + "\n".join(output.splitlines()[-_OUTPUT_LINES:]), file=sys.stderr)

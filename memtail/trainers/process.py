@@ -37,6 +37,9 @@ from memtail.trials import Shard, TrialBatch, largest_batch, pack
 
 log = structlog.get_logger()
 
+#: Line between the traceback of a fault and the output of the code.
+OUTPUT_HEADING = "Last output of the trainer:\n"
+
 # Trials after which a process is replaced, so that memory that the code leaks is freed.
 _MOST_TRIALS = 10_000
 # Seconds between two looks at whether to stop.
@@ -154,7 +157,7 @@ class TrainerProcess:
             if not usable or self._trials >= _MOST_TRIALS:
                 self.end()  # so that all its output has been read
         output = self._output.text()
-        trace = f"{failure.__cause__ or ''}\n" + (f"Last output of the trainer:\n{output}" if output else "")
+        trace = f"{failure.__cause__ or ''}\n" + (OUTPUT_HEADING + output if output else "")
         raise self._fault(failure) or failure from _RemoteTraceback(f"\n{trace}") if trace.strip() else None
 
     def check(

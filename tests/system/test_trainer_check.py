@@ -110,19 +110,27 @@ def test_signs_of_a_fault_are_warned_of_with_advice(declared, end, advice):
 
 
 @pytest.mark.parametrize(
-    ("end", "line", "below"),
+    ("end", "line", "above"),
     [
         ("print('almost there')\nraise ValueError('no such file')", "ValueError: no such file", "almost there"),
         ("import os\nprint('going', flush=True)\nos._exit(3)", "ended with exit code 3", "going"),
     ],
 )
-def test_faults_are_the_line_of_a_run_with_traceback_and_output_below(declared, end, line, below):
+def test_faults_are_the_last_line_below_traceback_and_output(declared, end, line, above):
     shown = check(declared(end))
     assert shown.returncode == 2
-    lines = shown.stderr.splitlines()
-    start = next(number for number, each in enumerate(lines) if each.startswith("memtail: "))
-    assert line in lines[start]
-    assert below in "\n".join(lines[start + 1 :])
+    *lines, last = shown.stderr.splitlines()
+    assert last.startswith("memtail: ")
+    assert line in last
+    assert above in "\n".join(lines)
+
+
+def test_the_last_lines_of_a_long_output_are_shown(declared):
+    shown = check(declared("print(*range(1000), sep='\\n')\n1 / 0"))
+    _, _, output = shown.stderr.partition("Last output of the trainer:\n")
+    assert output.splitlines()[:-1] == [str(number) for number in range(950, 1000)]
+    assert "ZeroDivisionError" in output.splitlines()[-1]
+    assert "in train" in shown.stderr
 
 
 @pytest.mark.parametrize(
