@@ -37,6 +37,16 @@ class Caller:
         return self._stop_after is not None and len(self.trials) >= self._stop_after
 
 
+class Code:
+    """Training code that is called with the tasks."""
+
+    def __init__(self, call, many=False):
+        self.takes_many, self._call = many, call
+
+    def __call__(self, tasks):
+        return self._call(tasks)
+
+
 class Train:
     """Training code that is right about its subset, and about every other example if the seed is even."""
 
@@ -184,9 +194,8 @@ def test_labels_are_compared_with_those_on_the_disk(shard, many):
             outcomes.append(Outcome(*right, train_labels=task.dataset.train_labels))
         return outcomes
 
-    train.takes_many = many
     with pytest.raises(OutcomeError, match="train_labels differs from the dataset at 4 of 1438 examples"):
-        shard(train, Caller())
+        shard(Code(train, many), Caller())
 
 
 def test_a_faulty_outcome_names_its_trial(shard):
@@ -201,8 +210,8 @@ def test_outcomes_that_do_not_depend_on_the_subset_are_warned_of_unless_trials_d
     def train(tasks):
         return [Outcome(np.arange(tasks[0].dataset.n_train) % 2, np.ones(tasks[0].dataset.n_test), metrics={"loss": loss})]
 
-    train.takes_many, caller = False, Caller()
-    shard(train, caller)
+    caller = Caller()
+    shard(Code(train), caller)
     assert ["outcomes are probably not in the order of the dataset" in each for each in caller.warnings] == [True] * (loss == 1.0)
 
 
