@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
-from memtail.cli.arguments import Json, SpecFile, interruptible, preparation
+from memtail.cli.arguments import DEFAULT_STORE, Json, SpecFile, interruptible, preparation
 from memtail.errors import TrainerError
+from memtail.settings import STORE_VARIABLE
 
 app = typer.Typer(help="Check training code of your own.", no_args_is_help=True, rich_markup_mode=None)
+
+# Most lines of the output of faulty code that a check shows.
+_OUTPUT_LINES = 50
 
 
 @app.callback()
@@ -23,6 +27,7 @@ def check(
     spec: SpecFile,
     trial: Annotated[int, typer.Option(min=0, help="Index of the trial.", metavar="K")] = 0,
     once: Annotated[bool, typer.Option("--once", help="Train the trial once only: do not check that its outcomes are repeatable.")] = False,
+    store: Annotated[str, typer.Option(help="Store that is kept from the code; it is not opened.", envvar=STORE_VARIABLE)] = DEFAULT_STORE,
     json_: Json = False,
 ) -> None:
     """Train one trial by the experiment's function or command, without a store, and show what came back and how long it took.
@@ -40,15 +45,19 @@ def check(
         print(f"{experiment.name}: the built-in trainer needs no check: memtail plan {spec} measures a run")
         return
     try:
-        with interruptible(), preparation(quiet=json_) as on_preparation, TrainerChecker(experiment, trial, on_preparation) as checker:
+        with (
+            interruptible(),
+            preparation(quiet=json_) as on_preparation,
+            TrainerChecker(experiment, trial, on_preparation, store) as checker,
+        ):
             first = checker.check()
             if not json_:
                 display.show_trainer_check(first)
             second = None if once else checker.repeat()
     except TrainerError as error:
-        print(f"memtail: {' '.join(str(error).split())}", file=sys.stderr)
         if error.__cause__ is not None:
-            print(str(error.__cause__).strip("\n"), file=sys.stderr)
+            _show(str(error.__cause__))
+        print(f"memtail: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     seconds = first.all_seconds((second or first).seconds)
     if json_:
@@ -57,3 +66,11 @@ def check(
         print(json.dumps(shown, indent=1))
     else:
         display.show_repetition(first, second, seconds)
+
+
+def _show(cause: str) -> None:
+    """Print the traceback of a fault, and the last lines of the output."""
+    from memtail.trainers.process import OUTPUT_HEADING
+
+    trace, heading, output = cause.strip("\n").partition(OUTPUT_HEADING)
+    print(trace + heading + "\n".join(output.splitlines()[-_OUTPUT_LINES:]), file=sys.stderr)

@@ -7,7 +7,6 @@ import importlib
 import multiprocessing
 import os
 import sys
-import traceback
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,11 +20,10 @@ from memtail.errors import DatasetError
 from memtail.processes import check_script, follow_parent
 from memtail.spec import FunctionDataset
 from memtail.spec.trainer import code_digest
+from memtail.user_code import describe_fault
 
 #: Version of the interpretation of what a function returns; raised when the same value gives another dataset.
 FUNCTION_VERSION = 1
-
-_LONGEST_MESSAGE = 500
 
 
 def function_identity(spec: FunctionDataset) -> list[Any]:
@@ -89,14 +87,7 @@ def _load(spec: FunctionDataset, target: Path) -> Path:
 
 def _failed(spec: FunctionDataset, when: str, error: BaseException) -> DatasetError:
     """Describe an exception of the user's code, and its last place there, in one line."""
-    folder = spec.folder or Path.cwd()
-    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError):
-        places.append((error.filename or "", error.lineno))
-    own = [place for place in places if Path(place[0]).is_relative_to(folder) and "site-packages" not in place[0]]
-    where = f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_MESSAGE]
-    return DatasetError(f"dataset.function '{spec.function}' failed{when}: {text}{where}")
+    return DatasetError(f"dataset.function '{spec.function}' failed{when}: {describe_fault(error, spec.folder or Path.cwd())}")
 
 
 def _write(spec: FunctionDataset, returned: Any, target: Path) -> Path:

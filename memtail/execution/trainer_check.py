@@ -77,12 +77,13 @@ class TrainerChecker:
         experiment: the declaration, with a function or a command as its trainer.
         trial: index of the trial.
         on_preparation: as in `memtail.run`.
+        store: address of a store; if it is a folder, user code has no access to it. It need not exist, and is not opened.
 
     Raises:
         SpecError: bad input, or the built-in trainer.
     """
 
-    def __init__(self, experiment: Experiment, trial: int, on_preparation: Any = None) -> None:
+    def __init__(self, experiment: Experiment, trial: int, on_preparation: Any = None, store: str | None = None) -> None:
         from memtail.trainers.images.devices import available_devices
 
         if isinstance(experiment.trainer, ImagesTrainer | ImportedTrainer):
@@ -94,7 +95,7 @@ class TrainerChecker:
         self._folder: Path | None = experiment.trainer.folder
         self._dataset: Dataset = datasets.prepare(experiment.dataset, on_preparation)
         self._record: Record = declare(experiment, self._dataset, 1)
-        self._shard = Shard(trial, trial)
+        self._shard, self._store = Shard(trial, trial), store
         self._trainer = ShardTrainer(self._devices[0])
         self._first: TrialBatch | None = None
 
@@ -138,7 +139,7 @@ class TrainerChecker:
         return Repetition(compared.bits + compared.margins, second.provenance.seconds or 0.0)
 
     def _train(self) -> TrialBatch:
-        return self._trainer.train(self._record, self._dataset, self._shard, None, code=self._folder)
+        return self._trainer.train(self._record, self._dataset, self._shard, None, code=self._folder, store=self._store)
 
 
 def _warnings(batch: TrialBatch) -> list[str]:

@@ -140,5 +140,5 @@ def _imported(path: str) -> Callable[..., nn.Module]:
         raise SpecError(
             f"model.name: '{path}' cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): "
             f"it must be package.module:function, importable from here (see PYTHONPATH)"
-        ) from None
+        ) from error  # its traceback shows where
     return builder

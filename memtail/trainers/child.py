@@ -29,6 +29,7 @@ from memtail.trainers.images.devices import peak_memory
 from memtail.trainers.user_network import train_network_shard
 from memtail.trainers.user_shard import train_user_shard
 from memtail.trials import TrialBatch
+from memtail.user_code import describe_fault
 
 log = structlog.get_logger()
 
@@ -40,6 +41,8 @@ _LONGEST_MESSAGE, _LONGEST_TRACEBACK = 10_000, 100_000
 _HINT = (
     ": user code cannot change the store and the datasets, nor make files in the folders that lead to them: write to task.workdir or TMPDIR"
 )
+# Folder of memtail's code, and the file that calls functions.
+_PACKAGE, _CALLER = Path(__file__).parents[1], str(Path(__file__).with_name("function.py"))
 # Largest checkpoint that is taken, in bytes: any, since the other side is trusted.
 _LARGEST = 1 << 62
 
@@ -87,6 +90,10 @@ class _Parent:
             return
         self.send({"save": True}, state)
 
+    def warn(self, message: str, trials: str) -> None:
+        """Have a warning logged."""
+        self.send({"warning": message, "trials": trials})
+
     def should_stop(self) -> bool:
         """Return whether the parent asked to stop."""
         return self._stopping.is_set()
@@ -113,6 +120,7 @@ class _Child:
     def __init__(self, parent: _Parent) -> None:
         self._parent = parent
         self._trainer: Function | Command | None = None
+        self._declared: UserTrainer | None = None
         self._opened: dict[str, Dataset] = {}
 
     def serve(self) -> None:
@@ -126,7 +134,7 @@ class _Child:
                     batch = self._train(message["train"], message["device"], checkpoint)
                     answer, data = {"batch": True, "peak_memory": peak_memory(torch.device(message["device"]))}, batch.to_bytes()
             except BaseException as error:  # also SystemExit and KeyboardInterrupt of user code
-                answer, data = _described(error), b""
+                answer, data = _described(error, self._declared), b""
             self._parent.send(answer, data)
 
     def _train(self, work: dict[str, Any], device: str, checkpoint: bytes | None) -> TrialBatch:
@@ -141,7 +149,7 @@ class _Child:
             self._parent.send({"ready": True})
             return train_network_shard(experiment, dataset, trials, device, self._parent, checkpoint, work["profile"])
         if self._trainer is None:
-            declared = _checked(experiment.trainer, code, work["trainer_code"])
+            declared = self._declared = _checked(experiment.trainer, code, work["trainer_code"])
             # from here on nothing that is raised is the fault of this machine
             self._parent.send({"importing": True})
             paths = [str(code), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -184,17 +192,31 @@ def _checked(trainer: UserTrainer, code: Path, digest: str) -> UserTrainer:
     return declared
 
 
-def _described(error: BaseException) -> dict[str, Any]:
+def _described(error: BaseException, trainer: UserTrainer | None) -> dict[str, Any]:
     kinds = {TrainingStopped: "stopped", UnsupportedError: "unsupported", WorkerFaultError: "worker"}
     kind = next((kind for cause, kind in kinds.items() if isinstance(error, cause)), "shard")
     try:
-        message = str(error) if isinstance(error, MemtailError) else f"{type(error).__name__}: {error}"
-        text = "".join(traceback.format_exception(error))
+        message = str(error) if isinstance(error, MemtailError | TrainingStopped) else _fault(error, trainer)
+        text = "" if isinstance(error, MemtailError) and _is_own(error) else "".join(traceback.format_exception(error))
         if isinstance(error, PermissionError):
             message += _HINT
     except Exception:  # an exception of user code may not know how to be shown
         message = text = type(error).__name__
     return {"error": kind, "message": message[:_LONGEST_MESSAGE], "traceback": text[-_LONGEST_TRACEBACK:]}
+
+
+def _fault(error: BaseException, trainer: UserTrainer | None) -> str:
+    """Return the message of an exception, of a function with its name and the last place in its folder."""
+    called = any(frame.filename == _CALLER for frame in traceback.extract_tb(error.__traceback__))
+    if called and isinstance(trainer, FunctionTrainer) and trainer.folder is not None:
+        return f"trainer.function '{trainer.function}' failed: {describe_fault(error, trainer.folder)}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_own(error: BaseException) -> bool:
+    """Return whether memtail itself found the fault, so that a traceback shows nothing of the user's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return error.__cause__ is None and all(Path(frame.filename).is_relative_to(_PACKAGE) for frame in frames)
 
 
 def serve(connection: int) -> None:

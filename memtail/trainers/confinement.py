@@ -101,7 +101,7 @@ def restricted_paths(environment: Mapping[str, str], store: str | None, dataset:
     if environment.get("NUMBA_CACHE_DIR"):
         accesses[Path(environment["NUMBA_CACHE_DIR"])] = Access.READ
     if store is not None and not is_url(store):
-        accesses |= dict.fromkeys([Path(store) / name for name in (*keys.top_level(), UNFINISHED)], Access.NONE)
+        accesses |= dict.fromkeys([Path(store).absolute() / name for name in (*keys.top_level(), UNFINISHED)], Access.NONE)
     accesses |= dict.fromkeys(_key_files(environment, home), Access.NONE)
     return accesses | {dataset: Access.READ, scratch: Access.ALL}
 

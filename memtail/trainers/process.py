@@ -37,6 +37,9 @@ from memtail.trials import Shard, TrialBatch, largest_batch, pack
 
 log = structlog.get_logger()
 
+#: Line between the traceback of a fault and the output of the code.
+OUTPUT_HEADING = "Last output of the trainer:\n"
+
 # Trials after which a process is replaced, so that memory that the code leaks is freed.
 _MOST_TRIALS = 10_000
 # Seconds between two looks at whether to stop.
@@ -45,6 +48,8 @@ _POLL_SECONDS = 0.1
 _SEND_SECONDS, _END_SECONDS = 60.0, 30.0
 # Seconds in which a process that is about to be ended shows what it is doing.
 _SHOW_SECONDS = 0.5
+# Most characters of a warning that the log takes.
+_LONGEST_WARNING = 1000
 # Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from memtail.trainers.guardian import main; main()"
 
@@ -105,6 +110,7 @@ class TrainerProcess:
         self._guardian: subprocess.Popen[bytes] | None = None
         self._serves: tuple[str, Path, str | None] | None = None
         self._trials = 0
+        self._warned = ""  # fingerprint of the experiment that was warned of last
         #: Peak memory in bytes when the last shard was trained, as the process says.
         self.peak_memory = 0
 
@@ -151,8 +157,8 @@ class TrainerProcess:
             if not usable or self._trials >= _MOST_TRIALS:
                 self.end()  # so that all its output has been read
         output = self._output.text()
-        trace = f"{failure.__cause__ or ''}\n" + (f"Last output of the trainer:\n{output}" if output else "")
-        raise self._fault(failure) or failure from _RemoteTraceback(f"\n{trace}")
+        trace = f"{failure.__cause__ or ''}\n" + (OUTPUT_HEADING + output if output else "")
+        raise self._fault(failure) or failure from _RemoteTraceback(f"\n{trace}") if trace.strip() else None
 
     def check(
         self, experiment: Experiment, dataset: DatasetLabels, code: Path, store: str | None, devices: list[str] | None, count: bool
@@ -309,12 +315,20 @@ class TrainerProcess:
                     if checkpoints:
                         checkpoints.save(data)
                         limits.heard()  # the store may have been slow
+                case {"warning": str(warning), "trials": str(trials)}:
+                    self._warn(work, _printable(warning), _printable(trials))
                 case {"batch": _}:
                     peak = message.get("peak_memory")
                     self.peak_memory = peak if isinstance(peak, int) else 0
                     return _checked(data, work)
                 case {"error": str(kind), "message": str(text), "traceback": str(trace)}:
                     self._raise(kind, _printable(text), _printable(trace), imports, limits.stopping is not None)
+
+    def _warn(self, work: Work, warning: str, trials: str) -> None:
+        """Log a warning, the first one of each experiment only: what is wrong with one shard is wrong with all."""
+        if self._warned != work.record.fingerprint:
+            self._warned = work.record.fingerprint
+            log.warning(warning[:_LONGEST_WARNING], experiment=work.record.experiment.name, trials=trials[:_LONGEST_WARNING])
 
     def _check(self, limits: Limits) -> None:
         try:

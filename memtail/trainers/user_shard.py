@@ -19,7 +19,7 @@ import numpy.typing as npt
 import structlog
 import torch
 
-from memtail.datasets import Dataset
+from memtail.datasets import Dataset, open_dataset
 from memtail.errors import OutcomeError
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment
@@ -37,6 +37,10 @@ log = structlog.get_logger()
 _CHECKPOINT_SECONDS = 60.0
 # Parts of an outcome that are compared with the dataset.
 _COMPARED = ("train_labels", "test_labels", "train_ids", "test_ids")
+_PERMUTED = (
+    "models are no better on their subsets than elsewhere: outcomes are probably not in the order of the dataset, or the subset is "
+    "ignored; return train_labels to check the order"
+)
 
 
 class UserTrainer(Protocol):
@@ -67,6 +71,10 @@ class Caller(Protocol):
 
     def save(self, state: bytes) -> None:
         """Keep a checkpoint."""
+        ...
+
+    def warn(self, message: str, trials: str) -> None:
+        """Take a warning to the user, about the trials `first-last`."""
         ...
 
     def should_stop(self) -> bool:
@@ -150,12 +158,9 @@ def train_user_shard(
     arrays, metrics = [shard.state.arrays[trial] for trial in trials], [shard.state.metrics[trial] for trial in trials]
     batch = make_batch(dataset, trials, members, arrays, metrics, provenance)
     ordered = any(name.startswith("train") for name in compared)
-    if not ordered and looks_permuted(members, np.stack([each["train_correct"] for each in arrays])):
-        log.warning(
-            "models are no better on their subsets than elsewhere: outcomes are probably not in the order of the dataset, or the subset is "
-            "ignored; return train_labels to check the order",
-            trials=f"{trials[0]}-{trials[-1]}",
-        )
+    trained = [row for row, trial in enumerate(batch.metrics) if not trial.diverged]
+    if not ordered and trained and looks_permuted(members[trained], np.stack([arrays[row]["train_correct"] for row in trained])):
+        caller.warn(_PERMUTED, f"{trials[0]}-{trials[-1]}")
     return batch
 
 
@@ -215,7 +220,9 @@ class _UserShard:
         folders = [Path(_base().name, str(place)) for place in range(len(rows))]
         before, parts = Path.cwd(), dict.fromkeys(rows, 0.0)
         try:
-            tasks = [self._task(row, folder, parts) for row, folder in zip(rows, folders, strict=True)]
+            # arrays of its own for each call of the code: what it writes to them reaches neither a later trial nor the check of the order
+            dataset = open_dataset(self.dataset.folder)
+            tasks = [self._task(row, dataset, folder, parts) for row, folder in zip(rows, folders, strict=True)]
             if self.state.files:
                 with tarfile.open(fileobj=io.BytesIO(self.state.files)) as archive:
                     archive.extractall(tasks[0].checkpoint, filter="data")
@@ -226,7 +233,7 @@ class _UserShard:
             for folder in folders:
                 _empty(folder)
 
-    def _task(self, row: int, folder: Path, parts: dict[int, float]) -> TrainingTask:
+    def _task(self, row: int, dataset: Dataset, folder: Path, parts: dict[int, float]) -> TrainingTask:
         workdir, checkpoint = folder / "work", folder / "checkpoint"
         for path in (workdir, checkpoint):
             path.mkdir(parents=True, exist_ok=True)
@@ -244,7 +251,7 @@ class _UserShard:
             seed,
             self.device,
             dict(options),
-            self.dataset,
+            dataset,
             workdir,
             checkpoint,
             report,

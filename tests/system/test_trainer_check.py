@@ -7,6 +7,8 @@ from textwrap import dedent
 import pytest
 import yaml
 
+from memtail.storage.local import LocalStore
+from memtail.trainers import landlock
 from tests.support.arrays import write_arrays
 from tests.support.cli import command
 
@@ -108,21 +110,27 @@ def test_signs_of_a_fault_are_warned_of_with_advice(declared, end, advice):
 
 
 @pytest.mark.parametrize(
-    ("end", "line", "below"),
+    ("end", "line", "above"),
     [
         ("print('almost there')\nraise ValueError('no such file')", "ValueError: no such file", "almost there"),
-        ("return memtail.Outcome(train_correct=correct[task.subset], test_correct=[])", "train_correct has shape", "user_shard.py"),
-        (outcome("train_labels=labels[::-1]"), "the outcomes are in another order", "user_shard.py"),
         ("import os\nprint('going', flush=True)\nos._exit(3)", "ended with exit code 3", "going"),
     ],
 )
-def test_faults_are_the_line_of_a_run_with_traceback_and_output_below(declared, end, line, below):
+def test_faults_are_the_last_line_below_traceback_and_output(declared, end, line, above):
     shown = check(declared(end))
     assert shown.returncode == 2
-    lines = shown.stderr.splitlines()
-    start = next(number for number, each in enumerate(lines) if each.startswith("memtail: "))
-    assert line in lines[start]
-    assert below in "\n".join(lines[start + 1 :])
+    *lines, last = shown.stderr.splitlines()
+    assert last.startswith("memtail: ")
+    assert line in last
+    assert above in "\n".join(lines)
+
+
+def test_the_last_lines_of_a_long_output_are_shown(declared):
+    shown = check(declared("print(*range(1000), sep='\\n')\n1 / 0"))
+    _, _, output = shown.stderr.partition("Last output of the trainer:\n")
+    assert output.splitlines()[:-1] == [str(number) for number in range(950, 1000)]
+    assert "ZeroDivisionError" in output.splitlines()[-1]
+    assert "in train" in shown.stderr
 
 
 @pytest.mark.parametrize(
@@ -138,6 +146,22 @@ def test_bad_input_is_refused_in_one_line(declared, options, parts, line):
     assert shown.returncode == 2
     assert line in shown.stderr
     assert len(shown.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "parts", "line"),
+    [
+        ("return memtail.Outcome(train_correct=correct[task.subset], test_correct=[])", {}, "train_correct has shape"),
+        (outcome("train_labels=labels[::-1]"), {}, "the outcomes are in another order"),
+        (RETURN, {"trainer": {"function": "own:missing"}}, "trainer.function: module 'own' has no function 'missing'"),
+        (RETURN, {"trainer": {"command": ["pythn", "own.py"]}}, "command pythn cannot be started"),
+    ],
+)
+def test_faults_that_memtail_finds_have_no_traceback(declared, end, parts, line):
+    shown = check(declared(end, **parts))
+    assert shown.returncode == 2
+    assert line in shown.stderr
+    assert "Traceback" not in shown.stderr
 
 
 def test_the_built_in_trainer_needs_no_check(declared):
@@ -168,3 +192,19 @@ def test_a_forecast_names_the_check_instead(declared, tmp_path):
     assert shown.returncode == 2
     assert "memtail trainer check" in shown.stderr
     assert len(shown.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not landlock.version(), reason="needs Landlock")
+@pytest.mark.parametrize("named", ["option", "variable", "default"])
+def test_the_store_is_kept_from_code_that_is_checked(declared, tmp_path, monkeypatch, named):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    store = LocalStore("memtail-store" if named == "default" else "results")
+    store.put("experiments/other/experiment.json", b"{}")
+    if named == "variable":
+        monkeypatch.setenv("MEMTAIL_STORE", "results")
+    path = declared(f"import shutil; shutil.rmtree({store.address + '/experiments'!r})\nreturn None")
+    shown = check(path, "--once", *(["--store", "results"] if named == "option" else []))
+    assert shown.returncode == 2
+    assert "PermissionError" in shown.stderr
+    assert store.get("experiments/other/experiment.json") == b"{}"

@@ -93,11 +93,11 @@ def causes(error):
 FATAL = {
     "exit_0": "the trainer process ended with exit code 0",
     "exit_3": "the trainer process ended with exit code 3",
-    "leave_python": "SystemExit: 0",
+    "leave_python": "trainer.function 'hostile_trainer:train' failed: SystemExit: 0 (",
     "killed": "the trainer process was ended by SIGKILL: out of memory, or killed",
     "bus_error": "the trainer process was ended by SIGBUS: /dev/shm may be too small for the workers of a DataLoader",
     "segfault": "the trainer process was ended by SIGSEGV: a crash in native code",
-    "fail": "RuntimeError: ? of the code",
+    "fail": "trainer.function 'hostile_trainer:train' failed: RuntimeError: ? of the code (",
     "no_outcome": "trial 1: the trainer returned dict, not a memtail.Outcome",
     "stop_unasked": "the code raised memtail.TrainingStopped although it was not told to stop",
     "blame_the_worker": "not mine",

@@ -19,7 +19,7 @@ class Caller:
     """Records what a shard tells; stops it after a number of finished trials."""
 
     def __init__(self, stop_after=None):
-        self.fractions, self.trials, self.states, self._stop_after = [], [], [], stop_after
+        self.fractions, self.trials, self.states, self.warnings, self._stop_after = [], [], [], [], stop_after
 
     def progress(self, fraction):
         self.fractions.append(fraction)
@@ -30,8 +30,21 @@ class Caller:
     def save(self, state):
         self.states.append(state)
 
+    def warn(self, message, trials):
+        self.warnings.append(message)
+
     def should_stop(self):
         return self._stop_after is not None and len(self.trials) >= self._stop_after
+
+
+class Code:
+    """Training code that is called with the tasks."""
+
+    def __init__(self, call, many=False):
+        self.takes_many, self._call = many, call
+
+    def __call__(self, tasks):
+        return self._call(tasks)
 
 
 class Train:
@@ -158,6 +171,33 @@ def test_train_many_must_return_one_outcome_for_each_task(shard, returned, descr
         shard(train, Caller())
 
 
+def test_what_the_code_writes_to_the_dataset_ends_with_its_trial(shard, digits):
+    seen = []
+
+    def write(task):
+        seen.append((int(task.dataset.train_images[0].max()), int(task.dataset.train_labels[0])))
+        task.dataset.train_images[0], task.dataset.train_labels[0] = 200, 9
+
+    shard(Train(act=write), Caller())
+    assert seen == [(int(digits.train_images[0].max()), int(digits.train_labels[0]))] * 4
+    assert seen[0][0] != 200
+    assert seen[0][1] != 9
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_labels_are_compared_with_those_on_the_disk(shard, many):
+    def train(tasks):
+        outcomes = []
+        for task in tasks:
+            task.dataset.train_labels[:5] = 0
+            right = np.ones(task.dataset.n_train), np.ones(task.dataset.n_test)
+            outcomes.append(Outcome(*right, train_labels=task.dataset.train_labels))
+        return outcomes
+
+    with pytest.raises(OutcomeError, match="train_labels differs from the dataset at 4 of 1438 examples"):
+        shard(Code(train, many), Caller())
+
+
 def test_a_faulty_outcome_names_its_trial(shard):
     train = Train()
     train.__class__ = type("Other", (Train,), {"__call__": lambda self, tasks: [Outcome([1], [1])]})
@@ -165,16 +205,14 @@ def test_a_faulty_outcome_names_its_trial(shard):
         shard(train, Caller())
 
 
-def test_outcomes_that_do_not_depend_on_the_subset_are_warned_of(shard):
-    train = Train()
-    train.__class__ = type(
-        "Other",
-        (Train,),
-        {"__call__": lambda self, tasks: [Outcome(np.arange(tasks[0].dataset.n_train) % 2, np.ones(tasks[0].dataset.n_test))]},
-    )
-    with structlog.testing.capture_logs() as logs:
-        shard(train, Caller())
-    assert "outcomes are probably not in the order of the dataset" in logs[0]["event"]
+@pytest.mark.parametrize("loss", [1.0, np.nan])
+def test_outcomes_that_do_not_depend_on_the_subset_are_warned_of_unless_trials_diverged(shard, loss):
+    def train(tasks):
+        return [Outcome(np.arange(tasks[0].dataset.n_train) % 2, np.ones(tasks[0].dataset.n_test), metrics={"loss": loss})]
+
+    caller = Caller()
+    shard(Code(train), caller)
+    assert ["outcomes are probably not in the order of the dataset" in each for each in caller.warnings] == [True] * (loss == 1.0)
 
 
 def test_code_that_changes_the_folder_does_not_move_the_process(shard):
