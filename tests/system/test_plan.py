@@ -16,6 +16,7 @@ from memtail.trainers.images import train_shard
 from memtail.trainers.images.profiling import PHASES, Phases
 from memtail.trainers.process import TrainerProcess
 from memtail.trials import TrialBatch
+from tests.support import inline
 from tests.support.cli import command
 
 CPU = torch.device("cpu")
@@ -192,7 +193,8 @@ def test_a_network_of_the_users_own_is_measured_in_a_trainer_process_that_is_kep
     monkeypatch.setattr("memtail.trainers.images.devices.peak_memory", lambda device: 1)  # of this process
     experiment = declare(40, model={"name": "tests.support.networks:with_dropout"}, execution={"device": "cpu", "trials_per_shard": 2})
     monkeypatch.setattr("memtail.trainers.images.devices.cores", lambda: 1)
-    plan = planning.forecast(experiment, tmp_path / "store")
+    with inline.training():
+        plan = planning.forecast(experiment, tmp_path / "store")
     trained = [work.record.experiment.training.epochs for work in started if work.record.fingerprint]
     assert trained == [1, 2]  # the second one is another experiment
     assert plan.peak_memory > 1 << 26
