@@ -1,7 +1,9 @@
 """One assignment of a worker: a lease, and `run_shard`."""
 
 import os
+import random
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -43,6 +45,8 @@ LEFT = "left to another"
 _PROFILED = 16
 # Leases after which a shard no longer waits for another worker to make its next attempt: that may train for hours, or be unable to.
 _MOST_LEASES_LEFT = 60
+# Longest pause in seconds after a shard that is left to another: about the time until the dispatcher sends it again.
+_LEFT_SECONDS = 2.0
 # Source of the workers' notices.
 _NOTICE = "worker"
 # Most characters of a reason in a report, which must fit into an atomic write to a pipe.
@@ -182,6 +186,8 @@ class Trainer:
         if len(failures) >= MAX_ATTEMPTS:
             return NOT_WANTED
         if failures and self._is_for_another(failures):
+            # else workers that wait for messages in turn get the same ones again and again, each those that are for the other
+            time.sleep(random.uniform(0, _LEFT_SECONDS))  # noqa: S311
             return LEFT
         with Lease(self._broker, assignment, self._holder, self._lease_seconds, self._silence_seconds, experiment_store) as lease:
             if not lease.held:
