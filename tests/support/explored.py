@@ -1,15 +1,19 @@
 """Store of the explorer's tests: `digits`, trained; `odd`, with a study and markup and formulas as names; `young`, without scores."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from memtail import datasets
 from memtail.execution.declare import declare
 from memtail.execution.embedded import run
 from memtail.experiment_store import ExperimentStore
+from memtail.explorer.app import create
 from memtail.scores.publish import publish
 from memtail.spec import Experiment
 from memtail.statistics import Statistics
@@ -66,3 +70,11 @@ def publish_random(store: ObjectStore, experiment: Experiment, trials: int) -> N
     packed = (pack(M), pack(C), pack(bits["T"] < 0.5))
     statistics.accumulate(TrialBatch(np.arange(trials, dtype=np.int32), *packed, dataset.n_train, dataset.n_test, metrics))
     publish(store, record, statistics, dataset)
+
+
+def opened(store: LocalStore, path: str) -> tuple[TestClient, Any]:
+    """Return a client of the explorer, and its answer to a path once the scores have been read."""
+    client = TestClient(create(store), base_url="http://localhost")
+    while (answer := client.get(path)).status_code == 503:
+        time.sleep(0.05)
+    return client, answer

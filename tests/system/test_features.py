@@ -1,20 +1,18 @@
 """Features with the built-in trainer, through the command line: scikit-learn's breast cancer data."""
 
 import re
-import time
 
 import numpy as np
 import pytest
 import yaml
-from fastapi.testclient import TestClient
 from sklearn.datasets import load_breast_cancer
 
 from memtail import load_scores
 from memtail.errors import MemtailError
-from memtail.explorer.app import create
 from memtail.explorer.views import PER_PAGE
 from memtail.storage.local import LocalStore
 from tests.support.cli import command, invoke
+from tests.support.explored import opened
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +60,7 @@ def test_the_report_shows_features_as_tables_and_pairs_as_rows(finished):
 
 
 def test_the_explorer_shows_an_example_as_a_table_and_its_influencers_as_rows(finished):
-    client = TestClient(create(LocalStore(finished / "store")), base_url="http://localhost")
-    while (gallery := client.get("/experiments/cancer")).status_code == 503:  # while the scores are being read
-        time.sleep(0.05)
+    client, gallery = opened(LocalStore(finished / "store"), "/experiments/cancer")
     assert gallery.text.count('<th scope="row"><a href="/experiments/cancer/train/') == PER_PAGE
     scores = load_scores(finished / "store/experiments/cancer")
     test = int(scores.pairs["tt_idx"][0])

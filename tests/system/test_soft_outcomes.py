@@ -2,21 +2,19 @@
 
 import json
 import re
-import time
 
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
 
 import memtail
 from memtail.datasets import prepare
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import ScoresError
-from memtail.explorer.app import create
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, unpack
 from tests.support.cli import batches, command
+from tests.support.explored import opened
 
 DATASET = {"name": "digits", "max_train": 200, "max_test": 50}
 CODE = """
@@ -104,9 +102,7 @@ def test_pages_show_scores_and_epochs_where_they_are_recorded(tmp_path):
         assert heading not in plain
     table = memtail.load_scores(store / "experiments" / "soft").snapshots
     after_one, after_four = (table["mem"][(table["index"] == 7) & (table["epoch"] == epoch)].item() for epoch in (1, 4))
-    client = TestClient(create(LocalStore(store)), base_url="http://localhost")
-    while (answer := client.get("/experiments/soft/train/7")).status_code == 503:  # while the scores are being read
-        time.sleep(0.05)
+    _, answer = opened(LocalStore(store), "/experiments/soft/train/7")
     page = " ".join(re.sub("<[^>]+>", " ", answer.text).split())
     assert "memorization of scores" in page
     assert re.search(rf"memorization by epoch 1: {shown_as(after_one)} ± \S+ 4: {shown_as(after_four)} ± ", page), page

@@ -5,17 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from fastapi.testclient import TestClient
 
 from memtail import load_scores
-from memtail.explorer.app import create
 from memtail.storage.local import LocalStore
 from tests.support.cli import command
+from tests.support.explored import opened
 
 EXAMPLE = Path(__file__).parents[2] / "examples/texts"
 
@@ -54,9 +52,7 @@ def test_report_and_explorer_show_texts(store):
     report = page.read_text()
     assert report.count("<blockquote") > 20
     assert 'alt="train image' not in report
-    client = TestClient(create(store), base_url="http://localhost")
-    while (gallery := client.get("/experiments/texts")).status_code == 503:  # while the scores are being read
-        time.sleep(0.1)
+    client, gallery = opened(store, "/experiments/texts")
     assert gallery.text.count('<span class="picture text">') > 30
     assert "Interleave list of addrinfo tuples by family." in client.get("/experiments/texts/train/0").text
     assert client.get("/experiments/texts/images/train/0.png").status_code == 404

@@ -2,20 +2,18 @@
 
 import csv
 import io
-import time
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-from fastapi.testclient import TestClient
 
 import memtail
 from memtail.errors import DatasetError
 from memtail.execution.embedded import run
-from memtail.explorer.app import create
 from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION
 from memtail.storage.local import LocalStore
 from tests.support.cli import command, invoke
+from tests.support.explored import opened
 from tests.support.incomplete import images_without_test_set, texts_without_labels
 
 TRIALS = 112
@@ -39,10 +37,7 @@ def scores(finished):
 
 @pytest.fixture(scope="module")
 def client(finished):
-    client = TestClient(create(finished[1]), base_url="http://localhost")
-    while client.get("/experiments/texts").status_code == 503:  # while the scores are being read
-        time.sleep(0.05)
-    return client
+    return opened(finished[1], "/experiments/texts")[0]
 
 
 def test_pairs_are_those_of_all_memorized_and_all_test_examples(scores):

@@ -3,22 +3,20 @@
 import csv
 import io
 import json
-import time
 
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 
 import memtail
 from memtail.errors import MemtailError, SpecError
-from memtail.explorer.app import create
 from memtail.scores.names import INFLUENCE_MATRIX, PAIRS
 from memtail.scores.pointer import latest_version
 from memtail.storage.local import LocalStore
 from memtail.studies.result import load_results
 from services.aggregator.metric_updates import update_finished
 from tests.support.cli import command, invoke
+from tests.support.explored import opened
 from tests.support.incomplete import images_without_test_set
 
 TRIALS = 112
@@ -36,10 +34,7 @@ def finished(own_cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(finished):
-    client = TestClient(create(finished[1]), base_url="http://localhost")
-    while client.get("/experiments/images").status_code == 503:  # while the scores are being read
-        time.sleep(0.05)
-    return client
+    return opened(finished[1], "/experiments/images")[0]
 
 
 def test_a_run_prints_neither_test_accuracy_nor_pairs(finished):

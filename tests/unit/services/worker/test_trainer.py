@@ -39,6 +39,7 @@ class Broker:
 @pytest.fixture
 def outcome(experiment_store, monkeypatch):
     """Return the outcome of an assignment at a worker on a node, beside others."""
+    monkeypatch.setattr("services.worker.trainer._LEFT_SECONDS", 0.0)
 
     def of(node, host, *places):
         monkeypatch.setenv("MEMTAIL_NODE", node)
