@@ -281,6 +281,13 @@ def largest_batch(trials: int, n_train: int, n_test: int) -> int:
     return trials * (10 * (n_train + n_test) + 4096) + (1 << 20)
 
 
+def recorded_margins(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    """Round margins to float16, clipped to its range."""
+    largest = float(np.finfo(np.float16).max)
+    margins: npt.NDArray[np.float16] = np.clip(values, -largest, largest).astype(np.float16)
+    return margins
+
+
 def pack(bits: npt.NDArray[np.bool_]) -> Bits:
     """Pack bool [k, n] into uint8 [k, ceil(n/8)], in little bit order, padded with zeros."""
     return np.packbits(bits, axis=1, bitorder="little")

@@ -27,7 +27,7 @@ from memtail.datasets.dataset import Dataset, DatasetLabels
 from memtail.datasets.feature_dataset import FeatureDataset
 from memtail.datasets.image_dataset import ImageDataset, as_images
 from memtail.datasets.opening import open_dataset
-from memtail.datasets.prepared import OnProgress, write_dataset
+from memtail.datasets.prepared import OnProgress, Prepare, write_dataset
 from memtail.datasets.sources import InMemoryDataset, InMemoryFeatures, digits, shortened
 from memtail.datasets.text_dataset import TextDataset
 from memtail.datasets.torchvision_sources import TORCHVISION, load_torchvision, torchvision_files
@@ -110,7 +110,7 @@ class _Source:
     """
 
     identity: list[Any]
-    prepare: Callable[[Path, Path, OnProgress | None], Path]
+    prepare: Prepare
 
 
 def _prepare(source: _Source, cache: Path, on_progress: OnProgress | None) -> Dataset:

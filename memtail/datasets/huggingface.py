@@ -14,14 +14,12 @@ import numpy as np
 
 from memtail.datasets.decoding import decode_bytes
 from memtail.datasets.items import ItemError, ItemSplit, write_items
-from memtail.datasets.prepared import OnProgress
+from memtail.datasets.prepared import OnProgress, Prepare
 from memtail.errors import DatasetError
 from memtail.spec import HuggingFaceDataset
 
 # Rows that are read at once.
 _ROWS = 1000
-
-Prepare = Callable[[Path, Path, OnProgress | None], Path]
 
 
 def huggingface_source(spec: HuggingFaceDataset) -> tuple[list[Any], Prepare]:

@@ -23,6 +23,8 @@ CHUNK = 1024
 
 #: Is called with (images done, all images).
 OnProgress = Callable[[int, int], None]
+#: Writes a prepared dataset below a folder and returns its folder; the second argument is a file for a list of images that cannot be used.
+Prepare = Callable[[Path, Path, OnProgress | None], Path]
 
 
 @dataclass(frozen=True)

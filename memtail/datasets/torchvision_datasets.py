@@ -5,7 +5,6 @@ A class that takes a `loader` of images only lists the files, which are decoded 
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from PIL import Image
 from memtail.datasets.folder import prepare_folder
 from memtail.datasets.image_tree import ImageFiles, ImageTree
 from memtail.datasets.items import ItemError, Items, ItemSplit, write_items
-from memtail.datasets.prepared import OnProgress
+from memtail.datasets.prepared import OnProgress, Prepare
 from memtail.datasets.torchvision_table import ENTRIES, Entry
 from memtail.errors import DatasetError
 from memtail.settings import Settings
@@ -29,8 +28,6 @@ _OTHER_LABELS = {"target_type", "target_types"}
 
 # Attributes that name the classes.
 _CLASSES = ("classes", "categories", "all_categories", "class_to_idx")
-
-Prepare = Callable[[Path, Path, OnProgress | None], Path]
 
 
 def torchvision_source(spec: TorchvisionDataset) -> tuple[list[Any], Prepare]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from memtail.estimators.binomial import Floats, share
 from memtail.estimators.influence import Index
 from memtail.statistics import Statistics, cooccurrence
-from memtail.statistics.accumulator import PackedTrials
+from memtail.statistics.accumulator import PackedTrials, column_sums
 from memtail.statistics.soft import ONE, PLANES, Sums, Words
 
 
@@ -87,12 +87,12 @@ class SoftInfluence:
             product = cooccurrence(self.members, words).astype(np.int64)
             score_in += product << plane
             square_in += product << 2 * plane
-            score += _column_sums(words) << plane
-            square += _column_sums(words) << 2 * plane
+            score += column_sums(words) << plane
+            square += column_sums(words) << 2 * plane
         for one, other in combinations(range(PLANES), 2) if squares else ():
             both = self.planes[one] & self.planes[other]
             square_in += cooccurrence(self.members, both).astype(np.int64) << one + other + 1
-            square += _column_sums(both) << one + other + 1
+            square += column_sums(both) << one + other + 1
         return (score_in, square_in), (score - score_in, square - square_in)
 
 
@@ -155,8 +155,3 @@ def _mean_variance(total: Sums, squares: Sums, count: npt.NDArray[np.int64]) -> 
     variance: Floats = np.full(numerator.shape, np.nan)
     np.divide(numerator, count.astype(np.float64) ** 2 * (count - 1) * ONE**2, out=variance, where=count > 1)
     return variance
-
-
-def _column_sums(words: Words) -> Sums:
-    sums: Sums = np.bitwise_count(words).sum(0, dtype=np.int64)
-    return sums

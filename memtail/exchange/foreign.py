@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from memtail.errors import OutcomeError
 from memtail.statistics.soft import quantized
+from memtail.trials import recorded_margins
 
 _Bools = npt.NDArray[np.bool_]
 _Labels = npt.NDArray[np.int64]
-_LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -258,8 +258,7 @@ def _bits(path: Path, name: str, values: npt.NDArray[Any]) -> _Bools:
 def _margins(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     if values.dtype.kind not in "iuf" or np.isnan(values).any():
         raise OutcomeError(f"{path}: holds margins that are not numbers ({values.dtype}): leave out trials that diverged")
-    margins: npt.NDArray[np.float16] = np.clip(values, -_LARGEST, _LARGEST).astype(np.float16)
-    return margins
+    return recorded_margins(values)
 
 
 def _probabilities(odds: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:

@@ -51,7 +51,7 @@ class PackedTrials:
     @cached_property
     def k_in(self) -> Counts:
         """int64 [n], trials with each training example in their subset."""
-        return _column_sums(self.membership)
+        return column_sums(self.membership)
 
     @property
     def k_out(self) -> Counts:
@@ -61,17 +61,17 @@ class PackedTrials:
     @cached_property
     def correct_in(self) -> Counts:
         """int64 [n], trials with each training example in their subset that classify it correctly."""
-        return _column_sums(self.membership & self.train_correct)
+        return column_sums(self.membership & self.train_correct)
 
     @cached_property
     def correct(self) -> Counts:
         """int64 [n], trials that classify each training example correctly."""
-        return _column_sums(self.train_correct)
+        return column_sums(self.train_correct)
 
     @cached_property
     def correct_on_test(self) -> Counts:
         """int64 [q], trials that classify each test example correctly."""
-        return _column_sums(self.test_correct)
+        return column_sums(self.test_correct)
 
     @property
     def counted_mask(self) -> npt.NDArray[np.bool_]:
@@ -108,7 +108,8 @@ def pack_words(bits: npt.NDArray[np.bool_]) -> Words:
     return np.packbits(bits, axis=-1, bitorder="little").view("<u8").astype(np.uint64)
 
 
-def _column_sums(words: Words) -> Counts:
+def column_sums(words: Words) -> Counts:
+    """Count the bits of each column: uint64 [W, b] -> int64 [b]."""
     total = np.zeros(words.shape[1], np.int64)
     for row in words:
         total += np.bitwise_count(row)

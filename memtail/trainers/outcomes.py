@@ -10,6 +10,7 @@ from memtail.datasets import DatasetLabels
 from memtail.errors import OutcomeError
 from memtail.spec import RecordedOutcomes
 from memtail.trainers.task import Outcome
+from memtail.trials import recorded_margins
 
 #: Largest difference between in-subset and held-out accuracy, in standard errors, at which outcomes look like those of another order.
 _SAME = 2.0
@@ -86,9 +87,7 @@ def _margins(name: str, values: Any, size: int) -> npt.NDArray[np.float16]:
     array = _array(name, values, size)
     if array.dtype.kind not in "iuf":
         raise OutcomeError(f"{name} is {array.dtype}: return floats")
-    largest = float(np.finfo(np.float16).max)
-    margins: npt.NDArray[np.float16] = np.clip(array, -largest, largest).astype(np.float16)
-    return margins
+    return recorded_margins(array)
 
 
 def _scores(name: str, values: Any, size: int) -> npt.NDArray[np.float32]:
