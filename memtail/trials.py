@@ -5,6 +5,7 @@ Schema 1, for k trials on n training and q test examples:
 * `schema` int64 and `shape` int64 [2], which is (n, q).
 * `trial` int32 [k], the trials' indices.
 * `membership`, `train_correct` uint8 [k, ceil(n/8)] and `test_correct` uint8 [k, ceil(q/8)], bits packed in numpy's little order.
+  The latter two are missing where only scores are recorded.
 * `train_mistakes` uint16 [w], the predicted classes of the misclassified training examples, trial by trial in the order of the examples,
   without diverged trials. Batches of memtail's first versions lack it.
 * `train_margin` float16 [k, n] and `test_margin` float16 [k, q], where margins are recorded.
@@ -63,7 +64,8 @@ class TrialMetrics:
         diverged: whether its loss or an output is not finite; a diverged trial does not count.
         loss: mean training loss of the last epoch; None if not finite.
         in_subset_accuracy, held_out_accuracy, test_accuracy: fractions of the training examples inside and outside its subset and of the
-            test examples that are classified correctly; None if no training example is outside, or there is no test set.
+            test examples that are classified correctly; mean scores where only scores are recorded. None if no training example is outside,
+            or there is no test set.
         further: numbers that training code of the user's own returned; written only where there are any.
     """
 
@@ -150,13 +152,14 @@ class TrialBatch:
         provenance: of the batch.
 
     Raises:
-        ForeignObjectError: an array has another shape or type, or the metrics belong to other trials.
+        ForeignObjectError: an array has another shape or type, there is neither correctness nor a score, or the metrics belong to other
+            trials.
     """
 
     trial: npt.NDArray[np.int32]
     membership: Bits
-    train_correct: Bits
-    test_correct: Bits
+    train_correct: Bits | None
+    test_correct: Bits | None
     n_train: int
     n_test: int
     metrics: Sequence[TrialMetrics]
@@ -185,6 +188,8 @@ class TrialBatch:
             dtype = np.dtype(np.float16 if name.endswith("margin") else np.uint8)
             if array is not None and (array.shape != shape or array.dtype != dtype):
                 raise ForeignObjectError(f"trial batch: {name} is {array.dtype} {list(array.shape)}, expected is {dtype} {list(shape)}")
+        if self.scores_only and (self.train_score is None or self.test_score is None):
+            raise ForeignObjectError("trial batch: it has neither correctness nor scores of both splits")
         if [entry.trial for entry in self.metrics] != self.trial.tolist():
             raise ForeignObjectError(f"trial batch: its metrics are not those of its {k} trials")
         self._check_mistakes()
@@ -207,10 +212,33 @@ class TrialBatch:
         if correct is None or correct.dtype != np.uint8 or correct.shape != shape:
             raise ForeignObjectError(f"trial batch: snapshot_correct is not uint8 {list(shape)}")
 
+    @property
+    def scores_only(self) -> bool:
+        """Whether the trials have scores in place of correctness."""
+        return self.train_correct is None or self.test_correct is None
+
+    def correctness(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Return bool [k, n] and [k, q], whether each training and test example is classified correctly.
+
+        Raises:
+            ForeignObjectError: the trials have scores only.
+        """
+        if self.train_correct is None or self.test_correct is None:
+            raise ForeignObjectError(f"{self.shard} have scores only, and correctness is needed: train them with record: {{scores: true}}")
+        return unpack(self.train_correct, self.n_train), unpack(self.test_correct, self.n_test)
+
     def misclassified(self) -> npt.NDArray[np.bool_]:
         """Return bool [k, n], the places of the entries of `train_mistakes`: misclassified, in a trial that has not diverged."""
         diverged = np.array([entry.diverged for entry in self.metrics], np.bool_)
-        return ~unpack(self.train_correct, self.n_train) & ~diverged[:, None]
+        return ~self.correctness()[0] & ~diverged[:, None]
+
+    def mistakes(self) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16]]] | None:
+        """Return, of each trial, the indices of its misclassified training examples and the predicted classes; None if not recorded."""
+        if self.train_mistakes is None:
+            return None
+        misclassified = self.misclassified()
+        predicted = np.split(self.train_mistakes, np.cumsum(misclassified.sum(1))[:-1])
+        return [(np.flatnonzero(row), classes) for row, classes in zip(misclassified, predicted, strict=True)]
 
     @property
     def shard(self) -> Shard:
@@ -228,8 +256,7 @@ class TrialBatch:
             "schema": np.int64(SCHEMA),
             "trial": self.trial,
             "membership": self.membership,
-            "train_correct": self.train_correct,
-            "test_correct": self.test_correct,
+            **({} if self.scores_only else {"train_correct": self.train_correct, "test_correct": self.test_correct}),
             "shape": np.array([self.n_train, self.n_test], dtype=np.int64),
             "metrics": json.dumps([entry.to_dict() for entry in self.metrics]),
             "provenance": self.provenance.to_json(),
@@ -269,7 +296,8 @@ class TrialBatch:
             n_train, n_test = (int(size) for size in arrays.pop("shape"))
             metrics = [TrialMetrics(**entry) for entry in json.loads(str(arrays.pop("metrics")))]
             provenance = Provenance.from_json(str(arrays.pop("provenance")))
-            return cls(n_train=n_train, n_test=n_test, metrics=metrics, provenance=provenance, **arrays)
+            correct = {"train_correct": None, "test_correct": None}
+            return cls(n_train=n_train, n_test=n_test, metrics=metrics, provenance=provenance, **{**correct, **arrays})
         except ForeignObjectError:
             raise
         except Exception as error:  # hostile bytes make the parsers raise anything

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from memtail.execution.submit import Submission
     from memtail.execution.trainer_check import Repetition, TrainerCheck
     from memtail.experiment_store import Action, Failure, Origin
+    from memtail.scores.pointer import ScorePointer
     from memtail.scores.reader import Column, Scores
     from memtail.spec import Experiment
 
@@ -49,16 +50,17 @@ def show_summary(scores: "Scores", seconds: float, store: str) -> None:
     summary, pairs = scores.summary, scores.summary.pairs
     console.print(f"\n{summary.experiment}: {summary.trials} trials{trained}", style="bold")
     se = summary.mem_se_quantile(0.95)
-    facts = [("test accuracy", percent(summary.test_accuracy, 2, "-"))] if summary.n_test else []
+    names = summary.names
+    facts = [(f"test {names.mean}", percent(summary.test_accuracy, 2, "-"))] if summary.n_test else []
     facts += [
-        ("in-subset accuracy", percent(summary.in_subset_accuracy, 2, "-")),
-        ("held-out accuracy", percent(summary.held_out_accuracy, 2, "-")),
-        ("memorized (mem >= 0.25)", f"{percent(summary.mem_share(0.25), 2, '-')} of {summary.n_train} training examples"),
-        ("standard error of mem", f"95% of examples at most {se:.3f}" if se is not None else "none"),
+        (f"in-subset {names.mean}", percent(summary.in_subset_accuracy, 2, "-")),
+        (f"held-out {names.mean}", percent(summary.held_out_accuracy, 2, "-")),
+        (f"memorized ({names.mem} >= 0.25)", f"{percent(summary.mem_share(0.25), 2, '-')} of {summary.n_train} training examples"),
+        (f"standard error of {names.mem}", f"95% of examples at most {se:.3f}" if se is not None else "none"),
     ]
     if summary.n_test:
         examples = f"{pairs.train_examples} training and {pairs.test_examples} test examples"
-        facts.append(("high-influence pairs", f"{pairs.count} (infl >= {pairs.infl_threshold}), {examples}"))
+        facts.append(("high-influence pairs", f"{pairs.count} ({names.infl} >= {pairs.infl_threshold}), {examples}"))
     if summary.without_estimate:
         facts.append(("without an estimate", f"{summary.without_estimate} examples, in every subset or in none"))
     if summary.diverged:
@@ -122,13 +124,14 @@ def show_trainer_check(check: "TrainerCheck") -> None:
     console.print(f"{check.experiment}: trial {check.trial} of {check.trials}, on {check.device}", style="bold")
     metrics = {} if outcome.loss is None else {"loss": outcome.loss}
     metrics |= outcome.further or {}
+    mean = "score" if check.scores_only else "accuracy"
     order = f"the dataset's, by {' and '.join(check.compared)}" if check.compared else "not compared: return train_labels or train_ids"
     facts = [
         ("code", f"{', '.join(check.code)}: a change makes it another experiment"),
         ("subset", f"{check.subset} of {check.n_train} training examples"),
-        ("in-subset accuracy", percent(outcome.in_subset_accuracy, 2, "-")),
-        ("held-out accuracy", percent(outcome.held_out_accuracy, 2, "-")),
-        ("test accuracy", percent(outcome.test_accuracy, 2, "-")),
+        (f"in-subset {mean}", percent(outcome.in_subset_accuracy, 2, "-")),
+        (f"held-out {mean}", percent(outcome.held_out_accuracy, 2, "-")),
+        (f"test {mean}", percent(outcome.test_accuracy, 2, "-")),
         ("order", order),
         ("margins", "returned" if check.margins else "not recorded"),
         ("scores", "returned" if check.scores else "not recorded"),
@@ -165,7 +168,8 @@ def show_status(experiments: "list[ExperimentProgress]", unreadable: dict[str, s
             "dead": len(each.dead),
             "published": "-" if each.published_age is None else f"{each.published_trials}, {age(each.published_age)} ago",
             "std. error": "-" if each.standard_error is None else each.standard_error,
-            "test acc.": "-" if each.pointer is None else percent(each.pointer.summary.test_accuracy, 2, "-"),
+            "test acc.": _test_mean(each.pointer, "correct"),
+            "test score": _test_mean(each.pointer, "score"),
         }
         for each in experiments
     ]
@@ -177,6 +181,13 @@ def show_status(experiments: "list[ExperimentProgress]", unreadable: dict[str, s
             console.print(f"{each.experiment}: {line}")
     for name, error in unreadable.items():
         console.print(f"{name}: cannot be read ({error})")
+
+
+def _test_mean(pointer: "ScorePointer | None", outcome: str) -> str:
+    """Mean outcome on the test set; empty if the scores are of another outcome."""
+    if pointer is None:
+        return "-" if outcome == "correct" else ""
+    return percent(pointer.summary.test_accuracy, 2, "-") if pointer.summary.outcome == outcome else ""
 
 
 def show_submission(submission: "Submission", store: str) -> None:

@@ -128,4 +128,7 @@ def _figures(state: "RunState") -> str:
     in_subset = np.mean([entry.in_subset_accuracy for entry in counted])
     test = [entry.test_accuracy for entry in counted if entry.test_accuracy is not None]
     memorized = int(np.count_nonzero(memorization(state.statistics).value >= MEM_THRESHOLD))
-    return ", ".join([f"in-subset {in_subset:.2%}", *([f"test {np.mean(test):.2%}"] if test else []), f"memorized {memorized}"])
+    score = " score" if state.statistics.scores_only else ""
+    return ", ".join(
+        [f"in-subset{score} {in_subset:.2%}", *([f"test{score} {np.mean(test):.2%}"] if test else []), f"memorized {memorized}"]
+    )

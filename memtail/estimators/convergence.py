@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.estimators.binomial import Floats
-from memtail.estimators.memorization import Memorization, from_counts
+from memtail.estimators.memorization import Memorization, from_counts, from_scores
+from memtail.estimators.soft import soft_memorization_by
 from memtail.statistics import cooccurrence
 from memtail.statistics.accumulator import PackedTrials, Words, pack_words
 
@@ -119,7 +120,12 @@ def memorization_by(packed: PackedTrials, selections: npt.NDArray[np.bool_]) -> 
     trials = selections.sum(1)[:, None]
     for start in range(0, packed.n_train, BLOCK):
         block = slice(start, min(start + BLOCK, packed.n_train))
-        members, correct = packed.membership[:, block], packed.train_correct[:, block]
+        members = packed.membership[:, block]
+        if packed.train_score is not None:
+            soft, k_in = soft_memorization_by(words, trials, members, packed.train_score[:, :, block])
+            yield block, from_scores(soft, k_in, trials - k_in)
+            continue
+        correct = packed.correctness("train")[:, block]
         k_in, correct_in, correct_all = (cooccurrence(words, bits).astype(np.int64) for bits in (members, members & correct, correct))
         yield block, from_counts(k_in, trials - k_in, correct_in, correct_all - correct_in)
 

@@ -64,7 +64,7 @@ def false_discovery(
     ascending = np.sort(np.concatenate(small))
     # the rate of a pair is the smallest one that keeps it, and with it all pairs of smaller tails
     rates = np.minimum.accumulate((tested * ascending / np.arange(1, len(ascending) + 1))[::-1])[::-1]
-    both = np.bitwise_count(packed.membership[:, train] & packed.test_correct[:, test]).sum(0, dtype=np.int32)
+    both = np.bitwise_count(packed.membership[:, train] & packed.correctness("test")[:, test]).sum(0, dtype=np.int32)
     selected = _tails(both[:, None], packed.k_in[train][:, None], packed.correct_on_test[test][:, None], log_factorials)[:, 0]
     places = np.searchsorted(ascending, selected, side="right") - 1
     kept = int(np.searchsorted(rates, LARGEST_RATE, side="right"))

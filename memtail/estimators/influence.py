@@ -71,7 +71,7 @@ def influence_standard_error(both: npt.NDArray[np.int32], k_in: Counts, correct:
 
 def correctness(packed: PackedTrials, on: Target) -> tuple[Words, Counts]:
     """Return correctness on the influenced examples: uint64 [W, b], packed, and int64 [b], the trials that are correct on each."""
-    return (packed.test_correct, packed.correct_on_test) if on == "test" else (packed.train_correct, packed.correct)
+    return packed.correctness(on), packed.correct_on_test if on == "test" else packed.correct
 
 
 def influence(packed: PackedTrials, train: Index, other: Index, on: Target = "test") -> Influence:
@@ -103,7 +103,7 @@ def influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: npt.N
         float64 [p]; NaN where there is no estimate.
     """
     both = np.zeros(len(train), np.int64)
-    for members, correct in zip(packed.membership, packed.test_correct, strict=True):
+    for members, correct in zip(packed.membership, packed.correctness("test"), strict=True):
         both += np.bitwise_count(members[train] & correct[test])
     k_in = packed.k_in[train]
     return share(both, k_in) - share(packed.correct_on_test[test] - both, packed.trials - k_in)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memtail.estimators.binomial import Floats, difference_standard_error, share
+from memtail.estimators.soft import SoftMemorization, soft_memorization
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import Counts, PackedTrials
 
@@ -12,6 +13,8 @@ from memtail.statistics.accumulator import Counts, PackedTrials
 @dataclass(frozen=True)
 class Memorization:
     """Estimates for n training examples; NaN for an example in every subset or in none.
+
+    Where only scores are recorded, these are estimates of `memtail.estimators.soft`: mem_p, with Welch's standard errors, and mean scores.
 
     Attributes:
         value: float64 [n], mem_i = p_in - p_out.
@@ -35,7 +38,14 @@ class Memorization:
 
 def memorization(statistics: Statistics | PackedTrials) -> Memorization:
     """Estimate memorization by the equation of `memtail.estimators`, from column sums alone: O(n)."""
+    if isinstance(statistics, Statistics) and statistics.scores_only and (soft := soft_memorization(statistics)) is not None:
+        return from_scores(soft, statistics.k_in.copy(), statistics.k_out)
     return from_counts(statistics.k_in.copy(), statistics.k_out, statistics.correct_in, statistics.correct - statistics.correct_in)
+
+
+def from_scores(soft: SoftMemorization, k_in: Counts, k_out: Counts) -> Memorization:
+    """Take estimates of scores, with the numbers of models behind them, in place of those of correctness."""
+    return Memorization(soft.value, soft.standard_error, soft.score_in, soft.score_out, k_in, k_out)
 
 
 def from_counts(k_in: Counts, k_out: Counts, correct_in: Counts, correct_out: Counts) -> Memorization:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from memtail.estimators.binomial import Floats
 from memtail.estimators.influence import influence_blocks, influence_standard_error
 from memtail.estimators.memorization import Memorization
+from memtail.estimators.soft import soft_influence_blocks
 from memtail.statistics.accumulator import PackedTrials
 
 #: The paper's thresholds.
@@ -55,6 +56,8 @@ def high_influence_pairs(
 ) -> Pairs:
     """Find all pairs of one class with mem_i >= `mem_threshold` and infl_ij >= `infl_threshold` (the paper, section 3.2).
 
+    Where only scores are recorded, mem_p and infl_p take the places of mem and infl.
+
     Args:
         packed: the statistics.
         memorization: estimated from them.
@@ -65,7 +68,8 @@ def high_influence_pairs(
         device: as in `memtail.estimators.top_influencers`.
     """
     classes = candidates(memorization.value, train_labels, test_labels, mem_threshold)
-    parts = list(_find(packed, classes, infl_threshold) if device is None else _find_on(device, packed, classes, infl_threshold))
+    on_processor = device is None or packed.scores_only
+    parts = list(_find(packed, classes, infl_threshold) if on_processor else _find_on(str(device), packed, classes, infl_threshold))
     train = np.concatenate([part[0] for part in parts] or [np.empty(0, np.int64)])
     test = np.concatenate([part[1] for part in parts] or [np.empty(0, np.int64)])
     value = np.concatenate([part[2] for part in parts] or [np.empty(0)])
@@ -96,7 +100,8 @@ def candidates(mem: Floats, train_labels: Indices, test_labels: Indices, mem_thr
 
 def _find(packed: PackedTrials, classes: list[tuple[Indices, Indices]], threshold: float) -> Iterator[_Part]:
     for rows, columns in classes:
-        for place, block in influence_blocks(packed, rows, columns):
+        blocks = soft_influence_blocks(packed, rows, columns) if packed.scores_only else influence_blocks(packed, rows, columns)
+        for place, block in blocks:
             i, j = np.nonzero(block.value >= threshold)
             yield rows[place][i], columns[j], block.value[i, j], block.standard_error_at(i, j)
 
@@ -104,7 +109,7 @@ def _find(packed: PackedTrials, classes: list[tuple[Indices, Indices]], threshol
 def _find_on(device: str, packed: PackedTrials, classes: list[tuple[Indices, Indices]], threshold: float) -> Iterator[_Part]:
     from memtail.estimators.influence_torch import DeviceInfluence  # needs torch
 
-    influences = DeviceInfluence(packed.membership, packed.k_in, packed.test_correct, packed.correct_on_test, packed.trials, device)
+    influences = DeviceInfluence(packed.membership, packed.k_in, packed.correctness("test"), packed.correct_on_test, packed.trials, device)
     for rows, columns in classes:
         for i, j, both, value in influences.at_least(threshold, rows, columns):
             yield i, j, value, influence_standard_error(both, packed.k_in[i], packed.correct_on_test[j], packed.trials)

@@ -9,6 +9,7 @@ With s the score of a model on an example, in [0, 1], the equations of `memtail.
 var_in and var_out are the unbiased variances of the two groups. An estimate needs a trial in each group, its standard error two: NaN else.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -17,15 +18,19 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.estimators.binomial import Floats, share
-from memtail.estimators.influence import Index
+from memtail.estimators.influence import BLOCK, Index
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics.accumulator import PackedTrials, column_sums
-from memtail.statistics.soft import ONE, PLANES, Sums, Words
+from memtail.statistics.soft import ONE, PLANES, SoftSums, Sums, Words
+
+# Products of two planes that sum up to squares, with the exponents of their weights.
+_PRODUCTS = [(plane, plane, 2 * plane) for plane in range(PLANES)]
+_PRODUCTS += [(one, other, one + other + 1) for one, other in combinations(range(PLANES), 2)]
 
 
 @dataclass(frozen=True)
 class SoftMemorization:
-    """Estimates for n training examples.
+    """Estimates for n training examples, or [s, n] for them by each of s selections of trials.
 
     Attributes:
         value: float64 [n], mem_p.
@@ -43,9 +48,40 @@ def soft_memorization(statistics: Statistics) -> SoftMemorization | None:
     """Estimate memorization of scores from column sums alone: O(n); None if a trial has no scores."""
     if statistics.soft is None:
         return None
-    soft, k_in, k_out = statistics.soft, statistics.k_in, statistics.k_out
-    score_in, score_out = share(soft.score_in, k_in) / ONE, share(soft.score_out, k_out) / ONE
-    variance = _mean_variance(soft.score_in, soft.square_in, k_in) + _mean_variance(soft.score_out, soft.square_out, k_out)
+    return _memorization(statistics.soft, statistics.k_in, statistics.k_out)
+
+
+def soft_memorization_by(selections: Words, trials: Sums, members: Words, planes: Words) -> tuple[SoftMemorization, Sums]:
+    """Estimate memorization of the scores of b training examples by s selections of trials.
+
+    Args:
+        selections: uint64 [W, s], packed.
+        trials: int64 [s, 1], the trials of each selection.
+        members: uint64 [W, b], the subsets.
+        planes: uint64 [8, W, b], the scores.
+
+    Returns:
+        The estimates, [s, b], and int64 [s, b], the trials of each selection with each example in their subset.
+    """
+    k_in = cooccurrence(selections, members).astype(np.int64)
+    (score_in, square_in), (score, square) = _selected(selections, planes & members), _selected(selections, planes)
+    return _memorization(SoftSums(score_in, square_in, score - score_in, square - square_in), k_in, trials - k_in), k_in
+
+
+def _selected(selections: Words, planes: Words) -> tuple[Sums, Sums]:
+    """Sums of scores and of their squares, int64 [s, b], over selections of trials."""
+    score, square = np.zeros((2, selections.shape[1], planes.shape[2]), np.int64)
+    for one, other, weight in _PRODUCTS:
+        product = cooccurrence(selections, planes[one] & planes[other]).astype(np.int64)
+        square += product << weight
+        if one == other:
+            score += product << one
+    return score, square
+
+
+def _memorization(sums: SoftSums, k_in: Sums, k_out: Sums) -> SoftMemorization:
+    score_in, score_out = share(sums.score_in, k_in) / ONE, share(sums.score_out, k_out) / ONE
+    variance = _mean_variance(sums.score_in, sums.square_in, k_in) + _mean_variance(sums.score_out, sums.square_out, k_out)
     return SoftMemorization(score_in - score_out, np.sqrt(variance), score_in, score_out)
 
 
@@ -78,6 +114,29 @@ class SoftInfluence:
         (score_in, square_in), (score_out, square_out) = self._sums(squares=True)
         k_in = self.k_in[:, None]
         return np.sqrt(_mean_variance(score_in, square_in, k_in) + _mean_variance(score_out, square_out, self.trials - k_in))
+
+    def standard_error_at(self, i: npt.NDArray[np.int64], j: npt.NDArray[np.int64]) -> Floats:
+        """Return float64 [p], the standard errors at p places (i, j) of the block alone."""
+        return self.at(i, j)[1]
+
+    def at(self, i: npt.NDArray[np.int64], j: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Return float64 [p], the influences at p places (i, j) of the block, and float64 [p], their standard errors."""
+        score, square, score_in, square_in = np.zeros((4, len(i)), np.int64)
+        for members, planes in zip(self.members, self.planes.swapaxes(0, 1), strict=True):
+            inside, columns = members[i], planes[:, j]
+            for one, other, weight in _PRODUCTS:
+                both = columns[one] & columns[other]
+                all_models, models_in = np.bitwise_count(both).astype(np.int64), np.bitwise_count(both & inside).astype(np.int64)
+                square += all_models << weight
+                square_in += models_in << weight
+                if one == other:
+                    score += all_models << one
+                    score_in += models_in << one
+        k_in = self.k_in[i]
+        k_out = self.trials - k_in
+        value = (share(score_in, k_in) - share(score - score_in, k_out)) / ONE
+        variance = _mean_variance(score_in, square_in, k_in) + _mean_variance(score - score_in, square - square_in, k_out)
+        return value, np.sqrt(variance)
 
     def _sums(self, squares: bool) -> tuple[tuple[Sums, Sums], tuple[Sums, Sums]]:
         """Sums of scores and their squares, [a, b], over the trials with the training example and over the others."""
@@ -112,6 +171,14 @@ def soft_influence(packed: PackedTrials, train: Index, test: Index) -> SoftInflu
     return SoftInfluence(packed.membership[:, train], packed.test_score[:, :, test], packed.k_in[train], packed.trials)
 
 
+def soft_influence_blocks(packed: PackedTrials, train: npt.NDArray[np.int64], test: Index) -> Iterator[tuple[slice, SoftInfluence]]:
+    """Estimate influences of many training examples on scores, as `memtail.estimators.influence_blocks`; nothing without scores."""
+    for start in range(0, len(train), BLOCK):
+        rows = slice(start, min(start + BLOCK, len(train)))
+        if (block := soft_influence(packed, train[rows], test)) is not None:
+            yield rows, block
+
+
 def soft_influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> tuple[Floats, Floats] | None:
     """Estimate the influences of p training examples on the score of one test example each.
 
@@ -125,24 +192,7 @@ def soft_influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: 
     """
     if packed.test_score is None:
         return None
-    score, square, score_in, square_in = np.zeros((4, len(train)), np.int64)
-    for members, planes in zip(packed.membership, packed.test_score.swapaxes(0, 1), strict=True):
-        inside, columns = members[train], planes[:, test]
-        products = [(plane, plane, 2 * plane) for plane in range(PLANES)]
-        products += [(one, other, one + other + 1) for one, other in combinations(range(PLANES), 2)]
-        for one, other, power in products:
-            both = columns[one] & columns[other]
-            all_models, models_in = np.bitwise_count(both).astype(np.int64), np.bitwise_count(both & inside).astype(np.int64)
-            square += all_models << power
-            square_in += models_in << power
-            if one == other:
-                score += all_models << one
-                score_in += models_in << one
-    k_in = packed.k_in[train]
-    k_out = packed.trials - k_in
-    value = (share(score_in, k_in) - share(score - score_in, k_out)) / ONE
-    variance = _mean_variance(score_in, square_in, k_in) + _mean_variance(score - score_in, square - square_in, k_out)
-    return value, np.sqrt(variance)
+    return SoftInfluence(packed.membership, packed.test_score, packed.k_in, packed.trials).at(train, test)
 
 
 def _mean_variance(total: Sums, squares: Sums, count: npt.NDArray[np.int64]) -> Floats:

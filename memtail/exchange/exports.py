@@ -12,6 +12,9 @@
   `memorization` and `influence`.
 
 Scores without an estimate are 0, as in the authors' files.
+
+Where only scores are recorded, `infl-mem` has memorization and influence of scores, and `cscores` mean held-out scores; `authors` and
+`zenodo`, which consist of correctness, are refused.
 """
 
 import shutil
@@ -25,12 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import ScoresError
-from memtail.estimators import influence
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.fetch import open_scores
 from memtail.scores.names import INDEX, INFLUENCE_MATRIX, PAIRS
 from memtail.scores.reader import Scores
-from memtail.statistics.accumulator import PackedTrials
+from memtail.statistics.accumulator import PackedTrials, Words
 from memtail.storage import ObjectStore
 
 # Influences that are computed at once, which bounds memory.
@@ -75,13 +77,13 @@ def export(store: ObjectStore, name: str, form: str, folder: Path) -> list[Path]
 
 
 def _authors(source: _Source, folder: Path) -> list[Path]:
-    name, written = source.record.experiment.name, []
+    name, written, outcomes = source.record.experiment.name, [], _outcomes(source)
     for path in (source.scores.folder / file for file in (INFLUENCE_MATRIX, PAIRS, INDEX)):
         if path.exists():
             written += [shutil.copyfile(path, folder / f"{name}_{path.name}")]
     packed = source.packed
     trials = folder / name / f"{packed.k_in.mean() / packed.trials:.2g}"
-    for trial, members, train, test in _bits(packed):
+    for trial, (members, train, test) in _bits(packed.counted_trials, *outcomes):
         path = trials / str(trial) / "aux_arrays.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         inside, outside = np.flatnonzero(members), np.flatnonzero(~members)
@@ -108,7 +110,9 @@ def _infl_mem(source: _Source, folder: Path) -> list[Path]:
 def _cscores(source: _Source, folder: Path) -> list[Path]:
     path = folder / f"{source.record.experiment.name}-cscores-orig-order.npz"
     table = source.scores.memorization
-    arrays: dict[str, Any] = {"scores": np.nan_to_num(table["p_out"])} | ({"labels": table["label"]} if source.scores.labelled else {})
+    arrays: dict[str, Any] = {"scores": np.nan_to_num(table[source.scores.names.p_out])}
+    if source.scores.labelled:
+        arrays["labels"] = table["label"]
     if "filename" in table:
         arrays["filenames"] = np.array([name.encode() for name in table["filename"]], np.bytes_)
     np.savez(path, **arrays)
@@ -122,7 +126,7 @@ def _datamodels(source: _Source, folder: Path) -> list[Path]:
     paths = {name: folder / f"{name}.npy" for name in ("masks", *shapes)}
     masks = np.lib.format.open_memmap(paths["masks"], "w+", np.bool_, (packed.trials, packed.n_train))
     arrays = {name: np.lib.format.open_memmap(paths[name], "w+", np.float16, shape) for name, shape in shapes.items()}
-    for row, (_, members, _, _) in enumerate(_bits(packed)):
+    for row, (_, (members,)) in enumerate(_bits(packed.counted_trials, packed.membership)):
         masks[row] = members
     for row, train, test in _margins(source):
         arrays["train_margins"][row], arrays["margins"][row] = train, test
@@ -135,7 +139,7 @@ def _lira(source: _Source, folder: Path) -> list[Path]:
     written = [folder / f"experiment-{row}_{packed.trials}" for row in range(packed.trials)]
     if others := sorted(set(folder.glob("experiment*")) - set(written)):
         raise ScoresError(f"{others[0]} is of another export, and tools read all trials of a folder: give another folder by --out")
-    for place, (_, members, _, _) in zip(written, _bits(packed), strict=True):
+    for place, (_, (members,)) in zip(written, _bits(packed.counted_trials, packed.membership), strict=True):
         (place / "scores").mkdir(parents=True, exist_ok=True)
         np.save(place / "keep.npy", members)
     for row, train, _ in _margins(source):
@@ -146,11 +150,11 @@ def _lira(source: _Source, folder: Path) -> list[Path]:
 
 
 def _zenodo(source: _Source, folder: Path) -> list[Path]:
-    path = folder / f"{source.record.experiment.name}_trials.npz"
+    path, outcomes = folder / f"{source.record.experiment.name}_trials.npz", _outcomes(source)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for place, name in enumerate(("trainset_mask", "trainset_correctness", "testset_correctness")):
-            columns = source.packed.n_test if place == 2 else source.packed.n_train
-            _write(archive, name, "|b1", (source.packed.trials, columns), (bits[place] for _, *bits in _bits(source.packed)))
+        for name, words in zip(("trainset_mask", "trainset_correctness", "testset_correctness"), outcomes, strict=True):
+            shape = source.packed.trials, words.shape[1]
+            _write(archive, name, "|b1", shape, (bits for _, (bits,) in _bits(source.packed.counted_trials, words)))
         _write_scores(archive, source)
     return [path]
 
@@ -169,10 +173,10 @@ FORMATS: dict[str, Callable[[_Source, Path], list[Path]]] = {
 def _write_scores(archive: zipfile.ZipFile, source: _Source) -> None:
     """Write `memorization` float32 [n], and `influence` float32 [q, n], block by block."""
     packed = source.packed
-    _write(archive, "memorization", "<f4", (packed.n_train,), [np.nan_to_num(source.scores.memorization["mem"])])
+    _write(archive, "memorization", "<f4", (packed.n_train,), [np.nan_to_num(source.scores.memorization[source.scores.names.mem])])
     size = max(1, _PAIRS_AT_ONCE // packed.n_train)
     places = (slice(first, first + size) for first in range(0, packed.n_test, size))
-    blocks = (np.nan_to_num(influence(packed, slice(None), place).value).T for place in places)
+    blocks = (np.nan_to_num(source.scores.estimated(test=place).value).T for place in places)
     _write(archive, "influence", "<f4", (packed.n_test, packed.n_train), blocks)
 
 
@@ -184,15 +188,21 @@ def _write(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ..
             member.write(part.astype(dtype).tobytes())
 
 
-def _bits(packed: PackedTrials) -> Iterator[tuple[int, npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
-    """Yield the index of each trial that counts, and its bits: its subset [n], and correctness [n] and [q]."""
-    for trial in packed.counted_trials.tolist():
-        word, bit = divmod(trial, _BITS)
-        members, train, test = (
-            (words[word] >> np.uint64(bit) & np.uint64(1)).astype(np.bool_)
-            for words in (packed.membership, packed.train_correct, packed.test_correct)
+def _outcomes(source: _Source) -> tuple[Words, Words, Words]:
+    """Return the packed subsets and correctness of the trials. Raises: ScoresError: only scores are recorded."""
+    if source.scores.scores_only:
+        raise ScoresError(
+            f"experiment '{source.record.experiment.name}' has scores only, and this format consists of correctness: choose infl-mem, or "
+            "declare record: {scores: true}"
         )
-        yield trial, members, train, test
+    return source.packed.membership, source.packed.correctness("train"), source.packed.correctness("test")
+
+
+def _bits(trials: npt.NDArray[np.int64], *packed: Words) -> Iterator[tuple[int, list[npt.NDArray[np.bool_]]]]:
+    """Yield each index of a trial, and its bits in each of several packed arrays."""
+    for trial in trials.tolist():
+        word, bit = divmod(trial, _BITS)
+        yield trial, [(words[word] >> np.uint64(bit) & np.uint64(1)).astype(np.bool_) for words in packed]
 
 
 def _require_margins(source: _Source) -> None:

@@ -102,7 +102,7 @@ class Aggregation:
         progress: Callable[[], object] = lambda: None,
     ) -> None:
         self.record, self.dataset = record, dataset
-        self.statistics = Statistics(record.n_train, record.n_test)
+        self.statistics = self._no_trials()
         self.refused: dict[Shard, str] = {}
         self._store, self._pace, self._clock, self._progress = experiment_store, pace, clock, progress
         self._tags: dict[Shard, str] = {}  # of the batches in the last listing
@@ -307,8 +307,11 @@ class Aggregation:
         self._accumulated[shard] = tag
         return True
 
+    def _no_trials(self) -> Statistics:
+        return Statistics(self.record.n_train, self.record.n_test, scores_only=self.record.experiment.record.scores_only)
+
     def _start_over(self) -> None:
-        self.statistics = Statistics(self.record.n_train, self.record.n_test)
+        self.statistics = self._no_trials()
         self._accumulated, self._published, self._in_snapshot = {}, 0, 0
 
     def _snapshot(self) -> Snapshot | None:

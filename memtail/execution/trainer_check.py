@@ -14,6 +14,7 @@ from memtail.experiment_store import Record
 from memtail.experiment_store.replicas import compare
 from memtail.spec import Experiment, ImagesTrainer, ImportedTrainer
 from memtail.spec.trainer import code_files
+from memtail.statistics.soft import ONE
 from memtail.trainers.outcomes import looks_permuted
 from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch, TrialMetrics, unpack
@@ -29,9 +30,10 @@ class TrainerCheck:
         device, devices: device that it was trained on, and number of devices of a run on this machine.
         code: names of the files whose content is in the fingerprint.
         subset, n_train: number of training examples in the subset, and of all.
-        outcome: accuracies and metrics.
+        outcome: accuracies, or mean scores, and metrics.
         compared: the labels and ids that were returned and are the dataset's.
         margins, scores: whether they were returned and are recorded.
+        scores_only: whether scores are in the place of correctness.
         seconds, start_seconds: seconds of the trial, and of the start of the trainer process.
         warnings: signs of a fault, one line each.
     """
@@ -48,6 +50,7 @@ class TrainerCheck:
     compared: tuple[str, ...]
     margins: bool
     scores: bool
+    scores_only: bool
     seconds: float
     start_seconds: float
     warnings: tuple[str, ...]
@@ -125,6 +128,7 @@ class TrainerChecker:
             compared=batch.provenance.compared or (),
             margins=batch.train_margin is not None,
             scores=batch.train_score is not None,
+            scores_only=batch.scores_only,
             seconds=seconds,
             start_seconds=max(0.0, spent - seconds),
             warnings=tuple(_warnings(batch)),
@@ -148,15 +152,17 @@ def _warnings(batch: TrialBatch) -> list[str]:
         return ["the trial diverged and would not count: its loss, a margin or a score is not finite"]
     if trial.held_out_accuracy is None:
         return []
-    members, correct = unpack(batch.membership, batch.n_train), unpack(batch.train_correct, batch.n_train)
-    if correct.all():
-        return ["all training examples are correct, held-out ones too: check that the code trains on task.subset only"]
+    members, word = unpack(batch.membership, batch.n_train), "score" if batch.scores_only else "accuracy"
+    train = batch.train_score / ONE if batch.scores_only and batch.train_score is not None else batch.correctness()[0]
+    if (train == 1).all():
+        perfect = "have a score of 1" if batch.scores_only else "are correct"
+        return [f"all training examples {perfect}, held-out ones too: check that the code trains on task.subset only"]
     if any(name.startswith("train") for name in batch.provenance.compared or ()):
         no_better = trial.in_subset_accuracy <= trial.held_out_accuracy
-        return ["in-subset accuracy is no higher than held-out accuracy: check that the code trains on task.subset"] if no_better else []
-    if not looks_permuted(members, correct):
+        return [f"in-subset {word} is no higher than held-out {word}: check that the code trains on task.subset"] if no_better else []
+    if not looks_permuted(members, train):
         return []
     return [
-        "in-subset and held-out accuracy cannot be told apart: the outcomes may be in another order than the dataset (a shuffled loader), "
+        f"in-subset and held-out {word} cannot be told apart: the outcomes may be in another order than the dataset (a shuffled loader), "
         "or the code ignores the subset, or one trial says too little; return train_labels to have the order checked"
     ]

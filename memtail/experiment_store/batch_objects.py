@@ -72,6 +72,8 @@ class BatchObjects(ExperimentObjects):
         self._check(key, batch, record.fingerprint)
         if (batch.n_train, batch.n_test) != (record.n_train, record.n_test):
             raise ForeignObjectError(f"{key}: is of a dataset of another size: remove it, then run again")
+        if batch.scores_only != record.experiment.record.scores_only:
+            raise ForeignObjectError(f"{key}: {'lacks' if batch.scores_only else 'has'} correctness, against the declaration: remove it")
         return batch, tag
 
     def _check(self, source: str, batch: TrialBatch, fingerprint: str) -> None:

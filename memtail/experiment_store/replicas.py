@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,8 +71,8 @@ def compare(committed: TrialBatch, replica: TrialBatch) -> Replica:
     bits = _differences(committed, replica, "membership", "train_correct", "test_correct") + _differences_by_epoch(committed, replica)
     margins = _differences(committed, replica, "train_margin", "test_margin", "train_score", "test_score")
     predicted = np.zeros(len(bits), np.bool_)
-    if committed.train_mistakes is not None and replica.train_mistakes is not None:
-        predicted[:] = [not np.array_equal(one, other) for one, other in zip(_predicted(committed), _predicted(replica), strict=True)]
+    if (ours := committed.mistakes()) is not None and (theirs := replica.mistakes()) is not None:
+        predicted[:] = [not np.array_equal(one, other) for (_, one), (_, other) in zip(ours, theirs, strict=True)]
     return Replica(
         committed.shard,
         int(((bits > 0) | (margins > 0) | predicted).sum()),
@@ -111,11 +110,6 @@ def _by_epoch(batch: TrialBatch) -> dict[int, npt.NDArray[np.uint8]]:
     if batch.snapshot_epochs is None or batch.snapshot_correct is None:
         return {}
     return dict(zip(batch.snapshot_epochs.tolist(), batch.snapshot_correct, strict=True))
-
-
-def _predicted(batch: TrialBatch) -> list[Any]:
-    """The predicted classes of each trial's misclassified examples."""
-    return np.split(batch.train_mistakes, np.cumsum(batch.misclassified().sum(1))[:-1])  # type: ignore[arg-type]
 
 
 def _conditions(origin: Provenance) -> tuple[str, str | None]:

@@ -53,9 +53,9 @@ class Opened:
     def size(self) -> int:
         """Bytes of the statistics and of memorization by epoch."""
         packed = self.scores.statistics
-        scores = 0 if packed.test_score is None else packed.test_score.nbytes
+        outcomes = (packed.test_correct, packed.test_score, packed.train_score)
         by_epoch = sum(column.nbytes for column in (self.scores.snapshots or {}).values())
-        return packed.membership.nbytes + packed.test_correct.nbytes + scores + by_epoch
+        return packed.membership.nbytes + sum(words.nbytes for words in outcomes if words is not None) + by_epoch
 
     @cached_property
     def train_files(self) -> list[str] | None:

@@ -14,6 +14,9 @@
 * `statistics.npz`: the arrays of `memtail.statistics.accumulator.PackedTrials`.
 * `index.npz`, for datasets with file names: `tr_filenames`, `tt_filenames`, base names as the authors have them, or paths in a split where
   two base names are equal; `tr_paths`, `tt_paths`, `tr_labels`, `tt_labels`, `tr_mem`, `tr_mem_defined`.
+* Where only scores are recorded, there is no correctness: the tables have `mem_p`, `mem_p_se`, `score_in`, `score_out`, `infl_p` and
+  `infl_p_se` in the places of `mem`, `mem_se`, `p_in`, `p_out`, `infl` and `infl_se`, and the authors' files are not written but for
+  `index.npz`, which holds names and labels without memorization.
 * `summary.json`: see `memtail.scores.summary`.
 
 Without test examples the arrays of test examples and of pairs are there and empty, and so are the tables of pairs. Without labels there are
@@ -77,22 +80,14 @@ def write_scores(
     _write_memorization(folder, mem, statistics, dataset)
     if statistics.by_epoch:
         _write_snapshots(folder / SNAPSHOTS, statistics)
-    _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
-    _write_pairs(folder, pairs, soft_influence_at(packed, pairs.train, pairs.test))
+    if statistics.scores_only:
+        _write_soft_pairs(folder, pairs)
+    else:
+        _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
+        _write_pairs(folder, pairs, soft_influence_at(packed, pairs.train, pairs.test))
     arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}
     np.savez(folder / STATISTICS, **{name: array for name, array in arrays.items() if array is not None})
-    if dataset.train_files is not None and dataset.test_files is not None:
-        labels: dict[str, Any] = {"tr_labels": dataset.train_labels, "tt_labels": dataset.test_labels} if dataset.labelled else {}
-        np.savez(
-            folder / INDEX,
-            tr_filenames=_base_names(dataset.train_files),
-            tt_filenames=_base_names(dataset.test_files),
-            tr_paths=dataset.train_files,
-            tt_paths=dataset.test_files,
-            **labels,
-            tr_mem=np.nan_to_num(mem.value),
-            tr_mem_defined=~np.isnan(mem.value),
-        )
+    _write_index(folder / INDEX, None if statistics.scores_only else mem, dataset)
     summary = summarize(name, fingerprint, statistics, mem, pairs)
     (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1))
     return summary
@@ -132,6 +127,7 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
             train_examples=len(np.unique(pairs.train)),
             test_examples=len(np.unique(pairs.test)),
         ),
+        outcome="score" if statistics.scores_only else "correct",
         conditions={condition: dict(sorted(counts.items())) for condition, counts in statistics.conditions.items()},
     )
 
@@ -154,16 +150,12 @@ def _accuracies(statistics: Statistics, attribute: str) -> list[float]:
 
 
 def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics, dataset: DatasetLabels) -> None:
-    columns: dict[str, Any] = {
-        "index": np.arange(dataset.n_train),
-        **({"label": dataset.train_labels} if dataset.labelled else {}),
-        "mem": mem.value,
-        "mem_se": mem.standard_error,
-        "p_in": mem.p_in,
-        "p_out": mem.p_out,
-        "k_in": mem.k_in,
-        "k_out": mem.k_out,
-    }
+    columns: dict[str, Any] = {"index": np.arange(dataset.n_train)}
+    if dataset.labelled:
+        columns["label"] = dataset.train_labels
+    if not statistics.scores_only:
+        columns |= {"mem": mem.value, "mem_se": mem.standard_error, "p_in": mem.p_in, "p_out": mem.p_out}
+    columns |= {"k_in": mem.k_in, "k_out": mem.k_out}
     if statistics.held_out_misclassifications is not None:
         other, count = statistics.held_out_misclassifications.most_frequent(dataset.n_train)
         columns |= {"other": np.where(other < len(dataset.classes), other, -1), "p_other": share(count, mem.k_out)}
@@ -220,6 +212,26 @@ def _base_names(paths: Names) -> Names:
     """The last parts of paths; the paths themselves if two are equal."""
     names = np.array([path.rpartition(b"/")[2] for path in paths.tolist()], dtype=np.bytes_)
     return names if len(np.unique(names)) == len(names) else paths
+
+
+def _write_index(path: Path, mem: Memorization | None, dataset: DatasetLabels) -> None:
+    """Write the names, labels and memorization of a dataset with file names; without memorization also of one with labels only."""
+    arrays: dict[str, Any] = {}
+    if dataset.train_files is not None and dataset.test_files is not None:
+        arrays |= {"tr_filenames": _base_names(dataset.train_files), "tt_filenames": _base_names(dataset.test_files)}
+        arrays |= {"tr_paths": dataset.train_files, "tt_paths": dataset.test_files}
+    if dataset.labelled and (arrays or mem is None):
+        arrays |= {"tr_labels": dataset.train_labels, "tt_labels": dataset.test_labels}
+    if arrays and mem is not None:
+        arrays |= {"tr_mem": np.nan_to_num(mem.value), "tr_mem_defined": ~np.isnan(mem.value)}
+    if arrays:
+        np.savez(path, **arrays)
+
+
+def _write_soft_pairs(folder: Path, pairs: Pairs) -> None:
+    columns = {"tr_idx": pairs.train, "tt_idx": pairs.test, "infl_p": pairs.influence, "infl_p_se": pairs.influence_se}
+    columns |= {"mem_p": pairs.mem, "mem_p_se": pairs.mem_se}
+    pyarrow.parquet.write_table(pa.table(columns), folder / PAIRS_TABLE)
 
 
 def _write_pairs(folder: Path, pairs: Pairs, soft: tuple[Floats, Floats] | None) -> None:

@@ -4,6 +4,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import ScoresError
-from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
+from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, OUTCOMES, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.scores.summary import ScoreSummary
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Scores:
     Attributes:
         folder: with the version's files.
         summary: the content of `summary.json`.
+        names: names of the columns of estimates: of correctness, or of scores where only those are recorded.
 
     Raises:
         ScoresError: a file is missing or damaged; from the constructor, and from every other member.
@@ -44,6 +46,7 @@ class Scores:
         self.folder = folder
         with self._reading(SUMMARY):
             self.summary = ScoreSummary.from_dict(json.loads((folder / SUMMARY).read_text()))
+        self.names = self.summary.names
 
     @cached_property
     def memorization(self) -> dict[str, Column]:
@@ -72,7 +75,12 @@ class Scores:
         from memtail.statistics.accumulator import PackedTrials
 
         with self._reading_archive(STATISTICS) as archive:
-            return PackedTrials(**archive)
+            return PackedTrials(**{"train_correct": None, "test_correct": None, **archive})
+
+    @property
+    def scores_only(self) -> bool:
+        """Whether only scores are recorded, so that all estimates are of scores: `mem_p` and `infl_p`."""
+        return self.summary.outcome == "score"
 
     @property
     def labelled(self) -> bool:
@@ -89,7 +97,7 @@ class Scores:
         """int64 [q], the labels of the test examples; all 0 if they have none."""
         if not self.labelled:
             return np.zeros(self.summary.n_test, np.int64)
-        with self._reading_archive(INFLUENCE_MATRIX) as archive:
+        with self._reading_archive(INDEX if self.scores_only else INFLUENCE_MATRIX) as archive:
             labels: npt.NDArray[np.int64] = archive["tt_labels"]
             return labels
 
@@ -106,10 +114,12 @@ class Scores:
             `value` and `standard_error`, float64 [a, b].
 
         Raises:
-            ScoresError: an index is out of range.
+            ScoresError: an index is out of range, or only scores are recorded.
         """
         from memtail.estimators import influence
 
+        if self.scores_only:
+            raise ScoresError(f"{self.folder}: only scores are recorded, and no correctness: use soft_influence")
         columns = self.statistics.n_test if on == "test" else self.statistics.n_train
         return influence(self.statistics, _indices(train, self.statistics.n_train, "train"), _indices(test, columns, on), on)
 
@@ -137,8 +147,8 @@ class Scores:
         return block
 
     def most_memorized(self, k: int = 10) -> dict[str, Column]:
-        """Return the rows of the k most memorized training examples, falling."""
-        rows = largest(self.memorization["mem"], k)
+        """Return the rows of the k most memorized training examples, falling; by `mem_p` where only scores are recorded."""
+        rows = largest(self.memorization[self.names.mem], k)
         return {name: values[rows] for name, values in self.memorization.items()}
 
     def top_influencers(self, test: int, k: int = 10, *, harmful: bool = False) -> dict[str, Column]:
@@ -150,19 +160,20 @@ class Scores:
             harmful: find those with the smallest influence instead, ascending.
 
         Returns:
-            Columns `tr_idx`, `label` if there are labels, `infl`, `infl_se` and `mem`.
+            Columns `tr_idx`, `label` if there are labels, `infl`, `infl_se` and `mem`; `infl_p`, `infl_p_se` and `mem_p` where only scores
+            are recorded.
 
         Raises:
             ScoresError: the index is out of range.
         """
-        block = self.influence(test=test)
+        block = self.estimated(test=test)
         top = largest(-block.value[:, 0] if harmful else block.value[:, 0], k)
         return {
             "tr_idx": top,
             **self._labels(self.train_labels, top),
-            "infl": block.value[top, 0],
-            "infl_se": block.standard_error_at(top, np.zeros_like(top)),
-            "mem": self.memorization["mem"][top],
+            self.names.infl: block.value[top, 0],
+            self.names.infl_se: block.standard_error_at(top, np.zeros_like(top)),
+            self.names.mem: self.memorization[self.names.mem][top],
         }
 
     def top_influenced(self, train: int, k: int = 10, *, harmed: bool = False) -> dict[str, Column]:
@@ -174,19 +185,27 @@ class Scores:
             harmed: find those with the smallest influence instead, ascending.
 
         Returns:
-            Columns `tt_idx`, `label` if there are labels, `infl` and `infl_se`.
+            Columns `tt_idx`, `label` if there are labels, `infl` and `infl_se`; `infl_p` and `infl_p_se` where only scores are recorded.
 
         Raises:
             ScoresError: the index is out of range.
         """
-        block = self.influence(train=train)
+        block = self.estimated(train=train)
         top = largest(-block.value[0] if harmed else block.value[0], k)
         return {
             "tt_idx": top,
             **self._labels(self.test_labels, top),
-            "infl": block.value[0, top],
-            "infl_se": block.standard_error_at(np.zeros_like(top), top),
+            self.names.infl: block.value[0, top],
+            self.names.infl_se: block.standard_error_at(np.zeros_like(top), top),
         }
+
+    def estimated(self, train: Choice = None, test: Choice = None) -> "Influence | SoftInfluence":
+        """Estimate influences of training examples (rows) on test examples (columns): `soft_influence` where only scores are recorded.
+
+        Raises:
+            ScoresError: an index is out of range.
+        """
+        return self.soft_influence(train, test) if self.scores_only else self.influence(train, test)
 
     def _labels(self, labels: npt.NDArray[np.int64], index: npt.NDArray[np.int64]) -> dict[str, Column]:
         return {"label": labels[index]} if self.labelled else {}
@@ -196,7 +215,8 @@ class Scores:
 
         with self._reading(file):
             table = pyarrow.parquet.ParquetFile(self.folder / file).read()
-        return {name: _as_numpy(table[name].combine_chunks()) for name in table.column_names}
+        columns = {name: _as_numpy(table[name].combine_chunks()) for name in table.column_names}
+        return _SoftColumns(columns) if self.scores_only else columns
 
     @contextmanager
     def _reading(self, file: str) -> Iterator[None]:
@@ -210,6 +230,16 @@ class Scores:
         # opened here, since numpy does not close a file that is not an archive
         with self._reading(file), (self.folder / file).open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             yield archive
+
+
+class _SoftColumns(dict[str, Column]):
+    """Columns of estimates of scores, which say so when one of correctness is asked for."""
+
+    def __missing__(self, name: str) -> Column:
+        names = dict(zip(astuple(OUTCOMES["correct"]), astuple(OUTCOMES["score"]), strict=True))
+        if name in names:
+            raise ScoresError(f"there is no {name}: only scores are recorded, read {names[name]}")
+        raise KeyError(name)
 
 
 def _as_numpy(array: Any) -> Column:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
+from memtail.scores.names import OUTCOMES, OutcomeNames
+
 SCHEMA = 1
 #: Thresholds of memorization, and quantiles of its standard errors, in a summary.
 MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -44,6 +46,8 @@ class ScoreSummary(Mapping[str, Any]):
         mem_se_quantiles: quantiles of the standard errors of mem_i, for each of `SE_QUANTILES`; the keys are numbers as text.
         pairs: the high-influence pairs.
         conditions: numbers of trials, diverged ones included, by "device", "torch" and "memtail"; empty if unknown.
+        outcome: "correct"; or "score" where only scores are recorded. Accuracies are then mean scores, memorization and influence are
+            mem_p and infl_p.
     """
 
     schema: int
@@ -63,6 +67,12 @@ class ScoreSummary(Mapping[str, Any]):
     mem_se_quantiles: dict[str, float | None]
     pairs: PairSummary
     conditions: dict[str, dict[str, int]] = field(default_factory=dict)
+    outcome: str = "correct"
+
+    @property
+    def names(self) -> OutcomeNames:
+        """Names of what is estimated."""
+        return OUTCOMES[self.outcome]
 
     @property
     def accumulated_trials(self) -> int:
@@ -84,10 +94,12 @@ class ScoreSummary(Mapping[str, Any]):
         return "; ".join(", ".join(f"{count} on {value}" for value, count in counts.items()) for counts in mixed) or None
 
     def to_dict(self) -> dict[str, Any]:
-        """The values in the order of the file, for `json.dumps`; without conditions as 0.1.0 writes them."""
+        """The values in the order of the file, for `json.dumps`; without conditions as 0.1.0 writes them, and without the usual outcome."""
         content = asdict(self)
         if not self.conditions:
             del content["conditions"]
+        if self.outcome == "correct":
+            del content["outcome"]
         return content
 
     @classmethod
@@ -96,9 +108,12 @@ class ScoreSummary(Mapping[str, Any]):
 
         Raises:
             KeyError, TypeError: the content is not a summary.
+            ValueError: it is of another outcome.
         """
         # memtail's first versions wrote no standard errors of accuracies
-        content = {"accuracy_se": dict.fromkeys(ACCURACIES), "conditions": {}, **content}
+        content = {"accuracy_se": dict.fromkeys(ACCURACIES), "conditions": {}, "outcome": "correct", **content}
+        if content["outcome"] not in OUTCOMES:
+            raise ValueError(f"outcome {content['outcome']!r} is none of {', '.join(OUTCOMES)}")
         return cls(**{**_known(cls, content), "pairs": PairSummary(**_known(PairSummary, content["pairs"]))})
 
     def __getitem__(self, key: str) -> Any:

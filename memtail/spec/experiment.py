@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from memtail.digests import file_digest
 from memtail.errors import SpecError
@@ -120,19 +120,34 @@ def _ascending(epochs: list[int]) -> list[int]:
     return epochs
 
 
+def _false_true_or_only(value: Any) -> Any:
+    if value == "only":
+        return value
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError("is false, true or only") from None
+
+
 class RecordedOutcomes(Part):
     """Additional outcomes recorded in each trial.
 
     Attributes:
         margins: record the logit margin of every example.
         scores: record a score in [0, 1] of every example, of which memorization and influence are estimated too: of the built-in trainer,
-            the probability of the label; of training code of your own, what it returns. Each takes a byte.
+            the probability of the label; of training code of your own, what it returns. Each takes a byte. `only` is for training code
+            of your own that does not know what is correct: it returns scores alone, and memorization and influence are those of scores.
         snapshots: record after these epochs, too, which training examples are classified correctly; of the built-in trainer.
     """
 
     margins: bool = False
-    scores: bool = False
+    scores: Annotated[bool | Literal["only"], BeforeValidator(_false_true_or_only)] = False
     snapshots: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=MOST_SNAPSHOTS), AfterValidator(_ascending)] = []
+
+    @property
+    def scores_only(self) -> bool:
+        """Whether trials have scores in place of correctness."""
+        return self.scores == "only"
 
 
 class ExecutionSpec(Part):
@@ -197,6 +212,12 @@ class Experiment(Part):
             raise ValueError("record.snapshots is for the built-in trainer, whose epochs memtail knows: remove it")
         if snapshots[-1] > self.training.epochs:
             raise ValueError(f"record.snapshots: {snapshots[-1]} is after the last of {self.training.epochs} epochs: name epochs up to it")
+        return self
+
+    @model_validator(mode="after")
+    def _scores_stand_alone_without_correctness(self) -> Self:
+        if self.record.scores_only and isinstance(self.trainer, ImagesTrainer):
+            raise ValueError("record.scores: only is for training code of your own; the built-in trainer knows correctness: set it to true")
         return self
 
     @property
@@ -294,7 +315,8 @@ class Experiment(Part):
     ) -> dict[str, Any]:
         """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
 
-        Keys later than 0.1.0 are in it only where they differ from their default, and `scores` and `snapshots` of `record` never.
+        Keys later than 0.1.0 are in it only where they differ from their default; of `record`, `scores` only as `only`, without
+        correctness, and `snapshots` never.
 
         Args:
             dataset_fingerprint: replaces the dataset's declaration.
@@ -307,7 +329,7 @@ class Experiment(Part):
         """
         spec = self.model_dump(mode="json", exclude={"name": True, "execution": True, "dataset": True, "subsets": {"trials", "until"}})
         spec["dataset"] = {"fingerprint": dataset_fingerprint}
-        spec["record"] = {"margins": self.record.margins}
+        spec["record"] = {"margins": self.record.margins} | ({"scores": "only"} if self.record.scores_only else {})
         if self.subsets.masks is not None:
             spec["subsets"]["masks"] = masks_digest or _digest("subsets.masks", self.subsets.masks)
             del spec["subsets"]["fraction"]

@@ -10,11 +10,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from memtail.errors import StoreError
+from memtail.errors import ScoresError, StoreError
 from memtail.statistics.misclassifications import Misclassifications
 from memtail.statistics.soft import PLANES, SoftSums, place
 from memtail.trials import TrialBatch, TrialMetrics, unpack
@@ -31,17 +32,32 @@ class PackedTrials:
 
     Attributes:
         membership, train_correct: uint64 [ceil(T / 64), n]; bit b of word w is trial 64 w + b, and T is the largest index + 1.
-        test_correct: uint64 [ceil(T / 64), q].
+            `train_correct` is None where only scores are recorded.
+        test_correct: uint64 [ceil(T / 64), q]; None likewise.
         counted: uint64 [ceil(T / 64)], the trials that count; the bits of all others are 0.
         test_score: uint64 [8, ceil(T / 64), q], the bit planes of scores (see `memtail.statistics.soft`); None if a trial that counts has
             no scores.
+        train_score: uint64 [8, ceil(T / 64), n], where only scores are recorded; None else.
     """
 
     membership: Words
-    train_correct: Words
-    test_correct: Words
+    train_correct: Words | None
+    test_correct: Words | None
     counted: Words
     test_score: Words | None = None
+    train_score: Words | None = None
+
+    @property
+    def scores_only(self) -> bool:
+        """Whether the trials have scores in place of correctness."""
+        return self.train_correct is None or self.test_correct is None
+
+    def correctness(self, split: Literal["train", "test"]) -> Words:
+        """Return `train_correct` or `test_correct`. Raises: ScoresError: only scores are recorded."""
+        words = self.train_correct if split == "train" else self.test_correct
+        if words is None:
+            raise ScoresError("these trials have scores only, and correctness is needed: train them with record: {scores: true}")
+        return words
 
     @cached_property
     def trials(self) -> int:
@@ -61,17 +77,17 @@ class PackedTrials:
     @cached_property
     def correct_in(self) -> Counts:
         """int64 [n], trials with each training example in their subset that classify it correctly."""
-        return column_sums(self.membership & self.train_correct)
+        return column_sums(self.membership & self.correctness("train"))
 
     @cached_property
     def correct(self) -> Counts:
         """int64 [n], trials that classify each training example correctly."""
-        return column_sums(self.train_correct)
+        return column_sums(self.correctness("train"))
 
     @cached_property
     def correct_on_test(self) -> Counts:
         """int64 [q], trials that classify each test example correctly."""
-        return column_sums(self.test_correct)
+        return column_sums(self.correctness("test"))
 
     @property
     def counted_mask(self) -> npt.NDArray[np.bool_]:
@@ -88,9 +104,9 @@ class PackedTrials:
         bits = np.zeros(_BITS * len(self.counted), np.bool_)
         bits[trials] = True
         selected = self.counted & pack_words(bits)
-        mask = selected[:, None]
-        test_score = None if self.test_score is None else self.test_score & mask
-        return PackedTrials(self.membership & mask, self.train_correct & mask, self.test_correct & mask, selected, test_score)
+        outcomes = (self.train_correct, self.test_correct, self.test_score, self.train_score)
+        train, test, test_score, train_score = (None if words is None else words & selected[:, None] for words in outcomes)
+        return PackedTrials(self.membership & selected[:, None], train, test, selected, test_score, train_score)
 
     @property
     def n_train(self) -> int:
@@ -100,7 +116,8 @@ class PackedTrials:
     @property
     def n_test(self) -> int:
         """The number of test examples, q."""
-        return int(self.test_correct.shape[1])
+        words = self.test_correct if self.test_score is None else self.test_score
+        return 0 if words is None else int(words.shape[-1])
 
 
 def pack_words(bits: npt.NDArray[np.bool_]) -> Words:
@@ -121,6 +138,7 @@ class Statistics:
 
     Args:
         n_train, n_test: n and q.
+        scores_only: whether the trials have scores in place of correctness; then sums of correctness are 0.
 
     Attributes:
         k_in: int64 [n], trials with the example in their subset.
@@ -138,8 +156,8 @@ class Statistics:
         conditions: numbers of accumulated trials by device, version of torch and version of memtail. No estimate depends on them.
     """
 
-    def __init__(self, n_train: int, n_test: int) -> None:
-        self.n_train, self.n_test = n_train, n_test
+    def __init__(self, n_train: int, n_test: int, *, scores_only: bool = False) -> None:
+        self.n_train, self.n_test, self.scores_only = n_train, n_test, scores_only
         self.k_in: Counts = np.zeros(n_train, np.int64)
         self.correct_in: Counts = np.zeros(n_train, np.int64)
         self.correct: Counts = np.zeros(n_train, np.int64)
@@ -155,6 +173,7 @@ class Statistics:
         self._train_correct: list[Words] = []
         self._test_correct: list[Words] = []
         self._test_score: list[Words] = []
+        self._train_score: list[Words] = []
         self._counted: list[int] = []
 
     @classmethod
@@ -177,18 +196,22 @@ class Statistics:
             soft: `soft`.
             by_epoch: `by_epoch`.
         """
-        statistics = cls(packed.n_train, packed.n_test)
-        statistics.k_in, statistics.correct_in, statistics.correct = packed.k_in, packed.correct_in, packed.correct
+        statistics = cls(packed.n_train, packed.n_test, scores_only=packed.scores_only)
+        statistics.k_in = packed.k_in
+        if packed.train_correct is not None and packed.test_correct is not None:
+            statistics.correct_in, statistics.correct = packed.correct_in, packed.correct
+            statistics._train_correct, statistics._test_correct = list(packed.train_correct), list(packed.test_correct)
         statistics.metrics = {entry.trial: entry for entry in metrics}
         statistics.diverged = sum(entry.diverged for entry in metrics)
         statistics.margin_in, statistics.margin_out = margins or (None, None)
         statistics.held_out_misclassifications = misclassifications
         statistics.by_epoch = by_epoch
-        statistics._membership, statistics._train_correct = list(packed.membership), list(packed.train_correct)
-        statistics._test_correct, statistics._counted = list(packed.test_correct), packed.counted.tolist()
+        statistics._membership, statistics._counted = list(packed.membership), packed.counted.tolist()
         statistics.soft = soft
         if packed.test_score is not None:
             statistics._test_score = list(packed.test_score.swapaxes(0, 1).copy())
+        if packed.train_score is not None:
+            statistics._train_score = list(packed.train_score.swapaxes(0, 1).copy())
         return statistics
 
     @property
@@ -211,18 +234,17 @@ class Statistics:
             The number of trials added.
 
         Raises:
-            StoreError: the batch belongs to a dataset of another size.
+            StoreError: the batch belongs to a dataset of another size, or has scores in place of correctness where others do not.
         """
         if (batch.n_train, batch.n_test) != (self.n_train, self.n_test):
             raise StoreError(
                 f"{batch.shard}: has {batch.n_train} training and {batch.n_test} test examples, "
                 f"the experiment {self.n_train} and {self.n_test}"
             )
+        if batch.scores_only != self.scores_only:
+            raise StoreError(f"{batch.shard}: {'lacks' if batch.scores_only else 'has'} correctness, the experiment does not")
         members = unpack(batch.membership, self.n_train)
-        train = unpack(batch.train_correct, self.n_train)
-        test = unpack(batch.test_correct, self.n_test)
-        misclassified, predicted = batch.misclassified(), batch.train_mistakes
-        ends = np.cumsum(misclassified.sum(1))
+        correctness, mistakes = None if self.scores_only else batch.correctness(), batch.mistakes()
         added = 0
         for row, trial in enumerate(batch.trial.tolist()):
             if trial in self.metrics:
@@ -232,16 +254,16 @@ class Statistics:
             if batch.metrics[row].diverged:
                 self.diverged += 1
                 continue
-            self._place(trial, members[row], train[row], test[row])
+            self._place(trial, members[row])
             self.k_in += members[row]
-            self.correct_in += members[row] & train[row]
-            self.correct += train[row]
-            if predicted is None:
+            if correctness is not None:
+                self._add_correctness(trial, members[row], *(bits[row] for bits in correctness))
+            if mistakes is None:
                 self.held_out_misclassifications = None
             elif self.held_out_misclassifications is not None:
-                examples = np.flatnonzero(misclassified[row])
+                examples, predicted = mistakes[row]
                 held_out = ~members[row][examples]
-                self.held_out_misclassifications.add(examples[held_out], predicted[ends[row] - len(examples) : ends[row]][held_out])
+                self.held_out_misclassifications.add(examples[held_out], predicted[held_out])
             if batch.train_margin is not None:
                 self._add_margin(members[row], batch.train_margin[row])
             if batch.train_score is None or batch.test_score is None:
@@ -249,24 +271,37 @@ class Statistics:
             elif self.soft is not None:
                 self.soft.add(members[row], batch.train_score[row])
                 place(self._test_score[trial // _BITS], trial % _BITS, batch.test_score[row])
+                if self.scores_only:
+                    place(self._train_score[trial // _BITS], trial % _BITS, batch.train_score[row])
             self._add_snapshots(batch, row, members[row])
         for condition, value in batch.provenance.conditions().items() if added else ():
             counts = self.conditions.setdefault(condition, {})
             counts[value] = counts.get(value, 0) + added
         return added
 
-    def _place(self, trial: int, members: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_], test: npt.NDArray[np.bool_]) -> None:
+    def _place(self, trial: int, members: npt.NDArray[np.bool_]) -> None:
         word, bit = divmod(trial, _BITS)
         while len(self._counted) <= word:
             self._counted.append(0)
             self._membership.append(np.zeros(self.n_train, np.uint64))
-            self._train_correct.append(np.zeros(self.n_train, np.uint64))
-            self._test_correct.append(np.zeros(self.n_test, np.uint64))
+            if self.scores_only:
+                self._train_score.append(np.zeros((PLANES, self.n_train), np.uint64))
+            else:
+                self._train_correct.append(np.zeros(self.n_train, np.uint64))
+                self._test_correct.append(np.zeros(self.n_test, np.uint64))
             if self.soft is not None:
                 self._test_score.append(np.zeros((PLANES, self.n_test), np.uint64))
         self._counted[word] |= 1 << bit
-        for words, bits in ((self._membership, members), (self._train_correct, train), (self._test_correct, test)):
+        self._membership[word] |= members.astype(np.uint64) << np.uint64(bit)
+
+    def _add_correctness(
+        self, trial: int, members: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_], test: npt.NDArray[np.bool_]
+    ) -> None:
+        word, bit = divmod(trial, _BITS)
+        for words, bits in ((self._train_correct, train), (self._test_correct, test)):
             words[word] |= bits.astype(np.uint64) << np.uint64(bit)
+        self.correct_in += members & train
+        self.correct += train
 
     def _add_margin(self, members: npt.NDArray[np.bool_], margin: npt.NDArray[np.float16]) -> None:
         if self.margin_in is None or self.margin_out is None:
@@ -294,7 +329,7 @@ class Statistics:
         for words in (*self._membership, *self._train_correct, *self._test_correct):
             digest.update(words.astype("<u8", copy=False).tobytes())
         if self.soft is not None and self.trials:
-            for array in (*vars(self.soft).values(), *self._test_score):
+            for array in (*vars(self.soft).values(), *self._test_score, *self._train_score):
                 digest.update(array.astype(f"<{array.dtype.kind}8", copy=False).tobytes())
         for epoch, sums in self.by_epoch.items():
             digest.update(f"epoch {epoch}".encode() + sums.astype("<i8", copy=False).tobytes())
@@ -306,10 +341,14 @@ class Statistics:
         def stacked(words: list[Words], count: int) -> Words:
             return np.stack(words) if words else np.zeros((0, count), np.uint64)
 
+        def planes(words: list[Words], count: int) -> Words:
+            return np.stack(words, axis=1) if words else np.zeros((PLANES, 0, count), np.uint64)
+
         return PackedTrials(
             stacked(self._membership, self.n_train),
-            stacked(self._train_correct, self.n_train),
-            stacked(self._test_correct, self.n_test),
+            None if self.scores_only else stacked(self._train_correct, self.n_train),
+            None if self.scores_only else stacked(self._test_correct, self.n_test),
             np.array(self._counted, np.uint64),
-            np.stack(self._test_score, axis=1) if self._test_score else None,
+            planes(self._test_score, self.n_test) if self._test_score or self.scores_only else None,
+            planes(self._train_score, self.n_train) if self.scores_only else None,
         )

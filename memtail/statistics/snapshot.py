@@ -4,7 +4,8 @@ Schema 1, for t accumulated trials of b batches on n training and q test example
 
 * `header`, JSON text: `schema`, the experiment's `fingerprint`, and the `conditions` of the statistics.
 * `first`, `last` int64 [b] and `tag` bytes [b]: the batches, with the store's tags of what was read.
-* `membership`, `train_correct` uint64 [W, n], `test_correct` uint64 [W, q] and `counted` uint64 [W]: the arrays of `PackedTrials`.
+* `membership`, `train_correct` uint64 [W, n], `test_correct` uint64 [W, q] and `counted` uint64 [W]: the arrays of `PackedTrials`. Where
+  only scores are recorded, `train_score` uint64 [8, W, n] is in the place of `train_correct` and `test_correct`.
 * `trial` int64 [t], `diverged` bool [t], and `values` float64 [t, 4], the other metrics of the trials; NaN for None.
 * `misclassified` int64 and `frequency` int32: the arrays of `Misclassifications`, unless a trial has not recorded them.
 * `margin_in`, `margin_out` int64 [n], where margins are recorded.
@@ -33,6 +34,7 @@ from memtail.trials import Shard, TrialMetrics
 SCHEMA = 1
 
 _CONDITIONS = TypeAdapter(dict[str, dict[str, int]])
+_OUTCOMES = ("train_correct", "test_correct", "train_score")
 _VALUES = ("loss", "in_subset_accuracy", "held_out_accuracy", "test_accuracy")
 
 
@@ -59,9 +61,8 @@ class Snapshot:
             "last": np.array([shard.last for shard in self.batches], np.int64),
             "tag": np.array([tag.encode() for tag in self.batches.values()], np.bytes_),
             "membership": packed.membership,
-            "train_correct": packed.train_correct,
-            "test_correct": packed.test_correct,
             "counted": packed.counted,
+            **{name: words for name in _OUTCOMES if (words := getattr(packed, name)) is not None},
             "trial": np.array([entry.trial for entry in metrics], np.int64),
             "diverged": np.array([entry.diverged for entry in metrics], np.bool_),
             "values": np.array([[getattr(entry, name) for name in _VALUES] for entry in metrics], np.float64).reshape(-1, len(_VALUES)),
@@ -107,12 +108,14 @@ class Snapshot:
             return arrays[name]
 
         t, b, w, k = len(arrays["trial"]), len(arrays["first"]), len(arrays["counted"]), len(arrays.get("misclassified", ()))
+        scores_only = "train_score" in arrays
         packed = PackedTrials(
             array("membership", np.uint64, w, n_train),
-            array("train_correct", np.uint64, w, n_train),
-            array("test_correct", np.uint64, w, n_test),
+            None if scores_only else array("train_correct", np.uint64, w, n_train),
+            None if scores_only else array("test_correct", np.uint64, w, n_test),
             array("counted", np.uint64, w),
-            array("test_score", np.uint64, PLANES, w, n_test) if "test_score" in arrays else None,
+            array("test_score", np.uint64, PLANES, w, n_test) if scores_only or "test_score" in arrays else None,
+            array("train_score", np.uint64, PLANES, w, n_train) if scores_only else None,
         )
         trials, diverged = array("trial", np.int64, t).tolist(), array("diverged", np.bool_, t).tolist()
         values = array("values", np.float64, t, len(_VALUES)).tolist()

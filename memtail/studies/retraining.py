@@ -24,7 +24,6 @@ from memtail.storage.atomic_file import atomic_file
 from memtail.studies.experiment_names import derived_name
 from memtail.subsets import Mask
 from memtail.trainers.code import code_folder
-from memtail.trials import unpack
 
 
 def derive_experiment(record: Record, study: str, masks: Mask) -> Experiment:
@@ -135,7 +134,7 @@ def read_outcomes(store: ObjectStore, experiment: Experiment) -> tuple[npt.NDArr
     counted, read = np.zeros(len(correct), np.bool_), np.zeros(len(correct), np.bool_)
     for shard in experiment_store.iterate_committed():
         batch = experiment_store.batch(shard, record)
-        correct[batch.trial] = unpack(batch.test_correct, record.n_test)
+        correct[batch.trial] = batch.correctness()[1]
         counted[batch.trial] = [not each.diverged for each in batch.metrics]
         read[batch.trial] = True
     if not read.all():

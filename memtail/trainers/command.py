@@ -70,7 +70,7 @@ class Command:
             process.wait()
         if process.returncode:
             raise TrainerError(f"command {self._arguments[0]} {describe_exit(process.returncode)}")
-        return _outcome(folder / "outcome.npz", {"train_correct"} | ({"test_correct"} if task.dataset.n_test else set()))
+        return _outcome(folder / "outcome.npz")
 
     def _wait(self, process: "subprocess.Popen[bytes]", task: TrainingTask, progress: Path) -> None:
         stopping: float | None = None
@@ -136,21 +136,17 @@ def _kill(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _outcome(path: Path, needed: set[str]) -> Outcome:
+def _outcome(path: Path) -> Outcome:
     names = set(Outcome.__dataclass_fields__)
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except FileNotFoundError:
-        raise OutcomeError(
-            f"the command ended without outcome.npz in the folder MEMTAIL_TASK: write {' and '.join(sorted(needed, reverse=True))} there"
-        ) from None
+        raise OutcomeError("the command ended without outcome.npz in the folder MEMTAIL_TASK: write the outcomes there") from None
     except Exception as error:  # damaged bytes make numpy raise anything
         raise OutcomeError(f"outcome.npz cannot be read ({error}): write it with numpy.savez, without objects") from None
     if unknown := sorted(arrays.keys() - names):
         raise OutcomeError(f"outcome.npz has unknown arrays ({', '.join(unknown)}): known are {', '.join(sorted(names))}")
-    if missing := sorted(needed - arrays.keys()):
-        raise OutcomeError(f"outcome.npz has no {' and no '.join(missing)}: write one value for each example")
     if "metrics" in arrays:
         try:
             arrays["metrics"] = json.loads(str(arrays["metrics"]))

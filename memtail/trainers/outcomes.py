@@ -12,20 +12,20 @@ from memtail.spec import RecordedOutcomes
 from memtail.trainers.task import Outcome
 from memtail.trials import recorded_margins
 
-#: Largest difference between in-subset and held-out accuracy, in standard errors, at which outcomes look like those of another order.
+#: Largest difference between in-subset and held-out outcomes, in standard errors, at which outcomes look like those of another order.
 _SAME = 2.0
 
 
 def recorded_arrays(record: RecordedOutcomes) -> set[str]:
     """Return the names of the arrays of a trial."""
-    recorded = {"correct": True, "margin": record.margins, "score": record.scores}
+    recorded = {"correct": not record.scores_only, "margin": record.margins, "score": record.scores}
     return {f"{split}_{name}" for split in ("train", "test") for name, kept in recorded.items() if kept}
 
 
 def check_outcome(
     outcome: object, dataset: DatasetLabels, record: RecordedOutcomes
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, float]]:
-    """Check what a trainer returned, and return its arrays (correctness, and margins and scores if recorded) and its metrics.
+    """Check what a trainer returned, and return its arrays (correctness, margins and scores, as far as they are recorded) and its metrics.
 
     Args:
         outcome: what the trainer returned.
@@ -44,7 +44,12 @@ def check_outcome(
     arrays: dict[str, npt.NDArray[Any]] = {}
     for split, size in (("train", dataset.n_train), ("test", dataset.n_test)):
         correct, margin, score = (getattr(outcome, f"{split}_{name}") for name in ("correct", "margin", "score"))
-        arrays[f"{split}_correct"] = _correct(f"{split}_correct", correct if size or correct is not None else (), size)
+        if not record.scores_only:
+            arrays[f"{split}_correct"] = _correct(f"{split}_correct", correct if size or correct is not None else (), size)
+        elif correct is not None:
+            raise OutcomeError(
+                f"{split}_correct was returned, and the experiment records scores only: remove it, or declare record: {{scores: true}}"
+            )
         if record.margins:
             arrays[f"{split}_margin"] = _margins(f"{split}_margin", margin if size or margin is not None else (), size)
         if record.scores:
@@ -58,8 +63,6 @@ def check_outcome(
 
 
 def _array(name: str, values: Any, size: int) -> npt.NDArray[Any]:
-    if values is None:
-        raise OutcomeError(f"{name} is missing: return one value for each of the {size} examples")
     with suppress(AttributeError):  # of a tensor that needs a gradient or is on another device
         values = values.detach().cpu()
     try:
@@ -75,6 +78,10 @@ def _array(name: str, values: Any, size: int) -> npt.NDArray[Any]:
 
 
 def _correct(name: str, values: Any, size: int) -> npt.NDArray[np.bool_]:
+    if values is None:
+        raise OutcomeError(
+            f"{name} is missing: return one value for each of the {size} examples, or scores alone, with record: {{scores: only}}"
+        )
     array = _array(name, values, size)
     if array.dtype != np.bool_ and not (array.dtype.kind in "iuf" and np.isin(array, (0, 1)).all()):
         raise OutcomeError(f"{name} is {array.dtype} with other values than 0 and 1: return booleans, such as `predicted == labels`")
@@ -121,15 +128,15 @@ def _check_same(name: str, returned: Any, expected: npt.NDArray[Any] | None) -> 
         )
 
 
-def looks_permuted(members: npt.NDArray[np.bool_], train_correct: npt.NDArray[np.bool_]) -> bool:
+def looks_permuted(members: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_ | np.floating[Any]]) -> bool:
     """Return whether outcomes are probably not in the order of the dataset: a model that fails on some of its subset is no better on it.
 
     Args:
         members: bool [k, n].
-        train_correct: bool [k, n].
+        train: [k, n], correctness, or scores from 0 to 1.
     """
-    inside, outside = train_correct[members], train_correct[~members]
-    if not len(inside) or not len(outside) or inside.all():
+    inside, outside = train[members], train[~members]
+    if not len(inside) or not len(outside) or (inside == 1).all():
         return False
     error = np.sqrt(inside.var() / len(inside) + outside.var() / len(outside))
     return bool(inside.mean() - outside.mean() <= _SAME * error)

@@ -394,6 +394,7 @@ def _checked(data: bytes, work: Work) -> TrialBatch:
             batch.trial.tolist() == list(trials)
             and batch.fingerprint == work.record.fingerprint
             and (batch.n_train, batch.n_test) == (dataset.n_train, dataset.n_test)
+            and batch.scores_only == work.record.experiment.record.scores_only
             and bool((batch.membership == pack(members)).all())
         )
     except (ForeignObjectError, ValueError):

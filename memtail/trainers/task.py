@@ -19,12 +19,13 @@ class Outcome:
     Any array-like of the right length is accepted.
 
     Attributes:
-        train_correct: bool [n], whether the trained model is right about the example: predicts its label, if the dataset has labels.
+        train_correct: bool [n], whether the trained model is right about the example: predicts its label, if the dataset has labels. None
+            where the experiment says `record: {scores: only}`.
         test_correct: bool [q]; may be None if the dataset has no test set.
         train_margin: float [n], logit margins; recorded where the experiment says `record: {margins: true}`.
         test_margin: float [q].
         train_score: float [n], in [0, 1], such as the probability of the label; recorded, in 255ths, where the experiment says
-            `record: {scores: true}`.
+            `record: {scores: true}`, or `only` in place of correctness.
         test_score: float [q].
         train_labels: [n], labels as the training code has them; compared with the dataset's, so that outcomes in another order are refused.
         test_labels: [q].
@@ -33,7 +34,7 @@ class Outcome:
         metrics: further numbers of the trial; `loss` is recorded, and a trial whose loss is not finite counts as diverged.
     """
 
-    train_correct: npt.ArrayLike
+    train_correct: npt.ArrayLike | None = None
     test_correct: npt.ArrayLike | None = None
     train_margin: npt.ArrayLike | None = None
     test_margin: npt.ArrayLike | None = None

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.datasets import DatasetLabels
+from memtail.errors import OutcomeError
+from memtail.statistics.soft import ONE
 from memtail.trials import Provenance, TrialBatch, TrialMetrics, pack
 
 _Bools = npt.NDArray[np.bool_]
@@ -19,8 +21,8 @@ def pack_trials(
     dataset: DatasetLabels,
     trials: Sequence[int],
     members: _Bools,
-    train_correct: _Bools,
-    test_correct: _Bools,
+    train_correct: _Bools | None,
+    test_correct: _Bools | None,
     losses: npt.NDArray[np.float64],
     diverged: _Bools,
     provenance: Provenance,
@@ -38,8 +40,8 @@ def pack_trials(
         dataset: the dataset of the k trials.
         trials: their indices.
         members: bool [k, n], their subsets.
-        train_correct: bool [k, n].
-        test_correct: bool [k, q].
+        train_correct: bool [k, n]; None where only scores are recorded, which then take its place in the metrics.
+        test_correct: bool [k, q]; None likewise.
         losses: float64 [k]; NaN or infinite where there is none.
         diverged: bool [k].
         provenance: of the batch.
@@ -50,34 +52,44 @@ def pack_trials(
         test_score: uint8 [k, q].
         train_predicted: integers [k, n], predicted classes, if they are known.
     """
-    train_correct, test_correct = train_correct & ~diverged[:, None], test_correct & ~diverged[:, None]
+    counted = ~diverged[:, None]
+    train_correct = None if train_correct is None else train_correct & counted
+    test_correct = None if test_correct is None else test_correct & counted
+    train_score = None if train_score is None else train_score * counted
+    test_score = None if test_score is None else test_score * counted
+    train = train_score / ONE if train_correct is None and train_score is not None else train_correct
+    test = test_score / ONE if test_correct is None and test_score is not None else test_correct
+    if train is None or test is None:
+        raise OutcomeError("the trials have neither correctness nor scores: record one of them")
     metrics = [
         TrialMetrics(
             trial=int(trial),
             diverged=bool(diverged[row]),
             loss=float(losses[row]) if np.isfinite(losses[row]) else None,
-            in_subset_accuracy=float(train_correct[row, members[row]].mean()),
-            held_out_accuracy=None if members[row].all() else float(train_correct[row, ~members[row]].mean()),
-            test_accuracy=float(test_correct[row].mean()) if dataset.n_test else None,
+            in_subset_accuracy=float(train[row, members[row]].mean()),
+            held_out_accuracy=None if members[row].all() else float(train[row, ~members[row]].mean()),
+            test_accuracy=float(test[row].mean()) if dataset.n_test else None,
             further=(further[row] or None) if further else None,
         )
         for row, trial in enumerate(trials)
     ]
-    misclassified = ~train_correct & ~diverged[:, None]
+    mistakes = None
+    if train_predicted is not None and train_correct is not None:
+        mistakes = train_predicted[~train_correct & counted].astype(np.uint16)
     return TrialBatch(
         trial=np.array(trials).astype(np.int32),
         membership=pack(members),
-        train_correct=pack(train_correct),
-        test_correct=pack(test_correct),
+        train_correct=None if train_correct is None else pack(train_correct),
+        test_correct=None if test_correct is None else pack(test_correct),
         n_train=dataset.n_train,
         n_test=dataset.n_test,
         metrics=metrics,
         provenance=provenance,
         train_margin=train_margin,
         test_margin=test_margin,
-        train_score=None if train_score is None else train_score * ~diverged[:, None],
-        test_score=None if test_score is None else test_score * ~diverged[:, None],
-        train_mistakes=None if train_predicted is None else train_predicted[misclassified].astype(np.uint16),
+        train_score=train_score,
+        test_score=test_score,
+        train_mistakes=mistakes,
     )
 
 

@@ -22,7 +22,7 @@ import torch
 from memtail.datasets import Dataset, open_dataset
 from memtail.errors import OutcomeError
 from memtail.randomness import Purpose, torch_seed
-from memtail.spec import Experiment
+from memtail.spec import Experiment, FunctionTrainer
 from memtail.statistics.soft import quantized
 from memtail.subsets import membership
 from memtail.trainers.images.devices import cpu_name, device_name
@@ -159,7 +159,8 @@ def train_user_shard(
     batch = make_batch(dataset, trials, members, arrays, metrics, provenance)
     ordered = any(name.startswith("train") for name in compared)
     trained = [row for row, trial in enumerate(batch.metrics) if not trial.diverged]
-    if not ordered and trained and looks_permuted(members[trained], np.stack([arrays[row]["train_correct"] for row in trained])):
+    outcome = "train_score" if experiment.record.scores_only else "train_correct"
+    if not ordered and trained and looks_permuted(members[trained], np.stack([arrays[row][outcome] for row in trained])):
         caller.warn(_PERMUTED, f"{trials[0]}-{trials[-1]}")
     return batch
 
@@ -209,7 +210,9 @@ class _UserShard:
         try:
             self.state.arrays[trial], self.state.metrics[trial] = check_outcome(outcome, self.dataset, self.experiment.record)
         except OutcomeError as error:
-            raise OutcomeError(f"trial {trial}: {error}") from None
+            trainer = self.experiment.trainer
+            code = f" of {trainer.function}" if isinstance(trainer, FunctionTrainer) else ""
+            raise OutcomeError(f"trial {trial}{code}: {error}") from None
         compared = {name for name in _COMPARED if getattr(outcome, name) is not None}
         self.compared = compared if self.compared is None else self.compared & compared
         self.caller.finished(trial)
@@ -322,8 +325,8 @@ def make_batch(
         dataset,
         trials,
         members,
-        stacked["train_correct"],
-        stacked["test_correct"],
+        stacked.get("train_correct"),
+        stacked.get("test_correct"),
         np.array([each.get("loss", np.nan) for each in metrics]),
         diverged,
         provenance,

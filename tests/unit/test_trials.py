@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtail.errors import ForeignObjectError, StoreError
-from memtail.trials import Provenance, TrialBatch, unpack
+from memtail.trials import Provenance, TrialBatch, pack, unpack
 from tests.support.batches import random_batch as make
 
 
@@ -38,7 +38,7 @@ def test_a_batch_is_read_back_as_written(k, n, q, seed, margins, mistakes):
 
 def test_outcomes_by_epoch_are_read_back_and_must_fit():
     batch, (_, train, _) = make(mistakes=False)
-    correct = np.stack([batch.train_correct, ~batch.train_correct])
+    correct = np.stack([pack(train), pack(~train)])
     recorded = replace(batch, snapshot_epochs=np.array([2, 7], np.int32), snapshot_correct=correct)
     read = TrialBatch.from_bytes(recorded.to_bytes())
     assert read.snapshot_epochs.tolist() == [2, 7]

@@ -5,9 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from memtail.errors import ScoresError, StoreError
+from memtail.estimators import convergence, high_influence_pairs, influence, memorization
 from memtail.estimators.soft import soft_influence, soft_influence_at, soft_memorization
 from memtail.statistics import Statistics
+from memtail.statistics.snapshot import Snapshot
 from memtail.statistics.soft import ONE, quantized
+from memtail.trials import Shard
 from tests.support.batches import batch_of, random_bits
 
 T, N, Q = 150, 23, 17
@@ -98,3 +102,66 @@ def test_selected_trials_keep_their_scores(trials):
 
 def test_scores_are_rounded_to_255ths():
     assert quantized(np.array([0.0, 1.0, 0.5, 1 / 255, 0.4999 / 255])).tolist() == [0, 255, 128, 1, 0]
+
+
+def without_correctness(trials, order=range(0, T, 10), diverged=()):
+    statistics = Statistics(N, Q, scores_only=True)
+    M, C, X, S, P = trials
+    for first in order:
+        rows = slice(first, first + 10)
+        batch = batch_of(first, M[rows], C[rows], X[rows], diverged)
+        statistics.accumulate(replace(batch, train_correct=None, test_correct=None, train_score=S[rows], test_score=P[rows]))
+    return statistics
+
+
+def test_without_correctness_the_estimates_are_those_of_scores(trials):
+    both, alone = accumulated(trials, diverged=(3,)), without_correctness(trials, diverged=(3,))
+    soft, mem = soft_memorization(both), memorization(alone)
+    np.testing.assert_array_equal(mem.value, soft.value)
+    np.testing.assert_array_equal(mem.standard_error, soft.standard_error)
+    np.testing.assert_array_equal(mem.p_out, soft.score_out)
+    packed, labels = alone.packed(), (np.zeros(N, np.int64), np.zeros(Q, np.int64))
+    pairs = high_influence_pairs(packed, mem, *labels, mem_threshold=-0.05, infl_threshold=0.05)
+    block = soft_influence(both.packed(), slice(None), slice(None))
+    expected = (mem.value >= -0.05)[:, None] & (block.value >= 0.05)
+    assert sorted(zip(pairs.train.tolist(), pairs.test.tolist(), strict=True)) == list(zip(*map(list, np.nonzero(expected)), strict=True))
+    np.testing.assert_array_equal(pairs.influence, block.value[pairs.train, pairs.test])
+    np.testing.assert_array_equal(pairs.influence_se, block.standard_error[pairs.train, pairs.test])
+    np.testing.assert_array_equal(pairs.mem, mem.value[pairs.train])
+    assert len(pairs) > 10
+    with pytest.raises(ScoresError, match="these trials have scores only, and correctness is needed"):
+        influence(packed, slice(None), slice(None))
+    with pytest.raises(StoreError, match="trials 0-9: has correctness"):
+        alone.accumulate(batch_of(0, *(bits[:10] for bits in trials[:3])))
+
+
+def test_without_correctness_scores_converge_to_those_of_all_trials(trials):
+    alone = without_correctness(trials, diverged=(3,))
+    M, _, _, S, _ = trials
+    stages = convergence(alone.packed(), [0.02], [0.5, 1.0], np.linspace(-1, 1, 41))
+    counted = np.delete(np.arange(T), 3)
+    for stage in stages:
+        first = counted[: stage.trials]
+        values = np.array([welch(S[first][M[first, i], i] / ONE, S[first][~M[first, i], i] / ONE) for i in range(N)])
+        defined = ~np.isnan(values[:, 0])
+        assert stage.mean == pytest.approx(values[defined, 0].mean())
+        assert stage.shares[0] == pytest.approx((values[defined, 0] >= 0.02).mean())
+        errors = values[~np.isnan(values[:, 1]), 1]
+        np.testing.assert_allclose(stage.standard_errors, np.quantile(errors, [0.5, 1.0]))
+
+
+@pytest.mark.parametrize("after", [0, 70])
+def test_without_correctness_a_snapshot_continues_to_equal_bits_in_any_order(trials, tmp_path, after):
+    whole, backwards = without_correctness(trials), without_correctness(trials, order=range(T - 10, -10, -10))
+    assert whole.digest() == backwards.digest() != accumulated(trials).digest()
+    part = without_correctness(trials, order=range(0, after, 10))
+    Snapshot("f", part, {Shard(0, 9): "tag"}).write(tmp_path / "snapshot.npz")
+    restored = Snapshot.read(tmp_path / "snapshot.npz", N, Q).statistics
+    assert (restored.scores_only, restored.digest()) == (True, part.digest())
+    M, C, X, S, P = trials
+    for first in range(after, T, 10):
+        rows = slice(first, first + 10)
+        batch = batch_of(first, M[rows], C[rows], X[rows])
+        restored.accumulate(replace(batch, train_correct=None, test_correct=None, train_score=S[rows], test_score=P[rows]))
+    assert restored.digest() == whole.digest()
+    np.testing.assert_array_equal(restored.packed().select(np.arange(20)).train_score, whole.packed().select(np.arange(20)).train_score)

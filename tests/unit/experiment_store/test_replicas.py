@@ -50,7 +50,7 @@ def test_different_bits_and_margins_are_counted(name, bits, margins):
 
 
 def test_outcomes_of_the_epochs_that_both_have_are_compared():
-    epochs, correct = np.array([1, 3], np.int32), np.stack([BATCH.train_correct, BATCH.membership])
+    epochs, correct = np.array([1, 3], np.int32), np.stack([np.roll(BATCH.membership, 1), BATCH.membership])
     committed = replace(BATCH, snapshot_epochs=epochs, snapshot_correct=correct)
     assert not compare(committed, committed).differs
     assert not compare(committed, BATCH).differs

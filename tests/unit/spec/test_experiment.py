@@ -294,3 +294,18 @@ _FEATURES = "memtail.studies.features:feature_model"
 )
 def test_functions_commands_and_networks_of_other_packages_are_user_code(parts, runs):
     assert Experiment.parse({**BASE, **parts}).runs_user_code is runs
+
+
+def test_scores_alone_are_another_experiment_and_not_for_the_built_in_trainer(tmp_path):
+    (tmp_path / "code.py").write_text("def train(task): ...")
+    function = {**BASE, "trainer": {"function": "code:train", "folder": str(tmp_path)}}
+    plain, scores, only = (Experiment.parse({**function, "record": {"scores": value}}) for value in (False, True, "only"))
+    assert plain.fingerprint("d") == scores.fingerprint("d") != only.fingerprint("d")
+    assert differences(scores.canonical("d"), only.canonical("d")) == ["record.scores null -> only"]
+    assert Experiment.parse(yaml.safe_load(only.to_yaml())) == only
+    with pytest.raises(SpecError, match=r"^experiment: record\.scores: only is for training code of your own; .* set it to true$"):
+        Experiment.parse({**BASE, "record": {"scores": "only"}})
+    with pytest.raises(SpecError, match=r"^experiment: record\.scores: is false, true or only \(got maybe\)$"):
+        Experiment.parse({**function, "record": {"scores": "maybe"}})
+    with pytest.raises(SpecError, match=r"^experiment: record\.scores: is false, true or only"):
+        Experiment.parse({**function, "record": {"scores": ["only"]}})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memtail.datasets import DatasetLabels
-from memtail.errors import OutcomeError
+from memtail.errors import ForeignObjectError, OutcomeError
 from memtail.spec import RecordedOutcomes
 from memtail.trainers.outcomes import check_outcome, looks_permuted
 from memtail.trainers.task import Outcome
@@ -192,3 +192,45 @@ def test_the_provenance_names_software_and_hardware():
     assert (provenance.kind, provenance.seconds, provenance.started) == ("a device, a processor", 1.235, "2026-01-01T00:00:00+00:00")
     assert provenance.torch
     assert provenance.memtail
+
+
+ONLY = RecordedOutcomes(scores="only")
+
+
+def test_without_correctness_a_batch_holds_scores_and_their_means(dataset):
+    members = np.array([[True] * 4 + [False] * 2])
+    batch = batch_of(dataset, [Outcome(train_score=[1, 1, 1, 0.2, 0, 0.4], test_score=[0, 0.5, 1])], members, ONLY)
+    read = TrialBatch.from_bytes(batch.to_bytes())
+    assert read.scores_only
+    assert not {"train_correct", "test_correct"} & set(np.load(io.BytesIO(batch.to_bytes())).files)
+    assert read.train_score.tolist() == [[255, 255, 255, 51, 0, 102]]
+    (trial,) = read.metrics
+    assert (trial.in_subset_accuracy, trial.held_out_accuracy) == pytest.approx((0.8, 0.2))
+    assert trial.test_accuracy == pytest.approx(0.5, abs=1e-2)
+    with pytest.raises(ForeignObjectError, match=r"trials 0-0 have scores only, and correctness is needed: .* record: \{scores: true\}"):
+        read.correctness()
+    with pytest.raises(ForeignObjectError, match="it has neither correctness nor scores"):
+        replace(read, test_score=None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "record", "message"),
+    [
+        ({}, ONLY, "train_correct was returned, and the experiment records scores only: remove it, or declare"),
+        ({"train_correct": None}, ONLY, "test_correct was returned, and the experiment records scores only: remove it, or declare"),
+        ({"train_correct": None, "test_correct": None, "train_score": None}, ONLY, "train_score is missing, and the experiment records"),
+        ({"train_correct": None}, RecordedOutcomes(), r"train_correct is missing: return one .* record: \{scores: only\}"),
+    ],
+)
+def test_correctness_is_either_recorded_or_not(dataset, returned, record, message):
+    with pytest.raises(OutcomeError, match=message):
+        check_outcome(outcome(**{"train_score": np.ones(N), "test_score": np.ones(Q)} | returned), dataset, record)
+
+
+def test_scores_in_another_order_are_noticed():
+    rng = np.random.default_rng(0)
+    members = rng.random((3, 500)) < 0.7
+    scores = rng.random((3, 500)) * np.where(members, 0.5, 0.3)
+    assert not looks_permuted(members, scores)
+    assert looks_permuted(members, rng.permuted(scores, axis=1))
+    assert not looks_permuted(members, np.ones((3, 500)))

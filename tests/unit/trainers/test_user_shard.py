@@ -201,7 +201,7 @@ def test_labels_are_compared_with_those_on_the_disk(shard, many):
 def test_a_faulty_outcome_names_its_trial(shard):
     train = Train()
     train.__class__ = type("Other", (Train,), {"__call__": lambda self, tasks: [Outcome([1], [1])]})
-    with pytest.raises(OutcomeError, match=r"^trial 0: train_correct has shape \[1\]"):
+    with pytest.raises(OutcomeError, match=r"^trial 0 of a:b: train_correct has shape \[1\]"):
         shard(train, Caller())
 
 
