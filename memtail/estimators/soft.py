@@ -17,10 +17,11 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
+from memtail.errors import ScoresError
 from memtail.estimators.binomial import Floats, share
 from memtail.estimators.influence import BLOCK, Index
 from memtail.statistics import Statistics, cooccurrence
-from memtail.statistics.accumulator import PackedTrials, column_sums
+from memtail.statistics.accumulator import PackedTrials, column_sums, unpack_words
 from memtail.statistics.soft import ONE, PLANES, SoftSums, Sums, Words
 
 # Products of two planes that sum up to squares, with the exponents of their weights.
@@ -193,6 +194,21 @@ def soft_influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: 
     if packed.test_score is None:
         return None
     return SoftInfluence(packed.membership, packed.test_score, packed.k_in, packed.trials).at(train, test)
+
+
+def scores_on_test(packed: PackedTrials, test: int) -> Floats:
+    """Return float64 [t], the scores of the trials that count on a test example, by index. Raises: ScoresError: a trial has none."""
+    if packed.test_score is None:
+        raise ScoresError("not all trials have recorded scores")
+    bits = unpack_words(packed.test_score[:, :, test])[:, packed.counted_mask]
+    scores: Floats = (bits << np.arange(PLANES)[:, None]).sum(0) / ONE
+    return scores
+
+
+def mean_score(scores: Floats) -> tuple[float, float]:
+    """Return the mean of scores, NaN without any, and its standard error, NaN for fewer than two."""
+    value = float(scores.mean()) if len(scores) else np.nan
+    return value, float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else np.nan
 
 
 def _mean_variance(total: Sums, squares: Sums, count: npt.NDArray[np.int64]) -> Floats:

@@ -152,7 +152,7 @@ class ExperimentProgress:
             "trained_twice": len(self.trained_twice),
             "unverified": len(self.unverified),
             "different": [shard.span for shard in self.different],
-            **({"outcome": "score"} if self.pointer and self.pointer.summary.outcome == "score" else {}),
+            "outcome": self.pointer.summary.outcome if self.pointer else None,
             "test_accuracy": self.pointer.summary.test_accuracy if self.pointer else None,
             "test_accuracy_se": self.pointer.summary.accuracy_se["test_accuracy"] if self.pointer else None,
             "fingerprint": self.fingerprint,

@@ -19,7 +19,7 @@ from memtail.explorer.access import LOGOUT, REPORT_POLICY, guard
 from memtail.explorer.library import Library
 from memtail.explorer.opened import Opened
 from memtail.explorer.score_cache import BeingReadError, NotPublishedError
-from memtail.explorer.selection import BY_HELD_OUT, ORDERS, QueryError, Selection, histogram
+from memtail.explorer.selection import BY_HELD_OUT, QueryError, Selection, histogram, orders
 from memtail.figures.numbers import fixed, general, percent
 from memtail.figures.thumbnails import png
 from memtail.report.pointer import ReportPointer
@@ -42,6 +42,7 @@ _OVERVIEW = (
     "failed_attempts",
     "published_trials",
     "published",
+    "outcome",
     "standard_error",
     "test_accuracy",
     "test_accuracy_se",
@@ -102,8 +103,8 @@ def create(store: ObjectStore, token: str | None = None, log_requests: bool = Fa
             studies=library.studies(name),
             selection=selection,
             gallery=views.gallery(opened, selection),
-            bars=histogram(opened.memorization, opened.lower_files, selection),
-            orders={name: label for name, label in ORDERS.items() if name != "class" or opened.classes},
+            bars=histogram(opened.memorization, opened.scores.names, opened.lower_files, selection),
+            orders={key: label for key, label in orders(opened.scores.names).items() if key != "class" or opened.classes},
             by_held_out=selection.sort in BY_HELD_OUT,
         )
 

@@ -14,7 +14,7 @@ from memtail.errors import DatasetError, MemtailError, ScoresError
 from memtail.experiment_store import Record
 from memtail.explorer.opened import Opened
 from memtail.scores.fetch import open_scores
-from memtail.scores.names import INFLUENCE_MATRIX, MEMORIZATION, SNAPSHOTS, STATISTICS, SUMMARY
+from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.settings import Settings
 from memtail.storage import ObjectStore
 
@@ -143,19 +143,20 @@ class ScoreCache:
             missing = str(error)
         if previous is not None and version in (None, previous.version):
             return replace(previous, dataset=dataset, missing=missing)
-        files = _SCORE_FILES if dataset is not None else (*_SCORE_FILES, INFLUENCE_MATRIX)
+        files = _SCORE_FILES if dataset is not None else (*_SCORE_FILES, INFLUENCE_MATRIX, INDEX)
         scores = open_scores(self._store, record.experiment.name, files)
         if dataset is not None:
             scores.test_labels = np.asarray(dataset.test_labels)  # otherwise read from the largest score file
         # no page shows influence on training examples
-        scores.statistics = replace(scores.statistics, train_correct=np.empty((len(scores.statistics.counted), 0), np.uint64))
+        without = None if scores.scores_only else np.empty((len(scores.statistics.counted), 0), np.uint64)
+        scores.statistics = replace(scores.statistics, train_correct=without, train_score=None)
         opened = Opened(record, scores, dataset, missing)
         # Read all that a page may need, since files of a version are removed some time after the next one is published; and compile the
         # influence kernels, or load them from numba's cache.
         _ = opened.memorization, opened.lower_files, scores.snapshots, scores.test_labels, opened.test_files
-        _ = scores.influence(train=0).value
+        _ = scores.estimated(train=0).value
         if scores.summary.n_test:
-            _ = scores.influence(test=0).value
+            _ = scores.estimated(test=0).value
         return opened
 
     def _keep(self, opened: Opened) -> None:

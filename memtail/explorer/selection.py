@@ -10,21 +10,25 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memtail.errors import MemtailError
+from memtail.scores.names import OutcomeNames
 from memtail.scores.reader import Column
 
-#: Orders and their labels. Ties are broken by memorization, highest first.
-ORDERS = {
-    "memorized": "most memorized",
-    "least": "least memorized",
-    "hardest": "lowest held-out accuracy",
-    "easiest": "highest held-out accuracy",
-    "class": "class",
-    "index": "index",
-}
-#: Orders by held-out accuracy.
+#: Orders by held-out accuracy, or held-out score.
 BY_HELD_OUT = ("hardest", "easiest")
 #: Width of a bar of the histogram.
 STEP = 0.05
+
+
+def orders(names: OutcomeNames) -> dict[str, str]:
+    """Return the orders and their labels. Ties are broken by memorization, highest first."""
+    return {
+        "memorized": "most memorized",
+        "least": "least memorized",
+        "hardest": f"lowest held-out {names.mean}",
+        "easiest": f"highest held-out {names.mean}",
+        "class": "class",
+        "index": "index",
+    }
 
 
 class QueryError(MemtailError):
@@ -37,9 +41,9 @@ class Selection(BaseModel):
     Attributes:
         label: `class`, index of a class.
         low, high: `from` and `to`, bounds of memorization; low <= mem < high.
-        p_out_low, p_out_high: `right-from` and `right-to`, bounds of held-out accuracy; p_out_low <= p_out < p_out_high.
+        p_out_low, p_out_high: `right-from` and `right-to`, bounds of held-out accuracy or score; p_out_low <= p_out < p_out_high.
         text: `q`, an index or a part of a file name, in any case.
-        sort: key of `ORDERS`.
+        sort: key of `orders`.
         page: page of the gallery, from 1.
     """
 
@@ -76,19 +80,22 @@ class Selection(BaseModel):
         return f"?{urlencode(changed)}" if changed else ""
 
 
-def select(memorization: Mapping[str, Column], filenames: Sequence[str] | None, selection: Selection) -> npt.NDArray[np.int64]:
+def select(
+    memorization: Mapping[str, Column], names: OutcomeNames, filenames: Sequence[str] | None, selection: Selection
+) -> npt.NDArray[np.int64]:
     """Select training examples.
 
     Args:
         memorization: columns of the published table.
+        names: names of the columns of estimates.
         filenames: file names in lower case; None if the dataset has none.
         selection: the query parameters.
 
     Returns:
         int64, indices in the selection's order; examples without an estimate come last.
     """
-    mem = memorization["mem"]
-    chosen = _matching(memorization, filenames, selection)
+    mem = memorization[names.mem]
+    chosen = _matching(memorization, names, filenames, selection)
     if selection.low is not None:
         chosen &= mem >= selection.low
     if selection.high is not None:
@@ -103,7 +110,7 @@ def select(memorization: Mapping[str, Column], filenames: Sequence[str] | None, 
         return rows
     if selection.sort == "class" and "label" not in memorization:
         return rows
-    key = memorization["label"] if selection.sort == "class" else memorization["p_out"] * (1 if selection.sort == "hardest" else -1)
+    key = memorization["label"] if selection.sort == "class" else memorization[names.p_out] * (1 if selection.sort == "hardest" else -1)
     return rows[np.argsort(key[rows], kind="stable")]
 
 
@@ -125,17 +132,18 @@ class Bar:
         return f"{self.count:,} {'example' if self.count == 1 else 'examples'} with memorization {side}{span}"
 
 
-def histogram(memorization: Mapping[str, Column], filenames: Sequence[str] | None, selection: Selection) -> list[Bar]:
+def histogram(memorization: Mapping[str, Column], names: OutcomeNames, filenames: Sequence[str] | None, selection: Selection) -> list[Bar]:
     """Histogram of memorization over a selection, ignoring its bounds of memorization.
 
     Each bar's `share` is its height on a logarithmic scale, 0 to 1, since few examples are memorized and those matter.
 
     Args:
         memorization: columns of the published table.
+        names: names of the columns of estimates.
         filenames: file names in lower case; None if the dataset has none.
         selection: the query parameters.
     """
-    mem = memorization["mem"][_matching(memorization, filenames, selection)]
+    mem = memorization[names.mem][_matching(memorization, names, filenames, selection)]
     mem = mem[~np.isnan(mem)]
     first = int(np.floor(min(mem.min(initial=0.0), -2 * STEP) / STEP + 1e-9))
     last = round(1 / STEP)
@@ -160,16 +168,18 @@ def histogram(memorization: Mapping[str, Column], filenames: Sequence[str] | Non
     return bars
 
 
-def _matching(memorization: Mapping[str, Column], filenames: Sequence[str] | None, selection: Selection) -> npt.NDArray[np.bool_]:
-    """Check the class, the held-out accuracy and the text of each example, bool [n]."""
-    count = len(memorization["mem"])
+def _matching(
+    memorization: Mapping[str, Column], names: OutcomeNames, filenames: Sequence[str] | None, selection: Selection
+) -> npt.NDArray[np.bool_]:
+    """Check the class, the held-out accuracy or score, and the text of each example, bool [n]."""
+    count = len(memorization["index"])
     chosen = np.ones(count, np.bool_)
     if selection.label is not None and "label" in memorization:
         chosen &= memorization["label"] == selection.label
     if selection.p_out_low is not None:
-        chosen &= memorization["p_out"] >= selection.p_out_low
+        chosen &= memorization[names.p_out] >= selection.p_out_low
     if selection.p_out_high is not None:
-        chosen &= memorization["p_out"] < selection.p_out_high
+        chosen &= memorization[names.p_out] < selection.p_out_high
     if selection.text:
         text = selection.text.lower()
         matches = np.zeros(count, np.bool_)

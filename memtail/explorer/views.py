@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from memtail.estimators.binomial import standard_error
+from memtail.estimators.soft import mean_score, scores_on_test
 from memtail.explorer.opened import Opened
 from memtail.explorer.selection import BY_HELD_OUT, Selection, select
 from memtail.scores.csv import write_csv
@@ -53,7 +54,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy of some models on one example, with its standard error; NaN without models."""
+    """Accuracy of some models on one example, or their mean score, with its standard error; NaN where there is none."""
 
     value: float
     se: float
@@ -67,14 +68,15 @@ class Accuracy:
 
 def gallery(opened: Opened, selection: Selection) -> Gallery:
     """Return the page of a selection, or its last page. Tiles show memorization, or held-out accuracy if it decides the order."""
-    rows = select(opened.memorization, opened.lower_files, selection)
+    names = opened.scores.names
+    rows = select(opened.memorization, names, opened.lower_files, selection)
     pages = max(1, -(-len(rows) // PER_PAGE))
     page = min(selection.page, pages)
     shown = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
-    value, se = (opened.memorization[name][shown] for name in ("mem", "mem_se"))
+    value, se = (opened.memorization[name][shown] for name in (names.mem, names.mem_se))
     if selection.sort in BY_HELD_OUT:
-        value = opened.memorization["p_out"][shown]
-        se = standard_error(value, opened.memorization["k_out"][shown])
+        value = opened.memorization[names.p_out][shown]
+        se = np.full(len(shown), np.nan) if opened.scores.scores_only else standard_error(value, opened.memorization["k_out"][shown])
     tiles = train_tiles(opened, shown, value, se)
     return Gallery(rows, tiles, page, pages)
 
@@ -82,17 +84,18 @@ def gallery(opened: Opened, selection: Selection) -> Gallery:
 def train_example(opened: Opened, index: int, selection: Selection) -> dict[str, Any]:
     """Return the content of a training example's page; `previous` and `next` are its neighbours in the selection."""
     row = {name: values[index].item() if hasattr(values[index], "item") else values[index] for name, values in opened.memorization.items()}
-    rows = select(opened.memorization, opened.lower_files, selection)
+    rows = select(opened.memorization, opened.scores.names, opened.lower_files, selection)
     place = np.flatnonzero(rows == index)
     previous_row = int(rows[place[0] - 1]) if len(place) and place[0] > 0 else None
     next_row = int(rows[place[0] + 1]) if len(place) and place[0] + 1 < len(rows) else None
-    helped, hurt = influenced(opened, index)
+    helped, hurt, names = *influenced(opened, index), opened.scores.names
+    tiles = train_tiles(opened, np.array([index]), *(opened.memorization[name][[index]] for name in (names.mem, names.mem_se)))
     return {
-        "tile": train_tiles(opened, np.array([index]), opened.memorization["mem"][[index]], opened.memorization["mem_se"][[index]])[0],
+        "tile": tiles[0],
         "by_epoch": _by_epoch(opened, index),
         **{name: row.get(name) for name in ("mem_p", "mem_p_se", "score_in", "score_out")},
-        "accuracy_in": Accuracy.of(row["p_in"], row["k_in"]),
-        "accuracy_out": Accuracy.of(row["p_out"], row["k_out"]),
+        "accuracy_in": _mean(opened, row[names.p_in], row["k_in"]),
+        "accuracy_out": _mean(opened, row[names.p_out], row["k_out"]),
         "previous": previous_row,
         "next": next_row,
         "place": int(place[0]) if len(place) else None,
@@ -102,6 +105,11 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
         "hurt": influenced_tiles(opened, hurt),
         "by_chance": by_chance(opened.scores.statistics.n_test) if opened.scores.statistics.n_test else None,
     }
+
+
+def _mean(opened: Opened, value: float, models: int) -> Accuracy:
+    """Mean outcome of some models; standard errors of mean scores are not published."""
+    return Accuracy(value, np.nan, models) if opened.scores.scores_only else Accuracy.of(value, models)
 
 
 def _by_epoch(opened: Opened, train: int) -> list[tuple[int, float, float]]:
@@ -128,8 +136,11 @@ def test_example(opened: Opened, index: int) -> dict[str, Any]:
 
 
 def accuracy_on(opened: Opened, test: int) -> Accuracy:
-    """Return the accuracy of all models on a test example."""
+    """Return the accuracy of all models on a test example, or their mean score."""
     statistics = opened.scores.statistics
+    if opened.scores.scores_only:
+        scores = scores_on_test(statistics, test)
+        return Accuracy(*mean_score(scores), len(scores))
     return Accuracy.of(float(statistics.correct_on_test[test] / statistics.trials), statistics.trials)
 
 
@@ -141,23 +152,26 @@ def train_tiles(opened: Opened, index: Column, value: Column, se: Column) -> lis
 def influenced(opened: Opened, train: int) -> tuple[dict[str, Column], dict[str, Column]]:
     """Return the test examples with the highest and the lowest influence of a training example (see `Scores.top_influenced`)."""
     helped, hurt = (opened.scores.top_influenced(train, TOP, harmed=harmed) for harmed in (False, True))
-    return _where(helped, helped["infl"] > 0), _where(hurt, hurt["infl"] < 0)
+    infl = opened.scores.names.infl
+    return _where(helped, helped[infl] > 0), _where(hurt, hurt[infl] < 0)
 
 
 def influencers(opened: Opened, test: int) -> tuple[dict[str, Column], dict[str, Column]]:
     """Return the training examples with the highest and the lowest influence on a test example (see `Scores.top_influencers`)."""
     helping, harmful = (opened.scores.top_influencers(test, TOP, harmful=harmful) for harmful in (False, True))
-    return _where(helping, helping["infl"] > 0), _where(harmful, harmful["infl"] < 0)
+    infl = opened.scores.names.infl
+    return _where(helping, helping[infl] > 0), _where(harmful, harmful[infl] < 0)
 
 
 def influenced_tiles(opened: Opened, table: dict[str, Column]) -> list[Tile]:
     """Make tiles of the rows of `influenced`."""
-    return _tiles(opened, "test", table["tt_idx"], opened.scores.test_labels, table["infl"], table["infl_se"], opened.test_files)
+    value, se = (table[name] for name in (opened.scores.names.infl, opened.scores.names.infl_se))
+    return _tiles(opened, "test", table["tt_idx"], opened.scores.test_labels, value, se, opened.test_files)
 
 
 def influencer_tiles(opened: Opened, table: dict[str, Column]) -> list[Tile]:
     """Make tiles of the rows of `influencers`."""
-    return train_tiles(opened, table["tr_idx"], table["infl"], table["infl_se"])
+    return train_tiles(opened, table["tr_idx"], table[opened.scores.names.infl], table[opened.scores.names.infl_se])
 
 
 def by_chance(count: int) -> float:
@@ -167,7 +181,7 @@ def by_chance(count: int) -> float:
 
 def gallery_csv(opened: Opened, selection: Selection) -> bytes:
     """Table of all examples of a selection, in its order: the columns of `memorization.parquet`, and `class` if there are labels."""
-    rows = select(opened.memorization, opened.lower_files, selection)
+    rows = select(opened.memorization, opened.scores.names, opened.lower_files, selection)
     columns: dict[str, Any] = {name: values[rows] for name, values in opened.memorization.items()}
     return csv(columns | _classes(opened, opened.scores.train_labels[rows]))
 
@@ -176,14 +190,16 @@ def influenced_csv(opened: Opened, train: int) -> bytes:
     """Table of a training example's page.
 
     The first row is the training example: `tr_idx`, `class`, the columns of `memorization.parquet`, `p_in_se` and `p_out_se`. The others
-    are test examples: `tt_idx`, `class`, `infl`, `infl_se`. All have a `filename` if the dataset has file names.
+    are test examples: `tt_idx`, `class`, `infl`, `infl_se`. All have a `filename` if the dataset has file names. Where only scores are
+    recorded, columns are named as in the published files.
     """
     own: dict[str, Any] = {"tr_idx": [train]} | _classes(opened, opened.scores.train_labels[[train]])
     own |= {name: values[[train]] for name, values in opened.memorization.items() if name not in ("index", "label")}
-    own |= {f"{p}_se": standard_error(own[p], own[k]) for p, k in (("p_in", "k_in"), ("p_out", "k_out"))}
+    if not opened.scores.scores_only:
+        own |= {f"{p}_se": standard_error(own[p], own[k]) for p, k in (("p_in", "k_in"), ("p_out", "k_out"))}
     table = _joined(influenced(opened, train))
     columns: dict[str, Any] = {"tt_idx": table["tt_idx"]} | _classes(opened, opened.scores.test_labels[table["tt_idx"]])
-    columns |= {"infl": table["infl"], "infl_se": table["infl_se"]}
+    columns |= {name: table[name] for name in (opened.scores.names.infl, opened.scores.names.infl_se)}
     if opened.test_files is not None:
         columns["filename"] = [opened.test_files[index] for index in table["tt_idx"]]
     return csv(own, columns)
@@ -194,17 +210,19 @@ def influencers_csv(opened: Opened, test: int) -> bytes:
 
     The first row is the test example: `tt_idx`, `class`, its accuracy `right` with standard error `right_se`, and the number of `models`.
     The others are training examples: `tr_idx`, `class`, `infl`, `infl_se`, `mem`, `mem_se`. All have a `filename` if the dataset has file
-    names.
+    names. Where only scores are recorded, columns are named as in the published files, and `score` and `score_se` are in the place of
+    `right` and `right_se`.
     """
+    names, right = opened.scores.names, "score" if opened.scores.scores_only else "right"
     accuracy = accuracy_on(opened, test)
     own: dict[str, Any] = {"tt_idx": [test]} | _classes(opened, opened.scores.test_labels[[test]])
-    own |= {"right": [accuracy.value], "right_se": [accuracy.se], "models": [accuracy.models]}
+    own |= {right: [accuracy.value], f"{right}_se": [accuracy.se], "models": [accuracy.models]}
     if opened.test_files is not None:
         own["filename"] = [opened.test_files[test]]
     table = _joined(influencers(opened, test))
     columns: dict[str, Any] = {"tr_idx": table["tr_idx"]} | _classes(opened, opened.scores.train_labels[table["tr_idx"]])
-    columns |= {"infl": table["infl"], "infl_se": table["infl_se"]}
-    columns |= {"mem": table["mem"], "mem_se": opened.memorization["mem_se"][table["tr_idx"]]}
+    columns |= {name: table[name] for name in (names.infl, names.infl_se, names.mem)}
+    columns[names.mem_se] = opened.memorization[names.mem_se][table["tr_idx"]]
     if opened.train_files is not None:
         columns["filename"] = [opened.train_files[index] for index in table["tr_idx"]]
     return csv(own, columns)

@@ -4,6 +4,7 @@ Reads no image but those shown, and draws nothing.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,10 +13,12 @@ from memtail.errors import ScoresError
 from memtail.estimators import convergence, expected_standard_error, false_discovery, influence
 from memtail.estimators.binomial import share, standard_error
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.estimators.soft import mean_score, scores_on_test
 from memtail.experiment_store import Record
 from memtail.report.items import Content, DoubtfulLabel, EpochStage, Example, Number, Pair, PairCounts, SoftScores
 from memtail.scores.reader import Scores, largest
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SE_QUANTILES, ScoreSummary
+from memtail.statistics.accumulator import PackedTrials, unpack_words
 from memtail.studies.result import StudyResult
 from memtail.trials import Shard
 
@@ -36,7 +39,7 @@ _FEWEST_PAIRS, _MOST_PAIRS = 6, 20
 _RANDOM_OTHERS = 4
 _MOST_LABELS = 30
 _MOST_SHARDS = 5
-# A larger expected standard error than a third of the influence threshold blurs the scores.
+# A larger standard error than a third of the influence threshold blurs the scores.
 _BLURRED = INFL_THRESHOLD / 3
 # Lower in-subset accuracy than this means that models do not fit their subsets, so they memorize little.
 _FITTED = 0.95
@@ -70,13 +73,15 @@ def choose_content(
         for key in ACCURACIES
         if summary[key] is not None
     }
+    # scores vary less than correctness, so that their own standard errors say more than the largest expected one
+    largest_se = (summary.mem_se_quantile(1.0) or 0.0) if scores.scores_only else expected
     pairs, pair_counts = _pairs(scores, dataset) if dataset.n_test else ([], None)
     gallery = _gallery(scores, dataset)
-    labels, doubtful = _doubtful_labels(scores, dataset) if dataset.labelled else ([], 0)
+    labels, doubtful = _doubtful_labels(scores, dataset) if dataset.labelled and not scores.scores_only else ([], 0)
     return Content(
         record=record,
         summary=summary,
-        warnings=_warnings(summary, expected, pair_counts, different),
+        warnings=_warnings(summary, largest_se, pair_counts, different),
         accuracies=accuracies,
         stages=convergence(packed, MEM_STEPS, SE_QUANTILES, EDGES),
         fraction=fraction,
@@ -96,7 +101,7 @@ def choose_content(
 
 
 def _soft(scores: Scores) -> SoftScores | None:
-    if "mem_p" not in scores.memorization:
+    if scores.scores_only or "mem_p" not in scores.memorization:
         return None
     import pandas as pd  # slow to import, and only these scores need it
 
@@ -119,20 +124,21 @@ def _epochs(scores: Scores) -> list[EpochStage]:
     return stages
 
 
-def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:
+def _warnings(summary: ScoreSummary, largest_se: float, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:
     warnings = []
     trials, fitted = summary.trials, summary.in_subset_accuracy
-    if expected > _BLURRED:
-        of_pairs = counts and (
+    errors = "scores near one half have a standard error of" if summary.outcome == "correct" else "their standard errors are up to"
+    if largest_se > _BLURRED:
+        of_pairs = (counts and counts.confirmed is not None) and (
             f" At a fixed threshold of influence, some pairs are chance: trust the {counts.confirmed:,} of {counts.high:,} pairs that pass "
             f"at a false discovery rate of {DISCOVERY_RATE:.0%}, and no others."
         )
         warnings.append(
-            f"These scores rest on only {trials} trials: scores near one half have a standard error of {expected:.3f}."
+            f"These scores rest on only {trials} trials: {errors} {largest_se:.3f}."
             f"{of_pairs or ''} Noise {'also ' if of_pairs else ''}lifts examples above a threshold of memorization, more of them the lower "
             f"the threshold is; standard errors do not show this. Four times as many trials halve the standard errors."
         )
-    if fitted is not None and fitted < _FITTED:
+    if fitted is not None and fitted < _FITTED and summary.outcome == "correct":
         warnings.append(
             f"Models classify {fitted:.1%} of their subsets correctly. Memorization is meaningful for models that fit their subsets: "
             f"train longer, or with a higher learning rate, before you trust these scores."
@@ -155,7 +161,9 @@ def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts | None,
 def _example(dataset: Dataset, split: str, index: int, scores: Scores | None = None) -> Example:
     labels, files = (dataset.train_labels, dataset.train_files) if split == "train" else (dataset.test_labels, dataset.test_files)
     file = None if files is None else bytes(files[index]).decode(errors="replace")
-    mem = None if scores is None else Number(*(float(scores.memorization[column][index]) for column in ("mem", "mem_se")))
+    mem = None
+    if scores is not None:
+        mem = Number(*(float(scores.memorization[column][index]) for column in (scores.names.mem, scores.names.mem_se)))
     return Example(split, int(index), _class(dataset, int(labels[index])), file, mem)
 
 
@@ -165,7 +173,7 @@ def _class(dataset: Dataset, label: int) -> str | None:
 
 def _gallery(scores: Scores, dataset: Dataset) -> list[tuple[str | None, list[list[Example]]]]:
     """Choose the classes with the most memorized examples, and of each the examples nearest to every step of memorization."""
-    mem, labels = scores.memorization["mem"], scores.train_labels
+    mem, labels = scores.memorization[scores.names.mem], scores.train_labels
     memorized = np.bincount(labels[mem >= MEM_THRESHOLD], minlength=len(dataset.classes))
     present = np.bincount(labels, minlength=len(dataset.classes)) > 0
     most = [label for label in np.argsort(-memorized, kind="stable").tolist() if present[label]][:_GALLERY_CLASSES]
@@ -185,40 +193,46 @@ def _gallery(scores: Scores, dataset: Dataset) -> list[tuple[str | None, list[li
 
 def _pairs(scores: Scores, dataset: Dataset) -> tuple[list[Pair], PairCounts]:
     """Choose the pairs shown: confirmed pairs first, then the others, both by falling influence."""
-    packed, table, mem = scores.statistics, scores.pairs, scores.memorization["mem"]
+    packed, table, names = scores.statistics, scores.pairs, scores.names
     train, test = table["tr_idx"], table["tt_idx"]
     train_labels, test_labels = np.asarray(dataset.train_labels), np.asarray(dataset.test_labels)
-    discovery = false_discovery(packed, mem, train_labels, test_labels, train, test)
-    confirmed = discovery.rate <= DISCOVERY_RATE
+    counts, rate = PairCounts(high=len(train), train=len(np.unique(train)), test=len(np.unique(test))), np.full(len(train), np.nan)
+    if not scores.scores_only:
+        discovery = false_discovery(packed, scores.memorization["mem"], train_labels, test_labels, train, test)
+        rate, passed = discovery.rate, int((discovery.kept <= DISCOVERY_RATE).sum())
+        counts = replace(counts, confirmed=int((rate <= DISCOVERY_RATE).sum()), tested=discovery.tested, passed=passed)
+    confirmed = rate <= DISCOVERY_RATE
+    fewest = _MOST_PAIRS if scores.scores_only else _FEWEST_PAIRS
     rng = np.random.default_rng(0)
     shown = []
-    for place in np.argsort(~confirmed, kind="stable")[: min(max(int(confirmed.sum()), _FEWEST_PAIRS), _MOST_PAIRS)].tolist():
+    for place in np.argsort(~confirmed, kind="stable")[: min(max(int(confirmed.sum()), fewest), _MOST_PAIRS)].tolist():
         i, j = int(train[place]), int(test[place])
-        one = influence(packed, np.array([i]), np.array([j]))
-        both, k_in, correct, k_out = int(one.both[0, 0]), int(one.k_in[0]), int(one.correct[0]), int(one.trials - one.k_in[0])
+        mean_in, mean_out = _means(packed, i, j)
         others = np.flatnonzero((train_labels == train_labels[i]) & (np.arange(len(train_labels)) != i))
         drawn = rng.choice(others, min(_RANDOM_OTHERS, len(others)), replace=False).tolist()
         shown.append(
             Pair(
                 test=_example(dataset, "test", j),
                 train=_example(dataset, "train", i, scores),
-                influence=Number(float(table["infl"][place]), float(table["infl_se"][place])),
-                accuracy_in=_share(both, k_in),
-                accuracy_out=_share(correct - both, k_out),
-                rate=float(discovery.rate[place]),
+                influence=Number(float(table[names.infl][place]), float(table[names.infl_se][place])),
+                accuracy_in=mean_in,
+                accuracy_out=mean_out,
+                rate=float(rate[place]),
                 confirmed=bool(confirmed[place]),
                 others=[_example(dataset, "train", index, scores) for index in drawn],
             )
         )
-    counts = PairCounts(
-        high=len(train),
-        confirmed=int(confirmed.sum()),
-        train=len(np.unique(train)),
-        test=len(np.unique(test)),
-        tested=discovery.tested,
-        passed=int((discovery.kept <= DISCOVERY_RATE).sum()),
-    )
     return shown, counts
+
+
+def _means(packed: PackedTrials, train: int, test: int) -> tuple[Number, Number]:
+    """Accuracy on a test example, or mean score, of the models that saw a training example, and of those that did not."""
+    if packed.scores_only:
+        members, scores = unpack_words(packed.membership[:, train])[packed.counted_mask], scores_on_test(packed, test)
+        return Number(*mean_score(scores[members])), Number(*mean_score(scores[~members]))
+    one = influence(packed, np.array([train]), np.array([test]))
+    both, k_in, correct, k_out = int(one.both[0, 0]), int(one.k_in[0]), int(one.correct[0]), int(one.trials - one.k_in[0])
+    return _share(both, k_in), _share(correct - both, k_out)
 
 
 def _doubtful_labels(scores: Scores, dataset: Dataset) -> tuple[list[DoubtfulLabel], int]:

@@ -10,15 +10,17 @@ from memtail.estimators import Stage, expected_standard_error
 from memtail.estimators.pairs import MEM_THRESHOLD
 from memtail.figures.style import colour, drawing, encoded
 from memtail.report.items import EpochStage
+from memtail.scores.names import OutcomeNames
 from memtail.scores.summary import MEM_STEPS, SE_QUANTILES
 
 
-def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:
+def memorization_figure(stage: Stage, edges: np.ndarray, names: OutcomeNames) -> dict[str, bytes]:
     """Draw the histogram of memorization, from the lowest value to 1, with the standard error of each bar.
 
     Args:
         stage: the counts and their standard errors.
         edges: float [bins + 1], the edges of the bins.
+        names: of what is estimated.
     """
     with drawing(6.4, 3.3) as figure:
         axes = figure.subplots()
@@ -44,7 +46,7 @@ def memorization_figure(stage: Stage, edges: np.ndarray) -> dict[str, bytes]:
         axes.set_ylim(bottom=0.5)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else ""))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("memorization")
+        axes.set_xlabel(names.memorization)
         axes.set_ylabel("training examples")
         return encoded(figure)
 
@@ -99,31 +101,32 @@ def epochs_figure(stages: Sequence[EpochStage]) -> dict[str, bytes]:
         return encoded(figure)
 
 
-def convergence_figure(stages: list[Stage], fraction: float) -> dict[str, bytes]:
+def convergence_figure(stages: list[Stage], fraction: float, names: OutcomeNames) -> dict[str, bytes]:
     """Draw quantiles of the standard error, the largest expected one, and the share of memorized examples, by number of trials.
 
     Args:
         stages: memorization by number of trials.
         fraction: share of the training set that a trial saw.
+        names: of what is estimated.
     """
     with drawing(9.6, 3.3) as figure:
         errors, shares = figure.subplots(1, 2)
         trials = np.array([stage.trials for stage in stages])
         expected = [expected_standard_error(number, fraction) for number in trials]
         errors.plot(trials, expected, color=colour("warm"), linestyle="--", linewidth=1.2, label="largest expected")
-        names = {0.5: "half of the examples", 0.95: "95% of the examples", 1.0: "all examples"}
+        labels = {0.5: "half of the examples", 0.95: "95% of the examples", 1.0: "all examples"}
         shades = (colour("accent-soft"), colour("accent"), colour("ink"))
         for place, (quantile, shade) in reversed(list(enumerate(zip(SE_QUANTILES, shades, strict=True)))):
             values = np.array([stage.standard_errors[place] for stage in stages])
             if not (values > 0).any():  # often half of the examples are classified correctly by every model
                 continue
-            errors.plot(trials, np.where(values > 0, values, np.nan), marker="o", markersize=3.5, color=shade, label=names[quantile])
+            errors.plot(trials, np.where(values > 0, values, np.nan), marker="o", markersize=3.5, color=shade, label=labels[quantile])
         errors.set_xscale("log")
         errors.set_yscale("log")
         errors.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         errors.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         errors.yaxis.set_minor_formatter(NullFormatter())
-        errors.set_ylabel("standard error of mem at most")
+        errors.set_ylabel(f"standard error of {names.mem} at most")
         errors.legend()
         step = MEM_STEPS.index(MEM_THRESHOLD)
         shares.errorbar(
@@ -133,7 +136,7 @@ def convergence_figure(stages: list[Stage], fraction: float) -> dict[str, bytes]
         shares.set_xscale("log")
         shares.set_ylim(bottom=0)
         shares.yaxis.set_major_formatter(PercentFormatter(1))
-        shares.set_ylabel(f"examples with mem ≥ {MEM_THRESHOLD}")
+        shares.set_ylabel(f"examples with {names.mem} ≥ {MEM_THRESHOLD}")
         for axes in (errors, shares):
             axes.set_xticks(trials, [f"{number:,}" for number in trials])
             axes.minorticks_off()

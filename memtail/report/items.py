@@ -44,7 +44,7 @@ class Pair:
     Attributes:
         test, train: the two examples.
         influence: influence of `train` on `test`.
-        accuracy_in, accuracy_out: accuracy on `test` of the models that saw `train`, and of those that did not.
+        accuracy_in, accuracy_out: accuracy on `test`, or mean score, of the models that saw `train`, and of those that did not.
         rate: false discovery rate at which the pair is kept; 1 if above `LARGEST_RATE`.
         confirmed: whether `rate` is at most `DISCOVERY_RATE`.
         others: random training examples of the same class, for comparison.
@@ -83,22 +83,22 @@ class DoubtfulLabel:
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Numbers of pairs.
+    """Numbers of pairs. The test is of correctness: the numbers of pairs that pass it are None where only scores are recorded.
 
     Attributes:
         high: pairs above the thresholds.
-        confirmed: pairs among these that pass the test at `DISCOVERY_RATE`.
         train, test: distinct training and test examples of the high pairs.
+        confirmed: pairs among these that pass the test at `DISCOVERY_RATE`.
         tested: pairs tested.
         passed: tested pairs of any influence that pass the test.
     """
 
     high: int
-    confirmed: int
     train: int
     test: int
-    tested: int
-    passed: int
+    confirmed: int | None = None
+    tested: int | None = None
+    passed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class Content:
         gallery: rows of (class, examples per step of memorization); without labels one row.
         classes: number of classes, of which the gallery shows some; 0 without labels.
         pairs, pair_counts: the pairs shown, and how many there are; None without a test set.
-        labels, doubtful: the doubtful labels shown, and how many there are; none without labels.
-        soft: memorization of scores; None if not all trials have recorded scores.
+        labels, doubtful: the doubtful labels shown, and how many there are; none without labels or correctness.
+        soft: memorization of scores beside memorization; None if not all trials have recorded both.
         epochs: memorization by epoch; empty if no outcomes by epoch are published.
         others_recorded: whether the classes predicted instead were recorded.
         studies: results of the experiment's studies.

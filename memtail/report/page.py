@@ -20,7 +20,7 @@ from memtail.report.figures import convergence_figure, epochs_figure, memorizati
 from memtail.report.items import Content, Number
 from memtail.scores.summary import MEM_STEPS
 
-_ACCURACIES = (("in_subset_accuracy", "in-subset accuracy"), ("held_out_accuracy", "held-out accuracy"), ("test_accuracy", "test accuracy"))
+_ACCURACIES = (("in_subset_accuracy", "in-subset"), ("held_out_accuracy", "held-out"), ("test_accuracy", "test"))
 # Images of at most this many pixels a side are scaled up without smoothing.
 _SMALL = 64
 _MISSING = "–"
@@ -29,8 +29,8 @@ _MISSING = "–"
 def draw(content: Content) -> dict[str, dict[str, bytes]]:
     """Draw the figures; returns the files of `memtail.figures.style.encoded` by figure."""
     figures = {
-        "memorization": memorization_figure(content.stages[-1], EDGES),
-        "convergence": convergence_figure(content.stages, content.fraction),
+        "memorization": memorization_figure(content.stages[-1], EDGES, content.summary.names),
+        "convergence": convergence_figure(content.stages, content.fraction, content.summary.names),
     }
     if content.soft is not None:
         figures["scores"] = scores_figure(content.soft.mem, content.soft.mem_p)
@@ -89,6 +89,8 @@ def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Data
         label_mem=LABEL_MEM,
         gallery_steps=[f"{step:g}" for step in GALLERY_STEPS],
         discovery_rate=DISCOVERY_RATE,
+        names=content.summary.names,
+        scores_only=content.summary.outcome == "score",
         accuracy_titles=_ACCURACIES,
         halves=HALVES,
     )

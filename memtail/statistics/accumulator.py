@@ -92,7 +92,7 @@ class PackedTrials:
     @property
     def counted_mask(self) -> npt.NDArray[np.bool_]:
         """Bool [64 ceil(T / 64)], whether each trial counts, by index."""
-        return np.unpackbits(self.counted.astype("<u8").view(np.uint8), bitorder="little").view(np.bool_)
+        return unpack_words(self.counted)
 
     @property
     def counted_trials(self) -> npt.NDArray[np.int64]:
@@ -123,6 +123,12 @@ class PackedTrials:
 def pack_words(bits: npt.NDArray[np.bool_]) -> Words:
     """Pack bool [..., 64 W] into uint64 [..., W]: bit b of word w is bits[..., 64 w + b]."""
     return np.packbits(bits, axis=-1, bitorder="little").view("<u8").astype(np.uint64)
+
+
+def unpack_words(words: Words) -> npt.NDArray[np.bool_]:
+    """Unpack uint64 [..., W] into bool [..., 64 W], the inverse of `pack_words`."""
+    contiguous = np.ascontiguousarray(words.astype("<u8"))
+    return np.unpackbits(contiguous.view(np.uint8), axis=-1, bitorder="little").view(np.bool_)
 
 
 def column_sums(words: Words) -> Counts:

@@ -34,6 +34,7 @@ from memtail.studies.agreement import (
     table,
 )
 from memtail.studies.result import StudyResult, write_result
+from memtail.studies.retraining import require_correctness
 from memtail.studies.study import Prepared
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def prepare(
     if len(set(names)) < 2:
         raise ScoresError(f"there is no experiment to compare '{names[0]}' with: name two experiments or more")
     records = [ExperimentStore(store, name).read_record() for name in dict.fromkeys(names)]
+    for record in records:
+        require_correctness(record, "architectures")
     first = records[0].canonical["dataset"]["fingerprint"]
     for record in records[1:]:
         other = record.canonical["dataset"]["fingerprint"]

@@ -109,12 +109,13 @@ def declare_removal(store: ObjectStore, name: str, *, thetas: Sequence[float] | 
         repeats: models per condition, at least 2.
 
     Raises:
-        SpecError: there are no test examples.
+        SpecError: there are no test examples, or only scores are recorded.
         ScoresError: there are no scores, or they are not final, or the study would remove no example or all of them.
         StoreError: there is no such experiment, or the store cannot be read.
     """
     record = retraining.require_finished(store, name)
     retraining.require_test_set(record, "removal")
+    retraining.require_correctness(record, "removal")
     scores = open_scores(store, name)
     n, seed = record.n_train, record.experiment.subsets.seed
     if thetas is None:

@@ -79,6 +79,15 @@ def require_test_set(record: Record, study: str) -> None:
         )
 
 
+def require_correctness(record: Record, study: str) -> None:
+    """Refuse an experiment without correctness. Raises: SpecError: it records scores only."""
+    if record.experiment.record.scores_only:
+        raise SpecError(
+            f"experiment '{record.experiment.name}' has scores only, and the study {study} is of correctness: declare an experiment with "
+            "record: {scores: true}"
+        )
+
+
 def require_finished(store: ObjectStore, name: str) -> Record:
     """Read the record of an experiment whose scores will not change any more, with the weights of its networks in a file of this machine.
 

@@ -36,6 +36,7 @@ from memtail.studies.agreement import (
 )
 from memtail.studies.options import ExperimentName
 from memtail.studies.result import StudyResult, write_result
+from memtail.studies.retraining import require_correctness
 from memtail.studies.study import Prepared
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def prepare(
     Raises:
         StoreError: there is no such experiment, or the store cannot be read.
     """
-    ExperimentStore(store, name).read_record()
+    require_correctness(ExperimentStore(store, name).read_record(), "stability")
     return Prepared(lambda: _evaluate(store, name, overlap))
 
 
