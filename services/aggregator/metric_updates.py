@@ -16,7 +16,9 @@ from services.aggregator import metrics
 from services.common.experiment_series import ExperimentSeries
 
 _BIN = 0.05
+# Accuracies by their label; mean scores, where only scores are recorded, have labels of their own.
 _ACCURACIES = {"in_subset": "in_subset_accuracy", "held_out": "held_out_accuracy", "test": "test_accuracy"}
+_MEAN_SCORES = {f"{examples}_score": attribute for examples, attribute in _ACCURACIES.items()}
 
 
 def experiment_series(linger: float) -> ExperimentSeries:
@@ -46,7 +48,7 @@ def update_statistics(name: str, subsets: SubsetsSpec, statistics: Statistics) -
     metrics.NEEDED.labels(name).set(max(0, _trials_to_reach(subsets, statistics) - trials))
     if not statistics.trials:
         return
-    for examples, attribute in _ACCURACIES.items():
+    for examples, attribute in (_MEAN_SCORES if statistics.scores_only else _ACCURACIES).items():
         if (accuracy := mean_accuracy(statistics, attribute)) is not None:
             metrics.ACCURACY.labels(name, examples).set(accuracy)
     mem = memorization(statistics)
@@ -70,7 +72,7 @@ def update_finished(name: str, pointer: ScorePointer | None) -> None:
     metrics.ACCUMULATED.labels(name).set(summary.accumulated_trials)
     metrics.DIVERGED.labels(name).set(summary.diverged)
     metrics.NEEDED.labels(name).set(0)
-    for examples, attribute in _ACCURACIES.items():
+    for examples, attribute in (_MEAN_SCORES if summary.outcome == "score" else _ACCURACIES).items():
         if (accuracy := getattr(summary, attribute)) is not None:
             metrics.ACCURACY.labels(name, examples).set(accuracy)
     for quantile in SE_QUANTILES:

@@ -119,13 +119,13 @@ def test_commands_show_scores_under_their_names(store):
     assert "test score" in status
     assert "test acc." not in status
     study = command("study", "stability", "only", "--store", store)
-    assert (study.returncode, study.stderr.count("\n")) == (1, 1)
+    assert (study.returncode, study.stderr.count("\n")) == (2, 1)
     assert "experiment 'only' has scores only, and the study stability is of correctness" in study.stderr
 
 
 def test_pages_show_scores_under_their_names(store, scores, recorded):
     (page,) = store.glob("experiments/only/report/*/report.html")
-    report = " ".join(re.sub("<[^>]+>", " ", page.read_text().partition("</style>")[2]).split())
+    report = words(page.read_text().partition("</style>")[2])
     for text in ("Scores alone are recorded, and no correctness", "memorized (mem_p ≥ 0.25)", "with infl_p ≥ 0.15", "in-subset score"):
         assert text in report
     for text in ("accuracy", "Labels to check", "confirmed at", "mem ≥", "mem near"):
@@ -133,9 +133,7 @@ def test_pages_show_scores_under_their_names(store, scores, recorded):
     _, P = recorded[0], recorded[2]
     test = int(scores.pairs["tt_idx"][0])
     client, gallery = opened(LocalStore(store), "/experiments/only?sort=hardest")
-    training, tested = (
-        " ".join(re.sub("<[^>]+>", " ", client.get(f"/experiments/only/{of}").text).split()) for of in ("train/7", f"test/{test}")
-    )
+    training, tested = (words(client.get(f"/experiments/only/{of}").text) for of in ("train/7", f"test/{test}"))
     assert "Examples by memorization of scores" in gallery.text
     assert "lowest held-out score" in gallery.text
     assert f"memorization of scores {scores.memorization['mem_p'][7]:.3f} ± {scores.memorization['mem_p_se'][7]:.3f}" in training
@@ -144,9 +142,13 @@ def test_pages_show_scores_under_their_names(store, scores, recorded):
     for text in (gallery.text, training, tested):
         assert "accuracy" not in text
     assert client.get("/experiments/only/train/7.csv").text.startswith('"tr_idx","class","k_in","k_out","mem_p",')
-    assert client.get(f"/experiments/only/test/{test}.csv").text.startswith(
-        '"tt_idx","class","score","score_se","models","tr_idx","infl_p",'
-    )
+    influencers = client.get(f"/experiments/only/test/{test}.csv").text
+    assert influencers.startswith('"tt_idx","class","score","score_se","models","tr_idx","infl_p",')
+
+
+def words(page):
+    """Text of a page, without tags and line breaks."""
+    return " ".join(re.sub("<[^>]+>", " ", page).split())
 
 
 def test_exports_hold_scores_or_say_that_they_need_correctness(store, scores, tmp_path):
@@ -159,9 +161,7 @@ def test_exports_hold_scores_or_say_that_they_need_correctness(store, scores, tm
     with np.load(path) as arrays:
         np.testing.assert_array_equal(arrays["scores"], scores.memorization["score_out"])
     for form in ("authors", "zenodo"):
-        with pytest.raises(
-            ScoresError, match="experiment 'only' has scores only, and this format consists of correctness: choose infl-mem"
-        ):
+        with pytest.raises(ScoresError, match="experiment 'only' has scores only, and this format consists of correctness: choose"):
             export(opened_store, "only", form, tmp_path)
 
 
@@ -176,7 +176,7 @@ def test_code_that_returns_correctness_instead_fails_with_one_line(tmp_path):
     spec = {"name": "only", "dataset": DATASET, "trainer": {"function": "score_code:train"}, "record": {"scores": "only"}}
     (tmp_path / "only.yaml").write_text(json.dumps(spec))
     done = command("trainer", "check", tmp_path / "only.yaml")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert (
         "trial 0 of score_code:train: train_correct was returned, and the experiment records scores only: remove it, or declare record: "
         "{scores: true}"
