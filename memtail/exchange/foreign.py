@@ -6,7 +6,8 @@
 * Membership inference (LiRA): a folder `experiment...` of each trial with `keep.npy` bool [n] and `scores/EPOCH.npy` [n, augmentations],
   the log-odds of the label, of which the last epoch counts; `y_train.npy` beside them.
 * One `.npz` of all trials: `trainset_mask`, `trainset_correctness` and `testset_correctness`; or `membership`, `train_correct` and
-  `test_correct`, with `train_score`, `test_score`, `train_margin`, `test_margin`, `train_labels` and `test_labels` if there are any.
+  `test_correct`, with `train_score`, `test_score`, `train_margin`, `test_margin`, `train_labels` and `test_labels` if there are any. With
+  `membership`, `train_score` and `test_score` alone, all estimates are of scores.
 
 A margin or log-odds above 0 means that the label has more than half of the probability, and counts as correct; a label that wins with less
 counts as wrong.
@@ -35,15 +36,15 @@ class ForeignTrial:
     """The outcomes of one trial; arrays as of `memtail.trials.TrialBatch`, unpacked.
 
     Attributes:
-        members, train_correct: bool [n].
-        test_correct: bool [q].
+        members, train_correct: bool [n]; correctness is None of trials that have scores only.
+        test_correct: bool [q], or None.
         train_margin, test_margin: float16 [n] and [q], or None.
         train_score, test_score: uint8 [n] and [q], scores in 255ths, or None.
     """
 
     members: _Bools
-    train_correct: _Bools
-    test_correct: _Bools
+    train_correct: _Bools | None
+    test_correct: _Bools | None
     train_margin: npt.NDArray[np.float16] | None = None
     test_margin: npt.NDArray[np.float16] | None = None
     train_score: npt.NDArray[np.uint8] | None = None
@@ -59,7 +60,7 @@ class ForeignTrials:
         origin: name of their format.
         count: number of trials, t.
         n_train, n_test: n and q; 0 if there are no test examples.
-        recorded: names of the optional outcomes that they have, such as `train_score`.
+        recorded: names of the outcomes that they have, such as `train_score`.
         read: reads a trial by its place.
         train_labels, test_labels: int64 [n] and [q]; None if the files have none.
     """
@@ -180,13 +181,16 @@ def _read_archive(path: Path) -> ForeignTrials:
         theirs = ("trainset_mask", "trainset_correctness", "testset_correctness")
         ours = ("membership", "train_correct", "test_correct")
         bits = theirs if theirs[0] in names else ours
-        if missing := [name for name in bits[:2] if name not in names]:
+        scores_only = bits is ours and ours[1] not in names and "train_score" in names
+        if missing := [name for name in bits[:2] if name not in names and not (scores_only and name == ours[1])]:
             raise OutcomeError(f"{path}: has no array {missing[0]}, there are {', '.join(names) or 'none'}: see the guide on exchange")
         held = {name: arrays[name] for name in names if name in (*bits, *_OPTIONAL, *_LABELS)}
     for name in held.keys() - set(_LABELS):
         if held[name].ndim != 2 or len(held[name]) != len(held[bits[0]]):
             raise OutcomeError(f"{path}: {name} is {list(held[name].shape)}, and {bits[0]} {list(held[bits[0]].shape)}: one row a trial")
-    test = held.get(bits[2], np.zeros((len(held[bits[0]]), 0), np.bool_))
+    if scores_only and ours[2] in held:
+        raise OutcomeError(f"{path}: has test_correct without train_correct: give both, or scores alone")
+    test = held.get("test_score" if scores_only else bits[2], np.zeros((len(held[bits[0]]), 0), np.bool_))
     for train_name, test_name in (_OPTIONAL[:2], _OPTIONAL[2:], _LABELS):
         if (train_name in held) != (test_name in held):
             if test.shape[1] or train_name not in held:
@@ -197,8 +201,10 @@ def _read_archive(path: Path) -> ForeignTrials:
         further = {name: held[name][place] for name in _OPTIONAL if name in held}
         for name, values in further.items():
             further[name] = _margins(path, values) if name.endswith("_margin") else _scores(path, name, values)
-        members, train = (_bits(path, name, held[name][place]) for name in bits[:2])
-        return ForeignTrial(members, train, _bits(path, bits[2], test[place]), **further)
+        members = _bits(path, bits[0], held[bits[0]][place])
+        if scores_only:
+            return ForeignTrial(members, None, None, **further)
+        return ForeignTrial(members, _bits(path, bits[1], held[bits[1]][place]), _bits(path, bits[2], test[place]), **further)
 
     sizes = (held[bits[0]].shape[1], test.shape[1])
     labels = (_class_labels(path, name, held[name], size) if name in held else None for name, size in zip(_LABELS, sizes, strict=True))
@@ -229,8 +235,10 @@ def _opened(
         raise OutcomeError(f"{path}: holds no complete trial")
     with _reading(path):
         first = read(0)
-        recorded = frozenset(name for name in _OPTIONAL if getattr(first, name) is not None)
-        return ForeignTrials(path, origin, count, len(first.members), len(first.test_correct), recorded, read, train_labels, test_labels)
+        recorded = frozenset(name for name in (*_OPTIONAL, "train_correct") if getattr(first, name) is not None)
+        test = first.test_score if first.test_correct is None else first.test_correct
+        n_test = 0 if test is None else len(test)
+        return ForeignTrials(path, origin, count, len(first.members), n_test, recorded, read, train_labels, test_labels)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from memtail.trials import Provenance, Shard, TrialBatch
 
 # Trials in a batch.
 _SHARD = 64
-_FURTHER = ("train_margin", "test_margin", "train_score", "test_score")
+_OUTCOMES = ("train_correct", "test_correct", "train_margin", "test_margin", "train_score", "test_score")
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def import_trials(
         _compare(str(part.path), part, first.n_train, first.n_test)
         if part.recorded != first.recorded:
             raise OutcomeError(
-                f"{part.path}: has {', '.join(sorted(part.recorded)) or 'no margins and scores'}, and {first.path} "
-                f"{', '.join(sorted(first.recorded)) or 'none'}: give parts with the same outcomes"
+                f"{part.path}: has {', '.join(sorted(part.recorded))}, and {first.path} {', '.join(sorted(first.recorded))}: give parts "
+                "with the same outcomes"
             )
     if trials.count < 2:
         raise OutcomeError(f"{first.path}: there is only 1 trial: scores need at least two, and in practice hundreds")
@@ -113,13 +113,14 @@ def import_trials(
 
 def _experiment(name: str, spec: AnyDataset, trials: _Trials, masks: Path) -> Experiment:
     recorded = trials.parts[0].recorded
+    scores = "train_score" in recorded and (True if "train_correct" in recorded else "only")
     return Experiment.parse(
         {
             "name": name,
             "dataset": spec.model_dump(mode="json"),
             "trainer": {"imported": trials.origin},
             "subsets": {"design": "explicit", "masks": str(masks), "trials": trials.count},
-            "record": {"margins": "train_margin" in recorded, "scores": "train_score" in recorded},
+            "record": {"margins": "train_margin" in recorded, "scores": scores},
         }
     )
 
@@ -171,17 +172,17 @@ def _commit(
 
 
 def _packed(dataset: Dataset, shard: Shard, group: list[ForeignTrial], provenance: Provenance) -> TrialBatch:
-    further = {name: np.stack([getattr(trial, name) for trial in group]) for name in _FURTHER if getattr(group[0], name) is not None}
+    outcomes = {name: np.stack([getattr(trial, name) for trial in group]) for name in _OUTCOMES if getattr(group[0], name) is not None}
     return pack_trials(
         dataset,
         shard.trials,
         np.stack([trial.members for trial in group]),
-        np.stack([trial.train_correct for trial in group]),
-        np.stack([trial.test_correct for trial in group]),
+        outcomes.pop("train_correct", None),
+        outcomes.pop("test_correct", None),
         np.full(len(group), np.nan),
         np.zeros(len(group), np.bool_),
         provenance,
-        **further,  # type: ignore[arg-type]
+        **outcomes,  # type: ignore[arg-type]
     )
 
 

@@ -9,8 +9,8 @@ DIVERGED = Gauge("memtail_trials_diverged", "Accumulated trials that diverged, w
 NEEDED = Gauge("memtail_trials_needed", "Trials still needed for the declared number of trials or standard error", ["experiment"])
 ACCURACY = Gauge(
     "memtail_accuracy_ratio",
-    "Mean accuracy of the trials, 0 to 1: on the subset, on the held-out training examples, or on the test set; mean score with `_score` in "
-    "`examples`, of an experiment of scores only",
+    "Mean accuracy of the trials, 0 to 1: on the subset, on the held-out training examples, or on the test set; mean score, with `_score` "
+    "in `examples`, of an experiment of scores only",
     ["experiment", "examples"],
 )
 STANDARD_ERROR = Gauge(

@@ -167,6 +167,28 @@ def test_scores_of_trials_without_a_test_set_are_kept(trials, tmp_path):
     assert (refused.returncode, "is of another export" in refused.stderr) == (2, True)
 
 
+def test_scores_without_correctness_are_imported_and_continued_by_the_same_command(trials, tmp_path):
+    masks, train, test, labels, test_labels = trials
+    scores = {"train_score": 1 / (1 + np.exp(-train.astype(float))), "test_score": 1 / (1 + np.exp(-test.astype(float)))}
+    path = saved(tmp_path, membership=masks, **scores, train_labels=labels, test_labels=test_labels)
+    store = LocalStore(tmp_path / "store")
+    first = import_trials(store, "scores", [path])
+    assert first.experiment.record.scores == "only"
+    assert import_trials(store, "scores", [path]).fingerprint == first.fingerprint
+    opened = memtail.load_scores(tmp_path / "store/experiments/scores")
+    rounded = {name: np.rint(255 * values) / 255 for name, values in scores.items()}
+    np.testing.assert_allclose(opened.memorization["mem_p"], mem_of(masks, rounded["train_score"]), atol=1e-9)
+    assert "mem" not in opened.memorization
+    np.testing.assert_array_equal(opened.test_labels, test_labels)
+    only = path.rename(tmp_path / "only.npz")
+    with_correctness = saved(tmp_path, membership=masks, train_correct=train > 0, test_correct=test > 0, **scores)
+    with pytest.raises(OutcomeError, match="give parts with the same outcomes"):
+        import_trials(store, "mixed", [with_correctness, only])
+    alone = saved(tmp_path, membership=masks, test_correct=test > 0, **scores)
+    with pytest.raises(OutcomeError, match="has test_correct without train_correct: give both, or scores alone"):
+        import_trials(store, "alone", [alone])
+
+
 def test_trials_without_labels_are_exported(trials, tmp_path):
     masks, train, test, _, _ = trials
     path = saved(tmp_path, membership=masks, train_correct=train > 0, test_correct=test > 0, train_margin=train, test_margin=test)

@@ -2,16 +2,22 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
 
 import memtail
+from memtail.datasets import prepare
+from memtail.datasets.staged_dataset import stage
 from memtail.errors import MemtailError, ScoresError
 from memtail.exchange.exports import export
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trials import TrialBatch, unpack
+from services.aggregator.aggregator import Aggregator
+from services.common.settings import ServiceSettings
 from tests.support.cli import batches, command
 from tests.support.explored import opened
 
@@ -165,6 +171,25 @@ def test_exports_hold_scores_or_say_that_they_need_correctness(store, scores, tm
             export(opened_store, "only", form, tmp_path)
 
 
+def test_the_aggregator_publishes_the_same_files_from_the_trial_batches_alone(store, scores, tmp_path):
+    bucket = LocalStore(tmp_path / "bucket")
+    for key in ("experiment.json", "trials"):
+        source, target = (root / "experiments/only" / key for root in (store, bucket.root))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    stage(prepare(Experiment.parse({"name": "only", "dataset": DATASET}).dataset), bucket)
+    aggregator = Aggregator(bucket, ServiceSettings(store=bucket.address))
+    while not (bucket.root / "experiments/only/scores/latest.json").exists():
+        aggregator.catch_up()
+    published = memtail.load_scores(bucket.root / "experiments/only")
+    assert published.folder.name == scores.folder.name
+    for path in scores.folder.iterdir():
+        assert (published.folder / path.name).read_bytes() == path.read_bytes(), path.name
+    value = REGISTRY.get_sample_value("memtail_accuracy_ratio", {"experiment": "only", "examples": "held_out_score"})
+    assert value == pytest.approx(scores.summary.held_out_accuracy)
+    assert REGISTRY.get_sample_value("memtail_accuracy_ratio", {"experiment": "only", "examples": "held_out"}) is None
+
+
 def test_an_experiment_with_correctness_is_not_continued_without_it(store, tmp_path):
     spec = json.loads((store.parent / "only.yaml").read_text()) | {"record": {"scores": True}}
     with pytest.raises(MemtailError, match=r"record\.scores only -> null"):
@@ -181,3 +206,25 @@ def test_code_that_returns_correctness_instead_fails_with_one_line(tmp_path):
         "trial 0 of score_code:train: train_correct was returned, and the experiment records scores only: remove it, or declare record: "
         "{scores: true}"
     ) in done.stderr
+
+
+def test_an_experiment_of_scores_without_labels_and_test_examples_ends_at_its_standard_error(tmp_path):
+    (tmp_path / "data.py").write_text(
+        "import numpy as np\nimport memtail\n\n"
+        "def load():\n    return {'train_texts': [f'text {i}' for i in range(40)]}\n\n"
+        "def train(task):\n    score = np.random.default_rng(task.seed).random(40) / 4\n    score[task.subset] += 0.5\n"
+        "    return memtail.Outcome(train_score=score)\n"
+    )
+    spec = {
+        "name": "texts",
+        "dataset": {"function": "data:load"},
+        "trainer": {"function": "data:train"},
+        "subsets": {"until": {"standard_error": 0.02}},
+        "record": {"scores": "only"},
+        "execution": {"device": "cpu", "trials_per_shard": 16},
+    }
+    result = memtail.run(Experiment.parse(spec, base=tmp_path), tmp_path / "store")
+    assert result.summary.mem_se_quantile(0.95) <= 0.02
+    assert result.summary.pairs.count == 0
+    assert (np.abs(result.scores.memorization["mem_p"] - 0.5) < 0.1).all()
+    assert result.scores.test_labels.tolist() == []
