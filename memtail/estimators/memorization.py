@@ -38,7 +38,7 @@ class Memorization:
 
 def memorization(statistics: Statistics | PackedTrials) -> Memorization:
     """Estimate memorization by the equation of `memtail.estimators`, from column sums alone: O(n)."""
-    if isinstance(statistics, Statistics) and statistics.scores_only and (soft := soft_memorization(statistics)) is not None:
+    if statistics.scores_only and (soft := soft_memorization(statistics)) is not None:
         return from_scores(soft, statistics.k_in.copy(), statistics.k_out)
     return from_counts(statistics.k_in.copy(), statistics.k_out, statistics.correct_in, statistics.correct - statistics.correct_in)
 

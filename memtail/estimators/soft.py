@@ -22,11 +22,7 @@ from memtail.estimators.binomial import Floats, share
 from memtail.estimators.influence import BLOCK, Index
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics.accumulator import PackedTrials, column_sums, unpack_words
-from memtail.statistics.soft import ONE, PLANES, SoftSums, Sums, Words
-
-# Products of two planes that sum up to squares, with the exponents of their weights.
-_PRODUCTS = [(plane, plane, 2 * plane) for plane in range(PLANES)]
-_PRODUCTS += [(one, other, one + other + 1) for one, other in combinations(range(PLANES), 2)]
+from memtail.statistics.soft import ONE, PLANES, PRODUCTS, SoftSums, Sums, Words
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,14 @@ class SoftMemorization:
     score_out: Floats
 
 
-def soft_memorization(statistics: Statistics) -> SoftMemorization | None:
-    """Estimate memorization of scores from column sums alone: O(n); None if a trial has no scores."""
-    if statistics.soft is None:
+def soft_memorization(statistics: Statistics | PackedTrials) -> SoftMemorization | None:
+    """Estimate memorization of scores from column sums alone: O(n); None if a trial has no scores.
+
+    Packed statistics have the scores of training examples only where these are in the place of correctness.
+    """
+    if (sums := statistics.soft) is None:
         return None
-    return _memorization(statistics.soft, statistics.k_in, statistics.k_out)
+    return _memorization(sums, statistics.k_in, statistics.k_out)
 
 
 def soft_memorization_by(selections: Words, trials: Sums, members: Words, planes: Words) -> tuple[SoftMemorization, Sums]:
@@ -72,7 +71,7 @@ def soft_memorization_by(selections: Words, trials: Sums, members: Words, planes
 def _selected(selections: Words, planes: Words) -> tuple[Sums, Sums]:
     """Sums of scores and of their squares, int64 [s, b], over selections of trials."""
     score, square = np.zeros((2, selections.shape[1], planes.shape[2]), np.int64)
-    for one, other, weight in _PRODUCTS:
+    for one, other, weight in PRODUCTS:
         product = cooccurrence(selections, planes[one] & planes[other]).astype(np.int64)
         square += product << weight
         if one == other:
@@ -125,7 +124,7 @@ class SoftInfluence:
         score, square, score_in, square_in = np.zeros((4, len(i)), np.int64)
         for members, planes in zip(self.members, self.planes.swapaxes(0, 1), strict=True):
             inside, columns = members[i], planes[:, j]
-            for one, other, weight in _PRODUCTS:
+            for one, other, weight in PRODUCTS:
                 both = columns[one] & columns[other]
                 all_models, models_in = np.bitwise_count(both).astype(np.int64), np.bitwise_count(both & inside).astype(np.int64)
                 square += all_models << weight

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from memtail.errors import ScoresError, StoreError
 from memtail.statistics.misclassifications import Misclassifications
-from memtail.statistics.soft import PLANES, SoftSums, place
+from memtail.statistics.soft import PLANES, SoftSums, place, plane_sums
 from memtail.trials import TrialBatch, TrialMetrics, unpack
 
 Words = npt.NDArray[np.uint64]
@@ -51,6 +51,14 @@ class PackedTrials:
     def scores_only(self) -> bool:
         """Whether the trials have scores in place of correctness."""
         return self.train_correct is None or self.test_correct is None
+
+    @cached_property
+    def soft(self) -> SoftSums | None:
+        """Sums of the scores of training examples; None without `train_score`."""
+        if self.train_score is None:
+            return None
+        (score_in, square_in), (score, square) = plane_sums(self.train_score & self.membership), plane_sums(self.train_score)
+        return SoftSums(score_in, square_in, score - score_in, square - square_in)
 
     def correctness(self, split: Literal["train", "test"]) -> Words:
         """Return `train_correct` or `test_correct`. Raises: ScoresError: only scores are recorded."""

@@ -6,6 +6,7 @@ product of the membership with each plane, weighted by its power of two, gives t
 """
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Self
 
 import numpy as np
@@ -19,6 +20,9 @@ Scores = npt.NDArray[np.uint8]
 ONE = 255
 #: Bits of a score.
 PLANES = 8
+#: Products of two planes that sum up to squares, with the exponents of their weights.
+PRODUCTS = [(plane, plane, 2 * plane) for plane in range(PLANES)]
+PRODUCTS += [(one, other, one + other + 1) for one, other in combinations(range(PLANES), 2)]
 
 
 def quantized(scores: npt.NDArray[np.floating]) -> Scores:
@@ -58,6 +62,17 @@ class SoftSums:
         self.square_in += np.where(members, values**2, 0)
         self.score_out += np.where(members, 0, values)
         self.square_out += np.where(members, 0, values**2)
+
+
+def plane_sums(planes: Words) -> tuple[Sums, Sums]:
+    """Sum over trials the scores of b examples and their squares: uint64 [8, W, b] -> int64 [b] each."""
+    score, square = np.zeros((2, planes.shape[2]), np.int64)
+    for one, other, exponent in PRODUCTS:
+        count = np.bitwise_count(planes[one] & planes[other]).sum(0, dtype=np.int64)
+        square += count << exponent
+        if one == other:
+            score += count << one
+    return score, square
 
 
 def place(planes: Words, bit: int, scores: Scores) -> None:

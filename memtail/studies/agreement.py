@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_at, memorization
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.estimators.soft import soft_influence_at
 from memtail.statistics.accumulator import PackedTrials
 
 if TYPE_CHECKING:
@@ -108,11 +109,17 @@ def _agreements(first: Estimates, second: Estimates) -> Iterator[Agreement]:
         return
     pairs = [each.pairs.train * q + each.pairs.test for each in (first, second)]
     union = np.union1d(*pairs)
-    infl = tuple(influence_at(each.packed, *np.divmod(union, q)) for each in (first, second))
+    infl = tuple(_influence_at(each.packed, *np.divmod(union, q)) for each in (first, second))
     members = [np.isin(union, each) for each in pairs]
     for threshold in THRESHOLDS["influence"]:
         selected = tuple(own & (value >= threshold) for own, value in zip(members, infl, strict=True))
         yield _agreement("influence", threshold, infl, selected)
+
+
+def _influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Influence at pairs, on scores where only those are recorded."""
+    soft = soft_influence_at(packed, train, test) if packed.scores_only else None
+    return influence_at(packed, train, test) if soft is None else soft[0]
 
 
 def _rank_correlation(first: Estimates, second: Estimates) -> float | None:

@@ -34,7 +34,6 @@ from memtail.studies.agreement import (
     table,
 )
 from memtail.studies.result import StudyResult, write_result
-from memtail.studies.retraining import require_correctness
 from memtail.studies.study import Prepared
 
 if TYPE_CHECKING:
@@ -51,16 +50,19 @@ def prepare(
         names: the experiments; the result is stored under the first.
 
     Raises:
-        ScoresError: there are fewer than two experiments, or their datasets differ.
+        ScoresError: there are fewer than two experiments, or their datasets or the kinds of their outcomes differ.
         StoreError: there is no such experiment, or the store cannot be read.
     """
     if len(set(names)) < 2:
         raise ScoresError(f"there is no experiment to compare '{names[0]}' with: name two experiments or more")
     records = [ExperimentStore(store, name).read_record() for name in dict.fromkeys(names)]
-    for record in records:
-        require_correctness(record, "architectures")
     first = records[0].canonical["dataset"]["fingerprint"]
     for record in records[1:]:
+        if record.experiment.record.scores_only != records[0].experiment.record.scores_only:
+            raise ScoresError(
+                f"of the experiments '{names[0]}' and '{record.experiment.name}' one has scores only, and the other is of correctness: "
+                "compare experiments of one kind"
+            )
         other = record.canonical["dataset"]["fingerprint"]
         if other != first:
             raise ScoresError(
@@ -153,9 +155,9 @@ def _means(splits: list[Comparison]) -> dict[str, float | None]:
 def _of_experiment(record: Record, summary: ScoreSummary) -> str:
     memorized, pairs = summary.mem_share(PAPERS["memorization"]), summary.pairs.count
     share = "no training example has an estimate" if memorized is None else f"{memorized:.2%} of the training examples are memorized"
-    facts = [f"{share} (mem >= {PAPERS['memorization']})"]
+    facts = [f"{share} ({summary.names.mem} >= {PAPERS['memorization']})"]
     if summary.test_accuracy is not None:
-        facts = [f"test accuracy {summary.test_accuracy:.2%}", *facts, f"{pairs} pairs"]
+        facts = [f"test {summary.names.mean} {summary.test_accuracy:.2%}", *facts, f"{pairs} pairs"]
     return f"{record.experiment.name} ({_trained(record.experiment)}, {summary.trials} trials): {', '.join(facts)}."
 
 

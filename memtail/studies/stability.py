@@ -21,6 +21,7 @@ from memtail.experiment_store import ExperimentStore
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
 from memtail.scores.reader import Scores
+from memtail.scores.summary import ScoreSummary
 from memtail.storage import ObjectStore
 from memtail.studies.agreement import (
     PAPERS,
@@ -36,7 +37,6 @@ from memtail.studies.agreement import (
 )
 from memtail.studies.options import ExperimentName
 from memtail.studies.result import StudyResult, write_result
-from memtail.studies.retraining import require_correctness
 from memtail.studies.study import Prepared
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def prepare(
     Raises:
         StoreError: there is no such experiment, or the store cannot be read.
     """
-    require_correctness(ExperimentStore(store, name).read_record(), "stability")
+    ExperimentStore(store, name).read_record()
     return Prepared(lambda: _evaluate(store, name, overlap))
 
 
@@ -139,7 +139,7 @@ def _evaluate(store: ObjectStore, name: str, overlap: float) -> StudyResult:
             "trials_needed": {score: asdict(each) for score, each in needed.items()},
         },
     )
-    write_result(result, table(rows), _draw(name, groups, overlap))
+    write_result(result, table(rows), _draw(scores.summary, groups, overlap))
     return result
 
 
@@ -225,12 +225,16 @@ def _findings(groups: list[_Group], overlap: float, needed: dict[Score, _Needed]
     return findings
 
 
-def _draw(name: str, groups: list[_Group], overlap: float) -> "Figure":
+def _draw(summary: ScoreSummary, groups: list[_Group], overlap: float) -> "Figure":
     from memtail.figures.style import COLOURS, GREY, drawing
 
-    labels = {"memorization": f"memorized, mem ≥ {PAPERS['memorization']}", "influence": f"pairs, infl ≥ {PAPERS['influence']}"}
+    names = summary.names
+    labels = {
+        "memorization": f"memorized, {names.mem} ≥ {PAPERS['memorization']}",
+        "influence": f"pairs, {names.infl} ≥ {PAPERS['influence']}",
+    }
     curves = [(labels[score], [group.overlaps(score) for group in groups]) for score in groups[0].scores]
-    curves.append(("ranks of mem", [group.rank_correlations() for group in groups]))
+    curves.append((f"ranks of {names.mem}", [group.rank_correlations() for group in groups]))
     counts = [group.trials for group in groups]
     with drawing(9, 3.4) as figure:
         by_trials, overlaps, differences = figure.subplots(1, 3)
@@ -245,7 +249,10 @@ def _draw(name: str, groups: list[_Group], overlap: float) -> "Figure":
         by_trials.set_xticks(counts, [str(count) for count in counts])
         by_trials.minorticks_off()
         by_trials.set(
-            xlabel="trials t", ylabel="overlap (Jaccard); rank correlation", ylim=(0, 1.02), title=f"{name}: two runs of t trials"
+            xlabel="trials t",
+            ylabel="overlap (Jaccard); rank correlation",
+            ylim=(0, 1.02),
+            title=f"{summary.experiment}: two runs of t trials",
         )
         figure.legend(loc="outside lower center", ncols=3)
         for score, colour in zip(groups[0].scores, COLOURS, strict=False):

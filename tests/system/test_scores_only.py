@@ -12,16 +12,18 @@ import memtail
 from memtail.datasets import prepare
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import MemtailError, ScoresError
+from memtail.estimators.soft import soft_influence
 from memtail.exchange.exports import export
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
+from memtail.studies.agreement import Estimates, compare
 from memtail.trials import TrialBatch, unpack
 from services.aggregator.aggregator import Aggregator
 from services.common.settings import ServiceSettings
 from tests.support.cli import batches, command
 from tests.support.explored import opened
 
-N, Q, TRIALS = 200, 50, 60
+N, Q, TRIALS = 200, 50, 100
 DATASET = {"name": "digits", "max_train": N, "max_test": Q}
 CODE = """
 import numpy as np
@@ -47,7 +49,7 @@ def store(tmp_path_factory):
         "trainer": {"function": "score_code:train"},
         "subsets": {"trials": TRIALS, "design": "balanced"},
         "record": {"scores": "only"},
-        "execution": {"device": "cpu", "trials_per_shard": 10},
+        "execution": {"device": "cpu", "trials_per_shard": 50},
     }
     (folder / "only.yaml").write_text(json.dumps(spec))
     done = command("run", folder / "only.yaml", "--store", folder / "store")
@@ -124,9 +126,9 @@ def test_commands_show_scores_under_their_names(store):
     status = command("status", "--store", store).stdout
     assert "test score" in status
     assert "test acc." not in status
-    study = command("study", "stability", "only", "--store", store)
+    study = command("study", "removal", "only", "--store", store)
     assert (study.returncode, study.stderr.count("\n")) == (2, 1)
-    assert "experiment 'only' has scores only, and the study stability is of correctness" in study.stderr
+    assert "experiment 'only' has scores only, and the study removal is of correctness" in study.stderr
 
 
 def test_pages_show_scores_under_their_names(store, scores, recorded):
@@ -143,13 +145,28 @@ def test_pages_show_scores_under_their_names(store, scores, recorded):
     assert "Examples by memorization of scores" in gallery.text
     assert "lowest held-out score" in gallery.text
     assert f"memorization of scores {scores.memorization['mem_p'][7]:.3f} ± {scores.memorization['mem_p_se'][7]:.3f}" in training
-    assert "in-subset score, 42 models that saw it" in training
+    assert "in-subset score, 70 models that saw it" in training
     assert re.search(rf"mean score of {TRIALS} models {100 * P[:, test].mean():.1f}% ± ", tested), tested
     for text in (gallery.text, training, tested):
         assert "accuracy" not in text
     assert client.get("/experiments/only/train/7.csv").text.startswith('"tr_idx","class","k_in","k_out","mem_p",')
     influencers = client.get(f"/experiments/only/test/{test}.csv").text
     assert influencers.startswith('"tt_idx","class","score","score_se","models","tr_idx","infl_p",')
+
+
+def test_the_study_stability_compares_halves_by_their_scores(store, scores):
+    done = command("study", "stability", "only", "--store", store)
+    assert done.returncode == 0, done.stderr
+    packed, labels = scores.statistics, (scores.train_labels, scores.test_labels)
+    halves = [Estimates.of(packed.select(trials), *labels) for trials in (np.arange(50), np.arange(50, 100))]
+    for half in halves:
+        assert set(half.pairs.train) == {7}
+    alike = compare(*halves).at_paper_threshold("influence")
+    influences = [soft_influence(half.packed, np.array([7]), slice(None)).value[0] for half in halves]
+    selected = [set(half.pairs.test.tolist()) for half in halves]
+    union = sorted(selected[0] | selected[1])
+    assert alike.jaccard == len(selected[0] & selected[1]) / len(union)
+    assert alike.difference == pytest.approx(np.abs(influences[0] - influences[1])[union].mean())
 
 
 def words(page):
