@@ -77,8 +77,9 @@ def convergence(packed: PackedTrials, thresholds: Sequence[float], quantiles: Se
     counts = np.zeros((rows, len(edges) - 1))
     defined, total = np.zeros(rows), np.zeros(rows)
     whole = np.arange(len(numbers)) * (1 + HALVES)  # rows with all trials of a stage
-    for block, mem in memorization_by(packed, selections):
-        errors[:, block] = mem.standard_error[whole]
+    for block, mem in memorization_by(packed, selections[whole]):
+        errors[:, block] = mem.standard_error
+    for _, mem in memorization_by(packed, selections, errors=False):
         value = mem.value  # NaN is above no threshold, and in no bin
         defined += (~np.isnan(value)).sum(1)
         total += np.nansum(value, 1)
@@ -106,12 +107,15 @@ def convergence(packed: PackedTrials, thresholds: Sequence[float], quantiles: Se
     return result
 
 
-def memorization_by(packed: PackedTrials, selections: npt.NDArray[np.bool_]) -> Iterator[tuple[slice, Memorization]]:
+def memorization_by(
+    packed: PackedTrials, selections: npt.NDArray[np.bool_], *, errors: bool = True
+) -> Iterator[tuple[slice, Memorization]]:
     """Estimate memorization by selections of trials, a block of examples at a time.
 
     Args:
         packed: the statistics.
         selections: bool [s, t], each row a selection of the trials that count, by index.
+        errors: whether standard errors are needed. Those of scores take three quarters of the time, and are NaN without.
 
     Yields:
         The place of the examples, and their estimates, of shape [s, block].
@@ -122,7 +126,7 @@ def memorization_by(packed: PackedTrials, selections: npt.NDArray[np.bool_]) -> 
         block = slice(start, min(start + BLOCK, packed.n_train))
         members = packed.membership[:, block]
         if packed.train_score is not None:
-            soft, k_in = soft_memorization_by(words, trials, members, packed.train_score[:, :, block])
+            soft, k_in = soft_memorization_by(words, trials, members, packed.train_score[:, :, block], errors)
             yield block, from_scores(soft, k_in, trials - k_in)
             continue
         correct = packed.correctness("train")[:, block]

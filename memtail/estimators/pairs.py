@@ -65,7 +65,7 @@ def high_influence_pairs(
         test_labels: int64 [q].
         mem_threshold: of memorization.
         infl_threshold: of influence.
-        device: as in `memtail.estimators.top_influencers`.
+        device: as in `memtail.estimators.top_influencers`; influence on scores is computed on the processor.
     """
     classes = candidates(memorization.value, train_labels, test_labels, mem_threshold)
     on_processor = device is None or packed.scores_only

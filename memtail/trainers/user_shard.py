@@ -211,8 +211,8 @@ class _UserShard:
             self.state.arrays[trial], self.state.metrics[trial] = check_outcome(outcome, self.dataset, self.experiment.record)
         except OutcomeError as error:
             trainer = self.experiment.trainer
-            code = f" of {trainer.function}" if isinstance(trainer, FunctionTrainer) else ""
-            raise OutcomeError(f"trial {trial}{code}: {error}") from None
+            code = trainer.function if isinstance(trainer, FunctionTrainer) else " ".join(getattr(trainer, "command", ()))
+            raise OutcomeError(f"trial {trial} of {code}: {error}") from None
         compared = {name for name in _COMPARED if getattr(outcome, name) is not None}
         self.compared = compared if self.compared is None else self.compared & compared
         self.caller.finished(trial)

@@ -160,7 +160,7 @@ def test_a_failure_in_an_import_costs_its_shard_only(train, declared, code, line
         ("os.kill(os.getpid(), 9)", "^the trainer process was ended by SIGKILL: out of memory, or killed$"),
         ("sys.exit('bye')", _failed("SystemExit: bye", 18)),
         ("raise KeyboardInterrupt", _failed("KeyboardInterrupt:", 18)),
-        (None, r"^trial 0: the trainer returned NoneType, not a memtail\.Outcome: return one$"),
+        (None, r"^trial 0 of mine:train: the trainer returned NoneType, not a memtail\.Outcome: return one$"),
     ],
 )
 def test_each_end_of_the_code_is_one_line(train, declared, act, message):

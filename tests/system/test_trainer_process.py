@@ -98,7 +98,7 @@ FATAL = {
     "bus_error": "the trainer process was ended by SIGBUS: /dev/shm may be too small for the workers of a DataLoader",
     "segfault": "the trainer process was ended by SIGSEGV: a crash in native code",
     "fail": "trainer.function 'hostile_trainer:train' failed: RuntimeError: ? of the code (",
-    "no_outcome": "trial 1: the trainer returned dict, not a memtail.Outcome",
+    "no_outcome": "trial 1 of hostile_trainer:train: the trainer returned dict, not a memtail.Outcome",
     "stop_unasked": "the code raised memtail.TrainingStopped although it was not told to stop",
     "blame_the_worker": "not mine",
     "blame_the_version": "not mine",

@@ -11,9 +11,10 @@ import pytest
 
 from memtail.datasets import prepare
 from memtail.errors import OutcomeError, TrainerError, TrainingStopped
-from memtail.spec import CommandTrainer, DatasetSpec
+from memtail.spec import CommandTrainer, DatasetSpec, RecordedOutcomes
 from memtail.trainers import command as module
 from memtail.trainers.command import Command, describe_exit
+from memtail.trainers.outcomes import check_outcome
 from memtail.trainers.task import Outcome, TrainingTask
 
 
@@ -92,7 +93,6 @@ def test_a_command_that_fails_is_described(run, script, message):
         ("", r"ended without outcome\.npz in the folder MEMTAIL_TASK"),
         ('open(os.environ["MEMTAIL_TASK"] + "/outcome.npz", "w").write("no")', r"outcome\.npz cannot be read"),
         ('np.savez(os.environ["MEMTAIL_TASK"] + "/outcome.npz", correct=[1])', "unknown arrays .*correct"),
-        ('np.savez(os.environ["MEMTAIL_TASK"] + "/outcome.npz", train_correct=[1])', "has no test_correct"),
         ('np.savez(os.environ["MEMTAIL_TASK"] + "/outcome.npz", train_correct=[1], test_correct=[1], metrics="x")', "no JSON text"),
         ('np.savez(os.environ["MEMTAIL_TASK"] + "/outcome.npz", train_correct=np.array([{}]), test_correct=[1])', "cannot be read"),
     ],
@@ -100,6 +100,14 @@ def test_a_command_that_fails_is_described(run, script, message):
 def test_an_outcome_that_cannot_be_read_is_described(run, script, message):
     with pytest.raises(OutcomeError, match=message):
         run(script)
+
+
+def test_scores_may_be_all_that_it_writes(run, digits):
+    scores = f"train_score=np.full({digits.n_train}, 0.5), test_score=[]"
+    written = run(f'np.savez(os.environ["MEMTAIL_TASK"] + "/outcome.npz", {scores})')
+    assert (written.train_correct, written.test_correct) == (None, None)
+    with pytest.raises(OutcomeError, match=r"train_correct is missing: return one value for each .* record: \{scores: only\}"):
+        check_outcome(written, digits, RecordedOutcomes())
 
 
 def test_a_task_without_labels_or_test_set_says_so(tmp_path, own_cache):

@@ -215,6 +215,19 @@ def test_outcomes_that_do_not_depend_on_the_subset_are_warned_of_unless_trials_d
     assert ["outcomes are probably not in the order of the dataset" in each for each in caller.warnings] == [True] * (loss == 1.0)
 
 
+@pytest.mark.parametrize("learned", [0.0, 0.3])
+def test_scores_that_do_not_depend_on_the_subset_are_warned_of(experiment, digits, learned):
+    def train(tasks):
+        score = np.full(digits.n_train, 0.4)
+        score[tasks[0].subset] += learned
+        return [Outcome(train_score=score, test_score=np.ones(digits.n_test))]
+
+    only, caller = experiment.model_copy(update={"record": RecordedOutcomes(scores="only")}), Caller()
+    batch = train_user_shard(only, "f" * 64, digits, range(3), "cpu", Code(train), caller, None)
+    assert batch.metrics[0].in_subset_accuracy == pytest.approx(0.4 + learned, abs=2e-3)
+    assert ["outcomes are probably not in the order of the dataset" in each for each in caller.warnings] == [True] * (learned == 0)
+
+
 def test_code_that_changes_the_folder_does_not_move_the_process(shard):
     before = Path.cwd()
     shard(Train(act=lambda task: os.chdir("/")), Caller())
