@@ -6,7 +6,7 @@ import yaml
 from memtail.execution.progress import progress_of
 from memtail.execution.submit import submit
 from memtail.experiment_store import ExperimentStore
-from memtail.spec import Experiment
+from memtail.spec import Experiment, RecordedOutcomes
 from memtail.storage import keys
 
 TRIALS = 32
@@ -67,3 +67,23 @@ def test_a_worker_with_other_code_leaves_shards_to_one_with_the_code_which_publi
     assert not list(cluster.store.list(keys.checkpoints(experiment.name)))
     assert not [line for line in progress_of(cluster.store, experiment.name).lines if "training code" in line]
     assert not [line for line in cluster.events(stranger, "shard ended") if '"committed"' in line or '"failed"' in line]
+
+
+@pytest.mark.slow
+def test_the_services_publish_scores_without_correctness_as_an_embedded_run(cluster, experiment, expected):
+    folder = experiment.trainer.folder
+    text = (folder / "means.py").read_text()
+    scored = text.replace('split + "_correct"] = predicted ==', 'split + "_score"] = 0.2 + 0.6 * (predicted ==').replace(
+        '_labels")\n', '_labels"))\n'
+    )
+    (folder / "means.py").write_text(scored)
+    experiment = experiment.model_copy(update={"name": "scored", "record": RecordedOutcomes(scores="only")})
+    scores = expected(experiment)
+    submit(experiment, cluster.store)
+    for service in ("dispatcher", "aggregator", "worker"):
+        cluster.start(service)
+    experiment_store = ExperimentStore(cluster.store, "scored")
+    cluster.until_published(experiment_store, TRIALS)
+    assert cluster.scores("scored") == scores
+    assert b'"outcome": "score"' in scores["summary.json"]
+    assert not experiment_store.attempts()
