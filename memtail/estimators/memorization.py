@@ -1,10 +1,11 @@
-"""Memorization of training examples, with standard errors."""
+"""Memorization of training examples, with standard errors and confidence intervals."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from memtail.estimators.binomial import Floats, difference_standard_error, share
+from memtail.estimators.binomial import Floats, difference_interval, difference_standard_error, share
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import Counts, PackedTrials
 
@@ -26,6 +27,11 @@ class Memorization:
     p_out: Floats
     k_in: Counts
     k_out: Counts
+
+    @cached_property
+    def interval(self) -> tuple[Floats, Floats]:
+        """float64 [n] and [n], the lower and the upper end of the 95% confidence interval of `value`."""
+        return difference_interval(self.p_in, self.k_in, self.p_out, self.k_out)
 
     @property
     def undefined(self) -> int:
@@ -55,5 +61,8 @@ def from_counts(k_in: Counts, k_out: Counts, correct_in: Counts, correct_out: Co
 
 
 def expected_standard_error(trials: int, fraction: float) -> float:
-    """Return the standard error of t trials in the worst case, p_in = p_out = 1/2, with m = fraction * n: sqrt(1.19 / t) at 0.7."""
+    """Return the largest standard deviation of an estimate from t trials, with m = fraction * n: sqrt(1.19 / t) at 0.7.
+
+    It is that of p_in = p_out = 1/2. The standard errors of the estimates are at most this, since each group has two models more there.
+    """
     return float(np.sqrt(0.25 / (fraction * trials) + 0.25 / ((1 - fraction) * trials)))
