@@ -1,5 +1,6 @@
 """Output of the command line: summaries and tables."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from memtail.execution.trainer_check import Repetition, TrainerCheck
     from memtail.experiment_store import Action, Failure, Origin
     from memtail.scores.reader import Column, Scores
+    from memtail.scores.summary import ScoreSummary
     from memtail.spec import Experiment
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -67,8 +69,15 @@ def show_summary(scores: "Scores", seconds: float, store: str) -> None:
         console.print(f"  {name:<24} {value}")
     console.print("\nmost memorized")
     show_table(scores.most_memorized(5))
+    warn_of_few_trials(summary)
     console.print(f"\nfiles in {scores.folder}")
     console.print(f"next: memtail top {summary.experiment} {'--pairs ' if summary.n_test else ''}--store {store}")
+
+
+def warn_of_few_trials(summary: "ScoreSummary") -> None:
+    """Print the warning of few trials to the error stream, if these are few."""
+    if summary.few_trials:
+        print(f"memtail: {summary.few_trials}", file=sys.stderr)
 
 
 def show_profile(profile: dict[str, Any]) -> None:

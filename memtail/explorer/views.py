@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -31,6 +31,7 @@ class Tile:
         label: name of the class; None if there are no labels.
         value, se: the score shown and its standard error; NaN where there is no estimate.
         file: file name; None if the dataset has none.
+        interval: the ends of the 95% confidence interval of memorization; None for other scores.
     """
 
     split: str
@@ -39,6 +40,7 @@ class Tile:
     value: float
     se: float
     file: str | None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ def gallery(opened: Opened, selection: Selection) -> Gallery:
     pages = max(1, -(-len(rows) // PER_PAGE))
     page = min(selection.page, pages)
     shown = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
-    value, se = (opened.memorization[name][shown] for name in ("mem", "mem_se"))
     if selection.sort in BY_HELD_OUT:
         value = opened.memorization["p_out"][shown]
-        se = standard_error(value, opened.memorization["k_out"][shown])
-    tiles = train_tiles(opened, shown, value, se)
+        tiles = train_tiles(opened, shown, value, standard_error(value, opened.memorization["k_out"][shown]))
+    else:
+        tiles = memorization_tiles(opened, shown)
     return Gallery(rows, tiles, page, pages)
 
 
@@ -88,7 +90,7 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
     next_row = int(rows[place[0] + 1]) if len(place) and place[0] + 1 < len(rows) else None
     helped, hurt = influenced(opened, index)
     return {
-        "tile": train_tiles(opened, np.array([index]), opened.memorization["mem"][[index]], opened.memorization["mem_se"][[index]])[0],
+        "tile": memorization_tiles(opened, np.array([index]))[0],
         "by_epoch": _by_epoch(opened, index),
         **{name: row.get(name) for name in ("mem_p", "mem_p_se", "score_in", "score_out")},
         "accuracy_in": Accuracy.of(row["p_in"], row["k_in"]),
@@ -136,6 +138,13 @@ def accuracy_on(opened: Opened, test: int) -> Accuracy:
 def train_tiles(opened: Opened, index: Column, value: Column, se: Column) -> list[Tile]:
     """Make tiles of training examples with a score."""
     return _tiles(opened, "train", index, opened.scores.train_labels, value, se, opened.train_files)
+
+
+def memorization_tiles(opened: Opened, index: Column) -> list[Tile]:
+    """Make tiles of training examples with their memorization."""
+    tiles = train_tiles(opened, index, opened.memorization["mem"][index], opened.memorization["mem_se"][index])
+    ends = zip(opened.scores.mem_lo[index].tolist(), opened.scores.mem_hi[index].tolist(), strict=True)
+    return [replace(tile, interval=interval) for tile, interval in zip(tiles, ends, strict=True)]
 
 
 def influenced(opened: Opened, train: int) -> tuple[dict[str, Column], dict[str, Column]]:

@@ -11,7 +11,7 @@ from memtail.datasets import Dataset
 from memtail.errors import ScoresError
 from memtail.estimators import convergence, expected_standard_error, false_discovery, influence
 from memtail.estimators.binomial import share, standard_error
-from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.estimators.pairs import MEM_THRESHOLD
 from memtail.experiment_store import Record
 from memtail.report.items import Content, DoubtfulLabel, EpochStage, Example, Number, Pair, PairCounts, SoftScores
 from memtail.scores.reader import Scores, largest
@@ -36,8 +36,6 @@ _FEWEST_PAIRS, _MOST_PAIRS = 6, 20
 _RANDOM_OTHERS = 4
 _MOST_LABELS = 30
 _MOST_SHARDS = 5
-# A larger expected standard error than a third of the influence threshold blurs the scores.
-_BLURRED = INFL_THRESHOLD / 3
 # Lower in-subset accuracy than this means that models do not fit their subsets, so they memorize little.
 _FITTED = 0.95
 
@@ -76,7 +74,7 @@ def choose_content(
     return Content(
         record=record,
         summary=summary,
-        warnings=_warnings(summary, expected, pair_counts, different),
+        warnings=_warnings(summary, pair_counts, different),
         accuracies=accuracies,
         stages=convergence(packed, MEM_STEPS, SE_QUANTILES, EDGES),
         fraction=fraction,
@@ -119,18 +117,17 @@ def _epochs(scores: Scores) -> list[EpochStage]:
     return stages
 
 
-def _warnings(summary: ScoreSummary, expected: float, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:
+def _warnings(summary: ScoreSummary, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:
     warnings = []
-    trials, fitted = summary.trials, summary.in_subset_accuracy
-    if expected > _BLURRED:
+    fitted = summary.in_subset_accuracy
+    if summary.few_trials:
         of_pairs = counts and (
-            f" At a fixed threshold of influence, some pairs are chance: trust the {counts.confirmed:,} of {counts.high:,} pairs that pass "
-            f"at a false discovery rate of {DISCOVERY_RATE:.0%}, and no others."
+            f" Trust the {counts.confirmed:,} of {counts.high:,} pairs that pass at a false discovery rate of {DISCOVERY_RATE:.0%}, and "
+            f"no others."
         )
         warnings.append(
-            f"These scores rest on only {trials} trials: scores near one half have a standard error of {expected:.3f}."
-            f"{of_pairs or ''} Noise {'also ' if of_pairs else ''}lifts examples above a threshold of memorization, more of them the lower "
-            f"the threshold is; standard errors do not show this. Four times as many trials halve the standard errors."
+            f"{summary.few_trials}{of_pairs or ''} Noise {'also ' if of_pairs else ''}lifts examples above a threshold of memorization, "
+            f"more of them the lower the threshold is; intervals do not show this."
         )
     if fitted is not None and fitted < _FITTED:
         warnings.append(

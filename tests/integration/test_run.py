@@ -175,7 +175,10 @@ def test_the_pointer_never_goes_back_to_fewer_trials(finished, digits):
     before = latest_version(experiment_store.store, "digits")
     assert publish(experiment_store.store, record, behind, digits)["trials"] == 5
     assert latest_version(experiment_store.store, "digits") == before
-    assert command("top", "--store", store).returncode == 0
+    top = command("top", "--store", store)
+    assert top.returncode == 0
+    assert "rest on only 60 trials" in top.stderr
+    assert "trials" not in top.stdout
 
 
 def test_damaged_scores_are_one_clear_error_and_a_run_repairs_the_pointer(finished, tmp_path):
