@@ -2,7 +2,8 @@
 
 * `memorization.parquet`, `.csv`: `index`, `label`, `mem`, `mem_se`, `mem_lo`, `mem_hi`, `p_in`, `p_out`, `k_in`, `k_out`. `other` and
   `p_other`: the most frequent misclassification by models trained without the example, and the share of these models that predict it; -1
-  and 0 if there is none, and no columns if a trial has not recorded predicted classes. `margin_in` and `margin_out`, mean logit margins, if recorded.
+  and 0 if there is none, and no columns if a trial has not recorded predicted classes. `margin_in` and `margin_out`, mean logit margins,
+  if recorded.
   `mem_p`, `mem_p_se`, `score_in` and `score_out`, memorization of scores and mean scores, if all trials have recorded scores.
   `filename` if the dataset has file names; in the csv, one that begins like a formula has a leading apostrophe (`memtail.scores.csv`).
 * `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
