@@ -1,8 +1,8 @@
 """A statistical row: how often confidence intervals contain the truth, and how many of the pairs kept are false, on synthetic trials.
 
-The membership of the trials is that of each design of `memtail.subsets`. Assumed is that, given membership, each trial classifies an example
-correctly with a known probability, by whether the example is in its subset, and independently of the other trials: other examples act as
-noise. So the numbers of correct models are binomial given k_in and k_out, and are drawn as such. Equal seeds give equal tables.
+The membership of the trials is that of each design of `memtail.subsets`. Given membership, each trial is assumed to classify an
+example correctly with a known probability, by whether the example is in its subset, and independently of the other trials: other examples
+act as noise. So the numbers of correct models are binomial given k_in and k_out, and are drawn as such. Equal seeds give equal tables.
 """
 
 import tempfile
