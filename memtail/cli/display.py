@@ -69,7 +69,8 @@ def show_summary(scores: "Scores", seconds: float, store: str) -> None:
         console.print(f"  {name:<24} {value}")
     console.print("\nmost memorized")
     show_table(scores.most_memorized(5))
-    warn_of_few_trials(summary)
+    if summary.few_trials:
+        console.print(f"\n{summary.few_trials}", style="yellow")
     console.print(f"\nfiles in {scores.folder}")
     console.print(f"next: memtail top {summary.experiment} {'--pairs ' if summary.n_test else ''}--store {store}")
 

@@ -7,15 +7,13 @@ The American Statistician 54, 2000): p~ = (p k + 1) / (k + 2), with variance p~ 
 the observed ones; a confidence interval has its centre at the difference of the p~. Without models there is no share: NaN, never 0.
 """
 
-from statistics import NormalDist
-
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
 #: Standard errors from the centre of a 95% confidence interval to its ends.
-Z = NormalDist().inv_cdf(0.975)
+Z = 1.959963984540054
 
 
 def share(correct: npt.ArrayLike, count: npt.ArrayLike) -> Floats:

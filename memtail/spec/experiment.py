@@ -38,18 +38,28 @@ MOST_SNAPSHOTS = 32
 
 # Fewest trials in the first round of an experiment that stops at a standard error.
 _SMALLEST_ROUND = 64
+# Width of a 95% interval in standard errors, at most.
+_INTERVAL = 2 * 1.96
 
 
 class UntilSpec(Part):
-    """The precision at which an experiment ends.
+    """The precision at which an experiment ends: all bounds that are declared, at least one, have to hold.
 
     Attributes:
         standard_error: the largest standard error of memorization accepted.
+        interval_width: the largest width of the 95% interval of memorization accepted, from `mem_lo` to `mem_hi`.
         quantile: the share of training examples that must reach it.
     """
 
-    standard_error: Annotated[float, Field(gt=0, lt=0.5)]
+    standard_error: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    interval_width: Annotated[float, Field(gt=0, lt=2)] | None = None
     quantile: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Self:
+        if self.standard_error is None and self.interval_width is None:
+            raise ValueError("until needs a bound: standard_error, interval_width or both")
+        return self
 
     def most_trials(self, fraction: float) -> int:
         """Return the number of trials that suffices for every example: the worst case, p_in = p_out = 1/2.
@@ -59,7 +69,9 @@ class UntilSpec(Part):
         Args:
             fraction: of the training examples in each subset.
         """
-        return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / self.standard_error**2)
+        bounds = [self.standard_error, None if self.interval_width is None else self.interval_width / _INTERVAL]
+        bound = min(each for each in bounds if each is not None)
+        return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / bound**2)
 
     def first_round(self, fraction: float) -> int:
         """Return the number of trials of the first round: a twentieth of the worst case, but enough to estimate standard errors from.

@@ -51,6 +51,7 @@ def test_a_run_prints_the_spec_the_progress_and_the_summary(finished):
     assert "in-subset accuracy" in text
     assert "most memorized" in text
     assert str(version(store)) in text
+    assert "These scores rest on only 60 trials" in text
 
 
 def test_a_second_run_trains_nothing_and_publishes_the_same_bits(finished, tmp_path):
