@@ -64,4 +64,5 @@ def _adjusted(p: npt.ArrayLike, count: npt.ArrayLike) -> Floats:
 
 
 def _variance(adjusted: Floats, count: npt.ArrayLike) -> Floats:
-    return adjusted * (1 - adjusted) / (np.asarray(count) + 2)
+    variance: Floats = adjusted * (1 - adjusted) / (np.asarray(count) + 2)
+    return variance

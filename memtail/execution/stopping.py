@@ -1,6 +1,7 @@
 """The stopping rule: rounds of trials until the scores are as exact as the experiment asks for.
 
-The first round is small; each later one has the trials that are enough if the observed rates are the true ones. The rule depends on the outcomes alone, so a run, a service and a repetition of either train the same trials.
+The first round is small; each later one has the trials that are enough if the observed rates are the true ones. The rule depends on the
+outcomes alone, so a run, a service and a repetition of either train the same trials.
 """
 
 import math

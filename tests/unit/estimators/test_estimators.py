@@ -257,7 +257,7 @@ def test_confidence_intervals_are_those_of_agresti_and_caffo():
 @settings(max_examples=50, deadline=None)
 def test_a_confidence_interval_contains_the_estimate(k_in, k_out, seed):
     rng = np.random.default_rng(seed)
-    mem = from_counts(*(np.array(k)[None] for k in (k_in, k_out)), rng.integers(0, k_in + 1, 50), rng.integers(0, k_out + 1, 50))
+    mem = from_counts(np.array([k_in]), np.array([k_out]), rng.integers(0, k_in + 1, 50), rng.integers(0, k_out + 1, 50))
     low, high = mem.interval
     assert (low >= -1).all()
     assert (low <= mem.value).all()
