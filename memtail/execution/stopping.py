@@ -8,9 +8,10 @@ import math
 
 import numpy as np
 
-from memtail.estimators import memorization
+from memtail.estimators import Memorization, memorization
 from memtail.estimators.binomial import Floats, difference_interval, difference_standard_error
-from memtail.spec import SubsetsSpec, UntilSpec
+from memtail.estimators.ranking import expected_overlap
+from memtail.spec import RankingSpec, SubsetsSpec, UntilSpec
 from memtail.statistics import Statistics
 
 
@@ -35,12 +36,18 @@ def next_round(subsets: SubsetsSpec, statistics: Statistics, limit: int) -> int 
 def trials_needed(until: UntilSpec, statistics: Statistics) -> float:
     """Return the number of trials that reaches all bounds if the rates stay as they are; infinite while too many examples have no estimate.
 
-    A larger number than that of the statistics is at most 1% too large. Costs O(n).
+    The number of the statistics is returned if it is enough. Costs O(n), and O(n log n) with a bound `ranking`.
     """
-    mem, trials = memorization(statistics), statistics.trials
+    mem = memorization(statistics)
     # before the first trial no example has an estimate
     if not math.isfinite(_quantile(mem.value, until.quantile)):
         return math.inf
+    needed = _trials_for_errors(until, mem, statistics.trials)
+    return needed if until.ranking is None else max(needed, _trials_for_ranking(until.ranking, mem, statistics.trials))
+
+
+def _trials_for_errors(until: UntilSpec, mem: Memorization, trials: int) -> float:
+    """The number of trials with errors and intervals within their bounds, to within 1%."""
 
     def enough(number: float) -> bool:
         groups = mem.p_in, mem.k_in * (number / trials), mem.p_out, mem.k_out * (number / trials)
@@ -55,6 +62,13 @@ def trials_needed(until: UntilSpec, statistics: Statistics) -> float:
         middle = math.sqrt(fewest * most)
         fewest, most = (fewest, middle) if enough(middle) else (middle, most)
     return most
+
+
+def _trials_for_ranking(ranking: RankingSpec, mem: Memorization, trials: int) -> float:
+    """The number of trials with the overlap, or four times the present ones: what lies further is uncertain."""
+    missing = 1 - expected_overlap(mem, ranking.top)
+    # what is missing from 1 falls with the square root of the trials, as do the errors that decide it
+    return trials * min(max(1.0, missing / (1 - ranking.overlap)) ** 2, 4.0)
 
 
 def _quantile(values: Floats, quantile: float) -> float:

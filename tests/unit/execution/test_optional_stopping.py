@@ -1,11 +1,14 @@
 """What the rule for stopping does to scores: simulated experiments with known rates, stopped at their bounds."""
 
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 
+from memtail.errors import SpecError
 from memtail.estimators import memorization
+from memtail.estimators.ranking import expected_overlap
 from memtail.execution.stopping import next_round, trials_needed
 from memtail.spec import Experiment
 
@@ -105,7 +108,43 @@ def test_examples_on_which_all_models_agree_ask_for_the_trials_that_they_need():
     assert needed < 64 * (memorization(counts).standard_error.max() / 0.01) ** 2 / 3  # as errors that fall with the square root
 
 
-@pytest.mark.parametrize("until", [{}, {"quantile": 0.9}, {"interval_width": 2}, {"interval_width": 0}])
+def test_a_ranking_is_sought_until_two_runs_agree_on_it():
+    rng = np.random.default_rng(4)
+    p_out = rng.uniform(0, 1, 3000)
+    p_in = p_out + (1 - p_out) * rng.beta(0.5, 2, 3000)
+    declared = subsets(ranking={"top": 300, "overlap": 0.8})
+    mem, rounds = stopped(declared, p_in, p_out, rng)
+    assert 2 <= len(rounds) <= 4
+    assert rounds[-1] < declared.until.most_trials(0.7) == 11905
+    overlaps = []
+    for _ in range(10):
+        one, other = (memorization(none(3000).more(rounds[-1], p_in, p_out, rng)) for _ in range(2))
+        rankings = [set(np.argsort(-each.value)[:300].tolist()) for each in (one, other)]
+        overlaps.append(len(rankings[0] & rankings[1]) / len(rankings[0] | rankings[1]))
+    assert 0.77 < np.mean(overlaps) < 0.86
+    assert expected_overlap(mem, 300) >= 0.8
+
+
+@pytest.mark.parametrize("trials", [256, 1024])
+def test_the_overlap_expected_from_one_run_is_that_of_two(trials):
+    rng = np.random.default_rng(5)
+    p_out = np.where(rng.random(2000) < 0.6, 1 - rng.beta(0.3, 20, 2000), rng.beta(0.8, 0.8, 2000))  # as of images
+    p_in = 1 - rng.beta(0.3, 10, 2000) * (1 - p_out)
+    runs = [memorization(none(2000).more(trials, p_in, p_out, rng)) for _ in range(8)]
+    rankings = [set(np.argsort(-each.value, kind="stable")[:200].tolist()) for each in runs]
+    measured = np.mean([len(one & other) / len(one | other) for one, other in combinations(rankings, 2)])
+    assert np.mean([expected_overlap(each, 200) for each in runs]) == pytest.approx(measured, abs=0.03)
+
+
+def test_a_ranking_of_equal_examples_ends_at_the_most_trials():
+    p = np.full(50, 0.5)
+    rng, declared = np.random.default_rng(6), subsets(standard_error=0.2, ranking={"top": 10, "overlap": 0.9})
+    _, rounds = stopped(declared, p, p, rng)
+    assert rounds[-1] == declared.until.most_trials(0.7)
+    assert all(later <= 4 * earlier for earlier, later in pairwise(rounds))
+
+
+@pytest.mark.parametrize("until", [{}, {"quantile": 0.9}, {"interval_width": 2}, {"interval_width": 0}, {"ranking": {"top": 5}}])
 def test_a_bound_is_needed_and_has_to_be_possible(until):
-    with pytest.raises(Exception, match="interval_width"):
+    with pytest.raises(SpecError, match=r"interval_width|ranking.overlap"):
         subsets(**until)

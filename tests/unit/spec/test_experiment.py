@@ -23,6 +23,7 @@ LATER_KEYS: dict[str, Any] = {
     "RecordedOutcomes.scores": False,
     "Experiment.trainer": ImagesTrainer(),
     "UntilSpec.interval_width": None,
+    "UntilSpec.ranking": None,
     "FunctionTrainer.options": {},
     "FunctionTrainer.code": [],
     "FunctionTrainer.timeout": None,
