@@ -97,6 +97,8 @@ def show_profile(profile: dict[str, Any]) -> None:
 
 def show_forecast(forecast: "Forecast") -> None:
     """Print the forecast of a run line by line, and its duration on other numbers of devices."""
+    from memtail.estimators.binomial import Z
+
     left = "" if forecast.trials_to_train == forecast.trials else f", {forecast.trials_to_train} of them to train"
     console.print(f"{forecast.experiment}: {forecast.trials} trials{left}", style="bold")
     best = forecast.best_trials_per_shard
@@ -112,7 +114,7 @@ def show_forecast(forecast: "Forecast") -> None:
         ("memory", f"{decimal(forecast.peak_memory)} {'of the device' if forecast.device == 'cuda' else 'per process'}"),
         ("trials per shard", f"{forecast.trials_per_shard}{hint}"),
         ("stored", f"{decimal(forecast.trial_bytes)} of trials, {decimal(forecast.score_bytes)} of scores"),
-        ("standard error", f"at most {forecast.standard_error:.3f} expected"),
+        ("standard error", f"at most {forecast.standard_error:.3f} expected, 95% intervals at most ±{Z * forecast.standard_error:.3f}"),
     ]
     if forecast.wanted_standard_error is not None:
         facts.append((f"for at most {forecast.wanted_standard_error:g}", f"{forecast.trials_for_it} trials"))

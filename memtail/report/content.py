@@ -152,7 +152,10 @@ def _warnings(summary: ScoreSummary, counts: PairCounts | None, different: Seque
 def _example(dataset: Dataset, split: str, index: int, scores: Scores | None = None) -> Example:
     labels, files = (dataset.train_labels, dataset.train_files) if split == "train" else (dataset.test_labels, dataset.test_files)
     file = None if files is None else bytes(files[index]).decode(errors="replace")
-    mem = None if scores is None else Number(*(float(scores.memorization[column][index]) for column in ("mem", "mem_se")))
+    mem = None
+    if scores is not None:
+        value, se = (float(scores.memorization[column][index]) for column in ("mem", "mem_se"))
+        mem = Number(value, se, (float(scores.mem_lo[index]), float(scores.mem_hi[index])))
     return Example(split, int(index), _class(dataset, int(labels[index])), file, mem)
 
 
