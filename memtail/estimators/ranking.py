@@ -19,7 +19,7 @@ def expected_overlap(mem: Memorization, top: int) -> float:
         top: at least 1; ties are ordered by index.
     """
     defined = ~np.isnan(mem.value)
-    k_in, k_out, p_in, p_out = (values[defined] for values in (mem.k_in, mem.k_out, mem.p_in, mem.p_out))
+    (k_in, k_out), (p_in, p_out) = (mem.k_in[defined], mem.k_out[defined]), (mem.p_in[defined], mem.p_out[defined])
     rng = np.random.default_rng(top)
 
     def ranking() -> set[int]:
