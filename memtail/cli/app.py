@@ -190,6 +190,7 @@ def top(
         from memtail.cli import display
 
         display.show_table(table)
+        display.warn_of_few_trials(scores.summary)
 
 
 @app.command()
@@ -200,6 +201,7 @@ def scores(
     json_: Json = False,
 ) -> None:
     """List the published score files, or copy them to a folder."""
+    from memtail.cli import display
     from memtail.scores.fetch import fetch_scores
     from memtail.scores.pointer import latest_version
     from memtail.storage import keys
@@ -218,6 +220,7 @@ def scores(
     print(f"{name}: {pointer.summary.trials} trials, published {pointer.published}")
     for file in pointer.files:
         print(fetch / file if fetch else f"{place}/{file}")
+    display.warn_of_few_trials(pointer.summary)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Output of the command line: summaries and tables."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from memtail.experiment_store import Action, Failure, Origin
     from memtail.scores.pointer import ScorePointer
     from memtail.scores.reader import Column, Scores
+    from memtail.scores.summary import ScoreSummary
     from memtail.spec import Experiment
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -69,8 +71,16 @@ def show_summary(scores: "Scores", seconds: float, store: str) -> None:
         console.print(f"  {name:<24} {value}")
     console.print("\nmost memorized")
     show_table(scores.most_memorized(5))
+    if summary.few_trials:
+        console.print(f"\n{summary.few_trials}", style="yellow")
     console.print(f"\nfiles in {scores.folder}")
     console.print(f"next: memtail top {summary.experiment} {'--pairs ' if summary.n_test else ''}--store {store}")
+
+
+def warn_of_few_trials(summary: "ScoreSummary") -> None:
+    """Print the warning of few trials to the error stream, if these are few."""
+    if summary.few_trials:
+        print(f"memtail: {summary.few_trials}", file=sys.stderr)
 
 
 def show_profile(profile: dict[str, Any]) -> None:
@@ -89,6 +99,8 @@ def show_profile(profile: dict[str, Any]) -> None:
 
 def show_forecast(forecast: "Forecast") -> None:
     """Print the forecast of a run line by line, and its duration on other numbers of devices."""
+    from memtail.estimators.binomial import Z
+
     left = "" if forecast.trials_to_train == forecast.trials else f", {forecast.trials_to_train} of them to train"
     console.print(f"{forecast.experiment}: {forecast.trials} trials{left}", style="bold")
     best = forecast.best_trials_per_shard
@@ -104,7 +116,7 @@ def show_forecast(forecast: "Forecast") -> None:
         ("memory", f"{decimal(forecast.peak_memory)} {'of the device' if forecast.device == 'cuda' else 'per process'}"),
         ("trials per shard", f"{forecast.trials_per_shard}{hint}"),
         ("stored", f"{decimal(forecast.trial_bytes)} of trials, {decimal(forecast.score_bytes)} of scores"),
-        ("standard error", f"at most {forecast.standard_error:.3f} expected"),
+        ("standard error", f"at most {forecast.standard_error:.3f} expected, 95% intervals at most ±{Z * forecast.standard_error:.3f}"),
     ]
     if forecast.wanted_standard_error is not None:
         facts.append((f"for at most {forecast.wanted_standard_error:g}", f"{forecast.trials_for_it} trials"))

@@ -4,9 +4,10 @@ With M membership, C and T correctness on training and test examples, k_in(i) = 
 
     mem_i    = sum_k M_ki C_ki / k_in(i)  -  sum_k (1 - M_ki) C_ki / k_out(i)
     infl_ij  = (M^T T)_ij / k_in(i)       -  ((1 - M)^T T)_ij / k_out(i)
-    SE^2     = p_in (1 - p_in) / k_in  +  p_out (1 - p_out) / k_out
+    SE^2     = p~_in (1 - p~_in) / (k_in + 2)  +  p~_out (1 - p~_out) / (k_out + 2)
 
-p_in and p_out are the two terms of an estimate. An example in every subset, or in none, has no estimate: NaN, never 0.
+p_in and p_out are the two terms of an estimate, and p~ = (p k + 1) / (k + 2): see `memtail.estimators.binomial`. An example in every
+subset, or in none, has no estimate: NaN, never 0.
 """
 
 from memtail.estimators.convergence import Stage, convergence

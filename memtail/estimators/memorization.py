@@ -1,10 +1,11 @@
-"""Memorization of training examples, with standard errors."""
+"""Memorization of training examples, with standard errors and confidence intervals."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from memtail.estimators.binomial import Floats, difference_standard_error, share
+from memtail.estimators.binomial import Floats, difference_interval, difference_standard_error, normal_interval, share
 from memtail.estimators.soft import SoftMemorization, soft_memorization
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import Counts, PackedTrials
@@ -21,6 +22,7 @@ class Memorization:
         standard_error: float64 [n], of `value`.
         p_in, p_out: float64 [n], accuracy on the example of the models trained with it, and of those trained without it.
         k_in, k_out: int64 [n], the numbers of these models.
+        of_scores: whether these are estimates of scores.
     """
 
     value: Floats
@@ -29,6 +31,14 @@ class Memorization:
     p_out: Floats
     k_in: Counts
     k_out: Counts
+    of_scores: bool = False
+
+    @cached_property
+    def interval(self) -> tuple[Floats, Floats]:
+        """float64 [n] and [n], the lower and the upper end of the 95% confidence interval of `value`."""
+        if self.of_scores:
+            return normal_interval(self.value, self.standard_error)
+        return difference_interval(self.p_in, self.k_in, self.p_out, self.k_out)
 
     @property
     def undefined(self) -> int:
@@ -45,7 +55,7 @@ def memorization(statistics: Statistics | PackedTrials) -> Memorization:
 
 def from_scores(soft: SoftMemorization, k_in: Counts, k_out: Counts) -> Memorization:
     """Take estimates of scores, with the numbers of models behind them, in place of those of correctness."""
-    return Memorization(soft.value, soft.standard_error, soft.score_in, soft.score_out, k_in, k_out)
+    return Memorization(soft.value, soft.standard_error, soft.score_in, soft.score_out, k_in, k_out, of_scores=True)
 
 
 def from_counts(k_in: Counts, k_out: Counts, correct_in: Counts, correct_out: Counts) -> Memorization:
@@ -65,5 +75,8 @@ def from_counts(k_in: Counts, k_out: Counts, correct_in: Counts, correct_out: Co
 
 
 def expected_standard_error(trials: int, fraction: float) -> float:
-    """Return the standard error of t trials in the worst case, p_in = p_out = 1/2, with m = fraction * n: sqrt(1.19 / t) at 0.7."""
+    """Return the largest standard deviation of an estimate from t trials, with m = fraction * n: sqrt(1.19 / t) at 0.7.
+
+    It is that of p_in = p_out = 1/2. The standard errors of the estimates are at most this, since each group has two models more there.
+    """
     return float(np.sqrt(0.25 / (fraction * trials) + 0.25 / ((1 - fraction) * trials)))

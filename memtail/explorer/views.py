@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -32,6 +32,7 @@ class Tile:
         label: name of the class; None if there are no labels.
         value, se: the score shown and its standard error; NaN where there is no estimate.
         file: file name; None if the dataset has none.
+        interval: the ends of the 95% confidence interval of memorization; None for other scores.
     """
 
     split: str
@@ -40,6 +41,7 @@ class Tile:
     value: float
     se: float
     file: str | None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,12 @@ def gallery(opened: Opened, selection: Selection) -> Gallery:
     pages = max(1, -(-len(rows) // PER_PAGE))
     page = min(selection.page, pages)
     shown = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
-    value, se = (opened.memorization[name][shown] for name in (names.mem, names.mem_se))
     if selection.sort in BY_HELD_OUT:
         value = opened.memorization[names.p_out][shown]
         se = np.full(len(shown), np.nan) if opened.scores.scores_only else standard_error(value, opened.memorization["k_out"][shown])
-    tiles = train_tiles(opened, shown, value, se)
+        tiles = train_tiles(opened, shown, value, se)
+    else:
+        tiles = memorization_tiles(opened, shown)
     return Gallery(rows, tiles, page, pages)
 
 
@@ -89,9 +92,8 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
     previous_row = int(rows[place[0] - 1]) if len(place) and place[0] > 0 else None
     next_row = int(rows[place[0] + 1]) if len(place) and place[0] + 1 < len(rows) else None
     helped, hurt, names = *influenced(opened, index), opened.scores.names
-    tiles = train_tiles(opened, np.array([index]), *(opened.memorization[name][[index]] for name in (names.mem, names.mem_se)))
     return {
-        "tile": tiles[0],
+        "tile": memorization_tiles(opened, np.array([index]))[0],
         "by_epoch": _by_epoch(opened, index),
         **{name: row.get(name) for name in ("mem_p", "mem_p_se", "score_in", "score_out")},
         "accuracy_in": _mean(opened, row[names.p_in], row["k_in"]),
@@ -147,6 +149,14 @@ def accuracy_on(opened: Opened, test: int) -> Accuracy:
 def train_tiles(opened: Opened, index: Column, value: Column, se: Column) -> list[Tile]:
     """Make tiles of training examples with a score."""
     return _tiles(opened, "train", index, opened.scores.train_labels, value, se, opened.train_files)
+
+
+def memorization_tiles(opened: Opened, index: Column) -> list[Tile]:
+    """Make tiles of training examples with their memorization."""
+    value, se = (opened.memorization[name][index] for name in (opened.scores.names.mem, opened.scores.names.mem_se))
+    tiles = train_tiles(opened, index, value, se)
+    ends = zip(opened.scores.mem_lo[index].tolist(), opened.scores.mem_hi[index].tolist(), strict=True)
+    return [replace(tile, interval=interval) for tile, interval in zip(tiles, ends, strict=True)]
 
 
 def influenced(opened: Opened, train: int) -> tuple[dict[str, Column], dict[str, Column]]:

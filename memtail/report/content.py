@@ -12,7 +12,7 @@ from memtail.datasets import Dataset
 from memtail.errors import ScoresError
 from memtail.estimators import convergence, expected_standard_error, false_discovery, influence
 from memtail.estimators.binomial import share, standard_error
-from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
+from memtail.estimators.pairs import MEM_THRESHOLD
 from memtail.estimators.soft import mean_score, scores_on_test
 from memtail.experiment_store import Record
 from memtail.report.items import Content, DoubtfulLabel, EpochStage, Example, Number, Pair, PairCounts, SoftScores
@@ -39,8 +39,6 @@ _FEWEST_PAIRS, _MOST_PAIRS = 6, 20
 _RANDOM_OTHERS = 4
 _MOST_LABELS = 30
 _MOST_SHARDS = 5
-# A larger standard error than a third of the influence threshold blurs the scores.
-_BLURRED = INFL_THRESHOLD / 3
 # Lower in-subset accuracy than this means that models do not fit their subsets, so they memorize little.
 _FITTED = 0.95
 
@@ -73,15 +71,13 @@ def choose_content(
         for key in ACCURACIES
         if summary[key] is not None
     }
-    # scores vary less than correctness, so that their own standard errors say more than the largest expected one
-    largest_se = (summary.mem_se_quantile(1.0) or 0.0) if scores.scores_only else expected
     pairs, pair_counts = _pairs(scores, dataset) if dataset.n_test else ([], None)
     gallery = _gallery(scores, dataset)
     labels, doubtful = _doubtful_labels(scores, dataset) if dataset.labelled and not scores.scores_only else ([], 0)
     return Content(
         record=record,
         summary=summary,
-        warnings=_warnings(summary, largest_se, pair_counts, different),
+        warnings=_warnings(summary, pair_counts, different),
         accuracies=accuracies,
         stages=convergence(packed, MEM_STEPS, SE_QUANTILES, EDGES),
         fraction=fraction,
@@ -124,19 +120,17 @@ def _epochs(scores: Scores) -> list[EpochStage]:
     return stages
 
 
-def _warnings(summary: ScoreSummary, largest_se: float, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:
+def _warnings(summary: ScoreSummary, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:
     warnings = []
-    trials, fitted = summary.trials, summary.in_subset_accuracy
-    errors = "scores near one half have a standard error of" if summary.outcome == "correct" else "their standard errors are up to"
-    if largest_se > _BLURRED:
+    fitted = summary.in_subset_accuracy
+    if summary.few_trials:
         of_pairs = (counts and counts.confirmed is not None) and (
-            f" At a fixed threshold of influence, some pairs are chance: trust the {counts.confirmed:,} of {counts.high:,} pairs that pass "
-            f"at a false discovery rate of {DISCOVERY_RATE:.0%}, and no others."
+            f" Trust the {counts.confirmed:,} of {counts.high:,} pairs that pass at a false discovery rate of {DISCOVERY_RATE:.0%}, and "
+            f"no others."
         )
         warnings.append(
-            f"These scores rest on only {trials} trials: {errors} {largest_se:.3f}."
-            f"{of_pairs or ''} Noise {'also ' if of_pairs else ''}lifts examples above a threshold of memorization, more of them the lower "
-            f"the threshold is; standard errors do not show this. Four times as many trials halve the standard errors."
+            f"{summary.few_trials}{of_pairs or ''} Noise {'also ' if of_pairs else ''}lifts examples above a threshold of memorization, "
+            f"more of them the lower the threshold is; intervals do not show this."
         )
     if fitted is not None and fitted < _FITTED and summary.outcome == "correct":
         warnings.append(
@@ -163,7 +157,8 @@ def _example(dataset: Dataset, split: str, index: int, scores: Scores | None = N
     file = None if files is None else bytes(files[index]).decode(errors="replace")
     mem = None
     if scores is not None:
-        mem = Number(*(float(scores.memorization[column][index]) for column in (scores.names.mem, scores.names.mem_se)))
+        value, se = (float(scores.memorization[column][index]) for column in (scores.names.mem, scores.names.mem_se))
+        mem = Number(value, se, (float(scores.mem_lo[index]), float(scores.mem_hi[index])))
     return Example(split, int(index), _class(dataset, int(labels[index])), file, mem)
 
 

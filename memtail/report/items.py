@@ -16,10 +16,11 @@ from memtail.studies.result import StudyResult
 
 @dataclass(frozen=True)
 class Number:
-    """An estimate and its standard error; NaN where there is none."""
+    """An estimate and its standard error, NaN where there is none; and its 95% interval, of memorization alone."""
 
     value: float
     se: float
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Writes one version of the scores into a folder.
 
-* `memorization.parquet`, `.csv`: `index`, `label`, `mem`, `mem_se`, `p_in`, `p_out`, `k_in`, `k_out`. `other` and `p_other`: the most
-  frequent misclassification by models trained without the example, and the share of these models that predict it; -1 and 0 if there is
-  none, and no columns if a trial has not recorded predicted classes. `margin_in` and `margin_out`, mean logit margins, if recorded.
+* `memorization.parquet`, `.csv`: `index`, `label`, `mem`, `mem_se`, `mem_lo`, `mem_hi`, `p_in`, `p_out`, `k_in`, `k_out`. `other` and
+  `p_other`: the most frequent misclassification by models trained without the example, and the share of these models that predict it; -1
+  and 0 if there is none, and no columns if a trial has not recorded predicted classes. `margin_in` and `margin_out`, mean logit margins,
+  if recorded.
   `mem_p`, `mem_p_se`, `score_in` and `score_out`, memorization of scores and mean scores, if all trials have recorded scores.
   `filename` if the dataset has file names; in the csv, one that begins like a formula has a leading apostrophe (`memtail.scores.csv`).
 * `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
@@ -154,7 +155,8 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
     if dataset.labelled:
         columns["label"] = dataset.train_labels
     if not statistics.scores_only:
-        columns |= {"mem": mem.value, "mem_se": mem.standard_error, "p_in": mem.p_in, "p_out": mem.p_out}
+        columns |= {"mem": mem.value, "mem_se": mem.standard_error, "mem_lo": mem.interval[0], "mem_hi": mem.interval[1]}
+        columns |= {"p_in": mem.p_in, "p_out": mem.p_out}
     columns |= {"k_in": mem.k_in, "k_out": mem.k_out}
     if statistics.held_out_misclassifications is not None:
         other, count = statistics.held_out_misclassifications.most_frequent(dataset.n_train)

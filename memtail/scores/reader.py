@@ -53,6 +53,27 @@ class Scores:
         """The columns of `memorization.parquet`, each [n] in original order."""
         return self._table(MEMORIZATION)
 
+    @property
+    def mem_lo(self) -> npt.NDArray[np.float64]:
+        """float64 [n], the lower end of the 95% confidence interval of memorization; NaN where there is no estimate."""
+        return self._interval[0]
+
+    @property
+    def mem_hi(self) -> npt.NDArray[np.float64]:
+        """float64 [n], its upper end."""
+        return self._interval[1]
+
+    @cached_property
+    def _interval(self) -> tuple[Column, Column]:
+        table = self.memorization
+        if "mem_lo" in table:
+            return table["mem_lo"], table["mem_hi"]
+        from memtail.estimators.binomial import difference_interval, normal_interval
+
+        if self.scores_only:
+            return normal_interval(table["mem_p"], table["mem_p_se"])
+        return difference_interval(table["p_in"], table["k_in"], table["p_out"], table["k_out"])  # of score schema 1
+
     @cached_property
     def pairs(self) -> dict[str, Column]:
         """The columns of the table of high-influence pairs, with standard errors, by falling influence."""

@@ -9,10 +9,13 @@ from typing import Any, Self
 
 from memtail.scores.names import OUTCOMES, OutcomeNames
 
-SCHEMA = 1
+#: 1: standard errors from the observed rates. 2: by Agresti and Caffo, with `mem_lo` and `mem_hi` in the tables of memorization.
+SCHEMA = 2
 #: Thresholds of memorization, and quantiles of its standard errors, in a summary.
 MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
 SE_QUANTILES = (0.5, 0.95, 1.0)
+#: Fewer trials than these are few: with subsets of 0.7 of the examples, the 95% interval of a score near one half is +-0.1 or wider.
+FEW_TRIALS = 500
 #: The accuracies of a trial's `TrialMetrics`.
 ACCURACIES = ("in_subset_accuracy", "held_out_accuracy", "test_accuracy")
 
@@ -86,6 +89,23 @@ class ScoreSummary(Mapping[str, Any]):
     def mem_se_quantile(self, quantile: float) -> float | None:
         """Standard error of mem_i that this share of the examples, one of `SE_QUANTILES`, does not exceed."""
         return self.mem_se_quantiles[f"{quantile:g}"]
+
+    @property
+    def few_trials(self) -> str | None:
+        """The warning of few trials, for all who show these scores; None from `FEW_TRIALS` on."""
+        if self.trials >= FEW_TRIALS:
+            return None
+        if self.outcome == "score":
+            return (
+                f"These scores rest on only {self.trials} trials: read each with its standard error. Four times as many trials halve the "
+                f"standard errors: raise subsets.trials and run again, which keeps the present trials."
+            )
+        pairs = ", and some high-influence pairs are chance" if self.n_test else ""
+        return (
+            f"These scores rest on only {self.trials} trials: below {FEW_TRIALS} the 95% interval of a score near one half is ±0.1 or "
+            f"wider{pairs}. Read each score with its interval (mem_lo to mem_hi). Four times as many trials halve the intervals: raise "
+            f"subsets.trials and run again, which keeps the present trials."
+        )
 
     @property
     def mixture(self) -> str | None:

@@ -38,28 +38,57 @@ MOST_SNAPSHOTS = 32
 
 # Fewest trials in the first round of an experiment that stops at a standard error.
 _SMALLEST_ROUND = 64
+# Width of a 95% interval in standard errors, at most.
+_INTERVAL = 2 * 1.96
+# Standard error in the worst case up to which the overlap of rankings is sought: ties may keep it from ever being reached.
+_FINEST = 0.01
+
+
+class RankingSpec(Part):
+    """The agreement on the most memorized examples at which an experiment ends.
+
+    Attributes:
+        top: the number of most memorized examples.
+        overlap: the overlap (Jaccard) of these with those of another run of as many trials, as expected from the present trials.
+    """
+
+    top: Annotated[int, Field(ge=1)]
+    overlap: Annotated[float, Field(gt=0, lt=1)]
 
 
 class UntilSpec(Part):
-    """The precision at which an experiment ends.
+    """The precision at which an experiment ends: all bounds that are declared, at least one, have to hold.
 
     Attributes:
         standard_error: the largest standard error of memorization accepted.
-        quantile: the share of training examples that must reach it.
+        interval_width: the largest width of the 95% interval of memorization accepted, from `mem_lo` to `mem_hi`.
+        ranking: the agreement with another run on the most memorized examples that is needed. It is sought up to the number of trials at
+            which no standard error exceeds 0.01.
+        quantile: the share of training examples that must reach `standard_error` and `interval_width`.
     """
 
-    standard_error: Annotated[float, Field(gt=0, lt=0.5)]
+    standard_error: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    interval_width: Annotated[float, Field(gt=0, lt=2)] | None = None
+    ranking: RankingSpec | None = None
     quantile: Annotated[float, Field(gt=0, le=1)] = 0.95
 
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Self:
+        if self.standard_error is None and self.interval_width is None and self.ranking is None:
+            raise ValueError("until needs a bound: standard_error, interval_width or ranking")
+        return self
+
     def most_trials(self, fraction: float) -> int:
-        """Return the number of trials that suffices for every example: the worst case, p_in = p_out = 1/2.
+        """Return the number of trials that suffices for every example, or is the most for a ranking: the worst case, p_in = p_out = 1/2.
 
         See `memtail.estimators.expected_standard_error`.
 
         Args:
             fraction: of the training examples in each subset.
         """
-        return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / self.standard_error**2)
+        bounds = (self.standard_error, self.interval_width and self.interval_width / _INTERVAL, self.ranking and _FINEST)
+        bound = min(each for each in bounds if each is not None)
+        return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / bound**2)
 
     def first_round(self, fraction: float) -> int:
         """Return the number of trials of the first round: a twentieth of the worst case, but enough to estimate standard errors from.

@@ -20,6 +20,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from memtail.errors import StoreError
+from memtail.estimators.binomial import standard_error
 from memtail.explorer import library as library_module
 from memtail.explorer import score_cache
 from memtail.explorer.app import create
@@ -176,16 +177,31 @@ def test_the_published_csv_holds_no_formula(explored):
     assert [row["filename"].removeprefix("'") for row in rows] == parquet["filename"].to_pylist()
 
 
+@pytest.mark.parametrize("path", ["", "/train/3", "/test/3"])
+def test_every_page_of_scores_warns_of_few_trials(client, scores, monkeypatch, path):
+    warning = f"These scores rest on only {TRIALS} trials"
+    assert warning in page(client, f"/experiments/digits{path}").text
+    monkeypatch.setattr("memtail.scores.summary.FEW_TRIALS", TRIALS)
+    assert warning not in page(client, f"/experiments/digits{path}").text
+
+
+def test_tiles_have_the_interval_of_their_memorization(client, scores):
+    first = int(scores.most_memorized(1)["index"][0])
+    titles = [attributes["title"] for tag, attributes in page(client, "/experiments/digits").elements if "title" in attributes]
+    assert f"95% interval: {scores.mem_lo[first]:.2f} to {scores.mem_hi[first]:.2f}" in titles
+
+
 def test_examples_show_their_highest_and_lowest_influences(client, scores):
     train = int(scores.most_memorized(1)["index"][0])
     block = scores.influence(train=train)
     own, *rows = table(client, f"/experiments/digits/train/{train}.csv")
     mem = scores.memorization
     assert (int(own["tr_idx"]), own["tt_idx"], own["class"]) == (train, "", str(mem["label"][train]))
-    for column in ("mem", "mem_se", "p_in", "p_out", "k_in", "k_out"):
+    for column in ("mem", "mem_se", "mem_lo", "mem_hi", "p_in", "p_out", "k_in", "k_out"):
         assert float(own[column]) == mem[column][train]
-    assert float(own["p_out_se"]) == pytest.approx(np.sqrt(mem["p_out"][train] * (1 - mem["p_out"][train]) / mem["k_out"][train]))
+    assert float(own["p_out_se"]) == standard_error(mem["p_out"][train], mem["k_out"][train])
     found = page(client, f"/experiments/digits/train/{train}")
+    assert f"{mem['mem_lo'][train]:.3f} to {mem['mem_hi'][train]:.3f}".replace("-", "−") in found.text
     assert found.links(r"/experiments/digits/test/(\d+)") == [row["tt_idx"] for row in rows]
     values = [float(row["infl"]) for row in rows]
     assert values == block.value[0, [int(row["tt_idx"]) for row in rows]].tolist()
@@ -196,7 +212,7 @@ def test_examples_show_their_highest_and_lowest_influences(client, scores):
     own, *rows = table(client, f"/experiments/digits/test/{test}.csv")
     right = scores.statistics.correct_on_test[test] / TRIALS
     assert (int(own["tt_idx"]), own["tr_idx"], float(own["right"]), int(own["models"])) == (test, "", right, TRIALS)
-    assert float(own["right_se"]) == pytest.approx(np.sqrt(right * (1 - right) / TRIALS))
+    assert float(own["right_se"]) == standard_error(right, TRIALS)
     found = page(client, f"/experiments/digits/test/{test}")
     assert found.links(r"/experiments/digits/train/(\d+)") == [row["tr_idx"] for row in rows]
     column = scores.influence(test=test).value[:, 0]

@@ -4,6 +4,7 @@ The store is kept in tests/fixtures. tests/system/test_release_0_1_0.py runs tha
 """
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
-from tests.support.versions import without_conditions
 
 OLD = Path(__file__).parents[1] / "fixtures" / "store-0.1.0"
+ERRORS = ("mem_se", "mem_lo", "mem_hi", "infl_se")
 
 
 @pytest.fixture
@@ -45,8 +46,9 @@ def published(store):
 
 
 def columns(data):
-    table = pq.read_table(pa.BufferReader(data))
-    return repr(table.to_pydict())  # not the dictionary: NaN is unequal to itself
+    """Without standard errors and intervals, which 0.1.0 computed from the observed rates, or not at all."""
+    table = pq.read_table(pa.BufferReader(data)).to_pydict()
+    return repr({name: values for name, values in table.items() if name not in ERRORS})  # as text: NaN is unequal to itself
 
 
 def test_counts_and_estimates_from_an_old_store_have_equal_bits(store, experiment, tmp_path):
@@ -61,26 +63,35 @@ def test_counts_and_estimates_from_an_old_store_have_equal_bits(store, experimen
         memorization(aggregation.statistics),
         pq.read_table(OLD / keys.scores("old", aggregation.pointer.version) / "memorization.parquet"),
     )
-    for column, values in {"mem": mem.value, "mem_se": mem.standard_error, "k_in": mem.k_in, "k_out": mem.k_out}.items():
+    for column, values in {"mem": mem.value, "k_in": mem.k_in, "k_out": mem.k_out}.items():
         np.testing.assert_array_equal(table[column].to_numpy(), values)
+    assert (table["mem_se"].to_numpy() == 0).any()
+    assert (mem.standard_error > 0).all()
     (tmp_path / "again").mkdir()
     write_scores(tmp_path / "again", "old", record.fingerprint, aggregation.statistics, dataset)
     before = published(store)
     with np.load(tmp_path / "again" / "infl_matrix.npz") as again, np.load(io.BytesIO(before["infl_matrix.npz"])) as old:
         for key in old.files:
             np.testing.assert_array_equal(again[key], old[key], strict=True)
-    for file in ("high_infl_pairs_infl0.15_mem0.25.npz", "statistics.npz", "summary.json", "memorization.csv"):
-        assert without_conditions((tmp_path / "again" / file).read_bytes()) == before[file], file
+    for file in ("high_infl_pairs_infl0.15_mem0.25.npz", "statistics.npz"):
+        assert (tmp_path / "again" / file).read_bytes() == before[file], file
+    old_summary, summary = (json.loads(data) for data in (before["summary.json"], (tmp_path / "again" / "summary.json").read_bytes()))
+    assert {key for key in summary if summary[key] != old_summary.get(key)} == {"schema", "mem_se_quantiles", "conditions"}
     assert aggregation.next_step() is Step.PUBLISH
     aggregation.publish()
-    after = {file: without_conditions(data) for file, data in published(store).items()}
-    assert {file for file in before | after if before.get(file) != after.get(file)} == {"infl_matrix.npz"}
+    after = published(store)
+    changed = {file for file in before | after if before.get(file) != after.get(file)}
+    assert changed == {"infl_matrix.npz", "memorization.csv", "summary.json"}
+    assert latest_version(store, "old").summary.schema == 2
 
 
 def test_published_scores_of_an_old_store_are_read(store):
     scores = memtail.load_scores(store.root / "experiments" / "old")
     assert scores.summary.trials == 24
     assert len(scores.most_memorized(5)["mem"]) == 5
+    assert "mem_lo" not in scores.memorization
+    mem = memorization(scores.statistics)
+    np.testing.assert_array_equal([scores.mem_lo, scores.mem_hi], mem.interval)
     assert scores.influence(train=[0, 1], test=slice(0, 5)).value.shape == (2, 5)
 
 

@@ -81,7 +81,8 @@ def test_the_page_agrees_with_the_scores(store):
     mem, error = scores.memorization["mem"], scores.memorization["mem_se"]
     for index in scores.most_memorized(1)["index"].tolist():
         assert f"training {index}" in text
-        assert f"mem {mem[index]:.2f} ± {error[index]:.2f}" in text
+        ends = f"95%: {scores.mem_lo[index]:.2f} to {scores.mem_hi[index]:.2f}"
+        assert f"mem {mem[index]:.2f} ± {error[index]:.2f}{ends}" in text
     accuracy, its_error = scores.summary["test_accuracy"], scores.summary["accuracy_se"]["test_accuracy"]
     assert f"test accuracy{accuracy:.2%} ± {its_error:.2%}" in text
     assert re.search(rf"0\.25\s*{(mem >= 0.25).sum()}\s*{(mem >= 0.25).mean():.2%} ± \d", text)

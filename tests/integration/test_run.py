@@ -51,6 +51,7 @@ def test_a_run_prints_the_spec_the_progress_and_the_summary(finished):
     assert "in-subset accuracy" in text
     assert "most memorized" in text
     assert str(version(store)) in text
+    assert "These scores rest on only 60 trials" in text
 
 
 def test_a_second_run_trains_nothing_and_publishes_the_same_bits(finished, tmp_path):
@@ -175,7 +176,10 @@ def test_the_pointer_never_goes_back_to_fewer_trials(finished, digits):
     before = latest_version(experiment_store.store, "digits")
     assert publish(experiment_store.store, record, behind, digits)["trials"] == 5
     assert latest_version(experiment_store.store, "digits") == before
-    assert command("top", "--store", store).returncode == 0
+    top = command("top", "--store", store)
+    assert top.returncode == 0
+    assert "rest on only 60 trials" in top.stderr
+    assert "trials" not in top.stdout
 
 
 def test_damaged_scores_are_one_clear_error_and_a_run_repairs_the_pointer(finished, tmp_path):

@@ -7,7 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memtail.estimators import expected_standard_error, false_discovery, high_influence_pairs, influence, memorization, top_influencers
-from memtail.estimators.binomial import share, standard_error
+from memtail.estimators.binomial import difference_interval, difference_standard_error, share, standard_error
+from memtail.estimators.memorization import from_counts
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics import popcount_avx2 as lookup
 from memtail.statistics.snapshot import Snapshot
@@ -23,6 +24,15 @@ def direct_memorization(M, C):
     return p_in, p_out
 
 
+def direct_standard_error(correct_in, k_in, correct_out, k_out):
+    """By Agresti and Caffo: a success and a failure more in each group; NaN if there is no estimate."""
+    variance = 0
+    for correct, k in ((correct_in, k_in), (correct_out, k_out)):
+        p = (correct + 1) / (k + 2)
+        variance = variance + p * (1 - p) / (k + 2)
+    return np.where((k_in == 0) | (k_out == 0), np.nan, np.sqrt(variance))
+
+
 shapes = {"t": st.integers(1, 150), "n": st.integers(1, 40), "q": st.integers(1, 40), "seed": st.integers(0, 10**6)}
 
 
@@ -36,8 +46,7 @@ def test_memorization_follows_the_papers_equation(t, n, q, seed, shard):
     result = memorization(statistics)
     p_in, p_out = direct_memorization(M.astype(int), C.astype(int))
     k_in, k_out = M.sum(0), t - M.sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.sqrt(p_in * (1 - p_in) / k_in + p_out * (1 - p_out) / k_out)
+    error = direct_standard_error((M & C).sum(0), k_in, (~M & C).sum(0), k_out)
     np.testing.assert_allclose(result.value, p_in - p_out, atol=1e-12)
     np.testing.assert_allclose(result.standard_error, error, atol=1e-12)
     assert (result.k_in == k_in).all()
@@ -57,7 +66,7 @@ def test_influence_follows_the_papers_equation(t, n, q, seed, on):
     inside, outside = M.astype(int), 1 - M.astype(int)
     with np.errstate(invalid="ignore", divide="ignore"):
         p_in, p_out = inside.T @ other / inside.sum(0)[:, None], outside.T @ other / outside.sum(0)[:, None]
-        error = np.sqrt(p_in * (1 - p_in) / inside.sum(0)[:, None] + p_out * (1 - p_out) / outside.sum(0)[:, None])
+    error = direct_standard_error(inside.T @ other, inside.sum(0)[:, None], outside.T @ other, outside.sum(0)[:, None])
     np.testing.assert_allclose(result.value, p_in - p_out, atol=1e-12)
     np.testing.assert_allclose(result.standard_error, error, atol=1e-12)
     assert result.error is result.standard_error  # the name in 0.1.0
@@ -211,7 +220,7 @@ def test_top_influencers_are_the_largest_of_every_column(k, seed, on):
 
 @given(count=st.integers(0, 60), seed=st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_the_standard_error_of_a_share_is_the_binomial_one_and_nan_without_models(count, seed):
+def test_the_standard_error_of_a_share_is_the_binomial_one_with_two_models_more_and_nan_without_models(count, seed):
     correct = np.random.default_rng(seed).integers(0, count + 1, (3, 4))
     p = share(correct, count)
     if count == 0:
@@ -219,8 +228,41 @@ def test_the_standard_error_of_a_share_is_the_binomial_one_and_nan_without_model
         assert np.isnan(standard_error(p, count)).all()
     else:
         np.testing.assert_allclose(p, correct / count)
-        np.testing.assert_allclose(standard_error(p, count), scipy.stats.binom(count, p).std() / count, atol=1e-12)
+        more = scipy.stats.binom(count + 2, (correct + 1) / (count + 2)).std() / (count + 2)
+        np.testing.assert_allclose(standard_error(p, count), more, atol=1e-12)
+        difference = difference_standard_error(p, count, p.T[:3, :3].mean(), 7)
+        np.testing.assert_allclose(difference**2, standard_error(p, count) ** 2 + standard_error(p.T[:3, :3].mean(), 7) ** 2)
     assert standard_error(float(p[0, 0]), count) == pytest.approx(standard_error(p, count)[0, 0], nan_ok=True)
+
+
+def test_standard_errors_are_above_0_where_all_models_agree():
+    mem = from_counts(*(np.array(counts) for counts in ([45, 45, 45, 0], [19, 19, 19, 19], [45, 45, 0, 0], [19, 0, 0, 19])))
+    assert mem.value.tolist()[:3] == [0, 1, 0]
+    assert (mem.standard_error[:3] > 0.04).all()
+    low, high = mem.interval
+    assert np.isnan([mem.standard_error[3], low[3], high[3]]).all()
+    assert high[1] == 1  # an interval ends at the largest difference
+    assert low[1] == pytest.approx(0.8311, abs=1e-4)
+
+
+def test_confidence_intervals_are_those_of_agresti_and_caffo():
+    # no success among 10 and 10: 2 of 24 in each group, 0 +- 1.96 sqrt(2 (1/12) (11/12) / 12)
+    low, high = difference_interval([0.0, 0.8], [10, 70], [0.0, 0.6], [10, 80])
+    assert [low[0], high[0]] == pytest.approx([-0.2211, 0.2211], abs=1e-4)
+    # 56 of 70 and 48 of 80: 57/72 - 49/82 = 0.1941, 1.96 sqrt(0.002290 + 0.002932) = 0.1416
+    assert [low[1], high[1]] == pytest.approx([0.0525, 0.3357], abs=1e-4)
+
+
+@given(k_in=st.integers(1, 60), k_out=st.integers(1, 60), seed=st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_a_confidence_interval_contains_the_estimate(k_in, k_out, seed):
+    rng = np.random.default_rng(seed)
+    mem = from_counts(np.array([k_in]), np.array([k_out]), rng.integers(0, k_in + 1, 50), rng.integers(0, k_out + 1, 50))
+    low, high = mem.interval
+    assert (low >= -1).all()
+    assert (low <= mem.value).all()
+    assert (mem.value <= high).all()
+    assert (high <= 1).all()
 
 
 def test_expected_standard_error_equals_the_papers_worst_case():

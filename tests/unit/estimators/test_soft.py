@@ -7,7 +7,11 @@ import pytest
 
 from memtail.errors import ScoresError, StoreError
 from memtail.estimators import convergence, high_influence_pairs, influence, memorization
+from memtail.estimators.binomial import Z
+from memtail.estimators.ranking import expected_overlap
 from memtail.estimators.soft import soft_influence, soft_influence_at, soft_memorization
+from memtail.execution.stopping import trials_needed
+from memtail.spec import UntilSpec
 from memtail.statistics import Statistics
 from memtail.statistics.snapshot import Snapshot
 from memtail.statistics.soft import ONE, quantized
@@ -165,3 +169,18 @@ def test_without_correctness_a_snapshot_continues_to_equal_bits_in_any_order(tri
         restored.accumulate(replace(batch, train_correct=None, test_correct=None, train_score=S[rows], test_score=P[rows]))
     assert restored.digest() == whole.digest()
     np.testing.assert_array_equal(restored.packed().select(np.arange(20)).train_score, whole.packed().select(np.arange(20)).train_score)
+
+
+def test_bounds_and_intervals_of_scores_follow_their_standard_errors(trials):
+    statistics = without_correctness(trials)
+    mem = memorization(statistics)
+    low, high = mem.interval
+    np.testing.assert_allclose(high - low, np.minimum(2 * Z * mem.standard_error, high - low))
+    np.testing.assert_allclose((low + high)[mem.standard_error < 0.1] / 2, mem.value[mem.standard_error < 0.1])
+    estimated = ~np.isnan(mem.standard_error)
+    share = float(np.mean(estimated)) / 2
+    error = np.quantile(np.where(estimated, mem.standard_error, np.inf), share, method="higher")
+    needed = trials_needed(UntilSpec(standard_error=error / 2, quantile=share), statistics)
+    assert needed == pytest.approx(4 * T)
+    assert trials_needed(UntilSpec(interval_width=4 * Z * error, quantile=share), statistics) == pytest.approx(T / 4)
+    assert 0 < expected_overlap(mem, 5) < 1

@@ -79,6 +79,17 @@ def test_a_summary_is_also_the_mapping_that_the_file_holds():
     )
 
 
+@pytest.mark.parametrize(("trials", "n_test", "pairs"), [(499, 359, True), (499, 0, False), (500, 359, None)])
+def test_a_warning_of_few_trials_names_them_and_what_to_do(trials, n_test, pairs):
+    warning = replace(ScoreSummary.from_dict(json.loads(SUMMARY)), trials=trials, n_test=n_test).few_trials
+    if pairs is None:
+        assert warning is None
+    else:
+        assert "only 499 trials" in warning
+        assert "raise subsets.trials" in warning
+        assert ("pairs are chance" in warning) == pairs
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "7", "{}", POINTER[:-1], POINTER.replace('"count"', '"counted"'), POINTER.replace("files", "f")]
 )

@@ -22,6 +22,8 @@ LATER_KEYS: dict[str, Any] = {
     "ExecutionSpec.verify": 0.0,
     "RecordedOutcomes.scores": False,
     "Experiment.trainer": ImagesTrainer(),
+    "UntilSpec.interval_width": None,
+    "UntilSpec.ranking": None,
     "FunctionTrainer.options": {},
     "FunctionTrainer.code": [],
     "FunctionTrainer.timeout": None,
