@@ -118,7 +118,9 @@ def convergence_figure(stages: list[Stage], fraction: float, names: OutcomeNames
         shades = (colour("accent-soft"), colour("accent"), colour("ink"))
         for place, (quantile, shade) in reversed(list(enumerate(zip(SE_QUANTILES, shades, strict=True)))):
             values = np.array([stage.standard_errors[place] for stage in stages])
-            errors.plot(trials, values, marker="o", markersize=3.5, color=shade, label=labels[quantile])
+            if not (values > 0).any():  # half of the examples often have equal scores of all models
+                continue
+            errors.plot(trials, np.where(values > 0, values, np.nan), marker="o", markersize=3.5, color=shade, label=labels[quantile])
         errors.set_xscale("log")
         errors.set_yscale("log")
         errors.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
