@@ -61,16 +61,31 @@ def false_discovery(
             tails = _tails(block.both, block.k_in[:, None], block.correct, log_factorials)
             small.append(tails[tails <= LARGEST_RATE])
             tested += tails.size
-    ascending = np.sort(np.concatenate(small))
-    # the rate of a pair is the smallest one that keeps it, and with it all pairs of smaller tails
-    rates = np.minimum.accumulate((tested * ascending / np.arange(1, len(ascending) + 1))[::-1])[::-1]
     both = np.bitwise_count(packed.membership[:, train] & packed.correctness("test")[:, test]).sum(0, dtype=np.int32)
     selected = _tails(both[:, None], packed.k_in[train][:, None], packed.correct_on_test[test][:, None], log_factorials)[:, 0]
-    places = np.searchsorted(ascending, selected, side="right") - 1
+    rate, kept = discovery_rates(np.concatenate(small), tested, selected)
+    return FalseDiscovery(rate, tested, kept)
+
+
+def discovery_rates(small: Floats, tested: int, tails: Floats) -> tuple[Floats, Floats]:
+    """Compute false discovery rates from the tail probabilities of tests, by Benjamini and Hochberg.
+
+    Args:
+        small: float64, the tail probabilities up to `LARGEST_RATE` of all tests.
+        tested: the number of tests.
+        tails: float64 [p], of selected ones among them.
+
+    Returns:
+        float64 [p], the rate of each selected test, 1 above `LARGEST_RATE`; and the rates of all tests up to it, ascending.
+    """
+    ascending = np.sort(small)
+    # the rate of a test is the smallest one that keeps it, and with it all tests of smaller tails
+    rates = np.minimum.accumulate((tested * ascending / np.arange(1, len(ascending) + 1))[::-1])[::-1]
+    places = np.searchsorted(ascending, tails, side="right") - 1
     kept = int(np.searchsorted(rates, LARGEST_RATE, side="right"))
-    rate = np.ones(len(train))
-    np.copyto(rate, np.append(rates, 1.0)[places], where=(selected <= LARGEST_RATE) & (places < kept))
-    return FalseDiscovery(rate, tested, rates[:kept])
+    rate = np.ones(len(tails))
+    np.copyto(rate, np.append(rates, 1.0)[places], where=(tails <= LARGEST_RATE) & (places < kept))
+    return rate, rates[:kept]
 
 
 def _tails(both: npt.NDArray[np.int32], k_in: Counts, correct: Counts, log_factorials: Floats) -> Floats:

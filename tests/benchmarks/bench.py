@@ -76,7 +76,7 @@ def _spread(times: list[float], unit: str) -> str:
 
 def main(wanted: str) -> None:
     """Measure the rows whose names start with `wanted`; all if it is empty."""
-    from tests.benchmarks import confining, counting, coverage, dispatching, exploring, restarting, serving, starting, training
+    from tests.benchmarks import confining, counting, coverage, dispatching, exploring, restarting, serving, stability, starting, training
 
     benches: dict[str, Callable[[], list[Row]]] = {
         **training.ROWS,
@@ -88,6 +88,7 @@ def main(wanted: str) -> None:
         **restarting.ROWS,
         **confining.ROWS,
         **coverage.ROWS,
+        **stability.ROWS,
     }
     if wanted == "list":
         print("\n".join(benches))

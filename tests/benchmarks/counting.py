@@ -3,16 +3,19 @@
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from memtail.datasets import DatasetLabels
-from memtail.estimators import Memorization, high_influence_pairs, influence, top_influencers
+from memtail.estimators import Memorization, false_discovery, high_influence_pairs, influence, top_influencers
+from memtail.estimators.adjusted import select_pairs
 from memtail.scores.files import write_scores
 from memtail.scores.reader import largest
 from memtail.statistics import Statistics, cooccurrence
 from memtail.statistics.accumulator import PackedTrials
+from memtail.statistics.soft import PLANES
 from memtail.trials import TrialBatch, TrialMetrics, pack
 from tests.benchmarks import baselines
 from tests.benchmarks.bench import Row
@@ -95,6 +98,34 @@ def influence_large() -> list[Row]:
     return [Row("influence-large", "pass", "10 s, 500 MiB", times, peak_mib=peak, note=note)]
 
 
+def selection() -> list[Row]:
+    """Measure the selection of pairs by adjusted influence, against the selection by thresholds with its false discovery rates."""
+    trials, n, q = 4000, 50_000, 10_000
+    rng = np.random.default_rng(0)
+    packed = _packed(rng, trials, n, q)
+    last = packed.counted[-1]
+    planes = rng.integers(0, 2**64, (PLANES, len(packed.counted), q), dtype=np.uint64)
+    planes[:, -1] &= last
+    packed = replace(packed, test_score=planes)
+    mem = rng.random(n) * 0.375
+    half = np.full(n, trials // 2)
+    memorization = Memorization(mem, mem, mem, mem, half, half)
+    labels = np.arange(n) % 100, np.arange(q) % 100
+
+    def by_thresholds() -> None:
+        pairs = high_influence_pairs(packed, memorization, *labels)
+        false_discovery(packed, mem, *labels, pairs.train, pairs.test)
+
+    by_thresholds(), select_pairs(packed, mem, *labels)  # compiles
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status_mib("VmRSS")
+    times = [_timed(lambda: select_pairs(packed, mem, *labels)) for _ in range(3)]
+    peak = _status_mib("VmHWM") - before
+    baseline = [_timed(by_thresholds) for _ in range(3)]
+    note = "t = 4000, n = 50,000, q = 10,000, 100 classes; adjusted influence of 1.7 million pairs; peak is above the input"
+    return [Row("selection", "pass", "", times, baseline, "thresholds and Fisher's test", peak, note)]
+
+
 def row_and_column() -> list[Row]:
     """Measure the top 100 of one row and of one column at the size of ImageNet."""
     packed = _packed(np.random.default_rng(0), 2000, 1_280_000, 50_000)
@@ -170,6 +201,7 @@ def imagenet() -> list[Row]:
 ROWS: dict[str, Callable[[], list[Row]]] = {
     "influence-small": influence_small,
     "influence-large": influence_large,
+    "selection": selection,
     "row-and-column": row_and_column,
     "fold": fold,
     "imagenet": imagenet,
