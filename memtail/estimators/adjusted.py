@@ -158,7 +158,7 @@ def _smooth(packed: PackedTrials) -> bool:
 
 
 def _steps(packed: PackedTrials, test: Indices) -> _Bytes:
-    """c of test examples, in 255ths: uint8 [t, b]."""
+    """Values of c for test examples, in 255ths: uint8 [t, b]."""
     if packed.test_score is None:
         return _bits(packed, packed.correctness("test")[:, test]) * np.uint8(ONE)
     scores = np.zeros((packed.trials, len(test)), np.uint8)

@@ -12,6 +12,10 @@
 * `snapshots.parquet`, if outcomes by epoch are recorded: `index`, `epoch`, `mem`, `mem_se`; one row for each training example and epoch.
 * `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors, and with `infl_p` and
   `infl_p_se`, influence on scores, if all trials have recorded scores.
+* `pairs.parquet`, the pairs selected by adjusted influence (`memtail.estimators.adjusted`), which is the more stable selection:
+  `tr_idx`, `tt_idx`, `infl_adjusted`, falling, its `z`, and `q_value`, the false discovery rate at which the pair is kept; `confirmed`,
+  whether influence, too, is above 0 (Fisher's exact test, mid-p at most 0.05; of scores Welch's); `infl`, `infl_se`, and `infl_lo` and
+  `infl_hi`, its 95% interval; `mem`, `mem_se`.
 * `statistics.npz`: the arrays of `memtail.statistics.accumulator.PackedTrials`.
 * `index.npz`, for datasets with file names: `tr_filenames`, `tt_filenames`, base names as the authors have them, or paths in a split where
   two base names are equal; `tr_paths`, `tt_paths`, `tr_labels`, `tt_labels`, `tr_mem`, `tr_mem_defined`.
@@ -47,7 +51,19 @@ from memtail.estimators.memorization import from_counts
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.estimators.soft import soft_influence_at, soft_memorization
 from memtail.scores.csv import write_csv
-from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, MEMORIZATION_CSV, PAIRS, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
+from memtail.scores.names import (
+    INDEX,
+    INFLUENCE_MATRIX,
+    MEMORIZATION,
+    MEMORIZATION_CSV,
+    PAIRS,
+    PAIRS_TABLE,
+    SELECTED_PAIRS,
+    SNAPSHOTS,
+    STATISTICS,
+    SUMMARY,
+)
+from memtail.scores.selected import selected_pairs
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SCHEMA, SE_QUANTILES, PairSummary, ScoreSummary
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
@@ -86,6 +102,9 @@ def write_scores(
     else:
         _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
         _write_pairs(folder, pairs, soft_influence_at(packed, pairs.train, pairs.test))
+    selected = selected_pairs(packed, mem, dataset.train_labels, dataset.test_labels)
+    pyarrow.parquet.write_table(pa.table(selected), folder / SELECTED_PAIRS)
+    progress()
     arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}
     np.savez(folder / STATISTICS, **{name: array for name, array in arrays.items() if array is not None})
     _write_index(folder / INDEX, None if statistics.scores_only else mem, dataset)

@@ -1,4 +1,4 @@
-"""Names of the published files; those of the pairs carry the paper's thresholds. Names of what is estimated."""
+"""Names of the published files; those of the pairs by the paper's thresholds carry them. Names of what is estimated."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ MEMORIZATION_CSV = "memorization.csv"
 INFLUENCE_MATRIX = "infl_matrix.npz"
 PAIRS = "high_infl_pairs_infl0.15_mem0.25.npz"
 SNAPSHOTS = "snapshots.parquet"
+SELECTED_PAIRS = "pairs.parquet"
 PAIRS_TABLE = "high_infl_pairs_infl0.15_mem0.25.parquet"
 STATISTICS = "statistics.npz"
 INDEX = "index.npz"

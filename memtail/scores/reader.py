@@ -13,7 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import ScoresError
-from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, OUTCOMES, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
+from memtail.scores.names import (
+    INDEX,
+    INFLUENCE_MATRIX,
+    MEMORIZATION,
+    OUTCOMES,
+    PAIRS_TABLE,
+    SELECTED_PAIRS,
+    SNAPSHOTS,
+    STATISTICS,
+    SUMMARY,
+)
 from memtail.scores.summary import ScoreSummary
 
 if TYPE_CHECKING:
@@ -80,12 +90,17 @@ class Scores:
         return self._table(PAIRS_TABLE)
 
     @cached_property
+    def selected_pairs(self) -> dict[str, Column] | None:
+        """The columns of `pairs.parquet`, pairs by falling adjusted influence; None in scores of a memtail that did not write it."""
+        return self._table(SELECTED_PAIRS) if (self.folder / SELECTED_PAIRS).exists() else None
+
+    @cached_property
     def snapshots(self) -> dict[str, Column] | None:
         """The columns of `snapshots.parquet`, memorization by epoch, ascending; None if no outcomes by epoch are published."""
         return self._table(SNAPSHOTS) if (self.folder / SNAPSHOTS).exists() else None
 
-    def to_pandas(self, table: Literal["memorization", "pairs", "snapshots"]) -> "pd.DataFrame":
-        """Return a table as a pandas frame; an empty one if no outcomes by epoch are published."""
+    def to_pandas(self, table: Literal["memorization", "pairs", "selected_pairs", "snapshots"]) -> "pd.DataFrame":
+        """Return a table as a pandas frame; an empty one if it is not published."""
         import pandas as pd
 
         return pd.DataFrame(getattr(self, table))
@@ -267,7 +282,9 @@ def _as_numpy(array: Any) -> Column:
     """Convert a column without pyarrow's `to_numpy`, which imports pandas: that takes longer than the rest of `memtail top`."""
     import pyarrow as pa
 
-    return np.array(np.from_dlpack(array)) if pa.types.is_primitive(array.type) else np.array(array.to_pylist(), dtype=object)
+    if pa.types.is_primitive(array.type) and not pa.types.is_boolean(array.type):
+        return np.array(np.from_dlpack(array))
+    return np.array(array.to_pylist(), dtype=bool if pa.types.is_boolean(array.type) else object)
 
 
 def largest(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import yaml
 
@@ -314,6 +315,25 @@ def test_the_reader_returns_rows_columns_blocks_and_top_k(finished, digits):
     assert scores.to_pandas("pairs")["infl"].is_monotonic_decreasing
     assert scores.summary["trials"] == 60
     assert scores.summary["without_estimate"] == 0
+
+
+def test_selected_pairs_are_published_beside_their_influence(finished, digits):
+    store, _ = finished
+    scores = memtail.load_scores(store / "experiments" / "digits")
+    packed, table = scores.statistics, scores.to_pandas("selected_pairs")
+    train, test = table["tr_idx"].to_numpy(), table["tt_idx"].to_numpy()
+    assert len(table) > 0
+    assert table["infl_adjusted"].is_monotonic_decreasing
+    assert (table["q_value"] <= 0.1).all()
+    assert (digits.train_labels[train] == digits.test_labels[test]).all()
+    block = scores.influence()
+    np.testing.assert_array_equal(table["infl"], block.value[train, test])
+    np.testing.assert_array_equal(table["infl_se"], block.standard_error[train, test])
+    assert ((table["infl_lo"] <= table["infl"]) & (table["infl"] <= table["infl_hi"])).all()
+    np.testing.assert_array_equal(table["mem"], scores.memorization["mem"][train])
+    null = scipy.stats.hypergeom(packed.trials, packed.correct_on_test[test], packed.k_in[train])
+    both = block.both[train, test]
+    assert (table["confirmed"] == (null.sf(both) + null.pmf(both) / 2 <= 0.05)).all()
 
 
 def test_scores_of_a_folder_include_file_names(tmp_path):

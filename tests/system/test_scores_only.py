@@ -84,6 +84,7 @@ def test_published_files_hold_estimates_of_scores_alone(scores, recorded):
         "index.npz",
         "memorization.csv",
         "memorization.parquet",
+        "pairs.parquet",
         "statistics.npz",
         "summary.json",
     ]
@@ -97,6 +98,11 @@ def test_published_files_hold_estimates_of_scores_alone(scores, recorded):
     np.testing.assert_allclose(pairs["infl_p"], influences, atol=1e-12)
     of_class = np.flatnonzero(scores.test_labels == scores.train_labels[7])
     assert sorted(pairs["tt_idx"]) == of_class.tolist()
+    selected = scores.selected_pairs
+    assert list(selected)[5:] == ["confirmed", "infl_p", "infl_p_se", "infl_lo", "infl_hi", "mem_p", "mem_p_se"]
+    assert sorted(selected["tt_idx"]) == of_class.tolist()
+    assert set(selected["tr_idx"]) == {7}
+    assert selected["confirmed"].all()
 
 
 def test_the_reader_answers_with_scores_and_names_what_it_lacks(scores):

@@ -57,7 +57,7 @@ def test_score_files_hold_memorization_and_empty_arrays_of_test_examples(finishe
         assert matrix["infl_matrix_class1"].shape == (20, 0)
     with np.load(scores.folder / PAIRS) as pairs:
         assert pairs["tr_idx"].shape == pairs["infl"].shape == (0,)
-    assert len(scores.pairs["tr_idx"]) == len(scores.test_labels) == 0
+    assert len(scores.pairs["tr_idx"]) == len(scores.selected_pairs["tr_idx"]) == len(scores.test_labels) == 0
     assert scores.influence().value.shape == (40, 0)
     assert scores.influence(train=3, on="train").value.shape == (1, 40)
     assert len(scores.top_influenced(3)["tt_idx"]) == 0

@@ -1,0 +1,70 @@
+"""Columns of the table of selected pairs: adjusted influence, which selects them, beside the influence that they have."""
+
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtr
+
+from memtail.estimators import Memorization
+from memtail.estimators.adjusted import select_pairs
+from memtail.estimators.binomial import Floats, difference_interval, normal_interval, share
+from memtail.estimators.influence import influence_standard_error
+from memtail.estimators.pairs import Indices
+from memtail.estimators.soft import soft_influence_at
+from memtail.scores.names import OUTCOMES
+from memtail.statistics.accumulator import PackedTrials
+
+# Largest probability, without influence, of an influence as large as that of a confirmed pair.
+_CONFIRMED = 0.05
+
+
+def selected_pairs(packed: PackedTrials, mem: Memorization, train_labels: Indices, test_labels: Indices) -> dict[str, Any]:
+    """Select pairs by adjusted influence, and estimate their influence.
+
+    Args:
+        packed: the statistics.
+        mem: memorization, estimated from them.
+        train_labels: int64 [n].
+        test_labels: int64 [q].
+
+    Returns:
+        The columns of `pairs.parquet`; see `memtail.scores.files`.
+    """
+    pairs = select_pairs(packed, mem.value, train_labels, test_labels)
+    names = OUTCOMES["score" if packed.scores_only else "correct"]
+    value, error, interval, tail = (_on_scores if packed.scores_only else _on_correctness)(packed, pairs.train, pairs.test)
+    return {
+        "tr_idx": pairs.train,
+        "tt_idx": pairs.test,
+        "infl_adjusted": pairs.value,
+        "z": pairs.z,
+        "q_value": pairs.rate,
+        "confirmed": tail <= _CONFIRMED,
+        names.infl: value,
+        names.infl_se: error,
+        "infl_lo": interval[0],
+        "infl_hi": interval[1],
+        names.mem: mem.value[pairs.train],
+        names.mem_se: mem.standard_error[pairs.train],
+    }
+
+
+def _on_correctness(packed: PackedTrials, train: Indices, test: Indices) -> tuple[Floats, Floats, tuple[Floats, Floats], Floats]:
+    """Influences, their standard errors and intervals, and the mid-p of Fisher's exact test, one-sided: half of P(X = x) counts."""
+    from scipy.stats import hypergeom  # slow to import
+
+    both = np.zeros(len(train), np.int64)
+    for members, correct in zip(packed.membership, packed.correctness("test"), strict=True):
+        both += np.bitwise_count(members[train] & correct[test])
+    k_in, correct_on, t = packed.k_in[train], packed.correct_on_test[test], packed.trials
+    p_in, p_out = share(both, k_in), share(correct_on - both, t - k_in)
+    null = hypergeom(t, correct_on, k_in)
+    tail = null.sf(both) + null.pmf(both) / 2
+    return p_in - p_out, influence_standard_error(both, k_in, correct_on, t), difference_interval(p_in, k_in, p_out, t - k_in), tail
+
+
+def _on_scores(packed: PackedTrials, train: Indices, test: Indices) -> tuple[Floats, Floats, tuple[Floats, Floats], Floats]:
+    """Influences on scores, their standard errors and intervals, and the upper tail of their normal distribution without influence."""
+    value, error = soft_influence_at(packed, train, test) or (np.empty(0), np.empty(0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return value, error, normal_interval(value, error), ndtr(-value / error)
