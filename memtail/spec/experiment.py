@@ -86,7 +86,11 @@ class UntilSpec(Part):
         Args:
             fraction: of the training examples in each subset.
         """
-        bounds = (self.standard_error, self.interval_width and self.interval_width / _INTERVAL, self.ranking and _FINEST)
+        bounds = (
+            self.standard_error,
+            None if self.interval_width is None else self.interval_width / _INTERVAL,
+            None if self.ranking is None else _FINEST,
+        )
         bound = min(each for each in bounds if each is not None)
         return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / bound**2)
 

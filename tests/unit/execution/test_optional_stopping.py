@@ -23,6 +23,7 @@ class Counts:
     k_in: np.ndarray
     correct_in: np.ndarray
     correct: np.ndarray
+    scores_only: bool = False
 
     @property
     def k_out(self):
