@@ -3,8 +3,8 @@
 * `authors`: the files of Feldman and Zhang: `NAME_infl_matrix.npz`, the pairs, `NAME_index.npz` for datasets of files, and the trials as
   `NAME/FRACTION/TRIAL/aux_arrays.npz`, with `correctness_SPLIT`, `index_SPLIT` (splits `train`, `removed` and `test`) and `subsample_idx`.
 * `infl-mem`: one file of the authors' demonstration: `memorization` float32 [n] and `influence` float32 [q, n].
-* `cscores`: held-out accuracy as the consistency score of Jiang et al. (2021): `scores`, `labels` if there are any, and `filenames` for
-  datasets of files.
+* `cscores`: held-out accuracy as the consistency score of Jiang et al. (2021): `scores`, `labels` if there are any, and for datasets of
+  files `filenames`, base names where they are unique, and `paths`.
 * `datamodels`: `masks.npy` bool [t, n] and `margins.npy` float16 [t, q], as Ilyas et al. (2022) train on; `train_margins.npy` beside it.
 * `lira`: for each trial a folder `experiment-K_T` with `keep.npy` bool [n] and `scores/0000000000.npy` [n, 1], the log-odds of the label,
   as the code of Carlini et al. (2022) has them; `y_train.npy` beside them.
@@ -30,6 +30,7 @@ from memtail.errors import ScoresError
 from memtail.estimators import influence
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.fetch import open_scores
+from memtail.scores.files import base_names
 from memtail.scores.names import INDEX, INFLUENCE_MATRIX, PAIRS
 from memtail.scores.reader import Scores
 from memtail.statistics.accumulator import PackedTrials
@@ -183,7 +184,8 @@ def _cscores_arrays(source: _Source) -> dict[str, Any]:
     table = source.scores.memorization
     arrays: dict[str, Any] = {"scores": np.nan_to_num(table["p_out"])} | ({"labels": table["label"]} if source.scores.labelled else {})
     if "filename" in table:
-        arrays["filenames"] = np.array([name.encode() for name in table["filename"]], np.bytes_)
+        paths = np.array([name.encode() for name in table["filename"]], np.bytes_)
+        arrays |= {"filenames": base_names(paths), "paths": paths}
     return arrays
 
 

@@ -85,8 +85,8 @@ def write_scores(
         labels: dict[str, Any] = {"tr_labels": dataset.train_labels, "tt_labels": dataset.test_labels} if dataset.labelled else {}
         np.savez(
             folder / INDEX,
-            tr_filenames=_base_names(dataset.train_files),
-            tt_filenames=_base_names(dataset.test_files),
+            tr_filenames=base_names(dataset.train_files),
+            tt_filenames=base_names(dataset.test_files),
             tr_paths=dataset.train_files,
             tt_paths=dataset.test_files,
             **labels,
@@ -216,8 +216,8 @@ def _write_influence_matrix(
                     progress()
 
 
-def _base_names(paths: Names) -> Names:
-    """The last parts of paths; the paths themselves if two are equal."""
+def base_names(paths: Names) -> Names:
+    """Return the last parts of paths, bytes [N]; the paths themselves if two are equal."""
     names = np.array([path.rpartition(b"/")[2] for path in paths.tolist()], dtype=np.bytes_)
     return names if len(np.unique(names)) == len(names) else paths
 
