@@ -29,6 +29,7 @@ for (name, chosen), shade in zip(groups.items(), ("#a34a10", "#1d6b5d", "#b9c7c3
     axes.plot(mem["frozen"][chosen], mem["trained"][chosen], "o", markersize=4, color=shade, label=f"{name}: {chosen.sum()}")
 axes.set_xlabel("memorization, frozen backbone")
 axes.set_ylabel("memorization, trained backbone")
+axes.set_ylim(top=1.25)
 axes.spines[["top", "right"]].set_visible(False)
 axes.legend(frameon=False)
 

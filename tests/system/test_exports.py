@@ -1,14 +1,17 @@
 """Exports, read as the code of other projects reads them: the arithmetic below is theirs, on their names of files and arrays."""
 
 import glob
+import io
 import os
 import shutil
 import tracemalloc
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import memtail
+from memtail.cli.run_progress import BytesProgress
 from memtail.exchange import exports
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
@@ -174,6 +177,13 @@ def test_the_size_is_said_before_anything_is_written(store, tmp_path, form):
     assert 0 <= sum(path.stat().st_size for path in files) - planned.bytes < 400 * arrays
     assert progress == sorted(progress)
     assert progress[-1] == (planned.bytes, planned.bytes)
+
+
+def test_a_terminal_shows_the_bytes_written(store, tmp_path):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with BytesProgress("digits", terminal) as progress:
+        exports.planned(LocalStore(store), "digits", "infl-mem").write(tmp_path, progress.update)
+    assert "109.2/109.2 kB" in terminal.file.getvalue()
 
 
 def test_an_export_that_the_disk_has_no_room_for_is_refused(store, tmp_path, monkeypatch):

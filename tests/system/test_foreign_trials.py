@@ -211,6 +211,10 @@ def test_an_export_is_imported_with_equal_scores(tmp_path):
         theirs, ours = version(other, "theirs"), version(tmp_path / "store", "ours")
         for file in ("infl_matrix.npz", "statistics.npz", "high_infl_pairs_infl0.15_mem0.25.parquet"):
             assert (theirs / file).read_bytes() == (ours / file).read_bytes()
+    parts = [tmp_path / "zenodo/ours_trials.npz", tmp_path / "authors/ours"]
+    assert import_trials(LocalStore(tmp_path / "both"), "both", parts).experiment.subsets.trials == 40
+    together, alone = (memtail.load_scores(tmp_path / place) for place in ("both/experiments/both", "store/experiments/ours"))
+    np.testing.assert_array_equal(together.memorization["mem"], alone.memorization["mem"])
 
 
 GOOD = {"membership": np.eye(3, 4), "train_correct": np.ones((3, 4)), "test_correct": np.ones((3, 2))}
