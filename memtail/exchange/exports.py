@@ -149,7 +149,7 @@ def _authors(source: _Source, folder: Path, wrote: _Wrote) -> list[Path]:
         path = trials / str(trial) / "aux_arrays.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         inside, outside = np.flatnonzero(members), np.flatnonzero(~members)
-        arrays = {
+        arrays: dict[str, Any] = {
             "correctness_train": train[inside],
             "index_train": inside,
             "correctness_removed": train[outside],

@@ -180,10 +180,11 @@ def test_the_size_is_said_before_anything_is_written(store, tmp_path, form):
 
 
 def test_a_terminal_shows_the_bytes_written(store, tmp_path):
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100)
     with BytesProgress("digits", terminal) as progress:
         exports.planned(LocalStore(store), "digits", "infl-mem").write(tmp_path, progress.update)
-    assert "109.2/109.2 kB" in terminal.file.getvalue()
+    assert "109.2/109.2 kB" in shown.getvalue()
 
 
 def test_an_export_that_the_disk_has_no_room_for_is_refused(store, tmp_path, monkeypatch):
