@@ -1,7 +1,6 @@
 """`memtail cache`: downloads the datasets of experiments before they are needed, as by workers with a GPU."""
 
 import sys
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,9 +12,6 @@ if TYPE_CHECKING:
     from memtail.datasets import Dataset
     from memtail.experiment_store import Record
     from memtail.storage import ObjectStore
-
-# Pause between two lines of progress where no terminal shows a bar.
-_PLAIN_LINE_SECONDS = 10.0
 
 
 def cache(
@@ -64,6 +60,7 @@ def _unfinished(store: "ObjectStore") -> list[str]:
 def _cache(store: "ObjectStore", name: str) -> "Dataset":
     from rich.filesize import decimal
 
+    from memtail.cli.run_progress import BytesProgress
     from memtail.datasets.staged_dataset import fetch
     from memtail.datasets.staged_inputs import fetch_inputs
     from memtail.experiment_store import ExperimentStore
@@ -71,51 +68,13 @@ def _cache(store: "ObjectStore", name: str) -> "Dataset":
 
     settings = Settings()
     record: Record = ExperimentStore(store, name).read_record()
-    with _Download(name) as download:
+    with BytesProgress(name) as download:
         dataset = fetch(store, record.canonical["dataset"]["fingerprint"], settings.cache, settings.cache_limit, download.update)
         fetch_inputs(record.experiment, record.canonical, store, settings.cache)
     size = sum(path.stat().st_size for path in dataset.folder.iterdir())
     how = "downloaded" if download.began else "there before"
     print(f"{name}: dataset {dataset.fingerprint[:8]}... of {decimal(size)} in {dataset.folder}, {how}", flush=True)
     return dataset
-
-
-class _Download:
-    """Progress of a download: a bar on a terminal, a plain line now and then elsewhere; nothing if there is none.
-
-    Attributes:
-        began: whether anything was downloaded.
-    """
-
-    def __init__(self, name: str) -> None:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-        from memtail.cli.display import console
-
-        columns = TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        self._name, self._console, self._bar = name, console, Progress(*columns, console=console)
-        self.began, self._shown_at = False, time.monotonic()
-
-    def __enter__(self) -> "_Download":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.began and self._console.is_terminal:
-            self._bar.stop()
-
-    def update(self, done: int, size: int) -> None:
-        """Show that `done` of `size` bytes are on the disk."""
-        from rich.filesize import decimal
-
-        if not self.began and self._console.is_terminal:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=size)
-        self.began = True
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=done)
-        elif time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS:
-            self._shown_at = time.monotonic()
-            print(f"{self._name}: {decimal(done)} of {decimal(size)}", flush=True)
 
 
 def register(app: typer.Typer) -> None:

@@ -18,12 +18,22 @@ def export(
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Write trials and scores in the format of another tool."""
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    from memtail.cli.run_progress import BytesProgress
     from memtail.exchange import exports
 
     if form not in exports.FORMATS:
         raise ScoresError(f"there is no format '{form}': give --as one of {', '.join(exports.FORMATS)}")
     opened = open_existing(store)
-    for path in exports.export(opened, resolve_name(opened, name), form, out):
+    name = resolve_name(opened, name)
+    planned = exports.planned(opened, name, form)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)  # standard output is the list of files
+    errors.print(f"writing {decimal(planned.bytes)} to {out}")
+    with BytesProgress(name, errors) as progress:
+        written = planned.write(out, progress.update)
+    for path in written:
         print(path)
 
 

@@ -4,7 +4,18 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from memtail.cli.display import console
 
@@ -49,6 +60,42 @@ class CountProgress:
         self._bar.update(self._task, completed=done)
         if done == total:
             self._bar.stop()
+
+
+class BytesProgress:
+    """Bytes written: a bar on a terminal, a plain line now and then elsewhere; nothing if none are.
+
+    Args:
+        name: of what is written.
+        console: to show it on.
+
+    Attributes:
+        began: whether anything was written.
+    """
+
+    def __init__(self, name: str, console: Console = console) -> None:
+        columns = TextColumn(name, markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        self._name, self._console, self._bar = name, console, Progress(*columns, console=console)
+        self.began, self._shown_at = False, time.monotonic()
+
+    def __enter__(self) -> "BytesProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.began and self._console.is_terminal:
+            self._bar.stop()
+
+    def update(self, done: int, size: int) -> None:
+        """Show that `done` of `size` bytes are on the disk."""
+        if not self.began and self._console.is_terminal:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=size)
+        self.began = True
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=done)
+        elif time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS:
+            self._shown_at = time.monotonic()
+            self._console.print(f"{self._name}: {decimal(done)} of {decimal(size)}")
 
 
 class RunProgress:

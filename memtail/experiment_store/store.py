@@ -20,6 +20,7 @@ from memtail.experiment_store.names import experiment_names, refuse_leftovers
 from memtail.experiment_store.objects import MOST_TRIES, SMALL
 from memtail.experiment_store.record import Record
 from memtail.experiment_store.shard_grid import missing_shards
+from memtail.spec import ImportedTrainer
 from memtail.spec.errors import differences
 from memtail.spec.experiment import NAME
 from memtail.storage import ObjectNotFound, keys
@@ -80,6 +81,11 @@ class ExperimentStore(BatchObjects, ControlObjects):
     def _extended(self, held: Record, declared: Record) -> Record:
         """Return the record that a declaration makes of the one in the store. Raises: StoreError: they do not go together."""
         if held.fingerprint != declared.fingerprint:
+            if isinstance(held.experiment.trainer, ImportedTrainer):
+                raise StoreError(
+                    f"experiment '{self.name}' consists of imported trials ({held.experiment.trainer.imported}), whose masks are its "
+                    "design, and cannot be extended: choose another name, and import all trials under it"
+                )
             changes = ", ".join(differences(held.canonical, declared.canonical)) or "an unknown part"
             raise StoreError(
                 f"experiment '{self.name}' is in the store with fingerprint {held.fingerprint[:8]}..., this spec has "

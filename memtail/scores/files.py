@@ -229,8 +229,8 @@ def _write_influence_matrix(
                     progress()
 
 
-def _base_names(paths: Names) -> Names:
-    """The last parts of paths; the paths themselves if two are equal."""
+def base_names(paths: Names) -> Names:
+    """Return the last parts of paths, bytes [N]; the paths themselves if two are equal."""
     names = np.array([path.rpartition(b"/")[2] for path in paths.tolist()], dtype=np.bytes_)
     return names if len(np.unique(names)) == len(names) else paths
 
@@ -239,7 +239,7 @@ def _write_index(path: Path, mem: Memorization | None, dataset: DatasetLabels) -
     """Write the names, labels and memorization of a dataset with file names; without memorization also of one with labels only."""
     arrays: dict[str, Any] = {}
     if dataset.train_files is not None and dataset.test_files is not None:
-        arrays |= {"tr_filenames": _base_names(dataset.train_files), "tt_filenames": _base_names(dataset.test_files)}
+        arrays |= {"tr_filenames": base_names(dataset.train_files), "tt_filenames": base_names(dataset.test_files)}
         arrays |= {"tr_paths": dataset.train_files, "tt_paths": dataset.test_files}
     if dataset.labelled and (arrays or mem is None):
         arrays |= {"tr_labels": dataset.train_labels, "tt_labels": dataset.test_labels}

@@ -1,13 +1,20 @@
 """Exports, read as the code of other projects reads them: the arithmetic below is theirs, on their names of files and arrays."""
 
 import glob
+import io
 import os
+import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import memtail
+from memtail.cli.run_progress import BytesProgress
+from memtail.exchange import exports
 from memtail.spec import Experiment
+from memtail.storage.local import LocalStore
 from tests.support.cli import command
 
 TRIALS = 30
@@ -156,5 +163,66 @@ def test_what_cannot_be_exported_is_one_line(store, tmp_path):
         refused = command("export", "--as", form, "--out", tmp_path / "out", "--store", tmp_path / "store")
         assert refused.returncode == 2
         assert "has no margins, which this format consists of: declare record: {margins: true}" in refused.stderr
-        assert not list((tmp_path / "out").iterdir())
+        assert not (tmp_path / "out").exists()
         assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("form", exports.FORMATS)
+def test_the_size_is_said_before_anything_is_written(store, tmp_path, form):
+    planned = exports.planned(LocalStore(store), "digits", form)
+    progress = []
+    planned.write(tmp_path / "out", lambda done, size: progress.append((done, size)))
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    arrays = TRIALS * 7 + 6  # at most, each with a header
+    assert 0 <= sum(path.stat().st_size for path in files) - planned.bytes < 400 * arrays
+    assert progress == sorted(progress)
+    assert progress[-1] == (planned.bytes, planned.bytes)
+
+
+def test_a_terminal_shows_the_bytes_written(store, tmp_path):
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100)
+    with BytesProgress("digits", terminal) as progress:
+        exports.planned(LocalStore(store), "digits", "infl-mem").write(tmp_path, progress.update)
+    assert "109.2/109.2 kB" in shown.getvalue()
+
+
+def test_an_export_that_the_disk_has_no_room_for_is_refused(store, tmp_path, monkeypatch):
+    assert "writing 109.2 kB to " in command("export", "--as", "infl-mem", "--out", tmp_path / "room", "--store", store).stderr
+    full = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 100_000, 100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    refused = command("export", "--as", "infl-mem", "--out", tmp_path / "out", "--store", store)
+    assert refused.returncode == 2
+    *_, line = refused.stderr.splitlines()
+    assert line == (
+        f"memtail: 'digits' as infl-mem takes 109.2 kB, and {tmp_path / 'out'} has 100.0 kB free: give a folder on another disk by --out"
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_influence_is_written_with_little_memory(store, tmp_path, monkeypatch):
+    planned = exports.planned(LocalStore(store), "digits", "zenodo")
+    planned.write(tmp_path)
+    expected = np.load(tmp_path / "digits_trials.npz")["influence"]
+    monkeypatch.setattr(exports, "_PAIRS_AT_ONCE", 900)
+    tracemalloc.start()
+    try:
+        planned.write(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(np.load(tmp_path / "digits_trials.npz")["influence"], expected)
+    assert peak < expected.nbytes
+
+
+def test_an_export_that_breaks_off_leaves_the_file_of_the_last_one(store, tmp_path):
+    planned = exports.planned(LocalStore(store), "digits", "infl-mem")
+    (path,) = planned.write(tmp_path)
+    before = path.read_bytes()
+
+    def stop(done, size):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        planned.write(tmp_path, stop)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [before]

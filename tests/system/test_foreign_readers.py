@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import memtail
+from memtail.exchange import exports
 from memtail.execution.aggregation import Aggregation, Pace
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.files import write_scores
@@ -70,6 +71,20 @@ def test_scores_are_joined_to_an_image_folder_by_base_name(published):
     assert [name.decode() for name in index["tr_paths"]] == [os.path.relpath(path, root / "images" / "train") for path, _ in samples]
     assert index["tt_filenames"][0] == b"n01440764_val_0.JPEG"
     assert index["tt_paths"][0] == b"n01440764/n01440764_val_0.JPEG"
+
+
+def test_consistency_scores_are_joined_to_an_image_folder_by_base_name(published):
+    root, _ = published
+    exports.planned(LocalStore(root / "store"), "foreign", "cscores").write(root / "cscores")
+    scores = np.load(root / "cscores" / "foreign-cscores-orig-order.npz", allow_pickle=True)
+    dataset = ImageFolder(root / "images" / "train")
+    labels = scores["labels"]
+    assert (labels == dataset.targets).all()
+    filenames = [f.decode("utf-8") for f in scores["filenames"]]
+    path_to_score = dict(zip(filenames, 1.0 - scores["scores"], strict=True))
+    joined = [path_to_score[os.path.basename(path)] for path, _ in dataset.samples]  # noqa: PTH119
+    np.testing.assert_allclose(joined, 1 - memtail.load_scores(root / "store/experiments/foreign").memorization["p_out"])
+    assert [name.decode() for name in scores["paths"]] == [os.path.relpath(path, dataset.root) for path, _ in dataset.samples]
 
 
 def test_memorization_is_sorted_shown_and_weighted_without_nan(published, tr_mem):

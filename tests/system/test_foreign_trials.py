@@ -123,12 +123,26 @@ def test_an_import_that_is_repeated_changes_nothing_and_one_of_other_trials_is_r
     before = version(tmp_path / "store", "plain")
     import_trials(store, "plain", [tmp_path / "plain.npz"])
     assert version(tmp_path / "store", "plain") == before
-    with pytest.raises(memtail.StoreError, match="plain"):
-        import_trials(store, "plain", [tmp_path / "plain.npz", tmp_path / "plain.npz"])
     masks, train, test, *labels = trials
     write_plain(tmp_path, (masks, -train, test, *labels))
     with pytest.raises(OutcomeError, match="experiment 'plain' holds other outcomes of trials 0-63: import these under another name"):
         import_trials(store, "plain", [tmp_path / "plain.npz"])
+
+
+def test_an_imported_experiment_is_not_extended_by_an_import_nor_by_a_trainer(trials, tmp_path):
+    write_plain(tmp_path, trials)
+    arguments = ("--store", tmp_path / "store")
+    assert command("import", "plain", tmp_path / "plain.npz", *arguments).returncode == 0
+    spec = {"name": "plain", "dataset": {"name": "digits", "max_train": N, "max_test": Q}, "subsets": {"trials": T + 1}}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(spec))
+    more = command("import", "plain", tmp_path / "plain.npz", tmp_path / "plain.npz", *arguments)
+    train = command("submit", tmp_path / "plain.yaml", *arguments)
+    for refused in (more, train):
+        assert (refused.returncode, refused.stderr.splitlines()[-1]) == (
+            2,
+            "memtail: experiment 'plain' consists of imported trials (arrays), whose masks are its design, and cannot be extended: choose "
+            "another name, and import all trials under it",
+        )
 
 
 def test_parts_with_other_outcomes_or_labels_are_refused_before_anything_is_written(trials, tmp_path):
@@ -219,6 +233,10 @@ def test_an_export_is_imported_with_equal_scores(tmp_path):
         theirs, ours = version(other, "theirs"), version(tmp_path / "store", "ours")
         for file in ("infl_matrix.npz", "statistics.npz", "high_infl_pairs_infl0.15_mem0.25.parquet"):
             assert (theirs / file).read_bytes() == (ours / file).read_bytes()
+    parts = [tmp_path / "zenodo/ours_trials.npz", tmp_path / "authors/ours"]
+    assert import_trials(LocalStore(tmp_path / "both"), "both", parts).experiment.subsets.trials == 40
+    together, alone = (memtail.load_scores(tmp_path / place) for place in ("both/experiments/both", "store/experiments/ours"))
+    np.testing.assert_array_equal(together.memorization["mem"], alone.memorization["mem"])
 
 
 GOOD = {"membership": np.eye(3, 4), "train_correct": np.ones((3, 4)), "test_correct": np.ones((3, 2))}
