@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from tests.support.servers import MinioServer
 
 
+# Importing creates much that stays: collections would walk over all of it again and again.
+gc.disable()
+
 # A background job of a shell ignores SIGINT. Processes started by tests would inherit that, but tests interrupt them by SIGINT.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,9 +60,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt all modules and tests from garbage collection, which else walks over them again and again."""
-    gc.collect()
+    """Exempt all modules and tests from garbage collection for good."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:
@@ -86,6 +89,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MEMTAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("MEMTAIL_DATA", None)
     os.environ.pop("MEMTAIL_STORE", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_decoder() -> Iterator[None]:
+    """End the process that decodes images."""
+    yield
+    inline.end_decoder()
 
 
 @pytest.fixture(autouse=True)
