@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -218,8 +217,10 @@ def test_the_standard_error_of_a_share_is_the_binomial_one_and_nan_without_model
         assert np.isnan(p).all()
         assert np.isnan(standard_error(p, count)).all()
     else:
+        from scipy.stats import binom
+
         np.testing.assert_allclose(p, correct / count)
-        np.testing.assert_allclose(standard_error(p, count), scipy.stats.binom(count, p).std() / count, atol=1e-12)
+        np.testing.assert_allclose(standard_error(p, count), binom(count, p).std() / count, atol=1e-12)
     assert standard_error(float(p[0, 0]), count) == pytest.approx(standard_error(p, count)[0, 0], nan_ok=True)
 
 
