@@ -12,7 +12,6 @@ import yaml
 
 import memtail
 from memtail.errors import MemtailError, ShardsFailedError, StoreError, TrainerError, UnsupportedError
-from memtail.execution import pool
 from memtail.execution.embedded import run
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
@@ -20,6 +19,7 @@ from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
 from memtail.trainers.images import devices
+from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import unpack
 from memtail.user_code import describe_fault, names_a_place
 from tests.support.arrays import write_arrays, write_tree
@@ -429,7 +429,7 @@ def test_a_shard_whose_code_fails_twice_at_one_place_is_given_up(declare, tmp_pa
     def fail(*_, **__):
         raise TrainerError(next(raised))
 
-    monkeypatch.setattr(pool.ShardTrainer, "train", fail)
+    monkeypatch.setattr(ShardTrainer, "train", fail)
     experiment = declare(40, execution={"trials_per_shard": 40, "device": "cpu"})
     with pytest.raises(ShardsFailedError, match=rf"^1 shards failed {attempts} times each and are missing from the scores"):
         run(experiment, tmp_path / "store")
