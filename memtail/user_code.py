@@ -1,5 +1,6 @@
 """Faults of code of the user's own, in one line."""
 
+import re
 import traceback
 from pathlib import Path
 
@@ -19,3 +20,8 @@ def describe_fault(error: BaseException, folder: Path) -> str:
     own = [place for place in places if Path(place[0]).is_relative_to(folder) and "site-packages" not in place[0]]
     where = f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
     return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_MESSAGE] + where
+
+
+def names_a_place(message: str) -> bool:
+    """Return whether a message ends with a place in the user's code, as `describe_fault` writes it."""
+    return re.search(r" \(.+, line \d+\)$", message) is not None

@@ -1,5 +1,6 @@
 """Shared fixtures (cache, small experiments, servers), markers, and the distribution of tests over the processes of pytest-xdist."""
 
+import atexit
 import gc
 import os
 import re
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from tests.support.servers import MinioServer
 
 
+# Importing creates much that stays: collections would walk over all of it again and again, as would those of pytest at its end. The end of
+# the process frees it, because some libraries report what is left as a leak.
+gc.disable()
+atexit.register(gc.unfreeze)
+
 # A background job of a shell ignores SIGINT. Processes started by tests would inherit that, but tests interrupt them by SIGINT.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +37,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _TESTS = Path(__file__).parent
 _GROUP = re.compile(r"@[\w./-]+$")  # parameters of an id end with a bracket
+# Tests that import torchvision and scipy, inside of functions, or compile kernels: that takes seconds in each process.
+_IMPORTS = (
+    "unit/datasets/test_datasets.py",
+    "unit/datasets/test_image_tree.py",
+    "unit/datasets/test_torchvision_datasets.py",
+    "unit/estimators/",
+    "unit/models/",
+    "unit/trainers/images/",
+)
 _SERVERS = {"living": "cluster", "cluster": "cluster", "kubernetes": "kubernetes", "chromium": "browser"}
 
 
@@ -38,11 +53,12 @@ _SERVERS = {"living": "cluster", "cluster": "cluster", "kubernetes": "kubernetes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by folder and required servers, and group tests that should run in one process of pytest-xdist.
 
-    Tests of a file share fixtures and form a group; so do all tests that use the living cluster. Unit tests, and tests that start their own
-    cluster, are distributed freely.
+    Tests of a file share fixtures and form a group; so do all tests that use the living cluster, and unit tests with slow imports. Other
+    unit tests, and tests that start their own cluster, are distributed freely.
     """
     for item in items:
-        folder = item.path.relative_to(_TESTS).parts[0]
+        path = item.path.relative_to(_TESTS)
+        folder = path.parts[0]
         if folder in ("system", "kubernetes"):
             item.add_marker(folder)
         fixtures = getattr(item, "fixturenames", ())
@@ -51,20 +67,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
         if "living" in fixtures:
             item.add_marker(pytest.mark.xdist_group("living"))
+        elif path.as_posix().startswith(_IMPORTS):
+            item.add_marker(pytest.mark.xdist_group("imports"))
         elif folder != "unit" and "cluster" not in fixtures:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(_TESTS))))
+            item.add_marker(pytest.mark.xdist_group(str(path)))
     items.sort(key=lambda item: "living" not in getattr(item, "fixturenames", ()))  # the longest group first; the sort is stable
 
 
 def pytest_collection_finish() -> None:
-    """Exempt all modules and tests from garbage collection, which else walks over them again and again."""
-    gc.collect()
+    """Exempt all modules and tests from garbage collection for good."""
     gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    """Let all be freed: some libraries report what is left at the end of a process as a leak."""
-    gc.unfreeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -86,6 +99,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MEMTAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("MEMTAIL_DATA", None)
     os.environ.pop("MEMTAIL_STORE", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_decoder() -> Iterator[None]:
+    """End the process that decodes images."""
+    yield
+    inline.end_decoder()
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,7 @@ from memtail.trainers.images.devices import available_devices, device_kind
 from memtail.trainers.images.profiling import PHASES
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import Shard
+from memtail.user_code import names_a_place
 
 if TYPE_CHECKING:
     from memtail.scores.reader import Scores
@@ -303,8 +304,10 @@ class _Run:
                 if not result.attempt:
                     self._experiment_store.record_failure(result.shard, error)
                 self._failures[result.shard] += 1
+                # training code that fails twice at one place would fail there again: the shard has the same seeds and the same data
+                repeated = names_a_place(error) and error == self._errors.get(result.shard)
                 self._end_if_broken(result.shard, error)
-                if self._failures[result.shard] < MAX_ATTEMPTS:
+                if self._failures[result.shard] < MAX_ATTEMPTS and not repeated:
                     return False
                 self._state.failed[result.shard] = error
             case ShardOutcome.HANDED_BACK:
@@ -360,8 +363,9 @@ class _Run:
         records = f"{self._store.address}/{keys.failures(name)}"
         if failed:
             shard, error = next(iter(failed.items()))
+            times = " to ".join(str(count) for count in sorted({self._failures[shard] for shard in failed}))
             raise ShardsFailedError(
-                f"{len(failed)} shards failed {MAX_ATTEMPTS} times each and are missing from the scores ({shard}: {error}): "
+                f"{len(failed)} shards failed {times} times each and are missing from the scores ({shard}: {error}): "
                 f"tracebacks are in {records}; fix the cause, then run again",
                 published,
             )

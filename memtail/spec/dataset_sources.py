@@ -135,6 +135,13 @@ class HuggingFaceDataset(Part):
     max_test: Annotated[int, Field(ge=1)] | None = None
     resolution: Annotated[int, Field(ge=1)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_are_named(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "columns" not in value:
+            raise ValueError(f"huggingface {value.get('huggingface')!r} needs columns, such as {{text: text, label: label}}")
+        return value
+
     @model_validator(mode="after")
     def _splits_are_no_column(self) -> Self:
         if self.columns.split is not None:

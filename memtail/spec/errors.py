@@ -2,10 +2,14 @@
 
 import difflib
 import json
+import re
 import typing
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+# Number of choices that a message shows although one of them is near.
+_MOST_CHOICES = 10
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
@@ -22,12 +26,21 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
             near = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(fields)}"
             lines.append(f"unknown key '{location}': {hint}")
+        elif item["type"] == "literal_error" and (choice := _nearest(item["input"], item["ctx"]["expected"])):
+            lines.append(f"{location}: there is no '{item['input']}': did you mean '{choice}'?")
         else:
             message = item["msg"].removeprefix("Value error, ")
             value = item["input"]
             shown = f" (got {_short(value)})" if isinstance(value, str | int | float | bool | None) and item["type"] != "missing" else ""
             lines.append(f"{location}: {message[:1].lower()}{message[1:]}{shown}" if location else message)
     return "; ".join(lines)
+
+
+def _nearest(value: Any, expected: str) -> str | None:
+    """Return the nearest of many choices, which pydantic writes as `'a', 'b' or 'c'`; None if all can be shown, or none is near."""
+    choices = {choice.lower(): choice for choice in re.findall("'([^']*)'", expected)}
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    return choices[near[0]] if near and len(choices) > _MOST_CHOICES else None
 
 
 def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:

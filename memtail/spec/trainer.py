@@ -1,7 +1,9 @@
 """Trainer of an experiment: the built-in one for images, a user's function, a user's command, or none; and the digest of a user's code."""
 
 import hashlib
+import json
 import re
+import shlex
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -19,6 +21,26 @@ def _seconds(value: Any) -> Any:
         return float(duration[1]) * _SECONDS[duration[2]]
     if isinstance(value, str):
         raise ValueError("is a number of seconds, or a text such as 90s, 30m, 6h or 2d")
+    return value
+
+
+_FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+
+def _function(value: Any) -> Any:
+    if isinstance(value, str) and not re.match(_FUNCTION, value):
+        near = ":".join(value.rsplit(".", 1))  # a dot in place of the colon
+        raise ValueError("is package.module:function" + (f", such as '{near}'" if re.match(_FUNCTION, near) else ""))
+    return value
+
+
+def _arguments(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            near = shlex.split(value)
+        except ValueError:  # a quote without its other
+            near = value.split()
+        raise ValueError(f"is a list, such as {json.dumps(near)}")
     return value
 
 
@@ -48,7 +70,7 @@ class UserFunction(Part):
 
     part: ClassVar[str]
 
-    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    function: Annotated[str, Field(pattern=_FUNCTION), BeforeValidator(_function)]
     options: dict[str, Any] = {}
     code: list[str] = []
     folder: Path | None = None
@@ -86,7 +108,7 @@ class CommandTrainer(Part):
 
     part: ClassVar[str] = "trainer"
 
-    command: Annotated[list[str], Field(min_length=1)]
+    command: Annotated[list[str], Field(min_length=1), BeforeValidator(_arguments)]
     options: dict[str, Any] = {}
     code: list[str] = []
     timeout: _Timeout | None = None
@@ -108,6 +130,12 @@ def _kind(value: Any) -> str:
     return next((key for key in ("function", "command", "imported") if key in keys), "images")
 
 
+def _one_kind(value: Any) -> Any:
+    if isinstance(value, dict) and "function" in value and "command" in value:
+        raise ValueError(f"has function {value['function']!r} and command {value['command']!r}: keep one of them")
+    return value
+
+
 UserTrainer = FunctionTrainer | CommandTrainer
 UserCode = UserFunction | CommandTrainer
 TrainerSpec = Annotated[
@@ -116,6 +144,7 @@ TrainerSpec = Annotated[
     | Annotated[CommandTrainer, Tag("command")]
     | Annotated[ImportedTrainer, Tag("imported")],
     Discriminator(_kind),
+    BeforeValidator(_one_kind),
 ]
 
 

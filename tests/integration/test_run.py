@@ -12,14 +12,17 @@ import torch
 import yaml
 
 import memtail
-from memtail.errors import MemtailError, StoreError, UnsupportedError
+from memtail.errors import MemtailError, ShardsFailedError, StoreError, TrainerError, UnsupportedError
+from memtail.execution.embedded import run
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
 from memtail.scores.publish import publish
 from memtail.statistics import Statistics
 from memtail.storage.local import LocalStore
 from memtail.trainers.images import devices
+from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import unpack
+from memtail.user_code import describe_fault, names_a_place
 from tests.support.arrays import write_arrays, write_tree
 from tests.support.cli import batches, command, same_files, version
 from tests.support.cli import write_spec as spec
@@ -427,3 +430,42 @@ def test_another_dataset_under_the_name_of_an_experiment_is_refused(finished, tm
     experiment = memtail.Experiment.parse({"name": "digits", "dataset": {"name": "arrays", "root": write_arrays(tmp_path / "a.npz")}})
     with pytest.raises(StoreError, match=r"dataset\.fingerprint"):
         memtail.run(experiment, store)
+
+
+@pytest.mark.parametrize(
+    ("messages", "attempts"),
+    [
+        (["KeyError: 'lr' (/code/train.py, line 3)"] * 3, 2),
+        (
+            [
+                "KeyError: 'lr' (/code/train.py, line 3)",
+                "KeyError: 'lr' (/code/train.py, line 5)",
+                "KeyError: 'a' (/code/train.py, line 5)",
+            ],
+            3,
+        ),
+        (["the trainer process was ended by SIGKILL"] * 3, 3),
+    ],
+)
+def test_a_shard_whose_code_fails_twice_at_one_place_is_given_up(declare, tmp_path, monkeypatch, messages, attempts):
+    raised = iter(messages)
+
+    def fail(*_, **__):
+        raise TrainerError(next(raised))
+
+    monkeypatch.setattr(ShardTrainer, "train", fail)
+    experiment = declare(40, execution={"trials_per_shard": 40, "device": "cpu"})
+    with pytest.raises(ShardsFailedError, match=rf"^1 shards failed {attempts} times each and are missing from the scores"):
+        run(experiment, tmp_path / "store")
+    (recorded,) = ExperimentStore(LocalStore(tmp_path / "store"), "digits").attempts().values()
+    assert recorded == attempts
+
+
+def test_the_message_of_a_fault_names_its_place(tmp_path):
+    (tmp_path / "code.py").write_text("def train():\n    {}['lr']\n")
+    names = {}
+    exec(compile((tmp_path / "code.py").read_text(), tmp_path / "code.py", "exec"), names)  # noqa: S102 - code of this test
+    with pytest.raises(KeyError) as raised:
+        names["train"]()
+    assert names_a_place(describe_fault(raised.value, tmp_path))
+    assert not names_a_place(describe_fault(raised.value, tmp_path / "elsewhere"))

@@ -233,10 +233,11 @@ def test_a_refused_upload_is_aborted(file):
 def test_a_part_of_which_the_server_sends_less_is_continued(file):
     with FakeS3("sends-less") as server, structlog.testing.capture_logs():
         store = S3Store("bucket", settings=server.settings(), part_size=_PART, attempts=4)
-        server.objects["/bucket/k"] = (_CONTENT, "")
-        assert store.get("k") == _CONTENT
+        content = _CONTENT[: 2 * _PART - 7]  # the server computes a digest of all of it for each response
+        server.objects["/bucket/k"] = (content, "")
+        assert store.get("k") == content
         store.download("k", file.with_name("down"))
-    assert file.with_name("down").read_bytes() == _CONTENT
+    assert file.with_name("down").read_bytes() == content
 
 
 def test_an_upload_that_others_end_again_and_again_is_one_clear_error(file):

@@ -1,11 +1,13 @@
-"""The explorer in Chromium: keyboard, phone width, and accessibility by axe."""
+"""The explorer and the report in Chromium: keyboard, widths, and accessibility by axe."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import urllib3
@@ -13,6 +15,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from memtail.explorer.server import listen, serve
+from memtail.report.publish import publish_report
+from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from tests.support.servers import free_port, server_binary
 
@@ -200,6 +204,28 @@ def test_a_token_opens_the_requested_page_until_the_browser_signs_out(page: Page
 @pytest.mark.parametrize("path", PAGES)
 def test_pages_fit_a_phone_and_axe_reports_nothing(page: Page, path: str) -> None:
     fits_a_phone(page, path)
+
+
+@pytest.mark.parametrize("width", [360, 390, 600, 700, 1100, 1290, 1440])
+def test_scores_of_neighbours_do_not_overlap(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    for path in ("/experiments/odd/test/0", "/experiments/digits/train/0"):
+        page.goto(path)
+        assert page.locator(".grid .score").count() > 4
+        wide = "scores => scores.filter(score => score.scrollWidth > score.clientWidth).map(score => score.textContent)"
+        assert page.locator(".grid .score").evaluate_all(wide) == []
+
+
+@pytest.mark.parametrize("name", ["digits", "odd"])
+def test_axe_reports_nothing_in_a_report(page: Page, explored: LocalStore, tmp_path: Path, name: str) -> None:
+    store = LocalStore(shutil.copytree(explored.root, tmp_path / "store"))
+    pointer = publish_report(store, name)
+    (tmp_path / "report.html").write_bytes(store.get(keys.report(name, pointer.version) + pointer.page))
+    for width in (360, 1440):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.goto((tmp_path / "report.html").as_uri())
+        found = Axe().run(page).response["violations"]
+        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
 
 
 def fits_a_phone(page: Page, path: str) -> None:

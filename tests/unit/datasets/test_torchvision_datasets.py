@@ -1,5 +1,6 @@
 """torchvision's classification datasets, each read from small files in its own format, as torchvision itself reads them."""
 
+import functools
 import inspect
 import typing
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from torch.utils.data import Subset
-from torchvision import datasets as classes
-from torchvision.datasets import Food101
 
 from memtail import datasets
 from memtail.datasets import folder
@@ -21,8 +20,19 @@ from tests.support.torchvision_files import OPTIONS, TEST, TRAIN, WRITERS, accep
 
 # PCAM is read by h5py, which memtail does not need; CIFAR100 differs from CIFAR10 in its labels only.
 NOT_WRITTEN = {"PCAM", "CIFAR100"}
-# From version 0.22 on, torchvision's classes take a function that loads an image.
-LISTS = "loader" in inspect.signature(Food101.__init__).parameters
+
+
+@functools.cache
+def class_of(name):
+    """Return a class of torchvision."""
+    from torchvision import datasets as classes
+
+    return getattr(classes, name)
+
+
+def lists():
+    """Return whether torchvision's classes take a function that loads an image, as they do from version 0.22 on."""
+    return "loader" in inspect.signature(class_of("Food101").__init__).parameters
 
 
 @pytest.fixture
@@ -33,7 +43,7 @@ def prepare(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "ProcessPoolExecutor", lambda processes, **_: ThreadPoolExecutor(processes))
 
     def prepare(name, **keys):
-        if ENTRIES[name].listed and not LISTS:
+        if ENTRIES[name].listed and not lists():
             pytest.skip("this version of torchvision lists no images")
         keys = {"root": tmp_path, "options": OPTIONS.get(name, {})} | keys
         return datasets.as_images(datasets.prepare(TorchvisionDataset(torchvision=name, **keys)))
@@ -62,7 +72,7 @@ def test_a_dataset_is_read_as_torchvision_reads_it(prepare, tmp_path, name):
         if arguments is None:
             assert dataset.n_test == 0
             continue
-        read = getattr(classes, name)(**place, **OPTIONS.get(name, {}), **arguments)
+        read = class_of(name)(**place, **OPTIONS.get(name, {}), **arguments)
         if entry.unordered:
             order = sorted(range(len(read)), key=lambda index: str(listed_of(read)[index]))
             read = Subset(read, order)
@@ -81,9 +91,9 @@ def test_each_declarable_class_has_an_entry_and_is_tested():
 
 def test_splits_and_options_are_those_of_the_installed_torchvision():
     for name, entry in ENTRIES.items():
-        parameters = _parameters(getattr(classes, name))
+        parameters = _parameters(class_of(name))
         assert {*entry.train, *(entry.test or {})} <= parameters.keys(), name
-        assert entry.listed == ("loader" in parameters) or not LISTS, name
+        assert entry.listed == ("loader" in parameters) or not lists(), name
         # a class whose constructor has a split, as a newer torchvision may give it, needs an entry with it
         assert entry.test is not None or not {"train", "split"} & parameters.keys() or name == "LFWPeople", name
 
@@ -230,7 +240,7 @@ def test_files_that_are_missing_are_named_with_the_way_to_get_them(prepare, tmp_
         calls.append((root, split, download))
         raise RuntimeError("no network\nat all")
 
-    monkeypatch.setattr(classes.SVHN, "__init__", refuse)
+    monkeypatch.setattr(class_of("SVHN"), "__init__", refuse)
     with pytest.raises(
         DatasetError,
         match=r"'SVHN' is not in .*cannot be downloaded \(no network\): on a machine with a network run python -c "
@@ -241,7 +251,7 @@ def test_files_that_are_missing_are_named_with_the_way_to_get_them(prepare, tmp_
 
 
 def test_a_version_of_torchvision_that_lists_no_images_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(classes, "DTD", type("DTD", (), {"__init__": lambda self, root, split="train", partition=1: None}))
+    monkeypatch.setattr("torchvision.datasets.DTD", type("DTD", (), {"__init__": lambda self, root, split="train", partition=1: None}))
     with pytest.raises(DatasetError, match=r"dataset 'DTD' needs torchvision 0\.22 or newer, which lists its images: upgrade torchvision"):
         datasets.prepare(TorchvisionDataset(torchvision="DTD", root=tmp_path))
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -227,8 +226,10 @@ def test_the_standard_error_of_a_share_is_the_binomial_one_with_two_models_more_
         assert np.isnan(p).all()
         assert np.isnan(standard_error(p, count)).all()
     else:
+        from scipy.stats import binom
+
         np.testing.assert_allclose(p, correct / count)
-        more = scipy.stats.binom(count + 2, (correct + 1) / (count + 2)).std() / (count + 2)
+        more = binom(count + 2, (correct + 1) / (count + 2)).std() / (count + 2)
         np.testing.assert_allclose(standard_error(p, count), more, atol=1e-12)
         difference = difference_standard_error(p, count, p.T[:3, :3].mean(), 7)
         np.testing.assert_allclose(difference**2, standard_error(p, count) ** 2 + standard_error(p.T[:3, :3].mean(), 7) ** 2)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -32,13 +31,15 @@ def planted(seed, t, n, q, influenced):
 @example(t=12, n=24, q=8, influenced=7, seed=8140)  # a rate of 1/220 * 22, which is 0.1: rounding decides whether it is kept
 @settings(max_examples=25, deadline=None)
 def test_rates_equal_those_of_fishers_test_and_benjamini_hochberg_over_all_tested_pairs(t, n, q, influenced, seed):
+    from scipy import stats
+
     M, C, T = planted(seed, t, n, q, min(influenced, n, q))
     rng = np.random.default_rng(seed)
     labels, test_labels, mem = rng.integers(0, 3, n), rng.integers(0, 3, q), rng.choice([0.1, 0.25, 0.9, np.nan], n)
     train, test = np.nonzero((mem >= 0.25)[:, None] & (labels[:, None] == test_labels))
     both, k_in, correct = (M[:, train] & T[:, test]).sum(0), M.sum(0)[train], T.sum(0)[test]
-    tails = scipy.stats.hypergeom.sf(both - 1, t, correct, k_in)
-    expected = scipy.stats.false_discovery_control(tails) if len(tails) else tails
+    tails = stats.hypergeom.sf(both - 1, t, correct, k_in)
+    expected = stats.false_discovery_control(tails) if len(tails) else tails
     order = rng.permutation(len(train))[: max(1, len(train) // 2)]
     result = false_discovery(statistics_of(M, C, T).packed(), mem, labels, test_labels, train[order], test[order])
     assert result.tested == len(train)

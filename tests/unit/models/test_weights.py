@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision.models import get_model_weights
 
 from memtail import subsets
 from memtail.datasets import prepare
@@ -149,6 +148,8 @@ def test_files_without_weights_are_refused_and_run_no_code(tmp_path):
 @pytest.fixture
 def publish(tmp_path, monkeypatch):
     """Return a function that publishes other weights of shufflenet_v2_x0_5, and returns the place of their download."""
+    from torchvision.models import get_model_weights
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
     def publish(state: dict[str, torch.Tensor]) -> Path:

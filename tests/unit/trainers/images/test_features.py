@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.preprocessing import StandardScaler
 
 from memtail.datasets import FeatureDataset, prepare
 from memtail.errors import SpecError
@@ -38,6 +37,8 @@ def features(tmp_path):
 
 @pytest.mark.parametrize("chunk", [4, 40, 1 << 22])
 def test_features_are_standardised_by_the_training_split_and_constant_ones_are_0(features, monkeypatch, chunk):
+    from sklearn.preprocessing import StandardScaler
+
     monkeypatch.setattr("memtail.trainers.images.images._CHUNK", chunk)
     before, images = features.train_features.copy(), DeviceImages(features, CPU)
     scaler = StandardScaler().fit(features.train_features.astype(np.float64))

@@ -258,7 +258,6 @@ def test_one_trial_that_does_not_fit_is_an_error(declare, digits, monkeypatch):
         ({"name": "mlp", "hidden": [16]}, 20, "adamw"),
         ({"name": "mlp", "hidden": [16]}, 20, "adam"),
         ({"name": "cnn", "channels": [2], "hidden": 8}, 9, "adamw"),
-        ({"name": "resnet9", "options": {"width": 2}}, 9, "adam"),
     ],
 )
 def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at, optimizer):
