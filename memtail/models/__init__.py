@@ -49,18 +49,19 @@ def build_model(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Mo
         SpecError: the name is unknown, the user's module cannot be imported, or the declared weights do not fit.
         UnsupportedError: the declared weights cannot be downloaded to this machine.
     """
-    network = _initialised(spec, input_shape, classes)
+    network = initialised(spec, input_shape, classes)
     if isinstance(spec, NamedModel):
-        start_from(spec, _own(network), classes)
+        start_from(spec, own_network(network), classes)
     return network
 
 
-def _own(network: nn.Module) -> nn.Module:
+def own_network(network: nn.Module) -> nn.Module:
     """Return the network whose parameters have the names of the architecture."""
     return network[1] if isinstance(network, _GreyAsColour) else network
 
 
-def _initialised(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Module:
+def initialised(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Module:
+    """Return a network with initial weights, whatever weights it is to start from; arguments and errors as of `build_model`."""
     if isinstance(spec, Mlp):
         return mlp(input_shape, classes, spec.hidden)
     if isinstance(spec, Cnn):
@@ -101,7 +102,7 @@ def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, withi
         shown = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise SpecError(f"model '{spec.name}': gives {shown} for one example, needed are logits [1, {classes}]: fix the model")
     if isinstance(spec, NamedModel):
-        say_replaced(spec, _own(network), classes)
+        say_replaced(spec, own_network(network), classes)
 
 
 def _torchvision(name: str, input_shape: InputShape, classes: int, options: dict[str, Any]) -> nn.Module:

@@ -128,11 +128,17 @@ class RecordedOutcomes(Part):
         scores: record a score in [0, 1] of every example, of which memorization and influence are estimated too: of the built-in trainer,
             the probability of the label; of training code of your own, what it returns. Each takes a byte.
         snapshots: record after these epochs, too, which training examples are classified correctly; of the built-in trainer.
+        models: keep the weights of the models of this many first trials, or of `all` (see `memtail.load_model`); of the built-in trainer.
     """
 
     margins: bool = False
     scores: bool = False
     snapshots: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=MOST_SNAPSHOTS), AfterValidator(_ascending)] = []
+    models: Literal["all"] | Annotated[int, Field(ge=0, strict=True)] = 0
+
+    def keeps_model(self, trial: int) -> bool:
+        """Return whether the model of a trial is kept."""
+        return self.models == "all" or trial < self.models
 
 
 class ExecutionSpec(Part):
@@ -190,12 +196,13 @@ class Experiment(Part):
         return data
 
     @model_validator(mode="after")
-    def _snapshots_are_within_the_training(self) -> Self:
-        if not (snapshots := self.record.snapshots):
-            return self
-        if not isinstance(self.trainer, ImagesTrainer):
+    def _records_fit_the_trainer(self) -> Self:
+        snapshots, built_in = self.record.snapshots, isinstance(self.trainer, ImagesTrainer)
+        if self.record.models and not built_in:
+            raise ValueError("record.models is for the built-in trainer: remove it, and save models in the training code")
+        if snapshots and not built_in:
             raise ValueError("record.snapshots is for the built-in trainer, whose epochs memtail knows: remove it")
-        if snapshots[-1] > self.training.epochs:
+        if snapshots and snapshots[-1] > self.training.epochs:
             raise ValueError(f"record.snapshots: {snapshots[-1]} is after the last of {self.training.epochs} epochs: name epochs up to it")
         return self
 
@@ -294,7 +301,7 @@ class Experiment(Part):
     ) -> dict[str, Any]:
         """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
 
-        Keys later than 0.1.0 are in it only where they differ from their default, and `scores` and `snapshots` of `record` never.
+        Keys later than 0.1.0 are in it only where they differ from their default, and `scores`, `snapshots` and `models` of `record` never.
 
         Args:
             dataset_fingerprint: replaces the dataset's declaration.

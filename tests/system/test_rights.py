@@ -46,6 +46,7 @@ OBJECTS = {
     "fleet's notice": keys.notice("digits", "fleet"),
     "aggregator's notice": keys.notice("digits", "aggregator"),
     "discard": keys.discard("digits", 0, 3, "now"),
+    "model": keys.model("digits", 3),
     "snapshot": keys.snapshot("digits"),
     "pointer": keys.latest_scores("digits"),
     "scores": keys.scores("digits", "v1") + "memorization.csv",
@@ -56,7 +57,7 @@ OBJECTS = {
 }
 EVERYTHING = set(OBJECTS)
 WRITTEN = {
-    "worker": {"device", "trials", "checkpoint", "failure", "replica", "worker's notice", "probe"},
+    "worker": {"device", "trials", "checkpoint", "model", "failure", "replica", "worker's notice", "probe"},
     "dispatcher": {"control", "failure", "dispatcher's notice", "fleet's notice", "probe", "identity"},
     "aggregator": {"record", "failure", "aggregator's notice", "snapshot", "pointer", "scores", "report", "probe"},
     "explorer": set(),
@@ -70,7 +71,7 @@ DELETED = {
     "client": EVERYTHING,
 }
 READ = {
-    "worker": EVERYTHING - {"discard", "snapshot", "pointer", "scores", "report", "study"},
+    "worker": EVERYTHING - {"discard", "model", "snapshot", "pointer", "scores", "report", "study"},
     "dispatcher": EVERYTHING - {"dataset", "masks", "weights"},
     "aggregator": EVERYTHING - {"weights", "identity"},
     "explorer": EVERYTHING - {"masks", "weights", "probe", "identity"},

@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from memtail.models import build_model
+from memtail.models import build_model, own_network
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment, RecordedOutcomes, TrainingSpec
 from memtail.trainers.images.augmentations import epoch_augmentation
@@ -23,7 +23,7 @@ from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.optimizers import make_optimizer
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.schedule import learning_rate_factor
-from memtail.trainers.images.stack import Stacked, join_parameters, stack_networks
+from memtail.trainers.images.stack import Single, Stacked, join_parameters, stack_networks
 
 # Pixels of each network per call of the compiled steps: enough for the work to outweigh the call.
 _PIXELS_AT_ONCE = 1 << 16
@@ -79,7 +79,8 @@ class StackedRun:
             # drawn on the CPU, so that every device starts from the same weights
             torch.default_generator.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
             networks.append(build_model(experiment.model, input_shape, classes))
-        self.stack: nn.Module = stack_networks(networks).to(images.device).train()
+        self.stack: Stacked | Single | DenseStack = stack_networks(networks).to(images.device).train()
+        self._names = list(own_network(networks[0]).state_dict())
         # draws of the network itself (dropout); such networks are trained one at a time
         torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
         self.stacked = isinstance(self.stack, Stacked)
@@ -172,6 +173,10 @@ class StackedRun:
         with self.phases.measure("optimizer"):
             optimizer.step()
         return loss.detach()
+
+    def weights_of(self, place: int) -> dict[str, Tensor]:
+        """Return the state dict of one of the networks, with the names of the plain network."""
+        return dict(zip(self._names, self.stack.tensors_of(place), strict=True))
 
     def state(self) -> dict[str, Any]:
         """Return a copy of everything that the remaining steps depend on."""
