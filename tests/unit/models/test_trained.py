@@ -42,7 +42,7 @@ SMALL = {"name": "digits", "dataset": {"name": "digits", "max_train": 120, "max_
 
 @pytest.fixture
 def trained(tmp_path, declare):
-    """Train and commit trials into a store; `again` trains them once more."""
+    """Train and commit trials into a store; `attempt` of the result trains a shard once more."""
 
     def train(trials=TRIALS, dataset=None, **parts):
         experiment = declare(
