@@ -33,7 +33,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "inception": inception,
 }
 
-# Smaller images, in pixels a side, get resnet18 and resnet50 with a stem for CIFAR; others get torchvision's networks.
+# Smaller images, in pixels a side, get resnet18 and resnet50 with a stem for CIFAR, unless they name a stem.
 _SMALL_IMAGE = 128
 
 
@@ -68,10 +68,22 @@ def initialised(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Mo
         return cnn(input_shape, classes, spec.channels, spec.hidden)
     if ":" in spec.name:
         return _imported(spec.name)(input_shape, classes, **spec.options)
-    small = input_shape[1] < _SMALL_IMAGE
-    if spec.name in _BUILDERS and (small or spec.name not in ("resnet18", "resnet50")):
-        return _BUILDERS[spec.name](input_shape, classes, **spec.options)
-    return _torchvision(spec.name, input_shape, classes, spec.options)
+    options = dict(spec.options)
+    imagenet = spec.name in ("resnet18", "resnet50") and _stem(options, input_shape) == "imagenet"
+    if spec.name in _BUILDERS and not imagenet:
+        return _BUILDERS[spec.name](input_shape, classes, **options)
+    return _torchvision(spec.name, input_shape, classes, options)
+
+
+def _stem(options: dict[str, Any], input_shape: InputShape) -> str:
+    """Take the stem of a residual network out of its options; by default it follows from the size of the images."""
+    stem = options.pop("stem", "cifar" if input_shape[1] < _SMALL_IMAGE else "imagenet")
+    if stem not in ("cifar", "imagenet"):
+        raise SpecError(
+            f"model.options.stem: there is no stem '{stem}': use cifar (a 3x3 convolution) or imagenet (a 7x7 convolution of stride 2, "
+            f"and pooling)"
+        )
+    return str(stem)
 
 
 def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, within: AbstractContextManager[object] | None = None) -> None:
