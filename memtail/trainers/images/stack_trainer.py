@@ -168,8 +168,8 @@ class StackedRun:
                 logits.flatten(0, 1).float(), labels.flatten(), reduction="none", label_smoothing=self.recipe.label_smoothing
             )
             self._clear_gradients(optimizer)
-            # the gradient of each trial's mean loss
-            torch.autograd.backward(losses, torch.full_like(losses, np.float32(1) / np.float32(labels.shape[1])))
+            # the gradient of each trial's mean loss, rounded as torch does
+            torch.autograd.backward(losses, torch.full_like(losses, float(np.float32(1) / np.float32(labels.shape[1]))))
         with self.phases.measure("optimizer"):
             optimizer.step()
         return _mean_over_batch(losses.detach().view(labels.shape))
