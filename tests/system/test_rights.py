@@ -15,6 +15,7 @@ import urllib3
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from memtail.errors import AccessRefusedError, ObjectNotFound, StoreError
+from memtail.spec import RecordedOutcomes
 from memtail.storage import UnreachableError, keys
 from memtail.storage.identity import make_identity
 from memtail.storage.s3 import S3Store
@@ -201,9 +202,11 @@ def test_services_run_an_experiment_with_their_own_keys(restricted, experiment, 
         cluster.start(component, **environment(component))
     token = {"MEMTAIL_EXPLORER_TOKEN": "a token of this test", "MEMTAIL_EXPLORER_PORT": str(port)}
     cluster.start("explorer", **environment("explorer"), **token)
-    experiment_store = cluster.submit(experiment, digits)
+    keeping = experiment.model_copy(update={"record": RecordedOutcomes(models=2)})
+    experiment_store = cluster.submit(keeping, digits)
     cluster.until_published(experiment_store, experiment.subsets.trials)
     assert cluster.scores(experiment.name) == expected(experiment)
+    assert list(cluster.store.list(keys.models(experiment.name))) == [keys.model(experiment.name, trial) for trial in (0, 1)]
     cluster.until(lambda: list(cluster.store.list(keys.all_reports(experiment.name))))
     address = f"http://127.0.0.1:{port}/experiments/{experiment.name}"
     headers = {"Authorization": "Bearer a token of this test"}
