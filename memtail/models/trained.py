@@ -118,8 +118,7 @@ def load_model(path: str | Path, trial: int) -> TrainedModel:
         trial: a trial whose model was kept: see `record.models` in the experiment file.
 
     Returns:
-        The model. It takes images uint8 [B, H, W, C], or features float32 [B, D], as the dataset holds them; its attribute `network` is the
-        plain network, which takes normalised examples.
+        The model, which takes examples as the dataset holds them.
 
     Raises:
         ObjectNotFound: there is no such experiment, or no model of the trial.
