@@ -35,6 +35,7 @@ from memtail.errors import (
 
 if TYPE_CHECKING:
     from memtail.execution.embedded import RunResult, run
+    from memtail.models.trained import load_model
     from memtail.scores.fetch import load_scores
     from memtail.scores.reader import Scores
     from memtail.spec import Experiment
@@ -47,6 +48,7 @@ _HOMES = {
     "Scores": "memtail.scores.reader",
     "Outcome": "memtail.trainers.task",
     "TrainingTask": "memtail.trainers.task",
+    "load_model": "memtail.models.trained",
     "load_scores": "memtail.scores.fetch",
     "run": "memtail.execution.embedded",
     "train_shard": "memtail.trainers.images",
@@ -76,6 +78,7 @@ __all__ = [
     "UnreachableError",
     "UnsupportedError",
     "WorkerFaultError",
+    "load_model",
     "load_scores",
     "run",
     "train_shard",

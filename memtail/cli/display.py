@@ -106,6 +106,7 @@ def show_forecast(forecast: "Forecast") -> None:
     best = forecast.best_trials_per_shard
     hint = "" if best == forecast.trials_per_shard else f"; {best} would take about half a minute"
     all_devices = forecast.seconds_per_trial / forecast.devices
+    models = f", {decimal(forecast.model_bytes)} of models" if forecast.model_bytes else ""
     facts = [
         (
             "seconds per trial",
@@ -115,7 +116,7 @@ def show_forecast(forecast: "Forecast") -> None:
         ("after the last trial", f"{forecast.scoring_seconds:.1f} s"),
         ("memory", f"{decimal(forecast.peak_memory)} {'of the device' if forecast.device == 'cuda' else 'per process'}"),
         ("trials per shard", f"{forecast.trials_per_shard}{hint}"),
-        ("stored", f"{decimal(forecast.trial_bytes)} of trials, {decimal(forecast.score_bytes)} of scores"),
+        ("stored", f"{decimal(forecast.trial_bytes)} of trials, {decimal(forecast.score_bytes)} of scores{models}"),
         ("standard error", f"at most {forecast.standard_error:.3f} expected, 95% intervals at most ±{Z * forecast.standard_error:.3f}"),
     ]
     if forecast.wanted_standard_error is not None:

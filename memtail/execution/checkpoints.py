@@ -1,4 +1,4 @@
-"""Checkpoints of unfinished shards, kept in the store."""
+"""Checkpoints of unfinished shards, and the models of their trained trials, kept in the store."""
 
 from collections.abc import Iterable
 
@@ -21,11 +21,12 @@ class StoredCheckpoints:
         store: the object store.
         name: name of the experiment.
         shard: the unfinished shard.
-        second: whether it is trained a second time, for a comparison that must not begin with a state of the first training.
+        second: whether it is trained a second time, for a comparison that must not begin with a state of the first training. The models
+            of the first are kept.
     """
 
     def __init__(self, store: ObjectStore, name: str, shard: Shard, second: bool = False) -> None:
-        self._store = store
+        self._store, self._name, self._second = store, name, second
         self._key = keys.checkpoint(name, shard.first, shard.last, second)
 
     def load(self) -> bytes | None:
@@ -41,6 +42,18 @@ class StoredCheckpoints:
             self._store.put(self._key, state)
         except StoreError as error:
             log.warning("checkpoint not written, training continues", key=self._key, error=str(error))
+
+    def keep_model(self, trial: int, model: bytes) -> None:
+        """Write the model of a trained trial, in place of that of an attempt that was interrupted.
+
+        Raises:
+            StoreError: the store refuses, or the experiment was removed.
+        """
+        if self._second:
+            return
+        if not ExperimentStore(self._store, self._name).is_registered():
+            raise ObjectNotFound(f"experiment '{self._name}' was removed, and its models are dropped")
+        self._store.put(keys.model(self._name, trial), model)
 
     def remove(self) -> None:
         """Remove the saved state of a committed shard; log a store that refuses."""

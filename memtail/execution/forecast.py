@@ -66,7 +66,8 @@ class Forecast:
         trials_per_shard, best_trials_per_shard: trials in a shard of the run, and in one of about half a minute.
         here: forecast for this machine.
         elsewhere: forecasts for `DEVICES` devices of this kind.
-        trial_bytes, score_bytes: bytes in the store at the end: all trial batches, and one version of the scores.
+        trial_bytes, score_bytes, model_bytes: bytes in the store at the end: all trial batches, one version of the scores, and the models
+            that are kept.
         standard_error: largest expected standard error of a memorization or influence: both rates at 1/2.
         wanted_standard_error, trials_for_it: the standard error asked for, and the number of trials it takes; None if not asked.
     """
@@ -87,6 +88,7 @@ class Forecast:
     elsewhere: tuple[DeviceForecast, ...]
     trial_bytes: int
     score_bytes: int
+    model_bytes: int
     standard_error: float
     wanted_standard_error: float | None
     trials_for_it: int | None
@@ -168,6 +170,7 @@ def forecast(
         elsewhere=tuple(on_devices(count, cut(count)) for count in DEVICES),
         trial_bytes=round(trials * (row + shard.mistake_bytes * dataset.n_train + shard.other_bytes / shard.trials)),
         score_bytes=writing.file_bytes,
+        model_bytes=(trials if experiment.record.models == "all" else min(trials, experiment.record.models)) * shard.model_bytes,
         standard_error=expected_standard_error(trials, fraction),
         wanted_standard_error=standard_error,
         trials_for_it=None if standard_error is None else math.ceil((error / standard_error) ** 2),

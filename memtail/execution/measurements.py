@@ -50,6 +50,7 @@ class ShardFigures:
         peak_memory: peak memory of a training process, in bytes.
         mistake_bytes: bytes of misclassified training examples in the trial batch, by trial and training example.
         other_bytes: bytes of the trial batch outside its arrays.
+        model_bytes: bytes of a model, if the first one is to be kept; otherwise 0.
         extrapolated: whether fewer epochs or examples were trained.
     """
 
@@ -59,6 +60,7 @@ class ShardFigures:
     peak_memory: int
     mistake_bytes: float
     other_bytes: int
+    model_bytes: int
     extrapolated: bool
 
 
@@ -116,6 +118,7 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
         peak_memory=max(result.peak_memory for result in results) + size_of - size_of_sample,
         mistake_bytes=_mistake_bytes(batch) / (size * sample.n_train),
         other_bytes=_other_bytes(batch),
+        model_bytes=next((each.bytes for each in LocalStore(folder / "short").inventory(keys.models(record.experiment.name))), 0),
         extrapolated=measured < epochs or sample is not dataset,
     )
 

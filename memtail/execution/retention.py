@@ -23,6 +23,7 @@ from memtail.storage import ObjectNotFound, ObjectStore, Stored, keys
 _KINDS = {
     "trials": "trial batches",
     "checkpoints": "checkpoints",
+    "models": "models",
     "statistics": "snapshot",
     "scores": "scores",
     "report": "report",

@@ -33,7 +33,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "inception": inception,
 }
 
-# Smaller images, in pixels a side, get resnet18 and resnet50 with a stem for CIFAR; others get torchvision's networks.
+# Smaller images, in pixels a side, get resnet18 and resnet50 with a stem for CIFAR, unless they name a stem.
 _SMALL_IMAGE = 128
 
 
@@ -49,28 +49,41 @@ def build_model(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Mo
         SpecError: the name is unknown, the user's module cannot be imported, or the declared weights do not fit.
         UnsupportedError: the declared weights cannot be downloaded to this machine.
     """
-    network = _initialised(spec, input_shape, classes)
+    network = initialised(spec, input_shape, classes)
     if isinstance(spec, NamedModel):
-        start_from(spec, _own(network), classes)
+        start_from(spec, own_network(network), classes)
     return network
 
 
-def _own(network: nn.Module) -> nn.Module:
+def own_network(network: nn.Module) -> nn.Module:
     """Return the network whose parameters have the names of the architecture."""
     return network[1] if isinstance(network, _GreyAsColour) else network
 
 
-def _initialised(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Module:
+def initialised(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Module:
+    """Return a network with initial weights, whatever weights it is to start from; arguments and errors as of `build_model`."""
     if isinstance(spec, Mlp):
         return mlp(input_shape, classes, spec.hidden)
     if isinstance(spec, Cnn):
         return cnn(input_shape, classes, spec.channels, spec.hidden)
     if ":" in spec.name:
         return _imported(spec.name)(input_shape, classes, **spec.options)
-    small = input_shape[1] < _SMALL_IMAGE
-    if spec.name in _BUILDERS and (small or spec.name not in ("resnet18", "resnet50")):
-        return _BUILDERS[spec.name](input_shape, classes, **spec.options)
-    return _torchvision(spec.name, input_shape, classes, spec.options)
+    options = dict(spec.options)
+    imagenet = spec.name in ("resnet18", "resnet50") and _stem(options, input_shape) == "imagenet"
+    if spec.name in _BUILDERS and not imagenet:
+        return _BUILDERS[spec.name](input_shape, classes, **options)
+    return _torchvision(spec.name, input_shape, classes, options)
+
+
+def _stem(options: dict[str, Any], input_shape: InputShape) -> str:
+    """Take the stem of a residual network out of its options; by default it follows from the size of the images."""
+    stem = options.pop("stem", "cifar" if input_shape[1] < _SMALL_IMAGE else "imagenet")
+    if stem not in ("cifar", "imagenet"):
+        raise SpecError(
+            f"model.options.stem: there is no stem '{stem}': use cifar (a 3x3 convolution) or imagenet (a 7x7 convolution of stride 2, "
+            f"and pooling)"
+        )
+    return str(stem)
 
 
 def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, within: AbstractContextManager[object] | None = None) -> None:
@@ -101,7 +114,7 @@ def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, withi
         shown = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise SpecError(f"model '{spec.name}': gives {shown} for one example, needed are logits [1, {classes}]: fix the model")
     if isinstance(spec, NamedModel):
-        say_replaced(spec, _own(network), classes)
+        say_replaced(spec, own_network(network), classes)
 
 
 def _torchvision(name: str, input_shape: InputShape, classes: int, options: dict[str, Any]) -> nn.Module:

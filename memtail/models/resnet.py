@@ -1,7 +1,8 @@
 """Residual networks for small images.
 
 `resnet9` is the nine-layer network of fast CIFAR training (Page, "How to train your ResNet", 2018). `resnet18` and `resnet50` are the
-networks of He et al. (2016) with a stem for small images: one 3x3 convolution, no pooling.
+networks of He et al. (2016) with a stem for small images: one 3x3 convolution, no pooling. With `stem: imagenet`, and for large images,
+they are torchvision's networks.
 """
 
 import torch

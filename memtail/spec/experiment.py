@@ -171,11 +171,17 @@ class RecordedOutcomes(Part):
             the probability of the label; of training code of your own, what it returns. Each takes a byte. `only` is for training code
             of your own that does not know what is correct: it returns scores alone, and memorization and influence are those of scores.
         snapshots: record after these epochs, too, which training examples are classified correctly; of the built-in trainer.
+        models: keep the weights of the models of this many first trials, or of `all` (see `memtail.load_model`); of the built-in trainer.
     """
 
     margins: bool = False
     scores: Annotated[bool | Literal["only"], BeforeValidator(_false_true_or_only)] = False
     snapshots: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=MOST_SNAPSHOTS), AfterValidator(_ascending)] = []
+    models: Literal["all"] | Annotated[int, Field(ge=0, strict=True)] = 0
+
+    def keeps_model(self, trial: int) -> bool:
+        """Return whether the model of a trial is kept."""
+        return self.models == "all" or trial < self.models
 
     @property
     def scores_only(self) -> bool:
@@ -238,12 +244,13 @@ class Experiment(Part):
         return data
 
     @model_validator(mode="after")
-    def _snapshots_are_within_the_training(self) -> Self:
-        if not (snapshots := self.record.snapshots):
-            return self
-        if not isinstance(self.trainer, ImagesTrainer):
+    def _records_fit_the_trainer(self) -> Self:
+        snapshots, built_in = self.record.snapshots, isinstance(self.trainer, ImagesTrainer)
+        if self.record.models and not built_in:
+            raise ValueError("record.models is for the built-in trainer: remove it, and save models in the training code")
+        if snapshots and not built_in:
             raise ValueError("record.snapshots is for the built-in trainer, whose epochs memtail knows: remove it")
-        if snapshots[-1] > self.training.epochs:
+        if snapshots and snapshots[-1] > self.training.epochs:
             raise ValueError(f"record.snapshots: {snapshots[-1]} is after the last of {self.training.epochs} epochs: name epochs up to it")
         return self
 
@@ -349,7 +356,7 @@ class Experiment(Part):
         """Return the input of the fingerprint: the resolved declaration without everything that no trial depends on.
 
         Keys later than 0.1.0 are in it only where they differ from their default; of `record`, `scores` only as `only`, without
-        correctness, and `snapshots` never.
+        correctness, and `snapshots` and `models` never.
 
         Args:
             dataset_fingerprint: replaces the dataset's declaration.

@@ -51,7 +51,8 @@ class NamedModel(_Model):
     Attributes:
         name: `resnet9`, `resnet18`, `resnet50`, `densenet100`, `inception`, a torchvision classification model, or a function of your own,
             `package.module:function`.
-        options: keyword arguments of the model's builder.
+        options: keyword arguments of the model's builder. `stem` of `resnet18` and `resnet50` is `cifar`, a 3x3 convolution, or `imagenet`,
+            a 7x7 convolution of stride 2 and pooling; by default it is `cifar` for images below 128 pixels.
         weights: weights that the network starts from: a file with a state dict (`torch.save` or safetensors), or the name of published
             weights of a torchvision model, such as `IMAGENET1K_V2`. A last layer for another number of classes starts from initial weights.
         freeze: names of parts or parameters that stay as they are, such as `layer1`; their batch normalisation keeps its statistics, too.

@@ -142,6 +142,16 @@ def checkpoints(name: str) -> str:
     return f"experiments/{name}/checkpoints/"
 
 
+def models(name: str) -> str:
+    """Return the prefix of all models that are kept."""
+    return f"experiments/{name}/models/"
+
+
+def model(name: str, trial: int) -> str:
+    """Return the key of the weights of a trial's model, if it is kept."""
+    return f"{models(name)}{trial:08d}.safetensors"
+
+
 def probe() -> str:
     """Return a new key of a temporary object by which a store is verified."""
     return f"probe/{uuid.uuid4().hex}"

@@ -90,6 +90,10 @@ class _Parent:
             return
         self.send({"save": True}, state)
 
+    def keep_model(self, trial: int, model: bytes) -> None:
+        """Have the model of a trained trial kept."""
+        self.send({"model": trial}, model)
+
     def warn(self, message: str, trials: str) -> None:
         """Have a warning logged."""
         self.send({"warning": message, "trials": trials})

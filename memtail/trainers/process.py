@@ -139,6 +139,7 @@ class TrainerProcess:
             TrainingStopped: `stop` returned True.
             UnsupportedError: the code on this machine is not the experiment's.
             WorkerFaultError: the process cannot be started, or cannot open the dataset; or the device or the disk is at fault.
+            StoreError: a model cannot be kept.
         """
         state = checkpoints.load() if checkpoints else None
         self._begin(work)
@@ -315,6 +316,11 @@ class TrainerProcess:
                     if checkpoints:
                         checkpoints.save(data)
                         limits.heard()  # the store may have been slow
+                case {"model": int(trial)}:
+                    _check_kept(trial, work)
+                    if checkpoints:
+                        checkpoints.keep_model(trial, data)
+                        limits.heard()
                 case {"warning": str(warning), "trials": str(trials)}:
                     self._warn(work, _printable(warning), _printable(trials))
                 case {"batch": _}:
@@ -382,6 +388,12 @@ def _end(guardian: "subprocess.Popen[bytes]") -> None:
 
 def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
+
+
+def _check_kept(trial: int, work: Work) -> None:
+    """Check that the model of a trial is to be kept. Raises: TrainerError."""
+    if trial not in work.shard.trials or not work.record.experiment.record.keeps_model(trial):
+        raise TrainerError(f"the trainer process returned a model of trial {trial}, which is not to be kept")
 
 
 def _checked(data: bytes, work: Work) -> TrialBatch:

@@ -29,7 +29,7 @@ def train_network_shard(
         dataset: the experiment's dataset.
         trials: consecutive indices.
         device: as torch names it.
-        caller: is told of progress and checkpoints, and asked whether to stop.
+        caller: is told of progress, checkpoints and models, and asked whether to stop.
         checkpoint: the state saved last, None if there is none.
         profile: whether to measure the seconds by phase.
     """
@@ -69,3 +69,6 @@ class _CallersCheckpoints:
 
     def save(self, state: bytes) -> None:
         self.caller.save(state)
+
+    def keep_model(self, trial: int, model: bytes) -> None:
+        self.caller.keep_model(trial, model)

@@ -73,6 +73,10 @@ class Caller(Protocol):
         """Keep a checkpoint."""
         ...
 
+    def keep_model(self, trial: int, model: bytes) -> None:
+        """Keep the model of a trained trial."""
+        ...
+
     def warn(self, message: str, trials: str) -> None:
         """Take a warning to the user, about the trials `first-last`."""
         ...

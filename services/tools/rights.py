@@ -40,7 +40,7 @@ _MASKS, _WEIGHTS = keys.masks("*"), keys.weights("*")
 _PROBES = f"{keys.probe().partition('/')[0]}/*"
 # Record of the end of an experiment, and marks of experiments that changed after it.
 _FINISHED, _CHANGES = f"{keys.experiments()}*/finished.json", "changes/*"
-_CHECKPOINTS, _FAILURES = f"{keys.checkpoints('*')}*", f"{keys.failures('*')}*"
+_CHECKPOINTS, _MODELS, _FAILURES = (f"{prefix('*')}*" for prefix in (keys.checkpoints, keys.models, keys.failures))
 _DISPATCHER_NOTICES = (keys.notice("*", "dispatcher"), keys.notice("*", "fleet"))
 _SCORES, _REPORTS = f"{keys.all_scores('*')}*", f"{keys.all_reports('*')}*"
 
@@ -60,7 +60,7 @@ RIGHTS = {
             keys.identity(),
         ),
         create=(f"{keys.trials('*')}*", f"{keys.replicas('*')}*", _FAILURES, keys.device("*")),
-        write=(_CHECKPOINTS, keys.notice("*", "worker"), _PROBES),
+        write=(_CHECKPOINTS, _MODELS, keys.notice("*", "worker"), _PROBES),
         delete=(_CHECKPOINTS, keys.notice("*", "worker"), _PROBES),
     ),
     "dispatcher": Rights(

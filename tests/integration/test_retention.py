@@ -71,9 +71,11 @@ def age(store, hours, *prefixes):
 
 def test_remove_shows_what_it_frees_and_asks(call, store, submit):
     submit()
+    store.put(keys.model("done", 0), b"1")
     before = list(store.list(""))
     text = call("remove", "done", code=1, answer="n\n")
     assert f"{'trial batches':<15} {2:>8} objects" in text
+    assert f"{'models':<15} {1:>8} object " in text
     assert "total" in text
     assert f"remove experiment done from {store.address}?" in text
     assert list(store.list("")) == before
@@ -157,7 +159,9 @@ def test_archive_keeps_scores_and_report_and_nothing_is_trained_again(call, stor
     influence = before.influence(train=[0, 1], test=slice(0, 5)).value
     call("archive", "done", code=1, answer="n\n")
     assert experiment_store.committed() == SHARDS
+    store.put(keys.model("done", 0), b"1")
     assert "done is archived" in call("archive", "done", "--yes")
+    assert store.exists(keys.model("done", 0))
     assert [(each.action, each.details) for each in recorded_actions(store, "done")] == [("archive", "2 objects removed")]
     assert not experiment_store.committed()
     assert still_finished(experiment_store, record).archived

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import memtail
 from memtail.errors import ScoresError, StoreError
@@ -21,7 +22,7 @@ def in_a_bucket(minio, tmp_path_factory):
     """The address of a store with a finished run, the environment to use it in, and the run's folder and output."""
     folder, address = tmp_path_factory.mktemp("bucket"), f"s3://{minio.new_bucket()}/runs"
     environment = {**minio.environment(), "MEMTAIL_CACHE": str(folder / "cache")}
-    result = command("run", spec(folder, subsets=FEW), "--store", address, env=environment)
+    result = command("run", spec(folder, subsets=FEW, record={"models": 2}), "--store", address, env=environment)
     assert result.returncode == 0, result.stderr
     return address, environment, folder, result.stdout
 
@@ -43,6 +44,19 @@ def test_a_run_in_a_bucket_gives_the_bits_of_a_run_in_a_folder(in_a_bucket, mini
     trials = [key.rpartition("/")[2] for key in keys if key.startswith("experiments/digits/trials/")]
     assert trials == [batch.name for batch in batches(tmp_path / "store")]
     assert not any(key.startswith("probe/") or "/checkpoints/" in key for key in keys)
+
+
+def test_models_in_a_bucket_are_those_in_a_folder(in_a_bucket, tmp_path, monkeypatch):
+    address, environment, _, _ = in_a_bucket
+    assert command("run", spec(tmp_path, subsets=FEW, record={"models": 2}), "--store", tmp_path / "store").returncode == 0
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for trial in range(2):
+        models = [memtail.load_model(f"{store}/experiments/digits", trial) for store in (address, tmp_path / "store")]
+        assert models[0].about == models[1].about
+        assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+    with pytest.raises(memtail.ObjectNotFound, match="keeps no model of trial 2"):
+        memtail.load_model(f"{address}/experiments/digits", 2)
 
 
 def test_a_second_run_trains_nothing(in_a_bucket):

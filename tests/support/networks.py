@@ -34,3 +34,9 @@ def for_features(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """A linear network that insists on features float32 [B, D]; it is trained one at a time."""
     (features,) = input_shape
     return _Strict(features, classes)
+
+
+def normalised(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A stackable network with batch normalisation."""
+    inner = nn.Sequential(nn.Conv2d(image_shape[0], 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+    return nn.Sequential(inner, nn.Identity(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(4, classes, bias=False))

@@ -54,7 +54,7 @@ def quickly():
 def planned(request, tmp_path_factory, quickly):
     """A forecast as JSON, and a profiled run of the same experiment; the second parameter records more, the first measures the start."""
     folder = tmp_path_factory.mktemp("planned")
-    path = spec(folder, record={"margins": True, "snapshots": [1, 2, 5, 12]} if request.param else {})
+    path = spec(folder, record={"margins": True, "snapshots": [1, 2, 5, 12], "models": 20} if request.param else {})
     with pytest.MonkeyPatch.context() as patch:
         if not request.param:
             patch.setattr(planning, "_START", START)
@@ -96,16 +96,19 @@ def test_forecast_sizes_are_those_of_a_run(planned):
     experiment = folder / "store" / "experiments" / "digits"
     assert plan["trial_bytes"] == pytest.approx(size_of(experiment / "trials"), rel=0.15)
     assert plan["score_bytes"] == pytest.approx(size_of(experiment / "scores"), rel=0.15)
+    assert plan["model_bytes"] == pytest.approx(size_of(experiment / "models"), rel=0.01)
 
 
 def test_a_plan_counts_trials_in_the_store_and_does_not_change_it(planned):
     _, _, folder, path = planned
+    experiment = folder / "store" / "experiments" / "digits"
     before = {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")}
     result = command("plan", path, "--store", folder / "store")
     assert result.returncode == 0, result.stderr
     assert "60 trials, 0 of them to train" in result.stdout
     assert "64 x cpu" in result.stdout
     assert "standard error" in result.stdout
+    assert ("of models" in result.stdout) == (experiment / "models").exists()
     assert {file: file.stat().st_mtime_ns for file in (folder / "store").rglob("*")} == before
 
 

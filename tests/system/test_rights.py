@@ -15,6 +15,7 @@ import urllib3
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from memtail.errors import AccessRefusedError, ObjectNotFound, StoreError
+from memtail.spec import RecordedOutcomes
 from memtail.storage import UnreachableError, keys
 from memtail.storage.identity import make_identity
 from memtail.storage.s3 import S3Store
@@ -46,6 +47,7 @@ OBJECTS = {
     "fleet's notice": keys.notice("digits", "fleet"),
     "aggregator's notice": keys.notice("digits", "aggregator"),
     "discard": keys.discard("digits", 0, 3, "now"),
+    "model": keys.model("digits", 3),
     "snapshot": keys.snapshot("digits"),
     "pointer": keys.latest_scores("digits"),
     "scores": keys.scores("digits", "v1") + "memorization.csv",
@@ -56,7 +58,7 @@ OBJECTS = {
 }
 EVERYTHING = set(OBJECTS)
 WRITTEN = {
-    "worker": {"device", "trials", "checkpoint", "failure", "replica", "worker's notice", "probe"},
+    "worker": {"device", "trials", "checkpoint", "model", "failure", "replica", "worker's notice", "probe"},
     "dispatcher": {"control", "failure", "dispatcher's notice", "fleet's notice", "probe", "identity"},
     "aggregator": {"record", "failure", "aggregator's notice", "snapshot", "pointer", "scores", "report", "probe"},
     "explorer": set(),
@@ -70,7 +72,7 @@ DELETED = {
     "client": EVERYTHING,
 }
 READ = {
-    "worker": EVERYTHING - {"discard", "snapshot", "pointer", "scores", "report", "study"},
+    "worker": EVERYTHING - {"discard", "model", "snapshot", "pointer", "scores", "report", "study"},
     "dispatcher": EVERYTHING - {"dataset", "masks", "weights"},
     "aggregator": EVERYTHING - {"weights", "identity"},
     "explorer": EVERYTHING - {"masks", "weights", "probe", "identity"},
@@ -200,9 +202,11 @@ def test_services_run_an_experiment_with_their_own_keys(restricted, experiment, 
         cluster.start(component, **environment(component))
     token = {"MEMTAIL_EXPLORER_TOKEN": "a token of this test", "MEMTAIL_EXPLORER_PORT": str(port)}
     cluster.start("explorer", **environment("explorer"), **token)
-    experiment_store = cluster.submit(experiment, digits)
+    keeping = experiment.model_copy(update={"record": RecordedOutcomes(models=2)})
+    experiment_store = cluster.submit(keeping, digits)
     cluster.until_published(experiment_store, experiment.subsets.trials)
     assert cluster.scores(experiment.name) == expected(experiment)
+    assert list(cluster.store.list(keys.models(experiment.name))) == [keys.model(experiment.name, trial) for trial in (0, 1)]
     cluster.until(lambda: list(cluster.store.list(keys.all_reports(experiment.name))))
     address = f"http://127.0.0.1:{port}/experiments/{experiment.name}"
     headers = {"Authorization": "Bearer a token of this test"}

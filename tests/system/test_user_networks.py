@@ -138,9 +138,9 @@ def here(module, small, monkeypatch):
     """Train in this process."""
     monkeypatch.syspath_prepend(str(module))
 
-    def train(record, trained=FIRST):
-        inside = ShardTrainer("cpu")
-        return inside._train_images(record, small, trained, KeptCheckpoints(), lambda fraction: None, lambda: None, lambda: False, False)
+    def train(record, trained=FIRST, kept=None):
+        inside, kept = ShardTrainer("cpu"), kept or KeptCheckpoints()
+        return inside._train_images(record, small, trained, kept, lambda fraction: None, lambda: None, lambda: False, False)
 
     return train
 
@@ -155,6 +155,30 @@ def test_a_batch_has_the_bytes_of_a_training_in_this_process(train, here, small,
     assert len(steps) >= len(fractions)
     assert timeless(batch) == timeless(here(record))
     assert batch.train_margin is not None
+
+
+@pytest.mark.parametrize("name", ["wide", "single"])
+def test_models_have_the_bytes_of_a_training_in_this_process(train, here, small, name):
+    record, kept, kept_here = declare(small, network(name), record={"models": 3}), KeptCheckpoints(), KeptCheckpoints()
+    train(record, kept=kept)
+    here(record, kept=kept_here)
+    assert list(kept.models) == [0, 1, 2]
+    assert kept.models == kept_here.models
+
+
+@pytest.mark.parametrize(("trial", "models"), [(3, 3), (7, "all"), (-1, "all")])
+def test_a_network_that_sends_other_models_than_are_to_be_kept_is_refused(train, small, trial, models):
+    act = f"""
+import gc
+from memtail.trainers.child import _Parent
+for each in gc.get_objects():
+    if isinstance(each, _Parent):
+        each.keep_model({trial}, b"forged")
+"""
+    record, kept = declare(small, network("acting", act=act), record={"models": models}), KeptCheckpoints()
+    with pytest.raises(TrainerError, match=rf"^the trainer process returned a model of trial {trial}, which is not to be kept$"):
+        train(record, kept=kept)
+    assert not kept.models
 
 
 def test_a_network_gets_features_in_the_trainer_process(module, trainer, tmp_path):

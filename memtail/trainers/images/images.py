@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memtail.datasets import FeatureDataset, Trainable
+from memtail.models.trained import normalised
 from memtail.trainers.images.augmentations import Augmentation, augment
 
 # Values per step of the computation of moments, which is in float64.
@@ -71,8 +72,7 @@ class DeviceImages:
 
     def normalised(self, images: Tensor) -> Tensor:
         """Normalise uint8 [..., H, W, C] to float32 [..., C, H, W], channels last in memory; features keep their shape."""
-        values = images.to(torch.float32, copy=True).add_(self.shift).mul_(self.scale)
-        return values if self.train.dim() == 2 else values.movedim(-1, -3)
+        return normalised(images, self.shift, self.scale, are_images=self.train.dim() == 4)
 
 
 @lru_cache(maxsize=2)

@@ -14,6 +14,7 @@ import torch
 from memtail.datasets import Trainable
 from memtail.errors import TrainingStopped
 from memtail.models import build_model
+from memtail.models.trained import About, packed
 from memtail.spec import Experiment
 from memtail.subsets import membership
 from memtail.trainers.checkpoints import Checkpoints
@@ -70,9 +71,11 @@ def train_shard(
         trials: consecutive indices.
         device: where to train.
         on_progress: called after every epoch of a stack.
-        checkpoints: where the state is saved and resumed from. It is saved at most every two minutes, and less often if saving would take
+        checkpoints: where the state is saved and resumed from, and where models are kept that `record.models` asks for; without one,
+            neither is. The state is saved at most every two minutes, and less often if saving would take
             more than a hundredth of the time.
-        stop: asked every few steps whether to stop. It is also called after every batch of an evaluation, which is not stopped.
+        stop: asked every few steps whether to stop. It is also called after every batch of an evaluation, and after every model that is
+            kept, where training is not stopped.
         profile: add the seconds by phase (of this call, not of an interrupted one) to the provenance, as `phases`.
 
     Returns:
@@ -168,7 +171,7 @@ class _ShardTraining:
 
         def begin() -> StackedRun:
             shape, classes = self.dataset.input_shape, len(self.dataset.classes)
-            return StackedRun(self.experiment, images, shape, classes, trials, subsets, self.phases, self._while_evaluating)
+            return StackedRun(self.experiment, images, shape, classes, trials, subsets, self.phases, self._give_sign)
 
         run = begin()
         if resumed is not None:
@@ -179,9 +182,20 @@ class _ShardTraining:
                     raise
                 log.warning("checkpoint does not fit, starting over", trials=f"{trials[0]}-{trials[-1]}", error=str(error)[:200])
                 run = begin()
-        return run.train(self._between_steps)
+        result = run.train(self._between_steps)
+        self._keep_models(run)
+        return result
 
-    def _while_evaluating(self) -> None:
+    def _keep_models(self, run: StackedRun) -> None:
+        """Have the trained models kept that are to be."""
+        images, shape, classes = run.images, self.dataset.input_shape, len(self.dataset.classes)
+        for place, trial in enumerate(run.trials):
+            if self.checkpoints and self.experiment.record.keeps_model(trial):
+                about = About(self.fingerprint, trial, shape, classes, images.shift.tolist(), images.scale.tolist())
+                self.checkpoints.keep_model(trial, packed(run.weights_of(place), about))
+                self._give_sign()
+
+    def _give_sign(self) -> None:
         """Give a sign of life. Training is stopped only between steps, with a checkpoint."""
         if self.stop is not None:
             self.stop()

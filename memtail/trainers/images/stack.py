@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtail.models import own_network
+
 _PLAIN = (nn.Flatten, nn.Linear, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Identity)
 
 # Floats in the widest vector of today's processors, with room to spare.
@@ -46,7 +48,7 @@ def _plain_layers(network: nn.Module) -> list[nn.Module] | None:
     return layers
 
 
-def stack_networks(networks: list[nn.Module]) -> nn.Module:
+def stack_networks(networks: list[nn.Module]) -> "Stacked | Single":
     """Return a module that computes all the given networks, with their weights.
 
     Raises:
@@ -56,7 +58,7 @@ def stack_networks(networks: list[nn.Module]) -> nn.Module:
         return Stacked(cast(list[nn.Sequential], networks))
     if len(networks) > 1:
         raise ValueError(f"{type(networks[0]).__name__} is not a sequence of plain layers and cannot be stacked")
-    return _Single(networks[0])
+    return Single(networks[0])
 
 
 def is_shared(examples: Tensor) -> bool:
@@ -94,16 +96,25 @@ def _view(part: Tensor, shape: torch.Size) -> Tensor:
     return part.view(out, height, width, channels).permute(0, 3, 1, 2)
 
 
-class _Single(nn.Module):
-    """A stack of one network of any kind."""
+class Single(nn.Module):
+    """A stack of one network of any kind.
+
+    Args:
+        network: the network.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
+        """Map float images [1, B, C, H, W], or [B, C, H, W], to logits [1, B, classes]; or features, alike."""
         logits: Tensor = self.network(images if is_shared(images) else images[0])
         return logits[None]
+
+    def tensors_of(self, place: int) -> list[Tensor]:
+        """Return the content of the network's state dict, in its order."""
+        return list(own_network(self.network).state_dict().values())
 
 
 class Stacked(nn.Module):
@@ -128,6 +139,14 @@ class Stacked(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+    def tensors_of(self, place: int) -> list[Tensor]:
+        """Return the content of the state dict of one of the networks, in its order."""
+        return [
+            layer.tensor_of(place, name) if isinstance(layer, StackedLinear) else value.chunk(self.width)[place] if value.dim() else value
+            for layer in self.layers
+            for name, value in layer.state_dict().items()
+        ]
 
 
 def _stack_layers(networks: list[list[nn.Module]]) -> list[nn.Module]:
@@ -209,6 +228,10 @@ class StackedLinear(nn.Module):
         """Map [S, B, in] to [S, B, out]."""
         weight = self.weight.mT
         return torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias, x, weight)
+
+    def tensor_of(self, place: int, name: str) -> Tensor:
+        """Return `weight` [out, in] or `bias` [out] of one of the layers."""
+        return self.weight.detach()[place] if name == "weight" else cast(Tensor, self.bias).detach()[place, 0]
 
 
 def _stack_convolution(copies: list[nn.Conv2d]) -> nn.Conv2d:

@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from memtail.models import build_model
+from memtail.models import build_model, own_network
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment, RecordedOutcomes, TrainingSpec
 from memtail.trainers.images.augmentations import epoch_augmentation
@@ -23,7 +23,7 @@ from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.optimizers import make_optimizer
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.schedule import learning_rate_factor
-from memtail.trainers.images.stack import Stacked, join_parameters, stack_networks
+from memtail.trainers.images.stack import Single, Stacked, join_parameters, stack_networks
 
 # Pixels of each network per call of the compiled steps: enough for the work to outweigh the call.
 _PIXELS_AT_ONCE = 1 << 16
@@ -79,7 +79,8 @@ class StackedRun:
             # drawn on the CPU, so that every device starts from the same weights
             torch.default_generator.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
             networks.append(build_model(experiment.model, input_shape, classes))
-        self.stack: nn.Module = stack_networks(networks).to(images.device).train()
+        self.stack: Stacked | Single | DenseStack = stack_networks(networks).to(images.device).train()
+        self._names = list(own_network(networks[0]).state_dict())
         # draws of the network itself (dropout); such networks are trained one at a time
         torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
         self.stacked = isinstance(self.stack, Stacked)
@@ -166,12 +167,25 @@ class StackedRun:
             losses = F.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), reduction="none", label_smoothing=self.recipe.label_smoothing
             )
-            loss = _mean_over_batch(losses.view(labels.shape))
-            optimizer.zero_grad(set_to_none=not self.stacked)
-            torch.autograd.backward(loss.sum())
+            self._clear_gradients(optimizer)
+            # the gradient of each trial's mean loss, rounded as torch does
+            torch.autograd.backward(losses, torch.full_like(losses, float(np.float32(1) / np.float32(labels.shape[1]))))
         with self.phases.measure("optimizer"):
             optimizer.step()
-        return loss.detach()
+        return _mean_over_batch(losses.detach().view(labels.shape))
+
+    def _clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Do as `optimizer.zero_grad`, at a tenth of its cost."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if self.stacked:
+                    parameter.grad.zero_()
+                else:
+                    parameter.grad = None
+
+    def weights_of(self, place: int) -> dict[str, Tensor]:
+        """Return the state dict of one of the networks, with the names of the plain network."""
+        return dict(zip(self._names, self.stack.tensors_of(place), strict=True))
 
     def state(self) -> dict[str, Any]:
         """Return a copy of everything that the remaining steps depend on."""

@@ -51,6 +51,7 @@ LATER_KEYS: dict[str, Any] = {
     "TableColumns.id": None,
     "TableColumns.split": None,
     "RecordedOutcomes.snapshots": [],
+    "RecordedOutcomes.models": 0,
     "NamedModel.weights": None,
     "NamedModel.freeze": [],
     "RandomResizedCrop.scale": [0.08, 1.0],
@@ -258,6 +259,25 @@ def test_weights_are_relative_to_the_file_and_count_by_content(tmp_path):
 def test_outcomes_by_epoch_of_training_code_of_the_users_own_are_refused():
     with pytest.raises(SpecError, match=r"record\.snapshots is for the built-in trainer, whose epochs memtail knows: remove it"):
         Experiment.parse({**BASE, "trainer": {"function": "train:train"}, "record": {"snapshots": [1]}})
+
+
+def test_models_are_kept_of_the_first_trials_or_of_all_and_count_for_no_fingerprint():
+    base = Experiment.parse(BASE)
+    assert [base.record.keeps_model(0), changed("record.models", 2).record.keeps_model(2)] == [False, False]
+    for kept in (2, "all"):
+        experiment = changed("record.models", kept)
+        assert experiment.record.keeps_model(1)
+        assert experiment.fingerprint("d") == base.fingerprint("d")
+        assert Experiment.parse(yaml.safe_load(experiment.to_yaml())) == experiment
+    for wrong in (True, -1, "first 8", 1.5):
+        with pytest.raises(SpecError, match=r"record\.models"):
+            changed("record.models", wrong)
+
+
+@pytest.mark.parametrize("trainer", [{"function": "train:train"}, {"command": ["true"]}])
+def test_models_of_training_code_of_the_users_own_are_refused(trainer):
+    with pytest.raises(SpecError, match=r"record\.models is for the built-in trainer: remove it, and save models in the training code$"):
+        Experiment.parse({**BASE, "trainer": trainer, "record": {"models": 3}})
 
 
 def test_later_keys_keep_their_defaults():

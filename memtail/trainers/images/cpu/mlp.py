@@ -53,9 +53,10 @@ class DenseStack(nn.Module):
         super().__init__()
         self.width, self.classes = layers[-1].weight.shape[:2]
         self._columns, self._rows = COLUMNS, ROWS
-        channels, height, width = input_shape if len(input_shape) == 3 else (*input_shape, 1, 1)
+        self._image = channels, height, width = input_shape if len(input_shape) == 3 else (*input_shape, 1, 1)
         self._shift, self._scale = (constants.repeat(height * width).numpy() for constants in (shift, scale))
         widths = [len(self._shift), *(layer.weight.shape[1] for layer in layers)]
+        self._widths = widths
         self._sizes = np.array([-(-width // COLUMNS) * COLUMNS for width in widths])
         areas = self._sizes[:-1] * self._sizes[1:]
         self._weights = np.concatenate([[0], np.cumsum(areas)[:-1]])
@@ -80,6 +81,19 @@ class DenseStack(nn.Module):
         panels = padded.view(*padded.shape[:2], -1, self._columns).transpose(1, 2).flatten(1)
         self.values[:, weight_at : weight_at + panels.shape[1]] = panels
         self.values[:, bias_at : bias_at + out] = bias[:, 0]
+
+    def tensors_of(self, place: int) -> list[Tensor]:
+        """Return weight [out, in] and bias [out] of each layer of one of the networks."""
+        tensors: list[Tensor] = []
+        for layer, (weight_at, bias_at) in enumerate(zip(self._weights.tolist(), self._biases.tolist(), strict=True)):
+            (rows, columns), (inputs, out) = self._sizes[layer : layer + 2].tolist(), self._widths[layer : layer + 2]
+            panels = self.values[place, weight_at : weight_at + rows * columns].view(-1, rows, self._columns)
+            weight = panels.transpose(0, 1).reshape(rows, columns)[:inputs, :out].mT
+            if not layer:  # pixels are channels last
+                channels, height, width = self._image
+                weight = weight.reshape(out, height, width, channels).movedim(-1, 1).flatten(1)
+            tensors += [weight, self.values[place, bias_at : bias_at + out]]
+        return tensors
 
     def forward(self, images: Tensor) -> Tensor:
         """Map float32 images [S, B, C, H, W], or [B, C, H, W] shared by all networks, to logits [S, B, classes]; or features, alike."""

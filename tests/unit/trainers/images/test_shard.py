@@ -157,6 +157,17 @@ def test_a_stacked_trial_ends_with_the_weights_of_a_plain_pytorch_loop(declare, 
         torch.testing.assert_close(logits[trial], reference_trial(experiment, digits, trial).eval()(images), atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("optimizer", [{}, {"name": "adamw", "lr": 0.003, "weight_decay": 0.5}])
+def test_a_network_trained_alone_classifies_as_that_of_a_plain_pytorch_loop(declare, digits, optimizer):
+    experiment = declare(3, model={"name": "resnet9", "options": {"width": 2}}, training={"epochs": 1, "optimizer": optimizer})
+    batch = train_shard(experiment, digits, [2], CPU)
+    shift, scale = DeviceImages(digits, CPU).shift, DeviceImages(digits, CPU).scale
+    images = ((torch.from_numpy(np.array(digits.test_images)) + shift) * scale).movedim(-1, -3)
+    predicted = reference_trial(experiment, digits, 2).eval()(images).argmax(1)
+    correct = unpack(batch.test_correct, digits.n_test)[0]
+    assert (correct == (predicted.numpy() == digits.test_labels)).mean() > 0.99
+
+
 @pytest.mark.parametrize("name", STACKABLE)
 def test_a_stack_computes_what_its_networks_compute(name):
     networks = [STACKABLE[name]() for _ in range(3)]
