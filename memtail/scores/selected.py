@@ -53,7 +53,7 @@ def _on_correctness(packed: PackedTrials, train: Indices, test: Indices) -> tupl
     """Influences, their standard errors and intervals, and the mid-p of Fisher's exact test, one-sided: half of P(X = x) counts."""
     from scipy.stats import hypergeom  # slow to import
 
-    both = np.zeros(len(train), np.int64)
+    both = np.zeros(len(train), np.int32)
     for members, correct in zip(packed.membership, packed.correctness("test"), strict=True):
         both += np.bitwise_count(members[train] & correct[test])
     k_in, correct_on, t = packed.k_in[train], packed.correct_on_test[test], packed.trials

@@ -13,7 +13,7 @@ from memtail.datasets import prepare
 from memtail.datasets.staged_dataset import stage
 from memtail.errors import MemtailError, ScoresError
 from memtail.estimators.soft import soft_influence
-from memtail.exchange.exports import export
+from memtail.exchange.exports import planned
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.studies.agreement import Estimates, compare
@@ -182,16 +182,16 @@ def words(page):
 
 def test_exports_hold_scores_or_say_that_they_need_correctness(store, scores, tmp_path):
     opened_store = LocalStore(store)
-    (path,) = export(opened_store, "only", "infl-mem", tmp_path)
+    (path,) = planned(opened_store, "only", "infl-mem").write(tmp_path)
     with np.load(path) as arrays:
         np.testing.assert_allclose(arrays["memorization"], scores.memorization["mem_p"], rtol=1e-6)
         np.testing.assert_allclose(arrays["influence"], scores.soft_influence().value.T, atol=1e-7)
-    (path,) = export(opened_store, "only", "cscores", tmp_path)
+    (path,) = planned(opened_store, "only", "cscores").write(tmp_path)
     with np.load(path) as arrays:
         np.testing.assert_array_equal(arrays["scores"], scores.memorization["score_out"])
     for form in ("authors", "zenodo"):
         with pytest.raises(ScoresError, match="experiment 'only' has scores only, and this format consists of correctness: choose"):
-            export(opened_store, "only", form, tmp_path)
+            planned(opened_store, "only", form)
 
 
 def test_the_aggregator_publishes_the_same_files_from_the_trial_batches_alone(store, scores, tmp_path):
