@@ -217,7 +217,7 @@ def test_scores_of_neighbours_do_not_overlap(page: Page, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["digits", "odd"])
-def test_axe_reports_nothing_in_a_report(page: Page, explored: LocalStore, tmp_path: Path, name: str) -> None:
+def test_axe_reports_nothing_in_a_report_with_legible_figures(page: Page, explored: LocalStore, tmp_path: Path, name: str) -> None:
     store = LocalStore(shutil.copytree(explored.root, tmp_path / "store"))
     pointer = publish_report(store, name)
     (tmp_path / "report.html").write_bytes(store.get(keys.report(name, pointer.version) + pointer.page))
@@ -226,6 +226,9 @@ def test_axe_reports_nothing_in_a_report(page: Page, explored: LocalStore, tmp_p
         page.goto((tmp_path / "report.html").as_uri())
         found = Axe().run(page).response["violations"]
         assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        drawn = page.locator("#convergence ~ * img, #convergence ~ img")
+        assert drawn.evaluate("image => image.getBoundingClientRect().width") >= 600  # of two figures side by side
 
 
 def fits_a_phone(page: Page, path: str) -> None:
