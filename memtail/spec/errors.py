@@ -30,6 +30,10 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"{location}: there is no '{item['input']}': did you mean '{choice}'?")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "model_type":
+                one_of_several = item["loc"] and location.rpartition(".")[2] != str(item["loc"][-1])  # the last part is a union's tag
+                keys = "keys" if one_of_several else f"the keys {', '.join(_locate((*item['loc'], ''), model)[1])}"
+                message = f"takes {keys}, not a single value"
             value = item["input"]
             shown = f" (got {_short(value)})" if isinstance(value, str | int | float | bool | None) and item["type"] != "missing" else ""
             lines.append(f"{location}: {message[:1].lower()}{message[1:]}{shown}" if location else message)

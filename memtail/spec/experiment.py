@@ -162,6 +162,12 @@ def _false_true_or_only(value: Any) -> Any:
         raise ValueError("is false, true or only") from None
 
 
+def _number_or_all(value: Any) -> Any:
+    if value == "all" or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("is a number of trials, or all")
+
+
 class RecordedOutcomes(Part):
     """Additional outcomes recorded in each trial.
 
@@ -177,7 +183,7 @@ class RecordedOutcomes(Part):
     margins: bool = False
     scores: Annotated[bool | Literal["only"], BeforeValidator(_false_true_or_only)] = False
     snapshots: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=MOST_SNAPSHOTS), AfterValidator(_ascending)] = []
-    models: Literal["all"] | Annotated[int, Field(ge=0, strict=True)] = 0
+    models: Annotated[Literal["all"] | Annotated[int, Field(ge=0)], BeforeValidator(_number_or_all)] = 0
 
     def keeps_model(self, trial: int) -> bool:
         """Return whether the model of a trial is kept."""
