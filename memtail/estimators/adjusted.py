@@ -34,7 +34,7 @@ from memtail.statistics.soft import ONE, PLANES
 #: Width of the step, in standard deviations of the log-odds of the example.
 BANDWIDTH = 2.5
 #: Smallest adjusted influence of a selected pair where c is a smooth step; else it is the paper's threshold of influence.
-SMOOTHED_THRESHOLD = 0.18
+SMOOTHED_THRESHOLD = 0.17
 #: Largest false discovery rate of a selected pair.
 RATE = 0.1
 
@@ -175,7 +175,8 @@ def _largest_effects(packed: PackedTrials, others: Indices, steps: _Bytes, total
         index = np.concatenate([index, np.broadcast_to(others[rows][:, None], effect.shape)])
         sums = np.concatenate([sums, product])
         largest = np.argpartition(-size, most - 1, axis=0)[:most]
-        size, index, sums = (np.take_along_axis(each, largest, 0) for each in (size, index, sums))
+        size, index = np.take_along_axis(size, largest, 0), np.take_along_axis(index, largest, 0)
+        sums = np.take_along_axis(sums, largest, 0)
     kept = []
     for j in range(len(total)):
         large = np.flatnonzero(size[:, j] >= _SMALLEST_EFFECT)
