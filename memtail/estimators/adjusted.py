@@ -28,7 +28,7 @@ from memtail.estimators.binomial import Floats
 from memtail.estimators.false_discovery import LARGEST_RATE, discovery_rates
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD, Indices, candidates
 from memtail.statistics import cooccurrence
-from memtail.statistics.accumulator import PackedTrials, Words
+from memtail.statistics.accumulator import PackedTrials, Words, unpack_words
 from memtail.statistics.soft import ONE, PLANES
 
 #: Width of the step, in standard deviations of the log-odds of the example.
@@ -192,6 +192,5 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 
 def _bits(packed: PackedTrials, words: Words) -> _Bytes:
     """Unpack words [W, b] into uint8 [t, b], the bits of the trials that count."""
-    by_column = np.ascontiguousarray(words.T).astype("<u8").view(np.uint8)
-    bits: _Bytes = np.unpackbits(by_column, axis=1, bitorder="little").T[packed.counted_mask]
+    bits: _Bytes = unpack_words(words.T).T[packed.counted_mask].view(np.uint8)
     return bits

@@ -8,7 +8,7 @@ from scipy.special import ndtr
 from memtail.estimators import Memorization
 from memtail.estimators.adjusted import select_pairs
 from memtail.estimators.binomial import Floats, difference_interval, normal_interval, share
-from memtail.estimators.influence import influence_standard_error
+from memtail.estimators.influence import correct_in_at, influence_standard_error
 from memtail.estimators.pairs import Indices
 from memtail.estimators.soft import soft_influence_at
 from memtail.scores.names import OUTCOMES
@@ -53,9 +53,7 @@ def _on_correctness(packed: PackedTrials, train: Indices, test: Indices) -> tupl
     """Influences, their standard errors and intervals, and the mid-p of Fisher's exact test, one-sided: half of P(X = x) counts."""
     from scipy.stats import hypergeom  # slow to import
 
-    both = np.zeros(len(train), np.int32)
-    for members, correct in zip(packed.membership, packed.correctness("test"), strict=True):
-        both += np.bitwise_count(members[train] & correct[test])
+    both = correct_in_at(packed, train, test)
     k_in, correct_on, t = packed.k_in[train], packed.correct_on_test[test], packed.trials
     p_in, p_out = share(both, k_in), share(correct_on - both, t - k_in)
     null = hypergeom(t, correct_on, k_in)
