@@ -81,7 +81,7 @@ def test_counts_and_estimates_from_an_old_store_have_equal_bits(store, experimen
     aggregation.publish()
     after = published(store)
     changed = {file for file in before | after if before.get(file) != after.get(file)}
-    assert changed == {"infl_matrix.npz", "memorization.csv", "summary.json"}
+    assert changed == {"infl_matrix.npz", "memorization.csv", "pairs.parquet", "summary.json"}
     assert latest_version(store, "old").summary.schema == 2
 
 
