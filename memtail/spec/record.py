@@ -25,6 +25,12 @@ def _false_true_or_only(value: Any) -> Any:
         raise ValueError("is false, true or only") from None
 
 
+def _all_or_a_number(value: Any) -> Any:
+    if value != "all" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ValueError("is a number of trials, 0 or more, or all")
+    return value
+
+
 class RecordedOutcomes(Part):
     """Additional outcomes recorded in each trial.
 
@@ -40,7 +46,7 @@ class RecordedOutcomes(Part):
     margins: bool = False
     scores: Annotated[bool | Literal["only"], BeforeValidator(_false_true_or_only)] = False
     snapshots: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=MOST_SNAPSHOTS), AfterValidator(_ascending)] = []
-    models: Literal["all"] | Annotated[int, Field(ge=0, strict=True)] = 0
+    models: Annotated[Literal["all"] | Annotated[int, Field(ge=0)], BeforeValidator(_all_or_a_number)] = 0
 
     def keeps_model(self, trial: int) -> bool:
         """Return whether the model of a trial is kept."""
