@@ -17,7 +17,7 @@ Without scores, c is correctness. Where only scores are recorded, it is the scor
 Sums over trials are sums of integers, so equal trials give equal sums in any order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,12 @@ class SelectedPairs:
 
 
 def select_pairs(
-    packed: PackedTrials, mem: Floats, train_labels: Indices, test_labels: Indices, mem_threshold: float = MEM_THRESHOLD
+    packed: PackedTrials,
+    mem: Floats,
+    train_labels: Indices,
+    test_labels: Indices,
+    mem_threshold: float = MEM_THRESHOLD,
+    progress: Callable[[], object] = lambda: None,
 ) -> SelectedPairs:
     """Select pairs by adjusted influence, among the pairs of one class with mem_i >= `mem_threshold`.
 
@@ -86,6 +91,7 @@ def select_pairs(
         train_labels: int64 [n].
         test_labels: int64 [q].
         mem_threshold: of memorization.
+        progress: called after each block of test examples, as one takes a second or more of many training examples.
 
     Returns:
         The pairs of at least the threshold of adjusted influence, at a false discovery rate of at most `RATE`.
@@ -101,6 +107,7 @@ def select_pairs(
             parts.append(np.stack([rows[i], block[j], value[i, j], z[i, j]]))
             small.append(tails[tails <= LARGEST_RATE])
             tested += tails.size
+            progress()
     train, test, value, z = np.concatenate(parts, axis=1)
     rate, _ = discovery_rates(np.concatenate(small), tested, ndtr(-z))
     order = np.lexsort((test, train, -value))

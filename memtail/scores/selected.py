@@ -1,5 +1,6 @@
 """Columns of the table of selected pairs: adjusted influence, which selects them, beside the influence that they have."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from memtail.statistics.accumulator import PackedTrials
 _CONFIRMED = 0.05
 
 
-def selected_pairs(packed: PackedTrials, mem: Memorization, train_labels: Indices, test_labels: Indices) -> dict[str, Any]:
+def selected_pairs(
+    packed: PackedTrials, mem: Memorization, train_labels: Indices, test_labels: Indices, progress: Callable[[], object]
+) -> dict[str, Any]:
     """Select pairs by adjusted influence, and estimate their influence.
 
     Args:
@@ -26,11 +29,12 @@ def selected_pairs(packed: PackedTrials, mem: Memorization, train_labels: Indice
         mem: memorization, estimated from them.
         train_labels: int64 [n].
         test_labels: int64 [q].
+        progress: called after each piece of work.
 
     Returns:
         The columns of `pairs.parquet`; see `memtail.scores.files`.
     """
-    pairs = select_pairs(packed, mem.value, train_labels, test_labels)
+    pairs = select_pairs(packed, mem.value, train_labels, test_labels, progress=progress)
     names = OUTCOMES["score" if packed.scores_only else "correct"]
     value, error, interval, tail = (_on_scores if packed.scores_only else _on_correctness)(packed, pairs.train, pairs.test)
     return {

@@ -83,6 +83,13 @@ def test_pairs_with_an_effect_are_selected_and_few_others():
     assert (np.diff(pairs.value) <= 0).all()
 
 
+def test_each_block_of_test_examples_is_a_sign_of_progress():
+    M, X, S = trials_of(5, t=60)
+    packed, signs = packed_of(M, np.tile(X, 20), np.tile(S, 20)), []
+    select_pairs(packed, np.ones(N), LABELS, np.zeros(20 * Q, np.int64), progress=lambda: signs.append("sign"))
+    assert len(signs) == 3  # of 600 test examples in blocks of 256
+
+
 @pytest.mark.parametrize("scored", [True, False])
 def test_without_influence_hardly_any_pair_is_selected(scored):
     """At most in RATE of the runs a pair is selected by chance, where all are without influence; fixed thresholds select many."""
