@@ -14,7 +14,7 @@ training example itself. Subsets do not depend on outcomes, so this changes the 
 
 Without scores, c is correctness. Where only scores are recorded, it is the score itself, as it need not be a probability.
 
-Sums over trials are sums of integers, so equal trials give equal sums in any order.
+Sums over trials are sums of integers, so equal trials give equal sums in any order. Values of selected pairs are rounded.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,6 +48,10 @@ _COLUMNS = 256
 _ROWS = 4096
 # Trials per product: float32 holds their sums exactly.
 _TRIALS = 2**24 // ONE
+
+# Decimals of selected values, far below their standard errors: regressions differ in the last bits between processors, and equal trials are
+# to give equal files.
+_DECIMALS = 6
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -101,7 +105,7 @@ def select_pairs(
     for rows, columns in candidates(mem, train_labels, test_labels, mem_threshold):
         for part in _slices(len(columns), _COLUMNS):
             block = columns[part]
-            value, z = adjusted_influence(packed, rows, block)
+            value, z = (np.round(each, _DECIMALS) for each in adjusted_influence(packed, rows, block))
             tails = ndtr(-z)
             i, j = np.nonzero((value >= threshold) & (tails <= LARGEST_RATE))
             parts.append(np.stack([rows[i], block[j], value[i, j], z[i, j]]))
