@@ -14,10 +14,10 @@ largest, all but the one in question. Subsets do not depend on outcomes, so this
 
 Without scores, c is correctness. Where only scores are recorded, it is the score itself, as it need not be a probability.
 
-Sums over trials are sums of integers, so equal trials give equal sums in any order.
+Sums over trials are sums of integers, so equal trials give equal sums in any order. Values of selected pairs are rounded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ from memtail.estimators.binomial import Floats
 from memtail.estimators.false_discovery import LARGEST_RATE, discovery_rates
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD, Indices, candidates
 from memtail.statistics import cooccurrence
-from memtail.statistics.accumulator import PackedTrials, Words
+from memtail.statistics.accumulator import PackedTrials, Words, unpack_words
 from memtail.statistics.soft import ONE, PLANES
 
 #: Width of the step, in standard deviations of the log-odds of the example.
@@ -50,6 +50,10 @@ _COLUMNS = 256
 _ROWS = 4096
 # Trials per product: float32 holds their sums exactly.
 _TRIALS = 2**24 // ONE
+
+# Decimals of selected values, far below their standard errors: regressions differ in the last bits between processors, and equal trials are
+# to give equal files.
+_DECIMALS = 6
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -78,7 +82,12 @@ class SelectedPairs:
 
 
 def select_pairs(
-    packed: PackedTrials, mem: Floats, train_labels: Indices, test_labels: Indices, mem_threshold: float = MEM_THRESHOLD
+    packed: PackedTrials,
+    mem: Floats,
+    train_labels: Indices,
+    test_labels: Indices,
+    mem_threshold: float = MEM_THRESHOLD,
+    progress: Callable[[], object] = lambda: None,
 ) -> SelectedPairs:
     """Select pairs by adjusted influence, among the pairs of one class with mem_i >= `mem_threshold`.
 
@@ -88,6 +97,7 @@ def select_pairs(
         train_labels: int64 [n].
         test_labels: int64 [q].
         mem_threshold: of memorization.
+        progress: called after each block of test examples, as one takes a second or more of many training examples.
 
     Returns:
         The pairs of at least the threshold of adjusted influence, at a false discovery rate of at most `RATE`.
@@ -98,12 +108,13 @@ def select_pairs(
         others = np.flatnonzero(train_labels == train_labels[rows[0]])
         for part in _slices(len(columns), _COLUMNS):
             block = columns[part]
-            value, z = adjusted_influence(packed, rows, block, others)
+            value, z = (np.round(each, _DECIMALS) for each in adjusted_influence(packed, rows, block, others))
             tails = ndtr(-z)
             i, j = np.nonzero((value >= threshold) & (tails <= LARGEST_RATE))
             parts.append(np.stack([rows[i], block[j], value[i, j], z[i, j]]))
             small.append(tails[tails <= LARGEST_RATE])
             tested += tails.size
+            progress()
     train, test, value, z = np.concatenate(parts, axis=1)
     rate, _ = discovery_rates(np.concatenate(small), tested, ndtr(-z))
     order = np.lexsort((test, train, -value))
@@ -224,6 +235,5 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 
 def _bits(packed: PackedTrials, words: Words) -> _Bytes:
     """Unpack words [W, b] into uint8 [t, b], the bits of the trials that count."""
-    by_column = np.ascontiguousarray(words.T).astype("<u8").view(np.uint8)
-    bits: _Bytes = np.unpackbits(by_column, axis=1, bitorder="little").T[packed.counted_mask]
+    bits: _Bytes = unpack_words(words.T).T[packed.counted_mask].view(np.uint8)
     return bits

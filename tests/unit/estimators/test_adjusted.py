@@ -81,6 +81,15 @@ def test_pairs_with_an_effect_are_selected_and_few_others():
     assert pairs.tested == N * Q
     assert (pairs.rate <= RATE).all()
     assert (np.diff(pairs.value) <= 0).all()
+    for values in (pairs.value, pairs.z):  # so that libraries of linear algebra, which differ in the last bits, give equal files
+        np.testing.assert_array_equal(values, np.round(values, 6))
+
+
+def test_each_block_of_test_examples_is_a_sign_of_progress():
+    M, X, S = trials_of(5, t=60)
+    packed, signs = packed_of(M, np.tile(X, 20), np.tile(S, 20)), []
+    select_pairs(packed, np.ones(N), LABELS, np.zeros(20 * Q, np.int64), progress=lambda: signs.append("sign"))
+    assert len(signs) == 3  # of 600 test examples in blocks of 256
 
 
 @pytest.mark.parametrize("scored", [True, False])

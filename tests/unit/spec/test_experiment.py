@@ -343,3 +343,9 @@ def test_scores_alone_are_another_experiment_and_not_for_the_built_in_trainer(tm
         Experiment.parse({**function, "record": {"scores": "maybe"}})
     with pytest.raises(SpecError, match=r"^experiment: record\.scores: is false, true or only"):
         Experiment.parse({**function, "record": {"scores": ["only"]}})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "some", [1]])
+def test_a_number_of_kept_models_that_is_none_is_refused_in_one_line(value):
+    with pytest.raises(SpecError, match=r"^experiment: record\.models: is a number of trials, 0 or more, or all( \(got [^;]*\))?$"):
+        changed("record.models", value)
