@@ -20,7 +20,7 @@ from rich.progress import (
 from memtail.cli.display import console
 
 if TYPE_CHECKING:
-    from memtail.execution.embedded import RunState
+    from memtail.execution.run_state import RunState
 
 _PLAIN_LINE_SECONDS = 5.0
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.estimators.binomial import Floats
-from memtail.estimators.influence import influence_blocks
+from memtail.estimators.influence import correct_in_at, influence_blocks
 from memtail.estimators.pairs import MEM_THRESHOLD, Indices, candidates
 from memtail.statistics.accumulator import Counts, PackedTrials
 
@@ -61,7 +61,7 @@ def false_discovery(
             tails = _tails(block.both, block.k_in[:, None], block.correct, log_factorials)
             small.append(tails[tails <= LARGEST_RATE])
             tested += tails.size
-    both = np.bitwise_count(packed.membership[:, train] & packed.correctness("test")[:, test]).sum(0, dtype=np.int32)
+    both = correct_in_at(packed, train, test)
     selected = _tails(both[:, None], packed.k_in[train][:, None], packed.correct_on_test[test][:, None], log_factorials)[:, 0]
     rate, kept = discovery_rates(np.concatenate(small), tested, selected)
     return FalseDiscovery(rate, tested, kept)

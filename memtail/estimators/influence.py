@@ -91,6 +91,14 @@ def influence(packed: PackedTrials, train: Index, other: Index, on: Target = "te
     return Influence(both, packed.k_in[train], correct[other], packed.trials)
 
 
+def correct_in_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Return int32 [p], the trials with each training example in their subset that classify its test example correctly."""
+    both = np.zeros(len(train), np.int32)
+    for members, correct in zip(packed.membership, packed.correctness("test"), strict=True):
+        both += np.bitwise_count(members[train] & correct[test])
+    return both
+
+
 def influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> Floats:
     """Estimate the influence of p training examples on one test example each.
 
@@ -102,10 +110,7 @@ def influence_at(packed: PackedTrials, train: npt.NDArray[np.int64], test: npt.N
     Returns:
         float64 [p]; NaN where there is no estimate.
     """
-    both = np.zeros(len(train), np.int64)
-    for members, correct in zip(packed.membership, packed.correctness("test"), strict=True):
-        both += np.bitwise_count(members[train] & correct[test])
-    k_in = packed.k_in[train]
+    both, k_in = correct_in_at(packed, train, test), packed.k_in[train]
     return share(both, k_in) - share(packed.correct_on_test[test] - both, packed.trials - k_in)
 
 

@@ -6,7 +6,7 @@ import structlog
 
 from memtail.errors import StoreError
 from memtail.experiment_store import ExperimentStore
-from memtail.storage import ObjectNotFound, ObjectStore, keys
+from memtail.storage import ObjectNotFound, keys
 from memtail.trials import Shard
 
 log = structlog.get_logger()
@@ -18,16 +18,17 @@ class StoredCheckpoints:
     A checkpoint only saves time, so a store that refuses one never ends training: the refusal is logged.
 
     Args:
-        store: the object store.
-        name: name of the experiment.
+        experiment_store: the experiment's objects.
+        fingerprint: of the experiment.
         shard: the unfinished shard.
         second: whether it is trained a second time, for a comparison that must not begin with a state of the first training. The models
             of the first are kept.
     """
 
-    def __init__(self, store: ObjectStore, name: str, shard: Shard, second: bool = False) -> None:
-        self._store, self._name, self._second = store, name, second
-        self._key = keys.checkpoint(name, shard.first, shard.last, second)
+    def __init__(self, experiment_store: ExperimentStore, fingerprint: str, shard: Shard, second: bool = False) -> None:
+        self._experiment_store, self._fingerprint, self._second = experiment_store, fingerprint, second
+        self._store = experiment_store.store
+        self._key = keys.checkpoint(experiment_store.name, shard.first, shard.last, second)
 
     def load(self) -> bytes | None:
         """Return the last saved state, None if there is none. Raises: StoreError."""
@@ -47,13 +48,12 @@ class StoredCheckpoints:
         """Write the model of a trained trial, in place of that of an attempt that was interrupted.
 
         Raises:
-            StoreError: the store refuses, or the experiment was removed.
+            StoreError: the store refuses, or the experiment was removed, or another one has its name now.
         """
         if self._second:
             return
-        if not ExperimentStore(self._store, self._name).is_registered():
-            raise ObjectNotFound(f"experiment '{self._name}' was removed, and its models are dropped")
-        self._store.put(keys.model(self._name, trial), model)
+        self._experiment_store.check_registered(self._fingerprint)
+        self._store.put(keys.model(self._experiment_store.name, trial), model)
 
     def remove(self) -> None:
         """Remove the saved state of a committed shard; log a store that refuses."""

@@ -9,7 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +26,14 @@ from memtail.execution.checkpoints import left_over
 from memtail.execution.declare import declare, network_shard_size, user_shard_size
 from memtail.execution.finishing import still_finished
 from memtail.execution.pool import Task, Workers
+from memtail.execution.run_state import RunState
 from memtail.execution.shard_task import ShardOutcome, ShardResult
-from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
+from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished
 from memtail.processes import end_if_imported, hide
 from memtail.scores.pointer import latest_version
 from memtail.scores.summary import ScoreSummary
 from memtail.settings import S3Settings
 from memtail.spec import Experiment, TrainerSpec
-from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import is_url, open_store
 from memtail.trainers.images.devices import available_devices, device_kind
@@ -86,54 +86,6 @@ class RunResult(Mapping[str, Any]):
     @cached_property
     def _items(self) -> dict[str, Any]:
         return {**self.summary.to_dict(), **({"profile": self.profile} if self.profile else {})}
-
-
-@dataclass
-class RunState:
-    """State of a run, for progress displays.
-
-    Attributes:
-        aggregation: the accumulated trials.
-        dataset: the experiment's dataset.
-        devices: the devices it trains on.
-        partial: trained part of each shard in training (0 to 1).
-        failed: shards this run gave up, with their last error.
-        seconds: seconds since training began.
-        phases: seconds by phase: those of the training processes together, and of committing, accumulating and publishing as "writing".
-    """
-
-    aggregation: Aggregation
-    dataset: Dataset
-    devices: list[str]
-    partial: dict[Shard, float] = field(default_factory=dict)
-    failed: dict[Shard, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @property
-    def record(self) -> Record:
-        """The experiment's record."""
-        return self.aggregation.record
-
-    @property
-    def statistics(self) -> Statistics:
-        """Statistics of the accumulated trials."""
-        return self.aggregation.statistics
-
-    @property
-    def total(self) -> int:
-        """Number of trials the experiment asks for."""
-        return self.aggregation.total
-
-    @property
-    def trials(self) -> int:
-        """Number of committed trials, diverged ones included."""
-        return self.aggregation.trials
-
-    @property
-    def progress(self) -> float:
-        """Number of trained trials; shards in training count by the part that is trained."""
-        return self.trials + sum(share * len(shard.trials) for shard, share in self.partial.items())
 
 
 def run(

@@ -150,8 +150,7 @@ def forecast(
         return [min(size, remaining - first) for first in range(0, remaining, size)]
 
     row = (2 * experiment.record.margins + bool(experiment.record.scores)) * (dataset.n_train + dataset.n_test)
-    correct = not experiment.record.scores_only
-    row += (1 + correct + len(experiment.record.snapshots)) * -(-dataset.n_train // 8) + correct * -(-dataset.n_test // 8)
+    row += (2 + len(experiment.record.snapshots)) * -(-dataset.n_train // 8) + -(-dataset.n_test // 8)
     error = expected_standard_error(1, fraction)
     return Forecast(
         experiment=experiment.name,

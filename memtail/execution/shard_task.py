@@ -96,12 +96,12 @@ def run_shard(
     Raises:
         UnsupportedError: `train` says that this process must not train the experiment.
     """
-    checkpoints = StoredCheckpoints(experiment_store.store, experiment_store.name, shard)
+    checkpoints = StoredCheckpoints(experiment_store, record.fingerprint, shard)
     try:
         verifying = experiment_store.is_committed(shard)
         if verifying:
             checkpoints.remove()  # of a process that was killed between the commit and the removal
-            checkpoints = StoredCheckpoints(experiment_store.store, experiment_store.name, shard, second=True)
+            checkpoints = StoredCheckpoints(experiment_store, record.fingerprint, shard, second=True)
         to_train = experiment_store.unverified(record, [shard]) if verifying else experiment_store.finished(record) is None
         if not to_train:
             checkpoints.remove()

@@ -102,7 +102,7 @@ def write_scores(
     else:
         _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
         _write_pairs(folder, pairs, soft_influence_at(packed, pairs.train, pairs.test))
-    selected = selected_pairs(packed, mem, dataset.train_labels, dataset.test_labels)
+    selected = selected_pairs(packed, mem, dataset.train_labels, dataset.test_labels, progress)
     pyarrow.parquet.write_table(pa.table(selected), folder / SELECTED_PAIRS)
     progress()
     arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}

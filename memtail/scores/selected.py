@@ -1,5 +1,6 @@
 """Columns of the table of selected pairs: adjusted influence, which selects them, beside the influence that they have."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from scipy.special import ndtr
 from memtail.estimators import Memorization
 from memtail.estimators.adjusted import select_pairs
 from memtail.estimators.binomial import Floats, difference_interval, normal_interval, share
-from memtail.estimators.influence import influence_standard_error
+from memtail.estimators.influence import correct_in_at, influence_standard_error
 from memtail.estimators.pairs import Indices
 from memtail.estimators.soft import soft_influence_at
 from memtail.scores.names import OUTCOMES
@@ -18,7 +19,9 @@ from memtail.statistics.accumulator import PackedTrials
 _CONFIRMED = 0.05
 
 
-def selected_pairs(packed: PackedTrials, mem: Memorization, train_labels: Indices, test_labels: Indices) -> dict[str, Any]:
+def selected_pairs(
+    packed: PackedTrials, mem: Memorization, train_labels: Indices, test_labels: Indices, progress: Callable[[], object]
+) -> dict[str, Any]:
     """Select pairs by adjusted influence, and estimate their influence.
 
     Args:
@@ -26,11 +29,12 @@ def selected_pairs(packed: PackedTrials, mem: Memorization, train_labels: Indice
         mem: memorization, estimated from them.
         train_labels: int64 [n].
         test_labels: int64 [q].
+        progress: called after each piece of work.
 
     Returns:
         The columns of `pairs.parquet`; see `memtail.scores.files`.
     """
-    pairs = select_pairs(packed, mem.value, train_labels, test_labels)
+    pairs = select_pairs(packed, mem.value, train_labels, test_labels, progress=progress)
     names = OUTCOMES["score" if packed.scores_only else "correct"]
     value, error, interval, tail = (_on_scores if packed.scores_only else _on_correctness)(packed, pairs.train, pairs.test)
     return {
@@ -53,9 +57,7 @@ def _on_correctness(packed: PackedTrials, train: Indices, test: Indices) -> tupl
     """Influences, their standard errors and intervals, and the mid-p of Fisher's exact test, one-sided: half of P(X = x) counts."""
     from scipy.stats import hypergeom  # slow to import
 
-    both = np.zeros(len(train), np.int32)
-    for members, correct in zip(packed.membership, packed.correctness("test"), strict=True):
-        both += np.bitwise_count(members[train] & correct[test])
+    both = correct_in_at(packed, train, test)
     k_in, correct_on, t = packed.k_in[train], packed.correct_on_test[test], packed.trials
     p_in, p_out = share(both, k_in), share(correct_on - both, t - k_in)
     null = hypergeom(t, correct_on, k_in)

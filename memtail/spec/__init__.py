@@ -8,17 +8,10 @@ from memtail.spec.cluster import Toleration, WorkersSpec
 from memtail.spec.dataset import DatasetSpec, TableColumns
 from memtail.spec.dataset_sources import AnyDataset, FunctionDataset, HuggingFaceDataset, HuggingFaceSplits, TorchvisionDataset
 from memtail.spec.errors import differences
-from memtail.spec.experiment import (
-    NAME,
-    RECIPE_VERSION,
-    ExecutionSpec,
-    Experiment,
-    RankingSpec,
-    RecordedOutcomes,
-    SubsetsSpec,
-    UntilSpec,
-)
+from memtail.spec.experiment import NAME, RECIPE_VERSION, ExecutionSpec, Experiment
 from memtail.spec.model import Cnn, Mlp, ModelSpec, NamedModel
+from memtail.spec.record import RecordedOutcomes
+from memtail.spec.subsets import RankingSpec, SubsetsSpec, UntilSpec
 from memtail.spec.trainer import CommandTrainer, FunctionTrainer, ImagesTrainer, ImportedTrainer, TrainerSpec
 from memtail.spec.training import Adam, AdamW, Constant, Cosine, Linear, OptimizerSpec, ScheduleSpec, Sgd, Step, TrainingSpec
 

@@ -7,7 +7,6 @@ fingerprint omits everything that no trial depends on: `name`, the paths of file
 
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from memtail.digests import file_digest
 from memtail.errors import SpecError
@@ -24,6 +23,8 @@ from memtail.spec.cluster import WorkersSpec
 from memtail.spec.dataset_sources import AnyDataset, with_absolute_paths
 from memtail.spec.errors import describe
 from memtail.spec.model import Mlp, ModelSpec, NamedModel
+from memtail.spec.record import RecordedOutcomes
+from memtail.spec.subsets import SubsetsSpec
 from memtail.spec.trainer import ImagesTrainer, ImportedTrainer, TrainerSpec, code_digest
 from memtail.spec.training import TrainingSpec
 
@@ -32,167 +33,6 @@ RECIPE_VERSION = 2
 
 #: Pattern of experiment names, which are parts of object keys.
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
-
-#: Most epochs after which outcomes are recorded.
-MOST_SNAPSHOTS = 32
-
-# Fewest trials in the first round of an experiment that stops at a standard error.
-_SMALLEST_ROUND = 64
-# Width of a 95% interval in standard errors, at most.
-_INTERVAL = 2 * 1.96
-# Standard error in the worst case up to which the overlap of rankings is sought: ties may keep it from ever being reached.
-_FINEST = 0.01
-
-
-class RankingSpec(Part):
-    """The agreement on the most memorized examples at which an experiment ends.
-
-    Attributes:
-        top: the number of most memorized examples.
-        overlap: the overlap (Jaccard) of these with those of another run of as many trials, as expected from the present trials.
-    """
-
-    top: Annotated[int, Field(ge=1)]
-    overlap: Annotated[float, Field(gt=0, lt=1)]
-
-
-class UntilSpec(Part):
-    """The precision at which an experiment ends: all bounds that are declared, at least one, have to hold.
-
-    Attributes:
-        standard_error: the largest standard error of memorization accepted.
-        interval_width: the largest width of the 95% interval of memorization accepted, from `mem_lo` to `mem_hi`.
-        ranking: the agreement with another run on the most memorized examples that is needed. It is sought up to the number of trials at
-            which no standard error exceeds 0.01.
-        quantile: the share of training examples that must reach `standard_error` and `interval_width`.
-    """
-
-    standard_error: Annotated[float, Field(gt=0, lt=0.5)] | None = None
-    interval_width: Annotated[float, Field(gt=0, lt=2)] | None = None
-    ranking: RankingSpec | None = None
-    quantile: Annotated[float, Field(gt=0, le=1)] = 0.95
-
-    @model_validator(mode="after")
-    def _has_a_bound(self) -> Self:
-        if self.standard_error is None and self.interval_width is None and self.ranking is None:
-            raise ValueError("until needs a bound: standard_error, interval_width or ranking")
-        return self
-
-    def most_trials(self, fraction: float) -> int:
-        """Return the number of trials that suffices for every example, or is the most for a ranking: the worst case, p_in = p_out = 1/2.
-
-        See `memtail.estimators.expected_standard_error`.
-
-        Args:
-            fraction: of the training examples in each subset.
-        """
-        bounds = (
-            self.standard_error,
-            None if self.interval_width is None else self.interval_width / _INTERVAL,
-            None if self.ranking is None else _FINEST,
-        )
-        bound = min(each for each in bounds if each is not None)
-        return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / bound**2)
-
-    def first_round(self, fraction: float) -> int:
-        """Return the number of trials of the first round: a twentieth of the worst case, but enough to estimate standard errors from.
-
-        Args:
-            fraction: of the training examples in each subset.
-        """
-        most = self.most_trials(fraction)
-        return max(2, min(most, max(_SMALLEST_ROUND, most // 20)))
-
-
-class SubsetsSpec(Part):
-    """The subset design and the number of trials.
-
-    Attributes:
-        design: the rule that maps a trial to its subset (see `memtail.subsets`).
-        fraction: share of the training examples in a subset.
-        trials: number of trials; with `until`, the number to begin with, which has a suitable default.
-        seed: seed of the experiment: of subsets, initial weights, batch order and augmentation.
-        masks: of the design `explicit`, a `.npy` file of booleans [trials, n].
-        until: continue in rounds of trials until the scores have this precision.
-    """
-
-    design: Literal["uniform", "balanced", "stratified", "explicit"] = "uniform"
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.7
-    trials: Annotated[int, Field(ge=2)] = 1000
-    seed: Annotated[int, Field(ge=0)] = 0
-    masks: Path | None = None
-    until: UntilSpec | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _begin_with_a_first_round(cls, data: Any) -> Any:
-        try:
-            if "trials" not in data and data["until"]:
-                until = UntilSpec.model_validate(data["until"])
-                return {**data, "trials": until.first_round(float(data.get("fraction", 0.7)))}
-        except (KeyError, TypeError, ValueError, ArithmeticError):  # a ValidationError is a ValueError
-            pass  # there is no `until`, or its own validation reports it
-        return data
-
-    @model_validator(mode="after")
-    def _masks_are_given_in_full(self) -> Self:
-        if self.masks is not None and self.until is not None:
-            raise ValueError("until cannot be combined with masks, which fix the number of trials")
-        return self
-
-    @model_validator(mode="after")
-    def _masks_belong_to_explicit(self) -> Self:
-        if (self.design == "explicit") != (self.masks is not None):
-            raise ValueError("masks (a .npy file of booleans [trials, n]) are required for design 'explicit', and refused for others")
-        return self
-
-
-def _ascending(epochs: list[int]) -> list[int]:
-    if sorted(set(epochs)) != epochs:
-        raise ValueError(f"are different epochs in ascending order, not {epochs}")
-    return epochs
-
-
-def _false_true_or_only(value: Any) -> Any:
-    if value == "only":
-        return value
-    try:
-        return TypeAdapter(bool).validate_python(value)
-    except ValidationError:
-        raise ValueError("is false, true or only") from None
-
-
-def _number_or_all(value: Any) -> Any:
-    if value == "all" or (type(value) is int and value >= 0):
-        return value
-    raise ValueError("is a number of trials, or all")
-
-
-class RecordedOutcomes(Part):
-    """Additional outcomes recorded in each trial.
-
-    Attributes:
-        margins: record the logit margin of every example.
-        scores: record a score in [0, 1] of every example, of which memorization and influence are estimated too: of the built-in trainer,
-            the probability of the label; of training code of your own, what it returns. Each takes a byte. `only` is for training code
-            of your own that does not know what is correct: it returns scores alone, and memorization and influence are those of scores.
-        snapshots: record after these epochs, too, which training examples are classified correctly; of the built-in trainer.
-        models: keep the weights of the models of this many first trials, or of `all` (see `memtail.load_model`); of the built-in trainer.
-    """
-
-    margins: bool = False
-    scores: Annotated[bool | Literal["only"], BeforeValidator(_false_true_or_only)] = False
-    snapshots: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=MOST_SNAPSHOTS), AfterValidator(_ascending)] = []
-    models: Annotated[Literal["all"] | Annotated[int, Field(ge=0)], BeforeValidator(_number_or_all)] = 0
-
-    def keeps_model(self, trial: int) -> bool:
-        """Return whether the model of a trial is kept."""
-        return self.models == "all" or trial < self.models
-
-    @property
-    def scores_only(self) -> bool:
-        """Whether trials have scores in place of correctness."""
-        return self.scores == "only"
 
 
 class ExecutionSpec(Part):

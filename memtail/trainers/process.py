@@ -15,25 +15,24 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from memtail.datasets import DatasetLabels
-from memtail.errors import ForeignObjectError, SpecError, TrainerError, TrainingStopped, UnsupportedError, WorkerFaultError
+from memtail.errors import SpecError, TrainerError, TrainingStopped, UnsupportedError, WorkerFaultError
 from memtail.experiment_store import Record
 from memtail.processes import hide
 from memtail.spec import Experiment, ImagesTrainer
-from memtail.subsets import membership
 from memtail.trainers.channel import Channel
 from memtail.trainers.checkpoints import LARGEST_STATE, Checkpoints
 from memtail.trainers.command import describe_exit
 from memtail.trainers.confinement import has_landlock, restricted_paths, trainer_environment
 from memtail.trainers.limits import Limits
 from memtail.trainers.output import Output
-from memtail.trials import Shard, TrialBatch, largest_batch, pack
+from memtail.trainers.work import Work
+from memtail.trials import Shard, TrialBatch, largest_batch
 
 log = structlog.get_logger()
 
@@ -52,46 +51,6 @@ _SHOW_SECONDS = 0.5
 _LONGEST_WARNING = 1000
 # Imports come from where those of this process do: the folder of the user's code, which could replace any module, is not among them.
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from memtail.trainers.guardian import main; main()"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a trainer process trains.
-
-    Attributes:
-        record: of the experiment, with the masks, if any, in a file on this machine.
-        dataset: the experiment's dataset.
-        shard: the shard.
-        code: folder of the user's code.
-        store: address of the store; if it is a folder, user code has no access to it.
-        profile: whether to measure the seconds by phase; only the built-in trainer does.
-    """
-
-    record: Record
-    dataset: DatasetLabels
-    shard: Shard
-    code: Path
-    store: str | None = None
-    profile: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """The message that begins the training."""
-        return {
-            "experiment": self._experiment().model_dump(mode="json"),
-            "fingerprint": self.record.fingerprint,
-            "trainer_code": self.record.trainer_code,
-            "dataset": str(self.dataset.folder),
-            "first": self.shard.first,
-            "last": self.shard.last,
-            "code": str(self.code),
-            "profile": self.profile,
-        }
-
-    def _experiment(self) -> Experiment:
-        """The experiment, with paths that hold in another folder."""
-        experiment = self.record.experiment
-        paths = [path for path in (experiment.subsets.masks, experiment.model.weights_file) if path is not None]
-        return experiment.with_files({path: path.absolute() for path in paths})
 
 
 class _RemoteTraceback(Exception):  # noqa: N818 - not raised, but shown as a cause
@@ -317,7 +276,7 @@ class TrainerProcess:
                         checkpoints.save(data)
                         limits.heard()  # the store may have been slow
                 case {"model": int(trial)}:
-                    _check_kept(trial, work)
+                    work.check_model(trial)
                     if checkpoints:
                         checkpoints.keep_model(trial, data)
                         limits.heard()
@@ -326,7 +285,7 @@ class TrainerProcess:
                 case {"batch": _}:
                     peak = message.get("peak_memory")
                     self.peak_memory = peak if isinstance(peak, int) else 0
-                    return _checked(data, work)
+                    return work.batch_of(data)
                 case {"error": str(kind), "message": str(text), "traceback": str(trace)}:
                     self._raise(kind, _printable(text), _printable(trace), imports, limits.stopping is not None)
 
@@ -388,29 +347,3 @@ def _end(guardian: "subprocess.Popen[bytes]") -> None:
 
 def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
-
-
-def _check_kept(trial: int, work: Work) -> None:
-    """Check that the model of a trial is to be kept. Raises: TrainerError."""
-    if trial not in work.shard.trials or not work.record.experiment.record.keeps_model(trial):
-        raise TrainerError(f"the trainer process returned a model of trial {trial}, which is not to be kept")
-
-
-def _checked(data: bytes, work: Work) -> TrialBatch:
-    """Read a batch, and check that it is the shard's: user code shares the process that made it. Raises: TrainerError."""
-    experiment, dataset, trials = work.record.experiment, work.dataset, work.shard.trials
-    try:
-        batch = TrialBatch.from_bytes(data)
-        members = membership(experiment.subsets, dataset.train_labels, trials)
-        same = (
-            batch.trial.tolist() == list(trials)
-            and batch.fingerprint == work.record.fingerprint
-            and (batch.n_train, batch.n_test) == (dataset.n_train, dataset.n_test)
-            and batch.scores_only == work.record.experiment.record.scores_only
-            and bool((batch.membership == pack(members)).all())
-        )
-    except (ForeignObjectError, ValueError):
-        raise TrainerError("the trainer process returned what is no batch: the code wrote to the connection of memtail") from None
-    if not same:
-        raise TrainerError("the trainer process returned a batch of other trials")
-    return batch

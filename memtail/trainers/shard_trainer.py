@@ -8,7 +8,8 @@ from memtail.datasets import Dataset
 from memtail.experiment_store import Record
 from memtail.trainers.checkpoints import Checkpoints
 from memtail.trainers.inputs import trainable
-from memtail.trainers.process import TrainerProcess, Work
+from memtail.trainers.process import TrainerProcess
+from memtail.trainers.work import Work
 from memtail.trials import Shard, TrialBatch
 
 

@@ -91,7 +91,7 @@ def update_scores(name: str, pointer: ScorePointer | None) -> None:
 
 
 def _trials_to_reach(subsets: SubsetsSpec, statistics: Statistics) -> int:
-    """The declared number of trials, or the number that the declared standard error takes."""
+    """The declared number of trials, or the number that the declared precision takes."""
     if subsets.until is None:
         return subsets.trials
     return math.ceil(min(trials_needed(subsets.until, statistics), subsets.until.most_trials(subsets.fraction)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import memtail
 from memtail import datasets
-from memtail.execution.embedded import RunState
+from memtail.execution.run_state import RunState
 from memtail.processes import cores
 from memtail.spec import Experiment
 from tests.benchmarks.bench import Row

@@ -15,7 +15,8 @@ from memtail.errors import TrainerError, TrainingStopped, UnsupportedError
 from memtail.execution.declare import declare as make_record
 from memtail.execution.embedded import run
 from memtail.spec import Experiment
-from memtail.trainers.process import TrainerProcess, Work
+from memtail.trainers.process import TrainerProcess
+from memtail.trainers.work import Work
 from memtail.trials import Shard, unpack
 from tests.support.checkpoints import KeptCheckpoints
 from tests.support.cli import command

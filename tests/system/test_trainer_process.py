@@ -20,7 +20,8 @@ from memtail.experiment_store import ExperimentStore
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trainers import landlock, limits
-from memtail.trainers.process import TrainerProcess, Work
+from memtail.trainers.process import TrainerProcess
+from memtail.trainers.work import Work
 from memtail.trials import Shard
 from tests.support.checkpoints import KeptCheckpoints
 from tests.support.cli import MEMTAIL

@@ -270,7 +270,7 @@ def test_a_refused_failure_record_hands_the_shard_back(caller, monkeypatch):
 def test_the_checkpoint_is_resumed_and_removed_after_the_commit(caller, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(training, "_CHECKPOINT_SHARE", float("inf"))
-    checkpoints = StoredCheckpoints(caller.store, "digits", SHARD)
+    checkpoints = StoredCheckpoints(caller.experiment_store, caller.record.fingerprint, SHARD)
 
     def once(state):
         save(state)
@@ -292,7 +292,7 @@ def test_the_checkpoint_is_resumed_and_removed_after_the_commit(caller, monkeypa
 def test_a_second_training_continues_from_its_own_checkpoint_only(caller):
     change_execution(caller, verify=1.0)
     assert caller.attempt() == "committed"
-    first = StoredCheckpoints(caller.store, "digits", SHARD)
+    first = StoredCheckpoints(caller.experiment_store, caller.record.fingerprint, SHARD)
     first.save(b"of a process that was killed after its commit")
     loads = []
 
@@ -316,7 +316,7 @@ def test_stopped_training_leaves_a_checkpoint_and_no_attempt(caller):
 
     result = run_shard(caller.experiment_store, caller.record, SHARD, "cpu", stopped)
     assert result.outcome is ShardOutcome.STOPPED
-    assert StoredCheckpoints(caller.store, "digits", SHARD).load() == b"state"
+    assert StoredCheckpoints(caller.experiment_store, caller.record.fingerprint, SHARD).load() == b"state"
     assert not list(caller.experiment_store.failures())
 
 

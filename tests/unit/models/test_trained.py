@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -168,9 +169,21 @@ def test_a_store_that_refuses_a_model_gets_the_shard_back_and_one_of_a_removed_e
     assert (result.outcome, result.error) == (ShardOutcome.HANDED_BACK, f"{keys.model('digits', 0)} cannot be written")
     monkeypatch.setattr(LocalStore, "put", put)
     done.store.delete(keys.experiment("digits"))
+    assert done.attempt().outcome is ShardOutcome.HANDED_BACK
+    assert not kept(done)
+
+
+def test_a_model_of_an_earlier_experiment_of_the_name_is_dropped(trained):
+    done = trained()
+    done.experiment_store.discard(done.shard, "to train it again")
+    before = kept(done)
+    for key in before:
+        done.store.delete(key)
+    other = replace(done.record, fingerprint="0" * 64)
+    done.store.put(keys.experiment("digits"), other.to_bytes())
     result = done.attempt()
     assert result.outcome is ShardOutcome.HANDED_BACK
-    assert result.error == "experiment 'digits' was removed, and its models are dropped"
+    assert result.error == "another experiment has the name 'digits' now, and what is made of the earlier one is dropped"
     assert not kept(done)
 
 

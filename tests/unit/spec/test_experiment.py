@@ -126,9 +126,6 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("training.augmentation", ["flip", {"name": "random-erasing", "scale": [0.5, 0.1]}], "training.augmentation.1.scale: goes from"),
         ("model", {"name": "resnet18", "weights": "DEFAULT"}, "model.weights: are other weights in another version of torchvision"),
         ("model", {"name": "mlp", "weights": "w.pt"}, "unknown key 'model.weights': known here: name, hidden"),
-        ("record.models", "some", "record.models: is a number of trials, or all (got some)"),
-        ("record.models", -1, "record.models: is a number of trials, or all (got -1)"),
-        ("record.models", True, "record.models: is a number of trials, or all (got true)"),
         ("subsets.until", {"ranking": 20}, "subsets.until.ranking: takes the keys top, overlap, not a single value (got 20)"),
         ("subsets.until", 0.02, "subsets.until: takes the keys standard_error, interval_width, ranking, quantile, not a single value"),
         ("trainer", "forest", "trainer: takes keys, not a single value (got forest)"),
@@ -349,3 +346,9 @@ def test_scores_alone_are_another_experiment_and_not_for_the_built_in_trainer(tm
         Experiment.parse({**function, "record": {"scores": "maybe"}})
     with pytest.raises(SpecError, match=r"^experiment: record\.scores: is false, true or only"):
         Experiment.parse({**function, "record": {"scores": ["only"]}})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "some", [1]])
+def test_a_number_of_kept_models_that_is_none_is_refused_in_one_line(value):
+    with pytest.raises(SpecError, match=r"^experiment: record\.models: is a number of trials, 0 or more, or all( \(got [^;]*\))?$"):
+        changed("record.models", value)
