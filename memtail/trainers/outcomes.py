@@ -53,7 +53,7 @@ def check_outcome(
         if record.margins:
             arrays[f"{split}_margin"] = _margins(f"{split}_margin", margin if size or margin is not None else (), size)
         if record.scores:
-            arrays[f"{split}_score"] = _scores(f"{split}_score", score if size or score is not None else (), size)
+            arrays[f"{split}_score"] = _scores(f"{split}_score", score if size or score is not None else (), size, record.scores_only)
         labels = getattr(dataset, f"{split}_labels") if dataset.labelled else None
         _check_same(f"{split}_labels", getattr(outcome, f"{split}_labels"), labels)
         files = getattr(dataset, f"{split}_files")
@@ -97,9 +97,10 @@ def _margins(name: str, values: Any, size: int) -> npt.NDArray[np.float16]:
     return recorded_margins(array)
 
 
-def _scores(name: str, values: Any, size: int) -> npt.NDArray[np.float32]:
+def _scores(name: str, values: Any, size: int, alone: bool) -> npt.NDArray[np.float32]:
     if values is None:
-        raise OutcomeError(f"{name} is missing, and the experiment records scores: return it, or remove record.scores")
+        kept, instead = ("scores only", "return correctness and remove") if alone else ("scores", "remove")
+        raise OutcomeError(f"{name} is missing, and the experiment records {kept}: return it, or {instead} record.scores")
     array = _array(name, values, size)
     if array.dtype.kind not in "biuf":
         raise OutcomeError(f"{name} is {array.dtype}: return floats from 0 to 1")

@@ -216,6 +216,11 @@ def test_without_correctness_a_batch_holds_scores_and_their_means(dataset):
 @pytest.mark.parametrize(
     ("returned", "record", "message"),
     [
+        (
+            {"train_correct": None, "test_correct": None, "train_score": None},
+            ONLY,
+            "train_score is missing, and the experiment records scores only: return it, or return correctness and remove record.scores",
+        ),
         ({}, ONLY, "train_correct was returned, and the experiment records scores only: remove it, or declare"),
         ({"train_correct": None}, ONLY, "test_correct was returned, and the experiment records scores only: remove it, or declare"),
         ({"train_correct": None, "test_correct": None, "train_score": None}, ONLY, "train_score is missing, and the experiment records"),
