@@ -19,6 +19,7 @@ Sums over trials are sums of integers, so equal trials give equal sums in any or
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -174,25 +175,21 @@ def _largest_effects(packed: PackedTrials, others: Indices, steps: _Bytes, total
     """For each test example, the training examples to adjust for, ascending, and the sums of steps with each in the subset."""
     t = packed.trials
     most = min(_MOST_ADJUSTED, t // _TRIALS_PER_ADJUSTED)
-    size: Floats = np.zeros((most, len(total)))
-    index: Indices = np.zeros((most, len(total)), np.int64)
-    sums: Floats = np.zeros((most, len(total)))
+    parts = [np.empty((4, 0))]
     for rows in _slices(len(others), _ROWS) if most else ():
         k_in, product = _sums_in(packed, others[rows], steps)
         with np.errstate(divide="ignore", invalid="ignore"):
             difference, unit = _difference(product, total, k_in, t)
             effect = np.abs(difference) / (np.sqrt(np.maximum(squares / (t - 1), _LEAST_VARIANCE)) * unit)
-        size = np.concatenate([size, np.where(np.isfinite(effect), effect, 0)])
-        index = np.concatenate([index, np.broadcast_to(others[rows][:, None], effect.shape)])
-        sums = np.concatenate([sums, product])
-        largest = np.argpartition(-size, most - 1, axis=0)[:most]
-        size, index = np.take_along_axis(size, largest, 0), np.take_along_axis(index, largest, 0)
-        sums = np.take_along_axis(sums, largest, 0)
+        i, j = np.nonzero((effect >= _SMALLEST_EFFECT) & np.isfinite(effect))
+        parts.append(np.stack([j, effect[i, j], others[rows][i], product[i, j]]))
+    column, effect, index, sums = np.concatenate(parts, axis=1)
+    order = np.lexsort((index, -effect, column))
     kept = []
-    for j in range(len(total)):
-        large = np.flatnonzero(size[:, j] >= _SMALLEST_EFFECT)
-        order = large[np.argsort(index[large, j])]
-        kept.append((index[order, j], sums[order, j]))
+    for first, last in pairwise(np.searchsorted(column[order], np.arange(len(total) + 1))):
+        largest = order[first:last][:most]
+        largest = largest[np.argsort(index[largest])]
+        kept.append((index[largest].astype(np.int64), sums[largest]))
     return kept
 
 
