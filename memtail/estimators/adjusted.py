@@ -49,6 +49,8 @@ _ROWS = 4096
 # Trials per product: float32 holds their sums exactly.
 _TRIALS = 2**24 // ONE
 
+# Least variance of c, that of its rounding to 255ths: outcomes may have no noise, and what is left of a regression is then 0 or less.
+_ROUNDING = 1 / 12
 # Decimals of selected values, far below their standard errors: regressions differ in the last bits between processors, and equal trials are
 # to give equal files.
 _DECIMALS = 6
@@ -152,7 +154,7 @@ def adjusted_influence(packed: PackedTrials, train: Indices, test: Indices) -> t
             difference[near, j] += slopes  # not for itself, with which its overlap is 1
             squares[j] -= slopes @ effects
             left[j] -= len(near)
-        z = difference / (np.sqrt(np.maximum(squares, 0) / left) * unit)
+        z = difference / (np.sqrt(np.maximum(squares, t * _ROUNDING) / left) * unit)
     scale = np.sqrt(1 + BANDWIDTH**2) if _smooth(packed) else 1.0
     return difference * scale / ONE, np.where(np.isfinite(z), z, np.nan)
 

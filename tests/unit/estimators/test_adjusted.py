@@ -85,6 +85,17 @@ def test_pairs_with_an_effect_are_selected_and_few_others():
         np.testing.assert_array_equal(values, np.round(values, 6))
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_pair_without_any_noise_is_selected(scored):
+    """Only models that saw the training example classify the test example correctly: nothing is left to estimate an error from."""
+    for seed in range(20):
+        M, X, S = trials_of(seed, t=64 + 7 * seed, effect=0)
+        X[:, 0], S[:, 0] = M[:, 5], np.where(M[:, 5], 230, 25)
+        pairs = select_pairs(packed_of(M, X, S if scored else None), np.ones(N), LABELS, TEST_LABELS)
+        assert (pairs.train[0], pairs.test[0]) == (5, 0), seed
+        assert ((pairs.test == 0).sum(), np.isfinite(pairs.z).all()) == (1, True), seed
+
+
 def test_each_block_of_test_examples_is_a_sign_of_progress():
     M, X, S = trials_of(5, t=60)
     packed, signs = packed_of(M, np.tile(X, 20), np.tile(S, 20)), []
