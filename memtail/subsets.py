@@ -52,7 +52,7 @@ def subset_size(fraction: float, n: int) -> int:
 
 
 def check_trials(subsets: SubsetsSpec, labels: Indices) -> None:
-    """Refuse a design that leaves some example without an estimate: in the subset of every trial, or of none.
+    """Refuse a design that leaves some example without an estimate, in the subset of every trial or of none, and a ranking of all examples.
 
     Masks from a file are exempt: a study may leave examples out on purpose.
 
@@ -61,9 +61,12 @@ def check_trials(subsets: SubsetsSpec, labels: Indices) -> None:
         labels: int64 [n], the training labels in original order.
 
     Raises:
-        SpecError: the design does not fit the dataset; or there are too few trials, and then the message says how many are enough.
+        SpecError: the design, or the ranking of `until`, does not fit the dataset; or there are too few trials, and then the message says
+            how many are enough.
     """
     membership(subsets, labels, [])
+    if subsets.until is not None and (ranking := subsets.until.ranking) is not None and ranking.top >= len(labels):
+        raise SpecError(f"subsets.until.ranking.top: is {ranking.top}, and there are {len(labels)} training examples: choose fewer of them")
     if subsets.masks is not None:
         return
     n, t = len(labels), subsets.trials

@@ -9,8 +9,8 @@ where sd is the standard deviation of the log-odds of the example over the trial
 correctness. It is smaller, too: by sqrt(1 + BANDWIDTH^2) for log-odds that are normal around 0, so it is multiplied by that.
 
 Much of the remaining noise comes from other training examples, since a test example that depends on one often depends on several. So the
-difference is adjusted, by linear regression on their membership, for those candidates whose effects on the example are largest, all but the
-training example itself. Subsets do not depend on outcomes, so this changes the noise, and not what is estimated.
+difference is adjusted, by linear regression on their membership, for the training examples of the class whose effects on the example are
+largest, all but the one in question. Subsets do not depend on outcomes, so this changes the noise, and not what is estimated.
 
 Without scores, c is correctness. Where only scores are recorded, it is the score itself, as it need not be a probability.
 
@@ -34,23 +34,23 @@ from memtail.statistics.soft import ONE, PLANES
 #: Width of the step, in standard deviations of the log-odds of the example.
 BANDWIDTH = 2.5
 #: Smallest adjusted influence of a selected pair where c is a smooth step; else it is the paper's threshold of influence.
-SMOOTHED_THRESHOLD = 0.18
+SMOOTHED_THRESHOLD = 0.17
 #: Largest false discovery rate of a selected pair.
 RATE = 0.1
 
-# An example is adjusted for at most this many candidates, whose effects have at least this many standard errors, and for at most one per
-# this many trials.
+# Adjusted for are at most this many training examples, whose effects have at least this many standard errors, and at most one per this many
+# trials.
 _MOST_ADJUSTED = 12
 _SMALLEST_EFFECT = 3.0
 _TRIALS_PER_ADJUSTED = 10
+# Smallest variance of c given the others, in 255ths: their resolution. It is 0 where other examples determine c.
+_LEAST_VARIANCE = 1.0
 # Bounds of the memory: test examples per block, and training examples per product.
 _COLUMNS = 256
 _ROWS = 4096
 # Trials per product: float32 holds their sums exactly.
 _TRIALS = 2**24 // ONE
 
-# Least variance of c, that of its rounding to 255ths: outcomes may have no noise, and what is left of a regression is then 0 or less.
-_ROUNDING = 1 / 12
 # Decimals of selected values, far below their standard errors: regressions differ in the last bits between processors, and equal trials are
 # to give equal files.
 _DECIMALS = 6
@@ -105,9 +105,10 @@ def select_pairs(
     threshold = SMOOTHED_THRESHOLD if _smooth(packed) else INFL_THRESHOLD
     parts, small, tested = [np.empty((4, 0))], [np.empty(0)], 0
     for rows, columns in candidates(mem, train_labels, test_labels, mem_threshold):
+        others = np.flatnonzero(train_labels == train_labels[rows[0]])
         for part in _slices(len(columns), _COLUMNS):
             block = columns[part]
-            value, z = (np.round(each, _DECIMALS) for each in adjusted_influence(packed, rows, block))
+            value, z = (np.round(each, _DECIMALS) for each in adjusted_influence(packed, rows, block, others))
             tails = ndtr(-z)
             i, j = np.nonzero((value >= threshold) & (tails <= LARGEST_RATE))
             parts.append(np.stack([rows[i], block[j], value[i, j], z[i, j]]))
@@ -121,49 +122,78 @@ def select_pairs(
     return SelectedPairs(train[order].astype(np.int64), test[order].astype(np.int64), value[order], z[order], rate[order], tested)
 
 
-def adjusted_influence(packed: PackedTrials, train: Indices, test: Indices) -> tuple[Floats, Floats]:
+def adjusted_influence(packed: PackedTrials, train: Indices, test: Indices, others: Indices) -> tuple[Floats, Floats]:
     """Estimate the adjusted influence of each training example on each test example.
 
     Args:
         packed: the statistics.
-        train: int64 [a], the candidates: the training examples, whose membership is also adjusted for.
+        train: int64 [a], training examples.
         test: int64 [b], test examples.
+        others: int64, the training examples that may be adjusted for.
 
     Returns:
         float64 [a, b], adjusted influences, and float64 [a, b], their z; NaN in the rows of training examples in every subset or in none.
     """
     t, words = packed.trials, packed.membership[:, train]
     steps = _steps(packed, test)
-    product, total = _sums_in(packed, words, steps), steps.sum(0, dtype=np.int64)
+    total = steps.sum(0, dtype=np.int64)
     squares = np.einsum("tj,tj->j", steps, steps, dtype=np.int64) - total**2 / t  # of deviations from the mean
-    k_in = packed.k_in[train][:, None].astype(np.float64)
+    k_in, product = _sums_in(packed, train, steps)
+    chosen = _largest_effects(packed, others, steps, total, squares)
+    union = np.unique(np.concatenate([near for near, _ in chosen]))
+    together = cooccurrence(words, packed.membership[:, union]) if len(union) else np.empty((len(train), 0), np.int32)
+    place = np.full(packed.n_train, -1)
+    place[train] = np.arange(len(train))
     with np.errstate(divide="ignore", invalid="ignore"):
-        difference = product / k_in - (total - product) / (t - k_in)
-        unit = np.sqrt(1 / k_in + 1 / (t - k_in))
-        chosen = _largest_effects(difference / (np.sqrt(squares / (t - 1)) * unit), t)
-    union = np.unique(np.concatenate(chosen))
-    together = cooccurrence(words, words[:, union]) if len(union) else np.empty((len(train), 0), np.int32)
-    left = np.full(len(test), t - 1)  # degrees of freedom
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for j, near in enumerate(chosen):
-            both, members = together[:, np.searchsorted(union, near)], k_in[near, 0]
-            effects = product[near, j] - members * total[j] / t
-            slopes = np.linalg.lstsq(both[near] - np.outer(members, members) / t, effects, rcond=None)[0]
+        difference, unit = _difference(product, total, k_in, t)
+        z = np.empty_like(difference)
+        for j, (near, sums) in enumerate(chosen):
+            members, both = packed.k_in[near], together[:, np.searchsorted(union, near)]
+            gram = np.bitwise_count(packed.membership[:, near, None] & packed.membership[:, None, near]).sum(0, dtype=np.int64)
+            effects = sums - members * total[j] / t
+            slopes = np.linalg.lstsq(gram - np.outer(members, members) / t, effects, rcond=None)[0]
             overlap = both / k_in - (members - both) / (t - k_in)  # difference of the shares of trials with the other
             difference[:, j] -= overlap @ slopes
-            difference[near, j] += slopes  # not for itself, with which its overlap is 1
-            squares[j] -= slopes @ effects
-            left[j] -= len(near)
-        z = difference / (np.sqrt(np.maximum(squares, t * _ROUNDING) / left) * unit)
+            left = np.full(len(train), squares[j] - slopes @ effects)
+            own = place[near]
+            # an example is not adjusted for itself, with which its overlap is 1: its effect stays in the difference and in the variance
+            difference[own[own >= 0], j] += slopes[own >= 0]
+            left[own[own >= 0]] += (slopes**2 * members * (t - members) / t)[own >= 0]
+            z[:, j] = difference[:, j] / (np.sqrt(np.maximum(left / (t - 1 - len(near)), _LEAST_VARIANCE)) * unit[:, 0])
     scale = np.sqrt(1 + BANDWIDTH**2) if _smooth(packed) else 1.0
     return difference * scale / ONE, np.where(np.isfinite(z), z, np.nan)
 
 
-def _largest_effects(effect: Floats, trials: int) -> list[Indices]:
-    """For each column of effects [a, b], in standard errors, the rows to adjust for, ascending."""
-    size = np.where(np.isfinite(effect), np.abs(effect), 0)
-    largest = np.argsort(-size, axis=0, kind="stable")[: min(_MOST_ADJUSTED, trials // _TRIALS_PER_ADJUSTED)]
-    return [np.sort(rows[size[rows, j] >= _SMALLEST_EFFECT]) for j, rows in enumerate(largest.T)]
+def _difference(product: Floats, total: Floats, k_in: Floats, trials: int) -> tuple[Floats, Floats]:
+    """Differences of means, [a, b], and, [a, 1], their standard errors where outcomes have variance 1; not finite without a group."""
+    k_out = trials - k_in
+    return product / k_in - (total - product) / k_out, np.sqrt(1 / k_in + 1 / k_out)
+
+
+def _largest_effects(packed: PackedTrials, others: Indices, steps: _Bytes, total: Floats, squares: Floats) -> list[tuple[Indices, Floats]]:
+    """For each test example, the training examples to adjust for, ascending, and the sums of steps with each in the subset."""
+    t = packed.trials
+    most = min(_MOST_ADJUSTED, t // _TRIALS_PER_ADJUSTED)
+    size: Floats = np.zeros((most, len(total)))
+    index: Indices = np.zeros((most, len(total)), np.int64)
+    sums: Floats = np.zeros((most, len(total)))
+    for rows in _slices(len(others), _ROWS) if most else ():
+        k_in, product = _sums_in(packed, others[rows], steps)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            difference, unit = _difference(product, total, k_in, t)
+            effect = np.abs(difference) / (np.sqrt(np.maximum(squares / (t - 1), _LEAST_VARIANCE)) * unit)
+        size = np.concatenate([size, np.where(np.isfinite(effect), effect, 0)])
+        index = np.concatenate([index, np.broadcast_to(others[rows][:, None], effect.shape)])
+        sums = np.concatenate([sums, product])
+        largest = np.argpartition(-size, most - 1, axis=0)[:most]
+        size, index = np.take_along_axis(size, largest, 0), np.take_along_axis(index, largest, 0)
+        sums = np.take_along_axis(sums, largest, 0)
+    kept = []
+    for j in range(len(total)):
+        large = np.flatnonzero(size[:, j] >= _SMALLEST_EFFECT)
+        order = large[np.argsort(index[large, j])]
+        kept.append((index[order, j], sums[order, j]))
+    return kept
 
 
 def _smooth(packed: PackedTrials) -> bool:
@@ -189,14 +219,14 @@ def _steps(packed: PackedTrials, test: Indices) -> _Bytes:
     return steps
 
 
-def _sums_in(packed: PackedTrials, words: Words, steps: _Bytes) -> Floats:
-    """Sums of the steps over the trials with each training example in their subset: float64 [a, b], integers."""
-    out = np.zeros((words.shape[1], steps.shape[1]))
+def _sums_in(packed: PackedTrials, train: Indices, steps: _Bytes) -> tuple[Floats, Floats]:
+    """Trials with each training example in their subset, [a, 1], and the sums of the steps over them, [a, b]: float64, integers."""
+    out = np.zeros((len(train), steps.shape[1]))
     for rows in _slices(len(out), _ROWS):
-        members = _bits(packed, words[:, rows])
+        members = _bits(packed, packed.membership[:, train[rows]])
         for trials in _slices(len(steps), _TRIALS):
             out[rows] += members[trials].astype(np.float32).T @ steps[trials].astype(np.float32)
-    return out
+    return packed.k_in[train][:, None].astype(np.float64), out
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

@@ -105,6 +105,8 @@ def read_foreign(path: Path) -> ForeignTrials:
     Raises:
         OutcomeError: it holds no trials in a known format, or is damaged.
     """
+    if path.suffix == ".npy" and path.is_file():
+        raise OutcomeError(f"{path}: is one array of several: give the folder that holds them")
     if path.is_file():
         return _read_archive(path)
     if not path.is_dir():

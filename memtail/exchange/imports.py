@@ -90,6 +90,10 @@ def import_trials(
         raise OutcomeError(f"{first.path}: there is only 1 trial: scores need at least two, and in practice hundreds")
     if dataset is None or spec is None:
         dataset, spec = _opaque(first), DatasetSpec(name="opaque")
+    if dataset.n_test and not first.n_test:
+        raise OutcomeError(
+            f"the files: trials without test examples, and the dataset has {dataset.n_test}: give a dataset without a test set, or none"
+        )
     _compare("the files", first, dataset.n_train, dataset.n_test)
     for part in trials.parts:
         _compare_labels(part, dataset)

@@ -5,6 +5,7 @@ one key, `memtail`: JSON with the fields of `About`.
 """
 
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from memtail.errors import ForeignObjectError, ObjectNotFound, SpecError
+from memtail.errors import DatasetError, ForeignObjectError, ObjectNotFound, SpecError
 from memtail.experiment_store import ExperimentStore
 from memtail.models import initialised, own_network
 from memtail.spec import ModelSpec
@@ -86,13 +87,27 @@ class TrainedModel(nn.Module):
             self.register_buffer(name, torch.tensor(getattr(about, name), dtype=torch.float32), persistent=False)
 
     def forward(self, examples: Tensor) -> Tensor:
-        """Map images uint8 [B, H, W, C], or features float32 [B, D], to logits [B, classes]."""
+        """Map images uint8 [B, H, W, C], or features float32 [B, D], to logits [B, classes].
+
+        Raises:
+            DatasetError: the examples have another shape or type.
+        """
         logits: Tensor = self.network(self.normalised(examples))
         return logits
 
     def normalised(self, examples: Tensor) -> Tensor:
-        """Return what the network takes: float32 [B, C, H, W], or [B, D]."""
-        return normalised(examples, self.shift, self.scale, are_images=len(self.about.input_shape) == 3)
+        """Return what the network takes: float32 [B, C, H, W], or [B, D].
+
+        Raises:
+            DatasetError: the examples have another shape or type than those of the dataset.
+        """
+        are_images = len(self.about.input_shape) == 3
+        shape = (*self.about.input_shape[1:], self.about.input_shape[0]) if are_images else self.about.input_shape
+        if not isinstance(examples, Tensor) or examples.shape[1:] != shape or are_images != (examples.dtype == torch.uint8):
+            expected = f"images uint8 [B, {', '.join(map(str, shape))}]" if are_images else f"features float32 [B, {shape[0]}]"
+            given = f"{getattr(examples, 'dtype', type(examples).__name__)} {list(getattr(examples, 'shape', ()))}"
+            raise DatasetError(f"the model takes a tensor of {expected}, as its dataset holds them, not {given}: convert the examples")
+        return normalised(examples, self.shift, self.scale, are_images)
 
 
 def normalised(examples: Tensor, shift: Tensor, scale: Tensor, are_images: bool) -> Tensor:
@@ -125,18 +140,21 @@ def load_model(path: str | Path, trial: int) -> TrainedModel:
         ForeignObjectError: the model is damaged, or of another experiment.
         SpecError: the network cannot be built, or differs from the trained one.
         StoreError: the store cannot be read.
+        TypeError: `trial` is no whole number.
     """
     whole = str(path) if is_url(path) else str(Path(path).absolute())
     address, separator, name = whole.rstrip("/").rpartition(f"/{keys.experiments()}")
     if not separator:
         raise SpecError(f"{path}: names no experiment: give STORE/experiments/NAME")
     experiment_store = ExperimentStore(open_store(address, verify=False), name)
-    record, key = experiment_store.read_record(), keys.model(name, trial)
+    record, key = experiment_store.read_record(), keys.model(name, operator.index(trial))
     try:
         data = experiment_store.store.get(key)
     except ObjectNotFound:
+        count = sum(1 for _ in experiment_store.store.list(keys.models(name)))
+        held = f"{count} models are there, of the first trials" if count else "there are none"
         raise ObjectNotFound(
-            f"experiment '{name}' keeps no model of trial {trial}: record.models keeps those of trials that are trained afterwards"
+            f"experiment '{name}' keeps no model of trial {trial}, {held}: record.models keeps those of trials that are trained afterwards"
         ) from None
     state, about = _unpacked(data, key)
     if (about.fingerprint, about.trial) != (record.fingerprint, trial):

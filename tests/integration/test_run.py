@@ -248,6 +248,20 @@ def test_a_copy_with_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_pa
         assert top["infl"][0] > top["infl"][1] + 0.2
         assert scores.top_influenced(int(twin), 1)["tt_idx"][0] == test
         assert (int(twin), int(test)) in set(zip(scores.pairs["tr_idx"].tolist(), scores.pairs["tt_idx"].tolist(), strict=True))
+        assert (int(twin), int(test)) in set(zip(*(scores.selected_pairs[column].tolist() for column in ("tr_idx", "tt_idx")), strict=True))
+    packed, table = scores.statistics, scores.to_pandas("selected_pairs")
+    train, test = table["tr_idx"].to_numpy(), table["tt_idx"].to_numpy()
+    assert table["infl_adjusted"].is_monotonic_decreasing
+    assert (table["q_value"] <= 0.1).all()
+    assert (labels[train] == test_labels[test]).all()
+    block = scores.influence()
+    np.testing.assert_array_equal(table["infl"], block.value[train, test])
+    np.testing.assert_array_equal(table["infl_se"], block.standard_error[train, test])
+    assert ((table["infl_lo"] <= table["infl"]) & (table["infl"] <= table["infl_hi"])).all()
+    np.testing.assert_array_equal(table["mem"], scores.memorization["mem"][train])
+    null = scipy.stats.hypergeom(packed.trials, packed.correct_on_test[test], packed.k_in[train])
+    assert (table["confirmed"] == (null.sf(block.both[train, test]) + null.pmf(block.both[train, test]) / 2 <= 0.05)).all()
+    assert table["confirmed"].any()
 
 
 def _run_arrays(tmp_path, name):
@@ -318,25 +332,6 @@ def test_the_reader_returns_rows_columns_blocks_and_top_k(finished, digits):
     assert scores.to_pandas("pairs")["infl"].is_monotonic_decreasing
     assert scores.summary["trials"] == 60
     assert scores.summary["without_estimate"] == 0
-
-
-def test_selected_pairs_are_published_beside_their_influence(finished, digits):
-    store, _ = finished
-    scores = memtail.load_scores(store / "experiments" / "digits")
-    packed, table = scores.statistics, scores.to_pandas("selected_pairs")
-    train, test = table["tr_idx"].to_numpy(), table["tt_idx"].to_numpy()
-    assert len(table) > 0
-    assert table["infl_adjusted"].is_monotonic_decreasing
-    assert (table["q_value"] <= 0.1).all()
-    assert (digits.train_labels[train] == digits.test_labels[test]).all()
-    block = scores.influence()
-    np.testing.assert_array_equal(table["infl"], block.value[train, test])
-    np.testing.assert_array_equal(table["infl_se"], block.standard_error[train, test])
-    assert ((table["infl_lo"] <= table["infl"]) & (table["infl"] <= table["infl_hi"])).all()
-    np.testing.assert_array_equal(table["mem"], scores.memorization["mem"][train])
-    null = scipy.stats.hypergeom(packed.trials, packed.correct_on_test[test], packed.k_in[train])
-    both = block.both[train, test]
-    assert (table["confirmed"] == (null.sf(both) + null.pmf(both) / 2 <= 0.05)).all()
 
 
 def test_scores_of_a_folder_include_file_names(tmp_path):

@@ -280,6 +280,7 @@ def text(folder):
         ),
         (lambda folder: saved(folder, **GOOD | {"membership": np.zeros((3, 4))}), "trial 0 has an empty subset: leave it out"),
         (masks_only, "has masks.npy, and no margins.npy: memorization needs margins of training and test examples"),
+        (lambda folder: masks_only(folder) / "masks.npy", r"masks\.npy: is one array of several: give the folder that holds them"),
     ],
 )
 def test_what_is_no_trial_is_one_line(tmp_path, make, message):
@@ -302,6 +303,11 @@ def test_trials_of_another_dataset_are_refused(trials, tmp_path):
     done = command("import", "x", tmp_path / "plain.npz", "--dataset", tmp_path / "digits.yaml", "--store", tmp_path / "store")
     assert done.returncode == 2
     assert "plain.npz differ from the dataset's at 27 of 40 examples, first at 4" in done.stderr
+    (tmp_path / "attack").mkdir()
+    write_attack(tmp_path / "attack", trials)
+    done = command("import", "x", tmp_path / "attack", "--dataset", tmp_path / "digits.yaml", "--store", tmp_path / "store")
+    assert done.returncode == 2
+    assert f"trials without test examples, and the dataset has {Q}: give a dataset without a test set, or none" in done.stderr
 
 
 def test_nothing_trains_more_trials_of_an_imported_experiment(trials, tmp_path):

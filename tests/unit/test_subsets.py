@@ -131,3 +131,10 @@ def test_too_few_trials_for_an_estimate_are_refused_with_the_number_that_is_enou
 def test_stratified_refuses_a_class_too_small_to_be_split():
     with pytest.raises(SpecError, match="of the 1 training examples of class 2"):
         check_trials(spec(design="stratified"), np.array([0] * 10 + [1] * 10 + [2]))
+
+
+@pytest.mark.parametrize("top", [len(LABELS), 1000])
+def test_a_ranking_of_all_examples_is_refused(top):
+    check_trials(spec(until={"ranking": {"top": len(LABELS) - 1, "overlap": 0.9}}), LABELS)
+    with pytest.raises(SpecError, match=rf"^subsets\.until\.ranking\.top: is {top}, and there are {len(LABELS)} training examples: choose"):
+        check_trials(spec(until={"ranking": {"top": top, "overlap": 0.9}}), LABELS)

@@ -210,8 +210,11 @@ def test_training_gives_signs_of_life_while_models_are_kept(digits, declare):
 
 def test_what_is_no_model_of_the_trial_is_refused(trained, tmp_path):
     done = trained()
-    with pytest.raises(ObjectNotFound, match=r"^experiment 'digits' keeps no model of trial 4: record\.models keeps those of trials that"):
+    expected = r"^experiment 'digits' keeps no model of trial 4, 4 models are there, of the first trials: record\.models keeps those of"
+    with pytest.raises(ObjectNotFound, match=expected):
         memtail.load_model(done.path, TRIALS)
+    with pytest.raises(TypeError, match="'str' object cannot be interpreted as an integer"):
+        memtail.load_model(done.path, "0")
     with pytest.raises(ObjectNotFound, match="there is no experiment 'other' in the store; there: digits"):
         memtail.load_model(done.path.parent / "other", 0)
     with pytest.raises(SpecError, match="names no experiment: give STORE/experiments/NAME"):
@@ -225,6 +228,24 @@ def test_what_is_no_model_of_the_trial_is_refused(trained, tmp_path):
         done.store.put(keys.model("digits", 1), damaged)
         with pytest.raises(ForeignObjectError, match=r"00000001\.safetensors: is damaged \(.*\): remove it, and train the trial again"):
             memtail.load_model(done.path, 1)
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [
+        torch.zeros(2, 8, 8, 1),
+        torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+        torch.zeros(8, 8, 1, dtype=torch.uint8),
+        torch.zeros(2, 9, 9, 1, dtype=torch.uint8),
+        np.zeros((2, 8, 8, 1), np.uint8),
+    ],
+    ids=["floats", "channels first", "one image", "another size", "an array"],
+)
+def test_a_loaded_model_refuses_examples_that_are_not_as_the_dataset_holds_them(trained, examples):
+    model = memtail.load_model(trained().path, 0)
+    expected = r"^the model takes a tensor of images uint8 \[B, 8, 8, 1\], as its dataset holds them, not "
+    with pytest.raises(memtail.DatasetError, match=expected):
+        model(examples)
 
 
 def test_a_network_whose_code_has_changed_is_refused(trained, monkeypatch):
