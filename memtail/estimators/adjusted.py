@@ -23,9 +23,8 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
 
-from memtail.estimators.binomial import Floats
+from memtail.estimators.binomial import Floats, normal_tail
 from memtail.estimators.false_discovery import LARGEST_RATE, discovery_rates
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD, Indices, candidates
 from memtail.statistics import cooccurrence
@@ -44,6 +43,8 @@ RATE = 0.1
 _MOST_ADJUSTED = 12
 _SMALLEST_EFFECT = 3.0
 _TRIALS_PER_ADJUSTED = 10
+# Below this z tails exceed `LARGEST_RATE`, and are not computed.
+_SMALLEST_Z = 1.28
 # Smallest variance of c given the others, in 255ths: their resolution. It is 0 where other examples determine c.
 _LEAST_VARIANCE = 1.0
 # Bounds of the memory: test examples per block, and training examples per product.
@@ -110,14 +111,14 @@ def select_pairs(
         for part in _slices(len(columns), _COLUMNS):
             block = columns[part]
             value, z = (np.round(each, _DECIMALS) for each in adjusted_influence(packed, rows, block, others))
-            tails = ndtr(-z)
-            i, j = np.nonzero((value >= threshold) & (tails <= LARGEST_RATE))
+            i, j = np.nonzero((value >= threshold) & (z >= _SMALLEST_Z))
             parts.append(np.stack([rows[i], block[j], value[i, j], z[i, j]]))
+            tails = normal_tail(z[z >= _SMALLEST_Z])
             small.append(tails[tails <= LARGEST_RATE])
-            tested += tails.size
+            tested += z.size
             progress()
     train, test, value, z = np.concatenate(parts, axis=1)
-    rate, _ = discovery_rates(np.concatenate(small), tested, ndtr(-z))
+    rate, _ = discovery_rates(np.concatenate(small), tested, normal_tail(z))
     order = np.lexsort((test, train, -value))
     order = order[rate[order] <= RATE]
     return SelectedPairs(train[order].astype(np.int64), test[order].astype(np.int64), value[order], z[order], rate[order], tested)
@@ -211,7 +212,7 @@ def _steps(packed: PackedTrials, test: Indices) -> _Bytes:
     counts = np.apply_along_axis(np.bincount, 0, scores, minlength=ONE + 1)
     mean = odds @ counts / packed.trials
     spread = np.sqrt(np.maximum(odds**2 @ counts / packed.trials - mean**2, np.finfo(np.float32).eps))
-    table = np.rint(ndtr(odds[:, None] / (BANDWIDTH * spread)) * ONE).astype(np.uint8)
+    table = np.rint(normal_tail(-odds[:, None] / (BANDWIDTH * spread)) * ONE).astype(np.uint8)
     steps: _Bytes = np.take_along_axis(table, scores, axis=0)
     return steps
 

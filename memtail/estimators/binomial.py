@@ -7,6 +7,8 @@ The American Statistician 54, 2000): p~ = (p k + 1) / (k + 2), with variance p~ 
 the observed ones; a confidence interval has its centre at the difference of the p~. Without models there is no share: NaN, never 0.
 """
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +16,8 @@ Floats = npt.NDArray[np.float64]
 
 #: Standard errors from the centre of a 95% confidence interval to its ends.
 Z = 1.959963984540054
+
+_erfc = np.frompyfunc(math.erfc, 1, 1)  # images of services have no scipy
 
 
 def share(correct: npt.ArrayLike, count: npt.ArrayLike) -> Floats:
@@ -59,6 +63,12 @@ def difference_interval(p_in: npt.ArrayLike, k_in: npt.ArrayLike, p_out: npt.Arr
 def normal_interval(value: Floats, standard_error: Floats) -> tuple[Floats, Floats]:
     """Return the ends of the 95% confidence interval of a difference of mean scores, from -1 to 1; NaN where the standard error is."""
     return np.maximum(value - Z * standard_error, -1), np.minimum(value + Z * standard_error, 1)
+
+
+def normal_tail(z: npt.ArrayLike) -> Floats:
+    """Return the probability that a standard normal variable is above z, of the shape of z; NaN where z is."""
+    tail: Floats = np.asarray(_erfc(np.asarray(z) / math.sqrt(2)), np.float64) / 2
+    return tail
 
 
 def _adjusted(p: npt.ArrayLike, count: npt.ArrayLike) -> Floats:

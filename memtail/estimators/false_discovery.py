@@ -54,7 +54,7 @@ def false_discovery(
         test: int64 [p], their test indices.
         mem_threshold: as in `high_influence_pairs`.
     """
-    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, packed.trials + 1)))])
+    log_factorials = _log_factorials(packed.trials)
     small, tested = [np.empty(0)], 0
     for rows, columns in candidates(mem, train_labels, test_labels, mem_threshold):
         for _, block in influence_blocks(packed, rows, columns):
@@ -86,6 +86,30 @@ def discovery_rates(small: Floats, tested: int, tails: Floats) -> tuple[Floats, 
     rate = np.ones(len(tails))
     np.copyto(rate, np.append(rates, 1.0)[places], where=(tails <= LARGEST_RATE) & (places < kept))
     return rate, rates[:kept]
+
+
+def mid_p(packed: PackedTrials, train: Indices, test: Indices) -> Floats:
+    """Test p pairs alone: Fisher's exact test, one-sided, where half of the probability of what was observed counts.
+
+    Args:
+        packed: the statistics.
+        train: int64 [p], training indices.
+        test: int64 [p], test indices.
+
+    Returns:
+        float64 [p], P(X > x) + P(X = x) / 2; at least 1/2 where P(X >= x) is above `LARGEST_RATE`.
+    """
+    log_factorials = _log_factorials(packed.trials)
+    both = correct_in_at(packed, train, test)[:, None]
+    k_in, correct = packed.k_in[train][:, None], packed.correct_on_test[test][:, None]
+    most = np.minimum(k_in, correct)
+    at_least, above = (_tails(np.minimum(count, most), k_in, correct, log_factorials) for count in (both, both + 1))
+    tails: Floats = ((at_least + np.where(both < most, above, 0)) / 2)[:, 0]
+    return tails
+
+
+def _log_factorials(trials: int) -> Floats:
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, trials + 1)))])
 
 
 def _tails(both: npt.NDArray[np.int32], k_in: Counts, correct: Counts, log_factorials: Floats) -> Floats:

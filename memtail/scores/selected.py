@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
 
 from memtail.estimators import Memorization
 from memtail.estimators.adjusted import select_pairs
-from memtail.estimators.binomial import Floats, difference_interval, normal_interval, share
+from memtail.estimators.binomial import Floats, difference_interval, normal_interval, normal_tail, share
+from memtail.estimators.false_discovery import mid_p
 from memtail.estimators.influence import correct_in_at, influence_standard_error
 from memtail.estimators.pairs import Indices
 from memtail.estimators.soft import soft_influence_at
@@ -55,18 +55,15 @@ def selected_pairs(
 
 def _on_correctness(packed: PackedTrials, train: Indices, test: Indices) -> tuple[Floats, Floats, tuple[Floats, Floats], Floats]:
     """Influences, their standard errors and intervals, and the mid-p of Fisher's exact test, one-sided: half of P(X = x) counts."""
-    from scipy.stats import hypergeom  # slow to import
-
     both = correct_in_at(packed, train, test)
     k_in, correct_on, t = packed.k_in[train], packed.correct_on_test[test], packed.trials
     p_in, p_out = share(both, k_in), share(correct_on - both, t - k_in)
-    null = hypergeom(t, correct_on, k_in)
-    tail = null.sf(both) + null.pmf(both) / 2
-    return p_in - p_out, influence_standard_error(both, k_in, correct_on, t), difference_interval(p_in, k_in, p_out, t - k_in), tail
+    error, interval = influence_standard_error(both, k_in, correct_on, t), difference_interval(p_in, k_in, p_out, t - k_in)
+    return p_in - p_out, error, interval, mid_p(packed, train, test)
 
 
 def _on_scores(packed: PackedTrials, train: Indices, test: Indices) -> tuple[Floats, Floats, tuple[Floats, Floats], Floats]:
     """Influences on scores, their standard errors and intervals, and the upper tail of their normal distribution without influence."""
     value, error = soft_influence_at(packed, train, test) or (np.empty(0), np.empty(0))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return value, error, normal_interval(value, error), ndtr(-value / error)
+        return value, error, normal_interval(value, error), normal_tail(value / error)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from memtail.estimators import convergence, false_discovery, memorization
 from memtail.estimators.convergence import memorization_by, stages
-from memtail.estimators.false_discovery import LARGEST_RATE
+from memtail.estimators.false_discovery import LARGEST_RATE, mid_p
 from memtail.statistics import Statistics
 from tests.support.batches import batch_of as batch
 from tests.support.batches import random_bits
@@ -49,6 +49,22 @@ def test_rates_equal_those_of_fishers_test_and_benjamini_hochberg_over_all_teste
     np.testing.assert_allclose(
         result.kept[~np.isclose(result.kept, LARGEST_RATE, rtol=1e-9, atol=0)], np.sort(rate[decided & (rate < 1)]), rtol=1e-7
     )
+
+
+def test_the_mid_p_of_a_pair_counts_half_of_what_was_observed():
+    import scipy.stats
+
+    M, C, T = planted(2, 80, 20, 20, 8)
+    T[:, 0] = M[:, 0]  # the most that is possible
+    packed = statistics_of(M, C, T).packed()
+    train, test = (part.ravel() for part in np.indices((20, 20)))
+    null = scipy.stats.hypergeom(80, T.sum(0)[test], M.sum(0)[train])
+    both = (M[:, train] & T[:, test]).sum(0)
+    expected = null.sf(both) + null.pmf(both) / 2
+    result, small = mid_p(packed, train, test), null.sf(both - 1) <= LARGEST_RATE
+    np.testing.assert_allclose(result[small], expected[small], rtol=1e-9)
+    assert (result[~small] >= 0.5).all()
+    assert small.sum() > 10
 
 
 def test_planted_pairs_are_kept_and_hardly_any_others():
