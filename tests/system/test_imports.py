@@ -119,3 +119,25 @@ def test_a_bucket_without_the_required_package_is_refused_in_one_line(tmp_path: 
     result = command_in_process("status", "--store", "s3://bucket", env=module_path(tmp_path))
     assert result.returncode == 2
     assert result.stderr.endswith("s3://bucket: this needs minio, which is not installed: pip install 'memtail[services]'\n")
+
+
+def test_modules_need_no_package_of_the_extra_train_but_torch() -> None:
+    """The images of the services have none of them: a module that imports another one at its start keeps the aggregator from starting."""
+    python(
+        """
+import importlib, pkgutil, sys
+import memtail, services.aggregator, services.dispatcher
+sys.modules.update(dict.fromkeys(["torch", "torchvision", "scipy", "sklearn", "safetensors"]))
+missing = {}
+for package in (memtail, services.aggregator, services.dispatcher):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.startswith("memtail.testing") and not module.name.endswith("__main__"):
+            try:
+                importlib.import_module(module.name)
+            except ModuleNotFoundError as error:
+                missing[module.name] = error.name
+others = {module: name for module, name in missing.items() if name.partition(".")[0] != "torch" or module.startswith("services")}
+assert others == {}, others
+assert missing
+"""
+    )
