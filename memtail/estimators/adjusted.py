@@ -70,6 +70,7 @@ class SelectedPairs:
         z: float64 [p], adjusted influence in standard errors that hold without influence.
         rate: float64 [p], the false discovery rate at which the pair is kept (its q-value) among all pairs tested.
         tested: the number of pairs tested.
+        threshold: the smallest adjusted influence of a selected pair.
     """
 
     train: Indices
@@ -78,6 +79,7 @@ class SelectedPairs:
     z: Floats
     rate: Floats
     tested: int
+    threshold: float
 
     def __len__(self) -> int:
         return len(self.train)
@@ -121,7 +123,9 @@ def select_pairs(
     rate, _ = discovery_rates(np.concatenate(small), tested, normal_tail(z))
     order = np.lexsort((test, train, -value))
     order = order[rate[order] <= RATE]
-    return SelectedPairs(train[order].astype(np.int64), test[order].astype(np.int64), value[order], z[order], rate[order], tested)
+    return SelectedPairs(
+        train[order].astype(np.int64), test[order].astype(np.int64), value[order], z[order], rate[order], tested, threshold
+    )
 
 
 def adjusted_influence(packed: PackedTrials, train: Indices, test: Indices, others: Indices) -> tuple[Floats, Floats]:

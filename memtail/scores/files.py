@@ -64,7 +64,7 @@ from memtail.scores.names import (
     SUMMARY,
 )
 from memtail.scores.selected import selected_pairs
-from memtail.scores.summary import ACCURACIES, MEM_STEPS, SCHEMA, SE_QUANTILES, PairSummary, ScoreSummary
+from memtail.scores.summary import ACCURACIES, MEM_STEPS, SCHEMA, SE_QUANTILES, PairSummary, ScoreSummary, SelectionSummary
 from memtail.statistics import Statistics
 from memtail.statistics.accumulator import PackedTrials
 
@@ -102,18 +102,20 @@ def write_scores(
     else:
         _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
         _write_pairs(folder, pairs, soft_influence_at(packed, pairs.train, pairs.test))
-    selected = selected_pairs(packed, mem, dataset.train_labels, dataset.test_labels, progress)
+    selected, selection = selected_pairs(packed, mem, dataset.train_labels, dataset.test_labels, progress)
     pyarrow.parquet.write_table(pa.table(selected), folder / SELECTED_PAIRS)
     progress()
     arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}
     np.savez(folder / STATISTICS, **{name: array for name, array in arrays.items() if array is not None})
     _write_index(folder / INDEX, None if statistics.scores_only else mem, dataset)
-    summary = summarize(name, fingerprint, statistics, mem, pairs)
+    summary = summarize(name, fingerprint, statistics, mem, pairs, selection)
     (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1))
     return summary
 
 
-def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs) -> ScoreSummary:
+def summarize(
+    name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs, selected: SelectionSummary
+) -> ScoreSummary:
     """Summarize a version.
 
     Args:
@@ -122,6 +124,7 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
         statistics: of its trials.
         mem: memorization, estimated from them.
         pairs: high-influence pairs at the paper's thresholds.
+        selected: summary of the selected pairs.
     """
     defined = mem.value[~np.isnan(mem.value)]
     errors = mem.standard_error[~np.isnan(mem.standard_error)]
@@ -147,6 +150,7 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
             train_examples=len(np.unique(pairs.train)),
             test_examples=len(np.unique(pairs.test)),
         ),
+        selected_pairs=selected,
         outcome="score" if statistics.scores_only else "correct",
         conditions={condition: dict(sorted(counts.items())) for condition, counts in statistics.conditions.items()},
     )

@@ -1,4 +1,4 @@
-"""Columns of the table of selected pairs: adjusted influence, which selects them, beside the influence that they have."""
+"""The selected pairs: columns of their table, adjusted influence beside the influence that they have, and their summary."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from memtail.estimators import Memorization
-from memtail.estimators.adjusted import select_pairs
+from memtail.estimators.adjusted import RATE, select_pairs
 from memtail.estimators.binomial import Floats, difference_interval, normal_interval, normal_tail, share
 from memtail.estimators.false_discovery import mid_p
 from memtail.estimators.influence import correct_in_at, influence_standard_error
-from memtail.estimators.pairs import Indices
+from memtail.estimators.pairs import MEM_THRESHOLD, Indices
 from memtail.estimators.soft import soft_influence_at
 from memtail.scores.names import OUTCOMES
+from memtail.scores.summary import SelectionSummary
 from memtail.statistics.accumulator import PackedTrials
 
 # Largest probability, without influence, of an influence as large as that of a confirmed pair.
@@ -21,7 +22,7 @@ _CONFIRMED = 0.05
 
 def selected_pairs(
     packed: PackedTrials, mem: Memorization, train_labels: Indices, test_labels: Indices, progress: Callable[[], object]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], SelectionSummary]:
     """Select pairs by adjusted influence, and estimate their influence.
 
     Args:
@@ -32,18 +33,19 @@ def selected_pairs(
         progress: called after each piece of work.
 
     Returns:
-        The columns of `pairs.parquet`; see `memtail.scores.files`.
+        The columns of `pairs.parquet`, see `memtail.scores.files`; and their summary.
     """
     pairs = select_pairs(packed, mem.value, train_labels, test_labels, progress=progress)
     names = OUTCOMES["score" if packed.scores_only else "correct"]
     value, error, interval, tail = (_on_scores if packed.scores_only else _on_correctness)(packed, pairs.train, pairs.test)
-    return {
+    confirmed = tail <= _CONFIRMED
+    columns = {
         "tr_idx": pairs.train,
         "tt_idx": pairs.test,
         "infl_adjusted": pairs.value,
         "z": pairs.z,
         "q_value": pairs.rate,
-        "confirmed": tail <= _CONFIRMED,
+        "confirmed": confirmed,
         names.infl: value,
         names.infl_se: error,
         "infl_lo": interval[0],
@@ -51,6 +53,16 @@ def selected_pairs(
         names.mem: mem.value[pairs.train],
         names.mem_se: mem.standard_error[pairs.train],
     }
+    summary = SelectionSummary(
+        mem_threshold=MEM_THRESHOLD,
+        infl_threshold=pairs.threshold,
+        false_discovery_rate=RATE,
+        count=len(pairs),
+        confirmed=int(confirmed.sum()),
+        train_examples=len(np.unique(pairs.train)),
+        test_examples=len(np.unique(pairs.test)),
+    )
+    return columns, summary
 
 
 def _on_correctness(packed: PackedTrials, train: Indices, test: Indices) -> tuple[Floats, Floats, tuple[Floats, Floats], Floats]:

@@ -22,11 +22,33 @@ ACCURACIES = ("in_subset_accuracy", "held_out_accuracy", "test_accuracy")
 
 @dataclass(frozen=True)
 class PairSummary:
-    """The high-influence pairs: their thresholds, their number, and the numbers of distinct examples in them."""
+    """The pairs by the paper's thresholds: the thresholds, the number of pairs, and of distinct examples in them."""
 
     mem_threshold: float
     infl_threshold: float
     count: int
+    train_examples: int
+    test_examples: int
+
+
+@dataclass(frozen=True)
+class SelectionSummary:
+    """The pairs that adjusted influence selects: the conditions, the number of pairs and of confirmed ones, and of distinct examples in them.
+
+    Attributes:
+        mem_threshold: of memorization.
+        infl_threshold: of adjusted influence.
+        false_discovery_rate: the largest one of a pair.
+        count: pairs.
+        confirmed: pairs whose influence, too, is above 0 by a test.
+        train_examples, test_examples: distinct examples in the pairs.
+    """
+
+    mem_threshold: float
+    infl_threshold: float
+    false_discovery_rate: float
+    count: int
+    confirmed: int
     train_examples: int
     test_examples: int
 
@@ -47,10 +69,11 @@ class ScoreSummary(Mapping[str, Any]):
         mem_mean: mean memorization of the examples with an estimate; None if there is none, as in the next two.
         mem_share_at_least: share of these examples with mem_i at or above each of `MEM_STEPS`; the keys are numbers as text.
         mem_se_quantiles: quantiles of the standard errors of mem_i, for each of `SE_QUANTILES`; the keys are numbers as text.
-        pairs: the high-influence pairs.
+        pairs: the pairs by the paper's thresholds.
         conditions: numbers of trials, diverged ones included, by "device", "torch" and "memtail"; empty if unknown.
         outcome: "correct"; or "score" where only scores are recorded. Accuracies are then mean scores, memorization and influence are
             mem_p and infl_p.
+        selected_pairs: the pairs that adjusted influence selects; None in scores of a memtail that did not select them.
     """
 
     schema: int
@@ -71,6 +94,7 @@ class ScoreSummary(Mapping[str, Any]):
     pairs: PairSummary
     conditions: dict[str, dict[str, int]] = field(default_factory=dict)
     outcome: str = "correct"
+    selected_pairs: SelectionSummary | None = None
 
     @property
     def names(self) -> OutcomeNames:
@@ -114,12 +138,14 @@ class ScoreSummary(Mapping[str, Any]):
         return "; ".join(", ".join(f"{count} on {value}" for value, count in counts.items()) for counts in mixed) or None
 
     def to_dict(self) -> dict[str, Any]:
-        """The values in the order of the file, for `json.dumps`; without conditions as 0.1.0 writes them, and without the usual outcome."""
+        """The values in the order of the file, for `json.dumps`; as 0.1.0 writes them without conditions, usual outcome and selection."""
         content = asdict(self)
         if not self.conditions:
             del content["conditions"]
         if self.outcome == "correct":
             del content["outcome"]
+        if self.selected_pairs is None:
+            del content["selected_pairs"]
         return content
 
     @classmethod
@@ -131,10 +157,17 @@ class ScoreSummary(Mapping[str, Any]):
             ValueError: it is of another outcome.
         """
         # memtail's first versions wrote no standard errors of accuracies
-        content = {"accuracy_se": dict.fromkeys(ACCURACIES), "conditions": {}, "outcome": "correct", **content}
+        content = {"accuracy_se": dict.fromkeys(ACCURACIES), "conditions": {}, "outcome": "correct", "selected_pairs": None, **content}
         if content["outcome"] not in OUTCOMES:
             raise ValueError(f"outcome {content['outcome']!r} is none of {', '.join(OUTCOMES)}")
-        return cls(**{**_known(cls, content), "pairs": PairSummary(**_known(PairSummary, content["pairs"]))})
+        pairs, selected = content["pairs"], content["selected_pairs"]
+        return cls(
+            **{
+                **_known(cls, content),
+                "pairs": PairSummary(**_known(PairSummary, pairs)),
+                "selected_pairs": None if selected is None else SelectionSummary(**_known(SelectionSummary, selected)),
+            }
+        )
 
     def __getitem__(self, key: str) -> Any:
         return self.to_dict()[key]

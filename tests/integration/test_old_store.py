@@ -76,7 +76,12 @@ def test_counts_and_estimates_from_an_old_store_have_equal_bits(store, experimen
     for file in ("high_infl_pairs_infl0.15_mem0.25.npz", "statistics.npz"):
         assert (tmp_path / "again" / file).read_bytes() == before[file], file
     old_summary, summary = (json.loads(data) for data in (before["summary.json"], (tmp_path / "again" / "summary.json").read_bytes()))
-    assert {key for key in summary if summary[key] != old_summary.get(key)} == {"schema", "mem_se_quantiles", "conditions"}
+    assert {key for key in summary if summary[key] != old_summary.get(key)} == {
+        "schema",
+        "mem_se_quantiles",
+        "conditions",
+        "selected_pairs",
+    }
     assert aggregation.next_step() is Step.PUBLISH
     aggregation.publish()
     after = published(store)
@@ -90,7 +95,7 @@ def test_published_scores_of_an_old_store_are_read(store):
     assert scores.summary.trials == 24
     assert len(scores.most_memorized(5)["mem"]) == 5
     assert "mem_lo" not in scores.memorization
-    assert scores.selected_pairs is None
+    assert scores.selected_pairs is scores.summary.selected_pairs is None
     mem = memorization(scores.statistics)
     np.testing.assert_array_equal([scores.mem_lo, scores.mem_hi], mem.interval)
     assert scores.influence(train=[0, 1], test=slice(0, 5)).value.shape == (2, 5)

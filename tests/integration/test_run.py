@@ -262,6 +262,10 @@ def test_a_copy_with_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_pa
     null = scipy.stats.hypergeom(packed.trials, packed.correct_on_test[test], packed.k_in[train])
     assert (table["confirmed"] == (null.sf(block.both[train, test]) + null.pmf(block.both[train, test]) / 2 <= 0.05)).all()
     assert table["confirmed"].any()
+    summary = scores.summary.selected_pairs
+    assert (summary.count, summary.confirmed) == (len(table), table["confirmed"].sum())
+    assert (summary.train_examples, summary.test_examples) == (table["tr_idx"].nunique(), table["tt_idx"].nunique())
+    assert (summary.mem_threshold, summary.infl_threshold, summary.false_discovery_rate) == (0.25, 0.15, 0.1)
 
 
 def _run_arrays(tmp_path, name):

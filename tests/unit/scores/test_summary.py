@@ -67,6 +67,25 @@ def test_unknown_keys_are_ignored_and_standard_errors_of_accuracies_may_be_missi
     assert ScorePointer.from_json(json.dumps({**json.loads(POINTER), "signed": True})) == ScorePointer.from_json(POINTER)
 
 
+def test_the_selected_pairs_are_optional_and_read_as_written():
+    content = json.loads(SUMMARY)
+    assert ScoreSummary.from_dict(content).selected_pairs is None
+    selected = {
+        "mem_threshold": 0.25,
+        "infl_threshold": 0.17,
+        "false_discovery_rate": 0.1,
+        "count": 50,
+        "confirmed": 41,
+        "train_examples": 30,
+        "test_examples": 35,
+    }
+    summary = ScoreSummary.from_dict({**content, "selected_pairs": {**selected, "later": 1}})
+    assert summary.selected_pairs.confirmed == 41
+    assert summary.to_dict() == {**content, "selected_pairs": selected}
+    with pytest.raises(KeyError):
+        ScoreSummary.from_dict({**content, "selected_pairs": {"count": 50}})
+
+
 def test_a_summary_is_also_the_mapping_that_the_file_holds():
     summary = ScoreSummary.from_dict(json.loads(SUMMARY))
     assert dict(summary) == json.loads(SUMMARY)
