@@ -153,12 +153,17 @@ def _means(splits: list[Comparison]) -> dict[str, float | None]:
 
 
 def _of_experiment(record: Record, summary: ScoreSummary) -> str:
-    memorized, pairs = summary.mem_share(PAPERS["memorization"]), summary.pairs.count
+    memorized = summary.mem_share(PAPERS["memorization"])
     share = "no training example has an estimate" if memorized is None else f"{memorized:.2%} of the training examples are memorized"
     facts = [f"{share} ({summary.names.mem} >= {PAPERS['memorization']})"]
     if summary.test_accuracy is not None:
-        facts = [f"test {summary.names.mean} {summary.test_accuracy:.2%}", *facts, f"{pairs} pairs"]
+        facts = [f"test {summary.names.mean} {summary.test_accuracy:.2%}", *facts, _pairs(summary)]
     return f"{record.experiment.name} ({_trained(record.experiment)}, {summary.trials} trials): {', '.join(facts)}."
+
+
+def _pairs(summary: ScoreSummary) -> str:
+    paper = f"{summary.pairs.count} pairs of {summary.names.infl} >= {PAPERS['influence']}"
+    return paper if summary.selected_pairs is None else f"{summary.selected_pairs.count} selected pairs, {paper}"
 
 
 def _trained(experiment: Experiment) -> str:
@@ -175,7 +180,7 @@ def _trained(experiment: Experiment) -> str:
 
 def _of_comparison(label: str, splits: list[Comparison]) -> str:
     parts = []
-    selected: dict[Score, str] = {"memorization": "memorized examples", "influence": "pairs"}
+    selected: dict[Score, str] = {"memorization": "memorized examples", "influence": f"pairs of infl >= {PAPERS['influence']}"}
     for score in splits[0].scores:
         items = selected[score]
         overlap = _with_range(_overlaps(splits, score))

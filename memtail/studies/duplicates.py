@@ -1,6 +1,7 @@
-"""Duplicates study: near-duplicates of training images, and their share of the high-influence pairs and of the removal loss.
+"""Duplicates study: near-duplicates of training images, and their share of the pairs and of the removal loss.
 
-A known criticism of the paper is that high-influence pairs are often copies of one image. Images are compared by their pixels, and by the
+A known criticism of the paper is that high-influence pairs are often copies of one image. Both the pairs by its thresholds and the selected
+pairs are examined; the removal is that of the former. Images are compared by their pixels, and by the
 features of one model (see `memtail.studies.features`). An image is scaled down to 32 pixels a side if it is larger, shifted to mean 0 and
 scaled to length 1, which removes brightness and contrast; the distance of two images is the length of their difference, from 0 to 2. All
 images are compared with all training images, which takes a minute for 60,000 training images and days for a million.
@@ -81,7 +82,7 @@ class Distances:
         train, test: float32 [n] and [q], the distances.
         train_nearest, test_nearest: int64 [n] and [q], the nearest training images.
         threshold: largest distance of near-duplicates.
-        pairs: float32 [p], the distances of the high-influence pairs.
+        pairs: float32 [p], the distances of the pairs.
     """
 
     train: npt.NDArray[np.float32]
@@ -166,20 +167,20 @@ def _evaluate(store: ObjectStore, record: Record, dataset: ImageDataset, removal
     scores = open_scores(store, name)
     if removal is not None and removal.scores != scores.folder.name:
         raise ScoresError(f"experiment '{name}' has newer scores than the models were trained for: run the study again")
-    train, test = scores.pairs["tr_idx"], scores.pairs["tt_idx"]
+    tables = [scores.pairs] if scores.selected_pairs is None else [scores.pairs, scores.selected_pairs]
+    train, test = (np.concatenate([table[column] for table in tables]) for column in ("tr_idx", "tt_idx"))
     spaces: dict[Space, Distances] = {
         "pixels": measure(dataset, train, test, nearness),
         "features": measure(features, train, test, nearness),
     }
-    duplicated = {space: each.pairs <= each.threshold for space, each in spaces.items()}
+    count = len(scores.pairs["tr_idx"])  # the pairs by the paper's thresholds, before the selected ones
+    near = {space: each.pairs <= each.threshold for space, each in spaces.items()}
+    duplicated, selected = ({space: each[part] for space, each in near.items()} for part in (slice(count), slice(count, None)))
     either = duplicated["pixels"] | duplicated["features"]
     findings = [_near_duplicates(space, each, nearness) for space, each in spaces.items()]
     measured: dict[str, Any] = {space: _measured(each, duplicated[space], scores.memorization["mem"]) for space, each in spaces.items()}
-    if len(train):
-        findings.append(
-            f"Of the {len(train)} high-influence pairs, {int(duplicated['pixels'].sum())} are near-duplicates by pixels and "
-            f"{int(duplicated['features'].sum())} by features; {int((~either).sum())} are neither."
-        )
+    findings += _of_pairs("selected pairs", selected) + _of_pairs("pairs by the paper's thresholds", duplicated)
+    test = test[:count]
     trials, experiments = scores.summary.trials, [name]
     if removal is not None:
         loss, text = _without_duplicates(store, removal, np.unique(test[either]), test)
@@ -196,7 +197,13 @@ def _evaluate(store: ObjectStore, record: Record, dataset: ImageDataset, removal
         trials,
         experiments,
         {"scores": scores.folder.name, "nearness": nearness, "features": features.fingerprint},
-        {**measured, "pairs": len(train), "pairs_without": int((~either).sum())},
+        {
+            **measured,
+            "pairs": count,
+            "pairs_without": int((~either).sum()),
+            "selected_pairs": len(selected["pixels"]),
+            "selected_pairs_without": int((~(selected["pixels"] | selected["features"])).sum()),
+        },
     )
     write_result(result, _table(spaces), _draw(name, dataset, spaces, scores.pairs))
     return result
@@ -209,6 +216,17 @@ def _near_duplicates(space: Space, distances: Distances, nearness: float) -> str
         f"images ({train.mean():.2%}) have a near-duplicate among the training images (distance at most {distances.threshold:.3f}, "
         f"{nearness:g} of the median distance to the nearest)."
     )
+
+
+def _of_pairs(pairs: str, near: dict[Space, npt.NDArray[np.bool_]]) -> list[str]:
+    """Say how many of some pairs are near-duplicates; nothing without pairs."""
+    pixels, features = near["pixels"], near["features"]
+    if not len(pixels):
+        return []
+    return [
+        f"Of the {len(pixels)} {pairs}, {int(pixels.sum())} are near-duplicates by pixels and {int(features.sum())} by features; "
+        f"{int((~(pixels | features)).sum())} are neither."
+    ]
 
 
 def _measured(distances: Distances, duplicated: npt.NDArray[np.bool_], mem: npt.NDArray[np.float64]) -> dict[str, Any]:
@@ -232,7 +250,8 @@ def _without_duplicates(
     q = correct.shape[1]
     losses = {part: difference(everything[:, chosen].sum(1) / q, without[:, chosen].sum(1) / q) for part, chosen in parts.items()}
     lost = (
-        f"Without the training examples of all pairs, models lose {losses['others']} points of test accuracy on the {len(parts['others'])}"
+        f"Without the training examples of all pairs by the paper's thresholds, models lose {losses['others']} points of test accuracy "
+        f"on the {len(parts['others'])}"
     )
     method = f"(± is half of a {CONFIDENCE:.0%} confidence interval, Welch's)."
     if len(duplicated):
@@ -258,7 +277,14 @@ def _table(spaces: dict[Space, Distances]) -> dict[str, Any]:
 
 
 def _draw(name: str, dataset: ImageDataset, spaces: dict[Space, Distances], pairs: dict[str, npt.NDArray[Any]]) -> "Figure":
-    """Draw rows of test images above training images: the nearest images in each space, then the pairs of highest influence."""
+    """Draw rows of test images above training images: the nearest images in each space, then the pairs of highest influence.
+
+    Args:
+        name: of the experiment.
+        dataset: its images.
+        spaces: distances, those of the pairs drawn first among those of all pairs.
+        pairs: columns of the pairs drawn.
+    """
     from memtail.figures.style import drawing
 
     rows: list[tuple[str, list[tuple[int, int, str]]]] = []

@@ -62,7 +62,8 @@ class _Facts:
 
     Attributes:
         memorized, memorized_error: number of memorized examples, and its standard error over random halves of the trials.
-        pairs: number of high-influence pairs.
+        pairs: number of pairs by the paper's thresholds.
+        selected_pairs: number of selected pairs; None in scores of a memtail that did not select them.
         trials: number of trials.
         in_subset_accuracy, held_out_accuracy, test_accuracy: mean accuracies over the trials, with their standard errors.
     """
@@ -70,6 +71,7 @@ class _Facts:
     memorized: int
     memorized_error: float
     pairs: int
+    selected_pairs: int | None
     trials: int
     in_subset_accuracy: float
     held_out_accuracy: float
@@ -102,7 +104,7 @@ def _evaluate(store: ObjectStore, name: str, experiment: Experiment, features: "
     findings = [
         f"Training the last layer alone memorizes {_memorized(last)} of {whole_scores.summary.n_train} training examples "
         f"(mem >= {MEM_THRESHOLD}), training the whole model {_memorized(whole)}.",
-        f"High-influence pairs (infl >= {INFL_THRESHOLD}): {last.pairs} with the last layer alone, {whole.pairs} with the whole model.",
+        _pairs(last, whole),
         _accuracies("The last layer alone", last),
         _accuracies("The whole model", whole),
         f"The features are those of one model trained on all training examples, with a test accuracy of {features.test_accuracy:.2%}: "
@@ -143,6 +145,7 @@ def _facts(scores: Scores, counts: list[int]) -> _Facts:
         memorized=counts[_PAPER_THRESHOLD],
         memorized_error=float(share_error) * summary.n_train,
         pairs=summary.pairs.count,
+        selected_pairs=None if summary.selected_pairs is None else summary.selected_pairs.count,
         trials=summary.trials,
         **{accuracy: summary[accuracy] for accuracy in ACCURACIES},
         **{f"{accuracy}_error": errors[accuracy] for accuracy in ACCURACIES},
@@ -151,6 +154,14 @@ def _facts(scores: Scores, counts: list[int]) -> _Facts:
 
 def _memorized(facts: _Facts) -> str:
     return f"{facts.memorized} ± {facts.memorized_error:.0f}"
+
+
+def _pairs(last: _Facts, whole: _Facts) -> str:
+    paper = f"{last.pairs} with the last layer alone, {whole.pairs} with the whole model."
+    if last.selected_pairs is None or whole.selected_pairs is None:
+        return f"High-influence pairs (infl >= {INFL_THRESHOLD}): {paper}"
+    selected = f"{last.selected_pairs} with the last layer alone, {whole.selected_pairs} with the whole model"
+    return f"Selected pairs: {selected}. By the paper's thresholds (infl >= {INFL_THRESHOLD}): {paper}"
 
 
 def _accuracies(trained: str, facts: _Facts) -> str:

@@ -1,7 +1,7 @@
 """Removal study: loss of test accuracy without the memorized examples, and without equally many random ones (the paper's figure 2).
 
-In the study of the pairs, the loss is split into the loss on the test examples of the pairs and the loss on the rest. See
-`memtail.studies.removal_design` for the conditions.
+In the study of the pairs, the loss is split into the loss on the test examples of the pairs and the loss on the rest. The pairs are
+those by the paper's thresholds, so that results compare with its own. See `memtail.studies.removal_design` for the conditions.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import typer
 
 from memtail.errors import SpecError
+from memtail.estimators.pairs import INFL_THRESHOLD
 from memtail.storage import ObjectStore
 from memtail.studies.intervals import CONFIDENCE, Interval, difference, mean
 from memtail.studies.options import REPEATS, ExperimentName, Repeats
@@ -42,7 +43,9 @@ def prepare(
             show_default=False,
         ),
     ] = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Remove the training examples of the high-influence pairs instead.")] = False,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Remove the training examples of the high-influence pairs, by the paper's thresholds, instead.")
+    ] = False,
     repeats: Repeats = REPEATS,
 ) -> Prepared:
     """Prepare the study.
@@ -166,7 +169,7 @@ def _of_pairs(
     chosen, random = ({name: losses[place].loss for name, losses in parts.items()} for place in (1, 2))
     removed, count = removal.conditions[1].removed, len(influenced)
     findings = [
-        f"Without the {removed} training examples of the high-influence pairs models lose {chosen['all']} points of accuracy: "
+        f"Without the {removed} training examples of the pairs of infl >= {INFL_THRESHOLD} models lose {chosen['all']} points of accuracy: "
         f"{chosen['influenced']} on the {count} influenced test examples, {chosen['rest']} on the other {correct.shape[1] - count}.",
         f"Without equally many random examples they lose {random['all']} points: {random['influenced']} on the influenced test examples, "
         f"{random['rest']} on the others.",
