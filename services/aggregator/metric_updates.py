@@ -32,6 +32,7 @@ def experiment_series(linger: float) -> ExperimentSeries:
         metrics.EXPECTED_ERROR,
         metrics.MEMORIZED,
         metrics.HISTOGRAM,
+        metrics.SELECTED_PAIRS,
         metrics.PAIRS,
         metrics.PUBLISHED,
         metrics.PUBLISHED_TRIALS,
@@ -88,6 +89,8 @@ def update_scores(name: str, pointer: ScorePointer | None) -> None:
     metrics.PUBLISHED_TRIALS.labels(name).set(pointer.summary.accumulated_trials)
     if pointer.summary.n_test:
         metrics.PAIRS.labels(name).set(pointer.summary.pairs.count)
+        if (selected := pointer.summary.selected_pairs) is not None:
+            metrics.SELECTED_PAIRS.labels(name).set(selected.count)
 
 
 def _trials_to_reach(subsets: SubsetsSpec, statistics: Statistics) -> int:

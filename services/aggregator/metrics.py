@@ -29,7 +29,8 @@ HISTOGRAM = Gauge(
     "Training examples by memorization, in bins of width 0.05 from `bin` on",
     ["experiment", "bin"],
 )
-PAIRS = Gauge("memtail_high_influence_pairs", "High-influence pairs in the published scores", ["experiment"])
+SELECTED_PAIRS = Gauge("memtail_selected_pairs", "Pairs in the published scores that adjusted influence selects", ["experiment"])
+PAIRS = Gauge("memtail_high_influence_pairs", "High-influence pairs in the published scores, by the paper's thresholds", ["experiment"])
 PUBLISHED = Gauge("memtail_scores_published_timestamp_seconds", "Time of the last publication of scores, as Unix time", ["experiment"])
 PUBLISHED_TRIALS = Gauge("memtail_scores_published_trials", "Trials in the published scores, including diverged trials", ["experiment"])
 REFUSED = Gauge("memtail_batches_refused", "Trial batches that were refused: damaged, or of another experiment", ["experiment"])

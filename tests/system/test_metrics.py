@@ -90,6 +90,7 @@ def test_each_service_exports_metrics_of_its_work(cluster, experiment, digits):
     assert seen.value("memtail_memorization_examples") == mem.notna().sum()
     assert seen.value("memtail_memorization_examples", bin="0.95") == (mem >= 0.95).sum()
     assert seen.value("memtail_high_influence_pairs") == summary["pairs"]["count"]
+    assert seen.value("memtail_selected_pairs") == summary["selected_pairs"]["count"]
     assert seen.value("memtail_scores_published_trials") == TRIALS
     assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer.published).timestamp()
     assert seen.value("memtail_fold_seconds_count") == SHARDS
@@ -112,6 +113,7 @@ def test_a_new_aggregator_exports_published_scores_before_it_accumulates_trials(
     assert seen.value("memtail_scores_published_trials") == TRIALS
     assert seen.value("memtail_scores_published_timestamp_seconds") == datetime.fromisoformat(pointer.published).timestamp()
     assert seen.value("memtail_high_influence_pairs") == pointer.summary.pairs.count
+    assert seen.value("memtail_selected_pairs") == pointer.summary.selected_pairs.count
 
 
 def kill_training_processes(worker):

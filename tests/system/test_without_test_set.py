@@ -135,7 +135,8 @@ def test_metrics_of_the_aggregator_have_no_series_of_test_examples(finished):
     name, pointer = "images", latest_version(finished[1], "images")
     update_finished(name, pointer)
     assert REGISTRY.get_sample_value("memtail_scores_published_trials", {"experiment": name}) == TRIALS
-    assert REGISTRY.get_sample_value("memtail_high_influence_pairs", {"experiment": name}) is None
+    for pairs in ("memtail_high_influence_pairs", "memtail_selected_pairs"):
+        assert REGISTRY.get_sample_value(pairs, {"experiment": name}) is None
     for examples, there in (("in_subset", True), ("test", False)):
         sample = REGISTRY.get_sample_value("memtail_accuracy_ratio", {"experiment": name, "examples": examples})
         assert (sample is not None) == there
