@@ -167,13 +167,13 @@ def top(
     name: Name = None,
     store: Store = DEFAULT_STORE,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of rows.")] = 10,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Show the high-influence pairs instead.")] = False,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Show the selected pairs instead, confirmed ones first.")] = False,
     influencers_of: Annotated[
         int | None, typer.Option(min=0, help="Show the training examples of highest influence on test example J.", metavar="J")
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Show the most memorized training examples, or the high-influence pairs."""
+    """Show the most memorized training examples, or the selected pairs."""
     opened = open_existing(store)
     scores = _scores_of(opened, name)
     if (pairs or influencers_of is not None) and not scores.summary.n_test:
@@ -181,7 +181,7 @@ def top(
     if influencers_of is not None:
         table = scores.top_influencers(influencers_of, count)
     elif pairs:
-        table = {column: values[:count] for column, values in scores.pairs.items()}
+        table = scores.strongest_pairs(count)
     else:
         table = scores.most_memorized(count)
     if json_:
@@ -189,7 +189,10 @@ def top(
     else:
         from memtail.cli import display
 
-        display.show_table(table)
+        if pairs and not len(table["tr_idx"]):
+            print(f"no selected pairs in the scores of {scores.summary.trials} trials")
+        else:
+            display.show_table(table)
         display.warn_of_few_trials(scores.summary)
 
 

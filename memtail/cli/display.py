@@ -33,7 +33,7 @@ if not console.is_terminal:
 _BAR_WIDTH = 40
 _WIDEST = 1000
 # Left-aligned columns of tables.
-_TEXTS = ("experiment", "filename", "state", "owner")
+_TEXTS = ("experiment", "filename", "tr_filename", "tt_filename", "state", "owner")
 
 
 def show_spec(experiment: "Experiment") -> None:
@@ -49,7 +49,7 @@ def show_spec(experiment: "Experiment") -> None:
 def show_summary(scores: "Scores", seconds: float, store: str) -> None:
     """Print the summary of a run, the five most memorized examples, and the folder of the files."""
     trained = f" in {seconds:.1f} s" if seconds else ", all from the store"
-    summary, pairs = scores.summary, scores.summary.pairs
+    summary = scores.summary
     console.print(f"\n{summary.experiment}: {summary.trials} trials{trained}", style="bold")
     se = summary.mem_se_quantile(0.95)
     names = summary.names
@@ -61,8 +61,7 @@ def show_summary(scores: "Scores", seconds: float, store: str) -> None:
         (f"standard error of {names.mem}", f"95% of examples at most {se:.3f}" if se is not None else "none"),
     ]
     if summary.n_test:
-        examples = f"{pairs.train_examples} training and {pairs.test_examples} test examples"
-        facts.append(("high-influence pairs", f"{pairs.count} ({names.infl} >= {pairs.infl_threshold}), {examples}"))
+        facts.append(_pairs(summary))
     if summary.without_estimate:
         facts.append(("without an estimate", f"{summary.without_estimate} examples, in every subset or in none"))
     if summary.diverged:
@@ -74,7 +73,17 @@ def show_summary(scores: "Scores", seconds: float, store: str) -> None:
     if summary.few_trials:
         console.print(f"\n{summary.few_trials}", style="yellow")
     console.print(f"\nfiles in {scores.folder}")
-    console.print(f"next: memtail top {summary.experiment} {'--pairs ' if summary.n_test else ''}--store {store}")
+    console.print(f"next: memtail top {summary.experiment} {'--pairs ' if summary.shown_pairs.count else ''}--store {store}")
+
+
+def _pairs(summary: "ScoreSummary") -> tuple[str, str]:
+    """Name the pairs that are shown, and count them."""
+    selected, paper = summary.selected_pairs, summary.pairs
+    examples = f"{summary.shown_pairs.train_examples} training and {summary.shown_pairs.test_examples} test examples"
+    if selected is None:
+        return "high-influence pairs", f"{paper.count} ({summary.names.infl} >= {paper.infl_threshold}), {examples}"
+    rate = f"at a false discovery rate of {selected.false_discovery_rate:.0%}"
+    return "selected pairs", f"{selected.count} {rate}, {selected.confirmed} confirmed; {examples}"
 
 
 def warn_of_few_trials(summary: "ScoreSummary") -> None:

@@ -187,6 +187,24 @@ class Scores:
         rows = largest(self.memorization[self.names.mem], k)
         return {name: values[rows] for name, values in self.memorization.items()}
 
+    def strongest_pairs(self, k: int = 10) -> dict[str, Column]:
+        """Return the rows of k selected pairs: confirmed pairs first, then the others, both by falling influence.
+
+        Of scores of a memtail that did not select pairs, the k pairs of highest influence by the thresholds of the paper.
+
+        Returns:
+            Columns `tr_idx`, `tt_idx`, `label` if there are labels, the others of the table but `z`, and `tr_filename` and `tt_filename` if
+            the dataset has file names.
+        """
+        if self.selected_pairs is None:
+            pairs = {name: values[:k] for name, values in self.pairs.items()}
+        else:
+            rows = np.lexsort((-self.selected_pairs[self.names.infl], ~self.selected_pairs["confirmed"]))[:k]
+            pairs = {name: values[rows] for name, values in self.selected_pairs.items() if name != "z"}
+        train, test = pairs.pop("tr_idx"), pairs.pop("tt_idx")
+        files = {f"{split}_filename": names[rows] for (split, names), rows in zip(self._files.items(), (train, test), strict=False)}
+        return {"tr_idx": train, "tt_idx": test, **self._labels(self.train_labels, train), **pairs, **files}
+
     def top_influencers(self, test: int, k: int = 10, *, harmful: bool = False) -> dict[str, Column]:
         """Find the k training examples with the largest influence on one test example.
 
@@ -242,6 +260,15 @@ class Scores:
             ScoresError: an index is out of range.
         """
         return self.soft_influence(train, test) if self.scores_only else self.influence(train, test)
+
+    @cached_property
+    def _files(self) -> dict[str, Column]:
+        """File names of the training examples, "tr", and of the test examples, "tt", objects [n] and [q]; empty if the dataset has none."""
+        if not (self.folder / INDEX).exists():
+            return {}
+        with self._reading_archive(INDEX) as archive:
+            names = {split: archive[f"{split}_filenames"].tolist() for split in ("tr", "tt") if f"{split}_filenames" in archive}
+        return {split: np.array([name.decode(errors="replace") for name in each], dtype=object) for split, each in names.items()}
 
     def _labels(self, labels: npt.NDArray[np.int64], index: npt.NDArray[np.int64]) -> dict[str, Column]:
         return {"label": labels[index]} if self.labelled else {}

@@ -33,7 +33,7 @@ class PairSummary:
 
 @dataclass(frozen=True)
 class SelectionSummary:
-    """The pairs that adjusted influence selects: the conditions, the number of pairs and of confirmed ones, and of distinct examples in them.
+    """The pairs that adjusted influence selects: the conditions, and the numbers of pairs, confirmed ones, and distinct examples in them.
 
     Attributes:
         mem_threshold: of memorization.
@@ -105,6 +105,11 @@ class ScoreSummary(Mapping[str, Any]):
     def accumulated_trials(self) -> int:
         """Trials in the statistics, diverged ones included."""
         return self.trials + self.diverged
+
+    @property
+    def shown_pairs(self) -> PairSummary | SelectionSummary:
+        """The selected pairs, or else those by the paper's thresholds."""
+        return self.selected_pairs or self.pairs
 
     def mem_share(self, threshold: float) -> float | None:
         """Share of the examples with mem_i at or above one of `MEM_STEPS`."""

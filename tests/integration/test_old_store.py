@@ -95,7 +95,8 @@ def test_published_scores_of_an_old_store_are_read(store):
     assert scores.summary.trials == 24
     assert len(scores.most_memorized(5)["mem"]) == 5
     assert "mem_lo" not in scores.memorization
-    assert scores.selected_pairs is scores.summary.selected_pairs is None
+    assert scores.selected_pairs is None
+    assert scores.summary.selected_pairs is None
     mem = memorization(scores.statistics)
     np.testing.assert_array_equal([scores.mem_lo, scores.mem_hi], mem.interval)
     assert scores.influence(train=[0, 1], test=slice(0, 5)).value.shape == (2, 5)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import scipy.stats
 import torch
@@ -262,6 +263,11 @@ def test_a_copy_with_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_pa
     null = scipy.stats.hypergeom(packed.trials, packed.correct_on_test[test], packed.k_in[train])
     assert (table["confirmed"] == (null.sf(block.both[train, test]) + null.pmf(block.both[train, test]) / 2 <= 0.05)).all()
     assert table["confirmed"].any()
+    strongest = pandas.DataFrame(scores.strongest_pairs(len(table)))
+    assert strongest["confirmed"].is_monotonic_decreasing
+    assert all(group["infl"].is_monotonic_decreasing for _, group in strongest.groupby("confirmed"))
+    assert (strongest["label"] == labels[strongest["tr_idx"]]).all()
+    assert scores.strongest_pairs(3)["tr_idx"].tolist() == strongest["tr_idx"].tolist()[:3]
     summary = scores.summary.selected_pairs
     assert (summary.count, summary.confirmed) == (len(table), table["confirmed"].sum())
     assert (summary.train_examples, summary.test_examples) == (table["tr_idx"].nunique(), table["tt_idx"].nunique())
@@ -366,7 +372,9 @@ def test_commands_print_text_or_json(finished, tmp_path):
     assert [row["mem"] for row in top] == sorted((row["mem"] for row in top), reverse=True)
     assert len(top) == 3
     pairs = json.loads(command("top", "--pairs", "--json", "--store", store).stdout)
-    assert pairs[0]["infl"] >= 0.15
+    assert [row["confirmed"] for row in pairs] == sorted((row["confirmed"] for row in pairs), reverse=True)
+    assert pairs[0]["infl_lo"] <= pairs[0]["infl"] <= pairs[0]["infl_hi"]
+    assert (pairs[0]["infl_adjusted"] >= 0.15, pairs[0]["q_value"] <= 0.1) == (True, True)
     influencers = json.loads(command("top", "--influencers-of", pairs[0]["tt_idx"], "-n", 2000, "--json", "--store", store).stdout)
     assert pairs[0]["tr_idx"] in [row["tr_idx"] for row in influencers]
     assert influencers[0]["infl"] >= pairs[0]["infl"]
