@@ -4,18 +4,17 @@ Reads no image but those shown, and draws nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from memtail.datasets import Dataset
 from memtail.errors import ScoresError
 from memtail.estimators import convergence, expected_standard_error, false_discovery, influence
-from memtail.estimators.binomial import share, standard_error
+from memtail.estimators.binomial import Floats, share, standard_error
 from memtail.estimators.pairs import MEM_THRESHOLD
 from memtail.estimators.soft import mean_score, scores_on_test
 from memtail.experiment_store import Record
-from memtail.report.items import Content, DoubtfulLabel, EpochStage, Example, Number, Pair, PairCounts, SoftScores
+from memtail.report.items import Content, Discoveries, DoubtfulLabel, EpochStage, Example, Number, Pair, SoftScores
 from memtail.scores.reader import Scores, largest
 from memtail.scores.summary import ACCURACIES, MEM_STEPS, SE_QUANTILES, ScoreSummary
 from memtail.statistics.accumulator import PackedTrials, unpack_words
@@ -24,7 +23,7 @@ from memtail.trials import Shard
 
 #: Edges of the histogram of memorization.
 EDGES = np.linspace(-1, 1, 41)
-#: False discovery rate up to which a pair is confirmed.
+#: False discovery rate up to which a pair passes a test of correctness.
 DISCOVERY_RATE = 0.05
 #: Memorization from which a label is doubtful: most models that did not see the example predict another class.
 LABEL_MEM = 0.5
@@ -34,8 +33,9 @@ GALLERY_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _GALLERY_EACH = 2
 _GALLERY_EACH_UNLABELLED = 6
 _GALLERY_CLASSES = 10
-# Bounds of the number of pairs shown, which is otherwise the number of confirmed pairs.
-_FEWEST_PAIRS, _MOST_PAIRS = 6, 20
+_MOST_PAIRS = 20
+# Pairs by the thresholds of the paper are shown in at least this number, else only those that pass the test.
+_FEWEST_PAIRS = 6
 _RANDOM_OTHERS = 4
 _MOST_LABELS = 30
 _MOST_SHARDS = 5
@@ -71,13 +71,13 @@ def choose_content(
         for key in ACCURACIES
         if summary[key] is not None
     }
-    pairs, pair_counts = _pairs(scores, dataset) if dataset.n_test else ([], None)
+    pairs, discoveries = _pairs(scores, dataset) if dataset.n_test else ([], None)
     gallery = _gallery(scores, dataset)
     labels, doubtful = _doubtful_labels(scores, dataset) if dataset.labelled and not scores.scores_only else ([], 0)
     return Content(
         record=record,
         summary=summary,
-        warnings=_warnings(summary, pair_counts, different),
+        warnings=_warnings(summary, discoveries, different),
         accuracies=accuracies,
         stages=convergence(packed, MEM_STEPS, SE_QUANTILES, EDGES),
         fraction=fraction,
@@ -86,7 +86,7 @@ def choose_content(
         gallery=gallery,
         classes=len(np.unique(dataset.train_labels)) if dataset.labelled else 0,
         pairs=pairs,
-        pair_counts=pair_counts,
+        discoveries=discoveries,
         labels=labels,
         doubtful=doubtful,
         soft=_soft(scores),
@@ -120,16 +120,13 @@ def _epochs(scores: Scores) -> list[EpochStage]:
     return stages
 
 
-def _warnings(summary: ScoreSummary, counts: PairCounts | None, different: Sequence[Shard]) -> list[str]:
+def _warnings(summary: ScoreSummary, discoveries: Discoveries | None, different: Sequence[Shard]) -> list[str]:
     warnings = []
     fitted = summary.in_subset_accuracy
     if summary.few_trials:
-        of_pairs = (counts and counts.confirmed is not None) and (
-            f" Trust the {counts.confirmed:,} of {counts.high:,} pairs that pass at a false discovery rate of {DISCOVERY_RATE:.0%}, and "
-            f"no others."
-        )
+        of_pairs = _trust(summary, discoveries)
         warnings.append(
-            f"{summary.few_trials}{of_pairs or ''} Noise {'also ' if of_pairs else ''}lifts examples above a threshold of memorization, "
+            f"{summary.few_trials}{of_pairs} Noise {'also ' if of_pairs else ''}lifts examples above a threshold of memorization, "
             f"more of them the lower the threshold is; intervals do not show this."
         )
     if fitted is not None and fitted < _FITTED and summary.outcome == "correct":
@@ -150,6 +147,24 @@ def _warnings(summary: ScoreSummary, counts: PairCounts | None, different: Seque
             f"status names the devices. On devices of different kinds outcomes may differ; on equal ones a device or the model is at fault."
         )
     return warnings
+
+
+def _trust(summary: ScoreSummary, discoveries: Discoveries | None) -> str:
+    """Say which pairs to trust, if any test says so."""
+    selected = summary.selected_pairs
+    if not summary.n_test:
+        return ""
+    if selected is not None and not selected.count:
+        return " No pair is selected: trust none."
+    if selected is not None:
+        chance = f"at most {selected.false_discovery_rate:.0%} of which are expected to be chance"
+        return f" Of all pairs, trust the {selected.count:,} selected ones, {chance}, and no others."
+    if discoveries is None:
+        return ""
+    return (
+        f" Trust the {discoveries.high:,} of {summary.pairs.count:,} pairs that pass at a false discovery rate of {DISCOVERY_RATE:.0%}, "
+        f"and no others."
+    )
 
 
 def _example(dataset: Dataset, split: str, index: int, scores: Scores | None = None) -> Example:
@@ -186,38 +201,73 @@ def _gallery(scores: Scores, dataset: Dataset) -> list[tuple[str | None, list[li
     return rows
 
 
-def _pairs(scores: Scores, dataset: Dataset) -> tuple[list[Pair], PairCounts]:
-    """Choose the pairs shown: confirmed pairs first, then the others, both by falling influence."""
-    packed, table, names = scores.statistics, scores.pairs, scores.names
-    train, test = table["tr_idx"], table["tt_idx"]
-    train_labels, test_labels = np.asarray(dataset.train_labels), np.asarray(dataset.test_labels)
-    counts, rate = PairCounts(high=len(train), train=len(np.unique(train)), test=len(np.unique(test))), np.full(len(train), np.nan)
-    if not scores.scores_only:
-        discovery = false_discovery(packed, scores.memorization["mem"], train_labels, test_labels, train, test)
-        rate, passed = discovery.rate, int((discovery.kept <= DISCOVERY_RATE).sum())
-        counts = replace(counts, confirmed=int((rate <= DISCOVERY_RATE).sum()), tested=discovery.tested, passed=passed)
-    confirmed = rate <= DISCOVERY_RATE
+def _pairs(scores: Scores, dataset: Dataset) -> tuple[list[Pair], Discoveries | None]:
+    """Choose the pairs shown, and count those that pass a test of correctness."""
+    rates, discoveries = (None, None) if scores.scores_only else _discoveries(scores, dataset)
+    if scores.summary.selected_pairs is not None:
+        return _selected_pairs(scores, dataset), discoveries
+    return _high_pairs(scores, dataset, rates), discoveries
+
+
+def _discoveries(scores: Scores, dataset: Dataset) -> tuple[Floats, Discoveries]:
+    """Test the pairs by the thresholds of the paper; returns their false discovery rates, and how many pass."""
+    labels = np.asarray(dataset.train_labels), np.asarray(dataset.test_labels)
+    found = false_discovery(scores.statistics, scores.memorization["mem"], *labels, scores.pairs["tr_idx"], scores.pairs["tt_idx"])
+    high, passed = (int((rates <= DISCOVERY_RATE).sum()) for rates in (found.rate, found.kept))
+    return found.rate, Discoveries(high, found.tested, passed)
+
+
+def _selected_pairs(scores: Scores, dataset: Dataset) -> list[Pair]:
+    """Choose the strongest selected pairs."""
+    table, names, rng = scores.strongest_pairs(_MOST_PAIRS), scores.names, np.random.default_rng(0)
+    columns = ("tr_idx", "tt_idx", names.infl, names.infl_se, "infl_lo", "infl_hi", "infl_adjusted", "q_value", "confirmed")
+    return [
+        _pair(scores, dataset, rng, train, test, Number(infl, se, (low, high)), adjusted, rate, confirmed)
+        for train, test, infl, se, low, high, adjusted, rate, confirmed in zip(*(table[name].tolist() for name in columns), strict=True)
+    ]
+
+
+def _high_pairs(scores: Scores, dataset: Dataset, rates: Floats | None) -> list[Pair]:
+    """Choose pairs by the thresholds of the paper: those that pass the test first, then the others, both by falling influence."""
+    table, names, rng = scores.pairs, scores.names, np.random.default_rng(0)
+    rates = np.full(len(table["tr_idx"]), np.nan) if rates is None else rates
+    passes = rates <= DISCOVERY_RATE
     fewest = _MOST_PAIRS if scores.scores_only else _FEWEST_PAIRS
-    rng = np.random.default_rng(0)
-    shown = []
-    for place in np.argsort(~confirmed, kind="stable")[: min(max(int(confirmed.sum()), fewest), _MOST_PAIRS)].tolist():
-        i, j = int(train[place]), int(test[place])
-        mean_in, mean_out = _means(packed, i, j)
-        others = np.flatnonzero((train_labels == train_labels[i]) & (np.arange(len(train_labels)) != i))
-        drawn = rng.choice(others, min(_RANDOM_OTHERS, len(others)), replace=False).tolist()
-        shown.append(
-            Pair(
-                test=_example(dataset, "test", j),
-                train=_example(dataset, "train", i, scores),
-                influence=Number(float(table[names.infl][place]), float(table[names.infl_se][place])),
-                accuracy_in=mean_in,
-                accuracy_out=mean_out,
-                rate=float(rate[place]),
-                confirmed=bool(confirmed[place]),
-                others=[_example(dataset, "train", index, scores) for index in drawn],
-            )
-        )
-    return shown, counts
+    places = np.argsort(~passes, kind="stable")[: min(max(int(passes.sum()), fewest), _MOST_PAIRS)]
+    columns = (table["tr_idx"], table["tt_idx"], table[names.infl], table[names.infl_se], rates, passes)
+    return [
+        _pair(scores, dataset, rng, train, test, Number(infl, se), None, rate, confirmed)
+        for train, test, infl, se, rate, confirmed in zip(*(column[places].tolist() for column in columns), strict=True)
+    ]
+
+
+def _pair(
+    scores: Scores,
+    dataset: Dataset,
+    rng: np.random.Generator,
+    train: int,
+    test: int,
+    influence: Number,
+    adjusted: float | None,
+    rate: float,
+    confirmed: bool,
+) -> Pair:
+    """Add the examples to estimates, the accuracies with and without the training example, and others of its class."""
+    labels = np.asarray(dataset.train_labels)
+    mean_in, mean_out = _means(scores.statistics, train, test)
+    others = np.flatnonzero((labels == labels[train]) & (np.arange(len(labels)) != train))
+    drawn = rng.choice(others, min(_RANDOM_OTHERS, len(others)), replace=False).tolist()
+    return Pair(
+        test=_example(dataset, "test", test),
+        train=_example(dataset, "train", train, scores),
+        influence=influence,
+        accuracy_in=mean_in,
+        accuracy_out=mean_out,
+        adjusted=adjusted,
+        rate=rate,
+        confirmed=confirmed,
+        others=[_example(dataset, "train", index, scores) for index in drawn],
+    )
 
 
 def _means(packed: PackedTrials, train: int, test: int) -> tuple[Number, Number]:

@@ -16,7 +16,7 @@ from memtail.studies.result import StudyResult
 
 @dataclass(frozen=True)
 class Number:
-    """An estimate and its standard error, NaN where there is none; and its 95% interval, of memorization alone."""
+    """An estimate and its standard error, NaN where there is none; and its 95% interval, of memorization and of selected pairs."""
 
     value: float
     se: float
@@ -40,14 +40,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """A test example and a training example of high influence on it.
+    """A test example and a training example of high influence on it: a selected pair, or one by the thresholds of the paper.
 
     Attributes:
         test, train: the two examples.
         influence: influence of `train` on `test`.
         accuracy_in, accuracy_out: accuracy on `test`, or mean score, of the models that saw `train`, and of those that did not.
+        adjusted: adjusted influence of a selected pair; else None.
         rate: false discovery rate at which the pair is kept; 1 if above `LARGEST_RATE`.
-        confirmed: whether `rate` is at most `DISCOVERY_RATE`.
+        confirmed: of a selected pair, whether its influence, too, is above 0 by a test; else whether `rate` is at most `DISCOVERY_RATE`.
         others: random training examples of the same class, for comparison.
     """
 
@@ -56,6 +57,7 @@ class Pair:
     influence: Number
     accuracy_in: Number
     accuracy_out: Number
+    adjusted: float | None
     rate: float
     confirmed: bool
     others: list[Example]
@@ -83,23 +85,18 @@ class DoubtfulLabel:
 
 
 @dataclass(frozen=True)
-class PairCounts:
-    """Numbers of pairs. The test is of correctness: the numbers of pairs that pass it are None where only scores are recorded.
+class Discoveries:
+    """Numbers of pairs that an exact test of correctness keeps at `DISCOVERY_RATE`.
 
     Attributes:
-        high: pairs above the thresholds.
-        train, test: distinct training and test examples of the high pairs.
-        confirmed: pairs among these that pass the test at `DISCOVERY_RATE`.
+        high: those by the thresholds of the paper.
         tested: pairs tested.
         passed: tested pairs of any influence that pass the test.
     """
 
     high: int
-    train: int
-    test: int
-    confirmed: int | None = None
-    tested: int | None = None
-    passed: int | None = None
+    tested: int
+    passed: int
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,8 @@ class Content:
         kind: kind of the examples.
         gallery: rows of (class, examples per step of memorization); without labels one row.
         classes: number of classes, of which the gallery shows some; 0 without labels.
-        pairs, pair_counts: the pairs shown, and how many there are; None without a test set.
+        pairs: the pairs shown: selected ones, or by the thresholds of the paper in scores that have no selection.
+        discoveries: pairs that pass a test of correctness; None without a test set, and where only scores are recorded.
         labels, doubtful: the doubtful labels shown, and how many there are; none without labels or correctness.
         soft: memorization of scores beside memorization; None if not all trials have recorded both.
         epochs: memorization by epoch; empty if no outcomes by epoch are published.
@@ -166,7 +164,7 @@ class Content:
     gallery: list[tuple[str | None, list[list[Example]]]]
     classes: int
     pairs: list[Pair]
-    pair_counts: PairCounts | None
+    discoveries: Discoveries | None
     labels: list[DoubtfulLabel]
     doubtful: int
     soft: SoftScores | None

@@ -89,6 +89,7 @@ def render(content: Content, figures: dict[str, dict[str, bytes]], dataset: Data
         label_mem=LABEL_MEM,
         gallery_steps=[f"{step:g}" for step in GALLERY_STEPS],
         discovery_rate=DISCOVERY_RATE,
+        selected=content.summary.selected_pairs if content.summary.n_test else None,
         names=content.summary.names,
         scores_only=content.summary.outcome == "score",
         accuracy_titles=_ACCURACIES,

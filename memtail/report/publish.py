@@ -15,7 +15,7 @@ from memtail.errors import ScoresError
 from memtail.experiment_store import ExperimentStore
 from memtail.report.pointer import ReportPointer, latest_report
 from memtail.scores.fetch import fetch_scores
-from memtail.scores.names import MEMORIZATION, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY
+from memtail.scores.names import MEMORIZATION, PAIRS_TABLE, SELECTED_PAIRS, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.reader import Scores
 from memtail.settings import Settings
@@ -26,7 +26,7 @@ from memtail.trials import Shard
 #: File name of the page.
 PAGE = "report.html"
 # Score files that the report is made from.
-_SCORE_FILES = (MEMORIZATION, PAIRS_TABLE, SNAPSHOTS, STATISTICS, SUMMARY)
+_SCORE_FILES = (MEMORIZATION, PAIRS_TABLE, SELECTED_PAIRS, SNAPSHOTS, STATISTICS, SUMMARY)
 
 
 def is_current(store: ObjectStore, name: str) -> bool:

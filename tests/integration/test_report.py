@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -50,13 +51,25 @@ def page_of(store, name):
     return store.get(keys.report(name, pointer.version) + pointer.page).decode()
 
 
+def pairs_text(store):
+    html = page_of(store, "digits")
+    return " ".join(Page(html.partition('<section aria-labelledby="pairs">')[2].partition("</section>")[0]).text.split())
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """A store with a run of digits and its report."""
     folder = tmp_path_factory.mktemp("report")
     model = {"name": "mlp", "hidden": [32]}
     experiment = Experiment.parse(
-        {"name": "digits", "dataset": {"name": "digits"}, "model": model, "training": {"epochs": 6}, "subsets": {"trials": 40}}
+        {
+            "name": "digits",
+            "dataset": {"name": "digits"},
+            "model": model,
+            "training": {"epochs": 6},
+            "subsets": {"trials": 40},
+            "record": {"scores": True},  # selects pairs from few trials
+        }
     )
     memtail.run(experiment, folder)
     publish_report(LocalStore(folder), "digits")
@@ -98,12 +111,49 @@ def test_the_page_agrees_with_the_scores(store):
     assert "trials: 40" in text
 
 
+def test_the_pairs_are_the_selected_ones_beside_the_number_of_the_paper(store):
+    text = pairs_text(store)
+    scores = memtail.load_scores(store.root / "experiments/digits")
+    table, summary = scores.strongest_pairs(20), scores.summary
+    assert summary.selected_pairs.count > 0
+    assert re.findall(r"test (\d+): ", text) == [str(j) for j in table["tt_idx"]]
+    assert re.findall(r"training (\d+): ", text) == [str(i) for i in table["tr_idx"]]
+    for infl, low, high, adjusted in zip(*(table[name] for name in ("infl", "infl_lo", "infl_hi", "infl_adjusted")), strict=True):
+        assert f"infl {infl:.3f} (95%: {low:.3f} to {high:.3f}) adjusted {adjusted:.3f}, ".replace("-", "−") in text
+    assert text.count("not confirmed chance among pairs this clear: ") == (~table["confirmed"]).sum()
+    assert f"{summary.selected_pairs.count} pairs are selected" in text
+    assert f"{summary.selected_pairs.confirmed} of them are confirmed" in text
+    assert f"select {summary.pairs.count} pairs" in text
+    assert f"trust the {summary.selected_pairs.count} selected ones" in Page(page_of(store, "digits")).text
+
+
+def test_scores_without_a_selection_are_reported_with_the_pairs_of_the_paper(store, tmp_path):
+    shutil.copytree(store.root, tmp_path / "older")
+    older = LocalStore(tmp_path / "older")
+    key = keys.latest_scores("digits")
+    pointer = json.loads(older.get(key))
+    del pointer["summary"]["selected_pairs"]
+    folder = keys.scores("digits", pointer["version"])
+    older.put(key, json.dumps({**pointer, "files": [file for file in pointer["files"] if file != "pairs.parquet"]}).encode())
+    older.put(folder + "summary.json", json.dumps(pointer["summary"]).encode())
+    older.delete(folder + "pairs.parquet")
+    publish_report(older, "digits")
+    text = pairs_text(older)
+    scores = memtail.load_scores(older.root / "experiments/digits")
+    shown = re.findall(r"training (\d+): ", text)
+    assert shown
+    assert set(map(int, shown)) <= set(scores.pairs["tr_idx"].tolist())
+    assert f"{scores.summary.pairs.count} of them have infl ≥ 0.15" in text
+    assert "selected" not in Page(page_of(older, "digits")).text
+    assert scores.strongest_pairs(3)["infl"].tolist() == scores.pairs["infl"][:3].tolist()
+
+
 def test_equal_scores_give_equal_bytes(store):
     before = {path: path.read_bytes() for path in (store.root / "experiments/digits/report").rglob("*") if path.is_file()}
     publish_report(store, "digits")
     after = {path: path.read_bytes() for path in (store.root / "experiments/digits/report").rglob("*") if path.is_file()}
     assert after == before
-    assert len(before) == 6
+    assert len(before) == 8
     assert {path.suffix for path in before} == {".html", ".svg", ".png", ".json"}
 
 
