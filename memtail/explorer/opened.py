@@ -51,11 +51,12 @@ class Opened:
 
     @property
     def size(self) -> int:
-        """Bytes of the statistics and of memorization by epoch."""
+        """Bytes of the statistics, of memorization by epoch, and of the selected pairs."""
         packed = self.scores.statistics
         outcomes = (packed.test_correct, packed.test_score, packed.train_score)
-        by_epoch = sum(column.nbytes for column in (self.scores.snapshots or {}).values())
-        return packed.membership.nbytes + sum(words.nbytes for words in outcomes if words is not None) + by_epoch
+        tables = (self.scores.snapshots or {}, self.scores.selected_pairs or {})
+        of_tables = sum(column.nbytes for table in tables for column in table.values())
+        return packed.membership.nbytes + sum(words.nbytes for words in outcomes if words is not None) + of_tables
 
     @cached_property
     def train_files(self) -> list[str] | None:

@@ -14,7 +14,7 @@ from memtail.errors import DatasetError, MemtailError, ScoresError
 from memtail.experiment_store import Record
 from memtail.explorer.opened import Opened
 from memtail.scores.fetch import open_scores
-from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, SNAPSHOTS, STATISTICS, SUMMARY
+from memtail.scores.names import INDEX, INFLUENCE_MATRIX, MEMORIZATION, SELECTED_PAIRS, SNAPSHOTS, STATISTICS, SUMMARY
 from memtail.settings import Settings
 from memtail.storage import ObjectStore
 
@@ -29,7 +29,7 @@ _TIMEOUT = 3.0
 # Seconds before scores or images that could not be read are retried.
 _RETRY_AFTER = 10.0
 # Score files that the pages need.
-_SCORE_FILES = (MEMORIZATION, SNAPSHOTS, STATISTICS, SUMMARY)
+_SCORE_FILES = (MEMORIZATION, SELECTED_PAIRS, SNAPSHOTS, STATISTICS, SUMMARY)
 
 
 class NotPublishedError(ScoresError):
@@ -153,7 +153,7 @@ class ScoreCache:
         opened = Opened(record, scores, dataset, missing)
         # Read all that a page may need, since files of a version are removed some time after the next one is published; and compile the
         # influence kernels, or load them from numba's cache.
-        _ = opened.memorization, opened.lower_files, scores.snapshots, scores.test_labels, opened.test_files
+        _ = opened.memorization, opened.lower_files, scores.snapshots, scores.selected_pairs, scores.test_labels, opened.test_files
         _ = scores.estimated(train=0).value
         if scores.summary.n_test:
             _ = scores.estimated(test=0).value

@@ -33,6 +33,8 @@ class Tile:
         value, se: the score shown and its standard error; NaN where there is no estimate.
         file: file name; None if the dataset has none.
         interval: the ends of the 95% confidence interval of memorization; None for other scores.
+        selected: whether the example is in a selected pair with the example of the page.
+        chance: whether its influence is within that of chance.
     """
 
     split: str
@@ -42,6 +44,8 @@ class Tile:
     se: float
     file: str | None
     interval: tuple[float, float] | None = None
+    selected: bool = False
+    chance: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ def train_example(opened: Opened, index: int, selection: Selection) -> dict[str,
         "page": 1 + int(place[0]) // PER_PAGE if len(place) else 1,
         "helped": influenced_tiles(opened, helped),
         "hurt": influenced_tiles(opened, hurt),
+        "pairs": _number_of_pairs(opened, "tr_idx", index),
         "by_chance": by_chance(opened.scores.statistics.n_test) if opened.scores.statistics.n_test else None,
     }
 
@@ -133,6 +138,7 @@ def test_example(opened: Opened, index: int) -> dict[str, Any]:
         "accuracy": accuracy,
         "helping": influencer_tiles(opened, helping),
         "harmful": influencer_tiles(opened, harmful),
+        "pairs": _number_of_pairs(opened, "tt_idx", index),
         "by_chance": by_chance(opened.scores.statistics.n_train),
     }
 
@@ -160,33 +166,86 @@ def memorization_tiles(opened: Opened, index: Column) -> list[Tile]:
 
 
 def influenced(opened: Opened, train: int) -> tuple[dict[str, Column], dict[str, Column]]:
-    """Return the test examples with the highest and the lowest influence of a training example (see `Scores.top_influenced`)."""
+    """Return the test examples with the highest and the lowest influence of a training example (see `Scores.top_influenced`).
+
+    Of the highest, selected pairs come first, then examples of the class, then others. The column `selected` says whether the pair is
+    selected, and `chance` whether its influence is within that of chance.
+    """
     helped, hurt = (opened.scores.top_influenced(train, TOP, harmed=harmed) for harmed in (False, True))
-    infl = opened.scores.names.infl
-    return _where(helped, helped[infl] > 0), _where(hurt, hurt[infl] < 0)
+    infl, level = opened.scores.names.infl, by_chance(max(1, opened.scores.summary.n_test))
+    same = opened.scores.test_labels == opened.scores.train_labels[train]
+    helped = _selected_first(opened, _where(helped, helped[infl] > 0), "tr_idx", train, same)
+    return _with_chance(opened, helped, level), _with_chance(opened, _where(hurt, hurt[infl] < 0), level)
 
 
 def influencers(opened: Opened, test: int) -> tuple[dict[str, Column], dict[str, Column]]:
-    """Return the training examples with the highest and the lowest influence on a test example (see `Scores.top_influencers`)."""
+    """Return the training examples with the highest and the lowest influence on a test example (see `Scores.top_influencers`).
+
+    Order and further columns are those of `influenced`.
+    """
     helping, harmful = (opened.scores.top_influencers(test, TOP, harmful=harmful) for harmful in (False, True))
-    infl = opened.scores.names.infl
-    return _where(helping, helping[infl] > 0), _where(harmful, harmful[infl] < 0)
+    infl, level = opened.scores.names.infl, by_chance(opened.scores.summary.n_train)
+    same = opened.scores.train_labels == opened.scores.test_labels[test]
+    helping = _selected_first(opened, _where(helping, helping[infl] > 0), "tt_idx", test, same)
+    return _with_chance(opened, helping, level), _with_chance(opened, _where(harmful, harmful[infl] < 0), level)
+
+
+def _selected_first(opened: Opened, table: dict[str, Column], own: str, index: int, same: Column) -> dict[str, Column]:
+    """Add the selected pairs of an example to the highest influences, and put them first, then those of its class; `TOP` of all.
+
+    Args:
+        opened: the experiment.
+        table: the highest influences, falling.
+        own: column of the pairs that holds the example.
+        index: of the example.
+        same: bool, by index of the other example, whether it is of the class.
+    """
+    other = "tt_idx" if own == "tr_idx" else "tr_idx"
+    table = {name: values for name, values in table.items() if name != "label"}
+    selected = np.zeros(len(table[other]), np.bool_)
+    if (pairs := opened.scores.selected_pairs) is not None:
+        of_example = _where(pairs, pairs[own] == index)
+        further = _where(table, ~np.isin(table[other], of_example[other]))
+        table = {name: np.concatenate([of_example[name], further[name]]) for name in table}
+        selected = np.arange(len(table[other])) < len(of_example[other])
+    order = np.lexsort((-table[opened.scores.names.infl], ~same[table[other]], ~selected))
+    return _where(table | {"selected": selected}, order[:TOP])
+
+
+def _with_chance(opened: Opened, table: dict[str, Column], level: float) -> dict[str, Column]:
+    """Add `chance`: whether the pair is not selected, and its influence has at most `level` standard errors."""
+    names = opened.scores.names
+    selected = table.get("selected", np.zeros(len(table[names.infl]), np.bool_))
+    beyond = np.abs(table[names.infl]) > level * table[names.infl_se]
+    return table | {"selected": selected, "chance": ~(selected | beyond)}
+
+
+def _number_of_pairs(opened: Opened, own: str, index: int) -> int | None:
+    """Number of selected pairs of an example; None if no pairs were selected."""
+    pairs = opened.scores.selected_pairs
+    return None if pairs is None else int((pairs[own] == index).sum())
 
 
 def influenced_tiles(opened: Opened, table: dict[str, Column]) -> list[Tile]:
     """Make tiles of the rows of `influenced`."""
     value, se = (table[name] for name in (opened.scores.names.infl, opened.scores.names.infl_se))
-    return _tiles(opened, "test", table["tt_idx"], opened.scores.test_labels, value, se, opened.test_files)
+    return _marked(_tiles(opened, "test", table["tt_idx"], opened.scores.test_labels, value, se, opened.test_files), table)
 
 
 def influencer_tiles(opened: Opened, table: dict[str, Column]) -> list[Tile]:
     """Make tiles of the rows of `influencers`."""
-    return train_tiles(opened, table["tr_idx"], table[opened.scores.names.infl], table[opened.scores.names.infl_se])
+    tiles = train_tiles(opened, table["tr_idx"], table[opened.scores.names.infl], table[opened.scores.names.infl_se])
+    return _marked(tiles, table)
+
+
+def _marked(tiles: list[Tile], table: dict[str, Column]) -> list[Tile]:
+    marks = zip(tiles, table["selected"].tolist(), table["chance"].tolist(), strict=True)
+    return [replace(tile, selected=selected, chance=chance) for tile, selected, chance in marks]
 
 
 def by_chance(count: int) -> float:
-    """Median of the maximum of `count` standard normals: the largest influence by chance alone, in standard errors."""
-    return NormalDist().inv_cdf(0.5 ** (1 / count))
+    """Return the 95% quantile of the maximum of `count` standard normals: influences above it, in standard errors, are more than chance."""
+    return NormalDist().inv_cdf(0.95 ** (1 / count))
 
 
 def gallery_csv(opened: Opened, selection: Selection) -> bytes:
@@ -200,8 +259,8 @@ def influenced_csv(opened: Opened, train: int) -> bytes:
     """Table of a training example's page.
 
     The first row is the training example: `tr_idx`, `class`, the columns of `memorization.parquet`, `p_in_se` and `p_out_se`. The others
-    are test examples: `tt_idx`, `class`, `infl`, `infl_se`. All have a `filename` if the dataset has file names. Where only scores are
-    recorded, columns are named as in the published files.
+    are test examples: `tt_idx`, `class`, `infl`, `infl_se`, and `selected`, whether they are in a selected pair with it. All have a
+    `filename` if the dataset has file names. Where only scores are recorded, columns are named as in the published files.
     """
     own: dict[str, Any] = {"tr_idx": [train]} | _classes(opened, opened.scores.train_labels[[train]])
     own |= {name: values[[train]] for name, values in opened.memorization.items() if name not in ("index", "label")}
@@ -209,7 +268,7 @@ def influenced_csv(opened: Opened, train: int) -> bytes:
         own |= {f"{p}_se": standard_error(own[p], own[k]) for p, k in (("p_in", "k_in"), ("p_out", "k_out"))}
     table = _joined(influenced(opened, train))
     columns: dict[str, Any] = {"tt_idx": table["tt_idx"]} | _classes(opened, opened.scores.test_labels[table["tt_idx"]])
-    columns |= {name: table[name] for name in (opened.scores.names.infl, opened.scores.names.infl_se)}
+    columns |= {name: table[name] for name in (opened.scores.names.infl, opened.scores.names.infl_se, "selected")}
     if opened.test_files is not None:
         columns["filename"] = [opened.test_files[index] for index in table["tt_idx"]]
     return csv(own, columns)
@@ -219,9 +278,9 @@ def influencers_csv(opened: Opened, test: int) -> bytes:
     """Table of a test example's page.
 
     The first row is the test example: `tt_idx`, `class`, its accuracy `right` with standard error `right_se`, and the number of `models`.
-    The others are training examples: `tr_idx`, `class`, `infl`, `infl_se`, `mem`, `mem_se`. All have a `filename` if the dataset has file
-    names. Where only scores are recorded, columns are named as in the published files, and `score` and `score_se` are in the place of
-    `right` and `right_se`.
+    The others are training examples: `tr_idx`, `class`, `infl`, `infl_se`, `selected` as in `influenced_csv`, `mem`, `mem_se`. All have a
+    `filename` if the dataset has file names. Where only scores are recorded, columns are named as in the published files, and `score` and
+    `score_se` are in the place of `right` and `right_se`.
     """
     names, right = opened.scores.names, "score" if opened.scores.scores_only else "right"
     accuracy = accuracy_on(opened, test)
@@ -231,7 +290,7 @@ def influencers_csv(opened: Opened, test: int) -> bytes:
         own["filename"] = [opened.test_files[test]]
     table = _joined(influencers(opened, test))
     columns: dict[str, Any] = {"tr_idx": table["tr_idx"]} | _classes(opened, opened.scores.train_labels[table["tr_idx"]])
-    columns |= {name: table[name] for name in (names.infl, names.infl_se, names.mem)}
+    columns |= {name: table[name] for name in (names.infl, names.infl_se, "selected", names.mem)}
     columns[names.mem_se] = opened.memorization[names.mem_se][table["tr_idx"]]
     if opened.train_files is not None:
         columns["filename"] = [opened.train_files[index] for index in table["tr_idx"]]

@@ -22,9 +22,10 @@ from PIL import Image
 from memtail.errors import StoreError
 from memtail.estimators.binomial import standard_error
 from memtail.explorer import library as library_module
-from memtail.explorer import score_cache
+from memtail.explorer import score_cache, views
 from memtail.explorer.app import create
 from memtail.explorer.library import Library
+from memtail.explorer.opened import Opened
 from memtail.scores.fetch import open_scores
 from memtail.spec import Experiment
 from memtail.storage import UnreachableError, keys
@@ -206,7 +207,7 @@ def test_examples_show_their_highest_and_lowest_influences(client, scores):
     values = [float(row["infl"]) for row in rows]
     assert values == block.value[0, [int(row["tt_idx"]) for row in rows]].tolist()
     assert [float(row["infl_se"]) for row in rows] == block.standard_error[0, [int(row["tt_idx"]) for row in rows]].tolist()
-    assert values[0] == block.value.max()
+    assert max(values) == block.value.max()
     assert min(values) == block.value.min()
     test = int(rows[0]["tt_idx"])
     own, *rows = table(client, f"/experiments/digits/test/{test}.csv")
@@ -218,9 +219,53 @@ def test_examples_show_their_highest_and_lowest_influences(client, scores):
     column = scores.influence(test=test).value[:, 0]
     values = [float(row["infl"]) for row in rows]
     assert values == column[[int(row["tr_idx"]) for row in rows]].tolist()
-    assert values[0] == np.nanmax(column)
+    assert max(values) == np.nanmax(column)
     assert min(values) == np.nanmin(column)
     assert all(float(row["mem"]) == scores.memorization["mem"][int(row["tr_idx"])] for row in rows)
+
+
+@pytest.mark.parametrize(("split", "own", "other"), [("train", "tr_idx", "tt_idx"), ("test", "tt_idx", "tr_idx")])
+def test_selected_pairs_come_first_then_the_class_and_influences_of_chance_are_faded(client, scores, split, own, other):
+    pairs = scores.selected_pairs
+    index = int(pairs[own][0])
+    first, *rows = table(client, f"/experiments/digits/{split}/{index}.csv")
+    positive = [row for row in rows if row["selected"] == "true" or float(row["infl"]) > 0]
+    partners = set(pairs[other][pairs[own] == index].tolist())
+    count = len(partners)
+    assert {int(row[other]) for row in positive[:count]} == partners
+    assert [row["selected"] for row in rows] == ["true"] * count + ["false"] * (len(rows) - count)
+    others = [row["class"] == first["class"] for row in positive[count:]]
+    assert others == sorted(others, reverse=True)
+    found = page(client, f"/experiments/digits/{split}/{index}")
+    tiles = [each.get("class") for tag, each in found.elements if tag == "li" and each.get("class") in (None, "selected", "chance")]
+    level = views.by_chance(scores.summary.n_test if split == "train" else scores.summary.n_train)
+    beyond = [abs(float(row["infl"])) > level * float(row["infl_se"]) for row in rows]
+    marks = ["selected" if row["selected"] == "true" else None if above else "chance" for row, above in zip(rows, beyond, strict=True)]
+    assert tiles[-len(rows) :] == marks
+    assert f"{count} selected pair" in found.text
+    real = sum(mark != "chance" for mark in marks[: len(positive)])
+    assert f"{real} of {len(positive)} more than chance" in found.text or real == len(positive)
+
+
+def test_the_number_of_selected_pairs_is_on_the_pages_of_the_experiments(client, scores):
+    selected = scores.summary.selected_pairs
+    for path in ("/", "/experiments/digits"):
+        assert f"{selected.count} selected pairs, {selected.confirmed} confirmed" in page(client, path).text
+
+
+def test_scores_without_a_selection_show_influences_alone(client, scores, monkeypatch):
+    opened = Opened(None, scores, None, "")
+    with_pairs = views.influencers(opened, int(scores.selected_pairs["tt_idx"][0]))[0]
+    assert with_pairs["selected"].any()
+    monkeypatch.setitem(scores.__dict__, "selected_pairs", None)
+    without = views.influencers(opened, int(with_pairs["tr_idx"][0]) % scores.summary.n_test)[0]
+    assert not without["selected"].any()
+
+
+@pytest.mark.parametrize("count", [2, 1_000])
+def test_influences_of_chance_exceed_the_level_on_one_page_of_20(count):
+    largest = np.random.default_rng(0).normal(size=(4_000, count)).max(1)
+    assert (largest > views.by_chance(count)).mean() == pytest.approx(0.05, abs=0.012)
 
 
 def test_images_are_those_of_the_dataset(client, digits):
@@ -519,4 +564,4 @@ def test_from_a_bucket_only_the_files_that_pages_need_are_downloaded(explored):
     client = TestClient(create(store), base_url=HERE)
     for path in ("", "/train/3", "/test/3", "/train/3.csv"):
         assert client.get(f"/experiments/digits{path}").status_code == 200
-    assert sorted(store.downloaded) == ["memorization.parquet", "statistics.npz", "summary.json"]
+    assert sorted(store.downloaded) == ["memorization.parquet", "pairs.parquet", "statistics.npz", "summary.json"]

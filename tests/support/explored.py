@@ -34,7 +34,14 @@ FIGURE = b'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="300" view
 def fill(store: LocalStore, images: Path) -> None:
     """Create the three experiments; `images` is a folder for the images of `odd`."""
     model = {"name": "mlp", "hidden": [16]}
-    digits = {"name": "digits", "dataset": {"name": "digits"}, "model": model, "training": {"epochs": 4}, "subsets": {"trials": TRIALS}}
+    digits = {
+        "name": "digits",
+        "dataset": {"name": "digits"},
+        "model": {"name": "mlp", "hidden": [32]},
+        "training": {"epochs": 6},
+        "subsets": {"trials": TRIALS},
+        "record": {"scores": True},  # selects pairs from few trials
+    }
     with inline.training():
         run(Experiment.parse(digits), store.root)
     rng = np.random.default_rng(0)
