@@ -30,6 +30,7 @@ def finished(own_cache, tmp_path_factory):
     )
     spec = {"name": "cancer", "dataset": {"name": "arrays", "root": "cancer.npz"}, "model": {"name": "mlp", "hidden": [32]}}
     spec |= {"training": {"batch_size": 32}, "subsets": {"trials": 100}, "execution": {"device": "cpu"}}
+    spec |= {"record": {"scores": True}}
     (folder / "cancer.yaml").write_text(yaml.safe_dump(spec))
     done = command("run", folder / "cancer.yaml", "--store", folder / "store")
     assert done.returncode == 0, done.stderr
@@ -56,7 +57,7 @@ def test_the_report_shows_features_as_tables_and_pairs_as_rows(finished):
     assert "24 more" in page
     assert "<blockquote" not in page
     assert page.count('<table class="rows">') == page.count('<article class="pair">') > 0
-    assert f'<th scope="row">training {scores.pairs["tr_idx"][0]}</th>' in page
+    assert f'<th scope="row">training {scores.strongest_pairs(1)["tr_idx"][0]}</th>' in page
 
 
 def test_the_explorer_shows_an_example_as_a_table_and_its_influencers_as_rows(finished):
@@ -70,7 +71,7 @@ def test_the_explorer_shows_an_example_as_a_table_and_its_influencers_as_rows(fi
     with np.load(finished / "cancer.npz") as raw:
         for row in scores.top_influencers(test, 3)["tr_idx"].tolist():
             radius = f"{raw['train_features'].astype(np.float32)[row, 0].item():.6g}"
-            assert re.search(rf'href="/experiments/cancer/train/{row}">{row}</a></th>.*?<td>{radius}</td>', page, re.DOTALL)
+            assert re.search(rf'href="/experiments/cancer/train/{row}">{row}</a>.*?</th>.*?<td>{radius}</td>', page, re.DOTALL)
     assert client.get(f"/experiments/cancer/images/test/{test}.png").status_code == 404
 
 
