@@ -99,7 +99,7 @@ def show_profile(profile: dict[str, Any]) -> None:
 
 def show_forecast(forecast: "Forecast") -> None:
     """Print the forecast of a run line by line, and its duration on other numbers of devices."""
-    from memtail.estimators.binomial import Z
+    from memtail.confidence import Z
 
     left = "" if forecast.trials_to_train == forecast.trials else f", {forecast.trials_to_train} of them to train"
     console.print(f"{forecast.experiment}: {forecast.trials} trials{left}", style="bold")

@@ -8,8 +8,9 @@ import math
 
 import numpy as np
 
+from memtail.confidence import Z
 from memtail.estimators import Memorization, memorization
-from memtail.estimators.binomial import Floats, Z, difference_interval, difference_standard_error
+from memtail.estimators.binomial import Floats, difference_interval, difference_standard_error
 from memtail.estimators.ranking import expected_overlap
 from memtail.spec import RankingSpec, SubsetsSpec, UntilSpec
 from memtail.statistics import Statistics

@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from memtail.confidence import Z
 from memtail.spec.base import Part
 
 # Fewest trials in the first round of an experiment that stops at a standard error.
 _SMALLEST_ROUND = 64
-# Width of a 95% interval in standard errors, at most.
-_INTERVAL = 2 * 1.96
 # Standard error in the worst case up to which the overlap of rankings is sought: ties may keep it from ever being reached.
 _FINEST = 0.01
 
@@ -60,7 +59,7 @@ class UntilSpec(Part):
         """
         bounds = (
             self.standard_error,
-            None if self.interval_width is None else self.interval_width / _INTERVAL,
+            None if self.interval_width is None else self.interval_width / (2 * Z),
             None if self.ranking is None else _FINEST,
         )
         bound = min(each for each in bounds if each is not None)
