@@ -117,6 +117,10 @@ def plan(
     store: Store = DEFAULT_STORE,
     price: Annotated[float | None, typer.Option(help="Cost of one device per hour.", metavar="P")] = None,
     standard_error: Annotated[float | None, typer.Option(help="Standard error that no score should exceed.", metavar="E")] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Overlap of what two runs select, memorized examples and pairs: from scores in the store.", metavar="J"),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Forecast the time, memory, cost and standard errors of a run from a few seconds of training."""
@@ -128,7 +132,9 @@ def plan(
     logs.configure()
     experiment = Experiment.load(spec)
     with preparation(quiet=json_) as on_preparation:
-        forecast = make_forecast(experiment, store, price=price, standard_error=standard_error, on_preparation=on_preparation)
+        forecast = make_forecast(
+            experiment, store, price=price, standard_error=standard_error, overlap=overlap, on_preparation=on_preparation
+        )
     if json_:
         print(json.dumps(asdict(forecast), indent=1))
     else:

@@ -16,7 +16,7 @@ from memtail.figures.numbers import percent
 
 if TYPE_CHECKING:
     from memtail.cli.doctor import Check
-    from memtail.execution.forecast import Forecast
+    from memtail.execution.forecast import DeviceForecast, Forecast
     from memtail.execution.progress import ExperimentProgress
     from memtail.execution.submit import Submission
     from memtail.execution.trainer_check import Repetition, TrainerCheck
@@ -108,12 +108,15 @@ def show_profile(profile: dict[str, Any]) -> None:
 
 def show_forecast(forecast: "Forecast") -> None:
     """Print the forecast of a run line by line, and its duration on other numbers of devices."""
-    from memtail.estimators.binomial import Z
+    from memtail.confidence import Z
 
     left = "" if forecast.trials_to_train == forecast.trials else f", {forecast.trials_to_train} of them to train"
-    console.print(f"{forecast.experiment}: {forecast.trials} trials{left}", style="bold")
-    best = forecast.best_trials_per_shard
-    hint = "" if best == forecast.trials_per_shard else f"; {best} would take about half a minute"
+    round_ = "" if forecast.until is None else " in this round"
+    console.print(f"{forecast.experiment}: {forecast.trials} trials{round_}{left}", style="bold")
+    each, best = (duration(number * forecast.seconds_per_trial) for number in (forecast.trials_per_shard, forecast.best_trials_per_shard))
+    shard = f"{forecast.trials_per_shard}, trained together in {each}"
+    if forecast.best_trials_per_shard != forecast.trials_per_shard and forecast.trials_to_train == forecast.trials:
+        shard += f"; execution: {{trials_per_shard: {forecast.best_trials_per_shard}}} would make it {best}"
     all_devices = forecast.seconds_per_trial / forecast.devices
     models = f", {decimal(forecast.model_bytes)} of models" if forecast.model_bytes else ""
     facts = [
@@ -124,20 +127,32 @@ def show_forecast(forecast: "Forecast") -> None:
         ("before the first trial", f"{forecast.startup_seconds:.1f} s"),
         ("after the last trial", f"{forecast.scoring_seconds:.1f} s"),
         ("memory", f"{decimal(forecast.peak_memory)} {'of the device' if forecast.device == 'cuda' else 'per process'}"),
-        ("trials per shard", f"{forecast.trials_per_shard}{hint}"),
+        ("trials per shard", shard),
         ("stored", f"{decimal(forecast.trial_bytes)} of trials, {decimal(forecast.score_bytes)} of scores{models}"),
         ("standard error", f"at most {forecast.standard_error:.3f} expected, 95% intervals at most ±{Z * forecast.standard_error:.3f}"),
     ]
-    if forecast.wanted_standard_error is not None:
-        facts.append((f"for at most {forecast.wanted_standard_error:g}", f"{forecast.trials_for_it} trials"))
+    if forecast.until is not None:
+        facts.append(("further rounds until", forecast.until))
     if forecast.extrapolated:
         facts.append(("measured", "on shortened trials"))
     for name, value in facts:
         console.print(f"  {name:<24} {value}")
-    console.print("\nthe whole run")
-    for place, run in (("this machine", forecast.here), *((f"{each.devices} x {forecast.device}", each) for each in forecast.elsewhere)):
-        cost = "" if run.cost is None else f"  costs {run.cost:.2f}"
-        console.print(f"  {place:<24} {duration(run.seconds):>10}{cost}")
+    console.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("  to the end of")
+    for place in ("trials", "this machine", *(f"{run.devices} x {forecast.device}" for run in forecast.elsewhere)):
+        table.add_column(place, justify="right")
+    this = "the run" if forecast.until is None else "this round"
+    table.add_row(f"  {this}", f"{forecast.trials}", *map(_time_and_cost, (forecast.here, *forecast.elsewhere)))
+    for goal in forecast.goals:
+        runs = () if goal.here is None else (goal.here, *goal.elsewhere)
+        trials = f"more than {goal.beyond}" if goal.beyond is not None else "unknown" if goal.trials is None else f"{goal.trials}"
+        table.add_row(f"  {goal.goal}", trials, *map(_time_and_cost, runs))
+    console.print(table, soft_wrap=False, crop=False)
+
+
+def _time_and_cost(run: "DeviceForecast") -> str:
+    return duration(run.seconds) if run.cost is None else f"{duration(run.seconds)}, costs {run.cost:.2f}"
 
 
 def show_trainer_check(check: "TrainerCheck") -> None:

@@ -12,10 +12,9 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from memtail.confidence import Z
 
-#: Standard errors from the centre of a 95% confidence interval to its ends.
-Z = 1.959963984540054
+Floats = npt.NDArray[np.float64]
 
 _erfc = np.frompyfunc(math.erfc, 1, 1)  # images of services have no scipy
 

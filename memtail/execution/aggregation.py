@@ -27,6 +27,7 @@ from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Re
 from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.publish import publish, score_version
 from memtail.scores.summary import SCHEMA, ScoreSummary
+from memtail.spec import SubsetsSpec
 from memtail.statistics import Statistics
 from memtail.statistics.snapshot import Snapshot
 from memtail.storage import ObjectNotFound, keys
@@ -109,6 +110,7 @@ class Aggregation:
         self._discards = 0  # number of records of discards before that listing: a later one makes what counts the batch invalid
         self._accumulated: dict[Shard, str] = {}  # tags of the accumulated batches
         self._refused_tags: dict[Shard, str | None] = {}
+        self._decision: tuple[tuple[int, SubsetsSpec, int], int | None] | None = None  # of `_next_round`
         self._in_snapshot: int | None = None  # number of batches in the snapshot; None until it was looked for
         self._saving = Throttle(_SNAPSHOT_REST, clock=clock)
         self._published = self._published_discards = 0
@@ -225,7 +227,7 @@ class Aggregation:
 
         An extension comes first, so that the scores of a round are never taken for the final ones.
         """
-        if self.complete and (trials := next_round(self.record.experiment.subsets, self.statistics, self.record.most_trials)):
+        if self.complete and (trials := self._next_round()):
             return Extend(trials)
         if self.published or not self.statistics.trials:
             return Step.DONE if self.complete else Step.WAIT
@@ -287,6 +289,14 @@ class Aggregation:
             return None
         return finished
 
+    def _next_round(self) -> int | None:
+        """As `next_round`, decided once for the same trials: it may take seconds, and is asked for several times at the end of a round."""
+        question = (self.trials, self.record.experiment.subsets, self.record.most_trials)
+        if self._decision is None or self._decision[0] != question:
+            subsets, labels = self.record.experiment.subsets, (self.dataset.train_labels, self.dataset.test_labels)
+            self._decision = question, next_round(subsets, self.statistics, self.record.most_trials, labels, self._progress)
+        return self._decision[1]
+
     def _is_unverified(self) -> bool:
         unverified = self._store.unverified(self.record, list(self._accumulated))
         attempts = self._store.attempts() if unverified else {}
@@ -312,7 +322,7 @@ class Aggregation:
 
     def _start_over(self) -> None:
         self.statistics = self._no_trials()
-        self._accumulated, self._published, self._in_snapshot = {}, 0, 0
+        self._accumulated, self._published, self._in_snapshot, self._decision = {}, 0, 0, None
 
     def _snapshot(self) -> Snapshot | None:
         """Read the snapshot; None if there is none, or it is of no use, so that the next one replaces it."""

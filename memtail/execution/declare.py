@@ -47,7 +47,26 @@ def declare(experiment: Experiment, dataset: Dataset, trials_per_shard: int) -> 
     )
     record.check_limits()
     check_trials(experiment.subsets, dataset.train_labels)
+    check_pairs(experiment, dataset.n_test)
     return record
+
+
+def check_pairs(experiment: Experiment, n_test: int) -> None:
+    """Refuse a bound on pairs without test examples.
+
+    Args:
+        experiment: the declaration.
+        n_test: number of test examples of its dataset.
+
+    Raises:
+        SpecError: `subsets.until.pairs` is declared, and there is no test set.
+    """
+    until = experiment.subsets.until
+    if until is not None and until.pairs is not None and not n_test:
+        raise SpecError(
+            f"subsets.until.pairs: the dataset of experiment '{experiment.name}' has no test set, so there are no pairs: "
+            f"use standard_error, interval_width or ranking"
+        )
 
 
 def user_shard_size(experiment: Experiment, devices: int = 1) -> int | None:

@@ -15,12 +15,16 @@ from pathlib import Path
 
 from memtail import datasets
 from memtail.datasets import Dataset, as_trainable
-from memtail.errors import SpecError, StoreError
+from memtail.errors import ScoresError, SpecError, StoreError
 from memtail.estimators import expected_standard_error
 from memtail.execution.declare import declare, network_shard_size
+from memtail.execution.goals import Goal, described, error_goal, overlap_goals, until_goals
 from memtail.execution.measurements import measure_shard, measure_writing
 from memtail.experiment_store import ExperimentStore, Record, missing_shards
+from memtail.scores.fetch import open_scores
+from memtail.scores.pointer import latest_version
 from memtail.spec import Experiment, ImagesTrainer
+from memtail.statistics.accumulator import PackedTrials
 from memtail.storage import ObjectStore, keys
 from memtail.storage.open import open_store
 from memtail.subsets import membership
@@ -52,6 +56,25 @@ class DeviceForecast:
 
 
 @dataclass(frozen=True)
+class GoalForecast:
+    """Forecast of a run that reaches a goal (see `memtail.execution.goals`).
+
+    Attributes:
+        goal: the goal, in words.
+        trials: the number of trials that it takes; None if it is unknown, or beyond reach.
+        beyond: lower bound of the number if it is beyond reach.
+        here: forecast for this machine; None without a number of trials.
+        elsewhere: forecasts for `DEVICES` devices of this kind; empty without a number of trials.
+    """
+
+    goal: str
+    trials: int | None
+    beyond: int | None
+    here: DeviceForecast | None
+    elsewhere: tuple[DeviceForecast, ...]
+
+
+@dataclass(frozen=True)
 class Forecast:
     """Forecast of a run.
 
@@ -69,7 +92,9 @@ class Forecast:
         trial_bytes, score_bytes, model_bytes: bytes in the store at the end: all trial batches, one version of the scores, and the models
             that are kept.
         standard_error: largest expected standard error of a memorization or influence: both rates at 1/2.
+        until: the bounds at which the run ends, in words; `trials` are those of the present round then. None without `subsets.until`.
         wanted_standard_error, trials_for_it: the standard error asked for, and the number of trials it takes; None if not asked.
+        goals: forecasts of runs that reach the bounds of `subsets.until`, and what was asked for.
     """
 
     experiment: str
@@ -90,8 +115,10 @@ class Forecast:
     score_bytes: int
     model_bytes: int
     standard_error: float
+    until: str | None
     wanted_standard_error: float | None
     trials_for_it: int | None
+    goals: tuple[GoalForecast, ...]
 
 
 def forecast(
@@ -100,6 +127,7 @@ def forecast(
     *,
     price: float | None = None,
     standard_error: float | None = None,
+    overlap: float | None = None,
     on_preparation: Callable[[int, int], None] | None = None,
 ) -> Forecast:
     """Forecast the run of an experiment from a few seconds of training.
@@ -109,10 +137,12 @@ def forecast(
         store: the folder or bucket of its results, which is only read: trials in it need not be trained.
         price: price of one device for an hour.
         standard_error: standard error to reach for every score.
+        overlap: overlap to reach of what two runs select: memorized examples, and pairs. It takes published scores in the store.
         on_preparation: as in `memtail.run`.
 
     Raises:
         SpecError: bad input.
+        ScoresError: an overlap is asked for, and there are no published scores, or too few trials.
         StoreError: the store holds another experiment of this name.
         MemtailError: a trial failed.
     """
@@ -123,17 +153,31 @@ def forecast(
         )
     if standard_error is not None and not 0 < standard_error < math.inf:
         raise SpecError(f"--standard-error must be above 0, got {standard_error:g}")
+    if overlap is not None and not 0 < overlap < 1:
+        raise SpecError(f"--overlap must be between 0 and 1, got {overlap:g}")
     if price is not None and not 0 <= price < math.inf:
         raise SpecError(f"--price must be at least 0, got {price:g}")
     dataset = datasets.prepare(experiment.dataset, on_preparation)
     began = time.perf_counter()
     opened = open_store(store, verify=False)
     record, todo = _to_train(experiment, datasets.prepare(experiment.dataset), opened)
+    trials, fraction = record.experiment.subsets.trials, _fraction(experiment, dataset)
     subprocess.run([sys.executable, "-c", _START], check=True, stdin=subprocess.DEVNULL)
     started = time.perf_counter() - began
+    labels, scores = (dataset.train_labels, dataset.test_labels), _published(opened, experiment.name)
+    goals = until_goals(experiment, record.most_trials, scores, labels)
+    if standard_error is not None:
+        goals.append(error_goal(standard_error, fraction))
+    if overlap is not None:
+        if scores is None:
+            raise ScoresError(
+                f"--overlap needs scores, and experiment '{experiment.name}' has none in the store {opened.address}: "
+                f"train some 250 trials first (memtail run)"
+            )
+        goals += overlap_goals(experiment.name, overlap, scores, labels)
     devices = [str(device) for device in available_devices(experiment.execution.device)]
-    trials, fraction = experiment.subsets.trials, _fraction(experiment, dataset)
     remaining = sum(len(shard.trials) for shard in todo)
+    present = trials - remaining
     with tempfile.TemporaryDirectory(prefix="memtail-plan-") as folder:
         shard = measure_shard(record, as_trainable(dataset), fraction, devices, Path(folder), opened.address)
         writing = measure_writing(record, dataset, fraction, Path(folder))
@@ -145,13 +189,19 @@ def forecast(
         seconds += startup if lengths else started
         return DeviceForecast(count, seconds, None if price is None else price * count * seconds / 3600)
 
-    def cut(count: int) -> list[int]:
+    def cut(count: int, remaining: int) -> list[int]:
         size = max(1, min(record.trials_per_shard, -(-remaining // count)))
         return [min(size, remaining - first) for first in range(0, remaining, size)]
 
+    def up_to(goal: Goal) -> GoalForecast:
+        if goal.trials is None:
+            return GoalForecast(goal.name, None, goal.beyond, None, ())
+        more = max(0, goal.trials - present)
+        here, *elsewhere = (on_devices(count, cut(count, more)) for count in (len(devices), *DEVICES))
+        return GoalForecast(goal.name, goal.trials, None, here, tuple(elsewhere))
+
     row = (2 * experiment.record.margins + bool(experiment.record.scores)) * (dataset.n_train + dataset.n_test)
     row += (2 + len(experiment.record.snapshots)) * -(-dataset.n_train // 8) + -(-dataset.n_test // 8)
-    error = expected_standard_error(1, fraction)
     return Forecast(
         experiment=experiment.name,
         trials=trials,
@@ -166,13 +216,15 @@ def forecast(
         trials_per_shard=record.trials_per_shard,
         best_trials_per_shard=max(1, min(int(SHARD_SECONDS / per_trial), -(-trials // len(devices)))),
         here=on_devices(len(devices), [len(each.trials) for each in todo]),
-        elsewhere=tuple(on_devices(count, cut(count)) for count in DEVICES),
+        elsewhere=tuple(on_devices(count, cut(count, remaining)) for count in DEVICES),
         trial_bytes=round(trials * (row + shard.mistake_bytes * dataset.n_train + shard.other_bytes / shard.trials)),
         score_bytes=writing.file_bytes,
         model_bytes=(trials if experiment.record.models == "all" else min(trials, experiment.record.models)) * shard.model_bytes,
         standard_error=expected_standard_error(trials, fraction),
+        until=described(experiment.subsets.until),
         wanted_standard_error=standard_error,
-        trials_for_it=None if standard_error is None else math.ceil((error / standard_error) ** 2),
+        trials_for_it=None if standard_error is None else error_goal(standard_error, fraction).trials,
+        goals=tuple(up_to(goal) for goal in goals),
     )
 
 
@@ -188,7 +240,14 @@ def _to_train(experiment: Experiment, dataset: Dataset, store: ObjectStore) -> t
             f"experiment '{experiment.name}' is in the store {store.address} and differs from this spec: choose another name or store"
         )
     record = replace(declared, trials_per_shard=held.trials_per_shard)
+    if experiment.subsets.until is not None:  # extended since it was declared
+        record = record.with_trials(max(experiment.subsets.trials, held.experiment.subsets.trials))
     return record, experiment_store.missing(record)
+
+
+def _published(store: ObjectStore, name: str) -> PackedTrials | None:
+    """The statistics of the latest scores; None if there are none."""
+    return None if latest_version(store, name) is None else open_scores(store, name).statistics
 
 
 def _fraction(experiment: Experiment, dataset: Dataset) -> float:

@@ -5,45 +5,67 @@ outcomes alone, so a run, a service and a repetition of either train the same tr
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
+from memtail.confidence import Z
 from memtail.estimators import Memorization, memorization
-from memtail.estimators.binomial import Floats, Z, difference_interval, difference_standard_error
+from memtail.estimators.binomial import Floats, difference_interval, difference_standard_error
+from memtail.estimators.overlap import expected_pair_overlap
+from memtail.estimators.pairs import Indices
 from memtail.estimators.ranking import expected_overlap
-from memtail.spec import RankingSpec, SubsetsSpec, UntilSpec
+from memtail.spec import SubsetsSpec, UntilSpec
 from memtail.statistics import Statistics
+from memtail.statistics.accumulator import PackedTrials
+
+# Training and test labels, int64 [n] and [q].
+Labels = tuple[Indices, Indices]
 
 
-def next_round(subsets: SubsetsSpec, statistics: Statistics, limit: int) -> int | None:
+def next_round(
+    subsets: SubsetsSpec, statistics: Statistics, limit: int, labels: Labels, progress: Callable[[], object] = lambda: None
+) -> int | None:
     """Return the number of trials of the next round, once `subsets.trials` are accumulated; None if these are enough.
 
     Args:
         subsets: the subset design, with the present number of trials and the bounds `until`.
         statistics: statistics of these trials; diverged ones do not count.
         limit: maximum number of trials, whatever the bound.
+        labels: training and test labels, int64 [n] and [q], in original order.
+        progress: called after each piece of work with a bound `pairs`, which takes seconds.
     """
     until = subsets.until
-    if until is None:
+    if until is None or subsets.trials >= (most := min(limit, until.most_trials(subsets.fraction))):
         return None
-    needed, most = trials_needed(until, statistics), min(limit, until.most_trials(subsets.fraction))
-    if needed <= statistics.trials or subsets.trials >= most:
+    needed = trials_needed(until, statistics, labels, progress)
+    if needed <= statistics.trials:
         return None
     # at least a tenth more, so that few rounds are needed, of which each waits for its slowest shard
     return min(most, max(math.ceil(needed) if math.isfinite(needed) else 0, subsets.trials + subsets.trials // 10 + 1))
 
 
-def trials_needed(until: UntilSpec, statistics: Statistics) -> float:
+def trials_needed(
+    until: UntilSpec, statistics: Statistics | PackedTrials, labels: Labels | None = None, progress: Callable[[], object] = lambda: None
+) -> float:
     """Return the number of trials that reaches all bounds if the rates stay as they are; infinite while too many examples have no estimate.
 
-    The number of the statistics is returned if it is enough. Costs O(n), and O(n log n) with a bound `ranking`.
+    The number of the statistics is returned if it is enough. Costs O(n), O(n log n) with a bound `ranking`, and four selections of pairs
+    with a bound `pairs`, which is left out without labels. Arguments are those of
+    `next_round`.
     """
     mem = memorization(statistics)
     # before the first trial no example has an estimate
     if not math.isfinite(_quantile(mem.value, until.quantile)):
         return math.inf
-    needed = _trials_for_errors(until, mem, statistics.trials)
-    return needed if until.ranking is None else max(needed, _trials_for_ranking(until.ranking, mem, statistics.trials))
+    trials = statistics.trials
+    needed = [_trials_for_errors(until, mem, trials)]
+    if until.ranking is not None:
+        needed.append(_trials_for_overlap(until.ranking.overlap, expected_overlap(mem, until.ranking.top), trials))
+    if until.pairs is not None and labels is not None:
+        packed = statistics if isinstance(statistics, PackedTrials) else statistics.packed()
+        needed.append(_trials_for_overlap(until.pairs.overlap, expected_pair_overlap(packed, *labels, progress), trials))
+    return max(needed)
 
 
 def _trials_for_errors(until: UntilSpec, mem: Memorization, trials: int) -> float:
@@ -69,11 +91,10 @@ def _trials_for_errors(until: UntilSpec, mem: Memorization, trials: int) -> floa
     return most
 
 
-def _trials_for_ranking(ranking: RankingSpec, mem: Memorization, trials: int) -> float:
-    """The number of trials with the overlap, or four times the present ones: what lies further is uncertain."""
-    missing = 1 - expected_overlap(mem, ranking.top)
+def _trials_for_overlap(wanted: float, expected: float, trials: int) -> float:
+    """The number of trials with an overlap, or four times the present ones: what lies further is uncertain."""
     # what is missing from 1 falls with the square root of the trials, as do the errors that decide it
-    return trials * min(max(1.0, missing / (1 - ranking.overlap)) ** 2, 4.0)
+    return trials * min(max(1.0, (1 - expected) / (1 - wanted)) ** 2, 4.0)
 
 
 def _quantile(values: Floats, quantile: float) -> float:

@@ -129,13 +129,15 @@ class Record:
 
     def check_limits(self) -> None:
         """Check that the experiment is not too large. Raises: UnsupportedError."""
-        limits, trials, name = Limits(), self.experiment.subsets.trials, self.experiment.name
-        for count, unit, most, variable in (
-            (trials, "trials", min(limits.trials, LAST_TRIAL + 1), "MEMTAIL_MAX_TRIALS"),
-            (self.shards, "shards", limits.shards, "MEMTAIL_MAX_SHARDS"),
+        limits, subsets, name = Limits(), self.experiment.subsets, self.experiment.name
+        trials, fewer = "trials", "fewer trials"
+        if subsets.until is not None and subsets.trials == subsets.until.first_round(subsets.fraction):
+            trials, fewer = "trials in its first round", "larger bounds in subsets.until"
+        for count, unit, most, variable, remedy in (
+            (subsets.trials, trials, min(limits.trials, LAST_TRIAL + 1), "MEMTAIL_MAX_TRIALS", fewer),
+            (self.shards, "shards", limits.shards, "MEMTAIL_MAX_SHARDS", f"more trials per shard, or {fewer}"),
         ):
             if count > most:
-                remedy = "more trials per shard, or fewer trials" if unit == "shards" else "fewer trials"
                 raise UnsupportedError(
                     f"experiment '{name}' has {count} {unit}, and at most {most} are allowed: declare {remedy}, or raise {variable} "
                     f"for all services and clients"

@@ -11,7 +11,7 @@ from memtail.spec.errors import differences
 from memtail.spec.experiment import NAME, RECIPE_VERSION, ExecutionSpec, Experiment
 from memtail.spec.model import Cnn, Mlp, ModelSpec, NamedModel
 from memtail.spec.record import RecordedOutcomes
-from memtail.spec.subsets import RankingSpec, SubsetsSpec, UntilSpec
+from memtail.spec.subsets import PairsSpec, RankingSpec, SubsetsSpec, UntilSpec
 from memtail.spec.trainer import CommandTrainer, FunctionTrainer, ImagesTrainer, ImportedTrainer, TrainerSpec
 from memtail.spec.training import Adam, AdamW, Constant, Cosine, Linear, OptimizerSpec, ScheduleSpec, Sgd, Step, TrainingSpec
 
@@ -43,6 +43,7 @@ __all__ = [
     "ModelSpec",
     "NamedModel",
     "OptimizerSpec",
+    "PairsSpec",
     "RandomErasing",
     "RandomResizedCrop",
     "RankingSpec",

@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from memtail.confidence import Z
 from memtail.spec.base import Part
 
 # Fewest trials in the first round of an experiment that stops at a standard error.
 _SMALLEST_ROUND = 64
-# Width of a 95% interval in standard errors, at most.
-_INTERVAL = 2 * 1.96
-# Standard error in the worst case up to which the overlap of rankings is sought: ties may keep it from ever being reached.
+# Smallest bound that may be declared: by far more trials than are allowed would be needed.
+_SMALLEST = 1e-4
+# Standard error in the worst case up to which an overlap is sought: ties, or a lack of pairs, may keep it from ever being reached.
 _FINEST = 0.01
 
 
@@ -28,6 +29,17 @@ class RankingSpec(Part):
     overlap: Annotated[float, Field(gt=0, lt=1)]
 
 
+class PairsSpec(Part):
+    """The agreement on the selected pairs, those of `pairs.parquet`, at which an experiment ends.
+
+    Attributes:
+        overlap: the overlap (Jaccard) of the selected pairs with those of another run of as many trials, as expected from the present
+            trials.
+    """
+
+    overlap: Annotated[float, Field(gt=0, lt=1)]
+
+
 class UntilSpec(Part):
     """The precision at which an experiment ends: all bounds that are declared, at least one, have to hold.
 
@@ -36,22 +48,25 @@ class UntilSpec(Part):
         interval_width: the largest width of the 95% interval of memorization accepted, from `mem_lo` to `mem_hi`.
         ranking: the agreement with another run on the most memorized examples that is needed. It is sought up to the number of trials at
             which no standard error exceeds 0.01.
+        pairs: the agreement with another run on the selected pairs that is needed; sought as far as `ranking`. Without any pairs it is not
+            reached. It takes a test set.
         quantile: the share of training examples that must reach `standard_error` and `interval_width`.
     """
 
-    standard_error: Annotated[float, Field(gt=0, lt=0.5)] | None = None
-    interval_width: Annotated[float, Field(gt=0, lt=2)] | None = None
+    standard_error: Annotated[float, Field(ge=_SMALLEST, lt=0.5)] | None = None
+    interval_width: Annotated[float, Field(ge=_SMALLEST, lt=2)] | None = None
     ranking: RankingSpec | None = None
+    pairs: PairsSpec | None = None
     quantile: Annotated[float, Field(gt=0, le=1)] = 0.95
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> Self:
-        if self.standard_error is None and self.interval_width is None and self.ranking is None:
-            raise ValueError("until needs a bound: standard_error, interval_width or ranking")
+        if all(bound is None for bound in (self.standard_error, self.interval_width, self.ranking, self.pairs)):
+            raise ValueError("until needs a bound: standard_error, interval_width, ranking or pairs")
         return self
 
     def most_trials(self, fraction: float) -> int:
-        """Return the number of trials that suffices for every example, or is the most for a ranking: the worst case, p_in = p_out = 1/2.
+        """Return the number of trials that suffices for every example, or is the most for an overlap: the worst case, p_in = p_out = 1/2.
 
         See `memtail.estimators.expected_standard_error`.
 
@@ -60,8 +75,8 @@ class UntilSpec(Part):
         """
         bounds = (
             self.standard_error,
-            None if self.interval_width is None else self.interval_width / _INTERVAL,
-            None if self.ranking is None else _FINEST,
+            None if self.interval_width is None else self.interval_width / (2 * Z),
+            None if self.ranking is None and self.pairs is None else _FINEST,
         )
         bound = min(each for each in bounds if each is not None)
         return math.ceil((1 / fraction + 1 / (1 - fraction)) / 4 / bound**2)

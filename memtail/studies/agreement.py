@@ -4,7 +4,7 @@ The overlap of two selections is the Jaccard coefficient, the size of their inte
 the scores is the mean absolute difference over the union.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from memtail.statistics.accumulator import PackedTrials
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Score = Literal["memorization", "influence"]
+Score = Literal["memorization", "influence", "adjusted influence"]
 
 #: Thresholds at which two sets are compared, including the paper's.
 THRESHOLDS: dict[Score, tuple[float, ...]] = {
@@ -28,24 +28,20 @@ THRESHOLDS: dict[Score, tuple[float, ...]] = {
 }
 PAPERS: dict[Score, float] = {"memorization": MEM_THRESHOLD, "influence": INFL_THRESHOLD}
 
-#: Number of random splits of the trials, and the fewest trials of a half.
-SPLITS = 5
-SMALLEST_HALF = 50
-
 
 @dataclass(frozen=True)
 class Agreement:
     """Agreement of two sets of trials on one score at one threshold; pairs are those of one class with mem >= 0.25.
 
     Attributes:
-        score, threshold: the score and the threshold of the selections.
+        score, threshold: the score and the threshold of the selections; no threshold for adjusted influence, which makes one selection.
         first, second: number of examples or pairs that each set selects.
         jaccard: overlap of the two selections; None if both are empty.
         difference: mean absolute difference of the scores over the union; None if the union is empty or has no estimates.
     """
 
     score: Score
-    threshold: float
+    threshold: float | None
     first: int
     second: int
     jaccard: float | None
@@ -92,12 +88,6 @@ class Comparison:
 def compare(first: Estimates, second: Estimates) -> Comparison:
     """Compare two sets of trials."""
     return Comparison(list(_agreements(first, second)), _rank_correlation(first, second))
-
-
-def mean_defined(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are not None; None if there are none."""
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None
 
 
 def _agreements(first: Estimates, second: Estimates) -> Iterator[Agreement]:
@@ -159,6 +149,6 @@ def draw_by_threshold(
     """Draw one line: a measure of agreement on a score by threshold."""
     own = [each for each in agreements if each.score == score]
     values = [getattr(each, measure) for each in own]
-    axes.plot([each.threshold for each in own], [np.nan if value is None else value for value in values], marker="o", **style)
+    axes.plot([each.threshold or 0 for each in own], [np.nan if value is None else value for value in values], marker="o", **style)
     axes.set(xlabel=f"threshold of {score}")
     axes.set_ylim(bottom=0, top=1.02 if measure == "jaccard" else None, auto=measure == "difference")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import typer
 
 from memtail.errors import ScoresError
+from memtail.estimators.overlap import SMALLEST_HALF, SPLITS, mean_defined
 from memtail.experiment_store import ExperimentStore, Record
 from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
@@ -23,14 +24,11 @@ from memtail.statistics.accumulator import PackedTrials
 from memtail.storage import ObjectStore
 from memtail.studies.agreement import (
     PAPERS,
-    SMALLEST_HALF,
-    SPLITS,
     Comparison,
     Estimates,
     Score,
     compare,
     draw_by_threshold,
-    mean_defined,
     table,
 )
 from memtail.studies.result import StudyResult, write_result

@@ -4,12 +4,10 @@ The trials of an experiment are split at random into two disjoint halves, severa
 `memtail.studies.agreement`); then half as many trials are split, and so on. Two halves of t trials show how far two runs of t / 2 trials
 agree. Nothing is trained.
 
-An overlap reached with fewer trials than there are is read from the measurements. For a higher overlap J, a power law 1 - J = a t^-b is
-fitted to the logarithms by least squares, once for each split: the share of examples whose score is so close to the threshold that chance
-decides falls with their standard error, and so with a power of t.
+Compared are memorized examples, pairs by the thresholds of the paper, and pairs by adjusted influence. The trials that an overlap needs are
+measured, or follow from a power law (see `memtail.estimators.overlap`).
 """
 
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,24 +15,27 @@ import numpy as np
 import typer
 
 from memtail.errors import ScoresError
+from memtail.estimators.overlap import (
+    REACH,
+    SMALLEST_HALF,
+    SPLITS,
+    Needed,
+    Overlaps,
+    halves,
+    jaccard,
+    mean_defined,
+    pair_selection,
+    sizes,
+    trials_for_overlap,
+)
+from memtail.estimators.pairs import Indices
 from memtail.experiment_store import ExperimentStore
-from memtail.randomness import Purpose, random_keys
 from memtail.scores.fetch import open_scores
 from memtail.scores.reader import Scores
 from memtail.scores.summary import ScoreSummary
+from memtail.statistics.accumulator import PackedTrials
 from memtail.storage import ObjectStore
-from memtail.studies.agreement import (
-    PAPERS,
-    SMALLEST_HALF,
-    SPLITS,
-    Comparison,
-    Estimates,
-    Score,
-    compare,
-    draw_by_threshold,
-    mean_defined,
-    table,
-)
+from memtail.studies.agreement import PAPERS, Agreement, Comparison, Estimates, Score, compare, draw_by_threshold, table
 from memtail.studies.options import ExperimentName
 from memtail.studies.result import StudyResult, write_result
 from memtail.studies.study import Prepared
@@ -42,10 +43,11 @@ from memtail.studies.study import Prepared
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: The power law is used up to this multiple of the largest measured number of trials.
-REACH = 8
-
-_SELECTED = {"memorization": f"memorized examples (mem >= {PAPERS['memorization']})", "influence": f"pairs (infl >= {PAPERS['influence']})"}
+_SELECTED: dict[Score, str] = {
+    "memorization": f"memorized examples (mem >= {PAPERS['memorization']})",
+    "influence": f"pairs of the paper's thresholds (infl >= {PAPERS['influence']})",
+    "adjusted influence": "pairs selected by adjusted influence",
+}
 
 
 def prepare(
@@ -73,42 +75,31 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Group:
-    """Comparisons of two disjoint sets of `trials` trials each, one for each random split."""
+    """Comparisons of two disjoint sets of `trials` trials each, one for each random split; `adjusted` is empty without test examples."""
 
     trials: int
     splits: list[Comparison]
+    adjusted: list[Agreement]
 
     @property
     def scores(self) -> list[Score]:
         """The scores compared: without test examples memorization alone."""
-        return self.splits[0].scores
+        return [*self.splits[0].scores, *(each.score for each in self.adjusted[:1])]
 
-    def overlaps(self, score: Score) -> list[float]:
-        """Overlaps at the paper's threshold, where defined."""
-        overlaps = (split.at_paper_threshold(score).jaccard for split in self.splits)
-        return [overlap for overlap in overlaps if overlap is not None]
+    def overlaps(self, score: Score) -> Overlaps:
+        """Overlaps of the selections: at the paper's threshold, or by adjusted influence."""
+        adjusted = score == "adjusted influence"
+        agreements = self.adjusted if adjusted else [split.at_paper_threshold(score) for split in self.splits]
+        return Overlaps(self.trials, [each.jaccard for each in agreements])
+
+    def difference(self, score: Score) -> float | None:
+        """Mean difference of the scores selected; None where there are none, and of adjusted influence."""
+        thresholds = score != "adjusted influence"
+        return mean_defined(split.at_paper_threshold(score).difference for split in self.splits) if thresholds else None
 
     def rank_correlations(self) -> list[float]:
         """Rank correlations, where defined."""
         return [split.rank_correlation for split in self.splits if split.rank_correlation is not None]
-
-
-@dataclass(frozen=True)
-class _Needed:
-    """Trials needed for an overlap.
-
-    Attributes:
-        trials: the number; None if it is unknown or beyond reach.
-        beyond: lower bound of the number if it is beyond reach.
-        fewest, most: range of the number over single splits, where it was extrapolated; None if beyond reach.
-        measured: whether the overlap was reached by the measurements: `trials` reach it, and half as many do not, or were not measured.
-    """
-
-    trials: int | None = None
-    beyond: int | None = None
-    fewest: int | None = None
-    most: int | None = None
-    measured: bool = False
 
 
 def _evaluate(store: ObjectStore, name: str, overlap: float) -> StudyResult:
@@ -116,12 +107,12 @@ def _evaluate(store: ObjectStore, name: str, overlap: float) -> StudyResult:
     scores = open_scores(store, name)
     groups = _groups(scores, name)
     largest = groups[0]
-    needed: dict[Score, _Needed] = {score: _trials_for(overlap, groups, score) for score in largest.scores}
+    needed = {score: trials_for_overlap(overlap, [group.overlaps(score) for group in groups]) for score in largest.scores}
     rows = [
         ({"trials": group.trials, "split": number, "rank_correlation": split.rank_correlation}, agreement)
         for group in groups
         for number, split in enumerate(group.splits)
-        for agreement in split.agreements
+        for agreement in (*split.agreements, *group.adjusted[number : number + 1])
     ]
     result = StudyResult(
         store,
@@ -134,7 +125,7 @@ def _evaluate(store: ObjectStore, name: str, overlap: float) -> StudyResult:
         {"scores": scores.folder.name, "wanted": overlap, "splits": SPLITS},
         {
             "trials": largest.trials,
-            "jaccard": {score: mean_defined(largest.overlaps(score)) for score in largest.scores},
+            "jaccard": {score: largest.overlaps(score).mean for score in largest.scores},
             "rank_correlation": mean_defined(largest.rank_correlations()),
             "trials_needed": {score: asdict(each) for score, each in needed.items()},
         },
@@ -150,62 +141,34 @@ def _groups(scores: Scores, name: str) -> list[_Group]:
         raise ScoresError(
             f"experiment '{name}' has {packed.trials} trials, a split needs at least {2 * SMALLEST_HALF}: raise subsets.trials"
         )
-    groups = []
-    trials = packed.trials // 2
-    while trials >= SMALLEST_HALF:
-        splits = []
-        for number in range(SPLITS):
-            drawn = packed.counted_trials[np.argsort(random_keys(packed.trials, 0, Purpose.HALVES, trials, number))]
-            splits.append(compare(*(Estimates.of(packed.select(half), *labels) for half in (drawn[:trials], drawn[trials : 2 * trials]))))
-        groups.append(_Group(trials, splits))
-        trials //= 2
-    return groups
+    return [_group(packed, labels, trials) for trials in sizes(packed.trials)]
 
 
-def _trials_for(overlap: float, groups: list[_Group], score: Score) -> _Needed:
-    reached = None
-    for group in groups:  # most trials first
-        mean = mean_defined(group.overlaps(score))
-        if mean is None or mean < overlap:
-            break
-        reached = group.trials
-    if reached is not None:
-        return _Needed(reached, measured=True)
-    estimates = sorted(_extrapolate(overlap, groups, number, score) for number in range(SPLITS))
-    if math.isnan(sum(estimates)):
-        return _Needed()
-    fewest, middle, most = (
-        None if math.isinf(trials) else math.ceil(trials) for trials in (estimates[0], estimates[SPLITS // 2], estimates[-1])
-    )
-    return _Needed(middle, REACH * groups[0].trials if middle is None else None, fewest, most)
+def _group(packed: PackedTrials, labels: tuple[Indices, Indices], trials: int) -> _Group:
+    splits, adjusted = [], []
+    for number in range(SPLITS):
+        drawn = halves(packed, trials, number)
+        splits.append(compare(*(Estimates.of(half, *labels) for half in drawn)))
+        if packed.n_test:
+            first, second = (pair_selection(half, *labels) for half in drawn)
+            adjusted.append(Agreement("adjusted influence", None, len(first), len(second), jaccard(first, second), None))
+    return _Group(trials, splits, adjusted)
 
 
-def _extrapolate(overlap: float, groups: list[_Group], number: int, score: Score) -> float:
-    """Trials for an overlap by the power law through split `number` of each group; infinite beyond `REACH`, NaN if there is no fit."""
-    measured = [(group.trials, group.splits[number].at_paper_threshold(score).jaccard) for group in groups]
-    points = [(trials, jaccard) for trials, jaccard in measured if jaccard is not None and jaccard < 1]
-    if len(points) < 2:
-        return math.nan
-    slope, intercept = np.polyfit([math.log(trials) for trials, _ in points], [math.log(1 - jaccard) for _, jaccard in points], 1)
-    most = groups[0].trials
-    exponent = (math.log(1 - overlap) - intercept) / slope if slope < 0 else math.inf
-    return max(most, math.exp(exponent)) if exponent <= math.log(REACH * most) else math.inf
-
-
-def _findings(groups: list[_Group], overlap: float, needed: dict[Score, _Needed]) -> list[str]:
+def _findings(groups: list[_Group], overlap: float, needed: dict[Score, Needed]) -> list[str]:
     largest = groups[0]
     trials = largest.trials
     findings = []
     for score in largest.scores:
-        overlaps = largest.overlaps(score)
+        overlaps = largest.overlaps(score).defined
         if not overlaps:
             findings.append(f"Two disjoint sets of {trials} trials select no {_SELECTED[score]}.")
             continue
-        difference = mean_defined(split.at_paper_threshold(score).difference for split in largest.splits)
+        difference = largest.difference(score)
         findings.append(
             f"The {_SELECTED[score]} of two disjoint sets of {trials} trials overlap by {sum(overlaps) / len(overlaps):.3f} "
-            f"(Jaccard; {min(overlaps):.3f} to {max(overlaps):.3f} over {SPLITS} splits); on average, their scores differ by "
-            f"{difference:.3f}."
+            f"(Jaccard; {min(overlaps):.3f} to {max(overlaps):.3f} over {SPLITS} splits)"
+            f"{'' if difference is None else f'; on average, their scores differ by {difference:.3f}'}."
         )
     correlation = mean_defined(largest.rank_correlations())
     if correlation is not None:
@@ -229,11 +192,12 @@ def _draw(summary: ScoreSummary, groups: list[_Group], overlap: float) -> "Figur
     from memtail.figures.style import COLOURS, GREY, drawing
 
     names = summary.names
-    labels = {
+    labels: dict[Score, str] = {
         "memorization": f"memorized, {names.mem} ≥ {PAPERS['memorization']}",
         "influence": f"pairs, {names.infl} ≥ {PAPERS['influence']}",
+        "adjusted influence": "pairs by adjusted influence",
     }
-    curves = [(labels[score], [group.overlaps(score) for group in groups]) for score in groups[0].scores]
+    curves = [(labels[score], [group.overlaps(score).defined for group in groups]) for score in groups[0].scores]
     curves.append((f"ranks of {names.mem}", [group.rank_correlations() for group in groups]))
     counts = [group.trials for group in groups]
     with drawing(9, 3.4) as figure:
@@ -254,8 +218,8 @@ def _draw(summary: ScoreSummary, groups: list[_Group], overlap: float) -> "Figur
             ylim=(0, 1.02),
             title=f"{summary.experiment}: two runs of t trials",
         )
-        figure.legend(loc="outside lower center", ncols=3)
-        for score, colour in zip(groups[0].scores, COLOURS, strict=False):
+        figure.legend(loc="outside lower center", ncols=len(curves))
+        for score, colour in zip(groups[0].splits[0].scores, COLOURS, strict=False):
             draw_by_threshold(overlaps, groups[0].splits[0].agreements, score, "jaccard", color=colour)
             draw_by_threshold(differences, groups[0].splits[0].agreements, score, "difference", color=colour)
         overlaps.set(xlabel="threshold", ylabel="overlap (Jaccard)", title=f"selections of {counts[0]} trials")

@@ -94,7 +94,8 @@ def update_scores(name: str, pointer: ScorePointer | None) -> None:
 
 
 def _trials_to_reach(subsets: SubsetsSpec, statistics: Statistics) -> int:
-    """The declared number of trials, or the number that the declared precision takes."""
+    """The declared number of trials, or the number that the declared precision takes; at least those of the round with a bound on pairs."""
     if subsets.until is None:
         return subsets.trials
-    return math.ceil(min(trials_needed(subsets.until, statistics), subsets.until.most_trials(subsets.fraction)))
+    needed = math.ceil(min(trials_needed(subsets.until, statistics), subsets.until.most_trials(subsets.fraction)))
+    return needed if subsets.until.pairs is None else max(needed, subsets.trials)  # agreement on pairs takes seconds to estimate

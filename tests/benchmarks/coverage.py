@@ -17,8 +17,9 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from memtail.confidence import Z
 from memtail.estimators import false_discovery, high_influence_pairs, memorization
-from memtail.estimators.binomial import Floats, Z
+from memtail.estimators.binomial import Floats
 from memtail.estimators.memorization import Memorization, from_counts
 from memtail.spec import SubsetsSpec
 from memtail.statistics.accumulator import PackedTrials, pack_words

@@ -168,7 +168,8 @@ def test_a_higher_overlap_needs_more_trials(store):
     table = rows(store, many)
     assert set(table["trials"]) == {64}
     assert set(table["split"]) == set(range(5))
-    assert set(table["score"]) == {"memorization", "influence"}
+    assert set(table["score"]) == {"memorization", "influence", "adjusted influence"}
+    assert set(many.measured["trials_needed"]) == {"memorization", "influence", "adjusted influence"}
     unknown = {"trials": None, "beyond": None, "fewest": None, "most": None, "measured": False}
     assert many.measured["trials_needed"]["memorization"] == unknown  # no slope from a single number of trials
     assert few.measured["trials_needed"]["memorization"] == {**unknown, "trials": 64, "measured": True}

@@ -151,6 +151,8 @@ def test_a_profile_is_shown_in_a_table(tmp_path):
     [
         (["--standard-error", "0"], {}, "--standard-error must be above 0, got 0"),
         (["--standard-error", "nan"], {}, "--standard-error must be above 0, got nan"),
+        (["--overlap", "1"], {}, "--overlap must be between 0 and 1, got 1"),
+        (["--overlap", "0.8"], {}, "--overlap needs scores, and experiment 'digits' has none in the store"),
         (["--price", "-1"], {}, "--price must be at least 0, got -1"),
         ([], {"model": {"name": "nonesuch"}}, "nonesuch"),
         ([], {"subsets": {"trials": 2}}, "trials"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from memtail.estimators.binomial import Z
+from memtail.confidence import Z
 from tests.benchmarks import coverage
 
 

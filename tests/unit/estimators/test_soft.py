@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from memtail.confidence import Z
 from memtail.errors import ScoresError, StoreError
 from memtail.estimators import convergence, high_influence_pairs, influence, memorization
-from memtail.estimators.binomial import Z
 from memtail.estimators.ranking import expected_overlap
 from memtail.estimators.soft import soft_influence, soft_influence_at, soft_memorization
 from memtail.execution.stopping import trials_needed

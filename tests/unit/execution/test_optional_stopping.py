@@ -8,11 +8,15 @@ import pytest
 
 from memtail.errors import SpecError
 from memtail.estimators import memorization
+from memtail.estimators.overlap import jaccard, pair_selection
 from memtail.estimators.ranking import expected_overlap
 from memtail.execution.stopping import next_round, trials_needed
 from memtail.spec import Experiment
+from memtail.statistics import Statistics
+from tests.support.planted import PlantedPairs
 
 RATES = [(p_in, p_out) for p_in in np.arange(0.05, 1, 0.15) for p_out in np.arange(0.05, 1, 0.15) if p_in >= p_out]
+NO_LABELS = np.empty(0, np.int64), np.empty(0, np.int64)  # only pairs need them
 
 
 @dataclass
@@ -50,7 +54,7 @@ def stopped(declared, p_in, p_out, rng):
     while declared is not None:
         counts = counts.more(declared.trials - counts.trials, p_in, p_out, rng)
         rounds.append(counts.trials)
-        trials = next_round(declared, counts, 10**6)
+        trials = next_round(declared, counts, 10**6, NO_LABELS)
         declared = trials and declared.model_copy(update={"trials": trials})
     return memorization(counts), rounds
 
@@ -143,6 +147,30 @@ def test_a_ranking_of_equal_examples_ends_at_the_most_trials():
     _, rounds = stopped(declared, p, p, rng)
     assert rounds[-1] == declared.until.most_trials(0.7)
     assert all(later <= 4 * earlier for earlier, later in pairwise(rounds))
+
+
+def test_pairs_are_sought_until_two_runs_agree_on_them():
+    declared = subsets(pairs={"overlap": 0.85})
+    labels, chosen = (PlantedPairs.train_labels, PlantedPairs.test_labels), []
+    for seed in range(4):
+        world, current = PlantedPairs(seed), declared.model_copy(update={"trials": 64})
+        statistics, rounds = Statistics(*PlantedPairs.size), 0
+        while current is not None:
+            world.extend(statistics, current.trials)
+            trials, rounds = next_round(current, statistics, 10**6, labels), rounds + 1
+            current = trials and declared.model_copy(update={"trials": trials})
+        assert 2 <= rounds <= 4
+        assert 128 < statistics.trials < 512 < declared.until.most_trials(0.7) == 11905
+        chosen.append(pair_selection(statistics.packed(), *labels))
+    assert 0.82 < np.mean([jaccard(one, other) for one, other in combinations(chosen, 2)]) < 0.95
+
+
+def test_without_pairs_trials_are_added_up_to_the_most():
+    declared = subsets(pairs={"overlap": 0.6}).model_copy(update={"trials": 100})
+    labels = PlantedPairs.train_labels, PlantedPairs.test_labels
+    assert next_round(declared, PlantedPairs(0, effect=0.0).statistics(100), 10**6, labels) == 400
+    assert next_round(declared, PlantedPairs(0, effect=0.0).statistics(100), 250, labels) == 250
+    assert next_round(declared, PlantedPairs(0, effect=0.0).statistics(100), 100, labels) is None
 
 
 @pytest.mark.parametrize("until", [{}, {"quantile": 0.9}, {"interval_width": 2}, {"interval_width": 0}, {"ranking": {"top": 5}}])

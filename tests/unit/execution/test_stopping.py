@@ -5,6 +5,7 @@ import pytest
 
 from memtail.errors import SpecError
 from memtail.estimators import expected_standard_error, memorization
+from memtail.execution.declare import check_pairs
 from memtail.execution.embedded import run
 from memtail.execution.stopping import next_round
 from memtail.scores.pointer import latest_version
@@ -37,7 +38,11 @@ def test_until_sets_the_first_round_and_is_not_in_the_fingerprint():
     assert sharp.subsets.trials == first_round(0.02, 0.7)
     assert blunt.subsets.trials == 100
     assert sharp.fingerprint("d") == blunt.fingerprint("d") == spec(trials=3).fingerprint("d")
-    for until, message in (({"standard_error": 0}, "greater than 0"), ({}, "standard_error"), ({"standard_error": "x"}, "valid number")):
+    for until, message in (
+        ({"standard_error": 0}, "greater than or equal to 0.0001"),
+        ({}, "standard_error"),
+        ({"standard_error": "x"}, "valid number"),
+    ):
         with pytest.raises(SpecError, match=message):
             spec(until=until)
 
@@ -60,10 +65,21 @@ def test_a_run_ends_once_its_standard_errors_reach_the_bound(tmp_path):
 
 def test_examples_without_an_estimate_prolong_a_run_at_most_to_the_worst_case():
     experiment = spec(until={"standard_error": 0.1}, trials=10)
-    nothing = Statistics(5, 5)
-    assert 10 < next_round(experiment.subsets, nothing, 10**6) <= most_trials(0.1, 0.7)
+    nothing, labels = Statistics(5, 5), (np.zeros(5, np.int64), np.zeros(5, np.int64))
+    assert 10 < next_round(experiment.subsets, nothing, 10**6, labels) <= most_trials(0.1, 0.7)
     assert np.isnan(memorization(nothing).standard_error).all()
-    assert next_round(spec(until={"standard_error": 0.1}, trials=most_trials(0.1, 0.7)).subsets, nothing, 10**6) is None
-    assert next_round(experiment.subsets, nothing, 12) == 12
-    assert next_round(spec(until={"standard_error": 0.1}, trials=12).subsets, nothing, 12) is None
-    assert next_round(spec(trials=10).subsets, nothing, 10**6) is None
+    assert next_round(spec(until={"standard_error": 0.1}, trials=most_trials(0.1, 0.7)).subsets, nothing, 10**6, labels) is None
+    assert next_round(experiment.subsets, nothing, 12, labels) == 12
+    assert next_round(spec(until={"standard_error": 0.1}, trials=12).subsets, nothing, 12, labels) is None
+    assert next_round(spec(trials=10).subsets, nothing, 10**6, labels) is None
+
+
+def test_a_bound_on_pairs_takes_a_test_set():
+    experiment = spec(until={"pairs": {"overlap": 0.8}})
+    assert experiment.subsets.trials == 595
+    with pytest.raises(
+        SpecError, match=r"^subsets\.until\.pairs: the dataset of experiment 'e' has no test set, so there are no pairs: use"
+    ):
+        check_pairs(experiment, 0)
+    check_pairs(spec(until={"standard_error": 0.05}), 0)
+    check_pairs(experiment, 1)
