@@ -149,7 +149,7 @@ def forecast(
         size = max(1, min(record.trials_per_shard, -(-remaining // count)))
         return [min(size, remaining - first) for first in range(0, remaining, size)]
 
-    row = (2 * experiment.record.margins + bool(experiment.record.scores)) * (dataset.n_train + dataset.n_test)
+    row = (2 * experiment.record.margins + record.experiment.record.keeps_scores) * (dataset.n_train + dataset.n_test)
     row += (2 + len(experiment.record.snapshots)) * -(-dataset.n_train // 8) + -(-dataset.n_test // 8)
     error = expected_standard_error(1, fraction)
     return Forecast(
@@ -181,13 +181,13 @@ def _to_train(experiment: Experiment, dataset: Dataset, store: ObjectStore) -> t
     size = network_shard_size(experiment, dataset, store.address, None) or checked_shard_size(experiment, dataset)
     declared, experiment_store = declare(experiment, dataset, size), ExperimentStore(store, experiment.name)
     if not store.exists(keys.experiment(experiment.name)):
-        return declared, missing_shards(experiment.subsets.trials, declared.trials_per_shard, [])
+        return declared.decided(), missing_shards(experiment.subsets.trials, declared.trials_per_shard, [])
     held = experiment_store.read_record()
     if held.fingerprint != declared.fingerprint:
         raise StoreError(
             f"experiment '{experiment.name}' is in the store {store.address} and differs from this spec: choose another name or store"
         )
-    record = replace(declared, trials_per_shard=held.trials_per_shard)
+    record = replace(declared.decided(held), trials_per_shard=held.trials_per_shard)
     return record, experiment_store.missing(record)
 
 
