@@ -45,6 +45,7 @@ class RecordedOutcomes(Part):
     """
 
     margins: bool = False
+    # where a record lacks the key, its trials have no scores (see `Record`)
     scores: Annotated[bool | Literal["auto", "only"], BeforeValidator(_auto_a_bool_or_only)] = "auto"
     snapshots: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=MOST_SNAPSHOTS), AfterValidator(_ascending)] = []
     models: Annotated[Literal["all"] | Annotated[int, Field(ge=0)], BeforeValidator(_all_or_a_number)] = 0

@@ -51,7 +51,9 @@ def derive_experiment(record: Record, study: str, masks: Mask) -> Experiment:
     subsets = {"design": "explicit", "masks": str(path), "trials": len(masks), "seed": int(digest[:8], 16)}
     declaration = record.experiment.model_dump(mode="json") | {"trainer": _trainer_here(record).model_dump(mode="json")}
     recorded = {"scores": False}  # studies compare accuracies
-    return Experiment.parse({**declaration, "name": name, "subsets": subsets, "record": recorded}, source=f"experiment '{name}' of the study")
+    return Experiment.parse(
+        {**declaration, "name": name, "subsets": subsets, "record": recorded}, source=f"experiment '{name}' of the study"
+    )
 
 
 def _trainer_here(record: Record) -> TrainerSpec:
