@@ -38,8 +38,8 @@ class RecordedOutcomes(Part):
         margins: record the logit margin of every example.
         scores: record a score in [0, 1] of every example, of which memorization and influence are estimated too: of the built-in trainer,
             the probability of the label; of training code of your own, what it returns. Each takes a byte. `auto` has the built-in trainer
-            record them of datasets up to about the size of ImageNet, and is false for training code of your own. `only` is for training code
-            of your own that does not know what is correct: it returns scores alone, and memorization and influence are those of scores.
+            record them of datasets up to about the size of ImageNet, and is false for training code of your own. `only` is for code of your
+            own that does not know what is correct: it returns scores alone, and memorization and influence are those of scores.
         snapshots: record after these epochs, too, which training examples are classified correctly; of the built-in trainer.
         models: keep the weights of the models of this many first trials, or of `all` (see `memtail.load_model`); of the built-in trainer.
     """
