@@ -19,7 +19,7 @@ def record(size=CIFAR, trials=10, scores=None, **parts):
     experiment = Experiment.parse({"name": "e", "dataset": {"name": "digits"}, "subsets": {"trials": trials}} | recorded | parts)
     trainer_code = None if "trainer" not in parts else "c" * 64
     canonical = experiment.canonical("d", trainer_code=trainer_code)
-    return Record(experiment, "f" * 64, canonical, *size, 7)
+    return Record(experiment, "f" * 64, canonical, size[0], size[1], 7)
 
 
 FUNCTION = {"trainer": {"function": "code:train"}}
