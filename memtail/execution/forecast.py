@@ -200,7 +200,7 @@ def forecast(
         here, *elsewhere = (on_devices(count, cut(count, more)) for count in (len(devices), *DEVICES))
         return GoalForecast(goal.name, goal.trials, None, here, tuple(elsewhere))
 
-    row = (2 * experiment.record.margins + bool(experiment.record.scores)) * (dataset.n_train + dataset.n_test)
+    row = (2 * experiment.record.margins + record.experiment.record.keeps_scores) * (dataset.n_train + dataset.n_test)
     row += (2 + len(experiment.record.snapshots)) * -(-dataset.n_train // 8) + -(-dataset.n_test // 8)
     return Forecast(
         experiment=experiment.name,
@@ -233,13 +233,13 @@ def _to_train(experiment: Experiment, dataset: Dataset, store: ObjectStore) -> t
     size = network_shard_size(experiment, dataset, store.address, None) or checked_shard_size(experiment, dataset)
     declared, experiment_store = declare(experiment, dataset, size), ExperimentStore(store, experiment.name)
     if not store.exists(keys.experiment(experiment.name)):
-        return declared, missing_shards(experiment.subsets.trials, declared.trials_per_shard, [])
+        return declared.decided(), missing_shards(experiment.subsets.trials, declared.trials_per_shard, [])
     held = experiment_store.read_record()
     if held.fingerprint != declared.fingerprint:
         raise StoreError(
             f"experiment '{experiment.name}' is in the store {store.address} and differs from this spec: choose another name or store"
         )
-    record = replace(declared, trials_per_shard=held.trials_per_shard)
+    record = replace(declared.decided(held), trials_per_shard=held.trials_per_shard)
     if experiment.subsets.until is not None:  # extended since it was declared
         record = record.with_trials(max(experiment.subsets.trials, held.experiment.subsets.trials))
     return record, experiment_store.missing(record)

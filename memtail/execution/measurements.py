@@ -27,6 +27,7 @@ from memtail.scores.publish import publish
 from memtail.settings import Settings
 from memtail.spec import Experiment, SubsetsSpec
 from memtail.statistics import Statistics
+from memtail.statistics.soft import PLANES
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trainers.images.shard_size import operations_per_trial
@@ -197,7 +198,7 @@ def measure_writing(record: Record, dataset: Dataset, fraction: float, folder: P
         return rng.normal(0, 5, shape).astype(np.float16) if record.experiment.record.margins else None
 
     def scores(*shape: int) -> npt.NDArray[np.uint8] | None:
-        return rng.integers(0, 256, shape, np.uint8) if record.experiment.record.scores else None
+        return rng.integers(0, 256, shape, np.uint8) if record.experiment.record.keeps_scores else None
 
     seconds = 0.0
     while len(statistics.metrics) < total and seconds < _WRITING_SECONDS:
@@ -231,5 +232,6 @@ def measure_writing(record: Record, dataset: Dataset, fraction: float, folder: P
     published = time.perf_counter() - began
     files = sum(path.stat().st_size for path in store.local_path(keys.all_scores(name).rstrip("/")).rglob("*") if path.is_file())
     words = -(-total // 64) - -(-len(statistics.metrics) // 64)
-    missing = 8 * words * (2 * dataset.n_train + dataset.n_test + 1)  # of the packed statistics: only they grow with the trials
+    columns = 2 * dataset.n_train + (1 + PLANES * record.experiment.record.keeps_scores) * dataset.n_test + 1
+    missing = 8 * words * columns  # of the packed statistics: only they grow with the trials
     return WritingFigures(seconds / len(statistics.metrics), published, files + missing)

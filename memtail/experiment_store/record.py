@@ -14,10 +14,14 @@ from memtail.spec.base import Part
 from memtail.spec.cluster import WorkersSpec
 from memtail.spec.errors import describe, differences
 from memtail.spec.experiment import RECIPE_VERSION, ExecutionSpec, Experiment
+from memtail.spec.trainer import ImagesTrainer
 from memtail.storage.keys import LAST_TRIAL
 from memtail.trials import Shard
 
 SCHEMA = 1
+
+#: Most bytes that a trial with scores may take in the statistics where nobody asked for scores. ImageNet's take 376,542.
+SCORED_BYTES = 400_000
 
 #: Pattern of an owner: one line of printable characters.
 OWNER = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,100}")
@@ -81,6 +85,8 @@ class Record:
         declared = self.experiment.model_dump(mode="json")
         workers = (declared["execution"].get("workers") or {}) | self.later.get("workers", {})
         declared["execution"] |= self.later | ({"workers": workers} if workers else {})
+        if declared["record"].get("scores") is False:
+            del declared["record"]["scores"]  # as records of 0.1.0, which reads them
         return json.dumps(
             {
                 "schema": SCHEMA,
@@ -94,6 +100,24 @@ class Record:
             },
             indent=1,
         ).encode()
+
+    def decided(self, held: "Record | None" = None) -> "Record":
+        """Return the record with `record.scores: auto` decided.
+
+        It is false for code of the user's own. The built-in trainer records scores up to a size with which an aggregator of 4 GiB publishes
+        4,000 trials. An experiment that is registered goes on as it began, since scores are published only if all its trials have them.
+
+        Args:
+            held: the record in the store, if the experiment is registered.
+        """
+        recorded = self.experiment.record
+        if recorded.scores != "auto":
+            return self
+        of_trial = (2 * self.n_train + self.n_test) / 8 + self.n_test  # bits, and scores of test examples
+        by_default = held.experiment.record.scores if held else of_trial <= SCORED_BYTES
+        scores = isinstance(self.experiment.trainer, ImagesTrainer) and by_default
+        recorded = recorded.model_copy(update={"scores": scores})
+        return replace(self, experiment=self.experiment.model_copy(update={"record": recorded}))
 
     def check_trainable(self) -> None:
         """Check that this version of memtail trains what the record declares.
@@ -165,6 +189,7 @@ class Record:
             if (schema := content.pop("schema")) != SCHEMA:
                 raise UnsupportedError(f"{source}: has schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
             declared = content.pop("experiment")
+            declared["record"] = {"scores": False, **declared["record"]}  # left out by those without scores
             declared["execution"], later = _split(declared["execution"], ExecutionSpec)
             if declared["execution"].get("workers"):
                 declared["execution"]["workers"], later_workers = _split(declared["execution"]["workers"], WorkersSpec)

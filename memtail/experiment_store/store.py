@@ -61,7 +61,8 @@ class ExperimentStore(BatchObjects, ControlObjects):
     def register(self, declared: Record) -> Record:
         """Register an experiment, unless it is registered; returns its record in the store.
 
-        More trials than recorded extend the experiment; the recorded size of shards stays.
+        More trials than recorded extend the experiment; the recorded size of shards stays. The record in the store says whether trials have
+        scores (`Record.decided`).
 
         Raises:
             StoreError: another experiment has the name (says what differs) or left trials or scores under it, or fewer trials are asked
@@ -70,9 +71,9 @@ class ExperimentStore(BatchObjects, ControlObjects):
         """
         if not self.is_registered():
             refuse_leftovers(self.store, self.name, declared.fingerprint)
-        if self.store.put_if_absent(keys.experiment(self.name), declared.to_bytes()):
+        if self.store.put_if_absent(keys.experiment(self.name), (new := declared.decided()).to_bytes()):
             self.mark_changed()  # services may know a finished experiment of this name, which was removed
-            return declared
+            return new
         extended = self._change_record(lambda held: self._extended(held, declared))
         if self.finished(extended) is None:  # it was extended, now or by a submission that was interrupted here
             self.reopen("it was submitted with more trials, or with more shards to verify")
@@ -96,7 +97,7 @@ class ExperimentStore(BatchObjects, ControlObjects):
         more, fewer = declared.experiment.subsets.trials, held.experiment.subsets.trials
         if more < fewer:
             raise StoreError(f"experiment '{self.name}' is in the store with {fewer} trials, this spec has {more}: ask for {fewer} or more")
-        extended = replace(held, experiment=declared.experiment, owner=declared.owner or held.owner)
+        extended = replace(held, experiment=declared.decided(held).experiment, owner=declared.owner or held.owner)
         extended.check_limits()  # with the recorded size of shards
         return extended
 

@@ -103,7 +103,7 @@ class Experiment(Part):
     @model_validator(mode="after")
     def _scores_stand_alone_without_correctness(self) -> Self:
         if self.record.scores_only and isinstance(self.trainer, ImagesTrainer):
-            raise ValueError("record.scores: only is for training code of your own; the built-in trainer knows correctness: set it to true")
+            raise ValueError("record.scores: only is for training code of your own; the built-in trainer knows correctness: remove it")
         return self
 
     @property

@@ -183,11 +183,12 @@ class Statistics:
         self.held_out_misclassifications: Misclassifications | None = Misclassifications()
         self.soft: SoftSums | None = SoftSums.zeros(n_train)
         self.by_epoch: dict[int, Counts] = {}
-        self._membership: list[Words] = []
-        self._train_correct: list[Words] = []
-        self._test_correct: list[Words] = []
-        self._test_score: list[Words] = []
-        self._train_score: list[Words] = []
+        # with room for more words, which takes no memory before it is used
+        self._membership: Words = np.zeros((0, n_train), np.uint64)
+        self._train_correct: Words | None = None if scores_only else np.zeros((0, n_train), np.uint64)
+        self._test_correct: Words | None = None if scores_only else np.zeros((0, n_test), np.uint64)
+        self._test_score: Words | None = np.zeros((PLANES, 0, n_test), np.uint64)
+        self._train_score: Words | None = np.zeros((PLANES, 0, n_train), np.uint64) if scores_only else None
         self._counted: list[int] = []
 
     @classmethod
@@ -212,20 +213,19 @@ class Statistics:
         """
         statistics = cls(packed.n_train, packed.n_test, scores_only=packed.scores_only)
         statistics.k_in = packed.k_in
-        if packed.train_correct is not None and packed.test_correct is not None:
+        if not packed.scores_only:
             statistics.correct_in, statistics.correct = packed.correct_in, packed.correct
-            statistics._train_correct, statistics._test_correct = list(packed.train_correct), list(packed.test_correct)
         statistics.metrics = {entry.trial: entry for entry in metrics}
         statistics.diverged = sum(entry.diverged for entry in metrics)
         statistics.margin_in, statistics.margin_out = margins or (None, None)
         statistics.held_out_misclassifications = misclassifications
         statistics.by_epoch = by_epoch
-        statistics._membership, statistics._counted = list(packed.membership), packed.counted.tolist()
+        statistics._membership, statistics._counted = packed.membership, packed.counted.tolist()
+        statistics._train_correct, statistics._test_correct = packed.train_correct, packed.test_correct
+        statistics._train_score = packed.train_score
         statistics.soft = soft
-        if packed.test_score is not None:
-            statistics._test_score = list(packed.test_score.swapaxes(0, 1).copy())
-        if packed.train_score is not None:
-            statistics._train_score = list(packed.train_score.swapaxes(0, 1).copy())
+        if packed.test_score is not None or soft is None:
+            statistics._test_score = packed.test_score
         return statistics
 
     @property
@@ -281,12 +281,12 @@ class Statistics:
             if batch.train_margin is not None:
                 self._add_margin(members[row], batch.train_margin[row])
             if batch.train_score is None or batch.test_score is None:
-                self.soft, self._test_score = None, []
-            elif self.soft is not None:
+                self.soft = self._test_score = None
+            elif self.soft is not None and self._test_score is not None:
                 self.soft.add(members[row], batch.train_score[row])
-                place(self._test_score[trial // _BITS], trial % _BITS, batch.test_score[row])
-                if self.scores_only:
-                    place(self._train_score[trial // _BITS], trial % _BITS, batch.train_score[row])
+                place(self._test_score[:, trial // _BITS], trial % _BITS, batch.test_score[row])
+                if self._train_score is not None:
+                    place(self._train_score[:, trial // _BITS], trial % _BITS, batch.train_score[row])
             self._add_snapshots(batch, row, members[row])
         for condition, value in batch.provenance.conditions().items() if added else ():
             counts = self.conditions.setdefault(condition, {})
@@ -295,16 +295,12 @@ class Statistics:
 
     def _place(self, trial: int, members: npt.NDArray[np.bool_]) -> None:
         word, bit = divmod(trial, _BITS)
-        while len(self._counted) <= word:
-            self._counted.append(0)
-            self._membership.append(np.zeros(self.n_train, np.uint64))
-            if self.scores_only:
-                self._train_score.append(np.zeros((PLANES, self.n_train), np.uint64))
-            else:
-                self._train_correct.append(np.zeros(self.n_train, np.uint64))
-                self._test_correct.append(np.zeros(self.n_test, np.uint64))
-            if self.soft is not None:
-                self._test_score.append(np.zeros((PLANES, self.n_test), np.uint64))
+        if word >= len(self._counted):
+            self._counted += [0] * (word + 1 - len(self._counted))
+            self._membership = _with_room(self._membership, word + 1)
+            for name in ("_train_correct", "_test_correct", "_train_score", "_test_score"):
+                if (words := getattr(self, name)) is not None:
+                    setattr(self, name, _with_room(words, word + 1))
         self._counted[word] |= 1 << bit
         self._membership[word] |= members.astype(np.uint64) << np.uint64(bit)
 
@@ -313,7 +309,8 @@ class Statistics:
     ) -> None:
         word, bit = divmod(trial, _BITS)
         for words, bits in ((self._train_correct, train), (self._test_correct, test)):
-            words[word] |= bits.astype(np.uint64) << np.uint64(bit)
+            if words is not None:
+                words[word] |= bits.astype(np.uint64) << np.uint64(bit)
         self.correct_in += members & train
         self.correct += train
 
@@ -340,29 +337,42 @@ class Statistics:
         """SHA-256 (hex) of the bits and of the numbers of the diverged trials: equal for equal trials in whatever order they came."""
         diverged = sorted(trial for trial, metrics in self.metrics.items() if metrics.diverged)
         digest = hashlib.sha256(json.dumps([self.n_train, self.n_test, self._counted, diverged]).encode())
-        for words in (*self._membership, *self._train_correct, *self._test_correct):
-            digest.update(words.astype("<u8", copy=False).tobytes())
+        packed = self.packed()
+        for words in (packed.membership, packed.train_correct, packed.test_correct):
+            for row in () if words is None else words:
+                digest.update(row.astype("<u8", copy=False).tobytes())
         if self.soft is not None and self.trials:
-            for array in (*vars(self.soft).values(), *self._test_score, *self._train_score):
-                digest.update(array.astype(f"<{array.dtype.kind}8", copy=False).tobytes())
+            for sums in vars(self.soft).values():
+                digest.update(sums.astype("<i8", copy=False).tobytes())
+            for planes in (packed.test_score, packed.train_score):
+                for word in () if planes is None else planes.swapaxes(0, 1):
+                    digest.update(word.astype("<u8", copy=False).tobytes())
         for epoch, sums in self.by_epoch.items():
             digest.update(f"epoch {epoch}".encode() + sums.astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
 
     def packed(self) -> PackedTrials:
-        """Copy the bits into arrays."""
+        """Return the bits, of which there is no second copy: they change with the trials that are accumulated afterwards."""
+        words = len(self._counted)
 
-        def stacked(words: list[Words], count: int) -> Words:
-            return np.stack(words) if words else np.zeros((0, count), np.uint64)
-
-        def planes(words: list[Words], count: int) -> Words:
-            return np.stack(words, axis=1) if words else np.zeros((PLANES, 0, count), np.uint64)
+        def held(array: Words | None) -> Words | None:
+            return None if array is None else array[..., :words, :]
 
         return PackedTrials(
-            stacked(self._membership, self.n_train),
-            None if self.scores_only else stacked(self._train_correct, self.n_train),
-            None if self.scores_only else stacked(self._test_correct, self.n_test),
+            self._membership[:words],
+            held(self._train_correct),
+            held(self._test_correct),
             np.array(self._counted, np.uint64),
-            planes(self._test_score, self.n_test) if self._test_score or self.scores_only else None,
-            planes(self._train_score, self.n_train) if self.scores_only else None,
+            held(self._test_score) if words or self.scores_only else None,
+            held(self._train_score),
         )
+
+
+def _with_room(words: Words, count: int) -> Words:
+    """Return words [..., W, b], or a copy with room for `count` words: twice as many, so that copies are rare."""
+    held = words.shape[-2]
+    if count <= held:
+        return words
+    room = np.zeros((*words.shape[:-2], max(count, 2 * held), words.shape[-1]), np.uint64)
+    room[..., :held, :] = words
+    return room

@@ -53,7 +53,7 @@ class Snapshot:
     batches: dict[Shard, str]
 
     def write(self, path: Path) -> None:
-        """Write the file, with memory for a second copy of the bits."""
+        """Write the file."""
         statistics, packed, metrics = self.statistics, self.statistics.packed(), self.statistics.metrics.values()
         arrays: dict[str, Any] = {
             "header": json.dumps({"schema": SCHEMA, "fingerprint": self.fingerprint, "conditions": statistics.conditions}),

@@ -85,12 +85,13 @@ def _derive(record: Record, features: "Features") -> Experiment:
     """Declare the experiment that trains the last layer alone."""
     experiment = record.experiment
     name = derived_name(experiment.name, "last-layer", features.dataset.fingerprint)
-    declaration = experiment.model_dump(mode="json", exclude={"record"}) | {
+    declaration = experiment.model_dump(mode="json") | {
         "name": name,
         "dataset": {"name": "arrays", "root": str(features.dataset.folder)},
         "model": {"name": "mlp", "hidden": []},
         "training": experiment.training.model_dump(mode="json") | {"augmentation": "none"},
         "subsets": experiment.subsets.model_dump(mode="json") | {"until": None},
+        "record": {"scores": experiment.record.keeps_scores},  # so that pairs of both are selected alike
     }
     return Experiment.parse(declaration, source=f"experiment '{name}' of the study")
 

@@ -49,8 +49,11 @@ def derive_experiment(record: Record, study: str, masks: Mask) -> Experiment:
             file.write(buffer.getvalue())
     name = derived_name(record.experiment.name, study, digest)
     subsets = {"design": "explicit", "masks": str(path), "trials": len(masks), "seed": int(digest[:8], 16)}
-    declaration = record.experiment.model_dump(mode="json", exclude={"record"}) | {"trainer": _trainer_here(record).model_dump(mode="json")}
-    return Experiment.parse({**declaration, "name": name, "subsets": subsets}, source=f"experiment '{name}' of the study")
+    declaration = record.experiment.model_dump(mode="json") | {"trainer": _trainer_here(record).model_dump(mode="json")}
+    recorded = {"scores": False}  # studies compare accuracies
+    return Experiment.parse(
+        {**declaration, "name": name, "subsets": subsets, "record": recorded}, source=f"experiment '{name}' of the study"
+    )
 
 
 def _trainer_here(record: Record) -> TrainerSpec:

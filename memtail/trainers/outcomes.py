@@ -18,7 +18,7 @@ _SAME = 2.0
 
 def recorded_arrays(record: RecordedOutcomes) -> set[str]:
     """Return the names of the arrays of a trial."""
-    recorded = {"correct": not record.scores_only, "margin": record.margins, "score": record.scores}
+    recorded = {"correct": not record.scores_only, "margin": record.margins, "score": record.keeps_scores}
     return {f"{split}_{name}" for split in ("train", "test") for name, kept in recorded.items() if kept}
 
 
@@ -52,7 +52,7 @@ def check_outcome(
             )
         if record.margins:
             arrays[f"{split}_margin"] = _margins(f"{split}_margin", margin if size or margin is not None else (), size)
-        if record.scores:
+        if record.keeps_scores:
             arrays[f"{split}_score"] = _scores(f"{split}_score", score if size or score is not None else (), size, record.scores_only)
         labels = getattr(dataset, f"{split}_labels") if dataset.labelled else None
         _check_same(f"{split}_labels", getattr(outcome, f"{split}_labels"), labels)

@@ -48,9 +48,8 @@ def test_an_experiment_that_0_1_0_has_begun_is_extended_and_finished_to_equal_bi
     kept.pop(3).unlink()
     shutil.rmtree(tmp_path / "begun" / "experiments" / "digits" / "scores")
     held = [path.read_bytes() for path in kept]
-    spec = write_spec(tmp_path, subsets={"trials": 60})
-    for store in ("begun", "alone"):
-        memtail.run(Experiment.load(spec), tmp_path / store)
+    memtail.run(Experiment.load(write_spec(tmp_path, subsets={"trials": 60})), tmp_path / "begun")
+    memtail.run(Experiment.load(write_spec(tmp_path, subsets={"trials": 60}, record={"scores": False})), tmp_path / "alone")
     assert [path.read_bytes() for path in kept] == held
     begun, alone = version(tmp_path / "begun"), version(tmp_path / "alone")
     names = sorted(path.name for path in alone.iterdir())
@@ -60,9 +59,19 @@ def test_an_experiment_that_0_1_0_has_begun_is_extended_and_finished_to_equal_bi
 
 
 def test_what_this_version_writes_without_later_keys_is_read_by_0_1_0(release, tmp_path):
-    spec = write_spec(tmp_path, subsets={"trials": 40})
+    spec = write_spec(tmp_path, subsets={"trials": 40}, record={"scores": False})
     memtail.run(Experiment.load(spec), tmp_path / "store")
     held = batches(tmp_path / "store")
+    spec = write_spec(tmp_path, subsets={"trials": 40})
     output = versions.python(release, "-m", "memtail", "run", spec, "--store", tmp_path / "store")
     assert "40" in output
     assert batches(tmp_path / "store") == held
+
+
+def test_an_experiment_with_scores_is_left_alone_by_0_1_0(release, tmp_path):
+    spec = write_spec(tmp_path, subsets={"trials": 40})
+    memtail.run(Experiment.load(spec), tmp_path / "store")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "experiments").rglob("*")}
+    with pytest.raises(AssertionError, match=r"unknown key 'record\.scores'"):
+        versions.python(release, "-m", "memtail", "run", spec, "--store", tmp_path / "store")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "experiments").rglob("*")} == before

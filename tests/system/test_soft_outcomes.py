@@ -70,7 +70,7 @@ def test_scores_of_the_built_in_trainer_are_probabilities_and_change_nothing_els
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()
     training = {"training": {"epochs": 2}}
-    with_scores, without = run(tmp_path / "one", **training), run(tmp_path / "other", record={}, **training)
+    with_scores, without = run(tmp_path / "one", **training), run(tmp_path / "other", record={"scores": False}, **training)
     assert with_scores.summary.fingerprint == without.summary.fingerprint
     mine, plain = with_scores.scores.memorization, without.scores.memorization
     for column in plain:
@@ -82,7 +82,9 @@ def test_scores_of_the_built_in_trainer_are_probabilities_and_change_nothing_els
 
 
 def test_an_experiment_that_began_without_scores_has_none(tmp_path):
-    run(tmp_path, trials=20, record={}, training={"epochs": 1})
+    run(tmp_path, trials=20, record={"scores": False}, training={"epochs": 1})
+    run(tmp_path, trials=30, record={}, training={"epochs": 1})
+    assert [TrialBatch.from_bytes(path.read_bytes()).train_score for path in batches(tmp_path / "store", "soft")] == [None] * 3
     result = run(tmp_path, trials=40, training={"epochs": 1})
     assert result.summary.trials == 40
     assert "mem_p" not in result.scores.memorization
@@ -95,7 +97,7 @@ def test_pages_show_scores_and_epochs_where_they_are_recorded(tmp_path):
     store = tmp_path / "store"
     parts = {"training": {"epochs": 4}, "record": {"scores": True, "snapshots": [1, 4]}}
     run(tmp_path, **parts)
-    run(tmp_path / "plain", training={"epochs": 1}, record={})
+    run(tmp_path / "plain", training={"epochs": 1}, record={"scores": False})
     shown, plain = (published(folder / "store") for folder in (tmp_path, tmp_path / "plain"))
     for heading in ("Memorization of scores", "Memorization over training"):
         assert heading in shown

@@ -40,7 +40,7 @@ class SplitOutcomes:
         """Return the outcomes on a split without examples, as the test split of a dataset without a test set."""
         none = (networks, 0)
         margin = np.empty(none, np.float16) if record.margins else None
-        score = np.empty(none, np.uint8) if record.scores else None
+        score = np.empty(none, np.uint8) if record.keeps_scores else None
         return cls(np.empty(none, np.bool_), np.empty(none, np.int32), margin, score, np.ones(networks, np.bool_))
 
 
@@ -83,7 +83,7 @@ def evaluate(
         correct.append(predicted == labels)
         predicted_class.append(predicted.to(torch.int32))
         finite.append(logits.isfinite().flatten(1).all(1))
-        if record.margins or record.scores:
+        if record.margins or record.keeps_scores:
             margins = _margins(logits, labels)
             margin.append(margins.clamp(-_LARGEST, _LARGEST).to(torch.float16))
             score.append((margins.sigmoid() * ONE).round().to(torch.uint8))
@@ -93,7 +93,7 @@ def evaluate(
         torch.cat(correct, 1).cpu().numpy(),
         torch.cat(predicted_class, 1).cpu().numpy(),
         torch.cat(margin, 1).cpu().numpy() if record.margins else None,
-        torch.cat(score, 1).cpu().numpy() if record.scores else None,
+        torch.cat(score, 1).cpu().numpy() if record.keeps_scores else None,
         torch.stack(finite).all(0).cpu().numpy(),
     )
 

@@ -225,7 +225,7 @@ class _ShardTraining:
             recorded = self.experiment.record
             if any(list(result.snapshots) != recorded.snapshots for _, result in state.finished):
                 raise ValueError("it has the outcomes of other epochs than are recorded")
-            if any((result.train.score is not None) != recorded.scores for _, result in state.finished):
+            if any((result.train.score is not None) != recorded.keeps_scores for _, result in state.finished):
                 raise ValueError("it has other outcomes than are recorded")
         except Exception as error:  # torch.load does not limit what damaged bytes raise
             log.warning("checkpoint cannot be used, starting over", trials=f"{self.trials[0]}-{self.trials[-1]}", error=str(error))

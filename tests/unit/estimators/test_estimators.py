@@ -82,6 +82,14 @@ def test_cooccurrence_counts_the_trials_set_in_both(t, a, b, seed):
     assert (cooccurrence(left, right) == expected).all()
 
 
+def test_packed_statistics_are_no_second_copy_of_the_bits():
+    M, C, T = random_bits(3, 200, 30, 20)
+    statistics = Statistics(30, 20)
+    statistics.accumulate(batch(0, M, C, T))
+    for name in ("membership", "train_correct", "test_correct"):
+        assert np.shares_memory(getattr(statistics.packed(), name), getattr(statistics.packed(), name))
+
+
 def test_statistics_do_not_depend_on_the_order_in_which_batches_arrive():
     M, C, T = random_bits(3, 200, 30, 20)
     bounds = [(0, 70), (70, 71), (71, 130), (130, 200)]

@@ -33,7 +33,7 @@ def test_a_shard_that_ends_beyond_the_last_trial_does_not_count_as_committed():
 def record(trials=100, **training):
     spec = {"name": "e", "dataset": {"name": "digits"}, "training": training, "subsets": {"trials": trials}}
     experiment = Experiment.parse(spec)
-    return Record(experiment, experiment.fingerprint("d"), experiment.canonical("d"), 10, 5, 7)
+    return Record(experiment, experiment.fingerprint("d"), experiment.canonical("d"), 10, 5, 7).decided()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ LATER_KEYS: dict[str, Any] = {
     "DatasetSpec.on_error": "stop",
     "ExecutionSpec.require": None,
     "ExecutionSpec.verify": 0.0,
-    "RecordedOutcomes.scores": False,
+    "RecordedOutcomes.scores": "auto",
     "Experiment.trainer": ImagesTrainer(),
     "UntilSpec.interval_width": None,
     "UntilSpec.ranking": None,
@@ -348,11 +348,11 @@ def test_scores_alone_are_another_experiment_and_not_for_the_built_in_trainer(tm
     assert plain.fingerprint("d") == scores.fingerprint("d") != only.fingerprint("d")
     assert differences(scores.canonical("d"), only.canonical("d")) == ["record.scores null -> only"]
     assert Experiment.parse(yaml.safe_load(only.to_yaml())) == only
-    with pytest.raises(SpecError, match=r"^experiment: record\.scores: only is for training code of your own; .* set it to true$"):
+    with pytest.raises(SpecError, match=r"^experiment: record\.scores: only is for training code of your own; .* remove it$"):
         Experiment.parse({**BASE, "record": {"scores": "only"}})
-    with pytest.raises(SpecError, match=r"^experiment: record\.scores: is false, true or only \(got maybe\)$"):
+    with pytest.raises(SpecError, match=r"^experiment: record\.scores: is auto, false, true or only \(got maybe\)$"):
         Experiment.parse({**function, "record": {"scores": "maybe"}})
-    with pytest.raises(SpecError, match=r"^experiment: record\.scores: is false, true or only"):
+    with pytest.raises(SpecError, match=r"^experiment: record\.scores: is auto, false, true or only"):
         Experiment.parse({**function, "record": {"scores": ["only"]}})
 
 
