@@ -34,7 +34,7 @@ Equal statistics give equal bytes.
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def write_scores(
     statistics: Statistics,
     dataset: DatasetLabels,
     progress: Callable[[], object] = lambda: None,
+    extendable: bool = True,
 ) -> ScoreSummary:
     """Write all files of a version into a folder, with memory for the statistics and one block of influences.
 
@@ -86,6 +87,7 @@ def write_scores(
         statistics: of its trials.
         dataset: labels and names of the experiment's dataset.
         progress: called after each piece of work.
+        extendable: whether the experiment takes more trials.
 
     Returns:
         The summary.
@@ -108,7 +110,7 @@ def write_scores(
     arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}
     np.savez(folder / STATISTICS, **{name: array for name, array in arrays.items() if array is not None})
     _write_index(folder / INDEX, None if statistics.scores_only else mem, dataset)
-    summary = summarize(name, fingerprint, statistics, mem, pairs)
+    summary = replace(summarize(name, fingerprint, statistics, mem, pairs), extendable=extendable)
     (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1))
     return summary
 

@@ -45,7 +45,7 @@ class Scores:
 
     Attributes:
         folder: with the version's files.
-        summary: the content of `summary.json`.
+        summary: the content of `summary.json`; `summary.few_trials` warns of few trials, and is None if there are enough.
         names: names of the columns of estimates: of correctness, or of scores where only those are recorded.
 
     Raises:
@@ -61,6 +61,10 @@ class Scores:
     @cached_property
     def memorization(self) -> dict[str, Column]:
         """The columns of `memorization.parquet`, each [n] in original order."""
+    def __repr__(self) -> str:
+        few = f", {self.summary.few_trials_mark}" if self.summary.few_trials else ""
+        return f"<Scores of '{self.summary.experiment}': {self.summary.trials} trials{few}>"
+
         return self._table(MEMORIZATION)
 
     @property

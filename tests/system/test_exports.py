@@ -46,6 +46,7 @@ def exported(store, tmp_path):
     def export(form):
         done = command("export", "digits", "--as", form, "--out", tmp_path / "out", "--store", store)
         assert done.returncode == 0, done.stderr
+        assert f"digits: These scores rest on only {TRIALS} trials" in done.stderr
         assert all(os.path.exists(line) for line in done.stdout.splitlines())  # noqa: PTH110
         return tmp_path / "out"
 
