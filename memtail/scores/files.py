@@ -9,9 +9,10 @@
 * `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
   float32 [train, test], `tr_classidx_{K}` and `tt_classidx_{K}`, all in original order. As in theirs, scores without an estimate are 0;
   `tr_mem_defined` bool [train] says which have one.
-* `snapshots.parquet`, if outcomes by epoch are recorded: `index`, `epoch`, `mem`, `mem_se`; one row for each training example and epoch.
-* `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors, and with `infl_p` and
-  `infl_p_se`, influence on scores, if all trials have recorded scores.
+* `snapshots.parquet`, if outcomes by epoch are recorded: `index`, `epoch`, `mem`, `mem_se`, `mem_lo`, `mem_hi`; one row for each training
+  example and epoch.
+* `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors, with `infl_p` and
+  `infl_p_se`, influence on scores, if all trials have recorded scores, and with `infl_lo` and `infl_hi`, the 95% interval of influence.
 * `pairs.parquet`, the pairs selected by adjusted influence (`memtail.estimators.adjusted`), which is the more stable selection:
   `tr_idx`, `tt_idx`, `infl_adjusted`, falling, its `z`, and `q_value`, the false discovery rate at which the pair is kept; `confirmed`,
   whether influence, too, is above 0 (Fisher's exact test, mid-p at most 0.05; of scores Welch's); `infl`, `infl_se`, and `infl_lo` and
@@ -46,7 +47,8 @@ import pyarrow.parquet
 from memtail.datasets import DatasetLabels
 from memtail.datasets.dataset import Names
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
-from memtail.estimators.binomial import Floats, share
+from memtail.estimators.binomial import normal_interval, share
+from memtail.estimators.influence import correct_in_at, influence_interval
 from memtail.estimators.memorization import from_counts
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.estimators.soft import soft_influence_at, soft_memorization
@@ -103,7 +105,7 @@ def write_scores(
         _write_soft_pairs(folder, pairs)
     else:
         _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
-        _write_pairs(folder, pairs, soft_influence_at(packed, pairs.train, pairs.test))
+        _write_pairs(folder, pairs, packed)
     selected = selected_pairs(packed, mem, dataset.train_labels, dataset.test_labels, progress)
     pyarrow.parquet.write_table(pa.table(selected), folder / SELECTED_PAIRS)
     progress()
@@ -197,11 +199,13 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
 
 def _write_snapshots(path: Path, statistics: Statistics) -> None:
     index = np.arange(statistics.n_train)
-    schema = pa.schema({"index": pa.int64(), "epoch": pa.int32(), "mem": pa.float64(), "mem_se": pa.float64()})
+    estimates = dict.fromkeys(("mem", "mem_se", "mem_lo", "mem_hi"), pa.float64())
+    schema = pa.schema({"index": pa.int64(), "epoch": pa.int32(), **estimates})
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for epoch, (correct_in, correct) in statistics.by_epoch.items():  # one at a time, since all together take much memory
             mem = from_counts(statistics.k_in, statistics.k_out, correct_in, correct - correct_in)
             columns = {"index": index, "epoch": np.full(len(index), epoch, np.int32), "mem": mem.value, "mem_se": mem.standard_error}
+            columns |= {"mem_lo": mem.interval[0], "mem_hi": mem.interval[1]}
             writer.write_table(pa.table(columns, schema))
 
 
@@ -253,11 +257,12 @@ def _write_index(path: Path, mem: Memorization | None, dataset: DatasetLabels) -
 
 def _write_soft_pairs(folder: Path, pairs: Pairs) -> None:
     columns = {"tr_idx": pairs.train, "tt_idx": pairs.test, "infl_p": pairs.influence, "infl_p_se": pairs.influence_se}
-    columns |= {"mem_p": pairs.mem, "mem_p_se": pairs.mem_se}
+    low, high = normal_interval(pairs.influence, pairs.influence_se)
+    columns |= {"mem_p": pairs.mem, "mem_p_se": pairs.mem_se, "infl_lo": low, "infl_hi": high}
     pyarrow.parquet.write_table(pa.table(columns), folder / PAIRS_TABLE)
 
 
-def _write_pairs(folder: Path, pairs: Pairs, soft: tuple[Floats, Floats] | None) -> None:
+def _write_pairs(folder: Path, pairs: Pairs, packed: PackedTrials) -> None:
     np.savez(folder / PAIRS, tr_idx=pairs.train, tt_idx=pairs.test, infl=pairs.influence, mem=pairs.mem)
     columns = {
         "tr_idx": pairs.train,
@@ -267,6 +272,9 @@ def _write_pairs(folder: Path, pairs: Pairs, soft: tuple[Floats, Floats] | None)
         "mem": pairs.mem,
         "mem_se": pairs.mem_se,
     }
-    if soft is not None:
+    if (soft := soft_influence_at(packed, pairs.train, pairs.test)) is not None:
         columns |= {"infl_p": soft[0], "infl_p_se": soft[1]}
+    both = correct_in_at(packed, pairs.train, pairs.test)
+    low, high = influence_interval(both, packed.k_in[pairs.train], packed.correct_on_test[pairs.test], packed.trials)
+    columns |= {"infl_lo": low, "infl_hi": high}
     pyarrow.parquet.write_table(pa.table(columns), folder / PAIRS_TABLE)

@@ -84,11 +84,12 @@ def test_memorization_by_epoch_is_that_of_the_recorded_outcomes(tmp_path, declar
     memtail.run(experiment, tmp_path)
     scores = memtail.load_scores(tmp_path / "experiments" / "digits")
     table = scores.to_pandas("snapshots")
-    assert table.columns.tolist() == ["index", "epoch", "mem", "mem_se"]
+    assert table.columns.tolist() == ["index", "epoch", "mem", "mem_se", "mem_lo", "mem_hi"]
     assert table["epoch"].unique().tolist() == [1, 3]
     last = table[table["epoch"] == 3]
     assert (last["mem"].to_numpy() == scores.memorization["mem"]).all()
-    assert (last["mem_se"].to_numpy() == scores.memorization["mem_se"]).all()
+    for column in ("mem_se", "mem_lo", "mem_hi"):
+        assert (last[column].to_numpy() == scores.memorization[column]).all()
     experiment_store = ExperimentStore(LocalStore(tmp_path), "digits")
     record = experiment_store.read_record()
     held = [experiment_store.batch(shard, record) for shard in experiment_store.committed()]
@@ -249,6 +250,9 @@ def test_a_copy_with_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_pa
         assert scores.top_influenced(int(twin), 1)["tt_idx"][0] == test
         assert (int(twin), int(test)) in set(zip(scores.pairs["tr_idx"].tolist(), scores.pairs["tt_idx"].tolist(), strict=True))
         assert (int(twin), int(test)) in set(zip(*(scores.selected_pairs[column].tolist() for column in ("tr_idx", "tt_idx")), strict=True))
+    pairs = scores.pairs
+    assert [*pairs][-2:] == ["infl_lo", "infl_hi"]
+    assert ((pairs["infl_lo"] <= pairs["infl"]) & (pairs["infl"] <= pairs["infl_hi"])).all()
     packed, table = scores.statistics, scores.to_pandas("selected_pairs")
     train, test = table["tr_idx"].to_numpy(), table["tt_idx"].to_numpy()
     assert table["infl_adjusted"].is_monotonic_decreasing
