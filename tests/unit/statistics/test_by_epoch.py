@@ -101,5 +101,5 @@ def test_the_explorer_finds_the_rows_of_an_example_and_counts_the_bytes_of_all(p
         np.testing.assert_array_equal(_by_epoch(opened, example), np.stack([table[name][rows] for name in ("epoch", "mem", "mem_se")], 1))
     size = opened.size
     opened.scores.snapshots = None
-    assert size - opened.size == sum(column.nbytes for column in table.values()) == 2 * N * 28
+    assert size - opened.size == sum(column.nbytes for column in table.values()) == 2 * N * 44
     assert _by_epoch(opened, 0) == []
