@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import memtail
-from memtail.errors import MemtailError, ShardsFailedError, StoreError, TrainerError, UnsupportedError
+from memtail.errors import MemtailError, ScoresError, ShardsFailedError, SpecError, StoreError, TrainerError, UnsupportedError
 from memtail.execution.embedded import run
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
@@ -468,3 +468,44 @@ def test_the_message_of_a_fault_names_its_place(tmp_path):
         names["train"]()
     assert names_a_place(describe_fault(raised.value, tmp_path))
     assert not names_a_place(describe_fault(raised.value, tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("ask", "line"),
+    [
+        (lambda scores: scores.to_pandas("foo"), "table: 'foo' is none of memorization, pairs, selected_pairs, snapshots"),
+        (lambda scores: scores.influence(on="trian"), "on: 'trian' is none of test, train"),
+        (
+            lambda scores: scores.influence("a"),
+            "train: 'a' is no index of train examples: give whole numbers, a slice or a mask",
+        ),
+        (lambda scores: scores.influence(test=1.5), "test: 1.5 is no index of test examples"),
+        (lambda scores: scores.influence(test=np.ones(3, bool)), r"test: array\(\[ True, True, True\]\) is no index"),
+        (lambda scores: scores.influence([[1, 2]]), r"train: \[\[1, 2\]\] is no index"),
+        (lambda scores: scores.top_influencers("a"), "test: 'a' is no index of one test example: give a whole number"),
+        (lambda scores: scores.top_influenced([1, 2]), r"train: \[1, 2\] is no index of one train example"),
+        (lambda scores: scores.top_influencers(1, "a"), "k: 'a' is no number of rows: give a whole number from 0 on"),
+        (lambda scores: scores.most_memorized(-1), "k: -1 is no number of rows"),
+    ],
+)
+def test_a_wrong_word_to_scores_is_one_line(finished, ask, line):
+    with pytest.raises(ScoresError, match=f"^{line}"):
+        ask(memtail.load_scores(finished[0] / "experiments" / "digits"))
+
+
+def test_scores_say_what_they_are_and_take_masks(finished):
+    scores = memtail.load_scores(finished[0] / "experiments" / "digits")
+    assert repr(scores) == "<Scores of 'digits': 60 trials, few trials>"
+    mask = np.arange(scores.summary.n_train) < 3
+    np.testing.assert_array_equal(scores.influence(mask, test=5).value, scores.influence([0, 1, 2], test=5).value)
+    assert scores.influence([]).value.shape == (0, scores.summary.n_test)
+
+
+def test_a_run_of_no_experiment_is_one_line(tmp_path):
+    with pytest.raises(SpecError, match="experiment: is str, and no memtail"):
+        memtail.run("digits.yaml", tmp_path)
+
+
+def test_an_address_without_an_experiment_is_one_line():
+    with pytest.raises(ScoresError, match=r"^s3://bucket: names no experiment: give STORE/experiments/NAME$"):
+        memtail.load_scores("s3://bucket")
