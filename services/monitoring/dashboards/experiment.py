@@ -102,7 +102,7 @@ def experiment() -> dashboard.Dashboard:
             ),
             stat_panel(
                 "Trials still needed",
-                "Trials until the declared number of trials, or the declared precision, is reached.",
+                "Trials until the declared number of trials, and the bounds of `subsets.until`, are reached.",
                 "none",
                 ("max(memtail_trials_needed{EXPERIMENT})", ""),
                 thresholds=((None, GREEN), (1, ORANGE)),
