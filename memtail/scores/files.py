@@ -35,7 +35,7 @@ Equal statistics give equal bytes.
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,12 @@ def write_scores(
     arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}
     np.savez(folder / STATISTICS, **{name: array for name, array in arrays.items() if array is not None})
     _write_index(folder / INDEX, None if statistics.scores_only else mem, dataset)
-    summary = replace(summarize(name, fingerprint, statistics, mem, pairs), extendable=extendable)
+    summary = summarize(name, fingerprint, statistics, mem, pairs, extendable)
     (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1))
     return summary
 
 
-def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs) -> ScoreSummary:
+def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs, extendable: bool) -> ScoreSummary:
     """Summarize a version.
 
     Args:
@@ -126,6 +126,7 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
         statistics: of its trials.
         mem: memorization, estimated from them.
         pairs: high-influence pairs at the paper's thresholds.
+        extendable: whether the experiment takes more trials.
     """
     defined = mem.value[~np.isnan(mem.value)]
     errors = mem.standard_error[~np.isnan(mem.standard_error)]
@@ -152,6 +153,7 @@ def summarize(name: str, fingerprint: str, statistics: Statistics, mem: Memoriza
             test_examples=len(np.unique(pairs.test)),
         ),
         outcome="score" if statistics.scores_only else "correct",
+        extendable=extendable,
         conditions={condition: dict(sorted(counts.items())) for condition, counts in statistics.conditions.items()},
     )
 
