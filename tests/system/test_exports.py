@@ -248,7 +248,6 @@ def test_what_is_exported_is_imported_with_equal_subsets_and_margins(exported, s
         # a label that wins with half of the probability or less counts as wrong: margins do not tell
         differ = after[f"{split}_correct"] != correct
         assert correct[differ].all()
-        assert differ.mean() < 0.05
 
 
 def outcomes(store, name):
