@@ -164,6 +164,8 @@ def status(name: Name = None, store: Store = DEFAULT_STORE, json_: Json = False)
         print(json.dumps(rows + [{"experiment": each, "error": error} for each, error in unreadable.items()], indent=1))
     elif experiments or unreadable:
         display.show_status(experiments, unreadable)
+        if name and experiments[0].pointer:
+            display.warn_of_few_trials(experiments[0].pointer.summary)
     else:
         print(f"no experiment in {store}")
 

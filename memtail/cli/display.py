@@ -89,7 +89,7 @@ def _pairs(summary: "ScoreSummary") -> tuple[str, str]:
 def warn_of_few_trials(summary: "ScoreSummary") -> None:
     """Print the warning of few trials to the error stream, if these are few."""
     if summary.few_trials:
-        print(f"memtail: {summary.few_trials}", file=sys.stderr)
+        print(f"{summary.experiment}: {summary.few_trials}", file=sys.stderr)
 
 
 def show_profile(profile: dict[str, Any]) -> None:
@@ -205,6 +205,7 @@ def show_status(experiments: "list[ExperimentProgress]", unreadable: dict[str, s
             "dead": len(each.dead),
             "published": "-" if each.published_age is None else f"{each.published_trials}, {age(each.published_age)} ago",
             "std. error": "-" if each.standard_error is None else each.standard_error,
+            "warning": each.few_trials_mark or "",
             "test acc.": _test_mean(each.pointer, "correct"),
             "test score": _test_mean(each.pointer, "score"),
         }

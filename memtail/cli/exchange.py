@@ -21,6 +21,7 @@ def export(
     from rich.console import Console
     from rich.filesize import decimal
 
+    from memtail.cli.display import warn_of_few_trials
     from memtail.cli.run_progress import BytesProgress
     from memtail.exchange import exports
 
@@ -35,6 +36,7 @@ def export(
         written = planned.write(out, progress.update)
     for path in written:
         print(path)
+    warn_of_few_trials(planned.summary)
 
 
 def import_(

@@ -107,6 +107,8 @@ def _train(opened: "ObjectStore", store: str, training: "Training", submit: bool
 
 
 def _show(result: "StudyResult", json_: bool) -> None:
+    from memtail.cli import display
+
     if json_:
         print(json.dumps(result.to_json(), indent=1))
         return
@@ -114,3 +116,5 @@ def _show(result: "StudyResult", json_: bool) -> None:
     for finding in result.findings:
         print(f"* {finding}")
     print(f"\nfigure.svg, figure.png, result.json and result.parquet in {result.store.address}/{result.prefix.rstrip('/')}")
+    for summary in result.of_few_trials():
+        display.warn_of_few_trials(summary)

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from memtail.cli.display import age, console, duration
+from memtail.cli.display import age, console, duration, warn_of_few_trials
 from memtail.errors import StoreError
 from memtail.execution.progress import ExperimentProgress, progress_of
 from memtail.storage import ObjectNotFound, ObjectStore
@@ -57,6 +57,8 @@ def follow(store: ObjectStore, names: list[str]) -> bool:
     for each in followed.values():
         if line := last_line(each.progress):
             console.print(line)
+        if each.progress.pointer:
+            warn_of_few_trials(each.progress.pointer.summary)
     return all(each.progress.ending == "published" for each in followed.values())
 
 
@@ -99,7 +101,8 @@ class Followed:
         progress = self.progress
         if progress.pointer and progress.published_age is not None:
             se = "" if progress.standard_error is None else f", standard error {progress.standard_error:.3f}"
-            yield f"published {progress.published_trials} trials {age(progress.published_age)} ago{se}"
+            few = f", {progress.few_trials_mark}" if progress.few_trials_mark else ""
+            yield f"published {progress.published_trials} trials {age(progress.published_age)} ago{se}{few}"
         if progress.failed_attempts:
             yield f"{progress.failed_attempts} failed attempt{'s' * (progress.failed_attempts > 1)}"
         if progress.dead:

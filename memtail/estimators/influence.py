@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from memtail.estimators.binomial import Floats, difference_standard_error, share
+from memtail.estimators.binomial import Floats, difference_interval, difference_standard_error, share
 from memtail.statistics import cooccurrence
 from memtail.statistics.accumulator import Counts, PackedTrials, Words
 
@@ -67,6 +67,12 @@ def influence_standard_error(both: npt.NDArray[np.int32], k_in: Counts, correct:
     """Return float64, the standard errors of influences from counts of shapes that broadcast; see `Influence` for the arguments."""
     k_out = trials - k_in
     return difference_standard_error(share(both, k_in), k_in, share(correct - both, k_out), k_out)
+
+
+def influence_interval(both: npt.NDArray[np.int32], k_in: Counts, correct: Counts, trials: int) -> tuple[Floats, Floats]:
+    """Return float64, the lower and upper ends of the 95% confidence intervals of influences from such counts."""
+    k_out = trials - k_in
+    return difference_interval(share(both, k_in), k_in, share(correct - both, k_out), k_out)
 
 
 def correctness(packed: PackedTrials, on: Target) -> tuple[Words, Counts]:

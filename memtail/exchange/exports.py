@@ -35,6 +35,7 @@ from memtail.scores.fetch import open_scores
 from memtail.scores.files import base_names
 from memtail.scores.names import INDEX, INFLUENCE_MATRIX, PAIRS
 from memtail.scores.reader import Scores
+from memtail.scores.summary import ScoreSummary
 from memtail.statistics.accumulator import PackedTrials, Words
 from memtail.storage import ObjectStore
 
@@ -84,6 +85,11 @@ class Export:
     form: str
     bytes: int
     _source: _Source
+
+    @property
+    def summary(self) -> ScoreSummary:
+        """Of the scores that are exported."""
+        return self._source.scores.summary
 
     def write(self, folder: Path, on_progress: Callable[[int, int], None] = lambda done, size: None) -> list[Path]:
         """Write the files.

@@ -19,7 +19,7 @@ import torch
 
 from memtail import datasets
 from memtail.datasets import Dataset
-from memtail.errors import BatchesRefusedError, ShardsFailedError, StoreError, UnsupportedError, WorkerFaultError
+from memtail.errors import BatchesRefusedError, ShardsFailedError, SpecError, StoreError, UnsupportedError, WorkerFaultError
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.breaker import BREAKER_SHARDS, common_error
 from memtail.execution.checkpoints import left_over
@@ -118,6 +118,8 @@ def run(
         ShardsFailedError: shards failed as often as a run tries them; the scores are published without them.
         BatchesRefusedError: trial batches are damaged; the scores are published without them.
     """
+    if not isinstance(experiment, Experiment):
+        raise SpecError(f"experiment: is {type(experiment).__name__}, and no memtail.Experiment: read a file with memtail.Experiment.load")
     end_if_imported()
     if is_url(store):
         S3Settings.refuse_expiring_key()

@@ -90,6 +90,16 @@ class ExperimentProgress:
         return self.pointer.summary.mem_se_quantile(0.95) if self.pointer else None
 
     @property
+    def few_trials(self) -> str | None:
+        """The warning of few trials in the published scores; None if there are enough, or no scores."""
+        return self.pointer.summary.few_trials if self.pointer else None
+
+    @property
+    def few_trials_mark(self) -> str | None:
+        """The same in two words."""
+        return self.pointer.summary.few_trials_mark if self.pointer else None
+
+    @property
     def ending(self) -> Ending | None:
         """The end of the experiment; None while trials or scores are still to come."""
         if not self.missing and self.pointer and self.pointer.summary.accumulated_trials >= self.total:
@@ -147,6 +157,7 @@ class ExperimentProgress:
             "published": self.pointer.published if self.pointer else None,
             "published_age": self.published_age,
             "standard_error": self.standard_error,
+            "few_trials": self.few_trials,
             "notices": self.notice_lines,
             "conditions": self.pointer.summary.conditions if self.pointer else {},
             "trained_twice": len(self.trained_twice),

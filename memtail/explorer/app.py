@@ -147,7 +147,7 @@ def create(store: ObjectStore, token: str | None = None, log_requests: bool = Fa
 
     @get("/experiments/{name}/studies")
     def studies(name: str) -> Response:
-        return pages.page("studies.html", name=name, studies=library.studies(name))
+        return pages.page("studies.html", name=name, progress=library.progress(name), studies=library.studies(name))
 
     @get("/experiments/{name}/studies/{study}.svg")
     def figure(name: str, study: str) -> Response:

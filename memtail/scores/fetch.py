@@ -22,11 +22,13 @@ def load_scores(path: str | Path) -> Scores:
             bucket, the files are copied to the cache.
 
     Raises:
-        ScoresError: there are no scores, or they are damaged.
+        ScoresError: there are no scores, or they are damaged, or the address names no experiment.
         StoreError: the bucket cannot be read.
     """
     if is_url(path):
         address, _, name = str(path).rstrip("/").rpartition("/experiments/")
+        if not address:
+            raise ScoresError(f"{path}: names no experiment: give STORE/experiments/NAME")
         return open_scores(open_store(address, verify=False), name)
     path = Path(path)
     for scores in (path, path / "scores"):

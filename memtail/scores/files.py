@@ -9,9 +9,10 @@
 * `infl_matrix.npz`, the schema of the paper's authors: `tr_mem`, `tr_labels`, `tt_labels`, and for each class K `infl_matrix_class{K}`
   float32 [train, test], `tr_classidx_{K}` and `tt_classidx_{K}`, all in original order. As in theirs, scores without an estimate are 0;
   `tr_mem_defined` bool [train] says which have one.
-* `snapshots.parquet`, if outcomes by epoch are recorded: `index`, `epoch`, `mem`, `mem_se`; one row for each training example and epoch.
-* `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors, and with `infl_p` and
-  `infl_p_se`, influence on scores, if all trials have recorded scores.
+* `snapshots.parquet`, if outcomes by epoch are recorded: `index`, `epoch`, `mem`, `mem_se`, `mem_lo`, `mem_hi`; one row for each training
+  example and epoch.
+* `high_infl_pairs_infl0.15_mem0.25.npz`: `tr_idx`, `tt_idx`, `infl`, `mem`; also as parquet, with standard errors, with `infl_p` and
+  `infl_p_se`, influence on scores, if all trials have recorded scores, and with `infl_lo` and `infl_hi`, the 95% interval of influence.
 * `pairs.parquet`, the pairs selected by adjusted influence (`memtail.estimators.adjusted`), which is the more stable selection:
   `tr_idx`, `tt_idx`, `infl_adjusted`, falling, its `z`, and `q_value`, the false discovery rate at which the pair is kept; `confirmed`,
   whether influence, too, is above 0 (Fisher's exact test, mid-p at most 0.05; of scores Welch's); `infl`, `infl_se`, and `infl_lo` and
@@ -46,7 +47,8 @@ import pyarrow.parquet
 from memtail.datasets import DatasetLabels
 from memtail.datasets.dataset import Names
 from memtail.estimators import Memorization, Pairs, high_influence_pairs, influence_blocks, memorization
-from memtail.estimators.binomial import Floats, share
+from memtail.estimators.binomial import normal_interval, share
+from memtail.estimators.influence import correct_in_at, influence_interval
 from memtail.estimators.memorization import from_counts
 from memtail.estimators.pairs import INFL_THRESHOLD, MEM_THRESHOLD
 from memtail.estimators.soft import soft_influence_at, soft_memorization
@@ -76,6 +78,7 @@ def write_scores(
     statistics: Statistics,
     dataset: DatasetLabels,
     progress: Callable[[], object] = lambda: None,
+    extendable: bool = True,
 ) -> ScoreSummary:
     """Write all files of a version into a folder, with memory for the statistics and one block of influences.
 
@@ -86,6 +89,7 @@ def write_scores(
         statistics: of its trials.
         dataset: labels and names of the experiment's dataset.
         progress: called after each piece of work.
+        extendable: whether the experiment takes more trials.
 
     Returns:
         The summary.
@@ -101,20 +105,26 @@ def write_scores(
         _write_soft_pairs(folder, pairs)
     else:
         _write_influence_matrix(folder / INFLUENCE_MATRIX, packed, mem, dataset, progress)
-        _write_pairs(folder, pairs, soft_influence_at(packed, pairs.train, pairs.test))
+        _write_pairs(folder, pairs, packed)
     selected, selection = selected_pairs(packed, mem, dataset.train_labels, dataset.test_labels, progress)
     pyarrow.parquet.write_table(pa.table(selected), folder / SELECTED_PAIRS)
     progress()
     arrays = {field.name: getattr(packed, field.name) for field in fields(packed)}
     np.savez(folder / STATISTICS, **{name: array for name, array in arrays.items() if array is not None})
     _write_index(folder / INDEX, None if statistics.scores_only else mem, dataset)
-    summary = summarize(name, fingerprint, statistics, mem, pairs, selection)
+    summary = summarize(name, fingerprint, statistics, mem, pairs, selection, extendable)
     (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1))
     return summary
 
 
 def summarize(
-    name: str, fingerprint: str, statistics: Statistics, mem: Memorization, pairs: Pairs, selected: SelectionSummary
+    name: str,
+    fingerprint: str,
+    statistics: Statistics,
+    mem: Memorization,
+    pairs: Pairs,
+    selected: SelectionSummary,
+    extendable: bool,
 ) -> ScoreSummary:
     """Summarize a version.
 
@@ -125,6 +135,7 @@ def summarize(
         mem: memorization, estimated from them.
         pairs: high-influence pairs at the paper's thresholds.
         selected: summary of the selected pairs.
+        extendable: whether the experiment takes more trials.
     """
     defined = mem.value[~np.isnan(mem.value)]
     errors = mem.standard_error[~np.isnan(mem.standard_error)]
@@ -152,6 +163,7 @@ def summarize(
         ),
         selected_pairs=selected,
         outcome="score" if statistics.scores_only else "correct",
+        extendable=extendable,
         conditions={condition: dict(sorted(counts.items())) for condition, counts in statistics.conditions.items()},
     )
 
@@ -199,11 +211,13 @@ def _write_memorization(folder: Path, mem: Memorization, statistics: Statistics,
 
 def _write_snapshots(path: Path, statistics: Statistics) -> None:
     index = np.arange(statistics.n_train)
-    schema = pa.schema({"index": pa.int64(), "epoch": pa.int32(), "mem": pa.float64(), "mem_se": pa.float64()})
+    estimates = dict.fromkeys(("mem", "mem_se", "mem_lo", "mem_hi"), pa.float64())
+    schema = pa.schema({"index": pa.int64(), "epoch": pa.int32(), **estimates})
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for epoch, (correct_in, correct) in statistics.by_epoch.items():  # one at a time, since all together take much memory
             mem = from_counts(statistics.k_in, statistics.k_out, correct_in, correct - correct_in)
             columns = {"index": index, "epoch": np.full(len(index), epoch, np.int32), "mem": mem.value, "mem_se": mem.standard_error}
+            columns |= {"mem_lo": mem.interval[0], "mem_hi": mem.interval[1]}
             writer.write_table(pa.table(columns, schema))
 
 
@@ -255,11 +269,12 @@ def _write_index(path: Path, mem: Memorization | None, dataset: DatasetLabels) -
 
 def _write_soft_pairs(folder: Path, pairs: Pairs) -> None:
     columns = {"tr_idx": pairs.train, "tt_idx": pairs.test, "infl_p": pairs.influence, "infl_p_se": pairs.influence_se}
-    columns |= {"mem_p": pairs.mem, "mem_p_se": pairs.mem_se}
+    low, high = normal_interval(pairs.influence, pairs.influence_se)
+    columns |= {"mem_p": pairs.mem, "mem_p_se": pairs.mem_se, "infl_lo": low, "infl_hi": high}
     pyarrow.parquet.write_table(pa.table(columns), folder / PAIRS_TABLE)
 
 
-def _write_pairs(folder: Path, pairs: Pairs, soft: tuple[Floats, Floats] | None) -> None:
+def _write_pairs(folder: Path, pairs: Pairs, packed: PackedTrials) -> None:
     np.savez(folder / PAIRS, tr_idx=pairs.train, tt_idx=pairs.test, infl=pairs.influence, mem=pairs.mem)
     columns = {
         "tr_idx": pairs.train,
@@ -269,6 +284,9 @@ def _write_pairs(folder: Path, pairs: Pairs, soft: tuple[Floats, Floats] | None)
         "mem": pairs.mem,
         "mem_se": pairs.mem_se,
     }
-    if soft is not None:
+    if (soft := soft_influence_at(packed, pairs.train, pairs.test)) is not None:
         columns |= {"infl_p": soft[0], "infl_p_se": soft[1]}
+    both = correct_in_at(packed, pairs.train, pairs.test)
+    low, high = influence_interval(both, packed.k_in[pairs.train], packed.correct_on_test[pairs.test], packed.trials)
+    columns |= {"infl_lo": low, "infl_hi": high}
     pyarrow.parquet.write_table(pa.table(columns), folder / PAIRS_TABLE)

@@ -13,6 +13,7 @@ from memtail.experiment_store import ExperimentStore, Record
 from memtail.scores.files import write_scores
 from memtail.scores.pointer import ScorePointer, latest_version, superseded
 from memtail.scores.summary import SCHEMA, ScoreSummary
+from memtail.spec import ImportedTrainer
 from memtail.statistics import Statistics
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
@@ -58,7 +59,8 @@ def publish(
         return current.summary
     with tempfile.TemporaryDirectory(prefix="memtail-") as temporary:
         folder = Path(temporary)
-        summary = write_scores(folder, name, record.fingerprint, statistics, dataset, progress)
+        extendable = not isinstance(record.experiment.trainer, ImportedTrainer)
+        summary = write_scores(folder, name, record.fingerprint, statistics, dataset, progress, extendable)
         files = sorted(path.name for path in folder.iterdir())
         for file in files:
             store.upload(keys.scores(name, version) + file, folder / file)

@@ -1,8 +1,10 @@
 """Reads published scores: the tables, and any influence, computed from the packed statistics on demand."""
 
 import json
+import operator
+import textwrap
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from functools import cached_property
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from memtail.statistics.accumulator import PackedTrials
 
 Column = npt.NDArray[Any]
-Choice = int | slice | list[int] | npt.NDArray[np.integer] | None
+_TABLES = ("memorization", "pairs", "selected_pairs", "snapshots")
+Choice = int | slice | list[int] | npt.NDArray[np.integer | np.bool_] | None
 
 
 class Scores:
@@ -45,7 +48,7 @@ class Scores:
 
     Attributes:
         folder: with the version's files.
-        summary: the content of `summary.json`.
+        summary: the content of `summary.json`; `summary.few_trials` warns of few trials, and is None if there are enough.
         names: names of the columns of estimates: of correctness, or of scores where only those are recorded.
 
     Raises:
@@ -57,6 +60,10 @@ class Scores:
         with self._reading(SUMMARY):
             self.summary = ScoreSummary.from_dict(json.loads((folder / SUMMARY).read_text()))
         self.names = self.summary.names
+
+    def __repr__(self) -> str:
+        few = f", {self.summary.few_trials_mark}" if self.summary.few_trials else ""
+        return f"<Scores of '{self.summary.experiment}': {self.summary.trials} trials{few}>"
 
     @cached_property
     def memorization(self) -> dict[str, Column]:
@@ -100,7 +107,8 @@ class Scores:
         return self._table(SNAPSHOTS) if (self.folder / SNAPSHOTS).exists() else None
 
     def to_pandas(self, table: Literal["memorization", "pairs", "selected_pairs", "snapshots"]) -> "pd.DataFrame":
-        """Return a table as a pandas frame; an empty one if it is not published."""
+        """Return a table as a pandas frame; an empty one if it is not published. Raises: ScoresError: there is no such table."""
+        _check("table", table, _TABLES)
         import pandas as pd
 
         return pd.DataFrame(getattr(self, table))
@@ -141,18 +149,20 @@ class Scores:
         """Estimate influences of training examples (rows) on test examples (columns), with standard errors.
 
         Args:
-            train: index or indices of training examples; None for all.
-            test: index or indices of test examples, or of training examples with `on="train"`; None for all. The whole matrix takes
-                16 n q bytes, so compute it in blocks.
+            train: index, indices or mask of training examples; None for all.
+            test: those of test examples, or of training examples with `on="train"`; None for all. The whole matrix takes 16 n q bytes, so
+                compute it in blocks.
             on: "train" for the influence of training examples on training examples.
 
         Returns:
             `value` and `standard_error`, float64 [a, b].
 
         Raises:
-            ScoresError: an index is out of range, or only scores are recorded.
+            ScoresError: an index is no index or out of range, or only scores are recorded.
         """
         from memtail.estimators import influence
+
+        _check("on", on, ("test", "train"))
 
         if self.scores_only:
             raise ScoresError(f"{self.folder}: only scores are recorded, and no correctness: use soft_influence")
@@ -163,14 +173,14 @@ class Scores:
         """Estimate influences of training examples (rows) on the scores of test examples (columns), with standard errors.
 
         Args:
-            train: index or indices of training examples; None for all.
-            test: index or indices of test examples; None for all.
+            train: index, indices or mask of training examples; None for all.
+            test: those of test examples; None for all.
 
         Returns:
             `value` and `standard_error`, float64 [a, b].
 
         Raises:
-            ScoresError: an index is out of range, or not all trials have recorded scores.
+            ScoresError: an index is no index or out of range, or not all trials have recorded scores.
         """
         from memtail.estimators.soft import soft_influence
 
@@ -183,8 +193,12 @@ class Scores:
         return block
 
     def most_memorized(self, k: int = 10) -> dict[str, Column]:
-        """Return the rows of the k most memorized training examples, falling; by `mem_p` where only scores are recorded."""
-        rows = largest(self.memorization[self.names.mem], k)
+        """Return the rows of the k most memorized training examples, falling; by `mem_p` where only scores are recorded.
+
+        Raises:
+            ScoresError: k is no number of rows.
+        """
+        rows = largest(self.memorization[self.names.mem], _count(k))
         return {name: values[rows] for name, values in self.memorization.items()}
 
     def strongest_pairs(self, k: int = 10) -> dict[str, Column]:
@@ -218,10 +232,10 @@ class Scores:
             are recorded.
 
         Raises:
-            ScoresError: the index is out of range.
+            ScoresError: the index is no index or out of range, or k is no number of rows.
         """
-        block = self.estimated(test=test)
-        top = largest(-block.value[:, 0] if harmful else block.value[:, 0], k)
+        block = self.estimated(test=_one(test, "test"))
+        top = largest(-block.value[:, 0] if harmful else block.value[:, 0], _count(k))
         return {
             "tr_idx": top,
             **self._labels(self.train_labels, top),
@@ -242,10 +256,10 @@ class Scores:
             Columns `tt_idx`, `label` if there are labels, `infl` and `infl_se`; `infl_p` and `infl_p_se` where only scores are recorded.
 
         Raises:
-            ScoresError: the index is out of range.
+            ScoresError: the index is no index or out of range, or k is no number of rows.
         """
-        block = self.estimated(train=train)
-        top = largest(-block.value[0] if harmed else block.value[0], k)
+        block = self.estimated(train=_one(train, "train"))
+        top = largest(-block.value[0] if harmed else block.value[0], _count(k))
         return {
             "tt_idx": top,
             **self._labels(self.test_labels, top),
@@ -257,7 +271,7 @@ class Scores:
         """Estimate influences of training examples (rows) on test examples (columns): `soft_influence` where only scores are recorded.
 
         Raises:
-            ScoresError: an index is out of range.
+            ScoresError: an index is no index or out of range.
         """
         return self.soft_influence(train, test) if self.scores_only else self.influence(train, test)
 
@@ -331,7 +345,38 @@ def _indices(choice: Choice, count: int, what: str) -> npt.NDArray[np.integer] |
     if isinstance(choice, slice):
         return choice
     index = np.atleast_1d(np.asarray(choice))
+    if index.dtype == np.bool_ and index.shape == (count,):
+        return np.flatnonzero(index)
+    if index.ndim > 1 or (index.size and not np.issubdtype(index.dtype, np.integer)):
+        raise ScoresError(f"{what}: {_shown(choice)} is no index of {what} examples: give whole numbers, a slice or a mask of all {count}")
     outside = index[(index < -count) | (index >= count)]
     if len(outside):
         raise ScoresError(f"{what} index {int(outside[0])} is out of range: there are {count} {what} examples")
-    return index
+    return index.astype(np.int64) if not index.size else index
+
+
+def _one(index: int, what: str) -> int:
+    try:
+        return operator.index(index)
+    except TypeError:
+        raise ScoresError(f"{what}: {_shown(index)} is no index of one {what} example: give a whole number") from None
+
+
+def _count(k: int) -> int:
+    try:
+        count = operator.index(k)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ScoresError(f"k: {_shown(k)} is no number of rows: give a whole number from 0 on")
+    return count
+
+
+def _check(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ScoresError(f"{what}: {_shown(value)} is none of {', '.join(known)}")
+
+
+def _shown(value: object) -> str:
+    """A value as Python writes it, on one line that is not long."""
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")

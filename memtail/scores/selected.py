@@ -7,9 +7,9 @@ import numpy as np
 
 from memtail.estimators import Memorization
 from memtail.estimators.adjusted import RATE, select_pairs
-from memtail.estimators.binomial import Floats, difference_interval, normal_interval, normal_tail, share
+from memtail.estimators.binomial import Floats, normal_interval, normal_tail, share
 from memtail.estimators.false_discovery import mid_p
-from memtail.estimators.influence import correct_in_at, influence_standard_error
+from memtail.estimators.influence import correct_in_at, influence_interval, influence_standard_error
 from memtail.estimators.pairs import MEM_THRESHOLD, Indices
 from memtail.estimators.soft import soft_influence_at
 from memtail.scores.names import OUTCOMES
@@ -69,9 +69,9 @@ def _on_correctness(packed: PackedTrials, train: Indices, test: Indices) -> tupl
     """Influences, their standard errors and intervals, and the mid-p of Fisher's exact test, one-sided: half of P(X = x) counts."""
     both = correct_in_at(packed, train, test)
     k_in, correct_on, t = packed.k_in[train], packed.correct_on_test[test], packed.trials
-    p_in, p_out = share(both, k_in), share(correct_on - both, t - k_in)
-    error, interval = influence_standard_error(both, k_in, correct_on, t), difference_interval(p_in, k_in, p_out, t - k_in)
-    return p_in - p_out, error, interval, mid_p(packed, train, test)
+    value = share(both, k_in) - share(correct_on - both, t - k_in)
+    error, interval = influence_standard_error(both, k_in, correct_on, t), influence_interval(both, k_in, correct_on, t)
+    return value, error, interval, mid_p(packed, train, test)
 
 
 def _on_scores(packed: PackedTrials, train: Indices, test: Indices) -> tuple[Floats, Floats, tuple[Floats, Floats], Floats]:

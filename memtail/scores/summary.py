@@ -16,6 +16,8 @@ MEM_STEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
 SE_QUANTILES = (0.5, 0.95, 1.0)
 #: Fewer trials than these are few: with subsets of 0.7 of the examples, the 95% interval of a score near one half is +-0.1 or wider.
 FEW_TRIALS = 500
+#: So wide are the intervals of fewer.
+FEW_TRIALS_WIDTH = "the 95% interval of a score near one half is ±0.1 or wider"
 #: The accuracies of a trial's `TrialMetrics`.
 ACCURACIES = ("in_subset_accuracy", "held_out_accuracy", "test_accuracy")
 
@@ -74,6 +76,7 @@ class ScoreSummary(Mapping[str, Any]):
         outcome: "correct"; or "score" where only scores are recorded. Accuracies are then mean scores, memorization and influence are
             mem_p and infl_p.
         selected_pairs: the pairs that adjusted influence selects; None in scores of a memtail that did not select them.
+        extendable: whether the experiment takes more trials; one of imported trials does not.
     """
 
     schema: int
@@ -95,6 +98,7 @@ class ScoreSummary(Mapping[str, Any]):
     conditions: dict[str, dict[str, int]] = field(default_factory=dict)
     outcome: str = "correct"
     selected_pairs: SelectionSummary | None = None
+    extendable: bool = True
 
     @property
     def names(self) -> OutcomeNames:
@@ -124,17 +128,26 @@ class ScoreSummary(Mapping[str, Any]):
         """The warning of few trials, for all who show these scores; None from `FEW_TRIALS` on."""
         if self.trials >= FEW_TRIALS:
             return None
+        fix = (
+            "raise subsets.trials and run again, which keeps the present trials"
+            if self.extendable
+            else "train more where these come from, and import all of them under another name"
+        )
         if self.outcome == "score":
             return (
                 f"These scores rest on only {self.trials} trials: read each with its standard error. Four times as many trials halve the "
-                f"standard errors: raise subsets.trials and run again, which keeps the present trials."
+                f"standard errors: {fix}."
             )
         pairs = ", and some high-influence pairs are chance" if self.n_test else ""
         return (
-            f"These scores rest on only {self.trials} trials: below {FEW_TRIALS} the 95% interval of a score near one half is ±0.1 or "
-            f"wider{pairs}. Read each score with its interval (mem_lo to mem_hi). Four times as many trials halve the intervals: raise "
-            f"subsets.trials and run again, which keeps the present trials."
+            f"These scores rest on only {self.trials} trials: below {FEW_TRIALS} {FEW_TRIALS_WIDTH}{pairs}. Read each score with its "
+            f"interval (mem_lo to mem_hi). Four times as many trials halve the intervals: {fix}."
         )
+
+    @property
+    def few_trials_mark(self) -> str | None:
+        """`few_trials` in two words, for lists and tables; None from `FEW_TRIALS` on."""
+        return "few trials" if self.few_trials else None
 
     @property
     def mixture(self) -> str | None:
@@ -143,7 +156,7 @@ class ScoreSummary(Mapping[str, Any]):
         return "; ".join(", ".join(f"{count} on {value}" for value, count in counts.items()) for counts in mixed) or None
 
     def to_dict(self) -> dict[str, Any]:
-        """The values in the order of the file, for `json.dumps`; as 0.1.0 writes them without conditions, usual outcome and selection."""
+        """The values in the order of the file, for `json.dumps`; without what is usual, and as 0.1.0 writes them without conditions."""
         content = asdict(self)
         if not self.conditions:
             del content["conditions"]
@@ -151,6 +164,8 @@ class ScoreSummary(Mapping[str, Any]):
             del content["outcome"]
         if self.selected_pairs is None:
             del content["selected_pairs"]
+        if self.extendable:
+            del content["extendable"]
         return content
 
     @classmethod
@@ -162,7 +177,8 @@ class ScoreSummary(Mapping[str, Any]):
             ValueError: it is of another outcome.
         """
         # memtail's first versions wrote no standard errors of accuracies
-        content = {"accuracy_se": dict.fromkeys(ACCURACIES), "conditions": {}, "outcome": "correct", "selected_pairs": None, **content}
+        later = {"conditions": {}, "outcome": "correct", "selected_pairs": None, "extendable": True}
+        content = {"accuracy_se": dict.fromkeys(ACCURACIES), **later, **content}
         if content["outcome"] not in OUTCOMES:
             raise ValueError(f"outcome {content['outcome']!r} is none of {', '.join(OUTCOMES)}")
         pairs, selected = content["pairs"], content["selected_pairs"]

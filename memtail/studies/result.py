@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from memtail.errors import StoreError
 from memtail.experiment_store import ExperimentStore
+from memtail.scores.pointer import latest_version
+from memtail.scores.summary import ScoreSummary
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 
 if TYPE_CHECKING:
@@ -71,6 +73,12 @@ class StudyResult:
         """Version of its experiment's scores that it rests on; None if not recorded."""
         scores = self.settings.get("scores")
         return scores.get(self.name) if isinstance(scores, dict) else scores
+
+    def of_few_trials(self) -> list[ScoreSummary]:
+        """Read the summaries of the scores that it rests on, of those experiments whose scores are of few trials. Raises: StoreError."""
+        scores = self.settings.get("scores")
+        pointers = [latest_version(self.store, name) for name in (scores if isinstance(scores, dict) else [self.name])]
+        return [pointer.summary for pointer in pointers if pointer and pointer.summary.few_trials]
 
     def figure_svg(self) -> bytes:
         """Read the figure as an SVG file. Raises: ObjectNotFound, StoreError."""

@@ -136,12 +136,26 @@ def looks_permuted(members: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_ |
         members: bool [k, n].
         train: [k, n], correctness, or scores from 0 to 1.
     """
-    if (train[members] == 1).all():
+    if (train[members] == 1).all() or members.all() or not members.any():
         return False
     if len(train) > 1:
         train = train - train.mean(0)  # without what makes one example easier than another
+    difference, error = _difference(members, train)
+    return difference <= _SAME * error
+
+
+def says_enough(members: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_ | np.floating[Any]]) -> bool:
+    """Return whether trials would show that models err a tenth less on their subsets than elsewhere; a single trial is often too noisy.
+
+    Args:
+        members: bool [k, n], neither all nor none.
+        train: [k, n], correctness, or scores from 0 to 1.
+    """
+    return len(train) > 1 or _SAME * _difference(members, train)[1] <= 0.1 * (1 - float(train[~members].mean()))
+
+
+def _difference(members: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_ | np.floating[Any]]) -> tuple[float, float]:
+    """Mean outcome inside the subsets less that outside, and its standard error."""
     inside, outside = train[members], train[~members]
-    if not len(inside) or not len(outside):
-        return False
     error = np.sqrt(inside.var() / len(inside) + outside.var() / len(outside))
-    return bool(inside.mean() - outside.mean() <= _SAME * error)
+    return float(inside.mean() - outside.mean()), float(error)

@@ -26,7 +26,7 @@ from memtail.spec import Experiment, FunctionTrainer
 from memtail.statistics.soft import quantized
 from memtail.subsets import membership
 from memtail.trainers.images.devices import cpu_name, device_name
-from memtail.trainers.outcomes import check_outcome, looks_permuted, recorded_arrays
+from memtail.trainers.outcomes import check_outcome, looks_permuted, recorded_arrays, says_enough
 from memtail.trainers.task import TrainingTask
 from memtail.trainers.trial_batch import describe_training, pack_trials
 from memtail.trials import Provenance, TrialBatch
@@ -164,8 +164,10 @@ def train_user_shard(
     ordered = any(name.startswith("train") for name in compared)
     trained = [row for row, trial in enumerate(batch.metrics) if not trial.diverged]
     outcome = "train_score" if experiment.record.scores_only else "train_correct"
-    if not ordered and trained and looks_permuted(members[trained], np.stack([arrays[row][outcome] for row in trained])):
-        caller.warn(_PERMUTED, f"{trials[0]}-{trials[-1]}")
+    if not ordered and trained:
+        subsets, train_outcomes = members[trained], np.stack([arrays[row][outcome] for row in trained])
+        if looks_permuted(subsets, train_outcomes) and says_enough(subsets, train_outcomes):
+            caller.warn(_PERMUTED, f"{trials[0]}-{trials[-1]}")
     return batch
 
 

@@ -6,7 +6,7 @@ from services.common.metrics import LONG_BUCKETS
 
 ACCUMULATED = Gauge("memtail_trials_folded", "Trials accumulated in the statistics, including diverged trials", ["experiment"])
 DIVERGED = Gauge("memtail_trials_diverged", "Accumulated trials that diverged, which the estimates exclude", ["experiment"])
-NEEDED = Gauge("memtail_trials_needed", "Trials still needed for the declared number of trials or precision", ["experiment"])
+NEEDED = Gauge("memtail_trials_needed", "Trials still needed for the declared number of trials, and the bounds of until", ["experiment"])
 ACCURACY = Gauge(
     "memtail_accuracy_ratio",
     "Mean accuracy of the trials, 0 to 1: on the subset, on the held-out training examples, or on the test set; mean score, with `_score` "

@@ -5,7 +5,7 @@
     make bench ROW=list
 
 Times are medians over the repetitions, with the smallest and largest; ratios are the baseline's median over ours. Training rows carry
-the accuracies of both sides. memtail trains in warm processes, one per core with one thread each; baselines use torch with as many
+the median accuracies of both sides. memtail trains in warm processes, one per core with one thread each; baselines use torch with as many
 threads as there are cores.
 """
 

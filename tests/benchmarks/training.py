@@ -88,7 +88,7 @@ def measure(name: str, model: dict, recipe: Recipe, dataset_spec: dict, trials: 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
     def accuracy(key: str) -> str:
-        inside, test = np.mean(accuracies[key], axis=0)
+        inside, test = np.median(accuracies[key], axis=0)  # with few trials, one that fails to train would move a mean by points
         return f"{inside:.2%} in-subset, {test:.2%} test"
 
     return [

@@ -186,6 +186,15 @@ def test_every_page_of_scores_warns_of_few_trials(client, scores, monkeypatch, p
     assert warning not in page(client, f"/experiments/digits{path}").text
 
 
+def test_the_list_of_experiments_marks_few_trials_and_says_why(client, monkeypatch):
+    listed = page(client, "/")
+    titles = [each["title"] for tag, each in listed.elements if tag == "span" and "title" in each]
+    assert any(f"These scores rest on only {TRIALS} trials" in title for title in titles)
+    assert all(f"few trials: {title}" in listed.text for title in titles)
+    monkeypatch.setattr("memtail.scores.summary.FEW_TRIALS", 0)
+    assert "few trials" not in page(client, "/").text
+
+
 def test_tiles_have_the_interval_of_their_memorization(client, scores):
     first = int(scores.most_memorized(1)["index"][0])
     titles = [attributes["title"] for tag, attributes in page(client, "/experiments/digits").elements if "title" in attributes]
@@ -401,6 +410,8 @@ def test_pages_link_to_reports_and_studies(explored, tmp_path):
     assert "script-src" not in answer.headers["content-security-policy"]
     text = page(client, "/experiments/digits/studies").text
     assert "What <they> do" in text
+    assert f"30 trials · few trials: digits ({TRIALS})" in text
+    assert "These scores rest on only" in text
     assert "It costs 2.5 ± 0.2 points." in text
     assert client.get("/experiments/digits/studies/removal.svg").headers["content-type"] == "image/svg+xml"
     rows = table(client, "/experiments/digits/studies/removal.csv")

@@ -24,7 +24,7 @@ from memtail.storage import keys
 from memtail.storage.local import LocalStore
 
 OLD = Path(__file__).parents[1] / "fixtures" / "store-0.1.0"
-ERRORS = ("mem_se", "mem_lo", "mem_hi", "infl_se")
+ERRORS = ("mem_se", "mem_lo", "mem_hi", "infl_se", "infl_lo", "infl_hi")
 
 
 @pytest.fixture
@@ -97,6 +97,7 @@ def test_published_scores_of_an_old_store_are_read(store):
     assert "mem_lo" not in scores.memorization
     assert scores.selected_pairs is None
     assert scores.summary.selected_pairs is None
+    assert "infl_lo" not in scores.pairs
     mem = memorization(scores.statistics)
     np.testing.assert_array_equal([scores.mem_lo, scores.mem_hi], mem.interval)
     assert scores.influence(train=[0, 1], test=slice(0, 5)).value.shape == (2, 5)

@@ -215,6 +215,7 @@ def test_a_study_of_earlier_scores_is_marked(store):
         text = Page(page_of(store, "digits")).text
         assert "Based on 8 trained models" in text
         assert ("earlier scores, version 00000020-0123abcd" in text) == marked
+        assert "few trials: digits (40)." in text
 
 
 def test_scores_without_any_estimate_are_refused(tmp_path):

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import memtail
-from memtail.errors import MemtailError, ShardsFailedError, StoreError, TrainerError, UnsupportedError
+from memtail.errors import MemtailError, ScoresError, ShardsFailedError, SpecError, StoreError, TrainerError, UnsupportedError
 from memtail.execution.embedded import run
 from memtail.experiment_store import ExperimentStore
 from memtail.scores.pointer import latest_version
@@ -85,11 +85,12 @@ def test_memorization_by_epoch_is_that_of_the_recorded_outcomes(tmp_path, declar
     memtail.run(experiment, tmp_path)
     scores = memtail.load_scores(tmp_path / "experiments" / "digits")
     table = scores.to_pandas("snapshots")
-    assert table.columns.tolist() == ["index", "epoch", "mem", "mem_se"]
+    assert table.columns.tolist() == ["index", "epoch", "mem", "mem_se", "mem_lo", "mem_hi"]
     assert table["epoch"].unique().tolist() == [1, 3]
     last = table[table["epoch"] == 3]
     assert (last["mem"].to_numpy() == scores.memorization["mem"]).all()
-    assert (last["mem_se"].to_numpy() == scores.memorization["mem_se"]).all()
+    for column in ("mem_se", "mem_lo", "mem_hi"):
+        assert (last[column].to_numpy() == scores.memorization[column]).all()
     experiment_store = ExperimentStore(LocalStore(tmp_path), "digits")
     record = experiment_store.read_record()
     held = [experiment_store.batch(shard, record) for shard in experiment_store.committed()]
@@ -250,6 +251,9 @@ def test_a_copy_with_a_rare_label_is_the_top_influencer_of_its_test_image(tmp_pa
         assert scores.top_influenced(int(twin), 1)["tt_idx"][0] == test
         assert (int(twin), int(test)) in set(zip(scores.pairs["tr_idx"].tolist(), scores.pairs["tt_idx"].tolist(), strict=True))
         assert (int(twin), int(test)) in set(zip(*(scores.selected_pairs[column].tolist() for column in ("tr_idx", "tt_idx")), strict=True))
+    pairs = scores.pairs
+    assert [*pairs][-2:] == ["infl_lo", "infl_hi"]
+    assert ((pairs["infl_lo"] <= pairs["infl"]) & (pairs["infl"] <= pairs["infl_hi"])).all()
     packed, table = scores.statistics, scores.to_pandas("selected_pairs")
     train, test = table["tr_idx"].to_numpy(), table["tt_idx"].to_numpy()
     assert table["infl_adjusted"].is_monotonic_decreasing
@@ -476,3 +480,44 @@ def test_the_message_of_a_fault_names_its_place(tmp_path):
         names["train"]()
     assert names_a_place(describe_fault(raised.value, tmp_path))
     assert not names_a_place(describe_fault(raised.value, tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("ask", "line"),
+    [
+        (lambda scores: scores.to_pandas("foo"), "table: 'foo' is none of memorization, pairs, selected_pairs, snapshots"),
+        (lambda scores: scores.influence(on="trian"), "on: 'trian' is none of test, train"),
+        (
+            lambda scores: scores.influence("a"),
+            "train: 'a' is no index of train examples: give whole numbers, a slice or a mask",
+        ),
+        (lambda scores: scores.influence(test=1.5), "test: 1.5 is no index of test examples"),
+        (lambda scores: scores.influence(test=np.ones(3, bool)), r"test: array\(\[ True, True, True\]\) is no index"),
+        (lambda scores: scores.influence([[1, 2]]), r"train: \[\[1, 2\]\] is no index"),
+        (lambda scores: scores.top_influencers("a"), "test: 'a' is no index of one test example: give a whole number"),
+        (lambda scores: scores.top_influenced([1, 2]), r"train: \[1, 2\] is no index of one train example"),
+        (lambda scores: scores.top_influencers(1, "a"), "k: 'a' is no number of rows: give a whole number from 0 on"),
+        (lambda scores: scores.most_memorized(-1), "k: -1 is no number of rows"),
+    ],
+)
+def test_a_wrong_word_to_scores_is_one_line(finished, ask, line):
+    with pytest.raises(ScoresError, match=f"^{line}"):
+        ask(memtail.load_scores(finished[0] / "experiments" / "digits"))
+
+
+def test_scores_say_what_they_are_and_take_masks(finished):
+    scores = memtail.load_scores(finished[0] / "experiments" / "digits")
+    assert repr(scores) == "<Scores of 'digits': 60 trials, few trials>"
+    mask = np.arange(scores.summary.n_train) < 3
+    np.testing.assert_array_equal(scores.influence(mask, test=5).value, scores.influence([0, 1, 2], test=5).value)
+    assert scores.influence([]).value.shape == (0, scores.summary.n_test)
+
+
+def test_a_run_of_no_experiment_is_one_line(tmp_path):
+    with pytest.raises(SpecError, match="experiment: is str, and no memtail"):
+        memtail.run("digits.yaml", tmp_path)
+
+
+def test_an_address_without_an_experiment_is_one_line():
+    with pytest.raises(ScoresError, match=r"^s3://bucket: names no experiment: give STORE/experiments/NAME$"):
+        memtail.load_scores("s3://bucket")

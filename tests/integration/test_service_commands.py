@@ -307,9 +307,11 @@ def test_status_shows_control_shards_failures_and_what_is_published(call, spec, 
     assert {key: tiny[key] for key in wanted} == wanted
     assert 0 <= tiny["published_age"] < 60
     assert 0 < tiny["standard_error"] < 1
+    assert (other["few_trials"], tiny["few_trials"][:37]) == (None, "These scores rest on only 4 trials: b")
     lines = [line.split() for line in call("status").splitlines()]
     assert lines[0][:7] == ["experiment", "state", "prio", "trials", "shards", "failed", "dead"]
     assert lines[2][:8] == ["tiny", "dead", "0", "8/12", "2/3", "4", "1", "4,"]
+    assert lines[2][-3:-1] == ["few", "trials"]
     assert [row["experiment"] for row in json.loads(call("status", "tiny", "--json"))] == ["tiny"]
 
 
@@ -409,7 +411,7 @@ def test_watch_follows_an_experiment_until_its_scores_are_published(call, submit
     assert lines[1].startswith("tiny: 4/12 trials; ")
     assert "trials/s" in lines[1]
     assert lines[1].endswith("left")
-    assert re.search(r"; published 4 trials \d s ago, standard error 0\.\d{3}; 1 failed attempt$", lines[2])
+    assert re.search(r"; published 4 trials \d s ago, standard error 0\.\d{3}, few trials; 1 failed attempt$", lines[2])
     assert "12/12 trials; waiting for the scores; published 4 trials" in lines[3]
     assert "12/12 trials; done; published 12 trials" in lines[-1]
     assert "12/12 trials; done" in call("watch")

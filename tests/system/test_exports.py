@@ -13,8 +13,11 @@ from rich.console import Console
 import memtail
 from memtail.cli.run_progress import BytesProgress
 from memtail.exchange import exports
+from memtail.exchange.imports import import_trials
+from memtail.experiment_store import ExperimentStore
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
+from memtail.trials import unpack
 from tests.support.cli import command
 
 TRIALS = 30
@@ -46,6 +49,7 @@ def exported(store, tmp_path):
     def export(form):
         done = command("export", "digits", "--as", form, "--out", tmp_path / "out", "--store", store)
         assert done.returncode == 0, done.stderr
+        assert f"digits: These scores rest on only {TRIALS} trials" in done.stderr
         assert all(os.path.exists(line) for line in done.stdout.splitlines())  # noqa: PTH110
         return tmp_path / "out"
 
@@ -226,3 +230,31 @@ def test_an_export_that_breaks_off_leaves_the_file_of_the_last_one(store, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         planned.write(tmp_path, stop)
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [before]
+
+
+@pytest.mark.parametrize("form", ["datamodels", "lira"])
+def test_what_is_exported_is_imported_with_equal_subsets_and_margins(exported, store, scores, tmp_path, form):
+    import_trials(LocalStore(tmp_path / "store"), "again", [exported(form)])
+    again = memtail.load_scores(tmp_path / "store" / "experiments" / "again")
+    assert again.summary.trials == TRIALS
+    np.testing.assert_array_equal(again.statistics.membership, scores.statistics.membership)
+    for column in ("k_in", "k_out", "margin_in", "margin_out"):
+        np.testing.assert_array_equal(again.memorization[column], scores.memorization[column])
+    before, after = (outcomes(*each) for each in ((store, "digits"), (tmp_path / "store", "again")))
+    for split in ("train", "test") if form == "datamodels" else ("train",):
+        margin, correct = before[f"{split}_margin"], before[f"{split}_correct"]
+        np.testing.assert_array_equal(after[f"{split}_margin"], margin)
+        np.testing.assert_array_equal(after[f"{split}_correct"], margin > 0)
+        # a label that wins with half of the probability or less counts as wrong: margins do not tell
+        differ = after[f"{split}_correct"] != correct
+        assert correct[differ].all()
+
+
+def outcomes(store, name):
+    """Correctness and margins of all trials, in their order."""
+    held = ExperimentStore(LocalStore(store), name)
+    batches = [held.batch(shard, held.read_record()) for shard in sorted(held.committed(), key=lambda shard: shard.first)]
+    sizes = {"train": batches[0].n_train, "test": batches[0].n_test}
+    correct = {f"{split}_correct": [unpack(getattr(batch, f"{split}_correct"), size) for batch in batches] for split, size in sizes.items()}
+    margins = {name: [getattr(batch, name) for batch in batches] for name in ("train_margin", "test_margin")}
+    return {name: np.concatenate(parts) for name, parts in (correct | margins).items()}

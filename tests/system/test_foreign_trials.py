@@ -112,6 +112,7 @@ def test_trials_of_other_tools_become_an_experiment(trials, tmp_path, form):
     if form in ("attack", "datamodels"):
         expected = np.where(masks, train.astype(float), 0).sum(0) / masks.sum(0)
         np.testing.assert_allclose(scores.memorization["margin_in"], expected, atol=1e-3)
+    assert "under another name" in scores.summary.few_trials
     report = command("report", form, "--store", tmp_path / "store")
     assert report.returncode == 0, report.stderr
 

@@ -98,7 +98,7 @@ def test_published_files_hold_estimates_of_scores_alone(scores, recorded):
     assert summary.mem_mean == pytest.approx(np.mean(expected))
     pairs = scores.pairs
     assert set(pairs["tr_idx"]) == {7}
-    assert list(pairs) == ["tr_idx", "tt_idx", "infl_p", "infl_p_se", "mem_p", "mem_p_se"]
+    assert list(pairs) == ["tr_idx", "tt_idx", "infl_p", "infl_p_se", "mem_p", "mem_p_se", "infl_lo", "infl_hi"]
     influences = [P[M[:, 7], j].mean() - P[~M[:, 7], j].mean() for j in pairs["tt_idx"]]
     np.testing.assert_allclose(pairs["infl_p"], influences, atol=1e-12)
     of_class = np.flatnonzero(scores.test_labels == scores.train_labels[7])

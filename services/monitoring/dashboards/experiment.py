@@ -2,6 +2,7 @@
 
 from grafana_foundation_sdk.builders import dashboard
 
+from memtail.scores.summary import FEW_TRIALS, FEW_TRIALS_WIDTH
 from services.monitoring.dashboards.layout import build_dashboard
 from services.monitoring.dashboards.panels import (
     BLUE,
@@ -21,9 +22,11 @@ from services.monitoring.dashboards.panels import (
 _OUTSTANDING = 'sum(memtail_trials{EXPERIMENT, state=~"waiting|queued|training"})'
 _TRAINING = 'sum(memtail_trials{EXPERIMENT, state="training"})'
 _DEAD = 'sum(memtail_trials{EXPERIMENT, state="dead"})'
-_RESULTS = """\
-`memtail scores ${experiment} --fetch DIR` downloads the score files, `memtail top ${experiment}` lists the most memorized examples. \
-Score files in the browser: ${files}  Explorer and report: ${pages}/experiments/${experiment}
+_RESULTS = f"""\
+`memtail scores ${{experiment}} --fetch DIR` downloads the score files, `memtail top ${{experiment}}` lists the most memorized examples. \
+Score files in the browser: ${{files}}  Explorer and report: ${{pages}}/experiments/${{experiment}}
+
+Below {FEW_TRIALS} trials in the scores, {FEW_TRIALS_WIDTH}, and some high-influence pairs are chance.
 """
 
 
@@ -99,7 +102,7 @@ def experiment() -> dashboard.Dashboard:
             ),
             stat_panel(
                 "Trials still needed",
-                "Trials until the declared number of trials, or the declared precision, is reached.",
+                "Trials until the declared number of trials, and the bounds of `subsets.until`, are reached.",
                 "none",
                 ("max(memtail_trials_needed{EXPERIMENT})", ""),
                 thresholds=((None, GREEN), (1, ORANGE)),
@@ -126,7 +129,7 @@ def experiment() -> dashboard.Dashboard:
             ),
             stat_panel(
                 "Memorized examples",
-                "Training examples with a memorization of at least 0.25.",
+                f"Training examples with a memorization of at least 0.25. Below {FEW_TRIALS} trials, {FEW_TRIALS_WIDTH}.",
                 "short",
                 ('max(memtail_memorized_examples{EXPERIMENT, threshold="0.25"})', ""),
             ),

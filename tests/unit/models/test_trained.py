@@ -14,7 +14,7 @@ from torch import nn
 
 import memtail
 from memtail import datasets
-from memtail.errors import ForeignObjectError, ObjectNotFound, SpecError
+from memtail.errors import ForeignObjectError, ObjectNotFound, SpecError, TrainingStopped
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.shard_task import ShardOutcome, run_shard
 from memtail.experiment_store import ExperimentStore
@@ -25,6 +25,8 @@ from memtail.storage import keys
 from memtail.storage.local import LocalStore
 from memtail.trainers.images import train_shard
 from memtail.trials import Shard, unpack
+from tests.support.checkpoints import KeptCheckpoints
+from tests.support.training import same_bits
 
 CPU = torch.device("cpu")
 TRIALS = 4
@@ -150,6 +152,17 @@ def test_models_of_a_shard_that_was_interrupted_are_complete(trained, monkeypatc
     assert list(kept(done)) == list(before)[:1]
     assert done.attempt().outcome is ShardOutcome.COMMITTED
     assert kept(done) == before
+
+
+def test_models_asked_for_after_an_interruption_are_those_of_the_trials_left(digits, declare):
+    none, every = (declare(3, model=MODELS["convolutions"], training={"epochs": 2}, record={"models": models}) for models in (0, "all"))
+    checkpoints, whole, epochs = KeptCheckpoints(), KeptCheckpoints(), []
+    with pytest.raises(TrainingStopped):  # in the second trial
+        train_shard(none, digits, range(3), CPU, checkpoints=checkpoints, on_progress=epochs.append, stop=lambda: len(epochs) >= 3)
+    resumed = train_shard(every, digits, range(3), CPU, checkpoints=checkpoints)
+    assert same_bits([resumed], [train_shard(every, digits, range(3), CPU, checkpoints=whole)])
+    assert sorted(whole.models) == [0, 1, 2]
+    assert checkpoints.models == {trial: whole.models[trial] for trial in (1, 2)}  # the first was trained before they were asked for
 
 
 def test_a_store_that_refuses_a_model_gets_the_shard_back_and_one_of_a_removed_experiment_is_dropped(trained, monkeypatch):

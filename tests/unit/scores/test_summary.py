@@ -109,6 +109,20 @@ def test_a_warning_of_few_trials_names_them_and_what_to_do(trials, n_test, pairs
         assert ("pairs are chance" in warning) == pairs
 
 
+@pytest.mark.parametrize("outcome", ["correct", "score"])
+def test_imported_trials_are_not_advised_to_be_extended(outcome):
+    content = {**json.loads(SUMMARY), "trials": 499, "outcome": outcome, "extendable": False}
+    summary = ScoreSummary.from_dict(content)
+    assert "subsets.trials" not in summary.few_trials
+    assert "import all of them under another name" in summary.few_trials
+    assert ScoreSummary.from_dict(summary.to_dict()) == summary
+
+
+@pytest.mark.parametrize(("trials", "mark"), [(499, "few trials"), (500, None)])
+def test_the_mark_of_few_trials_is_there_where_the_warning_is(trials, mark):
+    assert replace(ScoreSummary.from_dict(json.loads(SUMMARY)), trials=trials).few_trials_mark == mark
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "7", "{}", POINTER[:-1], POINTER.replace('"count"', '"counted"'), POINTER.replace("files", "f")]
 )

@@ -89,6 +89,8 @@ def test_memorization_by_epoch_is_published_one_epoch_at_a_time(published):
         mem = from_counts(statistics.k_in, statistics.k_out, correct_in, correct - correct_in)
         np.testing.assert_array_equal(table["mem"][table["epoch"] == epoch], mem.value)
         np.testing.assert_array_equal(table["mem_se"][table["epoch"] == epoch], mem.standard_error)
+        for column, ends in zip(("mem_lo", "mem_hi"), mem.interval, strict=True):
+            np.testing.assert_array_equal(table[column][table["epoch"] == epoch], ends)
 
 
 def test_the_explorer_finds_the_rows_of_an_example_and_counts_the_bytes_of_all(published):
@@ -99,5 +101,5 @@ def test_the_explorer_finds_the_rows_of_an_example_and_counts_the_bytes_of_all(p
         np.testing.assert_array_equal(_by_epoch(opened, example), np.stack([table[name][rows] for name in ("epoch", "mem", "mem_se")], 1))
     size = opened.size
     opened.scores.snapshots = None
-    assert size - opened.size == sum(column.nbytes for column in table.values()) == 2 * N * 28
+    assert size - opened.size == sum(column.nbytes for column in table.values()) == 2 * N * 44
     assert _by_epoch(opened, 0) == []

@@ -11,7 +11,7 @@ import torch
 from memtail.datasets import DatasetLabels
 from memtail.errors import ForeignObjectError, OutcomeError
 from memtail.spec import RecordedOutcomes
-from memtail.trainers.outcomes import check_outcome, looks_permuted
+from memtail.trainers.outcomes import check_outcome, looks_permuted, says_enough
 from memtail.trainers.task import Outcome
 from memtail.trainers.trial_batch import describe_training
 from memtail.trainers.user_shard import make_batch
@@ -250,3 +250,17 @@ def test_examples_of_different_difficulty_do_not_hide_a_small_memorization():
     honest, permuted = np.sum(warned, axis=0)
     assert honest == 0
     assert permuted >= 90  # 97.7 on average: the rest look better by two standard errors by chance
+
+
+def test_a_single_trial_that_says_too_little_is_no_reason_for_a_warning():
+    rng = np.random.default_rng(0)
+    warned = []
+    for _ in range(50):
+        for size, accuracy, gap in ((300, 0.97, 0.005), (1437, 0.95, 0.02), (1437, 0.7, 0.05), (10_000, 0.97, 0.005), (10_000, 0.5, 0.2)):
+            members = rng.random((1, size)) < 0.7
+            correct = rng.random((1, size)) < accuracy + gap * members
+            permuted = correct[:, rng.permutation(size)]
+            warned.append([looks_permuted(members, each) and says_enough(members, each) for each in (correct, permuted)])
+    honest, found = np.array(warned).reshape(50, 5, 2).sum(0).T
+    assert honest.sum() == 0
+    assert found[-1] >= 45  # large gaps of large datasets show

@@ -10,6 +10,7 @@ import services.aggregator.metrics
 import services.common.metrics
 import services.dispatcher.metrics
 import services.worker.metrics  # noqa: F401 - the import declares them
+from memtail.scores.summary import FEW_TRIALS
 from services.monitoring.dashboards import FOLDER, rendered
 
 SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_count", "_sum"], "info": ["_info"]}
@@ -71,3 +72,8 @@ def test_dashboards_and_panels_keep_their_addresses():
     assert {name: dashboard["uid"] for name, dashboard in DASHBOARDS.items()} == {name: f"memtail-{name}" for name in DASHBOARDS}
     for dashboard in DASHBOARDS.values():
         assert [panel["id"] for panel in dashboard["panels"]] == list(range(1, len(dashboard["panels"]) + 1))
+
+
+def test_the_dashboard_of_an_experiment_warns_of_few_trials():
+    (text,) = (panel["options"]["content"] for panel in DASHBOARDS["experiment"]["panels"] if panel["type"] == "text")
+    assert f"Below {FEW_TRIALS} trials in the scores, the 95% interval" in text
