@@ -17,9 +17,9 @@ Without scores, c is correctness. Where only scores are recorded, it is the scor
 Sums over trials are sums of integers, so equal trials give equal sums in any order. Values of selected pairs are rounded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,8 @@ _TRIALS = 2**24 // ONE
 _DECIMALS = 6
 
 _Bytes = npt.NDArray[np.uint8]
+# Training examples, the trials with each in their subset, and the sums of the steps over these.
+_Sums = tuple[Indices, Floats, Floats]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def select_pairs(
     threshold = SMOOTHED_THRESHOLD if _smooth(packed) else INFL_THRESHOLD
     parts, small, tested = [np.empty((4, 0))], [np.empty(0)], 0
     for rows, columns in candidates(mem, train_labels, test_labels, mem_threshold):
-        others = np.flatnonzero(train_labels == train_labels[rows[0]])
+        others = np.setdiff1d(np.flatnonzero(train_labels == train_labels[rows[0]]), rows)
         for part in _slices(len(columns), _COLUMNS):
             block = columns[part]
             value, z = (np.round(each, _DECIMALS) for each in adjusted_influence(packed, rows, block, others))
@@ -135,7 +137,7 @@ def adjusted_influence(packed: PackedTrials, train: Indices, test: Indices, othe
         packed: the statistics.
         train: int64 [a], training examples.
         test: int64 [b], test examples.
-        others: int64, the training examples that may be adjusted for.
+        others: int64, further training examples that may be adjusted for, as those of `train` may.
 
     Returns:
         float64 [a, b], adjusted influences, and float64 [a, b], their z; NaN in the rows of training examples in every subset or in none.
@@ -145,7 +147,8 @@ def adjusted_influence(packed: PackedTrials, train: Indices, test: Indices, othe
     total = steps.sum(0, dtype=np.int64)
     squares = np.einsum("tj,tj->j", steps, steps, dtype=np.int64) - total**2 / t  # of deviations from the mean
     k_in, product = _sums_in(packed, train, steps)
-    chosen = _largest_effects(packed, others, steps, total, squares)
+    further = ((others[rows], *_sums_in(packed, others[rows], steps)) for rows in _slices(len(others), _ROWS))
+    chosen = _largest_effects(chain([(train, k_in, product)], further), t, total, squares)
     union = np.unique(np.concatenate([near for near, _ in chosen]))
     together = cooccurrence(words, packed.membership[:, union]) if len(union) else np.empty((len(train), 0), np.int32)
     place = np.full(packed.n_train, -1)
@@ -176,25 +179,23 @@ def _difference(product: Floats, total: Floats, k_in: Floats, trials: int) -> tu
     return product / k_in - (total - product) / k_out, np.sqrt(1 / k_in + 1 / k_out)
 
 
-def _largest_effects(packed: PackedTrials, others: Indices, steps: _Bytes, total: Floats, squares: Floats) -> list[tuple[Indices, Floats]]:
+def _largest_effects(sums: Iterable[_Sums], t: int, total: Floats, squares: Floats) -> list[tuple[Indices, Floats]]:
     """For each test example, the training examples to adjust for, ascending, and the sums of steps with each in the subset."""
-    t = packed.trials
     most = min(_MOST_ADJUSTED, t // _TRIALS_PER_ADJUSTED)
     parts = [np.empty((4, 0))]
-    for rows in _slices(len(others), _ROWS) if most else ():
-        k_in, product = _sums_in(packed, others[rows], steps)
+    for train, k_in, product in sums if most else ():
         with np.errstate(divide="ignore", invalid="ignore"):
             difference, unit = _difference(product, total, k_in, t)
             effect = np.abs(difference) / (np.sqrt(np.maximum(squares / (t - 1), _LEAST_VARIANCE)) * unit)
         i, j = np.nonzero((effect >= _SMALLEST_EFFECT) & np.isfinite(effect))
-        parts.append(np.stack([j, effect[i, j], others[rows][i], product[i, j]]))
-    column, effect, index, sums = np.concatenate(parts, axis=1)
+        parts.append(np.stack([j, effect[i, j], train[i], product[i, j]]))
+    column, effect, index, product = np.concatenate(parts, axis=1)
     order = np.lexsort((index, -effect, column))
     kept = []
     for first, last in pairwise(np.searchsorted(column[order], np.arange(len(total) + 1))):
         largest = order[first:last][:most]
         largest = largest[np.argsort(index[largest])]
-        kept.append((index[largest].astype(np.int64), sums[largest]))
+        kept.append((index[largest].astype(np.int64), product[largest]))
     return kept
 
 

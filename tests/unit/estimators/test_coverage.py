@@ -35,6 +35,9 @@ def test_newcombes_interval_is_the_published_one():
     p_in, k_in = np.array([56 / 70, 0.9, 1.0]), np.array([70, 10, 10])
     p_out, k_out = np.array([48 / 80, 0.3, 0.0]), np.array([80, 10, 20])
     np.testing.assert_allclose(np.transpose(coverage.newcombe_interval(p_in, k_in, p_out, k_out)), published, atol=6e-5)
+    # 31 of 45 and 4 of 19, 640 of 700 and 150 of 300, by confint_proportions_2indep(..., method="newcomb") of statsmodels 0.15
+    ends = coverage.newcombe_interval(np.array([31 / 45, 640 / 700]), np.array([45, 700]), np.array([4 / 19, 0.5]), np.array([19, 300]))
+    np.testing.assert_allclose(ends, [[0.212227, 0.353518], [0.649105, 0.473485]], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,13 @@ def test_confidence_intervals_are_those_of_agresti_and_caffo():
     assert [low[1], high[1]] == pytest.approx([0.0525, 0.3357], abs=1e-4)
 
 
+def test_confidence_intervals_equal_those_of_statsmodels():
+    # 31 of 45 and 4 of 19, 640 of 700 and 150 of 300, 10 of 10 and 0 of 20; statsmodels 0.15 does not cut the last at 1:
+    # confint_proportions_2indep(31, 45, 4, 19, method="agresti-caffo", compare="diff")
+    low, high = difference_interval([31 / 45, 640 / 700, 1.0], [45, 700, 10], [4 / 19, 0.5, 0.0], [19, 300, 20])
+    np.testing.assert_allclose([low, high], [[0.217048, 0.352987, 0.692243], [0.668464, 0.473224, 1.0]], atol=1e-6)
+
+
 @given(k_in=st.integers(1, 60), k_out=st.integers(1, 60), seed=st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
 def test_a_confidence_interval_contains_the_estimate(k_in, k_out, seed):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from memtail.estimators import convergence, false_discovery, memorization
 from memtail.estimators.convergence import memorization_by, stages
-from memtail.estimators.false_discovery import LARGEST_RATE, mid_p
+from memtail.estimators.false_discovery import LARGEST_RATE, discovery_rates, mid_p
 from memtail.statistics import Statistics
 from tests.support.batches import batch_of as batch
 from tests.support.batches import random_bits
@@ -49,6 +49,16 @@ def test_rates_equal_those_of_fishers_test_and_benjamini_hochberg_over_all_teste
     np.testing.assert_allclose(
         result.kept[~np.isclose(result.kept, LARGEST_RATE, rtol=1e-9, atol=0)], np.sort(rate[decided & (rate < 1)]), rtol=1e-7
     )
+
+
+def test_rates_are_those_of_the_example_of_benjamini_and_hochberg():
+    # the 15 tests of their paper, of which they keep 4 at 5%; rates by multipletests(..., method="fdr_bh") of statsmodels 0.15
+    tails = np.array([1, 4, 19, 95, 201, 278, 298, 344, 459, 3240, 4262, 5719, 6528, 7590, 10000]) / 10000
+    rate, kept = discovery_rates(tails[tails <= LARGEST_RATE], len(tails), tails)
+    expected = [0.0015, 0.003, 0.0095, 0.035625, 0.0603, 0.063857, 0.063857, 0.0645, 0.0765]
+    np.testing.assert_allclose(kept, expected, atol=1e-6)
+    np.testing.assert_allclose(rate, [*expected, *np.ones(6)], atol=1e-6)
+    assert (rate <= 0.05).sum() == 4
 
 
 def test_the_mid_p_of_a_pair_counts_half_of_what_was_observed():
