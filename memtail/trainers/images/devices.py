@@ -103,10 +103,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error reports that the device, or the host in torch's allocator, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and bool(_FULL.search(str(error))))
 
 
 # Side of the square matrices that a check multiplies.
@@ -121,6 +118,8 @@ _MACHINE_ERRORS = {
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "ESTALE")
     if hasattr(errno, name)
 }
+# cuDNN finds no engine where none has the workspace that it needs.
+_FULL = re.compile(r"out of memory|can't allocate memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|unable to find an engine")
 _DEVICE_ERROR = re.compile(r"CUDA error|CUDA driver|CUDNN_STATUS|CUBLAS_STATUS|CUSOLVER_STATUS|NVIDIA driver|No CUDA GPUs|HIP error|NVML")
 
 
