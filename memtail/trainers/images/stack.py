@@ -35,6 +35,11 @@ def is_stackable(network: nn.Module) -> bool:
     return flattening == [(1, -1)] and not hooked and all(parameter.requires_grad for parameter in network.parameters())
 
 
+def is_dense(network: nn.Module) -> bool:
+    """Return whether a network is stackable and has no convolution."""
+    return is_stackable(network) and not any(isinstance(layer, nn.Conv2d) for layer in network.modules())
+
+
 def _plain_layers(network: nn.Module) -> list[nn.Module] | None:
     """Return the layers of a sequence in order, nested sequences flattened; None if it is no sequence of plain layers."""
     if type(network) is not nn.Sequential:  # a subclass may override forward

@@ -14,13 +14,15 @@ from torch.nn import functional as F
 
 from memtail.models import build_model, own_network
 from memtail.randomness import Purpose, torch_seed
-from memtail.spec import Experiment, RecordedOutcomes, TrainingSpec
+from memtail.spec import Experiment, RecordedOutcomes
 from memtail.trainers.images.augmentations import epoch_augmentation
 from memtail.trainers.images.batches import batch_bounds, epoch_order
 from memtail.trainers.images.cpu.mlp import COMPILED, DenseStack, dense_layers
+from memtail.trainers.images.devices import float32_products
 from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.optimizers import make_optimizer
+from memtail.trainers.images.precision import computed_precision
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.schedule import learning_rate_factor
 from memtail.trainers.images.stack import Single, Stacked, join_parameters, stack_networks
@@ -84,11 +86,11 @@ class StackedRun:
         # draws of the network itself (dropout); such networks are trained one at a time
         torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
         self.stacked = isinstance(self.stack, Stacked)
-        low = _low_precision(self.recipe, images.device)
-        self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low)
+        self.precision = computed_precision(self.recipe.precision, networks[0], images.device)
+        self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
         self.optimizer: torch.optim.Optimizer | None = None
         self.steps_at_once = 1
-        layers = dense_layers(self.stack) if images.device.type == "cpu" and not low else None
+        layers = dense_layers(self.stack) if images.device.type == "cpu" and self.precision == "float32" else None
         if layers and isinstance(self.recipe.optimizer, COMPILED):
             self.stack = DenseStack(layers, input_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
             # independent of the stack's width, on which no bit may depend
@@ -107,13 +109,17 @@ class StackedRun:
         Args:
             between_steps: called after every few steps; it may save the state, or raise to stop.
         """
+        with float32_products(tf32=self.precision == "tf32"):
+            return self._train(between_steps)
+
+    def _train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
         self._take_snapshot()  # the run may have been interrupted before it
         while self.epoch < self.recipe.epochs:
             self._train_epoch(between_steps)
             self._take_snapshot()
         m, record = self.subsets.shape[1], self.experiment.record
         train, test = (self._evaluate(split, record) for split in ("train", "test"))
-        return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy(), self.snapshots)
+        return StackResult(train, test, (self.loss_sum / m).cpu().double().numpy(), self.snapshots)
 
     def _take_snapshot(self) -> None:
         if self.step == 0 and self.epoch in self.experiment.record.snapshots and self.epoch not in self.snapshots:
@@ -203,11 +209,16 @@ class StackedRun:
             state["snapshots"] = {epoch: torch.from_numpy(correct) for epoch, correct in self.snapshots.items()}
         if self.images.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.images.device)
-        return copy.deepcopy(state)
+        return cast(dict[str, Any], _in_host_memory(state))
 
     def _maker(self) -> dict[str, str]:
         """What the bits of a step depend on beside the declaration. No trial is trained by two of them."""
-        return {"stack": type(self.stack).__name__, "device": self.images.device.type, "torch": str(torch.__version__)}
+        return {
+            "stack": type(self.stack).__name__,
+            "device": self.images.device.type,
+            "precision": self.precision,
+            "torch": str(torch.__version__),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore a saved state of the same trials.
@@ -230,9 +241,13 @@ class StackedRun:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.images.device)
 
 
-def _low_precision(recipe: TrainingSpec, device: torch.device) -> bool:
-    """Return whether to compute in bfloat16; "auto" does on CUDA devices."""
-    return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
+def _in_host_memory(state: Any) -> Any:
+    """Copy a state; in host memory, since the device has room for its training, and maybe for no more."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _in_host_memory(value) for name, value in state.items()}
+    return [_in_host_memory(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
 
 
 def _mean_over_batch(losses: Tensor) -> Tensor:
