@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -135,29 +136,28 @@ class StackedRun:
         recipe, images, seed = self.recipe, self.images, self.experiment.subsets.seed
         with self.phases.measure("data"):
             order = epoch_order(seed, self.trials, self.epoch, self.subsets)
-            index = torch.from_numpy(order).to(images.device)
             size = images.train.shape[1:3]
             augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], size)
         steps = recipe.epochs * len(self.bounds)
         if self.step == 0:
             self.loss_sum.zero_()
-        while self.step < len(self.bounds):
-            bounds = self.bounds[self.step : self.step + self.steps_at_once]
-            start, stop = bounds[0][0], bounds[-1][1]
-            done = self.epoch * len(self.bounds) + self.step
-            rates = [recipe.optimizer.lr * learning_rate_factor(recipe.schedule, done + ahead, steps) for ahead in range(len(bounds))]
-            batch = index[:, start:stop]
-            with self.phases.measure("data"):
-                pixels, labels = images.gather(batch, augmentation, slice(start, stop)), images.train_labels[batch]
-            if self.optimizer is None:
-                within = [(first - start, last - start) for first, last in bounds]
-                with self.phases.measure("forward/backward"):
-                    self.loss_sum += cast(DenseStack, self.stack).train_steps(pixels, labels, within, rates)
-            else:
-                self.loss_sum += self._descend(self.optimizer, pixels, labels, *rates) * (stop - start)
-            self.step += len(bounds)
-            if self.step < len(self.bounds):
-                between_steps(self)
+        calls = [self.bounds[at : at + self.steps_at_once] for at in range(self.step, len(self.bounds), self.steps_at_once)]
+        parts = [slice(bounds[0][0], bounds[-1][1]) for bounds in calls]
+        with closing(images.batches(torch.from_numpy(order), parts, augmentation)) as batches:
+            for bounds, part in zip(calls, parts, strict=True):
+                done = self.epoch * len(self.bounds) + self.step
+                rates = [recipe.optimizer.lr * learning_rate_factor(recipe.schedule, done + ahead, steps) for ahead in range(len(bounds))]
+                with self.phases.measure("data"):
+                    pixels, labels = next(batches)
+                if self.optimizer is None:
+                    within = [(first - part.start, last - part.start) for first, last in bounds]
+                    with self.phases.measure("forward/backward"):
+                        self.loss_sum += cast(DenseStack, self.stack).train_steps(pixels, labels, within, rates)
+                else:
+                    self.loss_sum += self._descend(self.optimizer, pixels, labels, *rates) * (part.stop - part.start)
+                self.step += len(bounds)
+                if self.step < len(self.bounds):
+                    between_steps(self)
         self.epoch, self.step = self.epoch + 1, 0
         between_steps(self)
 
@@ -194,7 +194,7 @@ class StackedRun:
         return dict(zip(self._names, self.stack.tensors_of(place), strict=True))
 
     def state(self) -> dict[str, Any]:
-        """Return a copy of everything that the remaining steps depend on."""
+        """Return a copy, in host memory, of everything that the remaining steps depend on."""
         state = {
             "made_by": self._maker(),
             "trials": list(self.trials),

@@ -9,7 +9,14 @@ import torch
 
 from memtail.errors import WorkerFaultError
 from memtail.trainers.images import devices
-from memtail.trainers.images.devices import attributed, check_device, check_in_new_process, fault_of_machine, is_device_error, is_out_of_memory
+from memtail.trainers.images.devices import (
+    attributed,
+    check_device,
+    check_in_new_process,
+    fault_of_machine,
+    is_device_error,
+    is_out_of_memory,
+)
 
 CPU = torch.device("cpu")
 

@@ -86,11 +86,11 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
     experiment = declare(5, training={"epochs": 3, "batch_size": 50, "augmentation": "crop-flip"})
     members = subsets.membership(experiment.subsets, digits.train_labels, range(5))
     seen = []
-    gather = DeviceImages.gather
+    batches = DeviceImages.batches
 
-    def record(self, index, augmentation, positions):
-        seen.append(index.clone())
-        return gather(self, index, augmentation, positions)
+    def record(self, order, parts, augmentation):
+        seen.extend(order[:, part].clone() for part in parts)
+        return batches(self, order, parts, augmentation)
 
     sizes, steps = set(), DenseStack.train_steps
 
@@ -100,7 +100,7 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
         sizes.update(stop - start for start, stop in bounds)
         return steps(self, pixels, labels, bounds, rates)
 
-    monkeypatch.setattr(DeviceImages, "gather", record)
+    monkeypatch.setattr(DeviceImages, "batches", record)
     monkeypatch.setattr(DenseStack, "train_steps", record_steps)
     train_shard(experiment, digits, range(5), CPU)
     epochs = torch.cat(seen, 1).numpy().reshape(5, 3, -1)
@@ -588,7 +588,7 @@ def test_a_checkpoint_of_another_implementation_of_the_step_is_dropped(declare, 
     assert same_bits([expected], [resumed])
 
 
-@pytest.mark.parametrize("made_by", [{"device": "cuda"}, {"torch": "2.0.0"}, {"stack": "Other"}])
+@pytest.mark.parametrize("made_by", [{"device": "cuda"}, {"precision": "tf32"}, {"torch": "2.0.0"}, {"stack": "Other"}])
 def test_no_trial_is_trained_partly_elsewhere_though_the_checkpoint_fits(declare, monkeypatch, capfd, made_by):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
