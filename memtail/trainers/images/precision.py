@@ -53,4 +53,4 @@ def exact_last_layer(stack: nn.Module) -> Iterator[None]:
     finally:
         del last.forward
         if own is not None:
-            last.forward = own
+            last.forward = own  # type: ignore[method-assign]

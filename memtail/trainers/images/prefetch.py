@@ -20,7 +20,7 @@ def prefetched(source: Tensor, indices: Sequence[Tensor], device: torch.device) 
     Yields:
         The rows of each index, in order: [b, ...].
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def fetch(index: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if stream is None:

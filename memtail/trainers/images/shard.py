@@ -22,8 +22,8 @@ from memtail.trainers.images.checkpoint import ShardState, decode, encode
 from memtail.trainers.images.devices import attributed, cpu_name, device_kind, device_name, is_out_of_memory, reproducible
 from memtail.trainers.images.images import DeviceImages, device_images
 from memtail.trainers.images.profiling import Phases
-from memtail.trainers.images.stack import is_dense, is_stackable
 from memtail.trainers.images.stack_trainer import StackedRun, StackResult
+from memtail.trainers.images.stack_width import stack_width
 from memtail.trainers.images.trial_batch import concatenate, make_trial_batch
 from memtail.trainers.trial_batch import describe_training
 from memtail.trials import TrialBatch
@@ -34,10 +34,6 @@ log = structlog.get_logger()
 CHECKPOINT_SECONDS = 120.0
 # Largest share of the time that checkpoints take. A slow one, as of large networks in a busy store, makes the next one later.
 _CHECKPOINT_SHARE = 0.01
-
-# Networks per stack. Fully connected stacks of this width stay in a processor's cache; a processor runs convolutions fastest one network
-# at a time; an accelerator needs many small networks to be busy.
-_STACK_WIDTH = {"cpu": 16, "cuda": 64, "mps": 32}
 
 
 @dataclass(frozen=True)
@@ -135,8 +131,7 @@ class _ShardTraining:
         """Return the number of networks per stack."""
         with torch.random.fork_rng(devices=[]):
             network = build_model(self.experiment.model, self.dataset.input_shape, len(self.dataset.classes))
-        stacked = is_dense(network) if self.device.type == "cpu" else is_stackable(network)
-        return _STACK_WIDTH[self.device.type] if stacked else 1
+        return stack_width(network, self.dataset.input_shape, self.experiment.training.batch_size, self.device)
 
     def _stacks(self, width: int, first: int) -> Iterator[list[int]]:
         """Yield runs of at most `width` rows, from `first` on, with subsets of one size (those of explicit masks may differ)."""

@@ -26,7 +26,7 @@ from memtail.trainers.images.optimizers import make_optimizer
 from memtail.trainers.images.precision import computed_precision
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.schedule import learning_rate_factor
-from memtail.trainers.images.stack import Single, Stacked, join_parameters, stack_networks
+from memtail.trainers.images.stack import Single, Stacked, join_parameters, stack_networks, use_channels_last
 
 # Pixels of each network per call of the compiled steps: enough for the work to outweigh the call.
 _PIXELS_AT_ONCE = 1 << 16
@@ -83,6 +83,8 @@ class StackedRun:
             torch.default_generator.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
             networks.append(build_model(experiment.model, input_shape, classes))
         self.stack: Stacked | Single | DenseStack = stack_networks(networks).to(images.device).train()
+        if images.device.type == "cuda":
+            use_channels_last(self.stack)
         self._names = list(own_network(networks[0]).state_dict())
         # draws of the network itself (dropout); such networks are trained one at a time
         torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
