@@ -7,6 +7,7 @@ import torch
 from structlog.testing import capture_logs
 
 from memtail.datasets import prepare
+from memtail.errors import TrainingStopped
 from memtail.trainers.images import images, train_shard
 from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images.images import DeviceImages, device_images, release_images
@@ -173,7 +174,7 @@ def test_an_error_of_a_fetch_is_raised_where_its_batch_is_used():
 def test_no_thread_is_left_when_training_stops_within_an_epoch(declare, few):
     device_images(few, CPU).resident = False
     experiment = declare(2, model=NETWORKS[1])
-    with pytest.raises(shard_module.TrainingStopped):
+    with pytest.raises(TrainingStopped):
         train_shard(experiment, few, range(1), CPU, stop=lambda: True)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 

@@ -1,6 +1,7 @@
 """Precision of products: that of a network on a device, torch's settings, and logits of networks in bfloat16."""
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from memtail.trainers.images.precision import computed_precision, exact_last_lay
 from memtail.trainers.images.stack import stack_networks
 from tests.support.training import same_bits
 
+BACKENDS: Any = torch.backends  # stubs lack the newer switches
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NETWORKS = {
     "mlp": lambda: build_model(Mlp(hidden=[16]), (1, 8, 8), 10),
@@ -41,39 +43,38 @@ def test_tf32_changes_no_bit_on_a_cpu(declare, digits, model, precision):
 
 def tf32():
     """Return what decides on TF32 in products and in convolutions."""
-    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return BACKENDS.cuda.matmul.allow_tf32, BACKENDS.cudnn.allow_tf32
 
 
 def settings():
-    backends = torch.backends
-    return [holder.fp32_precision for holder in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)]
+    return [holder.fp32_precision for holder in (BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn)]
 
 
 @pytest.fixture
 def restored():
     """Restore torch's settings after a test that changes them."""
     yield
-    torch.backends.fp32_precision = "none"
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+    BACKENDS.fp32_precision = "none"
+    BACKENDS.cuda.matmul.allow_tf32, BACKENDS.cudnn.allow_tf32 = False, True
 
 
 def by_the_old_switches():
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, True
+    BACKENDS.cuda.matmul.allow_tf32, BACKENDS.cudnn.allow_tf32 = True, True
 
 
 def for_all_operators():
-    torch.backends.fp32_precision = "tf32"
+    BACKENDS.fp32_precision = "tf32"
 
 
 def by_contradicting_switches():
     """As when a user sets the new switch of one operator; torch then refuses to read the old ones."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    BACKENDS.cudnn.conv.fp32_precision = "ieee"
+    BACKENDS.cuda.matmul.fp32_precision = "tf32"
     with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
-        assert torch.backends.cudnn.allow_tf32
+        assert BACKENDS.cudnn.allow_tf32
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9 has one set of switches")
+@pytest.mark.skipif(not hasattr(BACKENDS.cudnn, "conv"), reason="torch before 2.9 has one set of switches")
 @pytest.mark.parametrize("user_sets", [lambda: None, by_the_old_switches, for_all_operators, by_contradicting_switches])
 def test_both_switches_are_set_and_restored_whatever_the_user_has_set(restored, user_sets):
     user_sets()
