@@ -71,6 +71,17 @@ def is_shared(examples: Tensor) -> bool:
     return examples.dim() in (2, 4)
 
 
+def channels_last(weight: Tensor, image: tuple[int, ...]) -> Tensor:
+    """Reorder the inputs of a weight [..., C H W], by pixel: [..., H W C]."""
+    return weight.reshape(*weight.shape[:-1], *image).movedim(-3, -1).flatten(-3)
+
+
+def channels_first(weight: Tensor, image: tuple[int, ...]) -> Tensor:
+    """Undo `channels_last`."""
+    channels, height, width = image
+    return weight.reshape(*weight.shape[:-1], height, width, channels).movedim(-1, -3).flatten(-3)
+
+
 def join_parameters(stack: nn.Module) -> nn.Parameter:
     """Move all parameters of a module, and their gradients, into one array each, of which they become views.
 

@@ -19,6 +19,7 @@ from memtail.spec import Experiment, RecordedOutcomes
 from memtail.trainers.images.augmentations import epoch_augmentation
 from memtail.trainers.images.batches import batch_bounds, epoch_order
 from memtail.trainers.images.cpu.mlp import COMPILED, DenseStack, dense_layers
+from memtail.trainers.images.cuda.mlp import CapturedDenseStack
 from memtail.trainers.images.devices import float32_products
 from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
@@ -30,6 +31,10 @@ from memtail.trainers.images.stack import Single, Stacked, join_parameters, stac
 
 # Pixels of each network per call of the compiled steps: enough for the work to outweigh the call.
 _PIXELS_AT_ONCE = 1 << 16
+
+# Stacks of fully connected networks with steps of their own, by device.
+_Dense = DenseStack | CapturedDenseStack
+_DENSE: dict[str, type[_Dense]] = {"cpu": DenseStack, "cuda": CapturedDenseStack}
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class StackedRun:
             # drawn on the CPU, so that every device starts from the same weights
             torch.default_generator.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
             networks.append(build_model(experiment.model, input_shape, classes))
-        self.stack: Stacked | Single | DenseStack = stack_networks(networks).to(images.device).train()
+        self.stack: Stacked | Single | _Dense = stack_networks(networks).to(images.device).train()
         if images.device.type == "cuda":
             use_channels_last(self.stack)
         self._names = list(own_network(networks[0]).state_dict())
@@ -93,11 +98,13 @@ class StackedRun:
         self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
         self.optimizer: torch.optim.Optimizer | None = None
         self.steps_at_once = 1
-        layers = dense_layers(self.stack) if images.device.type == "cpu" and self.precision == "float32" else None
-        if layers and isinstance(self.recipe.optimizer, COMPILED):
-            self.stack = DenseStack(layers, input_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
-            # independent of the stack's width, on which no bit may depend
-            self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(input_shape)))
+        dense = _DENSE.get(images.device.type) if isinstance(self.recipe.optimizer, COMPILED) and self.precision != "bfloat16" else None
+        layers = dense_layers(self.stack) if dense else None
+        if dense and layers:
+            self.stack = dense(layers, input_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
+            if images.device.type == "cpu":
+                # independent of the stack's width, on which no bit may depend
+                self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(input_shape)))
         else:
             parameters = [join_parameters(self.stack)] if self.stacked else list(self.stack.parameters())
             self.optimizer = make_optimizer(self.recipe.optimizer, parameters)
@@ -154,7 +161,7 @@ class StackedRun:
                 if self.optimizer is None:
                     within = [(first - part.start, last - part.start) for first, last in bounds]
                     with self.phases.measure("forward/backward"):
-                        self.loss_sum += cast(DenseStack, self.stack).train_steps(pixels, labels, within, rates)
+                        self.loss_sum += cast(_Dense, self.stack).train_steps(pixels, labels, within, rates)
                 else:
                     self.loss_sum += self._descend(self.optimizer, pixels, labels, *rates) * (part.stop - part.start)
                 self.step += len(bounds)
