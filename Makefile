@@ -2,6 +2,7 @@
 # make test             install the development tools and run the unit and integration tests
 # make test-all         also the system tests: runs, services, faults
 # make test-slow        slow tests, which repeat quick ones on larger inputs
+# make test-gpu         what only a GPU can say, and the same on the CPU (needs a CUDA device, else these tests are skipped)
 # make coverage         line coverage of all tests, child processes included
 # make lint             ruff, import-linter, hadolint and mypy
 # make docs             build the documentation in site/; warnings are errors, and no page may load anything from another host
@@ -25,7 +26,7 @@ BIN := .venv/bin
 # Tests start many processes: without compiled modules, each compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all test-slow coverage test-kubernetes test-node test-lowest test-python lock bench e2e soak scale dashboards lint docs clean
+.PHONY: run test test-all test-slow test-gpu coverage test-kubernetes test-node test-lowest test-python lock bench e2e soak scale dashboards lint docs clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
@@ -38,6 +39,9 @@ test-all: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(BIN)/pytest -m slow $(ARGS)
+
+test-gpu: .venv/installed-dev
+	$(BIN)/pytest tests/gpu -n 0 $(ARGS)
 
 coverage: .venv/installed-dev
 	$(BIN)/coverage erase

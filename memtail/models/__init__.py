@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import structlog
 import torch
 from torch import nn
 
@@ -21,6 +22,8 @@ from memtail.models.plain import cnn, mlp
 from memtail.models.resnet import resnet9, resnet18, resnet50
 from memtail.models.weights import say_replaced, start_from
 from memtail.spec import Cnn, Mlp, ModelSpec, NamedModel
+
+log = structlog.get_logger()
 
 #: Shape of an example: (C, H, W) of an image, (D,) of features.
 InputShape = tuple[int, ...]
@@ -33,8 +36,10 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "inception": inception,
 }
 
-# Smaller images, in pixels a side, get resnet18 and resnet50 with a stem for CIFAR, unless they name a stem.
-_SMALL_IMAGE = 128
+# Networks with a choice of stems.
+_STEMMED = ("resnet18", "resnet50")
+# Smaller images, in pixels a side, get these with a stem for CIFAR, unless they name a stem; from the second size on that is slow.
+_SMALL_IMAGE, _MIDDLE_IMAGE = 128, 48
 
 
 def build_model(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Module:
@@ -69,7 +74,7 @@ def initialised(spec: ModelSpec, input_shape: InputShape, classes: int) -> nn.Mo
     if ":" in spec.name:
         return _imported(spec.name)(input_shape, classes, **spec.options)
     options = dict(spec.options)
-    imagenet = spec.name in ("resnet18", "resnet50") and _stem(options, input_shape) == "imagenet"
+    imagenet = spec.name in _STEMMED and _stem(options, input_shape) == "imagenet"
     if spec.name in _BUILDERS and not imagenet:
         return _BUILDERS[spec.name](input_shape, classes, **options)
     return _torchvision(spec.name, input_shape, classes, options)
@@ -86,7 +91,9 @@ def _stem(options: dict[str, Any], input_shape: InputShape) -> str:
     return str(stem)
 
 
-def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, within: AbstractContextManager[object] | None = None) -> None:
+def check_model(
+    spec: ModelSpec, input_shape: InputShape, classes: int, *, within: AbstractContextManager[object] | None = None
+) -> nn.Module:
     """Build the network and run one example through it.
 
     Args:
@@ -94,6 +101,9 @@ def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, withi
         input_shape: of an example.
         classes: number of logits.
         within: context manager of the building and the run, to measure them.
+
+    Returns:
+        The network.
 
     Raises:
         SpecError: the network cannot be built, fails on examples of this shape, or does not return one row of logits per example.
@@ -115,6 +125,15 @@ def check_model(spec: ModelSpec, input_shape: InputShape, classes: int, *, withi
         raise SpecError(f"model '{spec.name}': gives {shown} for one example, needed are logits [1, {classes}]: fix the model")
     if isinstance(spec, NamedModel):
         say_replaced(spec, own_network(network), classes)
+        _say_costly_stem(spec, input_shape)
+    return network
+
+
+def _say_costly_stem(spec: NamedModel, input_shape: InputShape) -> None:
+    """Log that images of a middle size get the stem of small ones, with 16 times the operations in all layers but the first."""
+    if spec.name in _STEMMED and "stem" not in spec.options and _MIDDLE_IMAGE <= input_shape[1] < _SMALL_IMAGE:
+        side = f"{input_shape[1]} pixels"
+        log.warning("stem of small images, slow on these: set model.options.stem to imagenet", model=spec.name, side=side)
 
 
 def _torchvision(name: str, input_shape: InputShape, classes: int, options: dict[str, Any]) -> nn.Module:

@@ -147,7 +147,8 @@ class TrainingSpec(Part):
         schedule: the learning rate over the steps.
         label_smoothing: share of the target distribution that is spread over all classes.
         augmentation: `flip` mirrors images at random; `crop-flip` also shifts them; a list of steps applies one after the other.
-        precision: `auto` is `bfloat16` on CUDA and `float32` elsewhere.
+        precision: of the factors of products on CUDA: `float32`, `tf32` (11 bits) or `bfloat16` (8 bits). `auto` is `tf32` for stacks of
+            linear layers and `bfloat16` for other networks. Elsewhere `tf32` and `auto` are `float32`.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 20
@@ -156,4 +157,4 @@ class TrainingSpec(Part):
     schedule: ScheduleSpec = Cosine(name="cosine", warmup=0.1)
     label_smoothing: Fraction = 0.0
     augmentation: Annotated[Chain, Field(json_schema_extra={"default": "none"})] = []
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "auto"] = "float32"

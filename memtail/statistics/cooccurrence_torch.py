@@ -31,6 +31,8 @@ def count_block(left: Tensor, right: Tensor) -> Tensor:
         int32 [a, b], equal to `cooccurrence` of these words.
     """
     rows, columns = len(left), len(right)
+    if not rows or not columns:  # which `torch._int_mm` refuses on CUDA
+        return left.new_zeros((rows, columns), dtype=torch.int32)
     left, right = _padded(left), _padded(right)
     total = left.new_zeros((len(left), len(right)), dtype=torch.int32)
     for start in range(0, left.shape[1], _CHUNK):

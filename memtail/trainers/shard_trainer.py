@@ -85,12 +85,9 @@ class ShardTrainer:
         """Release the device's memory that this process keeps for the next shard of the built-in trainer."""
         if not self._keeps_images:
             return
-        import torch
+        from memtail.trainers.images.images import release_images
 
-        from memtail.trainers.images.images import device_images
-
-        device_images.cache_clear()
-        torch.cuda.empty_cache()  # does nothing where this process has not used CUDA
+        release_images()
         self._keeps_images = False
 
     def _train_images(

@@ -36,7 +36,8 @@ class ServiceSettings:
         max_queued: maximum number of messages in the broker.
         publish_trials, publish_seconds: number of new trials, and interval, after which scores are published; less often where publishing
             would take more than a tenth of the time.
-        devices: devices of a worker, separated by commas, with one process each: "auto", "cpu", or "cuda:0,cuda:1".
+        devices: devices of a worker, separated by commas, with one process each: "cpu", or "cuda:0,cuda:1"; "auto": all visible GPUs,
+            else the CPU. Indices are those of the visible GPUs.
         port: port of a service's metrics and health checks.
         linger_seconds: time after the end of an experiment until its metrics are removed: several scrape intervals.
         explorer_port: port of the explorer, 8080 by default; the aggregator, which served the explorer in 0.1.0, refuses it.

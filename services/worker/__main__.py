@@ -5,10 +5,11 @@ import os
 from services.common.process import start
 from services.common.settings import ServiceSettings
 from services.worker.app import Worker
+from services.worker.visible_gpus import worker_devices
 
 
 def _work(settings: ServiceSettings) -> int:
-    return Worker(settings, settings.devices.split(",")).run()
+    return Worker(settings, worker_devices(settings.devices)).run()
 
 
 if __name__ == "__main__":

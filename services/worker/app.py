@@ -6,7 +6,6 @@ because a fork could copy a held lock of the logger.
 """
 
 import logging
-import os
 import socket
 import time
 import uuid
@@ -44,6 +43,7 @@ from services.worker.metric_updates import DIED, WorkerMetrics
 from services.worker.reports import Reports
 from services.worker.trainer import UNSUPPORTED, Trainer
 from services.worker.transport import register
+from services.worker.visible_gpus import show_only
 from services.worker.watchdog import Watchdog
 
 log = structlog.get_logger()
@@ -114,7 +114,7 @@ class Worker:
         keep_memory()
         device = self._devices[current_process().index % len(self._devices)]
         if device.startswith("cuda:"):
-            os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+            show_only(int(device.removeprefix("cuda:")))
             device = "cuda"
         broker = Broker(self._settings, self.celery)
         self._surplus = Surplus(broker, self._settings.lease_seconds)

@@ -269,7 +269,7 @@ class Trainer:
 
     def _dataset_of(self, record: Record, interrupted: Callable[[], bool]) -> Dataset:
         """The dataset; the last one stays open, so that its images stay on the device from shard to shard."""
-        from memtail.trainers.images.images import device_images
+        from memtail.trainers.images.images import release_images
 
         fingerprint = record.canonical["dataset"]["fingerprint"]
         if self._dataset is not None and self._dataset.fingerprint == fingerprint:
@@ -277,7 +277,7 @@ class Trainer:
             return self._dataset
         # not in use any more, so that it can be evicted
         self._dataset = None
-        device_images.cache_clear()
+        release_images()
 
         def on_progress(*_: int) -> None:
             if interrupted():

@@ -18,8 +18,7 @@ from memtail.execution.embedded import run
 from memtail.spec import Experiment
 from memtail.storage.local import LocalStore
 from memtail.trainers import landlock, process
-from memtail.trainers.images import devices
-from memtail.trainers.images.images import device_images
+from memtail.trainers.images import devices, images
 from memtail.trainers.shard_trainer import ShardTrainer
 from memtail.trials import Shard, TrialBatch
 from tests.support import inline
@@ -204,11 +203,11 @@ def test_networks_of_memtail_train_in_this_process(train, small, monkeypatch):
 
 
 def test_this_process_keeps_no_images_on_the_device_while_a_network_trains(train, small):
-    device_images.cache_clear()
+    images.release_images()
     train(declare(small, {"name": "mlp", "hidden": [16]}))
-    assert device_images.cache_info().currsize == 1
+    assert len(images._kept) == 1
     train(declare(small, network("single")))
-    assert device_images.cache_info().currsize == 0
+    assert not images._kept
 
 
 @needs_landlock

@@ -45,18 +45,17 @@ def encode(state: ShardState) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes, fingerprint: str, device: torch.device) -> ShardState:
-    """Read a checkpoint. Its bytes run no code.
+def decode(data: bytes, fingerprint: str) -> ShardState:
+    """Read a checkpoint into host memory. Its bytes run no code.
 
     Args:
         data: as `encode` made it.
         fingerprint: of the experiment in training.
-        device: where the tensors of the stack go.
 
     Raises:
         Exception: the checkpoint is damaged, or has another layout or fingerprint. `torch.load` does not limit what it raises.
     """
-    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if (layout := state.get("layout", 1)) != LAYOUT:
         raise ValueError(f"its layout is {layout}, this version reads {LAYOUT}")
     if state["fingerprint"] != fingerprint:

@@ -77,13 +77,13 @@ def peak_memory(device: torch.device) -> int:
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Use deterministic kernels within the block; on a CPU also a single thread, so that the order of sums does not depend on the cores.
+    """Use deterministic kernels within the block, in full precision; on a CPU also a single thread, on which the order of sums depends.
 
     Settings of torch are restored at its end.
     """
     threads = torch.get_num_threads()
     mode = torch.get_deterministic_debug_mode()
-    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    benchmark = torch.backends.cudnn.benchmark
     fill = _deterministic.fill_uninitialized_memory
     use_deterministic_cublas()
     if device.type == "cpu":
@@ -91,22 +91,42 @@ def reproducible(device: torch.device) -> Iterator[None]:
     torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` does the same, but imports the compiler: a second
     _deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False  # TF32 has fewer bits than the declared float32
     try:
-        yield
+        with float32_products(tf32=False):
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(mode)
         _deterministic.fill_uninitialized_memory = fill
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Compute products and convolutions of float32 tensors on CUDA in TF32, or in float32, whatever the process has set.
+
+    Settings of torch are restored at the end of the block.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: list[tuple[Any, str, Any]] = [(matmul, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32)]
+    if hasattr(cudnn, "conv"):  # torch 2.9 has a second set, which must agree with the first
+        switches += [(holder, "fp32_precision", "tf32" if tf32 else "ieee") for holder in (matmul, cudnn.conv, cudnn.rnn)]
+    before = []
+    for holder, name, _ in switches:
+        with suppress(RuntimeError):  # the process has set the two sets to contradict each other
+            before.append((holder, name, getattr(holder, name)))
+    for holder, name, value in switches:
+        setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error reports that the device, or the host in torch's allocator, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and bool(_FULL.search(str(error))))
 
 
 # Side of the square matrices that a check multiplies.
@@ -121,6 +141,8 @@ _MACHINE_ERRORS = {
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "ESTALE")
     if hasattr(errno, name)
 }
+# cuDNN finds no engine where none has the workspace that it needs.
+_FULL = re.compile(r"out of memory|can't allocate memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|unable to find an engine")
 _DEVICE_ERROR = re.compile(r"CUDA error|CUDA driver|CUDNN_STATUS|CUBLAS_STATUS|CUSOLVER_STATUS|NVIDIA driver|No CUDA GPUs|HIP error|NVML")
 
 

@@ -20,10 +20,10 @@ from memtail.subsets import membership
 from memtail.trainers.checkpoints import Checkpoints
 from memtail.trainers.images.checkpoint import ShardState, decode, encode
 from memtail.trainers.images.devices import attributed, cpu_name, device_kind, device_name, is_out_of_memory, reproducible
-from memtail.trainers.images.images import device_images
+from memtail.trainers.images.images import DeviceImages, device_images
 from memtail.trainers.images.profiling import Phases
-from memtail.trainers.images.stack import is_stackable
 from memtail.trainers.images.stack_trainer import StackedRun, StackResult
+from memtail.trainers.images.stack_width import stack_width
 from memtail.trainers.images.trial_batch import concatenate, make_trial_batch
 from memtail.trainers.trial_batch import describe_training
 from memtail.trials import TrialBatch
@@ -34,10 +34,6 @@ log = structlog.get_logger()
 CHECKPOINT_SECONDS = 120.0
 # Largest share of the time that checkpoints take. A slow one, as of large networks in a busy store, makes the next one later.
 _CHECKPOINT_SHARE = 0.01
-
-# Networks per stack. Fully connected stacks of this width stay in a processor's cache; a processor runs convolutions fastest one network
-# at a time; an accelerator needs many small networks to be busy.
-_STACK_WIDTH = {"cpu": 16, "cuda": 64, "mps": 32}
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,8 @@ def train_shard(
     """Train trials and record the outcomes of their final models.
 
     Membership, initial weights, batch order and augmentation of trial k follow from (seed, k) alone. Stackable networks are trained many
-    at a time; if the device runs out of memory, the stack is halved and trained again. A trial whose loss or logits stop being finite is
-    recorded as diverged, with all correctness bits 0.
+    at a time; if the device runs out of memory, the stack is halved and trained again, and at last the dataset leaves the device. A trial
+    whose loss or logits stop being finite is recorded as diverged, with all correctness bits 0.
 
     Args:
         experiment: the declaration.
@@ -135,8 +131,7 @@ class _ShardTraining:
         """Return the number of networks per stack."""
         with torch.random.fork_rng(devices=[]):
             network = build_model(self.experiment.model, self.dataset.input_shape, len(self.dataset.classes))
-        dense = not any(isinstance(layer, torch.nn.Conv2d) for layer in network.modules())
-        return _STACK_WIDTH[self.device.type] if is_stackable(network) and (dense or self.device.type != "cpu") else 1
+        return stack_width(network, self.dataset.input_shape, self.experiment.training.batch_size, self.device)
 
     def _stacks(self, width: int, first: int) -> Iterator[list[int]]:
         """Yield runs of at most `width` rows, from `first` on, with subsets of one size (those of explicit masks may differ)."""
@@ -150,15 +145,22 @@ class _ShardTraining:
         if rows:
             yield rows
 
+    @property
+    def _images(self) -> DeviceImages:
+        return device_images(self.dataset, self.device)
+
     def _train_rows(self, rows: list[int], resumed: dict[str, Any] | None) -> None:
         try:
             self.finished.append(([self.trials[row] for row in rows], self._train_stack(rows, resumed)))
             return
         except Exception as error:
-            if not is_out_of_memory(error) or len(rows) == 1:
+            if not is_out_of_memory(error) or (len(rows) == 1 and not self._images.evict()):
                 raise
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where this process has not used CUDA
+        if len(rows) == 1:
+            log.warning("out of device memory, reading the dataset from host memory", trial=self.trials[rows[0]], device=str(self.device))
+            self._train_rows(rows, resumed)
+            return
         half = len(rows) // 2
         log.warning("out of device memory, halving the stack", trials=len(rows), into=half, device=str(self.device))
         self._train_rows(rows[:half], None)
@@ -167,11 +169,10 @@ class _ShardTraining:
     def _train_stack(self, rows: list[int], resumed: dict[str, Any] | None) -> StackResult:
         subsets = np.stack([np.flatnonzero(self.members[row]) for row in rows])
         trials = [self.trials[row] for row in rows]
-        images = device_images(self.dataset, self.device)
 
         def begin() -> StackedRun:
             shape, classes = self.dataset.input_shape, len(self.dataset.classes)
-            return StackedRun(self.experiment, images, shape, classes, trials, subsets, self.phases, self._give_sign)
+            return StackedRun(self.experiment, self._images, shape, classes, trials, subsets, self.phases, self._give_sign)
 
         run = begin()
         if resumed is not None:
@@ -221,7 +222,7 @@ class _ShardTraining:
         if data is None:
             return None
         try:
-            state = decode(data, self.fingerprint, self.device)
+            state = decode(data, self.fingerprint)
             recorded = self.experiment.record
             if any(list(result.snapshots) != recorded.snapshots for _, result in state.finished):
                 raise ValueError("it has the outcomes of other epochs than are recorded")

@@ -35,6 +35,11 @@ def is_stackable(network: nn.Module) -> bool:
     return flattening == [(1, -1)] and not hooked and all(parameter.requires_grad for parameter in network.parameters())
 
 
+def is_dense(network: nn.Module) -> bool:
+    """Return whether a network is stackable and has no convolution."""
+    return is_stackable(network) and not any(isinstance(layer, nn.Conv2d) for layer in network.modules())
+
+
 def _plain_layers(network: nn.Module) -> list[nn.Module] | None:
     """Return the layers of a sequence in order, nested sequences flattened; None if it is no sequence of plain layers."""
     if type(network) is not nn.Sequential:  # a subclass may override forward
@@ -66,6 +71,17 @@ def is_shared(examples: Tensor) -> bool:
     return examples.dim() in (2, 4)
 
 
+def channels_last(weight: Tensor, image: tuple[int, ...]) -> Tensor:
+    """Reorder the inputs of a weight [..., C H W], by pixel: [..., H W C]."""
+    return weight.reshape(*weight.shape[:-1], *image).movedim(-3, -1).flatten(-3)
+
+
+def channels_first(weight: Tensor, image: tuple[int, ...]) -> Tensor:
+    """Undo `channels_last`."""
+    channels, height, width = image
+    return weight.reshape(*weight.shape[:-1], height, width, channels).movedim(-1, -3).flatten(-3)
+
+
 def join_parameters(stack: nn.Module) -> nn.Parameter:
     """Move all parameters of a module, and their gradients, into one array each, of which they become views.
 
@@ -86,6 +102,13 @@ def join_parameters(stack: nn.Module) -> nn.Parameter:
     joined = nn.Parameter(values)
     joined.grad = gradients
     return joined
+
+
+def use_channels_last(stack: nn.Module) -> None:
+    """Lay out the weights of plain convolutions channels last, as images are: cuDNN otherwise copies each of them in every step."""
+    for layer in stack.modules():
+        if type(layer) is nn.Conv2d:  # a subclass may view its weights in their usual layout
+            layer.to(memory_format=torch.channels_last)
 
 
 def _view(part: Tensor, shape: torch.Size) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,19 +15,26 @@ from torch.nn import functional as F
 
 from memtail.models import build_model, own_network
 from memtail.randomness import Purpose, torch_seed
-from memtail.spec import Experiment, RecordedOutcomes, TrainingSpec
+from memtail.spec import Experiment, RecordedOutcomes
 from memtail.trainers.images.augmentations import epoch_augmentation
 from memtail.trainers.images.batches import batch_bounds, epoch_order
 from memtail.trainers.images.cpu.mlp import COMPILED, DenseStack, dense_layers
+from memtail.trainers.images.cuda.mlp import CapturedDenseStack
+from memtail.trainers.images.devices import float32_products
 from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.optimizers import make_optimizer
+from memtail.trainers.images.precision import computed_precision
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.schedule import learning_rate_factor
-from memtail.trainers.images.stack import Single, Stacked, join_parameters, stack_networks
+from memtail.trainers.images.stack import Single, Stacked, join_parameters, stack_networks, use_channels_last
 
 # Pixels of each network per call of the compiled steps: enough for the work to outweigh the call.
 _PIXELS_AT_ONCE = 1 << 16
+
+# Stacks of fully connected networks with steps of their own, by device.
+_Dense = DenseStack | CapturedDenseStack
+_DENSE: dict[str, type[_Dense]] = {"cpu": DenseStack, "cuda": CapturedDenseStack}
 
 
 @dataclass(frozen=True)
@@ -79,20 +87,24 @@ class StackedRun:
             # drawn on the CPU, so that every device starts from the same weights
             torch.default_generator.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
             networks.append(build_model(experiment.model, input_shape, classes))
-        self.stack: Stacked | Single | DenseStack = stack_networks(networks).to(images.device).train()
+        self.stack: Stacked | Single | _Dense = stack_networks(networks).to(images.device).train()
+        if images.device.type == "cuda":
+            use_channels_last(self.stack)
         self._names = list(own_network(networks[0]).state_dict())
         # draws of the network itself (dropout); such networks are trained one at a time
         torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
         self.stacked = isinstance(self.stack, Stacked)
-        low = _low_precision(self.recipe, images.device)
-        self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low)
+        self.precision = computed_precision(self.recipe.precision, networks[0], images.device)
+        self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
         self.optimizer: torch.optim.Optimizer | None = None
         self.steps_at_once = 1
-        layers = dense_layers(self.stack) if images.device.type == "cpu" and not low else None
-        if layers and isinstance(self.recipe.optimizer, COMPILED):
-            self.stack = DenseStack(layers, input_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
-            # independent of the stack's width, on which no bit may depend
-            self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(input_shape)))
+        dense = _DENSE.get(images.device.type) if isinstance(self.recipe.optimizer, COMPILED) and self.precision != "bfloat16" else None
+        layers = dense_layers(self.stack) if dense else None
+        if dense and layers:
+            self.stack = dense(layers, input_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
+            if images.device.type == "cpu":
+                # independent of the stack's width, on which no bit may depend
+                self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(input_shape)))
         else:
             parameters = [join_parameters(self.stack)] if self.stacked else list(self.stack.parameters())
             self.optimizer = make_optimizer(self.recipe.optimizer, parameters)
@@ -107,13 +119,17 @@ class StackedRun:
         Args:
             between_steps: called after every few steps; it may save the state, or raise to stop.
         """
+        with float32_products(tf32=self.precision == "tf32"):
+            return self._train(between_steps)
+
+    def _train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
         self._take_snapshot()  # the run may have been interrupted before it
         while self.epoch < self.recipe.epochs:
             self._train_epoch(between_steps)
             self._take_snapshot()
         m, record = self.subsets.shape[1], self.experiment.record
         train, test = (self._evaluate(split, record) for split in ("train", "test"))
-        return StackResult(train, test, (self.loss_sum / m).double().cpu().numpy(), self.snapshots)
+        return StackResult(train, test, (self.loss_sum / m).cpu().double().numpy(), self.snapshots)
 
     def _take_snapshot(self) -> None:
         if self.step == 0 and self.epoch in self.experiment.record.snapshots and self.epoch not in self.snapshots:
@@ -129,29 +145,28 @@ class StackedRun:
         recipe, images, seed = self.recipe, self.images, self.experiment.subsets.seed
         with self.phases.measure("data"):
             order = epoch_order(seed, self.trials, self.epoch, self.subsets)
-            index = torch.from_numpy(order).to(images.device)
             size = images.train.shape[1:3]
             augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], size)
         steps = recipe.epochs * len(self.bounds)
         if self.step == 0:
             self.loss_sum.zero_()
-        while self.step < len(self.bounds):
-            bounds = self.bounds[self.step : self.step + self.steps_at_once]
-            start, stop = bounds[0][0], bounds[-1][1]
-            done = self.epoch * len(self.bounds) + self.step
-            rates = [recipe.optimizer.lr * learning_rate_factor(recipe.schedule, done + ahead, steps) for ahead in range(len(bounds))]
-            batch = index[:, start:stop]
-            with self.phases.measure("data"):
-                pixels, labels = images.gather(batch, augmentation, slice(start, stop)), images.train_labels[batch]
-            if self.optimizer is None:
-                within = [(first - start, last - start) for first, last in bounds]
-                with self.phases.measure("forward/backward"):
-                    self.loss_sum += cast(DenseStack, self.stack).train_steps(pixels, labels, within, rates)
-            else:
-                self.loss_sum += self._descend(self.optimizer, pixels, labels, *rates) * (stop - start)
-            self.step += len(bounds)
-            if self.step < len(self.bounds):
-                between_steps(self)
+        calls = [self.bounds[at : at + self.steps_at_once] for at in range(self.step, len(self.bounds), self.steps_at_once)]
+        parts = [slice(bounds[0][0], bounds[-1][1]) for bounds in calls]
+        with closing(images.batches(torch.from_numpy(order), parts, augmentation)) as batches:
+            for bounds, part in zip(calls, parts, strict=True):
+                done = self.epoch * len(self.bounds) + self.step
+                rates = [recipe.optimizer.lr * learning_rate_factor(recipe.schedule, done + ahead, steps) for ahead in range(len(bounds))]
+                with self.phases.measure("data"):
+                    pixels, labels = next(batches)
+                if self.optimizer is None:
+                    within = [(first - part.start, last - part.start) for first, last in bounds]
+                    with self.phases.measure("forward/backward"):
+                        self.loss_sum += cast(_Dense, self.stack).train_steps(pixels, labels, within, rates)
+                else:
+                    self.loss_sum += self._descend(self.optimizer, pixels, labels, *rates) * (part.stop - part.start)
+                self.step += len(bounds)
+                if self.step < len(self.bounds):
+                    between_steps(self)
         self.epoch, self.step = self.epoch + 1, 0
         between_steps(self)
 
@@ -188,7 +203,7 @@ class StackedRun:
         return dict(zip(self._names, self.stack.tensors_of(place), strict=True))
 
     def state(self) -> dict[str, Any]:
-        """Return a copy of everything that the remaining steps depend on."""
+        """Return a copy, in host memory, of everything that the remaining steps depend on."""
         state = {
             "made_by": self._maker(),
             "trials": list(self.trials),
@@ -203,11 +218,16 @@ class StackedRun:
             state["snapshots"] = {epoch: torch.from_numpy(correct) for epoch, correct in self.snapshots.items()}
         if self.images.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.images.device)
-        return copy.deepcopy(state)
+        return cast(dict[str, Any], _in_host_memory(state))
 
     def _maker(self) -> dict[str, str]:
         """What the bits of a step depend on beside the declaration. No trial is trained by two of them."""
-        return {"stack": type(self.stack).__name__, "device": self.images.device.type, "torch": str(torch.__version__)}
+        return {
+            "stack": type(self.stack).__name__,
+            "device": self.images.device.type,
+            "precision": self.precision,
+            "torch": str(torch.__version__),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore a saved state of the same trials.
@@ -230,9 +250,13 @@ class StackedRun:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.images.device)
 
 
-def _low_precision(recipe: TrainingSpec, device: torch.device) -> bool:
-    """Return whether to compute in bfloat16; "auto" does on CUDA devices."""
-    return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
+def _in_host_memory(state: Any) -> Any:
+    """Copy a state; in host memory, since the device has room for its training, and maybe for no more."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _in_host_memory(value) for name, value in state.items()}
+    return [_in_host_memory(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
 
 
 def _mean_over_batch(losses: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torchvision import models as torchvision_models
 
 from memtail.errors import SpecError
@@ -36,6 +37,15 @@ def test_weights_of_imagenet_fit_small_images_with_its_stem(tmp_path):
 def test_an_unknown_stem_is_refused(stem):
     with pytest.raises(SpecError, match=rf"^model\.options\.stem: there is no stem '{stem}': use cifar \(a 3x3 convolution\) or imagenet"):
         check_model(NamedModel(name="resnet50", options={"stem": stem}), (3, 32, 32), 5)
+
+
+@pytest.mark.parametrize(("size", "options", "said"), [
+    (32, {}, False), (48, {}, True), (96, {}, True), (128, {}, False), (64, {"stem": "cifar"}, False), (64, {"stem": "imagenet"}, False),
+])  # fmt: skip
+def test_a_stem_that_is_slow_on_images_of_a_middle_size_is_named(size, options, said):
+    with capture_logs() as logs:
+        check_model(NamedModel(name="resnet18", options=options), (3, size, size), 5)
+    assert [entry["side"] for entry in logs] == [f"{size} pixels"] * said
 
 
 def test_other_networks_have_no_stem():

@@ -53,7 +53,7 @@ def test_counts_equal_those_of_the_compiled_kernel(W, a, b, seed):
     assert (found == cooccurrence(left, right)).all()
 
 
-@pytest.mark.parametrize(("a", "b"), [(1, 1), (17, 9), (33, 70)])
+@pytest.mark.parametrize(("a", "b"), [(1, 1), (17, 9), (33, 70), (0, 9), (17, 0), (0, 0)])
 def test_products_have_the_shapes_that_cuda_requires(monkeypatch, a, b):
     product = torch._int_mm
 

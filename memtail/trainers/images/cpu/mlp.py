@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtail.spec import Adam, AdamW, OptimizerSpec, Sgd
-from memtail.trainers.images.stack import Stacked, StackedLinear, is_shared
+from memtail.trainers.images.stack import Stacked, StackedLinear, channels_first, channels_last, is_shared
 
-#: Optimizers with compiled steps.
+#: Optimizers with compiled steps, and with captured ones on CUDA devices.
 COMPILED = (Sgd, Adam, AdamW)
 
 
@@ -53,8 +53,9 @@ class DenseStack(nn.Module):
         super().__init__()
         self.width, self.classes = layers[-1].weight.shape[:2]
         self._columns, self._rows = COLUMNS, ROWS
-        self._image = channels, height, width = input_shape if len(input_shape) == 3 else (*input_shape, 1, 1)
-        self._shift, self._scale = (constants.repeat(height * width).numpy() for constants in (shift, scale))
+        self._image = input_shape if len(input_shape) == 3 else (*input_shape, 1, 1)
+        pixels = self._image[1] * self._image[2]
+        self._shift, self._scale = (constants.repeat(pixels).numpy() for constants in (shift, scale))
         widths = [len(self._shift), *(layer.weight.shape[1] for layer in layers)]
         self._widths = widths
         self._sizes = np.array([-(-width // COLUMNS) * COLUMNS for width in widths])
@@ -72,7 +73,7 @@ class DenseStack(nn.Module):
         for layer, weight_at, bias_at in zip(layers, self._weights.tolist(), self._biases.tolist(), strict=True):
             weight = layer.weight.detach()
             if not weight_at:  # pixels are channels last
-                weight = weight.view(*weight.shape[:2], channels, height, width).movedim(2, -1).flatten(2)
+                weight = channels_last(weight, self._image)
             self._load(weight, cast(Tensor, layer.bias).detach(), weight_at, bias_at)
 
     def _load(self, weight: Tensor, bias: Tensor, weight_at: int, bias_at: int) -> None:
@@ -90,8 +91,7 @@ class DenseStack(nn.Module):
             panels = self.values[place, weight_at : weight_at + rows * columns].view(-1, rows, self._columns)
             weight = panels.transpose(0, 1).reshape(rows, columns)[:inputs, :out].mT
             if not layer:  # pixels are channels last
-                channels, height, width = self._image
-                weight = weight.reshape(out, height, width, channels).movedim(-1, 1).flatten(1)
+                weight = channels_first(weight, self._image)
             tensors += [weight, self.values[place, bias_at : bias_at + out]]
         return tensors
 

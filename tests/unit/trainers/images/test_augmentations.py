@@ -156,7 +156,9 @@ def test_augmentation_shifts_with_zeros_and_mirrors(digits):
     index = torch.arange(20).reshape(2, 10)
     augmentation = epoch_augmentation([CropFlip(name="crop-flip")], 0, [3, 4], 0, 10, (8, 8))
     (moves,) = augmentation.draws
-    normalised = images.normalised(images.gather(index, augmentation, slice(0, 10)))
+    pixels, labels = next(images.batches(index, [slice(0, 10)], augmentation))
+    assert (labels == torch.from_numpy(digits.train_labels)[index]).all()
+    normalised = images.normalised(pixels)
     got = normalised * torch.tensor(digits.std) + torch.tensor(digits.mean)
     assert len(set(moves["down"].flatten().tolist())) == 3
     assert 0 < moves["flip"].mean() < 1

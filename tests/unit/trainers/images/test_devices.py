@@ -9,7 +9,14 @@ import torch
 
 from memtail.errors import WorkerFaultError
 from memtail.trainers.images import devices
-from memtail.trainers.images.devices import attributed, check_device, check_in_new_process, fault_of_machine, is_device_error
+from memtail.trainers.images.devices import (
+    attributed,
+    check_device,
+    check_in_new_process,
+    fault_of_machine,
+    is_device_error,
+    is_out_of_memory,
+)
 
 CPU = torch.device("cpu")
 
@@ -35,6 +42,28 @@ def test_errors_of_the_driver_are_known(error):
     caused = ValueError("of a model")
     caused.__cause__ = error
     assert is_device_error(caused)
+
+
+# As an H200 raised the first three with torch 2.11; the others are from reports of users.
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("FIND was unable to find an engine to execute this computation"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:40])
+def test_a_full_device_is_known_by_all_its_names_and_is_no_fault_of_the_driver(error):
+    assert is_out_of_memory(error)
+    assert not is_device_error(error)
+
+
+@pytest.mark.parametrize("error", DEVICE_ERRORS, ids=lambda error: str(error)[:40])
+def test_other_errors_of_the_driver_do_not_count_as_full_memory(error):
+    assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("error", [AcceleratorError("CUDA error: out of memory"), ValueError("CUDA error"), RuntimeError("mat1 and mat2")])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from memtail.spec import Adam, AdamW
 from memtail.trainers.images import shard as shard_module
-from memtail.trainers.images import train_shard
+from memtail.trainers.images import stack_width, train_shard
 from memtail.trainers.images.cpu.mlp import DenseStack, dense_layers
 from memtail.trainers.images.optimizers import make_optimizer
 from memtail.trainers.images.stack import join_parameters, stack_networks
@@ -99,7 +99,7 @@ def test_no_bit_of_an_adaptive_optimizer_depends_on_the_width_of_the_stack(decla
     experiment = declare(6, model=model, training={"epochs": 1, "optimizer": {"name": optimizer}}, record={"margins": True, "scores": True})
     batches = []
     for width in (1, 2, 6):
-        monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": width})
+        monkeypatch.setattr(stack_width, "_DENSE", {"cpu": width})
         monkeypatch.setattr(shard_module._ShardTraining, "_width", lambda self, width=width: width)
         batches.append(train_shard(experiment, digits, range(6), torch.device("cpu")))
     assert same_bits([batches[0]], [batches[1]], recorded=True)

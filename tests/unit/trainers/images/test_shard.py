@@ -17,7 +17,7 @@ from memtail.datasets import prepare
 from memtail.errors import SpecError
 from memtail.models import build_model, check_model
 from memtail.spec import AugmentationSpec, Constant, Cosine, Linear, NamedModel, OptimizerSpec, ScheduleSpec, Sgd, Step
-from memtail.trainers.images import devices, evaluation, stack_trainer, train_shard
+from memtail.trainers.images import devices, evaluation, stack_trainer, stack_width, train_shard
 from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images.augmentations import _STEPS
 from memtail.trainers.images.batches import batch_bounds, epoch_order
@@ -86,11 +86,11 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
     experiment = declare(5, training={"epochs": 3, "batch_size": 50, "augmentation": "crop-flip"})
     members = subsets.membership(experiment.subsets, digits.train_labels, range(5))
     seen = []
-    gather = DeviceImages.gather
+    batches = DeviceImages.batches
 
-    def record(self, index, augmentation, positions):
-        seen.append(index.clone())
-        return gather(self, index, augmentation, positions)
+    def record(self, order, parts, augmentation):
+        seen.extend(order[:, part].clone() for part in parts)
+        return batches(self, order, parts, augmentation)
 
     sizes, steps = set(), DenseStack.train_steps
 
@@ -100,7 +100,7 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
         sizes.update(stop - start for start, stop in bounds)
         return steps(self, pixels, labels, bounds, rates)
 
-    monkeypatch.setattr(DeviceImages, "gather", record)
+    monkeypatch.setattr(DeviceImages, "batches", record)
     monkeypatch.setattr(DenseStack, "train_steps", record_steps)
     train_shard(experiment, digits, range(5), CPU)
     epochs = torch.cat(seen, 1).numpy().reshape(5, 3, -1)
@@ -274,7 +274,7 @@ def test_one_trial_that_does_not_fit_is_an_error(declare, digits, monkeypatch):
 def test_a_shard_resumed_from_any_checkpoint_ends_with_the_same_bits(declare, monkeypatch, model, stop_at, optimizer):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
-    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 3})
+    monkeypatch.setattr(stack_width, "_DENSE", {"cpu": 3})
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     experiment = declare(
         5,
@@ -304,10 +304,10 @@ def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, mon
     expected = train_shard(experiment, digits, range(9), CPU)
     for before, after, stop_at in ((2, 8, 13), (8, 2, 2), (3, 16, 4)):
         checkpoints = Interrupted(stop_at)
-        monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": before})
+        monkeypatch.setattr(stack_width, "_DENSE", {"cpu": before})
         with pytest.raises(Interrupted.StopError):
             train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)
-        monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": after})
+        monkeypatch.setattr(stack_width, "_DENSE", {"cpu": after})
         assert same_bits([expected], [train_shard(experiment, digits, range(9), CPU, checkpoints=checkpoints)])
 
 
@@ -315,7 +315,7 @@ def test_a_checkpoint_is_resumed_by_stacks_of_another_width(declare, digits, mon
 def test_a_checkpoint_with_other_outcomes_than_are_recorded_is_not_used(declare, digits, monkeypatch, capfd, before, after):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
-    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    monkeypatch.setattr(stack_width, "_DENSE", {"cpu": 2})
     first, second = (declare(4, training={"epochs": 1}, record={"scores": scores}) for scores in (before, after))
     checkpoints = Interrupted(2)  # in the second stack
     with pytest.raises(Interrupted.StopError):
@@ -386,7 +386,7 @@ def test_a_damaged_or_foreign_checkpoint_is_reported_and_not_used(declare, digit
 def test_a_checkpoint_of_an_older_layout_is_dropped_and_the_shard_starts_over(declare, digits, monkeypatch, capfd):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
-    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    monkeypatch.setattr(stack_width, "_DENSE", {"cpu": 2})
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     experiment = declare(4, training={"epochs": 1})
     expected = train_shard(experiment, digits, range(4), CPU)
@@ -441,7 +441,7 @@ def test_margins_scores_and_mistakes_are_those_of_the_final_model(declare, digit
 
 
 def test_progress_counts_every_epoch_of_every_trial(declare, digits, monkeypatch):
-    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    monkeypatch.setattr(stack_width, "_DENSE", {"cpu": 2})
     seen = []
     train_shard(declare(5), digits, range(5), CPU, on_progress=lambda progress: seen.append((progress.epochs, progress.total)))
     assert seen == [(2, 10), (4, 10), (6, 10), (8, 10), (9, 10), (10, 10)]
@@ -588,11 +588,11 @@ def test_a_checkpoint_of_another_implementation_of_the_step_is_dropped(declare, 
     assert same_bits([expected], [resumed])
 
 
-@pytest.mark.parametrize("made_by", [{"device": "cuda"}, {"torch": "2.0.0"}, {"stack": "Other"}])
+@pytest.mark.parametrize("made_by", [{"device": "cuda"}, {"precision": "tf32"}, {"torch": "2.0.0"}, {"stack": "Other"}])
 def test_no_trial_is_trained_partly_elsewhere_though_the_checkpoint_fits(declare, monkeypatch, capfd, made_by):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
-    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    monkeypatch.setattr(stack_width, "_DENSE", {"cpu": 2})
     experiment = declare(4, dataset={"name": "digits", "max_train": 300})
     dataset, checkpoints, whole = prepare(experiment.dataset), Interrupted(), Interrupted()
     expected = train_shard(experiment, dataset, range(4), CPU, checkpoints=whole)
@@ -632,7 +632,7 @@ def test_outcomes_after_an_epoch_are_those_of_a_training_that_ends_there(declare
 def test_outcomes_by_epoch_survive_an_interruption_anywhere(declare, monkeypatch, stop_at):
     monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", math.inf)
-    monkeypatch.setattr(shard_module, "_STACK_WIDTH", {"cpu": 2})
+    monkeypatch.setattr(stack_width, "_DENSE", {"cpu": 2})
     monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
     parts = {"training": {"epochs": 3}, "dataset": {"name": "digits", "max_train": 200}}
     experiment = declare(4, record={"snapshots": [1, 2]}, **parts)
