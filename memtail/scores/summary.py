@@ -177,7 +177,7 @@ class ScoreSummary(Mapping[str, Any]):
             ValueError: it is of another outcome.
         """
         # memtail's first versions wrote no standard errors of accuracies
-        later = {"conditions": {}, "outcome": "correct", "selected_pairs": None, "extendable": True}
+        later: dict[str, Any] = {"conditions": {}, "outcome": "correct", "selected_pairs": None, "extendable": True}
         content = {"accuracy_se": dict.fromkeys(ACCURACIES), **later, **content}
         if content["outcome"] not in OUTCOMES:
             raise ValueError(f"outcome {content['outcome']!r} is none of {', '.join(OUTCOMES)}")
