@@ -74,7 +74,7 @@ def published(tmp_path):
     _write_snapshots(tmp_path / "snapshots.parquet", statistics)
     table = pyarrow.parquet.read_table(tmp_path / "snapshots.parquet")
     columns = {name: table[name].to_numpy() for name in table.column_names}
-    scores = SimpleNamespace(snapshots=columns, statistics=statistics.packed(), summary=SimpleNamespace(n_train=N))
+    scores = SimpleNamespace(snapshots=columns, selected_pairs=None, statistics=statistics.packed(), summary=SimpleNamespace(n_train=N))
     return statistics, tmp_path / "snapshots.parquet", Opened(None, scores, None, "")
 
 
