@@ -222,6 +222,7 @@ def test_an_export_is_imported_with_equal_scores(tmp_path):
         "model": {"name": "mlp", "hidden": [16]},
         "training": {"epochs": 3},
         "subsets": {"trials": 20, "design": "balanced"},
+        "record": {"scores": False},  # exports hold none
         "execution": {"device": "cpu"},
     }
     (tmp_path / "ours.yaml").write_text(yaml.safe_dump(spec))
