@@ -65,7 +65,7 @@ def check_pairs(experiment: Experiment, n_test: int) -> None:
     if until is not None and until.pairs is not None and not n_test:
         raise SpecError(
             f"subsets.until.pairs: the dataset of experiment '{experiment.name}' has no test set, so there are no pairs: "
-            f"use standard_error, interval_width or ranking"
+            "use standard_error, interval_width or ranking"
         )
 
 

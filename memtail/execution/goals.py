@@ -92,7 +92,7 @@ def overlap_goals(name: str, overlap: float, scores: PackedTrials, labels: Label
     measured: dict[str, list[Overlaps]] = {kind: [] for kind in kinds}
     for trials in sizes(scores.trials):
         splits = [_overlaps(scores, labels, trials, split) for split in range(SPLITS)]
-        for kind, by_split in zip(kinds, zip(*splits, strict=True), strict=False):
+        for kind, by_split in zip(kinds, zip(*splits, strict=True), strict=True):
             measured[kind].append(Overlaps(trials, by_split))
     goals = []
     for kind in kinds:

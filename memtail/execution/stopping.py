@@ -51,8 +51,7 @@ def trials_needed(
     """Return the number of trials that reaches all bounds if the rates stay as they are; infinite while too many examples have no estimate.
 
     The number of the statistics is returned if it is enough. Costs O(n), O(n log n) with a bound `ranking`, and four selections of pairs
-    with a bound `pairs`, which is left out without labels. Arguments are those of
-    `next_round`.
+    with a bound `pairs`, which is left out without labels. Arguments are those of `next_round`.
     """
     mem = memorization(statistics)
     # before the first trial no example has an estimate

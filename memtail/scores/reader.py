@@ -209,7 +209,11 @@ class Scores:
         Returns:
             Columns `tr_idx`, `tt_idx`, `label` if there are labels, the others of the table but `z`, and `tr_filename` and `tt_filename` if
             the dataset has file names.
+
+        Raises:
+            ScoresError: k is no number of rows.
         """
+        k = _count(k)
         if self.selected_pairs is None:
             pairs = {name: values[:k] for name, values in self.pairs.items()}
         else:

@@ -498,6 +498,7 @@ def test_the_message_of_a_fault_names_its_place(tmp_path):
         (lambda scores: scores.top_influenced([1, 2]), r"train: \[1, 2\] is no index of one train example"),
         (lambda scores: scores.top_influencers(1, "a"), "k: 'a' is no number of rows: give a whole number from 0 on"),
         (lambda scores: scores.most_memorized(-1), "k: -1 is no number of rows"),
+        (lambda scores: scores.strongest_pairs(-1), "k: -1 is no number of rows"),
     ],
 )
 def test_a_wrong_word_to_scores_is_one_line(finished, ask, line):
