@@ -12,6 +12,7 @@ from memtail.execution import retention
 from memtail.execution.aggregation import Aggregation, Extend, Pace, Step
 from memtail.execution.declare import declare as declare_record
 from memtail.execution.progress import progress_of
+from memtail.execution.stopping import next_round
 from memtail.experiment_store import Control, ExperimentStore
 from memtail.scores.files import write_scores
 from memtail.scores.pointer import latest_version
@@ -43,6 +44,11 @@ class Trained:
 
     def aggregation(self, pace=AT_ONCE):
         return Aggregation(self.store, self.record, self.digits, pace, self.clock)
+
+    def aggregation_of_all(self):
+        aggregation = self.aggregation()
+        aggregation.accumulate_new()
+        return aggregation
 
     def commit(self, first, diverged=False, correct=0.5, fingerprint=None, **origin):
         rng = np.random.default_rng(first)
@@ -169,6 +175,38 @@ def test_an_experiment_that_is_not_exact_enough_is_extended_before_it_is_publish
     assert aggregation.total == step.trials > 8
     assert experiment.store.read_record().experiment.subsets.trials == step.trials
     assert aggregation.next_step() is Step.PUBLISH
+
+
+def test_a_round_is_decided_once_for_the_same_trials_and_again_for_others(trained, monkeypatch):
+    experiment, decided = trained(16, until={"standard_error": 0.05}), []
+
+    def counted(subsets, statistics, *arguments):
+        decided.append((subsets.trials, statistics.digest()))
+        return next_round(subsets, statistics, *arguments)
+
+    monkeypatch.setattr(module, "next_round", counted)
+    for first in (0, 8):
+        experiment.commit(first, correct=0.9)
+    aggregation = experiment.aggregation()
+    aggregation.accumulate_new()
+    step = aggregation.next_step()
+    assert isinstance(step, Extend)
+    assert [aggregation.next_step() for _ in range(3)] == [step] * 3
+    assert len(decided) == 1
+    assert experiment.aggregation_of_all().next_step() == step  # as another process, or a restarted one
+    experiment.store.store.delete(keys.trial_batch("digits", 8, 15))
+    experiment.commit(8, correct=0.5)
+    aggregation.accumulate_new()
+    aggregation.next_step()
+    aggregation.next_step()
+    assert len(decided) == len(set(decided)) + 1 == 3
+    aggregation.extend(32)
+    for first in (16, 24):
+        assert aggregation.next_step() is Step.PUBLISH  # no round is decided before its end
+        experiment.commit(first)
+        aggregation.accumulate_new()
+    aggregation.next_step()
+    assert [trials for trials, _ in decided] == [16, 16, 16, 32]
 
 
 @pytest.mark.parametrize("damage", ["bytes", "fingerprint"])
