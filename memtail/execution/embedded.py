@@ -198,7 +198,8 @@ class _Run:
         return self._aggregation.next_step() is not Step.DONE
 
     def _train(self, shards: list[Shard]) -> None:
-        state, began = self._state, time.monotonic()
+        state = self._state
+        began = time.monotonic() - state.seconds  # of earlier rounds
         with self._workers(len(shards)) as workers:
             while shards or workers.running:
                 while shards and workers.idle:

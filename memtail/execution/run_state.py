@@ -20,7 +20,7 @@ class RunState:
         devices: the devices it trains on.
         partial: trained part of each shard in training (0 to 1).
         failed: shards this run gave up, with their last error.
-        seconds: seconds since training began.
+        seconds: seconds of training, in all rounds.
         phases: seconds by phase: those of the training processes together, and of committing, accumulating and publishing as "writing".
     """
 

@@ -49,7 +49,9 @@ def test_until_sets_the_first_round_and_is_not_in_the_fingerprint():
 
 def test_a_run_ends_once_its_standard_errors_reach_the_bound(tmp_path):
     experiment = spec(until={"standard_error": 0.04, "quantile": 0.9})
-    summary = run(experiment, tmp_path)
+    seconds = []
+    summary = run(experiment, tmp_path, on_progress=lambda state: seconds.append(state.seconds))
+    assert seconds == sorted(seconds)  # of all rounds, as the rate and the time left take them
     store = LocalStore(tmp_path)
     pointer = latest_version(store, "e")
     trials = summary["trials"]
