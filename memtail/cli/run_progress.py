@@ -130,7 +130,8 @@ class RunProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._task is not None:  # a bar that was never started would print an empty line
+            self._bar.stop()
 
     def update(self, state: "RunState") -> None:
         """Show the state of the run."""
@@ -142,7 +143,7 @@ class RunProgress:
         rate = (state.progress - self._resumed_at) / state.seconds if state.seconds else 0.0
         if console.is_terminal:
             self._update_bar(state, rate)
-        elif time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS or (state.trials == state.total != self._shown_trials):
+        elif self._is_due(state):
             left = f", {(state.total - state.progress) / rate:.0f} s left" if rate else ""
             line = f"{state.trials}/{state.total} trials, {rate:.2f} trials/s{left}"
             if self._shown_at == float("-inf"):
@@ -152,6 +153,12 @@ class RunProgress:
                 line = f"{state.trials}/{state.total} trials in the store; {images}, {len(state.devices)} x {state.devices[0]}"
             console.print(", ".join(part for part in (line, _figures(state)) if part))
             self._shown_at, self._shown_trials = time.monotonic(), state.trials
+
+    def _is_due(self, state: "RunState") -> bool:
+        """Whether a plain line is due: every few seconds, and at the end of a round, once."""
+        if state.trials == state.total:
+            return self._shown_trials != state.trials
+        return time.monotonic() - self._shown_at > _PLAIN_LINE_SECONDS
 
     def _update_bar(self, state: "RunState", rate: float) -> None:
         fields = {
