@@ -133,6 +133,16 @@ def digits(own_cache: None) -> ImageDataset:
     return datasets.as_images(datasets.prepare(Experiment.parse({"name": "digits", "dataset": {"name": "digits"}}).dataset))
 
 
+@pytest.fixture
+def no_images() -> Iterator[None]:
+    """Keep no examples on a device, before and after."""
+    from memtail.trainers.images.images import release_images  # imports torch
+
+    release_images()
+    yield
+    release_images()
+
+
 @pytest.fixture(scope="session")
 def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator["MinioServer"]:
     """One server for all tests; each test creates its own buckets."""

@@ -16,9 +16,11 @@ from memtail.statistics.cooccurrence_torch import count_block, words_on
 from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images import train_shard
 from memtail.trainers.images.devices import check_device, check_in_new_process, is_device_error
-from memtail.trainers.images.images import device_images, release_images
+from memtail.trainers.images.images import device_images
 from memtail.trials import unpack
 from tests.support.training import Interrupted, same_bits
+
+pytestmark = pytest.mark.usefixtures("no_images")
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -27,13 +29,6 @@ MODELS = {
     "resnet9": {"name": "resnet9", "options": {"width": 4}},
 }
 PRECISIONS = ["float32", "tf32", "bfloat16", "auto"]
-
-
-@pytest.fixture(autouse=True)
-def no_images():
-    release_images()
-    yield
-    release_images()
 
 
 @pytest.fixture

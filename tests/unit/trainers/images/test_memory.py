@@ -10,20 +10,15 @@ from memtail.datasets import prepare
 from memtail.errors import TrainingStopped
 from memtail.trainers.images import images, train_shard
 from memtail.trainers.images import shard as shard_module
-from memtail.trainers.images.images import DeviceImages, device_images, release_images
+from memtail.trainers.images.images import DeviceImages, device_images
 from memtail.trainers.images.prefetch import prefetched
 from memtail.trainers.images.stack_trainer import StackedRun
 from tests.support.training import Interrupted, same_bits
 
+pytestmark = pytest.mark.usefixtures("no_images")
+
 CPU = torch.device("cpu")
 NETWORKS = [{"name": "mlp", "hidden": [16]}, {"name": "resnet9", "options": {"width": 2}}]
-
-
-@pytest.fixture(autouse=True)
-def no_images():
-    release_images()
-    yield
-    release_images()
 
 
 @pytest.fixture
