@@ -123,6 +123,8 @@ def test_fetched_scores_equal_those_of_an_embedded_run(deployment: Deployment, s
 
 
 def test_the_explorer_shows_scores_and_images(deployment: Deployment) -> None:
+    # the first request may end before the scores are read
+    deployment.until(lambda: b"Reading the scores" not in _explored(deployment, ""), 60)
     assert b"1,438 training examples" in _explored(deployment, "")
     assert _explored(deployment, "/images/test/0.png").startswith(b"\x89PNG")
     with pytest.raises(urllib.error.HTTPError, match="401"):
