@@ -24,6 +24,7 @@ from memtail.errors import ForeignObjectError
 from memtail.execution.stopping import next_round
 from memtail.execution.throttle import Throttle
 from memtail.experiment_store import MAX_ATTEMPTS, ExperimentStore, Finished, Record
+from memtail.experiment_store.finished import bounds
 from memtail.scores.pointer import ScorePointer, latest_version
 from memtail.scores.publish import publish, score_version
 from memtail.scores.summary import SCHEMA, ScoreSummary
@@ -278,8 +279,19 @@ class Aggregation:
             return None
         digest, when = self.statistics.digest(), datetime.now(UTC).isoformat(timespec="seconds")
         batches = {shard.span: tag for shard, tag in self._accumulated.items()}
-        verify = self.record.experiment.execution.verify
-        finished = Finished(self.record.fingerprint, self.trials, digest, pointer.version, SCHEMA, self._discards, when, batches, verify)
+        experiment = self.record.experiment
+        finished = Finished(
+            self.record.fingerprint,
+            self.trials,
+            digest,
+            pointer.version,
+            SCHEMA,
+            self._discards,
+            when,
+            batches,
+            experiment.execution.verify,
+            bounds(experiment),
+        )
         held = self._store.finished(self.record)
         if held is None or replace(held, when=when) != finished:
             self._store.set_finished(finished)

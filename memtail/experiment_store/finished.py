@@ -5,15 +5,22 @@ lifecycle rule or to free space, and changes nothing.
 """
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Annotated, Self
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from memtail.errors import ForeignObjectError
+from memtail.spec import Experiment
 from memtail.trials import Shard
 
 SCHEMA = 1
+
+
+def bounds(experiment: Experiment) -> dict[str, Any] | None:
+    """Return `subsets.until` as JSON, None without; bounds that are not declared are left out."""
+    until = experiment.subsets.until
+    return None if until is None else until.model_dump(mode="json", exclude_defaults=True)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Finished:
         when: time in UTC, ISO 8601.
         batches: the tag of each trial batch that counts, by FIRST-LAST.
         verify: the share of the shards that was to be verified; 1 in a record that does not say.
+        until: the bounds `subsets.until` at which it ended, None without; empty in a record that does not say.
         archived: time at which the trial batches were removed by `memtail archive`; None if they were not.
     """
 
@@ -42,7 +50,14 @@ class Finished:
     when: str
     batches: dict[Annotated[str, Field(pattern=r"^\d+-\d+$")], str]
     verify: float = 1.0
+    until: dict[str, Any] | None = field(default_factory=dict)
     archived: str | None = None
+
+    def holds_for(self, experiment: Experiment) -> bool:
+        """Return whether an experiment as it is declared now has ended: with as many trials and verified shards, and at these bounds."""
+        until = bounds(experiment)
+        enough = self.trials >= experiment.subsets.trials and self.verify >= experiment.execution.verify
+        return enough and (until is None or self.until in (until, {}))
 
     @property
     def shards(self) -> list[Shard]:

@@ -76,7 +76,7 @@ class ExperimentStore(BatchObjects, ControlObjects):
             return new
         extended = self._change_record(lambda held: self._extended(held, declared))
         if self.finished(extended) is None:  # it was extended, now or by a submission that was interrupted here
-            self.reopen("it was submitted with more trials, or with more shards to verify")
+            self.reopen("it was submitted with more trials, other bounds, or more shards to verify")
         return extended
 
     def _extended(self, held: Record, declared: Record) -> Record:
@@ -134,7 +134,7 @@ class ExperimentStore(BatchObjects, ControlObjects):
     def finished(self, record: Record) -> Finished | None:
         """Read the record of the experiment's end; None if there is none, or it does not hold any more.
 
-        It holds until the experiment is extended, more of its shards are to be verified, or a batch is discarded.
+        It holds until the experiment is extended or asks for other bounds, more of its shards are to be verified, or a batch is discarded.
 
         Args:
             record: the experiment's record.
@@ -142,7 +142,7 @@ class ExperimentStore(BatchObjects, ControlObjects):
         Raises:
             StoreError: the store cannot be read.
         """
-        key, experiment, trials = keys.finished(self.name), record.experiment, record.experiment.subsets.trials
+        key, trials = keys.finished(self.name), record.experiment.subsets.trials
         try:
             finished = Finished.from_bytes(self.store.get(key, limit=SMALL + _TAGGED * trials), key)
         except ObjectNotFound:
@@ -150,7 +150,7 @@ class ExperimentStore(BatchObjects, ControlObjects):
         except ForeignObjectError as error:
             log.warning("record of the end ignored", experiment=self.name, reason=str(error))
             return None
-        if finished.fingerprint != record.fingerprint or finished.trials < trials or finished.verify < experiment.execution.verify:
+        if finished.fingerprint != record.fingerprint or not finished.holds_for(record.experiment):
             return None
         return finished if finished.discards == self.discards() else None
 

@@ -13,6 +13,7 @@ from memtail.execution.shard_task import ShardOutcome, run_shard
 from memtail.experiment_store import Control, ExperimentStore, change_tags
 from memtail.experiment_store.replicas import compare
 from memtail.scores.pointer import latest_version
+from memtail.spec import UntilSpec
 from memtail.storage import ObjectNotFound, keys
 from memtail.storage.local import LocalStore
 from memtail.trials import Shard
@@ -144,6 +145,31 @@ def verifying(record, share):
     return replace(
         record, experiment=experiment.model_copy(update={"execution": experiment.execution.model_copy(update={"verify": share})})
     )
+
+
+@pytest.mark.parametrize(("ended_at", "until"), [(None, {"standard_error": 0.2}), ({"standard_error": 0.4}, {"standard_error": 0.2})])
+def test_a_smaller_bound_reopens_the_experiment_which_then_takes_more_trials(trained, ended_at, until):
+    trained.record = trained.store.register(bounded(trained.record, ended_at))
+    assert finish(trained)
+    trained.store.register(bounded(trained.record, ended_at))
+    assert finished(trained)
+    trained.record = trained.store.register(bounded(trained.record, until))
+    assert not finished(trained)
+    aggregation = trained.aggregation()
+    aggregation.accumulate_new()
+    assert aggregation.next_step().trials > 16
+
+
+def test_a_record_of_the_end_that_does_not_name_the_bounds_holds(trained):
+    trained.store.set_finished(replace(finish(trained), until={}))
+    trained.record = trained.store.register(bounded(trained.record, {"standard_error": 0.2}))
+    assert finished(trained)
+
+
+def bounded(record, until):
+    """Return a record with the bounds `until`."""
+    subsets = record.experiment.subsets.model_copy(update={"until": until and UntilSpec(**until)})
+    return replace(record, experiment=record.experiment.model_copy(update={"subsets": subsets}))
 
 
 def test_more_verification_that_is_cut_off_before_it_reopens_the_experiment_takes_effect_if_repeated(trained, monkeypatch):
