@@ -19,8 +19,7 @@ The targets compare adjusted influence with the thresholds of the paper at twice
 3/2 of them: at least the overlap, and 0.9 of the recall with equal trials. Differences of overlaps come with the standard error of their
 mean over the seeds. The constants of `memtail.estimators.adjusted` were chosen on experiments of seed 0, which the rows do not measure.
 
-The rows write the overlaps to `stability.json` and draw them into the documentation. What is there now is of fewer seeds: on digits 1 and 2
-for pairs and 1 for memorized examples, on MNIST 0 for memorized examples; CIFAR-10 was trained on a GPU.
+The rows write the overlaps to `stability.json` and draw them into the documentation. CIFAR-10 was trained on a GPU.
 """
 
 import json
