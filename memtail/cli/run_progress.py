@@ -144,8 +144,8 @@ class RunProgress:
         if console.is_terminal:
             self._update_bar(state, rate)
         elif self._is_due(state):
-            left = f", {(state.total - state.progress) / rate:.0f} s left" if rate else ""
-            line = f"{state.trials}/{state.total} trials, {rate:.2f} trials/s{left}"
+            left = f"{(state.total - state.progress) / rate:.0f} s left" if rate else ""
+            line = ", ".join(part for part in (f"{state.trials}/{state.total} trials", _shown(rate), left) if part)
             if self._shown_at == float("-inf"):
                 examples = "images" if state.dataset.kind == "images" else "examples"
                 test = f"and {state.dataset.n_test} test {examples}" if state.dataset.n_test else f"{examples}, no test set"
@@ -163,13 +163,17 @@ class RunProgress:
     def _update_bar(self, state: "RunState", rate: float) -> None:
         fields = {
             "trials": f"{state.trials}/{state.total}",
-            "figures": ", ".join(part for part in (f"{rate:.2f} trials/s", _figures(state)) if part),
+            "figures": ", ".join(part for part in (_shown(rate), _figures(state)) if part),
         }
         if self._task is None:
             self._bar.start()
             name = state.record.experiment.name
             self._task = self._bar.add_task("", total=state.total, completed=state.progress, name=name, **fields)  # type: ignore[arg-type]
         self._bar.update(self._task, completed=state.progress, **fields)  # type: ignore[arg-type]
+
+
+def _shown(rate: float) -> str:
+    return f"{rate:.2f} trials/s" if rate else ""  # before the first trial it is unknown
 
 
 def _figures(state: "RunState") -> str:

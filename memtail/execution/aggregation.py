@@ -241,7 +241,7 @@ class Aggregation:
     def extend(self, trials: int) -> None:
         """Ask for more trials. Raises: StoreError."""
         self.record = self._store.extend(trials)
-        log.info("extended", trials=trials)
+        log.info("subsets.until is not reached yet: next round", experiment=self._store.name, trials=trials)
 
     def publish(self) -> ScoreSummary:
         """Publish the scores of all accumulated trials; returns their summary.
