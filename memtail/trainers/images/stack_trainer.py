@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from memtail.models import build_model, own_network
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment, RecordedOutcomes
-from memtail.trainers.images.augmentations import epoch_augmentation
-from memtail.trainers.images.batches import batch_bounds, epoch_order
+from memtail.trainers.images.batches import Epoch, batch_bounds, draw_epoch
 from memtail.trainers.images.cpu.mlp import COMPILED, DenseStack, dense_layers
 from memtail.trainers.images.cuda.mlp import CapturedDenseStack
 from memtail.trainers.images.devices import float32_products
@@ -25,6 +24,7 @@ from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.optimizers import make_optimizer
 from memtail.trainers.images.precision import computed_precision
+from memtail.trainers.images.prefetch import ToDevice, prefetched
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.schedule import learning_rate_factor
 from memtail.trainers.images.stack import Single, Stacked, join_parameters, stack_networks, use_channels_last
@@ -124,9 +124,12 @@ class StackedRun:
 
     def _train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
         self._take_snapshot()  # the run may have been interrupted before it
-        while self.epoch < self.recipe.epochs:
-            self._train_epoch(between_steps)
-            self._take_snapshot()
+        with closing(prefetched(self._drawn, range(self.epoch, self.recipe.epochs), self.images.device)) as epochs:
+            while self.epoch < self.recipe.epochs:
+                with self.phases.measure("data"):
+                    drawn = next(epochs)
+                self._train_epoch(drawn, between_steps)
+                self._take_snapshot()
         m, record = self.subsets.shape[1], self.experiment.record
         train, test = (self._evaluate(split, record) for split in ("train", "test"))
         return StackResult(train, test, (self.loss_sum / m).cpu().double().numpy(), self.snapshots)
@@ -141,18 +144,18 @@ class StackedRun:
         with self.phases.measure("evaluation"):
             return evaluate(self.stack, self.images, split, record, self.autocast, self.recipe.batch_size, self._on_evaluated)
 
-    def _train_epoch(self, between_steps: Callable[["StackedRun"], None]) -> None:
-        recipe, images, seed = self.recipe, self.images, self.experiment.subsets.seed
-        with self.phases.measure("data"):
-            order = epoch_order(seed, self.trials, self.epoch, self.subsets)
-            size = images.train.shape[1:3]
-            augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], size)
+    def _drawn(self, epoch: int, to_device: ToDevice) -> Epoch:
+        recipe, seed, size = self.recipe, self.experiment.subsets.seed, self.images.train.shape[1:3]
+        return draw_epoch(recipe.augmentation, seed, self.trials, epoch, self.subsets, size, to_device)
+
+    def _train_epoch(self, drawn: Epoch, between_steps: Callable[["StackedRun"], None]) -> None:
+        recipe, images = self.recipe, self.images
         steps = recipe.epochs * len(self.bounds)
         if self.step == 0:
             self.loss_sum.zero_()
         calls = [self.bounds[at : at + self.steps_at_once] for at in range(self.step, len(self.bounds), self.steps_at_once)]
         parts = [slice(bounds[0][0], bounds[-1][1]) for bounds in calls]
-        with closing(images.batches(torch.from_numpy(order), parts, augmentation)) as batches:
+        with closing(images.batches(drawn, parts)) as batches:
             for bounds, part in zip(calls, parts, strict=True):
                 done = self.epoch * len(self.bounds) + self.step
                 rates = [recipe.optimizer.lr * learning_rate_factor(recipe.schedule, done + ahead, steps) for ahead in range(len(bounds))]
