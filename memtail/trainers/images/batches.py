@@ -1,7 +1,7 @@
 """Batches of each trial: their order and augmentation are a pure function of (seed, trial, epoch)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,8 @@ from memtail.trainers.images.augmentations import epoch_augmentation
 from memtail.trainers.images.prefetch import ToDevice
 
 
-class Epoch(NamedTuple):
+@dataclass(frozen=True)
+class Epoch:
     """What is drawn for an epoch of S trials.
 
     Attributes:

@@ -9,15 +9,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-_Item, _Made = TypeVar("_Item"), TypeVar("_Made")
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
 #: Copies a tensor in host memory to the device.
 ToDevice = Callable[[Tensor], Tensor]
 
 
-def prefetched(
-    make: Callable[[_Item, ToDevice], _Made], items: Iterable[_Item], device: torch.device
-) -> Generator[_Made, None, None]:
+def prefetched(make: Callable[[_Item, ToDevice], _Made], items: Iterable[_Item], device: torch.device) -> Generator[_Made, None, None]:
     """Yield what a function makes of each item; for an accelerator a thread makes that of the next item meanwhile.
 
     On CUDA its copies pass through page-locked memory on a stream of their own, so that neither the host nor the device waits for them. On

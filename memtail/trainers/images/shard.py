@@ -1,7 +1,8 @@
 """`train_shard`: the trials of a shard, trained stack by stack, as a trial batch."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -18,10 +19,14 @@ from memtail.models.trained import About, packed
 from memtail.spec import Experiment
 from memtail.subsets import membership
 from memtail.trainers.checkpoints import Checkpoints
+from memtail.trainers.images.batches import Epoch, draw_epoch
 from memtail.trainers.images.checkpoint import ShardState, decode, encode
 from memtail.trainers.images.devices import attributed, cpu_name, device_kind, device_name, is_out_of_memory, reproducible
 from memtail.trainers.images.images import DeviceImages, device_images
+from memtail.trainers.images.initial import InitialStack, draw_stack
+from memtail.trainers.images.prefetch import ToDevice, prefetched, runs_ahead
 from memtail.trainers.images.profiling import Phases
+from memtail.trainers.images.stack import is_stackable
 from memtail.trainers.images.stack_trainer import StackedRun, StackResult
 from memtail.trainers.images.stack_width import stack_width
 from memtail.trainers.images.trial_batch import concatenate, make_trial_batch
@@ -100,6 +105,17 @@ def train_shard(
 
 
 @dataclass
+class _Stack:
+    """A stack of a shard: its rows there, the state of an interrupted training, and what is drawn for it beside other work."""
+
+    rows: list[int]
+    state: dict[str, Any] | None = None
+    subsets: npt.NDArray[np.int64] | None = None
+    initial: InitialStack | None = None
+    epoch: Epoch | None = None
+
+
+@dataclass
 class _ShardTraining:
     experiment: Experiment
     dataset: Trainable
@@ -120,38 +136,61 @@ class _ShardTraining:
         interrupted, kind = self._load(), device_kind(self.device)
         if kind not in self.kinds[-1:]:
             self.kinds.append(kind)
-        if interrupted is not None:
-            # with the trials of the checkpoint, since the stacks of this run may have another width
-            self._train_rows([self.trials.index(trial) for trial in interrupted["trials"]], interrupted)
-        for rows in self._stacks(self._width(), sum(len(trials) for trials, _ in self.finished)):
-            self._train_rows(rows, None)
-        return concatenate([result for _, result in self.finished])
-
-    def _width(self) -> int:
-        """Return the number of networks per stack."""
         with torch.random.fork_rng(devices=[]):
             network = build_model(self.experiment.model, self.dataset.input_shape, len(self.dataset.classes))
-        return stack_width(network, self.dataset.input_shape, self.experiment.training.batch_size, self.device)
+        width = stack_width(network, self.dataset.input_shape, self.experiment.training.batch_size, self.device)
+        stacks = self._stacks(width, interrupted)
+        # other networks may draw in training from the generator of the weights
+        if runs_ahead(self.device) and is_stackable(network):
+            stacks = prefetched(self._prepare, stacks, self.device)
+        with closing(stacks):
+            for stack in stacks:
+                self._train_rows(stack)
+        return concatenate([result for _, result in self.finished])
 
-    def _stacks(self, width: int, first: int) -> Iterator[list[int]]:
-        """Yield runs of at most `width` rows, from `first` on, with subsets of one size (those of explicit masks may differ)."""
+    def _stacks(self, width: int, interrupted: dict[str, Any] | None) -> Generator[_Stack, None, None]:
+        """Yield the stacks to train: at most `width` trials each, with subsets of one size (those of explicit masks may differ)."""
         sizes = self.members.sum(1)
         rows: list[int] = []
+        first = sum(len(trials) for trials, _ in self.finished)
+        if interrupted is not None:
+            # with the trials of the checkpoint, since the stacks of this run may have another width
+            yield _Stack([self.trials.index(trial) for trial in interrupted["trials"]], interrupted)
+            first += len(interrupted["trials"])
         for row in range(first, len(self.trials)):
             if rows and (len(rows) == width or sizes[row] != sizes[rows[0]]):
-                yield rows
+                yield _Stack(rows)
                 rows = []
             rows.append(row)
         if rows:
-            yield rows
+            yield _Stack(rows)
+
+    def _prepare(self, stack: _Stack, to_device: ToDevice) -> _Stack:
+        """Draw for a stack what does not depend on others."""
+        stack.subsets, stack.initial = self._subsets(stack), self._initial(stack)
+        if stack.state is None:
+            recipe, seed, size = self.experiment.training, self.experiment.subsets.seed, self.dataset.input_shape[1:]
+            stack.epoch = draw_epoch(recipe.augmentation, seed, self._trials(stack), 0, stack.subsets, size, to_device)
+        return stack
+
+    def _trials(self, stack: _Stack) -> list[int]:
+        return [self.trials[row] for row in stack.rows]
+
+    def _subsets(self, stack: _Stack) -> npt.NDArray[np.int64]:
+        return np.stack([np.flatnonzero(self.members[row]) for row in stack.rows])
+
+    def _initial(self, stack: _Stack) -> InitialStack:
+        shape, classes = self.dataset.input_shape, len(self.dataset.classes)
+        return draw_stack(self.experiment, shape, classes, self._trials(stack), pin=self.device.type == "cuda")
 
     @property
     def _images(self) -> DeviceImages:
         return device_images(self.dataset, self.device)
 
-    def _train_rows(self, rows: list[int], resumed: dict[str, Any] | None) -> None:
+    def _train_rows(self, stack: _Stack) -> None:
+        rows = stack.rows
         try:
-            self.finished.append(([self.trials[row] for row in rows], self._train_stack(rows, resumed)))
+            self.finished.append((self._trials(stack), self._train_stack(stack)))
             return
         except Exception as error:
             if not is_out_of_memory(error) or (len(rows) == 1 and not self._images.evict()):
@@ -159,33 +198,35 @@ class _ShardTraining:
         torch.cuda.empty_cache()  # does nothing where this process has not used CUDA
         if len(rows) == 1:
             log.warning("out of device memory, reading the dataset from host memory", trial=self.trials[rows[0]], device=str(self.device))
-            self._train_rows(rows, resumed)
+            self._train_rows(stack)
             return
         half = len(rows) // 2
         log.warning("out of device memory, halving the stack", trials=len(rows), into=half, device=str(self.device))
-        self._train_rows(rows[:half], None)
-        self._train_rows(rows[half:], None)
+        self._train_rows(_Stack(rows[:half]))
+        self._train_rows(_Stack(rows[half:]))
 
-    def _train_stack(self, rows: list[int], resumed: dict[str, Any] | None) -> StackResult:
-        subsets = np.stack([np.flatnonzero(self.members[row]) for row in rows])
-        trials = [self.trials[row] for row in rows]
-
-        def begin() -> StackedRun:
-            shape, classes = self.dataset.input_shape, len(self.dataset.classes)
-            return StackedRun(self.experiment, self._images, shape, classes, trials, subsets, self.phases, self._give_sign)
-
-        run = begin()
-        if resumed is not None:
+    def _train_stack(self, stack: _Stack) -> StackResult:
+        run = self._begin(stack)
+        if stack.state is not None:
             try:
-                run.restore(resumed)
+                run.restore(stack.state)
             except Exception as error:  # see `StackedRun.restore`
                 if is_out_of_memory(error):
                     raise
-                log.warning("checkpoint does not fit, starting over", trials=f"{trials[0]}-{trials[-1]}", error=str(error)[:200])
-                run = begin()
+                trials = f"{run.trials[0]}-{run.trials[-1]}"
+                log.warning("checkpoint does not fit, starting over", trials=trials, error=str(error)[:200])
+                run = self._begin(stack)
         result = run.train(self._between_steps)
         self._keep_models(run)
         return result
+
+    def _begin(self, stack: _Stack) -> StackedRun:
+        """Begin a training. What was drawn for it leaves the stack: the training changes it, and the device should hold it once."""
+        subsets = self._subsets(stack) if stack.subsets is None else stack.subsets
+        initial, epoch = stack.initial or self._initial(stack), stack.epoch
+        stack.initial = stack.epoch = None
+        shape, classes, trials = self.dataset.input_shape, len(self.dataset.classes), self._trials(stack)
+        return StackedRun(self.experiment, self._images, shape, classes, trials, subsets, self.phases, self._give_sign, initial, epoch)
 
     def _keep_models(self, run: StackedRun) -> None:
         """Have the trained models kept that are to be."""

@@ -7,8 +7,11 @@ import torch
 
 from memtail.datasets import prepare
 from memtail.trainers.images import prefetch, stack_trainer, train_shard
+from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images.images import device_images
+from memtail.trainers.images.initial import draw_stack
 from memtail.trainers.images.prefetch import prefetched
+from memtail.trainers.images.stack import is_stackable
 from memtail.trainers.images.stack_trainer import StackedRun
 from tests.support.training import Interrupted, same_bits
 
@@ -28,7 +31,14 @@ def few(declare):
 @pytest.fixture
 def ahead(monkeypatch):
     """Work ahead as for an accelerator."""
-    monkeypatch.setattr(prefetch, "runs_ahead", lambda device: True)
+    for module in (prefetch, shard_module):
+        monkeypatch.setattr(module, "runs_ahead", lambda device: True)
+
+
+@pytest.fixture
+def two_wide(monkeypatch):
+    """Stacks of two trials."""
+    monkeypatch.setattr(shard_module, "stack_width", lambda network, *rest: 2 if is_stackable(network) else 1)
 
 
 def threads():
@@ -66,11 +76,12 @@ def test_a_cpu_makes_each_item_when_it_is_used_without_a_thread():
     assert made == [(1, threading.current_thread())]
 
 
+@pytest.mark.usefixtures("two_wide")
 @pytest.mark.parametrize("resident", [True, False], ids=["resident", "in host memory"])
 @pytest.mark.parametrize("model", NETWORKS, ids=lambda model: model["name"])
 def test_no_bit_depends_on_work_ahead(declare, few, request, model, resident):
     experiment = declare(5, model=model, training={"augmentation": "crop-flip", "epochs": 2}, record={"margins": True, "scores": True})
-    trials = range(5) if model["name"] == "mlp" else range(2)
+    trials = range(5) if model["name"] == "mlp" else range(3)
     expected = train_shard(experiment, few, trials, CPU)
     request.getfixturevalue("ahead")
     device_images(few, CPU).resident = resident
@@ -97,3 +108,88 @@ def test_the_next_epoch_is_drawn_while_this_one_is_computed(declare, few, monkey
     monkeypatch.setattr(StackedRun, "_train_epoch", slow)
     train_shard(declare(2, model=model, training={"epochs": 3}), few, range(1), CPU)
     assert waited == [True, True, True]
+
+
+def weights(stack):
+    return torch.cat([tensor.flatten() for place in range(2) for tensor in stack.tensors_of(place)])
+
+
+@pytest.mark.usefixtures("ahead", "two_wide")
+@pytest.mark.parametrize("model", NETWORKS[:2], ids=lambda model: model["name"])
+def test_the_networks_of_the_next_stack_are_drawn_while_this_one_is_computed(declare, few, monkeypatch, model):
+    drawn, waited = [threading.Event() for _ in range(4)], []
+    prepare_stack, train = shard_module._ShardTraining._prepare, StackedRun._train_epoch
+
+    def noted(self, stack, to_device):
+        prepare_stack(self, stack, to_device)
+        drawn[stack.rows[0] // 2].set()
+        return stack
+
+    def slow(self, *args):
+        waited.append(drawn[self.trials[0] // 2 + 1].wait(PATIENCE) if self.trials[0] < 6 else True)
+        train(self, *args)
+
+    monkeypatch.setattr(shard_module._ShardTraining, "_prepare", noted)
+    monkeypatch.setattr(StackedRun, "_train_epoch", slow)
+    train_shard(declare(8, model=model, training={"epochs": 1}), few, range(8), CPU)
+    assert waited == [True] * 4
+
+
+def test_weights_do_not_depend_on_draws_of_other_stacks_in_other_threads(declare):
+    experiment = declare(8, model=NETWORKS[1])
+    expected = {first: weights(draw_stack(experiment, (1, 8, 8), 10, [first, first + 1], pin=False).stack) for first in range(0, 8, 2)}
+    got, before = {}, torch.get_rng_state()
+
+    def draw(first):
+        for _ in range(5):
+            got.setdefault(first, []).append(weights(draw_stack(experiment, (1, 8, 8), 10, [first, first + 1], pin=False).stack))
+
+    drawing = [threading.Thread(target=draw, args=(first,)) for first in expected]
+    for thread in drawing:
+        thread.start()
+    for thread in drawing:
+        thread.join()
+    assert all(torch.equal(each, expected[first]) for first in expected for each in got[first])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("ahead")
+def test_nothing_is_drawn_ahead_of_a_network_that_may_draw_in_training(declare, few, monkeypatch):
+    monkeypatch.setattr(shard_module._ShardTraining, "_prepare", lambda *args: pytest.fail("drawn ahead"))
+    experiment = declare(3, model={"name": "tests.support.networks:with_dropout"}, training={"epochs": 1})
+    batch = train_shard(experiment, few, range(3), CPU)
+    alone = [train_shard(experiment, few, [trial], CPU) for trial in range(3)]
+    assert same_bits([batch], alone)
+
+
+@pytest.mark.usefixtures("two_wide")
+@pytest.mark.parametrize("model", NETWORKS, ids=lambda model: model["name"])
+def test_training_interrupted_within_an_epoch_reaches_the_same_bits(declare, few, request, monkeypatch, model):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", 1e9)
+    experiment = declare(5, model=model, training={"epochs": 2, "batch_size": 16, "augmentation": "crop-flip"}, record={"margins": True})
+    trials = range(5) if model["name"] == "mlp" else range(3)
+    monkeypatch.setattr(stack_trainer, "_PIXELS_AT_ONCE", 1)
+    expected = train_shard(experiment, few, trials, CPU)
+    request.getfixturevalue("ahead")
+    interrupted = Interrupted(20)  # within the first stack's last epoch, or the second's first
+    with pytest.raises(Interrupted.StopError):
+        train_shard(experiment, few, trials, CPU, checkpoints=interrupted)
+    assert not threads()
+    interrupted.stop_at = None
+    assert same_bits([expected], [train_shard(experiment, few, trials, CPU, checkpoints=interrupted)])
+
+
+@pytest.mark.usefixtures("ahead", "two_wide")
+def test_a_stack_that_does_not_fit_is_drawn_again_in_halves(declare, few, monkeypatch):
+    experiment = declare(6, model=NETWORKS[0], training={"epochs": 1})
+    train = StackedRun.train
+
+    def cramped(self, between_steps):
+        if list(self.trials) == [2, 3]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train(self, between_steps)
+
+    expected = train_shard(experiment, few, range(6), CPU)
+    monkeypatch.setattr(StackedRun, "train", cramped)
+    assert same_bits([expected], [train_shard(experiment, few, range(6), CPU)])
