@@ -34,7 +34,6 @@ class Task:
         dataset: folder of its prepared dataset.
         store: address of the store.
         device: device to train on, as torch names it.
-        profile: whether to measure the seconds by phase.
         code: folder of the user's training code, if the trainer is the user's.
     """
 
@@ -42,7 +41,6 @@ class Task:
     dataset: Path
     store: str
     device: str
-    profile: bool = False
     code: Path | None = None
 
 
@@ -186,9 +184,8 @@ def _train(task: Task, shard: Shard) -> ShardResult:
             code=task.code,
             store=task.store,
             on_progress=lambda fraction: _reports.put((shard, fraction)),
-            profile=task.profile,
         )
 
     experiment_store = ExperimentStore(_store(task.store), task.record.experiment.name)
     result = run_shard(experiment_store, task.record, shard, task.device, train)
-    return replace(result, process_usable=trainer.usable, peak_memory=trainer.peak_memory)
+    return replace(result, device=task.device, process_usable=trainer.usable, peak_memory=trainer.peak_memory)

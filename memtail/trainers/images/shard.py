@@ -58,7 +58,6 @@ def train_shard(
     on_progress: Callable[[Progress], None] | None = None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] | None = None,
-    profile: bool = False,
 ) -> TrialBatch:
     """Train trials and record the outcomes of their final models.
 
@@ -77,10 +76,10 @@ def train_shard(
             more than a hundredth of the time.
         stop: asked every few steps whether to stop. It is also called after every batch of an evaluation, and after every model that is
             kept, where training is not stopped.
-        profile: add the seconds by phase (of this call, not of an interrupted one) to the provenance, as `phases`.
 
     Returns:
-        The trials' batch. Its provenance holds the experiment's fingerprint, the software, the device and the seconds of training.
+        The trials' batch. Its provenance holds the experiment's fingerprint, the software, the device, and the seconds of training, also
+        by phase (of this call, not of an interrupted one).
 
     Raises:
         SpecError: the model or the subset design does not fit the dataset.
@@ -92,14 +91,14 @@ def train_shard(
         began, started = time.perf_counter(), datetime.now(UTC)
         members = membership(experiment.subsets, dataset.train_labels, trials)
         fingerprint = experiment.fingerprint(dataset.fingerprint)
-        phases = Phases(device if profile else None)
+        phases = Phases(device)
         with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, stop, fingerprint, phases)
             result = shard.run()
         provenance = replace(
             describe_training(fingerprint, device_name(device), cpu_name(), started, time.perf_counter() - began),
             devices=tuple(shard.kinds) if len(shard.kinds) > 1 else None,  # it was resumed on another
-            phases={phase: round(spent, 3) for phase, spent in phases.seconds.items()} if phases.on else None,
+            phases={phase: round(spent, 3) for phase, spent in phases.seconds().items()},
         )
         return make_trial_batch(dataset, trials, members, result, provenance)
 

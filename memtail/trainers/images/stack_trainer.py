@@ -85,7 +85,7 @@ class StackedRun:
         epoch: Epoch | None = None,
     ) -> None:
         self.experiment, self.images, self.trials, self.subsets = experiment, images, trials, subsets
-        self.recipe, self.phases, self._on_evaluated = experiment.training, phases or Phases(), on_evaluated
+        self.recipe, self.phases, self._on_evaluated = experiment.training, phases or Phases(images.device), on_evaluated
         on_cuda = images.device.type == "cuda"
         network, stack = initial or draw_stack(experiment, input_shape, classes, trials, pin=on_cuda)
         self.stack: Stacked | Single | _Dense = stack.to(images.device, non_blocking=on_cuda).train()

@@ -8,6 +8,7 @@ import torch
 from memtail.datasets import prepare
 from memtail.trainers.images import prefetch, stack_trainer, train_shard
 from memtail.trainers.images import shard as shard_module
+from memtail.trainers.images.batches import draw_epoch
 from memtail.trainers.images.images import device_images
 from memtail.trainers.images.initial import draw_stack
 from memtail.trainers.images.prefetch import prefetched
@@ -93,7 +94,7 @@ def test_no_bit_depends_on_work_ahead(declare, few, request, model, resident):
 @pytest.mark.parametrize("model", NETWORKS, ids=lambda model: model["name"])
 def test_the_next_epoch_is_drawn_while_this_one_is_computed(declare, few, monkeypatch, model):
     drawn, waited = [threading.Event() for _ in range(3)], []
-    draw, train = stack_trainer.draw_epoch, StackedRun._train_epoch
+    draw, train = draw_epoch, StackedRun._train_epoch
 
     def noted(augmentation, seed, trials, epoch, *rest):
         result = draw(augmentation, seed, trials, epoch, *rest)
@@ -104,7 +105,7 @@ def test_the_next_epoch_is_drawn_while_this_one_is_computed(declare, few, monkey
         waited.append(self.epoch == 2 or drawn[self.epoch + 1].wait(PATIENCE))
         train(self, *args)
 
-    monkeypatch.setattr(stack_trainer, "draw_epoch", noted)
+    monkeypatch.setattr("memtail.trainers.images.stack_trainer.draw_epoch", noted)
     monkeypatch.setattr(StackedRun, "_train_epoch", slow)
     train_shard(declare(2, model=model, training={"epochs": 3}), few, range(1), CPU)
     assert waited == [True, True, True]
