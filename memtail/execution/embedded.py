@@ -203,7 +203,7 @@ class _Run:
         began = time.monotonic() - state.seconds  # of earlier rounds
         with self._workers(len(shards)) as workers:
             while shards or workers.running:
-                while shards and workers.idle:
+                while shards and workers.takes(len(shards)):
                     workers.start(shards.pop(0))
                 for result in workers.finished(timeout=0.2):
                     state.partial.pop(result.shard, None)
@@ -242,7 +242,7 @@ class _Run:
             return
         with workers:
             while shards or workers.running:
-                while shards and workers.idle:
+                while shards and workers.takes(len(shards)):
                     workers.start(shards.pop(0))
                 for result in workers.finished(timeout=0.2):
                     if result.outcome is not ShardOutcome.VERIFIED:

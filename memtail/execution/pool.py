@@ -2,6 +2,9 @@
 
 Each has its own process pool, so a process that dies (out of memory, a segfault) takes only its own shard with it and is replaced.
 Processes end when their parent does, also if it was killed. Each imports the script that started them, as multiprocessing does.
+
+A process of an accelerator has its next shard already while it trains one, so that the device does not wait for this process, which may be
+busy with publishing.
 """
 
 import multiprocessing
@@ -57,8 +60,7 @@ class Workers:
         self._reports: multiprocessing.queues.Queue[tuple[Shard, float]] = self._context.Queue()
         self._tasks = [replace(task, device=device) for device in devices]
         self._pools = [self._pool() for _ in self._tasks]
-        self._idle = list(range(len(devices)))
-        self._running: dict[Future[ShardResult], tuple[int, Shard]] = {}
+        self._running: dict[Future[ShardResult | None], tuple[int, Task, Shard]] = {}  # in the order of their starts
 
     def __enter__(self) -> "Workers":
         return self
@@ -70,20 +72,23 @@ class Workers:
         self._reports.cancel_join_thread()
 
     @property
-    def idle(self) -> int:
-        """Number of processes without a shard."""
-        return len(self._idle)
-
-    @property
     def running(self) -> list[Shard]:
-        """The shards in training."""
-        return [shard for _, shard in self._running.values()]
+        """The shards in training, and those that processes have as their next ones."""
+        return [shard for _, _, shard in self._running.values()]
+
+    def takes(self, waiting: int) -> bool:
+        """Return whether a process takes another shard, of a number that wait.
+
+        It takes a next one only while there is one for each process: the last ones go to whichever is idle first.
+        """
+        wanted = [_most_held(task.device) for task in self._tasks] if waiting >= len(self._tasks) else [1] * len(self._tasks)
+        return any(held < most for held, most in zip(self._held(), wanted, strict=True))
 
     def start(self, shard: Shard, **changes: Any) -> None:
-        """Hand a shard to an idle process; `changes` replace fields of the task for this shard only."""
-        index = self._idle.pop()
-        future = self._pools[index].submit(_train, replace(self._tasks[index], **changes), shard)
-        self._running[future] = (index, shard)
+        """Hand a shard to the process with the fewest; `changes` replace fields of the task for this shard only."""
+        held = self._held()
+        index = held.index(min(held))
+        self._submit(index, replace(self._tasks[index], **changes), shard)
 
     def finished(self, timeout: float) -> list[ShardResult]:
         """Return the results since the last call; wait up to `timeout` seconds for the first.
@@ -94,20 +99,42 @@ class Workers:
             SpecError: the script starts a run when a process imports it.
         """
         results = []
-        for future in wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done:
-            index, shard = self._running.pop(future)
-            self._idle.append(index)
+        done = wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done
+        for future in [future for future in self._running if future in done]:
+            if future not in self._running:  # handed to a new process
+                continue
+            index, _, shard = self._running[future]
             try:
-                results.append(future.result())
-                if not results[-1].process_usable:
-                    _end(self._pools[index])
-                    self._pools[index] = self._pool()
+                result = future.result()
             except BrokenProcessPool:
                 check_script(self._pools[index])
-                self._pools[index] = self._pool()
                 error = "the training process died (killed, out of memory, or a crash in native code)"
-                results.append(ShardResult(shard, ShardOutcome.FAILED, error=error))
+                result = ShardResult(shard, ShardOutcome.FAILED, error=error, process_usable=False)
+            if result is None:
+                self._restart(index)
+                continue
+            del self._running[future]
+            results.append(result)
+            if not result.process_usable:
+                self._restart(index)
         return results
+
+    def _held(self) -> list[int]:
+        """Return the number of shards of each process."""
+        indices = [index for index, _, _ in self._running.values()]
+        return [indices.count(index) for index in range(len(self._pools))]
+
+    def _submit(self, index: int, task: Task, shard: Shard) -> None:
+        self._running[self._pools[index].submit(_train, task, shard)] = (index, task, shard)
+
+    def _restart(self, index: int) -> None:
+        """Replace a process, and hand its next shard, which it has not begun, to the new one."""
+        _end(self._pools[index])
+        self._pools[index] = self._pool()
+        for future, (holder, task, shard) in list(self._running.items()):
+            if holder == index and not _has_result(future):
+                del self._running[future]
+                self._submit(index, task, shard)
 
     def progress(self) -> list[tuple[Shard, float]]:
         """Return the reports of the processes since the last call: shards, and the part of each that is trained (0 to 1)."""
@@ -120,6 +147,15 @@ class Workers:
 
     def _pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, mp_context=self._context, initializer=_initialize, initargs=(self._reports,))
+
+
+def _most_held(device: str) -> int:
+    """Return the most shards that a process has: in training, and next."""
+    return 1 if device == "cpu" else 2
+
+
+def _has_result(future: "Future[ShardResult | None]") -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None and future.result() is not None
 
 
 def _end(pool: ProcessPoolExecutor) -> None:
@@ -172,8 +208,11 @@ def end_trainers() -> None:
         _trainers.popitem()[1].end()
 
 
-def _train(task: Task, shard: Shard) -> ShardResult:
+def _train(task: Task, shard: Shard) -> ShardResult | None:
+    """Train a shard; return None, and train nothing, in a process that an earlier shard has left unusable."""
     trainer = _trainer(task.device)
+    if not trainer.usable:
+        return None
 
     def train(checkpoints: StoredCheckpoints) -> TrialBatch:
         return trainer.train(
