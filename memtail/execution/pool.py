@@ -3,8 +3,8 @@
 Each has its own process pool, so a process that dies (out of memory, a segfault) takes only its own shard with it and is replaced.
 Processes end when their parent does, also if it was killed. Each imports the script that started them, as multiprocessing does.
 
-A process of an accelerator has its next shard already while it trains one, so that the device does not wait for this process, which may be
-busy with publishing.
+A process of an accelerator has its next shards already while it trains one. So the device does not wait for this process, which may be busy
+with publishing, nor for the networks of the next shard, which are drawn meanwhile.
 """
 
 import multiprocessing
@@ -59,7 +59,8 @@ class Workers:
         self._context = multiprocessing.get_context("spawn")
         self._reports: multiprocessing.queues.Queue[tuple[Shard, float]] = self._context.Queue()
         self._tasks = [replace(task, device=device) for device in devices]
-        self._pools = [self._pool() for _ in self._tasks]
+        self._upcoming = [self._context.SimpleQueue() for _ in devices]
+        self._pools = [self._pool(index) for index in range(len(devices))]
         self._running: dict[Future[ShardResult | None], tuple[int, Task, Shard]] = {}  # in the order of their starts
 
     def __enter__(self) -> "Workers":
@@ -73,16 +74,16 @@ class Workers:
 
     @property
     def running(self) -> list[Shard]:
-        """The shards in training, and those that processes have as their next ones."""
+        """The shards in training, and the next ones of the processes."""
         return [shard for _, _, shard in self._running.values()]
 
     def takes(self, waiting: int) -> bool:
         """Return whether a process takes another shard, of a number that wait.
 
-        It takes a next one only while there is one for each process: the last ones go to whichever is idle first.
+        It takes next ones only as long as there are as many for each process: the last ones go to whichever is idle first.
         """
-        wanted = [_most_held(task.device) for task in self._tasks] if waiting >= len(self._tasks) else [1] * len(self._tasks)
-        return any(held < most for held, most in zip(self._held(), wanted, strict=True))
+        share = (len(self._running) + waiting) // len(self._tasks) - 1
+        return any(held <= max(0, min(share, _most_next(task.device))) for held, task in zip(self._held(), self._tasks, strict=True))
 
     def start(self, shard: Shard, **changes: Any) -> None:
         """Hand a shard to the process with the fewest; `changes` replace fields of the task for this shard only."""
@@ -125,12 +126,14 @@ class Workers:
         return [indices.count(index) for index in range(len(self._pools))]
 
     def _submit(self, index: int, task: Task, shard: Shard) -> None:
+        self._upcoming[index].put(shard)
         self._running[self._pools[index].submit(_train, task, shard)] = (index, task, shard)
 
     def _restart(self, index: int) -> None:
-        """Replace a process, and hand its next shard, which it has not begun, to the new one."""
+        """Replace a process, and hand its next shards, which it has not begun, to the new one."""
         _end(self._pools[index])
-        self._pools[index] = self._pool()
+        self._upcoming[index] = self._context.SimpleQueue()
+        self._pools[index] = self._pool(index)
         for future, (holder, task, shard) in list(self._running.items()):
             if holder == index and not _has_result(future):
                 del self._running[future]
@@ -145,13 +148,14 @@ class Workers:
             except (queue.Empty, EOFError, OSError):
                 return reports
 
-    def _pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, mp_context=self._context, initializer=_initialize, initargs=(self._reports,))
+    def _pool(self, index: int) -> ProcessPoolExecutor:
+        arguments = (self._reports, self._upcoming[index])
+        return ProcessPoolExecutor(1, mp_context=self._context, initializer=_initialize, initargs=arguments)
 
 
-def _most_held(device: str) -> int:
-    """Return the most shards that a process has: in training, and next."""
-    return 1 if device == "cpu" else 2
+def _most_next(device: str) -> int:
+    """Return the most shards that a process has beside the one in training: with two it knows, when it begins one, which comes then."""
+    return 0 if device == "cpu" else 2
 
 
 def _has_result(future: "Future[ShardResult | None]") -> bool:
@@ -169,11 +173,13 @@ def _end(pool: ProcessPoolExecutor) -> None:
 
 
 _reports: Any = None
+_upcoming: Any = None  # shards of this process, in order
+_known: list[Shard] = []  # those read from it, from the one in training on
 
 
-def _initialize(reports: Any) -> None:
-    global _reports  # noqa: PLW0603 - the queue cannot be sent with a task
-    _reports = reports
+def _initialize(reports: Any, upcoming: Any) -> None:
+    global _reports, _upcoming  # queues cannot be sent with a task
+    _reports, _upcoming = reports, upcoming
     logs.configure()
     keep_memory()
     follow_parent()
@@ -208,6 +214,15 @@ def end_trainers() -> None:
         _trainers.popitem()[1].end()
 
 
+def _following(shard: Shard) -> Shard | None:
+    """Return the shard that this process trains after one, if it is known."""
+    while _upcoming is not None and not _upcoming.empty():
+        _known.append(_upcoming.get())
+    while _known and _known[0] != shard:
+        _known.pop(0)
+    return _known[1] if len(_known) > 1 else None
+
+
 def _train(task: Task, shard: Shard) -> ShardResult | None:
     """Train a shard; return None, and train nothing, in a process that an earlier shard has left unusable."""
     trainer = _trainer(task.device)
@@ -223,6 +238,7 @@ def _train(task: Task, shard: Shard) -> ShardResult | None:
             code=task.code,
             store=task.store,
             on_progress=lambda fraction: _reports.put((shard, fraction)),
+            following=lambda: _following(shard),
         )
 
     experiment_store = ExperimentStore(_store(task.store), task.record.experiment.name)

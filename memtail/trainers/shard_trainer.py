@@ -42,6 +42,7 @@ class ShardTrainer:
         on_step: Callable[[], None] = lambda: None,
         stop: Callable[[], bool] = lambda: False,
         silence: float = math.inf,
+        following: Callable[[], Shard | None] = lambda: None,
     ) -> TrialBatch:
         """Train a shard from its last checkpoint on.
 
@@ -56,6 +57,7 @@ class ShardTrainer:
             on_step: is called when training has advanced; several times a second while user code is watched.
             stop: is asked every few steps, or several times a second, whether to stop.
             silence: seconds without progress after which user code is ended.
+            following: asked which shard of the experiment this process trains next, so that an accelerator does not wait for its networks.
 
         Returns:
             The shard's batch.
@@ -73,7 +75,7 @@ class ShardTrainer:
             self.peak_memory = self._process.peak_memory
             return batch
         self._process.end()
-        return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop)
+        return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop, following)
 
     def end(self) -> None:
         """End the trainer process."""
@@ -97,6 +99,7 @@ class ShardTrainer:
         on_progress: Callable[[float], None],
         on_step: Callable[[], None],
         stop: Callable[[], bool],
+        following: Callable[[], Shard | None],
     ) -> TrialBatch:
         import torch
 
@@ -120,6 +123,7 @@ class ShardTrainer:
                 on_progress=report,
                 checkpoints=checkpoints,
                 stop=step,
+                following=lambda: shard.trials if (shard := following()) else None,
             )
         except Exception as error:
             self.usable = not is_device_error(error)

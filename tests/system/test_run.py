@@ -159,7 +159,7 @@ def test_a_training_process_that_dies_costs_its_shard_and_is_replaced(declare, d
 
 
 def test_the_next_shard_of_a_process_that_dies_is_trained_by_another_and_not_counted_as_failed(declare, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "_most_held", lambda device: 2)
+    monkeypatch.setattr(pool, "_most_next", lambda device: 1)
     store = LocalStore(tmp_path / "store")
     record = make_record(declare(6, subsets={"design": "balanced"}), digits, 2)
     ExperimentStore(store, "digits").register(record)

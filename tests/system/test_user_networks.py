@@ -139,7 +139,7 @@ def here(module, small, monkeypatch):
 
     def train(record, trained=FIRST, kept=None):
         inside, kept = ShardTrainer("cpu"), kept or KeptCheckpoints()
-        return inside._train_images(record, small, trained, kept, lambda fraction: None, lambda: None, lambda: False)
+        return inside._train_images(record, small, trained, kept, lambda fraction: None, lambda: None, lambda: False, lambda: None)
 
     return train
 

@@ -1,7 +1,7 @@
 """`train_shard`: the trials of a shard, trained stack by stack, as a trial batch."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -58,6 +58,7 @@ def train_shard(
     on_progress: Callable[[Progress], None] | None = None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] | None = None,
+    following: Callable[[], Sequence[int] | None] = lambda: None,
 ) -> TrialBatch:
     """Train trials and record the outcomes of their final models.
 
@@ -76,6 +77,8 @@ def train_shard(
             more than a hundredth of the time.
         stop: asked every few steps whether to stop. It is also called after every batch of an evaluation, and after every model that is
             kept, where training is not stopped.
+        following: asked, where an accelerator begins the last stack, for the trials of this experiment that this process trains next, if
+            they are known; what the first of them begin with is drawn meanwhile, and kept for the next call.
 
     Returns:
         The trials' batch. Its provenance holds the experiment's fingerprint, the software, the device, and the seconds of training, also
@@ -89,12 +92,12 @@ def train_shard(
     """
     with attributed(device):
         began, started = time.perf_counter(), datetime.now(UTC)
-        members = membership(experiment.subsets, dataset.train_labels, trials)
-        fingerprint = experiment.fingerprint(dataset.fingerprint)
-        phases = Phases(device)
+        fingerprint, phases = experiment.fingerprint(dataset.fingerprint), Phases(device)
+        ahead = _take_ahead(fingerprint, device, trials)
+        members = ahead.members if ahead else membership(experiment.subsets, dataset.train_labels, trials)
         with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, stop, fingerprint, phases)
-            result = shard.run()
+            result = shard.run(ahead.stack if ahead else None, following)
         provenance = replace(
             describe_training(fingerprint, device_name(device), cpu_name(), started, time.perf_counter() - began),
             devices=tuple(shard.kinds) if len(shard.kinds) > 1 else None,  # it was resumed on another
@@ -114,6 +117,26 @@ class _Stack:
     epoch: Epoch | None = None
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """What is drawn of a shard before its training: membership, and its first stack."""
+
+    fingerprint: str
+    device: torch.device
+    trials: list[int]
+    members: npt.NDArray[np.bool_]
+    stack: _Stack
+
+
+_kept: list[_Ahead] = []  # of the next shard of this process
+
+
+def _take_ahead(fingerprint: str, device: torch.device, trials: Sequence[int]) -> _Ahead | None:
+    """Return what is kept of a shard; what is kept of another one is given up."""
+    ahead = _kept.pop() if _kept else None
+    return ahead if ahead and (ahead.fingerprint, ahead.device, ahead.trials) == (fingerprint, device, list(trials)) else None
+
+
 @dataclass
 class _ShardTraining:
     experiment: Experiment
@@ -131,7 +154,8 @@ class _ShardTraining:
     kinds: list[str] = field(default_factory=list)  # of all devices of the shard, in the order of use
     saving: float = 0.0  # seconds that the last checkpoint took
 
-    def run(self) -> StackResult:
+    def run(self, drawn: _Stack | None, following: Callable[[], Sequence[int] | None]) -> StackResult:
+        """Train the shard; the first stack may be drawn already."""
         interrupted, kind = self._load(), device_kind(self.device)
         if kind not in self.kinds[-1:]:
             self.kinds.append(kind)
@@ -140,14 +164,36 @@ class _ShardTraining:
         width = stack_width(network, self.dataset.input_shape, self.experiment.training.batch_size, self.device)
         stacks = self._stacks(width, interrupted)
         # other networks may draw in training from the generator of the weights
-        if runs_ahead(self.device) and is_stackable(network):
-            stacks = prefetched(self._prepare, stacks, self.device)
-        with closing(stacks):
+        if not (runs_ahead(self.device) and is_stackable(network)):
             for stack in stacks:
                 self._train_rows(stack)
+            return concatenate([result for _, result in self.finished])
+
+        def items() -> Iterator[_Stack | Sequence[int]]:
+            for stack in stacks:
+                yield drawn if drawn and stack.state is None and stack.rows == drawn.rows else stack
+            if (trials := following()) is not None:
+                yield trials
+
+        def prepare(item: _Stack | Sequence[int], to_device: ToDevice) -> _Stack | _Ahead:
+            return self._prepare(item, to_device) if isinstance(item, _Stack) else self._ahead(item, width, to_device)
+
+        with closing(prefetched(prepare, items(), self.device)) as prepared:
+            for item in prepared:
+                if isinstance(item, _Stack):
+                    self._train_rows(item)
+                else:
+                    _kept.append(item)
         return concatenate([result for _, result in self.finished])
 
-    def _stacks(self, width: int, interrupted: dict[str, Any] | None) -> Generator[_Stack, None, None]:
+    def _ahead(self, trials: Sequence[int], width: int, to_device: ToDevice) -> _Ahead:
+        """Draw another shard's membership and first stack."""
+        members = membership(self.experiment.subsets, self.dataset.train_labels, trials)
+        other = replace(self, trials=list(trials), members=members, finished=[])
+        stack = other._prepare(next(other._stacks(width, None)), to_device)
+        return _Ahead(self.fingerprint, self.device, other.trials, members, stack)
+
+    def _stacks(self, width: int, interrupted: dict[str, Any] | None) -> Iterator[_Stack]:
         """Yield the stacks to train: at most `width` trials each, with subsets of one size (those of explicit masks may differ)."""
         sizes = self.members.sum(1)
         rows: list[int] = []
@@ -165,7 +211,9 @@ class _ShardTraining:
             yield _Stack(rows)
 
     def _prepare(self, stack: _Stack, to_device: ToDevice) -> _Stack:
-        """Draw for a stack what does not depend on others."""
+        """Draw for a stack what does not depend on others, unless it is drawn."""
+        if stack.initial is not None:
+            return stack
         stack.subsets, stack.initial = self._subsets(stack), self._initial(stack)
         if stack.state is None:
             recipe, seed, size = self.experiment.training, self.experiment.subsets.seed, self.dataset.input_shape[1:]

@@ -44,7 +44,7 @@ class Pool:
 
 @pytest.fixture
 def workers(monkeypatch):
-    monkeypatch.setattr(Workers, "_pool", lambda self: Pool())
+    monkeypatch.setattr(Workers, "_pool", lambda self, index: Pool())
     monkeypatch.setattr(pool, "check_script", lambda pool: None)
 
     def start(devices):
@@ -69,14 +69,24 @@ def test_a_process_of_a_cpu_has_one_shard(workers):
     assert waiting == SHARDS[2:]
 
 
-def test_a_process_of_an_accelerator_has_its_next_shard_too(workers):
+def test_a_process_of_an_accelerator_has_its_next_shards_too(workers):
     processes, waiting = workers(["cuda:0", "cuda:1"]), SHARDS.copy()
     fill(processes, waiting)
-    assert held(processes) == [[SHARDS[0], SHARDS[2]], [SHARDS[1], SHARDS[3]]]
+    assert held(processes) == [SHARDS[0:6:2], SHARDS[1:6:2]]
     processes._pools[1].finish()
     assert [result.shard for result in processes.finished(0)] == [SHARDS[1]]
     fill(processes, waiting)
-    assert held(processes) == [[SHARDS[0], SHARDS[2]], [SHARDS[3], SHARDS[4]]]
+    assert held(processes) == [SHARDS[0:6:2], [SHARDS[3], SHARDS[5], SHARDS[6]]]
+
+
+def test_each_has_one_next_shard_where_there_are_few(workers):
+    processes, waiting = workers(["cuda:0", "cuda:1"]), SHARDS[:5]
+    fill(processes, waiting)
+    assert held(processes) == [[SHARDS[0], SHARDS[2]], [SHARDS[1], SHARDS[3]]]
+    processes._pools[0].finish()
+    processes.finished(0)
+    fill(processes, waiting)
+    assert held(processes) == [[SHARDS[2], SHARDS[4]], [SHARDS[1], SHARDS[3]]]
 
 
 def test_the_last_shards_go_to_whoever_is_idle_first(workers):
@@ -137,3 +147,14 @@ def test_an_unusable_process_trains_nothing(monkeypatch):
     monkeypatch.setitem(pool._trainers, "cuda:9", Unusable())
     assert pool._train(Task(None, Path(), "", device="cuda:9"), SHARDS[0]) is None
     pool._trainers.clear()
+
+
+def test_a_process_knows_which_shard_comes_then(workers, monkeypatch):
+    processes = workers(["cuda:0"])
+    fill(processes, SHARDS[:3])
+    monkeypatch.setattr(pool, "_known", [])
+    assert pool._following(SHARDS[0]) is None  # in a process without a queue
+    monkeypatch.setattr(pool, "_upcoming", processes._upcoming[0])
+    assert [pool._following(shard) for shard in SHARDS[:3]] == [SHARDS[1], SHARDS[2], None]
+    processes.start(SHARDS[3])
+    assert pool._following(SHARDS[2]) == SHARDS[3]

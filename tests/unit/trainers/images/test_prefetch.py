@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from memtail import subsets as subsets_module
 from memtail.datasets import prepare
 from memtail.trainers.images import prefetch, stack_trainer, train_shard
 from memtail.trainers.images import shard as shard_module
@@ -194,3 +195,82 @@ def test_a_stack_that_does_not_fit_is_drawn_again_in_halves(declare, few, monkey
     expected = train_shard(experiment, few, range(6), CPU)
     monkeypatch.setattr(StackedRun, "train", cramped)
     assert same_bits([expected], [train_shard(experiment, few, range(6), CPU)])
+
+
+def noted_draws(monkeypatch):
+    """Return the first trials of all stacks that are drawn, in order; it grows."""
+    drawn = []
+
+    def noted(experiment, shape, classes, trials, **pin):
+        drawn.append(trials[0])
+        return draw_stack(experiment, shape, classes, trials, **pin)
+
+    monkeypatch.setattr("memtail.trainers.images.shard.draw_stack", noted)
+    return drawn
+
+
+@pytest.mark.usefixtures("ahead", "two_wide")
+def test_the_first_stack_of_the_next_shard_is_drawn_while_the_last_one_of_this_is_computed(declare, few, monkeypatch):
+    experiment = declare(
+        8, model=NETWORKS[0], training={"epochs": 1, "augmentation": "crop-flip"}, record={"margins": True, "scores": True}
+    )
+    expected = [train_shard(experiment, few, range(4), CPU), train_shard(experiment, few, range(4, 8), CPU)]
+    drawn, asked, members, train = noted_draws(monkeypatch), [], [], StackedRun._train_epoch
+    begun = threading.Event()
+
+    def membership(subsets, labels, trials):
+        members.append(list(trials))
+        return subsets_module.membership(subsets, labels, trials)
+
+    def slow(self, *args):
+        if self.trials[0] == 2:
+            assert begun.wait(PATIENCE)
+        train(self, *args)
+
+    def following():
+        asked.append(list(drawn))
+        begun.set()
+        return range(4, 8)
+
+    monkeypatch.setattr(shard_module, "membership", membership)
+    monkeypatch.setattr(StackedRun, "_train_epoch", slow)
+    first = train_shard(experiment, few, range(4), CPU, following=following)
+    assert (drawn, asked) == ([0, 2, 4], [[0, 2]])
+    second = train_shard(experiment, few, range(4, 8), CPU)
+    assert drawn == [0, 2, 4, 6]
+    assert members == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert same_bits(expected, [first, second], recorded=True)
+    assert not shard_module._kept
+
+
+@pytest.mark.usefixtures("ahead", "two_wide")
+def test_what_is_drawn_of_a_shard_is_used_for_no_other_training(declare, few, monkeypatch):
+    parts = {"model": NETWORKS[0], "training": {"epochs": 1}}
+    experiment, other = declare(8, **parts), declare(8, subsets={"seed": 5}, **parts)
+    expected = {each.subsets.seed: train_shard(each, few, range(4, 8), CPU) for each in (experiment, other)}
+    drawn = noted_draws(monkeypatch)
+    for trained, trials in ((other, range(4, 8)), (experiment, range(2, 4)), (experiment, range(4, 6))):
+        train_shard(experiment, few, range(2), CPU, following=lambda: range(4, 8))
+        drawn.clear()
+        batch = train_shard(trained, few, trials, CPU)
+        assert drawn == [*trials[::2]]
+        assert trials != range(4, 8) or same_bits([batch], [expected[trained.subsets.seed]])
+        assert not shard_module._kept
+
+
+@pytest.mark.usefixtures("ahead", "two_wide")
+def test_a_resumed_shard_draws_the_stacks_that_are_left(declare, few, monkeypatch):
+    monkeypatch.setattr(shard_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(shard_module, "_CHECKPOINT_SHARE", 1e9)
+    experiment = declare(10, model=NETWORKS[0], training={"epochs": 2})
+    expected, interrupted = train_shard(experiment, few, range(4, 10), CPU), Interrupted(3)
+    with pytest.raises(Interrupted.StopError):
+        train_shard(experiment, few, range(4, 10), CPU, checkpoints=interrupted)
+    interrupted.stop_at = None
+    train_shard(experiment, few, range(4), CPU, following=lambda: range(4, 10))
+    assert same_bits([expected], [train_shard(experiment, few, range(4, 10), CPU, checkpoints=interrupted)])
+
+
+def test_a_cpu_draws_nothing_of_the_next_shard(declare, few):
+    train_shard(declare(4, training={"epochs": 1}), few, range(2), CPU, following=lambda: pytest.fail("asked"))
+    assert not shard_module._kept
