@@ -211,15 +211,16 @@ def noted_draws(monkeypatch):
 
 @pytest.mark.usefixtures("ahead", "two_wide")
 def test_the_first_stack_of_the_next_shard_is_drawn_while_the_last_one_of_this_is_computed(declare, few, monkeypatch):
-    experiment = declare(
-        8, model=NETWORKS[0], training={"epochs": 1, "augmentation": "crop-flip"}, record={"margins": True, "scores": True}
-    )
+    recipe = {"epochs": 1, "augmentation": "crop-flip"}
+    experiment = declare(8, model=NETWORKS[0], training=recipe, record={"margins": True, "scores": True})
     expected = [train_shard(experiment, few, range(4), CPU), train_shard(experiment, few, range(4, 8), CPU)]
     drawn, asked, members, train = noted_draws(monkeypatch), [], [], StackedRun._train_epoch
     begun = threading.Event()
 
     def membership(subsets, labels, trials):
         members.append(list(trials))
+        if trials[0] == 4:
+            begun.set()
         return subsets_module.membership(subsets, labels, trials)
 
     def slow(self, *args):
@@ -229,7 +230,6 @@ def test_the_first_stack_of_the_next_shard_is_drawn_while_the_last_one_of_this_i
 
     def following():
         asked.append(list(drawn))
-        begun.set()
         return range(4, 8)
 
     monkeypatch.setattr(shard_module, "membership", membership)
