@@ -95,7 +95,7 @@ class Provenance:
         devices: kinds of all devices in the order of use, of a shard that was resumed on another one.
         started: ISO 8601, UTC.
         seconds: wall-clock time of the shard.
-        phases: seconds by phase of the training, of profiled shards.
+        phases: seconds by phase of the training; none of training code of the user's own.
         compared: labels and ids that training code of the user's own returned with every outcome, and that were the dataset's.
     """
 

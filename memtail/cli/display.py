@@ -93,7 +93,7 @@ def warn_of_few_trials(summary: "ScoreSummary") -> None:
 
 
 def show_profile(profile: dict[str, Any]) -> None:
-    """Print the device-seconds of a run by phase, with their shares as bars."""
+    """Print the device-seconds of a run by phase, with their shares as bars, and the share of computation of each device."""
     seconds, devices, phases = profile["seconds"], profile["devices"], profile["phases"]
     whole = sum(phases.values()) or 1.0
     console.print(f"\nprofile of {seconds:.1f} s on {devices} {'device' if devices == 1 else 'devices'}", style="bold")
@@ -104,6 +104,8 @@ def show_profile(profile: dict[str, Any]) -> None:
     for phase, spent in phases.items():
         table.add_row(f"  {phase}", f"{spent / whole:.1%}", f"{spent:.1f} s", Bar(whole, 0, spent, width=_BAR_WIDTH))
     console.print(table, soft_wrap=False, crop=False)
+    shares = ", ".join(f"{device} {share:.1%}" for device, share in profile["computation"].items())
+    console.print(f"  computation during training: {shares}")
 
 
 def show_forecast(forecast: "Forecast") -> None:

@@ -37,7 +37,7 @@ from memtail.spec import Experiment, TrainerSpec
 from memtail.storage import ObjectNotFound, ObjectStore, keys
 from memtail.storage.open import is_url, open_store
 from memtail.trainers.images.devices import available_devices, device_kind
-from memtail.trainers.images.profiling import PHASES
+from memtail.trainers.images.profiling import COMPUTATION, PHASES
 from memtail.trainers.images.shard_size import checked_shard_size
 from memtail.trials import Shard
 from memtail.user_code import names_a_place
@@ -59,7 +59,7 @@ class RunResult(Mapping[str, Any]):
         summary: summary of the published scores.
         store: address of the store.
         experiment: name of the experiment.
-        profile: seconds by phase, if the run was profiled.
+        profile: seconds by phase and shares of computation, if the run was profiled.
     """
 
     summary: ScoreSummary
@@ -105,8 +105,9 @@ def run(
         dataset: the experiment's dataset, if it is open already; by default it is prepared.
         on_progress: called several times a second with the state of the run.
         on_preparation: called with (images done, images in all) while a folder of images is prepared.
-        profile: also measure the seconds by phase. The result's `profile` holds the wall-clock `seconds`, the number of `devices`, and
-            in `phases` the device-seconds of all devices together.
+        profile: also return the seconds by phase. The result's `profile` holds the wall-clock `seconds`, the number of `devices`, in
+            `phases` the device-seconds of all devices together, and in `computation` by device the share of the training (from the start
+            of the processes to the last result) in which it computed: forward and backward passes, optimizer and evaluation.
 
     Returns:
         The result: `summary`, `scores`, and the keys of the summary.
@@ -202,7 +203,7 @@ class _Run:
         began = time.monotonic() - state.seconds  # of earlier rounds
         with self._workers(len(shards)) as workers:
             while shards or workers.running:
-                while shards and workers.idle:
+                while shards and workers.takes(len(shards)):
                     workers.start(shards.pop(0))
                 for result in workers.finished(timeout=0.2):
                     state.partial.pop(result.shard, None)
@@ -226,7 +227,7 @@ class _Run:
             self._experiment_store.check_device(state.record, device_kind(torch.device(device)))
         if state.record.experiment.runs_user_code:
             hide()
-        task = Task(state.record, state.dataset.folder, self._store.address, device="", profile=self._profile, code=self._code)
+        task = Task(state.record, state.dataset.folder, self._store.address, device="", code=self._code)
         return Workers(task, devices)
 
     def _verify(self) -> None:
@@ -241,7 +242,7 @@ class _Run:
             return
         with workers:
             while shards or workers.running:
-                while shards and workers.idle:
+                while shards and workers.takes(len(shards)):
                     workers.start(shards.pop(0))
                 for result in workers.finished(timeout=0.2):
                     if result.outcome is not ShardOutcome.VERIFIED:
@@ -278,6 +279,7 @@ class _Run:
                 self._state.phases["writing"] += result.commit_seconds
                 for phase, seconds in result.phases.items():
                     self._state.phases[phase] += seconds
+                self._state.computing[result.device] += sum(result.phases.get(phase, 0.0) for phase in COMPUTATION)
         return True
 
     def _end_if_broken(self, shard: Shard, error: str) -> None:
@@ -346,7 +348,13 @@ def _profile(state: RunState, seconds: float) -> dict[str, Any]:
     devices = len(state.devices)
     # writing overlaps training, so their sum can exceed the devices' time
     rest = max(0.0, devices * seconds - sum(phases.values()))
-    return {"seconds": round(seconds, 3), "devices": devices, "phases": {p: round(s, 3) for p, s in {**phases, "rest": rest}.items()}}
+    times = {device: state.seconds * count for device, count in Counter(state.devices).items()}
+    return {
+        "seconds": round(seconds, 3),
+        "devices": devices,
+        "phases": {phase: round(spent, 3) for phase, spent in {**phases, "rest": rest}.items()},
+        "computation": {device: round(state.computing[device] / time, 4) if time else 0.0 for device, time in times.items()},
+    }
 
 
 def _in_own_order(shards: list[Shard]) -> list[Shard]:

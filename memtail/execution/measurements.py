@@ -12,7 +12,6 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -97,7 +96,7 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
     with Workers(Task(shortened(1), sample.folder, "", device="", code=Settings().code), devices) as workers:
         # in one store, so that a trainer process is kept
         cold, _ = _train_at_once(workers, cold_shards, folder / "short", shortened(1))
-        warm, results = _train_at_once(workers, shards, folder / "short", shortened(1), profile=True)
+        warm, results = _train_at_once(workers, shards, folder / "short", shortened(1))
         spent = [result.phases for result in results]
         evaluation = float(np.mean([phases["evaluation"] for phases in spent]))
         epoch = float(np.mean([sum(phases.values()) for phases in spent])) - evaluation
@@ -124,12 +123,12 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
     )
 
 
-def _train_at_once(workers: Workers, shards: list[Shard], store: Path, record: Record, **changes: Any) -> tuple[float, list[ShardResult]]:
+def _train_at_once(workers: Workers, shards: list[Shard], store: Path, record: Record) -> tuple[float, list[ShardResult]]:
     """Train one shard per process into an empty store; returns the mean of their seconds, and their results."""
     ExperimentStore(LocalStore(store), record.experiment.name).register(record)
     began, seconds, results = time.perf_counter(), [], []
     for shard in shards:
-        workers.start(shard, store=str(store), record=record, **changes)
+        workers.start(shard, store=str(store), record=record)
     while workers.running:
         for result in workers.finished(timeout=1.0):
             if result.outcome is not ShardOutcome.COMMITTED:

@@ -2,6 +2,9 @@
 
 Each has its own process pool, so a process that dies (out of memory, a segfault) takes only its own shard with it and is replaced.
 Processes end when their parent does, also if it was killed. Each imports the script that started them, as multiprocessing does.
+
+A process of an accelerator has its next shards already while it trains one. So the device does not wait for this process, which may be busy
+with publishing, nor for the networks of the next shard, which are drawn meanwhile.
 """
 
 import multiprocessing
@@ -34,7 +37,6 @@ class Task:
         dataset: folder of its prepared dataset.
         store: address of the store.
         device: device to train on, as torch names it.
-        profile: whether to measure the seconds by phase.
         code: folder of the user's training code, if the trainer is the user's.
     """
 
@@ -42,7 +44,6 @@ class Task:
     dataset: Path
     store: str
     device: str
-    profile: bool = False
     code: Path | None = None
 
 
@@ -58,9 +59,9 @@ class Workers:
         self._context = multiprocessing.get_context("spawn")
         self._reports: multiprocessing.queues.Queue[tuple[Shard, float]] = self._context.Queue()
         self._tasks = [replace(task, device=device) for device in devices]
-        self._pools = [self._pool() for _ in self._tasks]
-        self._idle = list(range(len(devices)))
-        self._running: dict[Future[ShardResult], tuple[int, Shard]] = {}
+        self._upcoming = [self._context.SimpleQueue() for _ in devices]
+        self._pools = [self._pool(index) for index in range(len(devices))]
+        self._running: dict[Future[ShardResult | None], tuple[int, Task, Shard]] = {}  # in the order of their starts
 
     def __enter__(self) -> "Workers":
         return self
@@ -72,20 +73,23 @@ class Workers:
         self._reports.cancel_join_thread()
 
     @property
-    def idle(self) -> int:
-        """Number of processes without a shard."""
-        return len(self._idle)
-
-    @property
     def running(self) -> list[Shard]:
-        """The shards in training."""
-        return [shard for _, shard in self._running.values()]
+        """The shards in training, and the next ones of the processes."""
+        return [shard for _, _, shard in self._running.values()]
+
+    def takes(self, waiting: int) -> bool:
+        """Return whether a process takes another shard, of a number that wait.
+
+        It takes next ones only as long as there are as many for each process: the last ones go to whichever is idle first.
+        """
+        share = (len(self._running) + waiting) // len(self._tasks) - 1
+        return any(held <= max(0, min(share, _most_next(task.device))) for held, task in zip(self._held(), self._tasks, strict=True))
 
     def start(self, shard: Shard, **changes: Any) -> None:
-        """Hand a shard to an idle process; `changes` replace fields of the task for this shard only."""
-        index = self._idle.pop()
-        future = self._pools[index].submit(_train, replace(self._tasks[index], **changes), shard)
-        self._running[future] = (index, shard)
+        """Hand a shard to the process with the fewest; `changes` replace fields of the task for this shard only."""
+        held = self._held()
+        index = held.index(min(held))
+        self._submit(index, replace(self._tasks[index], **changes), shard)
 
     def finished(self, timeout: float) -> list[ShardResult]:
         """Return the results since the last call; wait up to `timeout` seconds for the first.
@@ -96,20 +100,44 @@ class Workers:
             SpecError: the script starts a run when a process imports it.
         """
         results = []
-        for future in wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done:
-            index, shard = self._running.pop(future)
-            self._idle.append(index)
+        done = wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done
+        for future in [future for future in self._running if future in done]:
+            if future not in self._running:  # handed to a new process
+                continue
+            index, _, shard = self._running[future]
             try:
-                results.append(future.result())
-                if not results[-1].process_usable:
-                    _end(self._pools[index])
-                    self._pools[index] = self._pool()
+                result = future.result()
             except BrokenProcessPool:
                 check_script(self._pools[index])
-                self._pools[index] = self._pool()
                 error = "the training process died (killed, out of memory, or a crash in native code)"
-                results.append(ShardResult(shard, ShardOutcome.FAILED, error=error))
+                result = ShardResult(shard, ShardOutcome.FAILED, error=error, process_usable=False)
+            if result is None:
+                self._restart(index)
+                continue
+            del self._running[future]
+            results.append(result)
+            if not result.process_usable:
+                self._restart(index)
         return results
+
+    def _held(self) -> list[int]:
+        """Return the number of shards of each process."""
+        indices = [index for index, _, _ in self._running.values()]
+        return [indices.count(index) for index in range(len(self._pools))]
+
+    def _submit(self, index: int, task: Task, shard: Shard) -> None:
+        self._upcoming[index].put(shard)
+        self._running[self._pools[index].submit(_train, task, shard)] = (index, task, shard)
+
+    def _restart(self, index: int) -> None:
+        """Replace a process, and hand its next shards, which it has not begun, to the new one."""
+        _end(self._pools[index])
+        self._upcoming[index] = self._context.SimpleQueue()
+        self._pools[index] = self._pool(index)
+        for future, (holder, task, shard) in list(self._running.items()):
+            if holder == index and not _has_result(future):
+                del self._running[future]
+                self._submit(index, task, shard)
 
     def progress(self) -> list[tuple[Shard, float]]:
         """Return the reports of the processes since the last call: shards, and the part of each that is trained (0 to 1)."""
@@ -120,8 +148,18 @@ class Workers:
             except (queue.Empty, EOFError, OSError):
                 return reports
 
-    def _pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, mp_context=self._context, initializer=_initialize, initargs=(self._reports,))
+    def _pool(self, index: int) -> ProcessPoolExecutor:
+        arguments = (self._reports, self._upcoming[index])
+        return ProcessPoolExecutor(1, mp_context=self._context, initializer=_initialize, initargs=arguments)
+
+
+def _most_next(device: str) -> int:
+    """Return the most shards that a process has beside the one in training: with two it knows, when it begins one, which comes then."""
+    return 0 if device == "cpu" else 2
+
+
+def _has_result(future: "Future[ShardResult | None]") -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None and future.result() is not None
 
 
 def _end(pool: ProcessPoolExecutor) -> None:
@@ -135,11 +173,13 @@ def _end(pool: ProcessPoolExecutor) -> None:
 
 
 _reports: Any = None
+_upcoming: Any = None  # shards of this process, in order
+_known: list[Shard] = []  # those read from it, from the one in training on
 
 
-def _initialize(reports: Any) -> None:
-    global _reports  # noqa: PLW0603 - the queue cannot be sent with a task
-    _reports = reports
+def _initialize(reports: Any, upcoming: Any) -> None:
+    global _reports, _upcoming  # queues cannot be sent with a task
+    _reports, _upcoming = reports, upcoming
     logs.configure()
     keep_memory()
     follow_parent()
@@ -174,8 +214,20 @@ def end_trainers() -> None:
         _trainers.popitem()[1].end()
 
 
-def _train(task: Task, shard: Shard) -> ShardResult:
+def _following(shard: Shard) -> Shard | None:
+    """Return the shard that this process trains after one, if it is known."""
+    while _upcoming is not None and not _upcoming.empty():
+        _known.append(_upcoming.get())
+    while _known and _known[0] != shard:
+        _known.pop(0)
+    return _known[1] if len(_known) > 1 else None
+
+
+def _train(task: Task, shard: Shard) -> ShardResult | None:
+    """Train a shard; return None, and train nothing, in a process that an earlier shard has left unusable."""
     trainer = _trainer(task.device)
+    if not trainer.usable:
+        return None
 
     def train(checkpoints: StoredCheckpoints) -> TrialBatch:
         return trainer.train(
@@ -186,9 +238,9 @@ def _train(task: Task, shard: Shard) -> ShardResult:
             code=task.code,
             store=task.store,
             on_progress=lambda fraction: _reports.put((shard, fraction)),
-            profile=task.profile,
+            following=lambda: _following(shard),
         )
 
     experiment_store = ExperimentStore(_store(task.store), task.record.experiment.name)
     result = run_shard(experiment_store, task.record, shard, task.device, train)
-    return replace(result, process_usable=trainer.usable, peak_memory=trainer.peak_memory)
+    return replace(result, device=task.device, process_usable=trainer.usable, peak_memory=trainer.peak_memory)

@@ -22,6 +22,7 @@ class RunState:
         failed: shards this run gave up, with their last error.
         seconds: seconds of training, in all rounds.
         phases: seconds by phase: those of the training processes together, and of committing, accumulating and publishing as "writing".
+        computing: seconds of computation of the devices, by name; those of a CPU's processes together.
     """
 
     aggregation: Aggregation
@@ -31,6 +32,7 @@ class RunState:
     failed: dict[Shard, str] = field(default_factory=dict)
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    computing: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def record(self) -> Record:

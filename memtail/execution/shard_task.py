@@ -57,7 +57,8 @@ class ShardResult:
         attempt: number of the failure record that was written, counted from 1; 0 if none was.
         trials, examples: trials trained, and training examples processed in all their epochs.
         seconds: seconds of training and evaluation.
-        phases: seconds by phase, if they were measured.
+        phases: seconds by phase; none of the user's own training code.
+        device: that trained it, as torch names it.
         commit_seconds: seconds that the commit took.
         process_usable: whether the process can train further shards; not after an error of its device's driver.
         peak_memory: peak memory in bytes of the process that trained: of the device on CUDA, of the host elsewhere; 0 if not measured.
@@ -72,6 +73,7 @@ class ShardResult:
     examples: int = 0
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
+    device: str = ""
     commit_seconds: float = 0.0
     process_usable: bool = True
     peak_memory: int = 0

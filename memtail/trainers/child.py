@@ -151,7 +151,7 @@ class _Child:
         if isinstance(experiment.trainer, ImagesTrainer | ImportedTrainer):
             _search(code)
             self._parent.send({"ready": True})
-            return train_network_shard(experiment, dataset, trials, device, self._parent, checkpoint, work["profile"])
+            return train_network_shard(experiment, dataset, trials, device, self._parent, checkpoint)
         if self._trainer is None:
             declared = self._declared = _checked(experiment.trainer, code, work["trainer_code"])
             # from here on nothing that is raised is the fault of this machine

@@ -41,8 +41,8 @@ class ShardTrainer:
         on_progress: Callable[[float], None] = lambda fraction: None,
         on_step: Callable[[], None] = lambda: None,
         stop: Callable[[], bool] = lambda: False,
-        profile: bool = False,
         silence: float = math.inf,
+        following: Callable[[], Shard | None] = lambda: None,
     ) -> TrialBatch:
         """Train a shard from its last checkpoint on.
 
@@ -56,8 +56,8 @@ class ShardTrainer:
             on_progress: is called with the trained part of the shard, 0 to 1.
             on_step: is called when training has advanced; several times a second while user code is watched.
             stop: is asked every few steps, or several times a second, whether to stop.
-            profile: whether to measure the seconds by phase; only the built-in trainer does.
             silence: seconds without progress after which user code is ended.
+            following: asked which shard of the experiment this process trains next, so that an accelerator does not wait for its networks.
 
         Returns:
             The shard's batch.
@@ -70,12 +70,12 @@ class ShardTrainer:
         """
         if record.experiment.runs_user_code:
             self._release_device()
-            work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store, profile)
+            work = Work(record, dataset, shard, (code or Path.cwd()).absolute(), store)
             batch = self._process.train(work, checkpoints, on_progress=on_progress, on_step=on_step, stop=stop, silence=silence)
             self.peak_memory = self._process.peak_memory
             return batch
         self._process.end()
-        return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop, profile)
+        return self._train_images(record, dataset, shard, checkpoints, on_progress, on_step, stop, following)
 
     def end(self) -> None:
         """End the trainer process."""
@@ -99,7 +99,7 @@ class ShardTrainer:
         on_progress: Callable[[float], None],
         on_step: Callable[[], None],
         stop: Callable[[], bool],
-        profile: bool,
+        following: Callable[[], Shard | None],
     ) -> TrialBatch:
         import torch
 
@@ -123,7 +123,7 @@ class ShardTrainer:
                 on_progress=report,
                 checkpoints=checkpoints,
                 stop=step,
-                profile=profile,
+                following=lambda: shard.trials if (shard := following()) else None,
             )
         except Exception as error:
             self.usable = not is_device_error(error)

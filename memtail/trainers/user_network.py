@@ -20,7 +20,6 @@ def train_network_shard(
     device: str,
     caller: Caller,
     checkpoint: bytes | None,
-    profile: bool,
 ) -> TrialBatch:
     """Train trials; arguments and errors as of `memtail.train_shard`, but an error of the device is raised as it is.
 
@@ -31,7 +30,6 @@ def train_network_shard(
         device: as torch names it.
         caller: is told of progress, checkpoints and models, and asked whether to stop.
         checkpoint: the state saved last, None if there is none.
-        profile: whether to measure the seconds by phase.
     """
 
     def report(progress: Progress) -> None:
@@ -51,7 +49,6 @@ def train_network_shard(
             on_progress=report,
             checkpoints=checkpoints,
             stop=step,
-            profile=profile,
         )
     except WorkerFaultError as error:  # user code may be its cause: the caller finds out whether the machine is at fault
         raise error.__cause__ or error from None

@@ -22,7 +22,6 @@ class Work:
         shard: the shard.
         code: folder of the user's code.
         store: address of the store; if it is a folder, user code has no access to it.
-        profile: whether to measure the seconds by phase; only the built-in trainer does.
     """
 
     record: Record
@@ -30,7 +29,6 @@ class Work:
     shard: Shard
     code: Path
     store: str | None = None
-    profile: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The message that begins the training."""
@@ -42,7 +40,6 @@ class Work:
             "first": self.shard.first,
             "last": self.shard.last,
             "code": str(self.code),
-            "profile": self.profile,
         }
 
     def check_model(self, trial: int) -> None:

@@ -51,6 +51,7 @@ class WorkerMetrics:
             metrics.EXAMPLES,
             metrics.TRIAL_SECONDS,
             metrics.PHASE_SECONDS,
+            metrics.HELD_SECONDS,
             metrics.QUEUE_SECONDS,
             metrics.REPLICAS_DIFFER,
         )
@@ -92,7 +93,9 @@ class WorkerMetrics:
         if queue_seconds is not None:
             metrics.QUEUE_SECONDS.labels(experiment).observe(queue_seconds)
 
-    def count_trained(self, experiment: str, trials: int, committed: bool, examples: int, seconds: float, phases: dict[str, float]) -> None:
+    def count_trained(
+        self, experiment: str, trials: int, committed: bool, examples: int, seconds: float, phases: dict[str, float], held: float
+    ) -> None:
         """Count a trained shard.
 
         Args:
@@ -101,12 +104,14 @@ class WorkerMetrics:
             committed: whether this worker committed the trial batch.
             examples: training examples processed, counted once per epoch.
             seconds: training time of the shard.
-            phases: training time by phase, empty if not measured.
+            phases: training time by phase, empty for training code of the user's own.
+            held: time for which the shard held its device, from the message to the end of the commit.
         """
         self._faults, self._health.fault = 0, ""
         self._update_series(experiment)
         metrics.TRIALS.labels(experiment).inc(trials if committed else 0)
         metrics.EXAMPLES.labels(experiment).inc(examples)
+        metrics.HELD_SECONDS.labels(experiment).inc(held)
         for _ in range(trials):
             metrics.TRIAL_SECONDS.labels(experiment).observe(seconds / trials)
             for phase, duration in phases.items():

@@ -20,9 +20,14 @@ TRIAL_SECONDS = Histogram(
 )
 PHASE_SECONDS = Histogram(
     "memtail_trial_phase_seconds",
-    "Time of a phase of training per trial; measured on a sample of shards",
+    "Time of a phase of training per trial: data, forward/backward, optimizer or evaluation; the last three are computation",
     ["experiment", "phase"],
     buckets=LONG_BUCKETS,
+)
+HELD_SECONDS = Counter(
+    "memtail_shard_held_seconds_total",
+    "Time for which trained shards held their device, from the message to the end of the commit",
+    ["experiment"],
 )
 QUEUE_SECONDS = Histogram(
     "memtail_shard_queue_seconds", "Time from the dispatcher to a worker, by the broker's clock", ["experiment"], buckets=LONG_BUCKETS

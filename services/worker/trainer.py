@@ -41,8 +41,6 @@ UNSUPPORTED = "unsupported"
 #: The shard failed on this node or host, and another one has a worker; the message is dropped, and the dispatcher sends it again.
 LEFT = "left to another"
 
-# One in this many shards has its phases measured, starting with the first of a process: measuring makes an accelerator wait.
-_PROFILED = 16
 # Leases after which a shard no longer waits for another worker to make its next attempt: that may train for hours, or be unable to.
 _MOST_LEASES_LEFT = 60
 # Longest pause in seconds after a shard that is left to another: about the time until the dispatcher sends it again.
@@ -80,9 +78,9 @@ class Trainer:
     ) -> None:
         self._store, self._broker, self._device = store, broker, device
         self._lease_seconds, self._silence_seconds, self._stopping, self._report = lease_seconds, silence_seconds, stopping, report
-        self._shards = 0
         self._unsupported: dict[str, set[Shard]] = {}  # shards of which the messages were passed on, by experiment
         self._checked = False
+        self._taken = 0.0  # when the last assignment was received, by the monotonic clock
         #: Whether this process can train further shards; not after an error of its device's driver.
         self.usable = True
         self._holder = f"{worker}/{os.getpid()}"
@@ -102,6 +100,7 @@ class Trainer:
         if assignment.experiment in self._unsupported:
             return UNSUPPORTED
         with bound_contextvars(experiment=assignment.experiment, shard=str(assignment.shard)):
+            self._taken = time.monotonic()
             self._report("taken", assignment.experiment, self._seconds_since(sent))
             try:
                 self._check_device()
@@ -254,18 +253,17 @@ class Trainer:
                 store=self._store.address,
                 on_step=lease.progress,
                 stop=interrupted,
-                profile=self._shards % _PROFILED == 0,
                 silence=self._silence_seconds,
             )
         finally:
             self.usable = self._shard_trainer.usable
             lease.trained()
-        self._shards += 1
         return batch
 
     def _report_training(self, experiment: str, result: ShardResult) -> None:
         committed = result.outcome is ShardOutcome.COMMITTED
-        self._report("trained", experiment, result.trials, committed, result.examples, result.seconds, result.phases)
+        held = time.monotonic() - self._taken
+        self._report("trained", experiment, result.trials, committed, result.examples, result.seconds, result.phases, held)
 
     def _dataset_of(self, record: Record, interrupted: Callable[[], bool]) -> Dataset:
         """The dataset; the last one stays open, so that its images stay on the device from shard to shard."""

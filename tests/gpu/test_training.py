@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -13,10 +14,11 @@ from memtail.datasets import prepare
 from memtail.errors import WorkerFaultError
 from memtail.statistics import cooccurrence
 from memtail.statistics.cooccurrence_torch import count_block, words_on
+from memtail.trainers.images import prefetch, train_shard
 from memtail.trainers.images import shard as shard_module
-from memtail.trainers.images import train_shard
 from memtail.trainers.images.devices import check_device, check_in_new_process, is_device_error
 from memtail.trainers.images.images import device_images
+from memtail.trainers.images.profiling import COMPUTATION
 from memtail.trials import unpack
 from tests.support.training import Interrupted, same_bits
 
@@ -179,3 +181,47 @@ def test_two_processes_train_on_one_gpu_at_once_with_equal_bits(gpu):
     said = [process.communicate(timeout=110)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     assert said[0] == said[1] != ""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_bit_depends_on_work_ahead(declare, few, device, model, monkeypatch):
+    monkeypatch.setattr(shard_module, "stack_width", lambda *_: 2 if model != "resnet9" else 1)
+    experiment, got = experiment_of(declare, model, trials=8), []
+    for ahead in (False, True):
+        for module in (prefetch, shard_module):
+            monkeypatch.setattr(module, "runs_ahead", lambda device, ahead=ahead: ahead)
+        got.append([train_shard(experiment, few, range(start, start + 4), device, following=lambda: range(4, 8)) for start in (0, 4)])
+    assert same_bits(*got, recorded=True)
+
+
+def test_phases_wait_for_nothing_and_add_up_to_the_time_of_the_device(declare, few, gpu):
+    provenance = train_shard(experiment_of(declare, "resnet9", epochs=5), few, range(2), gpu).provenance
+    assert {"data", "forward/backward", "evaluation"} <= set(provenance.phases)
+    assert 0.2 * provenance.seconds < sum(provenance.phases.values()) <= provenance.seconds + 0.01
+
+
+BUSY = {
+    "mnist-mlp": ((60_000, 28, 28), {"model": {"name": "mlp", "hidden": [512, 256]}, "training": {"precision": "auto", "epochs": 10}}, 512),
+    "resnet9": (
+        (50_000, 32, 32, 3),
+        {"model": {"name": "resnet9"}, "training": {"precision": "auto", "epochs": 8, "batch_size": 512, "augmentation": "crop-flip"}},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_a_gpu_computes_for_nine_tenths_of_its_time(declare, tmp_path, gpu, name):
+    shape, parts, size = BUSY[name]
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, shape, np.uint8), random.integers(0, 10, shape[0])
+    test = {"test_images": images[:10_000], "test_labels": labels[:10_000]}
+    np.savez(tmp_path / "random.npz", train_images=images, train_labels=labels, **test)
+    experiment = declare(3 * size, dataset={"name": "arrays", "root": str(tmp_path / "random.npz")}, **parts)
+    dataset, shards = prepare(experiment.dataset), [range(start, start + size) for start in range(0, 3 * size, size)]
+    train_shard(experiment, dataset, shards[0], gpu, following=lambda: shards[1])  # kernels and graphs are made
+    began, computed = time.perf_counter(), 0.0
+    for place, after in ((1, shards[2]), (2, None)):
+        phases = train_shard(experiment, dataset, shards[place], gpu, following=lambda after=after: after).provenance.phases
+        computed += sum(phases.get(phase, 0.0) for phase in COMPUTATION)
+    assert computed / (time.perf_counter() - began) >= 0.9

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from memtail.execution import pool
 from memtail.execution.declare import declare as make_record
 from memtail.execution.pool import Task, Workers
 from memtail.execution.shard_task import ShardOutcome
@@ -155,6 +156,25 @@ def test_a_training_process_that_dies_costs_its_shard_and_is_replaced(declare, d
         workers.start(Shard(0, 1))
         (result,) = workers.finished(60)
         assert result.outcome is ShardOutcome.COMMITTED
+
+
+def test_the_next_shard_of_a_process_that_dies_is_trained_by_another_and_not_counted_as_failed(declare, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_most_next", lambda device: 1)
+    store = LocalStore(tmp_path / "store")
+    record = make_record(declare(6, subsets={"design": "balanced"}), digits, 2)
+    ExperimentStore(store, "digits").register(record)
+    shards = [Shard(0, 1), Shard(2, 3)]
+    with Workers(Task(record, digits.folder, store.address, device=""), ["cpu"]) as workers:
+        for shard in shards:
+            assert workers.takes(1)
+            workers.start(shard)
+        assert not workers.takes(1)
+        next(iter(workers._pools[0]._processes.values())).kill()
+        results = {}
+        while workers.running:
+            results |= {result.shard: result for result in workers.finished(60)}
+    assert [results[shard].outcome for shard in shards] == [ShardOutcome.FAILED, ShardOutcome.COMMITTED]
+    assert (results[shards[0]].attempt, results[shards[0]].process_usable) == (0, False)
 
 
 def test_a_run_ends_when_its_first_shards_fail_alike(tmp_path):

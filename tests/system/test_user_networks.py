@@ -139,7 +139,7 @@ def here(module, small, monkeypatch):
 
     def train(record, trained=FIRST, kept=None):
         inside, kept = ShardTrainer("cpu"), kept or KeptCheckpoints()
-        return inside._train_images(record, small, trained, kept, lambda fraction: None, lambda: None, lambda: False, False)
+        return inside._train_images(record, small, trained, kept, lambda fraction: None, lambda: None, lambda: False, lambda: None)
 
     return train
 
@@ -147,7 +147,7 @@ def here(module, small, monkeypatch):
 @pytest.mark.parametrize("name", ["wide", "single"])
 def test_a_batch_has_the_bytes_of_a_training_in_this_process(train, here, small, name):
     record, fractions, steps = declare(small, network(name)), [], []
-    batch = train(record, on_progress=fractions.append, on_step=lambda: steps.append(1), profile=True)
+    batch = train(record, on_progress=fractions.append, on_step=lambda: steps.append(1))
     assert {"data", "forward/backward", "evaluation"} <= batch.provenance.phases.keys()
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0

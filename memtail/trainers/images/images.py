@@ -9,8 +9,9 @@ from torch import Tensor
 
 from memtail.datasets import FeatureDataset, Trainable
 from memtail.models.trained import normalised
-from memtail.trainers.images.augmentations import Augmentation, augment
-from memtail.trainers.images.prefetch import prefetched
+from memtail.trainers.images.augmentations import augment
+from memtail.trainers.images.batches import Epoch
+from memtail.trainers.images.prefetch import ToDevice, prefetched
 
 # Values per step of the computation of moments, which is in float64.
 _CHUNK = 1 << 22
@@ -42,37 +43,36 @@ class DeviceImages:
         mean, std = _moments(dataset.train_features) if isinstance(dataset, FeatureDataset) else (dataset.mean, dataset.std)
         self.shift = -torch.tensor(mean, dtype=torch.float32, device=device)
         self.scale = 1 / torch.tensor(std, dtype=torch.float32, device=device)
-        self._epoch: tuple[Augmentation, list[dict[str, Tensor]]] | None = None
 
-    def batches(
-        self, order: Tensor, parts: Sequence[slice], augmentation: Augmentation | None
-    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def batches(self, epoch: Epoch, parts: Sequence[slice]) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield training examples, augmented, and their labels.
 
         Args:
-            order: int64 [S, m], each trial's examples in an epoch, in host memory.
+            epoch: what is drawn for the epoch, on the device.
             parts: positions of each batch in the epoch's order.
-            augmentation: of the whole epoch, or None.
 
         Yields:
             uint8 [S, B, H, W, C], or float32 [S, B, D]; and int64 [S, B].
         """
-        index = order.to(self.device)
-        for part, chosen in zip(parts, self._chosen(order, index, parts), strict=True):
-            batch = index[:, part]
-            yield self._augmented(chosen.view(*batch.shape, *self.train.shape[1:]), augmentation, part), self.train_labels[batch]
+        for part, chosen in zip(parts, self._chosen(epoch, parts), strict=True):
+            batch = epoch.index[:, part]
+            yield self._augmented(chosen.view(*batch.shape, *self.train.shape[1:]), epoch, part), self.train_labels[batch]
 
-    def _chosen(self, order: Tensor, index: Tensor, parts: Sequence[slice]) -> Iterator[Tensor]:
-        """Yield the examples of each part of an order, on the device."""
+    def _chosen(self, epoch: Epoch, parts: Sequence[slice]) -> Iterator[Tensor]:
+        """Yield the examples of each part of an epoch, on the device."""
         if self.resident:
-            return (self.train.index_select(0, index[:, part].flatten()) for part in parts)
-        return prefetched(self.train, [order[:, part].flatten() for part in parts], self.device)
+            return (self.train.index_select(0, epoch.index[:, part].flatten()) for part in parts)
+        return prefetched(self._rows, [epoch.order[:, part].flatten() for part in parts], self.device)
 
-    def _augmented(self, images: Tensor, augmentation: Augmentation | None, positions: slice) -> Tensor:
-        if augmentation is None:
+    def _rows(self, index: Tensor, to_device: ToDevice) -> Tensor:
+        rows = torch.empty((len(index), *self.train.shape[1:]), dtype=self.train.dtype, pin_memory=self.device.type == "cuda")
+        return to_device(torch.index_select(self.train, 0, index, out=rows))
+
+    def _augmented(self, images: Tensor, epoch: Epoch, positions: slice) -> Tensor:
+        if not epoch.augmentations:
             return images
-        draws = [{name: array[:, positions] for name, array in step.items()} for step in self._on_device(augmentation)]
-        return augment(images, augmentation.names, draws, -self.shift)
+        draws = [{name: drawn[:, positions] for name, drawn in step.items()} for step in epoch.draws]
+        return augment(images, epoch.augmentations, draws, -self.shift)
 
     def evict(self) -> bool:
         """Leave an accelerator's memory to the training, and read examples from host memory; return whether they were in the former."""
@@ -85,13 +85,6 @@ class DeviceImages:
         """Return examples `start` to `stop` of the split "train" or "test", normalised: float32 [B, C, H, W] or [B, D]."""
         images = (self.train if name == "train" else self.test)[start:stop]
         return self.normalised(images.to(self.device))
-
-    def _on_device(self, augmentation: Augmentation) -> list[dict[str, Tensor]]:
-        """Copy an epoch's draws at its first batch: every copy from the host waits for all work queued before it."""
-        if self._epoch is None or self._epoch[0] is not augmentation:
-            copies = [{name: torch.from_numpy(array).to(self.device) for name, array in step.items()} for step in augmentation.draws]
-            self._epoch = augmentation, copies
-        return self._epoch[1]
 
     def normalised(self, images: Tensor) -> Tensor:
         """Normalise uint8 [..., H, W, C] to float32 [..., C, H, W], channels last in memory; features keep their shape."""

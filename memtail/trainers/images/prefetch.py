@@ -1,43 +1,65 @@
-"""Rows of an array in host memory on a device: they are gathered and copied while the device computes."""
+"""Work of the host for an accelerator, done by a thread while the accelerator computes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
-def prefetched(source: Tensor, indices: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield rows of an array on a device; a thread fetches those of the next index meanwhile.
+#: Copies a tensor in host memory to the device.
+ToDevice = Callable[[Tensor], Tensor]
 
-    On CUDA they pass through page-locked memory on a stream of their own, so that neither the host nor the device waits for a copy.
+
+def prefetched(make: Callable[[_Item, ToDevice], _Made], items: Iterable[_Item], device: torch.device) -> Generator[_Made, None, None]:
+    """Yield what a function makes of each item; for an accelerator a thread makes that of the next item meanwhile.
+
+    On CUDA its copies pass through page-locked memory on a stream of their own, so that neither the host nor the device waits for them. On
+    a CPU there is no thread: its cores are busy already.
 
     Args:
-        source: [n, ...], in host memory.
-        indices: int64 [b] each, in host memory.
-        device: where the rows go.
+        make: takes an item, and a function that copies a tensor to the device. It must not depend on what is done with the item before.
+        items: of any kind; read by the caller's thread.
+        device: where the results are used, on its current stream.
 
     Yields:
-        The rows of each index, in order: [b, ...].
+        The results, in the order of the items. An error of the function is raised where its result would be used.
     """
+    if not runs_ahead(device):
+        for item in items:
+            yield make(item, lambda tensor: tensor.to(device))
+        return
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def fetch(index: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        if stream is None:
-            return source.index_select(0, index).to(device), None
-        with torch.cuda.stream(stream):  # also allocate on its device
-            rows = torch.empty((len(index), *source.shape[1:]), dtype=source.dtype, pin_memory=True)
-            torch.index_select(source, 0, index, out=rows)
-            return rows.to(device, non_blocking=True), stream.record_event()
+    def made(item: _Item) -> tuple[_Made, list[Tensor]]:
+        copies: list[Tensor] = []
 
+        def to_device(tensor: Tensor) -> Tensor:
+            copies.append(tensor.to(device) if stream is None else tensor.pin_memory().to(device, non_blocking=True))
+            return copies[-1]
+
+        with torch.cuda.stream(stream) if stream else nullcontext():  # also allocate on its device
+            return make(item, to_device), copies
+
+    remaining = iter(items)
     with ThreadPoolExecutor(1, "prefetch") as thread:
-        following = [thread.submit(fetch, index) for index in indices[:1]]
-        for place in range(len(indices)):
-            rows, copied = following.pop().result()
-            if place + 1 < len(indices):
-                following.append(thread.submit(fetch, indices[place + 1]))
-            if copied is not None:
+        following = [thread.submit(made, item) for item in islice(remaining, 1)]
+        while following:
+            result, copies = following.pop().result()
+            if stream and copies:
                 current = torch.cuda.current_stream(device)
-                current.wait_event(copied)
-                rows.record_stream(current)
-            yield rows
+                current.wait_stream(stream)
+                for copy in copies:
+                    copy.record_stream(current)
+            following = [thread.submit(made, item) for item in islice(remaining, 1)]
+            yield result
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Return whether the host prepares further work while the device computes."""
+    return device.type != "cpu"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -18,10 +19,14 @@ from memtail.models.trained import About, packed
 from memtail.spec import Experiment
 from memtail.subsets import membership
 from memtail.trainers.checkpoints import Checkpoints
+from memtail.trainers.images.batches import Epoch, draw_epoch
 from memtail.trainers.images.checkpoint import ShardState, decode, encode
 from memtail.trainers.images.devices import attributed, cpu_name, device_kind, device_name, is_out_of_memory, reproducible
 from memtail.trainers.images.images import DeviceImages, device_images
+from memtail.trainers.images.initial import InitialStack, draw_stack
+from memtail.trainers.images.prefetch import ToDevice, prefetched, runs_ahead
 from memtail.trainers.images.profiling import Phases
+from memtail.trainers.images.stack import is_stackable
 from memtail.trainers.images.stack_trainer import StackedRun, StackResult
 from memtail.trainers.images.stack_width import stack_width
 from memtail.trainers.images.trial_batch import concatenate, make_trial_batch
@@ -53,7 +58,7 @@ def train_shard(
     on_progress: Callable[[Progress], None] | None = None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] | None = None,
-    profile: bool = False,
+    following: Callable[[], Sequence[int] | None] = lambda: None,
 ) -> TrialBatch:
     """Train trials and record the outcomes of their final models.
 
@@ -72,10 +77,12 @@ def train_shard(
             more than a hundredth of the time.
         stop: asked every few steps whether to stop. It is also called after every batch of an evaluation, and after every model that is
             kept, where training is not stopped.
-        profile: add the seconds by phase (of this call, not of an interrupted one) to the provenance, as `phases`.
+        following: asked, where an accelerator begins the last stack, for the trials of this experiment that this process trains next, if
+            they are known; what the first of them begin with is drawn meanwhile, and kept for the next call.
 
     Returns:
-        The trials' batch. Its provenance holds the experiment's fingerprint, the software, the device and the seconds of training.
+        The trials' batch. Its provenance holds the experiment's fingerprint, the software, the device, and the seconds of training, also
+        by phase (of this call, not of an interrupted one).
 
     Raises:
         SpecError: the model or the subset design does not fit the dataset.
@@ -85,18 +92,49 @@ def train_shard(
     """
     with attributed(device):
         began, started = time.perf_counter(), datetime.now(UTC)
-        members = membership(experiment.subsets, dataset.train_labels, trials)
-        fingerprint = experiment.fingerprint(dataset.fingerprint)
-        phases = Phases(device if profile else None)
+        fingerprint, phases = experiment.fingerprint(dataset.fingerprint), Phases(device)
+        ahead = _take_ahead(fingerprint, device, trials)
+        members = ahead.members if ahead else membership(experiment.subsets, dataset.train_labels, trials)
         with reproducible(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             shard = _ShardTraining(experiment, dataset, device, list(trials), members, on_progress, checkpoints, stop, fingerprint, phases)
-            result = shard.run()
+            result = shard.run(ahead.stack if ahead else None, following)
         provenance = replace(
             describe_training(fingerprint, device_name(device), cpu_name(), started, time.perf_counter() - began),
             devices=tuple(shard.kinds) if len(shard.kinds) > 1 else None,  # it was resumed on another
-            phases={phase: round(spent, 3) for phase, spent in phases.seconds.items()} if phases.on else None,
+            phases={phase: round(spent, 3) for phase, spent in phases.seconds().items()},
         )
         return make_trial_batch(dataset, trials, members, result, provenance)
+
+
+@dataclass
+class _Stack:
+    """A stack of a shard: its rows there, the state of an interrupted training, and what is drawn for it beside other work."""
+
+    rows: list[int]
+    state: dict[str, Any] | None = None
+    subsets: npt.NDArray[np.int64] | None = None
+    initial: InitialStack | None = None
+    epoch: Epoch | None = None
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What is drawn of a shard before its training: membership, and its first stack."""
+
+    fingerprint: str
+    device: torch.device
+    trials: list[int]
+    members: npt.NDArray[np.bool_]
+    stack: _Stack
+
+
+_kept: list[_Ahead] = []  # of the next shard of this process
+
+
+def _take_ahead(fingerprint: str, device: torch.device, trials: Sequence[int]) -> _Ahead | None:
+    """Return what is kept of a shard; what is kept of another one is given up."""
+    ahead = _kept.pop() if _kept else None
+    return ahead if ahead and (ahead.fingerprint, ahead.device, ahead.trials) == (fingerprint, device, list(trials)) else None
 
 
 @dataclass
@@ -116,42 +154,90 @@ class _ShardTraining:
     kinds: list[str] = field(default_factory=list)  # of all devices of the shard, in the order of use
     saving: float = 0.0  # seconds that the last checkpoint took
 
-    def run(self) -> StackResult:
+    def run(self, drawn: _Stack | None, following: Callable[[], Sequence[int] | None]) -> StackResult:
+        """Train the shard; the first stack may be drawn already."""
         interrupted, kind = self._load(), device_kind(self.device)
         if kind not in self.kinds[-1:]:
             self.kinds.append(kind)
-        if interrupted is not None:
-            # with the trials of the checkpoint, since the stacks of this run may have another width
-            self._train_rows([self.trials.index(trial) for trial in interrupted["trials"]], interrupted)
-        for rows in self._stacks(self._width(), sum(len(trials) for trials, _ in self.finished)):
-            self._train_rows(rows, None)
-        return concatenate([result for _, result in self.finished])
-
-    def _width(self) -> int:
-        """Return the number of networks per stack."""
         with torch.random.fork_rng(devices=[]):
             network = build_model(self.experiment.model, self.dataset.input_shape, len(self.dataset.classes))
-        return stack_width(network, self.dataset.input_shape, self.experiment.training.batch_size, self.device)
+        width = stack_width(network, self.dataset.input_shape, self.experiment.training.batch_size, self.device)
+        stacks = self._stacks(width, interrupted)
+        # other networks may draw in training from the generator of the weights
+        if not (runs_ahead(self.device) and is_stackable(network)):
+            for stack in stacks:
+                self._train_rows(stack)
+            return concatenate([result for _, result in self.finished])
 
-    def _stacks(self, width: int, first: int) -> Iterator[list[int]]:
-        """Yield runs of at most `width` rows, from `first` on, with subsets of one size (those of explicit masks may differ)."""
+        def items() -> Iterator[_Stack | Sequence[int]]:
+            for stack in stacks:
+                yield drawn if drawn and stack.state is None and stack.rows == drawn.rows else stack
+            if (trials := following()) is not None:
+                yield trials
+
+        def prepare(item: _Stack | Sequence[int], to_device: ToDevice) -> _Stack | _Ahead:
+            return self._prepare(item, to_device) if isinstance(item, _Stack) else self._ahead(item, width, to_device)
+
+        with closing(prefetched(prepare, items(), self.device)) as prepared:
+            for item in prepared:
+                if isinstance(item, _Stack):
+                    self._train_rows(item)
+                else:
+                    _kept.append(item)
+        return concatenate([result for _, result in self.finished])
+
+    def _ahead(self, trials: Sequence[int], width: int, to_device: ToDevice) -> _Ahead:
+        """Draw another shard's membership and first stack."""
+        members = membership(self.experiment.subsets, self.dataset.train_labels, trials)
+        other = replace(self, trials=list(trials), members=members, finished=[])
+        stack = other._prepare(next(other._stacks(width, None)), to_device)
+        return _Ahead(self.fingerprint, self.device, other.trials, members, stack)
+
+    def _stacks(self, width: int, interrupted: dict[str, Any] | None) -> Iterator[_Stack]:
+        """Yield the stacks to train: at most `width` trials each, with subsets of one size (those of explicit masks may differ)."""
         sizes = self.members.sum(1)
         rows: list[int] = []
+        first = sum(len(trials) for trials, _ in self.finished)
+        if interrupted is not None:
+            # with the trials of the checkpoint, since the stacks of this run may have another width
+            yield _Stack([self.trials.index(trial) for trial in interrupted["trials"]], interrupted)
+            first += len(interrupted["trials"])
         for row in range(first, len(self.trials)):
             if rows and (len(rows) == width or sizes[row] != sizes[rows[0]]):
-                yield rows
+                yield _Stack(rows)
                 rows = []
             rows.append(row)
         if rows:
-            yield rows
+            yield _Stack(rows)
+
+    def _prepare(self, stack: _Stack, to_device: ToDevice) -> _Stack:
+        """Draw for a stack what does not depend on others, unless it is drawn."""
+        if stack.initial is not None:
+            return stack
+        stack.subsets, stack.initial = self._subsets(stack), self._initial(stack)
+        if stack.state is None:
+            recipe, seed, size = self.experiment.training, self.experiment.subsets.seed, self.dataset.input_shape[1:]
+            stack.epoch = draw_epoch(recipe.augmentation, seed, self._trials(stack), 0, stack.subsets, size, to_device)
+        return stack
+
+    def _trials(self, stack: _Stack) -> list[int]:
+        return [self.trials[row] for row in stack.rows]
+
+    def _subsets(self, stack: _Stack) -> npt.NDArray[np.int64]:
+        return np.stack([np.flatnonzero(self.members[row]) for row in stack.rows])
+
+    def _initial(self, stack: _Stack) -> InitialStack:
+        shape, classes = self.dataset.input_shape, len(self.dataset.classes)
+        return draw_stack(self.experiment, shape, classes, self._trials(stack), pin=self.device.type == "cuda")
 
     @property
     def _images(self) -> DeviceImages:
         return device_images(self.dataset, self.device)
 
-    def _train_rows(self, rows: list[int], resumed: dict[str, Any] | None) -> None:
+    def _train_rows(self, stack: _Stack) -> None:
+        rows = stack.rows
         try:
-            self.finished.append(([self.trials[row] for row in rows], self._train_stack(rows, resumed)))
+            self.finished.append((self._trials(stack), self._train_stack(stack)))
             return
         except Exception as error:
             if not is_out_of_memory(error) or (len(rows) == 1 and not self._images.evict()):
@@ -159,33 +245,35 @@ class _ShardTraining:
         torch.cuda.empty_cache()  # does nothing where this process has not used CUDA
         if len(rows) == 1:
             log.warning("out of device memory, reading the dataset from host memory", trial=self.trials[rows[0]], device=str(self.device))
-            self._train_rows(rows, resumed)
+            self._train_rows(stack)
             return
         half = len(rows) // 2
         log.warning("out of device memory, halving the stack", trials=len(rows), into=half, device=str(self.device))
-        self._train_rows(rows[:half], None)
-        self._train_rows(rows[half:], None)
+        self._train_rows(_Stack(rows[:half]))
+        self._train_rows(_Stack(rows[half:]))
 
-    def _train_stack(self, rows: list[int], resumed: dict[str, Any] | None) -> StackResult:
-        subsets = np.stack([np.flatnonzero(self.members[row]) for row in rows])
-        trials = [self.trials[row] for row in rows]
-
-        def begin() -> StackedRun:
-            shape, classes = self.dataset.input_shape, len(self.dataset.classes)
-            return StackedRun(self.experiment, self._images, shape, classes, trials, subsets, self.phases, self._give_sign)
-
-        run = begin()
-        if resumed is not None:
+    def _train_stack(self, stack: _Stack) -> StackResult:
+        run = self._begin(stack)
+        if stack.state is not None:
             try:
-                run.restore(resumed)
+                run.restore(stack.state)
             except Exception as error:  # see `StackedRun.restore`
                 if is_out_of_memory(error):
                     raise
-                log.warning("checkpoint does not fit, starting over", trials=f"{trials[0]}-{trials[-1]}", error=str(error)[:200])
-                run = begin()
+                trials = f"{run.trials[0]}-{run.trials[-1]}"
+                log.warning("checkpoint does not fit, starting over", trials=trials, error=str(error)[:200])
+                run = self._begin(stack)
         result = run.train(self._between_steps)
         self._keep_models(run)
         return result
+
+    def _begin(self, stack: _Stack) -> StackedRun:
+        """Begin a training. What was drawn for it leaves the stack: the training changes it, and the device should hold it once."""
+        subsets = self._subsets(stack) if stack.subsets is None else stack.subsets
+        initial, epoch = stack.initial or self._initial(stack), stack.epoch
+        stack.initial = stack.epoch = None
+        shape, classes, trials = self.dataset.input_shape, len(self.dataset.classes), self._trials(stack)
+        return StackedRun(self.experiment, self._images, shape, classes, trials, subsets, self.phases, self._give_sign, initial, epoch)
 
     def _keep_models(self, run: StackedRun) -> None:
         """Have the trained models kept that are to be."""

@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtail.models import build_model, own_network
+from memtail.models import own_network
 from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment, RecordedOutcomes
-from memtail.trainers.images.augmentations import epoch_augmentation
-from memtail.trainers.images.batches import batch_bounds, epoch_order
+from memtail.trainers.images.batches import Epoch, batch_bounds, draw_epoch
 from memtail.trainers.images.cpu.mlp import COMPILED, DenseStack, dense_layers
 from memtail.trainers.images.cuda.mlp import CapturedDenseStack
 from memtail.trainers.images.devices import float32_products
 from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
+from memtail.trainers.images.initial import InitialStack, draw_stack
 from memtail.trainers.images.optimizers import make_optimizer
 from memtail.trainers.images.precision import computed_precision
+from memtail.trainers.images.prefetch import ToDevice, prefetched
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.schedule import learning_rate_factor
-from memtail.trainers.images.stack import Single, Stacked, join_parameters, stack_networks, use_channels_last
+from memtail.trainers.images.stack import Single, Stacked, join_parameters, use_channels_last
 
 # Pixels of each network per call of the compiled steps: enough for the work to outweigh the call.
 _PIXELS_AT_ONCE = 1 << 16
@@ -66,6 +67,8 @@ class StackedRun:
         subsets: int64 [S, m], the examples of each trial's subset.
         phases: accumulates the seconds of each phase; compiled steps count as forward/backward, their optimizer included.
         on_evaluated: called after each batch of an evaluation.
+        initial: the networks before training, of which it takes possession; by default they are drawn now.
+        epoch: the draws of the first epoch, if they were made before.
     """
 
     def __init__(
@@ -78,23 +81,21 @@ class StackedRun:
         subsets: npt.NDArray[np.int64],
         phases: Phases | None = None,
         on_evaluated: Callable[[], object] = lambda: None,
+        initial: InitialStack | None = None,
+        epoch: Epoch | None = None,
     ) -> None:
         self.experiment, self.images, self.trials, self.subsets = experiment, images, trials, subsets
-        self.recipe, self.phases, self._on_evaluated = experiment.training, phases or Phases(), on_evaluated
-        seed = experiment.subsets.seed
-        networks = []
-        for trial in trials:
-            # drawn on the CPU, so that every device starts from the same weights
-            torch.default_generator.manual_seed(torch_seed(seed, Purpose.WEIGHTS, trial))
-            networks.append(build_model(experiment.model, input_shape, classes))
-        self.stack: Stacked | Single | _Dense = stack_networks(networks).to(images.device).train()
-        if images.device.type == "cuda":
-            use_channels_last(self.stack)
-        self._names = list(own_network(networks[0]).state_dict())
-        # draws of the network itself (dropout); such networks are trained one at a time
-        torch.manual_seed(torch_seed(seed, Purpose.NOISE, trials[0]))
+        self.recipe, self.phases, self._on_evaluated = experiment.training, phases or Phases(images.device), on_evaluated
+        on_cuda = images.device.type == "cuda"
+        network, stack = initial or draw_stack(experiment, input_shape, classes, trials, pin=on_cuda)
+        self.stack: Stacked | Single | _Dense = stack.to(images.device, non_blocking=on_cuda).train()
         self.stacked = isinstance(self.stack, Stacked)
-        self.precision = computed_precision(self.recipe.precision, networks[0], images.device)
+        if on_cuda:
+            use_channels_last(self.stack)
+        self._names, self._first_epoch = list(own_network(network).state_dict()), epoch
+        if not self.stacked:  # such a network may draw in training (dropout)
+            torch.manual_seed(torch_seed(experiment.subsets.seed, Purpose.NOISE, trials[0]))
+        self.precision = computed_precision(self.recipe.precision, network, images.device)
         self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
         self.optimizer: torch.optim.Optimizer | None = None
         self.steps_at_once = 1
@@ -124,9 +125,12 @@ class StackedRun:
 
     def _train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
         self._take_snapshot()  # the run may have been interrupted before it
-        while self.epoch < self.recipe.epochs:
-            self._train_epoch(between_steps)
-            self._take_snapshot()
+        with closing(prefetched(self._drawn, range(self.epoch, self.recipe.epochs), self.images.device)) as epochs:
+            while self.epoch < self.recipe.epochs:
+                with self.phases.measure("data"):
+                    drawn = next(epochs)
+                self._train_epoch(drawn, between_steps)
+                self._take_snapshot()
         m, record = self.subsets.shape[1], self.experiment.record
         train, test = (self._evaluate(split, record) for split in ("train", "test"))
         return StackResult(train, test, (self.loss_sum / m).cpu().double().numpy(), self.snapshots)
@@ -141,18 +145,21 @@ class StackedRun:
         with self.phases.measure("evaluation"):
             return evaluate(self.stack, self.images, split, record, self.autocast, self.recipe.batch_size, self._on_evaluated)
 
-    def _train_epoch(self, between_steps: Callable[["StackedRun"], None]) -> None:
-        recipe, images, seed = self.recipe, self.images, self.experiment.subsets.seed
-        with self.phases.measure("data"):
-            order = epoch_order(seed, self.trials, self.epoch, self.subsets)
-            size = images.train.shape[1:3]
-            augmentation = epoch_augmentation(recipe.augmentation, seed, self.trials, self.epoch, order.shape[1], size)
+    def _drawn(self, epoch: int, to_device: ToDevice) -> Epoch:
+        if epoch == 0 and (first := self._first_epoch) is not None:
+            self._first_epoch = None
+            return first
+        recipe, seed, size = self.recipe, self.experiment.subsets.seed, self.images.train.shape[1:3]
+        return draw_epoch(recipe.augmentation, seed, self.trials, epoch, self.subsets, size, to_device)
+
+    def _train_epoch(self, drawn: Epoch, between_steps: Callable[["StackedRun"], None]) -> None:
+        recipe, images = self.recipe, self.images
         steps = recipe.epochs * len(self.bounds)
         if self.step == 0:
             self.loss_sum.zero_()
         calls = [self.bounds[at : at + self.steps_at_once] for at in range(self.step, len(self.bounds), self.steps_at_once)]
         parts = [slice(bounds[0][0], bounds[-1][1]) for bounds in calls]
-        with closing(images.batches(torch.from_numpy(order), parts, augmentation)) as batches:
+        with closing(images.batches(drawn, parts)) as batches:
             for bounds, part in zip(calls, parts, strict=True):
                 done = self.epoch * len(self.bounds) + self.step
                 rates = [recipe.optimizer.lr * learning_rate_factor(recipe.schedule, done + ahead, steps) for ahead in range(len(bounds))]
@@ -212,8 +219,9 @@ class StackedRun:
             "stack": self.stack.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.optimizer else {},
             "loss_sum": self.loss_sum,
-            "random": torch.get_rng_state(),
         }
+        if not self.stacked:
+            state["random"] = torch.get_rng_state()
         if self.snapshots:
             state["snapshots"] = {epoch: torch.from_numpy(correct) for epoch, correct in self.snapshots.items()}
         if self.images.device.type == "cuda":
@@ -245,7 +253,8 @@ class StackedRun:
         if self.optimizer:
             self.optimizer.load_state_dict(state["optimizer"])
         self.loss_sum = state["loss_sum"].to(self.images.device)
-        torch.set_rng_state(state["random"].cpu())
+        if not self.stacked:
+            torch.set_rng_state(state["random"].cpu())
         if "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.images.device)
 

@@ -8,6 +8,11 @@ from services.monitoring.dashboards.panels import GREEN, ORANGE, RED, Rows, gaug
 _BUSY = "sum(memtail_worker_devices_busy{NAMESPACE}) / sum(memtail_worker_devices{NAMESPACE})"
 _FAILED = 'memtail_shard_attempts_total{EXPERIMENT, outcome=~"failed|died"}'
 _BY_PHASE = "sum by (phase) (memtail_trial_phase_seconds_{}{{EXPERIMENT}})"
+# Both increase when a shard ends, so the window must be longer than a shard.
+_COMPUTATION = (
+    "sum by (instance) (rate(memtail_trial_phase_seconds_sum{EXPERIMENT, phase!='data'}[1h]))"
+    " / sum by (instance) (rate(memtail_shard_held_seconds_total{EXPERIMENT}[1h]))"
+)
 
 
 def fleet() -> dashboard.Dashboard:
@@ -139,22 +144,34 @@ def fleet() -> dashboard.Dashboard:
                 "work was done twice.",
                 "count:shards/s",
                 ("sum by (outcome) (rate(memtail_shard_attempts_total{EXPERIMENT}[$__rate_interval]))", "{{outcome}}"),
+                width=12,
                 stacked=True,
                 colors={"committed": GREEN, "failed": RED, "died": RED},
             ),
             time_series_panel(
                 "Phases of a trial",
-                "Mean time of each phase since the workers started, on the measured shards. The remaining time of a trial is spent on "
-                "building networks and on startup.",
+                "Mean time of each phase since the workers started. The remaining time of a trial is spent on building networks and on "
+                "startup.",
                 "s",
                 (f"{_BY_PHASE.format('sum')} / {_BY_PHASE.format('count')}", "{{phase}}"),
+                width=12,
                 stacked=True,
+            ),
+            time_series_panel(
+                "Computation",
+                "Share of the time of the last hour's shards, from the message to the commit, in which their devices computed: forward and "
+                "backward passes, optimizer, evaluation. The rest is data, new networks and commits. Empty for training code of your own.",
+                "percentunit",
+                (_COMPUTATION, "{{instance}}"),
+                width=12,
+                maximum=1,
             ),
             time_series_panel(
                 "Examples per second",
                 "Training examples processed, by experiment.",
                 "count:examples/s",
                 ("sum by (experiment) (rate(memtail_examples_trained_total{EXPERIMENT}[$__rate_interval]))", "{{experiment}}"),
+                width=12,
                 stacked=True,
             ),
         ],

@@ -161,7 +161,7 @@ def test_the_second_fault_in_a_row_ends_a_worker_that_is_not_ready_after_the_fir
     metrics = worker.WorkerMetrics(["cpu"], 60, health, lambda: ended.append(True))
     metrics.count_fault("the disk is full")
     assert health.fault == "the disk is full"
-    metrics.count_trained("a", 1, True, 1, 1.0, {})
+    metrics.count_trained("a", 1, True, 1, 1.0, {}, 1.5)
     assert health.fault == ""
     metrics.count_fault("no GPU")
     assert not ended

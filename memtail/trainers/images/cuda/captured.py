@@ -35,7 +35,8 @@ class Captured:
         with torch.cuda.device(self._state[0].device):
             self._warm_up()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # threads that prepare further work may allocate meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._function()
         return graph
 

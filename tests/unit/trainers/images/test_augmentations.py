@@ -8,6 +8,7 @@ from memtail.datasets import prepare
 from memtail.spec import ColorJitter, CropFlip, RandomErasing, RandomResizedCrop
 from memtail.trainers.images import train_shard
 from memtail.trainers.images.augmentations import augment, epoch_augmentation
+from memtail.trainers.images.batches import draw_epoch
 from memtail.trainers.images.images import DeviceImages
 from tests.support.training import same_bits
 
@@ -154,9 +155,9 @@ def test_changes_of_colour_are_distributed_as_those_of_torchvision():
 def test_augmentation_shifts_with_zeros_and_mirrors(digits):
     images = DeviceImages(digits, CPU)
     index = torch.arange(20).reshape(2, 10)
-    augmentation = epoch_augmentation([CropFlip(name="crop-flip")], 0, [3, 4], 0, 10, (8, 8))
-    (moves,) = augmentation.draws
-    pixels, labels = next(images.batches(index, [slice(0, 10)], augmentation))
+    drawn = draw_epoch([CropFlip(name="crop-flip")], 0, [3, 4], 0, index.numpy(), (8, 8), lambda tensor: tensor)
+    moves, index = {name: values.numpy() for name, values in drawn.draws[0].items()}, drawn.order
+    pixels, labels = next(images.batches(drawn, [slice(0, 10)]))
     assert (labels == torch.from_numpy(digits.train_labels)[index]).all()
     normalised = images.normalised(pixels)
     got = normalised * torch.tensor(digits.std) + torch.tensor(digits.mean)

@@ -10,6 +10,7 @@ from memtail.execution.declare import declare as declare_record
 from memtail.execution.declare import shard_size_in_child
 from memtail.spec import DatasetSpec
 from memtail.trainers.images import train_shard
+from memtail.trainers.images.batches import Epoch
 from memtail.trainers.images.cpu.mlp import DenseStack
 from memtail.trainers.images.images import DeviceImages
 from memtail.trainers.images.shard_size import checked_shard_size
@@ -46,7 +47,8 @@ def test_features_are_standardised_by_the_training_split_and_constant_ones_are_0
         raw = features.examples(split)
         expected = np.where([True, True, True, False], scaler.transform(raw.astype(np.float64)), 0)
         np.testing.assert_allclose(images.split(split, 0, len(raw)).numpy(), expected, atol=2e-4)
-    batch, _ = next(images.batches(torch.tensor([[3, 5], [5, 3]]), [slice(0, 2)], None))
+    order = torch.tensor([[3, 5], [5, 3]])
+    batch, _ = next(images.batches(Epoch(order, order), [slice(0, 2)]))
     torch.testing.assert_close(images.normalised(batch)[0, 0], images.split("train", 3, 4)[0])
     np.testing.assert_array_equal(features.train_features, before)
 

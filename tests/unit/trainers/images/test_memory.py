@@ -8,10 +8,9 @@ from structlog.testing import capture_logs
 
 from memtail.datasets import prepare
 from memtail.errors import TrainingStopped
-from memtail.trainers.images import images, train_shard
+from memtail.trainers.images import images, prefetch, train_shard
 from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images.images import DeviceImages, device_images
-from memtail.trainers.images.prefetch import prefetched
 from memtail.trainers.images.stack_trainer import StackedRun
 from tests.support.training import Interrupted, same_bits
 
@@ -142,31 +141,8 @@ def test_examples_in_host_memory_give_the_same_bits(declare, few, model):
     assert same_bits([expected], [train_shard(experiment, few, range(2), CPU)], recorded=True)
 
 
-def test_a_batch_is_fetched_while_the_one_before_is_used():
-    begun = [threading.Event() for _ in range(4)]
-
-    class Source:
-        shape, dtype = (10, 2), torch.float32
-
-        def index_select(self, dim, index):
-            begun[int(index[0])].set()
-            return torch.full((len(index), 2), float(index[0]))
-
-    for place, rows in enumerate(prefetched(Source(), [torch.tensor([place, 9]) for place in range(4)], CPU)):
-        assert (rows == place).all()
-        assert all(event.wait(30) for event in begun[: place + 2])
-        assert not any(event.is_set() for event in begun[place + 2 :])
-
-
-def test_an_error_of_a_fetch_is_raised_where_its_batch_is_used():
-    rows = prefetched(torch.zeros(3, 1), [torch.tensor([0]), torch.tensor([7])], CPU)
-    assert next(rows).shape == (1, 1)
-    with pytest.raises(IndexError):
-        next(rows)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
-
-
-def test_no_thread_is_left_when_training_stops_within_an_epoch(declare, few):
+def test_no_thread_is_left_when_training_stops_within_an_epoch(declare, few, monkeypatch):
+    monkeypatch.setattr(prefetch, "runs_ahead", lambda device: True)
     device_images(few, CPU).resident = False
     experiment = declare(2, model=NETWORKS[1])
     with pytest.raises(TrainingStopped):

@@ -88,9 +88,9 @@ def test_every_batch_comes_from_the_subset_and_each_member_is_seen_once_an_epoch
     seen = []
     batches = DeviceImages.batches
 
-    def record(self, order, parts, augmentation):
-        seen.extend(order[:, part].clone() for part in parts)
-        return batches(self, order, parts, augmentation)
+    def record(self, epoch, parts):
+        seen.extend(epoch.order[:, part].clone() for part in parts)
+        return batches(self, epoch, parts)
 
     sizes, steps = set(), DenseStack.train_steps
 
@@ -216,7 +216,7 @@ def test_a_diverged_trial_is_recorded_and_does_not_change_the_others_in_its_stac
                 network[1].weight[0, 0] = float("nan")
         return network
 
-    monkeypatch.setattr("memtail.trainers.images.stack_trainer.build_model", poisoned)
+    monkeypatch.setattr("memtail.trainers.images.initial.build_model", poisoned)
     built.append(None)
     bad = train_shard(experiment, digits, range(4), CPU)
     assert [entry.diverged for entry in bad.metrics] == [False, True, False, False]
