@@ -21,7 +21,7 @@ class Captured:
         self._state, self._pool = state, pool
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, function: Callable[[], None]) -> None:
+    def __call__(self, function: Callable[[], object]) -> None:
         """Call the function, or replay it.
 
         Args:
@@ -35,7 +35,7 @@ class Captured:
             self._graph = self._capture(function)
         self._graph.replay()
 
-    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _capture(self, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
         with torch.cuda.device(self._state[0].device):
             self._warm_up(function)
             graph = torch.cuda.CUDAGraph()
@@ -43,7 +43,7 @@ class Captured:
                 function()
         return graph
 
-    def _warm_up(self, function: Callable[[], None]) -> None:
+    def _warm_up(self, function: Callable[[], object]) -> None:
         """Have libraries choose their kernels and allocate workspaces, neither of which can be captured."""
         before = [tensor.detach().clone() for tensor in self._state]
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]

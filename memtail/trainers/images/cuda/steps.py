@@ -20,6 +20,8 @@ class CapturedSteps(nn.Module):
         device: where they are trained.
     """
 
+    _repeats = True  # whether a graph can repeat the step
+
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__()
         self.width = width
@@ -46,10 +48,15 @@ class CapturedSteps(nn.Module):
         return self._loss.clone()
 
     def _take_step(self, pixels: Tensor, labels: Tensor) -> None:
+        if not self._repeats:
+            self._step(pixels, labels)
+            return
         size = labels.shape[1]
         if size not in self._batches:
-            kept = (torch.empty(given.shape, dtype=given.dtype, device=given.device) for given in (pixels, labels))
-            self._batches[size] = _Batch(*kept, Captured([*self.parameters(), *self.buffers(), self._loss], self._pool))
+            # one more than the full size, since subsets of many sizes have as many last batches
+            self._batches = {other: batch for other, batch in self._batches.items() if other == max(self._batches)}
+            kept, of = (torch.empty(given.shape, dtype=given.dtype, device=given.device) for given in (pixels, labels))
+            self._batches[size] = _Batch(kept, of, Captured([*self.parameters(), *self.buffers(), self._loss], self._pool))
         batch = self._batches[size]
         batch.pixels.copy_(pixels)
         batch.labels.copy_(labels)
@@ -75,6 +82,8 @@ class Optimizer(nn.Module):
         spec: its constants; its learning rate is not used.
         values: the parameters.
     """
+
+    steps: Tensor
 
     def __init__(self, spec: OptimizerSpec, values: Sequence[Tensor]) -> None:
         super().__init__()
