@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from memtail.digests import file_digest
 from memtail.errors import SpecError
@@ -35,6 +35,12 @@ RECIPE_VERSION = 2
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 
 
+def _auto_or_a_bool(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError("is auto, true or false")
+    return value
+
+
 class ExecutionSpec(Part):
     """Where and how trials are trained. No trial depends on it but in rounding, which `require` keeps equal.
 
@@ -44,6 +50,9 @@ class ExecutionSpec(Part):
         require: `same-device` trains all trials on one kind of device and processor, that of the first; workers of other kinds leave the
             experiment alone. By default devices may be mixed.
         verify: share of the shards that are trained a second time after their commit, to compare the outcomes.
+        compile: of built-in networks on CUDA: `true` compiles them (`torch.compile`), which takes a minute or two in each process; `auto`
+            does so where 500 trials take more than ten minutes of a GPU; `false` neither compiles them nor captures their steps in CUDA
+            graphs. Networks of linear layers have steps of their own, which are captured and never compiled.
         workers: workers requested from a Kubernetes cluster.
     """
 
@@ -51,6 +60,7 @@ class ExecutionSpec(Part):
     trials_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     require: Literal["same-device"] | None = None
     verify: Annotated[float, Field(ge=0, le=1)] = 0.0
+    compile: Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_a_bool)] = "auto"
     workers: WorkersSpec | None = None
 
 
@@ -98,6 +108,12 @@ class Experiment(Part):
             raise ValueError("record.snapshots is for the built-in trainer, whose epochs memtail knows: remove it")
         if snapshots and snapshots[-1] > self.training.epochs:
             raise ValueError(f"record.snapshots: {snapshots[-1]} is after the last of {self.training.epochs} epochs: name epochs up to it")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_networks_are_built_in(self) -> Self:
+        if self.execution.compile is True and self.runs_user_code:
+            raise ValueError("execution.compile: true is for built-in networks: remove it, and compile your own network in its code")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def peak_memory(device: torch.device) -> int:
 def reproducible(device: torch.device) -> Iterator[None]:
     """Use deterministic kernels within the block, in full precision; on a CPU also a single thread, on which the order of sums depends.
 
-    Settings of torch are restored at its end.
+    A CUDA device is the current one, where graphs are captured and compiled kernels run. Settings of torch are restored at its end.
     """
     threads = torch.get_num_threads()
     mode = torch.get_deterministic_debug_mode()
@@ -92,7 +92,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
     _deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     try:
-        with float32_products(tf32=False):
+        with float32_products(tf32=False), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield
     finally:
         torch.set_num_threads(threads)

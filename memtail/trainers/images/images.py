@@ -1,11 +1,12 @@
 """Examples on the device: gathers, augments and normalises batches there, for all trials of a stack in one call."""
 
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memtail.datasets import FeatureDataset, Trainable
 from memtail.models.trained import normalised
@@ -31,6 +32,7 @@ class DeviceImages:
         test_labels: int64 [q], on the device.
         shift: float32 [C] or [D]; a value is normalised as (value + shift) * scale.
         scale: float32 [C] or [D].
+        network: kept on the device with the examples, for the next trials: what it was made for, and the network.
     """
 
     def __init__(self, dataset: Trainable, device: torch.device) -> None:
@@ -43,6 +45,7 @@ class DeviceImages:
         mean, std = _moments(dataset.train_features) if isinstance(dataset, FeatureDataset) else (dataset.mean, dataset.std)
         self.shift = -torch.tensor(mean, dtype=torch.float32, device=device)
         self.scale = 1 / torch.tensor(std, dtype=torch.float32, device=device)
+        self.network: tuple[Any, nn.Module] | None = None
 
     def batches(self, epoch: Epoch, parts: Sequence[slice]) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield training examples, augmented, and their labels.

@@ -242,6 +242,7 @@ class _ShardTraining:
         except Exception as error:
             if not is_out_of_memory(error) or (len(rows) == 1 and not self._images.evict()):
                 raise
+        self._images.network = None
         torch.cuda.empty_cache()  # does nothing where this process has not used CUDA
         if len(rows) == 1:
             log.warning("out of device memory, reading the dataset from host memory", trial=self.trials[rows[0]], device=str(self.device))

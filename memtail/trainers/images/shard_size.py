@@ -1,5 +1,7 @@
 """Chooses the trials per shard: enough to outweigh its start-up, few enough to lose little with a shard."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +18,8 @@ _SHARD_OPERATIONS = {"cpu": 1e12, "mps": 1e14, "cuda": 5e15}
 _MOST_TRIALS = 64
 # On CUDA, of networks that are trained stacked: two stacks of the largest width.
 _MOST_STACKED = 1024
+# Operations of a trial from which on its network is compiled on CUDA: 500 trials then take ten minutes of a GPU.
+_COMPILED_OPERATIONS = 20 * _SHARD_OPERATIONS["cuda"] / 500
 
 
 def checked_shard_size(experiment: Experiment, dataset: Dataset, devices: list[torch.device] | None = None) -> int:
@@ -59,9 +63,38 @@ def operations_per_trial(experiment: Experiment, dataset: Dataset) -> float:
     return _checked_network(experiment, dataset)[1]
 
 
+def is_compiled(experiment: Experiment, network: nn.Module, input_shape: tuple[int, ...], n_train: int, n_test: int) -> bool:
+    """Return whether a built-in network is compiled on CUDA, where that does not fail.
+
+    `execution.compile: auto` compiles it if 500 trials, the fewest whose scores are not marked as few, take more than ten minutes of a GPU
+    by their floating-point operations: compiling takes one or two minutes in each process. It does not ask for the declared number of
+    trials, since compiled networks round otherwise, and no bit of a trial may depend on the number.
+
+    Args:
+        experiment: the declaration.
+        network: the network.
+        input_shape: of an example, (C, H, W) or (D,).
+        n_train: training examples.
+        n_test: test examples.
+    """
+    declared = experiment.execution.compile
+    if declared != "auto":
+        return declared
+    counter = FlopCounterMode(display=False)
+    counted = copy.deepcopy(network).to("meta").eval()
+    with counter, torch.no_grad():
+        counted(torch.empty(1, *input_shape, device="meta"))
+    return _of_trial(experiment, counter.get_total_flops(), n_train, n_test) >= _COMPILED_OPERATIONS
+
+
 def _checked_network(experiment: Experiment, dataset: Dataset) -> tuple[nn.Module, float]:
     """Return the network, and the operations of a trial."""
     counter = FlopCounterMode(display=False)
     network = check_model(experiment.model, trainable(experiment, dataset).input_shape, len(dataset.classes), within=counter)
-    trained = experiment.subsets.fraction * dataset.n_train * experiment.training.epochs
-    return network, float(counter.get_total_flops()) * (3 * trained + dataset.n_train + dataset.n_test)
+    return network, _of_trial(experiment, counter.get_total_flops(), dataset.n_train, dataset.n_test)
+
+
+def _of_trial(experiment: Experiment, forward: int, n_train: int, n_test: int) -> float:
+    """Return the operations of a trial, given those of the forward pass of an example."""
+    trained = experiment.subsets.fraction * n_train * experiment.training.epochs
+    return float(forward) * (3 * trained + n_train + n_test)

@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtail.models import own_network
@@ -19,6 +19,7 @@ from memtail.spec import Experiment, RecordedOutcomes
 from memtail.trainers.images.batches import Epoch, batch_bounds, draw_epoch
 from memtail.trainers.images.cpu.mlp import COMPILED, DenseStack, dense_layers
 from memtail.trainers.images.cuda.mlp import CapturedDenseStack
+from memtail.trainers.images.cuda.network import CapturedNetwork
 from memtail.trainers.images.devices import float32_products
 from memtail.trainers.images.evaluation import SplitOutcomes, evaluate
 from memtail.trainers.images.images import DeviceImages
@@ -28,7 +29,10 @@ from memtail.trainers.images.precision import computed_precision
 from memtail.trainers.images.prefetch import ToDevice, prefetched
 from memtail.trainers.images.profiling import Phases
 from memtail.trainers.images.schedule import learning_rate_factor
+from memtail.trainers.images.shard_size import is_compiled
 from memtail.trainers.images.stack import Single, Stacked, join_parameters, use_channels_last
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 # Pixels of each network per call of the compiled steps: enough for the work to outweigh the call.
 _PIXELS_AT_ONCE = 1 << 16
@@ -36,6 +40,8 @@ _PIXELS_AT_ONCE = 1 << 16
 # Stacks of fully connected networks with steps of their own, by device.
 _Dense = DenseStack | CapturedDenseStack
 _DENSE: dict[str, type[_Dense]] = {"cpu": DenseStack, "cuda": CapturedDenseStack}
+# Devices on which steps of other networks are captured, too.
+_CAPTURING = {"cuda"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class StackedRun:
         classes: number of classes.
         trials: the S trials; more than one only if the network is stackable.
         subsets: int64 [S, m], the examples of each trial's subset.
-        phases: accumulates the seconds of each phase; compiled steps count as forward/backward, their optimizer included.
+        phases: accumulates the seconds of each phase; compiled and captured steps count as forward/backward, their
+            optimizer included.
         on_evaluated: called after each batch of an evaluation.
         initial: the networks before training, of which it takes possession; by default they are drawn now.
         epoch: the draws of the first epoch, if they were made before.
@@ -86,33 +93,61 @@ class StackedRun:
     ) -> None:
         self.experiment, self.images, self.trials, self.subsets = experiment, images, trials, subsets
         self.recipe, self.phases, self._on_evaluated = experiment.training, phases or Phases(images.device), on_evaluated
-        on_cuda = images.device.type == "cuda"
-        network, stack = initial or draw_stack(experiment, input_shape, classes, trials, pin=on_cuda)
-        self.stack: Stacked | Single | _Dense = stack.to(images.device, non_blocking=on_cuda).train()
-        self.stacked = isinstance(self.stack, Stacked)
-        if on_cuda:
-            use_channels_last(self.stack)
+        network, stack = initial or draw_stack(experiment, input_shape, classes, trials, pin=images.device.type == "cuda")
         self._names, self._first_epoch = list(own_network(network).state_dict()), epoch
-        if not self.stacked:  # such a network may draw in training (dropout)
-            torch.manual_seed(torch_seed(experiment.subsets.seed, Purpose.NOISE, trials[0]))
         self.precision = computed_precision(self.recipe.precision, network, images.device)
         self.autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+        self.bounds = batch_bounds(subsets.shape[1], self.recipe.batch_size)
+        self.stacked = isinstance(stack, Stacked)
+        own = self._with_own_steps(stack, network, input_shape)
+        self.stack: Stacked | Single | _Dense | CapturedNetwork = own or self._on_device(stack).train()
         self.optimizer: torch.optim.Optimizer | None = None
-        self.steps_at_once = 1
-        dense = _DENSE.get(images.device.type) if isinstance(self.recipe.optimizer, COMPILED) and self.precision != "bfloat16" else None
-        layers = dense_layers(self.stack) if dense else None
-        if dense and layers:
-            self.stack = dense(layers, input_shape, images.shift, images.scale, self.recipe.optimizer, self.recipe.label_smoothing)
-            if images.device.type == "cpu":
-                # independent of the stack's width, on which no bit may depend
-                self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(input_shape)))
-        else:
+        if own is None:
+            if images.device.type == "cuda":
+                use_channels_last(self.stack)
             parameters = [join_parameters(self.stack)] if self.stacked else list(self.stack.parameters())
             self.optimizer = make_optimizer(self.recipe.optimizer, parameters)
-        self.bounds = batch_bounds(subsets.shape[1], self.recipe.batch_size)
+        self.steps_at_once = 1
+        if isinstance(own, DenseStack):
+            # independent of the stack's width, on which no bit may depend
+            self.steps_at_once = max(1, _PIXELS_AT_ONCE // (self.recipe.batch_size * math.prod(input_shape)))
+        if not self.stacked:  # such a network may draw in training (dropout)
+            torch.manual_seed(torch_seed(experiment.subsets.seed, Purpose.NOISE, trials[0]))
         self.epoch, self.step = 0, 0
         self.loss_sum = torch.zeros(len(trials), device=images.device)
         self.snapshots: dict[int, npt.NDArray[np.bool_]] = {}
+
+    def _with_own_steps(self, stack: Stacked | Single, network: nn.Module, input_shape: tuple[int, ...]) -> _Dense | CapturedNetwork | None:
+        """Return the stack, on the device, as one with training steps of its own; None if it has none there."""
+        images, recipe, on = self.images, self.recipe, self.images.device.type
+        if not isinstance(recipe.optimizer, COMPILED) or (on in _CAPTURING and self.experiment.execution.compile is False):
+            return None
+        layers = dense_layers(stack) if on in _DENSE and self.precision != "bfloat16" else None
+        if layers:
+            moved = [self._on_device(layer) for layer in layers]
+            return _DENSE[on](moved, input_shape, images.shift, images.scale, recipe.optimizer, recipe.label_smoothing)
+        if on not in _CAPTURING or self.experiment.runs_user_code:
+            return None
+        captured = self._captured(stack, network, input_shape)
+        captured.load(stack)
+        return captured
+
+    def _on_device(self, module: _Module) -> _Module:
+        return module.to(self.images.device, non_blocking=self.images.device.type == "cuda")  # on CUDA from page-locked memory
+
+    def _captured(self, stack: Stacked | Single, network: nn.Module, input_shape: tuple[int, ...]) -> CapturedNetwork:
+        """Return the network that all trials of this experiment share in this process, one stack after the other."""
+        images, recipe, execution = self.images, self.recipe, self.experiment.execution
+        shape = (len(self.trials), self.bounds[0][1], *images.train.shape[1:])
+        made_for = (self.experiment.model, recipe, self.experiment.subsets.fraction, execution.compile, shape)
+        if images.network is None or images.network[0] != made_for:
+            images.network = None  # make room
+            compiled = is_compiled(self.experiment, network, input_shape, len(images.train), len(images.test))
+            pixels = torch.zeros(shape, dtype=images.train.dtype, device=images.device)
+            with float32_products(tf32=self.precision == "tf32"):
+                bfloat16 = self.precision == "bfloat16"
+                images.network = made_for, CapturedNetwork(stack, images.shift, images.scale, recipe, bfloat16, pixels, compiled)
+        return cast(CapturedNetwork, images.network[1])
 
     def train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
         """Train to the end and evaluate.
@@ -168,7 +203,7 @@ class StackedRun:
                 if self.optimizer is None:
                     within = [(first - part.start, last - part.start) for first, last in bounds]
                     with self.phases.measure("forward/backward"):
-                        self.loss_sum += cast(_Dense, self.stack).train_steps(pixels, labels, within, rates)
+                        self.loss_sum += cast(_Dense | CapturedNetwork, self.stack).train_steps(pixels, labels, within, rates)
                 else:
                     self.loss_sum += self._descend(self.optimizer, pixels, labels, *rates) * (part.stop - part.start)
                 self.step += len(bounds)
@@ -230,8 +265,9 @@ class StackedRun:
 
     def _maker(self) -> dict[str, str]:
         """What the bits of a step depend on beside the declaration. No trial is trained by two of them."""
+        compiled = isinstance(self.stack, CapturedNetwork) and self.stack.compiled
         return {
-            "stack": type(self.stack).__name__,
+            "stack": type(self.stack).__name__ + (", compiled" if compiled else ""),
             "device": self.images.device.type,
             "precision": self.precision,
             "torch": str(torch.__version__),

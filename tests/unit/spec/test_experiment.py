@@ -20,6 +20,7 @@ LATER_KEYS: dict[str, Any] = {
     "DatasetSpec.on_error": "stop",
     "ExecutionSpec.require": None,
     "ExecutionSpec.verify": 0.0,
+    "ExecutionSpec.compile": "auto",
     "RecordedOutcomes.scores": "auto",
     "Experiment.trainer": ImagesTrainer(),
     "UntilSpec.interval_width": None,
@@ -142,6 +143,7 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("record.snapshots", [5, 30], "record.snapshots: 30 is after the last of 20 epochs"),
         ("training.schedule", {"name": "cosin"}, "training.schedule: input tag 'cosin'"),
         ("execution.device", "gpu", "execution.device: "),
+        ("execution.compile", "yes", "execution.compile: is auto, true or false (got yes)"),
         ("name", "My Experiment", "name: "),
         ("dataset", {"name": "imagenet"}, "dataset.name: input should be 'digits', 'mnist'"),
         ("dataset", {"torchvision": "Fakedata"}, "dataset.torchvision: there is no 'Fakedata': did you mean 'FakeData'?"),
@@ -203,9 +205,25 @@ def test_a_file_that_is_not_yaml_or_not_a_mapping_is_named(tmp_path, text):
         Experiment.load(tmp_path / "missing.yaml")
 
 
+def test_only_built_in_networks_are_compiled_on_request():
+    own = {"model": {"name": "package.module:network"}, "execution": {"compile": True}}
+    with pytest.raises(
+        SpecError, match=r"execution\.compile: true is for built-in networks: remove it, and compile your own network in its code$"
+    ):
+        Experiment.parse({**BASE, **own})
+    for compiled in ("auto", False):
+        assert Experiment.parse({**BASE, **own, "execution": {"compile": compiled}}).execution.compile == compiled
+
+
 def test_the_fingerprint_omits_keys_on_which_no_trial_depends():
     base = Experiment.parse(BASE).fingerprint("d")
-    for path, value in [("execution.device", "cpu"), ("execution.trials_per_shard", 3), ("subsets.trials", 2000), ("name", "other")]:
+    for path, value in [
+        ("execution.device", "cpu"),
+        ("execution.compile", False),
+        ("execution.trials_per_shard", 3),
+        ("subsets.trials", 2000),
+        ("name", "other"),
+    ]:
         assert changed(path, value).fingerprint("d") == base, path
     assert Experiment.parse({**BASE, "dataset": {"name": "digits", "root": "/elsewhere"}}).fingerprint("d") == base
 

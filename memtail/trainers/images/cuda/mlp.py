@@ -4,20 +4,20 @@ Automatic differentiation keeps a gradient for each parameter, and adds to it; h
 gradients and momenta of all parameters are one array each, so that one kernel updates all of them.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from memtail.spec import AdamW, OptimizerSpec, Sgd
-from memtail.trainers.images.cuda.captured import Captured
+from memtail.spec import OptimizerSpec
+from memtail.trainers.images.cuda.steps import CapturedSteps, Optimizer
 from memtail.trainers.images.stack import StackedLinear, channels_first, channels_last, is_shared
 
 # Parts of an array begin at a multiple of this many floats, since kernels read 256 bytes at a time.
 _ALIGNMENT = 64
 
 
-class CapturedDenseStack(nn.Module):
+class CapturedDenseStack(CapturedSteps):
     """S networks of linear layers with ReLU between them, and the state of their optimizer: float32.
 
     Like every stack, it maps normalised examples to logits [S, B, classes]. Parameters and the optimizer's state are buffers, so that
@@ -33,9 +33,6 @@ class CapturedDenseStack(nn.Module):
     """
 
     values: Tensor
-    momenta: Tensor
-    squares: Tensor
-    steps: Tensor
 
     def __init__(
         self,
@@ -46,29 +43,22 @@ class CapturedDenseStack(nn.Module):
         optimizer: OptimizerSpec,
         label_smoothing: float,
     ) -> None:
-        super().__init__()
+        super().__init__(layers[0].weight.shape[0], shift.device)
         self._image = input_shape if len(input_shape) == 3 else (*input_shape, 1, 1)
         pixels = self._image[1] * self._image[2]
         self._shift, self._scale = shift.repeat(pixels), scale.repeat(pixels)
-        self._optimizer, self._smoothing = optimizer, label_smoothing
+        self._smoothing = label_smoothing
         parameters = [tensor.detach() for layer in layers for tensor in (layer.weight, cast(Tensor, layer.bias))]
         parameters[0] = channels_last(parameters[0], self._image)
         shapes = [parameter.shape for parameter in parameters]
-        self.width, self.classes = shapes[-2][:2]
-        device = shift.device
+        self.classes = shapes[-2][1]
         total = sum(_padded(shape) for shape in shapes)
-        self.register_buffer("values", torch.zeros(total, device=device))
-        self.register_buffer("momenta", torch.zeros(total, device=device))
-        if not isinstance(optimizer, Sgd):
-            self.register_buffer("squares", torch.zeros(total, device=device))
-            self.register_buffer("steps", torch.zeros((), device=device))
+        self.register_buffer("values", torch.zeros(total, device=shift.device))
         self._gradients = torch.zeros_like(self.values)
+        self._optimizer = Optimizer(optimizer, [self.values])
         self._parameters_at, self._gradients_at = (_parts(array, shapes) for array in (self.values, self._gradients))
         for place, parameter in zip(self._parameters_at, parameters, strict=True):
             place.copy_(parameter)
-        self._rate, self._loss = torch.zeros((), device=device), torch.zeros(self.width, device=device)
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._batches: dict[int, _Batch] = {}
 
     def tensors_of(self, place: int) -> list[Tensor]:
         """Return weight [out, in] and bias [out] of each layer of one of the networks."""
@@ -82,65 +72,20 @@ class CapturedDenseStack(nn.Module):
         flat = images.movedim(-3, -1).flatten(-3) if images.dim() > 3 else images
         return self._outputs(flat.expand(self.width, *flat.shape) if is_shared(images) else flat)[-1]
 
-    def train_steps(self, pixels: Tensor, labels: Tensor, bounds: list[tuple[int, int]], rates: list[float]) -> Tensor:
-        """Take one step of the optimizer per batch, on every network.
-
-        Args:
-            pixels: uint8 [S, B, H, W, C] or float32 [S, B, D], the examples of all batches.
-            labels: int64 [S, B].
-            bounds: start and stop of each batch among the examples; each starts where the one before stops.
-            rates: the learning rate of each step.
-
-        Returns:
-            float32 [S], the sums of the examples' losses.
-        """
-        self._loss.zero_()
-        for (start, stop), rate in zip(bounds, rates, strict=True):
-            batch = self._batch(pixels[:, start:stop].flatten(2), labels[:, start:stop])
-            self._rate.fill_(rate)
-            batch.step()
-        return self._loss.clone()
-
-    def _batch(self, pixels: Tensor, labels: Tensor) -> "_Batch":
-        """Return the batch of this size, which holds these examples."""
-        size = labels.shape[1]
-        if size not in self._batches:
-            kept, of = (torch.empty(given.shape, dtype=given.dtype, device=given.device) for given in (pixels, labels))
-            step = Captured(lambda: self._step(kept, of), [*self.buffers(), self._loss], self._pool)
-            self._batches[size] = _Batch(kept, of, step)
-        batch = self._batches[size]
-        batch.pixels.copy_(pixels)
-        batch.labels.copy_(labels)
-        return batch
-
     @torch.no_grad()
     def _step(self, pixels: Tensor, labels: Tensor) -> None:
-        outputs = self._outputs((pixels + self._shift) * self._scale)
+        outputs = self._outputs((pixels.flatten(2) + self._shift) * self._scale)
         log_p = outputs[-1].log_softmax(-1)
         labelled = labels[..., None] == torch.arange(self.classes, device=labels.device)
         target = labelled * (1 - self._smoothing) + self._smoothing / self.classes
-        self._loss -= (log_p * target).sum((1, 2))
+        self._loss -= (log_p * target).sum((1, 2), dtype=torch.float64)  # rounded alike in any order
         gradient = (log_p.exp_() - target) / labels.shape[1]
         for layer in reversed(range(0, len(self._gradients_at), 2)):
             torch.bmm(gradient.mT, outputs[layer // 2], out=self._gradients_at[layer])
             torch.sum(gradient, 1, keepdim=True, out=self._gradients_at[layer + 1])
             if layer:
                 gradient = torch.bmm(gradient, self._parameters_at[layer]).mul_(outputs[layer // 2] > 0)
-        self._update()
-
-    def _update(self) -> None:
-        """Take the optimizer's step, with the kernels that torch's own optimizers use; the rate is a tensor, which a replay reads anew."""
-        spec, values, gradients, momenta = self._optimizer, [self.values], [self._gradients], [self.momenta]
-        constants: dict[str, Any] = {"lr": self._rate, "weight_decay": spec.weight_decay, "maximize": False}
-        if isinstance(spec, Sgd):
-            momenta = momenta if spec.momentum else []
-            constants |= {"momentum": spec.momentum, "dampening": 0.0, "nesterov": spec.nesterov, "is_first_step": False}
-            torch._fused_sgd_(values, gradients, momenta, **constants)
-            return
-        self.steps += 1
-        constants |= {"beta1": spec.betas[0], "beta2": spec.betas[1], "eps": spec.eps, "amsgrad": False}
-        fused = torch._fused_adamw_ if isinstance(spec, AdamW) else torch._fused_adam_
-        fused(values, gradients, momenta, [self.squares], [], [self.steps], **constants)
+        self._optimizer.step([self._gradients], self._rate)
 
     def _outputs(self, examples: Tensor) -> list[Tensor]:
         """Return the examples [S, B, D], then the outputs of each layer."""
@@ -150,14 +95,6 @@ class CapturedDenseStack(nn.Module):
             sums = torch.baddbmm(bias, outputs[-1], weight.mT)
             outputs.append(sums if layer == last else sums.relu_())
         return outputs
-
-
-class _Batch(NamedTuple):
-    """Examples [S, B, D] and labels [S, B] of a batch, always in the same memory, and the step on them."""
-
-    pixels: Tensor
-    labels: Tensor
-    step: Captured
 
 
 def _padded(shape: torch.Size) -> int:

@@ -132,8 +132,8 @@ def test_a_shard_of_captured_steps_has_the_outcomes_of_compiled_ones(declare, di
 
 def test_a_function_is_called_as_it_is_on_a_cpu():
     total, step = torch.zeros(()), torch.ones(())
-    add = Captured(lambda: total.add_(step), [total])
-    add()
-    step.fill_(2)
-    add()
+    repeated = Captured([total])
+    for value in (1, 2):
+        step.fill_(value)
+        repeated(lambda: total.add_(step))
     assert total == 3
