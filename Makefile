@@ -7,6 +7,7 @@
 # make lint             ruff, import-linter, hadolint and mypy
 # make docs             build the documentation in site/; warnings are errors, and no page may load anything from another host
 # make bench            benchmarks against baselines (ROW=name: one row, ROW=list: the names)
+# make bench-gpu        measurements on one GPU in less than eight minutes (ARGS="mnist digits": some rows; WHEELS=folder: installs from wheels)
 # make e2e              docker compose up, from the build to the scores (needs Docker with the compose plugin)
 # make test-kubernetes  the chart and the autoscaling of workers on a real API server with simulated nodes (ARGS="-m slow": the slow tests)
 # make test-node        the images and the chart on a real node, with faults, in half an hour (needs root; building its tools takes up to an hour)
@@ -26,7 +27,7 @@ BIN := .venv/bin
 # Tests start many processes: without compiled modules, each compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all test-slow test-gpu coverage test-kubernetes test-node test-lowest test-python lock bench e2e soak scale dashboards lint docs clean
+.PHONY: run test test-all test-slow test-gpu coverage test-kubernetes test-node test-lowest test-python lock bench bench-gpu e2e soak scale dashboards lint docs clean
 
 run: .venv/installed-train
 	$(BIN)/memtail run $(SPEC) --store $(STORE)
@@ -68,6 +69,14 @@ lock: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m tests.benchmarks.bench $(ROW)
+
+# On a machine without a network, python3 is used with what it has and with wheels that were carried there.
+bench-gpu: $(if $(WHEELS),.venv-wheels,.venv/installed-dev)
+	$(if $(WHEELS),PYTHONPATH=$(CURDIR):$(CURDIR)/.venv-wheels python3,$(BIN)/python) -m tests.benchmarks.gpu $(ARGS)
+
+.venv-wheels: $(wildcard $(WHEELS)/*.whl)
+	rm -rf $@
+	python3 -m pip install --quiet --no-index --find-links $(WHEELS) --no-deps --target $@ $^
 
 e2e: .venv/installed-dev
 	$(BIN)/pytest tests/e2e -n 0 --timeout 1800 --capture=no $(ARGS)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from memtail.errors import MemtailError, SpecError
+from memtail.models.convnet import convnet8
 from memtail.models.densenet import densenet100
 from memtail.models.inception import inception
 from memtail.models.plain import cnn, mlp
@@ -29,6 +30,7 @@ log = structlog.get_logger()
 InputShape = tuple[int, ...]
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "convnet8": convnet8,
     "resnet9": resnet9,
     "resnet18": resnet18,
     "resnet50": resnet50,

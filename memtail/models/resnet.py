@@ -7,7 +7,8 @@ they are torchvision's networks.
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from memtail.models.layers import GlobalMaxPool, Scale
 
 
 def resnet9(image_shape: tuple[int, int, int], classes: int, width: int = 64, scale: float = 0.125) -> nn.Module:
@@ -29,10 +30,10 @@ def resnet9(image_shape: tuple[int, int, int], classes: int, width: int = 64, sc
         _convolution(4 * width, 8 * width),
         nn.MaxPool2d(2),
         _Residual(nn.Sequential(_convolution(8 * width, 8 * width), _convolution(8 * width, 8 * width))),
-        _GlobalMaxPool(),
+        GlobalMaxPool(),
         nn.Flatten(),
         nn.Linear(8 * width, classes, bias=False),
-        _Scale(scale),
+        Scale(scale),
     )
 
 
@@ -68,19 +69,3 @@ class _Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = x + self.inner(x)
         return y
-
-
-class _GlobalMaxPool(nn.Module):
-    """`nn.AdaptiveMaxPool2d(1)`, to the bit; on CUDA that has no deterministic gradient, and is eight times slower."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(x, x.shape[-2:])
-
-
-class _Scale(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.factor

@@ -49,8 +49,8 @@ class NamedModel(_Model):
     """A larger architecture.
 
     Attributes:
-        name: `resnet9`, `resnet18`, `resnet50`, `densenet100`, `inception`, a torchvision classification model, or a function of your own,
-            `package.module:function`.
+        name: `convnet8`, `resnet9`, `resnet18`, `resnet50`, `densenet100`, `inception`, a torchvision classification model, or a function
+            of your own, `package.module:function`.
         options: keyword arguments of the model's builder. `stem` of `resnet18` and `resnet50` is `cifar`, a 3x3 convolution, or `imagenet`,
             a 7x7 convolution of stride 2 and pooling; by default it is `cifar` for images below 128 pixels.
         weights: weights that the network starts from: a file with a state dict (`torch.save` or safetensors), or the name of published

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from memtail.models.resnet import _GlobalMaxPool, resnet9
+from memtail.models.layers import GlobalMaxPool
+from memtail.models.resnet import resnet9
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -20,7 +21,7 @@ def test_pooling_over_all_places_equals_the_adaptive_one_to_the_bit(size, dtype,
     values[0, 0] = float("nan")
     values[1] = float("-inf")
     results = []
-    for pool in (_GlobalMaxPool(), nn.AdaptiveMaxPool2d(1)):
+    for pool in (GlobalMaxPool(), nn.AdaptiveMaxPool2d(1)):
         images = values.clone(memory_format=torch.preserve_format).requires_grad_()
         pooled = pool(images)
         pooled.backward(torch.arange(42.0).view(6, 7, 1, 1).to(dtype))
@@ -35,7 +36,7 @@ def test_a_trained_step_equals_that_with_the_adaptive_pooling_to_the_bit():
         torch.manual_seed(0)
         network = resnet9((3, 16, 16), 5, width=4)
         if replaced:
-            place = next(index for index, layer in enumerate(network) if isinstance(layer, _GlobalMaxPool))
+            place = next(index for index, layer in enumerate(network) if isinstance(layer, GlobalMaxPool))
             network[place] = nn.AdaptiveMaxPool2d(1)
         images = torch.randn(8, 3, 16, 16).contiguous(memory_format=torch.channels_last)
         nn.functional.cross_entropy(network(images), torch.arange(8) % 5).backward()

@@ -512,6 +512,7 @@ def test_one_network_serves_the_check_and_the_count_of_operations(declare, digit
 @pytest.mark.parametrize(
     "name",
     [
+        "convnet8",
         "resnet9",
         "resnet18",
         "resnet50",

@@ -65,11 +65,11 @@ def test_stacked_networks_have_more_trials_in_a_shard_on_a_gpu(declare, digits):
     assert checked_shard_size(long, digits, [CUDA]) == int(5e15 / operations_per_trial(long, digits)) < 1024
 
 
-@pytest.mark.parametrize("name", ["resnet9", "resnet18", "densenet100"])
+@pytest.mark.parametrize("name", ["convnet8", "resnet9", "resnet18", "densenet100"])
 def test_weights_channels_last_leave_values_and_names_and_suit_the_fused_update(name):
     """The fused update of CUDA refuses gradients and momenta whose strides differ from those of their parameters."""
     torch.manual_seed(0)
-    options = {"width": 8} if name == "resnet9" else {}
+    options = {"width": 8} if name in ("convnet8", "resnet9") else {}
     network = build_model(NamedModel(name=name, options=options), (3, 32, 32), 10)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     use_channels_last(stack_networks([network]))
