@@ -16,8 +16,10 @@ from memtail.statistics import cooccurrence
 from memtail.statistics.cooccurrence_torch import count_block, words_on
 from memtail.trainers.images import prefetch, train_shard
 from memtail.trainers.images import shard as shard_module
+from memtail.trainers.images.cuda.network import CapturedNetwork
+from memtail.trainers.images.cuda.steps import CapturedSteps
 from memtail.trainers.images.devices import check_device, check_in_new_process, is_device_error
-from memtail.trainers.images.images import device_images
+from memtail.trainers.images.images import device_images, release_images
 from memtail.trainers.images.profiling import COMPUTATION
 from memtail.trials import unpack
 from tests.support.training import Interrupted, same_bits
@@ -123,6 +125,45 @@ def test_devices_agree_within_the_standard_errors(declare, digits, gpu):
     variance = sum(p * (1 - p) / n for p, n in ((p_in, size), (q_in, size), (p_out, 64 - size), (q_out, 64 - size)))
     assert abs(np.mean(here - there)) < 0.005
     assert np.mean(np.abs(here - there) <= 3 * np.sqrt(variance) + 1 / (64 - size)) > 0.99
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", MODELS)
+def test_captured_steps_give_the_bits_of_the_same_steps_uncaptured(declare, few, gpu, model, precision, monkeypatch):
+    experiment = experiment_of(declare, model, precision, batch_size=32)
+    captured = train_shard(experiment, few, range(3), gpu)
+    release_images()
+    monkeypatch.setattr(CapturedSteps, "_take_step", lambda self, pixels, labels: self._step(pixels, labels))
+    assert same_bits([captured], [train_shard(experiment, few, range(3), gpu)], recorded=True)
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"name": "adamw", "lr": 0.003}], ids=["sgd", "adamw"])
+def test_a_network_that_has_trained_other_trials_gives_the_bits_of_a_new_one(declare, few, gpu, optimizer):
+    experiment = experiment_of(declare, "resnet9", batch_size=32, optimizer=optimizer)
+    together = train_shard(experiment, few, range(3), gpu)
+    kept = device_images(few, gpu).network
+    assert kept
+    assert isinstance(kept[1], CapturedNetwork)
+    alone = []
+    for trial in range(3):
+        release_images()
+        alone.append(train_shard(experiment, few, range(trial, trial + 1), gpu))
+    assert same_bits([together], alone, recorded=True)
+
+
+@pytest.mark.parametrize("execution", [{"compile": True}, {"compile": False}], ids=["compiled", "plain"])
+@pytest.mark.parametrize("model", MODELS)
+def test_compiled_captured_and_plain_steps_agree_within_rounding(declare, digits, gpu, model, execution):
+    recipe = {"epochs": 1, "precision": "float32", "optimizer": {"lr": 0.01}}
+    batches = [
+        train_shard(declare(2, model=MODELS[model], training=recipe, record={"margins": True}, execution=each), digits, range(2), gpu)
+        for each in ({}, execution)
+    ]
+    kept = device_images(digits, gpu).network
+    if model != "mlp" and execution["compile"]:
+        assert kept
+        assert kept[1].compiled
+    assert np.abs(batches[0].test_margin.astype(float) - batches[1].test_margin).max() < 0.1
 
 
 @pytest.mark.parametrize(("W", "a", "b"), [(1, 1, 1), (3, 33, 70), (200, 300, 65), (2, 0, 5), (2, 5, 0)])
