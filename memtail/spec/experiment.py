@@ -52,7 +52,7 @@ class ExecutionSpec(Part):
         verify: share of the shards that are trained a second time after their commit, to compare the outcomes.
         compile: of built-in networks on CUDA: `true` compiles them (`torch.compile`), which takes a minute or two in each process; `auto`
             does so where 500 trials take more than ten minutes of a GPU; `false` neither compiles them nor captures their steps in CUDA
-            graphs. Networks of linear layers have steps of their own, which are captured and never compiled.
+            graphs. Networks of linear layers have steps of their own, except in `bfloat16`: these are captured and never compiled.
         workers: workers requested from a Kubernetes cluster.
     """
 

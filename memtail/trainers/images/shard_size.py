@@ -1,10 +1,10 @@
 """Chooses the trials per shard: enough to outweigh its start-up, few enough to lose little with a shard."""
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from memtail.datasets import Dataset
 from memtail.models import check_model
@@ -12,6 +12,9 @@ from memtail.spec import Experiment
 from memtail.trainers.images.devices import available_devices
 from memtail.trainers.images.stack import is_stackable
 from memtail.trainers.inputs import trainable
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 # Floating-point operations of one shard: about half a minute of a processor core, or of a GPU.
 _SHARD_OPERATIONS = {"cpu": 1e12, "mps": 1e14, "cuda": 5e15}
@@ -80,7 +83,7 @@ def is_compiled(experiment: Experiment, network: nn.Module, input_shape: tuple[i
     declared = experiment.execution.compile
     if declared != "auto":
         return declared
-    counter = FlopCounterMode(display=False)
+    counter = _counter()
     counted = copy.deepcopy(network).to("meta").eval()
     with counter, torch.no_grad():
         counted(torch.empty(1, *input_shape, device="meta"))
@@ -89,7 +92,7 @@ def is_compiled(experiment: Experiment, network: nn.Module, input_shape: tuple[i
 
 def _checked_network(experiment: Experiment, dataset: Dataset) -> tuple[nn.Module, float]:
     """Return the network, and the operations of a trial."""
-    counter = FlopCounterMode(display=False)
+    counter = _counter()
     network = check_model(experiment.model, trainable(experiment, dataset).input_shape, len(dataset.classes), within=counter)
     return network, _of_trial(experiment, counter.get_total_flops(), dataset.n_train, dataset.n_test)
 
@@ -98,3 +101,9 @@ def _of_trial(experiment: Experiment, forward: int, n_train: int, n_test: int) -
     """Return the operations of a trial, given those of the forward pass of an example."""
     trained = experiment.subsets.fraction * n_train * experiment.training.epochs
     return float(forward) * (3 * trained + n_train + n_test)
+
+
+def _counter() -> "FlopCounterMode":
+    from torch.utils.flop_counter import FlopCounterMode  # takes a fifth of a second
+
+    return FlopCounterMode(display=False)

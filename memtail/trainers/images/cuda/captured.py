@@ -39,7 +39,7 @@ class Captured:
         with torch.cuda.device(self._state[0].device):
             self._warm_up(function)
             graph = torch.cuda.CUDAGraph()
-            # threads that prepare further work may allocate meanwhile
+            # by default a capture fails when another thread allocates page-locked memory meanwhile, as for the next batch
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 function()
         return graph

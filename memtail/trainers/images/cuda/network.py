@@ -80,13 +80,16 @@ class CapturedNetwork(CapturedSteps):
         """Map images, or features, to logits [S, B, classes] as every stack does; in evaluation."""
         if not self._repeats:
             return cast(Tensor, self.stack(images))
-        if images.shape not in self._evaluations:
-            logits = torch.empty(self.width, len(images) if is_shared(images) else images.shape[1], self.classes, device=images.device)
-            self._evaluations[images.shape] = _Evaluation(torch.empty_like(images), logits, Captured([logits], self._pool))
-        evaluation = self._evaluations[images.shape]
+        evaluation = self._evaluations.get(images.shape) or self._evaluation_of(images)
         evaluation.images.copy_(images)
         evaluation.captured(lambda: evaluation.logits.copy_(self._logits(self.stack, evaluation.images)))
+        self._evaluations[images.shape] = evaluation  # not before it fits into the device's memory
         return evaluation.logits.clone()
+
+    def _evaluation_of(self, images: Tensor) -> "_Evaluation":
+        size = len(images) if is_shared(images) else images.shape[1]
+        logits = torch.empty(self.width, size, self.classes, device=images.device)
+        return _Evaluation(torch.empty_like(images), logits, Captured([logits], self._pool))
 
     def _step(self, pixels: Tensor, labels: Tensor) -> None:
         forward = self._compiled if self._compiled and labels.shape[1] == self._full else self.stack

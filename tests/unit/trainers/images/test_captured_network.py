@@ -184,6 +184,16 @@ def test_a_network_that_draws_is_not_repeated_and_draws_anew_in_each_step():
     assert not drawing._batches
 
 
+def test_an_evaluation_that_fails_keeps_no_memory():
+    network = captured(build_model(Mlp(hidden=[8]), (3, 8, 8), 10), images_of(8)).eval()
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(4, 3, 9, 9))
+    assert not network._evaluations
+    for images in (torch.zeros(4, 3, 8, 8), torch.ones(4, 3, 8, 8), torch.ones(1, 2, 3, 8, 8)):
+        torch.testing.assert_close(network(images), network.stack(images).detach())
+    assert len(network._evaluations) == 2
+
+
 def test_gradients_have_the_layouts_of_the_parameters():
     """The kernels of optimizers take both for flat arrays."""
     torch.manual_seed(0)
