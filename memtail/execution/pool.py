@@ -126,7 +126,8 @@ class Workers:
         return [indices.count(index) for index in range(len(self._pools))]
 
     def _submit(self, index: int, task: Task, shard: Shard) -> None:
-        self._upcoming[index].put(shard)
+        if _most_next(task.device):
+            self._upcoming[index].put(shard)
         self._running[self._pools[index].submit(_train, task, shard)] = (index, task, shard)
 
     def _restart(self, index: int) -> None:
@@ -225,6 +226,7 @@ def _following(shard: Shard) -> Shard | None:
 
 def _train(task: Task, shard: Shard) -> ShardResult | None:
     """Train a shard; return None, and train nothing, in a process that an earlier shard has left unusable."""
+    _following(shard)  # whoever needs not know reads the queue too, since it holds a limited number
     trainer = _trainer(task.device)
     if not trainer.usable:
         return None

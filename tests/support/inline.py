@@ -65,7 +65,7 @@ _processes = pool.Workers._pool
 _here = False
 
 
-def _inline(workers: pool.Workers) -> InlineExecutor:
+def _inline(workers: pool.Workers, index: int) -> InlineExecutor:
     pool._reports = workers._reports
     return InlineExecutor()
 

@@ -144,9 +144,24 @@ def test_an_unusable_process_trains_nothing(monkeypatch):
     class Unusable:
         usable = False
 
-    monkeypatch.setitem(pool._trainers, "cuda:9", Unusable())
+    monkeypatch.setattr(pool, "_trainers", {"cuda:9": Unusable()})
     assert pool._train(Task(None, Path(), "", device="cuda:9"), SHARDS[0]) is None
-    pool._trainers.clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_thousands_of_shards_are_handed_to_a_process_that_does_not_ask_for_the_next(workers, monkeypatch, device):
+    class Trainer:
+        usable = False
+
+    processes = workers([device])
+    monkeypatch.setattr(pool, "_trainers", {device: Trainer()})
+    monkeypatch.setattr(pool, "_known", [])
+    monkeypatch.setattr(pool, "_upcoming", processes._upcoming[0])
+    for first in range(3000):  # a pipe holds some hundreds
+        processes.start(Shard(first, first))
+        processes._running.clear()
+        pool._train(Task(None, Path(), "", device=device), Shard(first, first))
+    assert len(pool._known) <= 1
 
 
 def test_a_process_knows_which_shard_comes_then(workers, monkeypatch):

@@ -100,7 +100,7 @@ def test_no_bit_of_an_adaptive_optimizer_depends_on_the_width_of_the_stack(decla
     batches = []
     for width in (1, 2, 6):
         monkeypatch.setattr(stack_width, "_DENSE", {"cpu": width})
-        monkeypatch.setattr(shard_module._ShardTraining, "_width", lambda self, width=width: width)
+        monkeypatch.setattr(shard_module, "stack_width", lambda *_, width=width: width)
         batches.append(train_shard(experiment, digits, range(6), torch.device("cpu")))
     assert same_bits([batches[0]], [batches[1]], recorded=True)
     assert same_bits([batches[0]], [batches[2]], recorded=True)
