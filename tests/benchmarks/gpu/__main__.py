@@ -24,7 +24,7 @@ ROWS = [
     Row("start", 20, experiments.start),
     Row("tests", 45, counts.tests),
     Row("mnist", 75, experiments.mnist),
-    Row("resnet9", 100, networks.resnet9),
+    Row("resnet9", 105, networks.resnet9),
     Row("convnet8", 50, networks.convnet8),
     Row("resnet50", 60, networks.resnet50),
     Row("digits", 15, experiments.digits),

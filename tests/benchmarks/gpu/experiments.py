@@ -20,7 +20,7 @@ from tests.benchmarks.gpu.runner import Bench
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 _WHOLE = "memtail run, from its start to its report"
-# Enough for an estimate of every example.
+# Enough for an estimate of every example of digits.
 _FEW = 40
 _COMPUTED = ("forward/backward", "optimizer", "evaluation")
 
@@ -61,10 +61,11 @@ def forecast(bench: Bench) -> Iterator[Figure]:
 
 def computation(bench: Bench) -> Iterator[Figure]:
     """Measure the share of a device's time that is computation."""
-    colour = declaration("cifar10", bench, dataset("cifar10", bench), trials=_FEW, epochs=1)
+    colour = declaration("cifar10", bench, dataset("cifar10", bench), trials=4, epochs=12)
+    colour["subsets"] |= {"design": "balanced", "fraction": 0.5}  # few trials then have an estimate of every example
     if bench.tiny:
         colour["model"]["options"] = {"width": 2}
-    for name, declared in (("mnist", _mnist(bench, 512)), ("resnet9", colour)):
+    for name, declared in (("mnist", _mnist(bench, 256)), ("resnet9", colour)):
         profile = _run(bench, declared, "--profile")[1]["profile"]
         phases = profile["phases"]
         shares = profile.get("computation") or {"": sum(phases[phase] for phase in _COMPUTED) / profile["seconds"] / profile["devices"]}
