@@ -22,7 +22,6 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 _WHOLE = "memtail run, from its start to its report"
 # Enough for an estimate of every example of digits.
 _FEW = 40
-_COMPUTED = ("forward/backward", "optimizer", "evaluation")
 
 
 def declaration(example: str, bench: Bench, data: dict[str, Any], *, trials: int, **training: Any) -> dict[str, Any]:
@@ -67,9 +66,8 @@ def computation(bench: Bench) -> Iterator[Figure]:
         colour["model"]["options"] = {"width": 2}
     for name, declared in (("mnist", _mnist(bench, 256)), ("resnet9", colour)):
         profile = _run(bench, declared, "--profile")[1]["profile"]
-        phases = profile["phases"]
-        shares = profile.get("computation") or {"": sum(phases[phase] for phase in _COMPUTED) / profile["seconds"] / profile["devices"]}
-        spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
+        shares = profile["computation"]
+        spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in profile["phases"].items())
         what = f"share of computation, {declared['subsets']['trials']} trials of {name}"
         yield Figure(what, 100 * sum(shares.values()) / len(shares), "%", goal="90%", note=f"seconds: {spent}")
 
