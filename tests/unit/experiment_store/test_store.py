@@ -166,7 +166,7 @@ def test_unknown_settings_of_speed_and_unknown_fields_of_a_record_are_ignored(ex
 
 def test_settings_of_speed_of_a_later_version_survive_an_extension(experiment_store):
     def add(content):
-        content["experiment"]["execution"].update(compile="auto", workers={"max": 2, "zone": "a"})
+        content["experiment"]["execution"].update(clocks="auto", workers={"max": 2, "zone": "a"})
 
     experiment_store.store.put("experiments/e/experiment.json", changed(add))
     held = experiment_store.read_record()
@@ -174,7 +174,7 @@ def test_settings_of_speed_of_a_later_version_survive_an_extension(experiment_st
     submitted = record().with_trials(held.experiment.subsets.trials + 2)
     experiment_store.register(replace(submitted, experiment=submitted.experiment.model_copy()))  # as a client of this version
     execution = json.loads(experiment_store.store.get("experiments/e/experiment.json"))["experiment"]["execution"]
-    assert execution["compile"] == "auto"
+    assert execution["clocks"] == "auto"
     assert execution["workers"]["zone"] == "a"
     assert experiment_store.read_record().experiment.subsets.trials == held.experiment.subsets.trials + 2
 
