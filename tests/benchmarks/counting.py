@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from memtail.datasets import DatasetLabels
-from memtail.estimators import Memorization, false_discovery, high_influence_pairs, influence, top_influencers
+from memtail.estimators import false_discovery, high_influence_pairs, influence, memorization, top_influencers
 from memtail.estimators.adjusted import select_pairs
+from memtail.estimators.overlap import expected_pair_overlap
 from memtail.scores.files import write_scores
 from memtail.scores.reader import largest
 from memtail.statistics import Statistics, cooccurrence
@@ -21,6 +23,7 @@ from tests.benchmarks import baselines
 from tests.benchmarks.bench import Row
 
 REPETITIONS = 5
+_LARGE_NOTE = "t = 4000, n = 50,000, q = 10,000, 100 classes, a third memorized; peak is above the input"
 
 
 def _packed(rng: np.random.Generator, trials: int, n: int, q: int) -> PackedTrials:
@@ -76,54 +79,62 @@ def influence_small() -> list[Row]:
 
 def influence_large() -> list[Row]:
     """Measure a pass over all influences in blocks: the pairs, and the top 10 of every test example."""
-    trials, n, q = 4000, 50_000, 10_000
-    rng = np.random.default_rng(0)
-    packed = _packed(rng, trials, n, q)
-    # a third of the training set is memorized, as in CIFAR-100, so that a realistic number of pairs is tested
-    mem = rng.random(n) * 0.375
-    half = np.full(n, trials // 2)
-    memorization = Memorization(mem, mem, mem, mem, half, half)
-    train_labels, test_labels = np.arange(n) % 100, np.arange(q) % 100
 
-    def everything() -> None:
+    def passing(packed: PackedTrials, labels: Labels) -> None:
         top_influencers(packed, 10)
-        high_influence_pairs(packed, memorization, train_labels, test_labels)
+        high_influence_pairs(packed, memorization(packed), *labels)
 
-    everything()  # compiles
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status_mib("VmRSS")
-    times = [_timed(everything) for _ in range(3)]
-    peak = _status_mib("VmHWM") - before
-    note = "t = 4000, n = 50,000, q = 10,000; pairs, and the top 10 of each test example; peak is above the input"
+    times, peak = _at_large_size(passing)
+    note = f"{_LARGE_NOTE}; pairs, and the top 10 of each test example"
     return [Row("influence-large", "pass", "10 s, 500 MiB", times, peak_mib=peak, note=note)]
 
 
 def selection() -> list[Row]:
     """Measure the selection of pairs by adjusted influence, against the selection by thresholds with its false discovery rates."""
-    trials, n, q = 4000, 50_000, 10_000
+
+    def by_rule(packed: PackedTrials, labels: Labels) -> None:
+        select_pairs(packed, memorization(packed).value, *labels)
+
+    def by_thresholds(packed: PackedTrials, labels: Labels) -> None:
+        mem = memorization(packed)
+        pairs = high_influence_pairs(packed, mem, *labels)
+        false_discovery(packed, mem.value, *labels, pairs.train, pairs.test)
+
+    (times, peak), (baseline, _) = _at_large_size(by_rule), _at_large_size(by_thresholds)
+    note = f"{_LARGE_NOTE}; adjusted influence of 1.7 million pairs"
+    return [Row("selection", "pass", "", times, baseline, "thresholds and Fisher's test", peak, note)]
+
+
+def stopping() -> list[Row]:
+    """Measure the decision of `subsets.until: pairs`: the pairs of two random halves, twice."""
+    times, peak = _at_large_size(lambda packed, labels: expected_pair_overlap(packed, *labels))
+    return [Row("until-pairs", "round", "", times, peak_mib=peak, note=_LARGE_NOTE)]
+
+
+Labels = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+def _large(trials: int, n: int, q: int) -> tuple[PackedTrials, Labels]:
+    """Draw statistics with scores, in which a third of the training examples is memorized, as in CIFAR-100, and labels of 100 classes."""
     rng = np.random.default_rng(0)
     packed = _packed(rng, trials, n, q)
-    last = packed.counted[-1]
+    packed.train_correct[:, ::3] |= packed.membership[:, ::3]
     planes = rng.integers(0, 2**64, (PLANES, len(packed.counted), q), dtype=np.uint64)
-    planes[:, -1] &= last
-    packed = replace(packed, test_score=planes)
-    mem = rng.random(n) * 0.375
-    half = np.full(n, trials // 2)
-    memorization = Memorization(mem, mem, mem, mem, half, half)
-    labels = np.arange(n) % 100, np.arange(q) % 100
+    planes[:, -1] &= packed.counted[-1]
+    return replace(packed, test_score=planes), (np.arange(n) % 100, np.arange(q) % 100)
 
-    def by_thresholds() -> None:
-        pairs = high_influence_pairs(packed, memorization, *labels)
-        false_discovery(packed, mem, *labels, pairs.train, pairs.test)
 
-    by_thresholds(), select_pairs(packed, mem, *labels)  # compiles
+def _at_large_size(work: Callable[[PackedTrials, Labels], object]) -> tuple[list[float], float]:
+    """Return the seconds of three calls of work on statistics, and its peak memory in MiB above these.
+
+    It is compiled at a small size: memory that is freed would stay with the process, and hide what the work takes.
+    """
+    work(*_large(128, 400, 200))
+    given = _large(4000, 50_000, 10_000)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_mib("VmRSS")
-    times = [_timed(lambda: select_pairs(packed, mem, *labels)) for _ in range(3)]
-    peak = _status_mib("VmHWM") - before
-    baseline = [_timed(by_thresholds) for _ in range(3)]
-    note = "t = 4000, n = 50,000, q = 10,000, 100 classes; adjusted influence of 1.7 million pairs; peak is above the input"
-    return [Row("selection", "pass", "", times, baseline, "thresholds and Fisher's test", peak, note)]
+    times = [_timed(lambda: work(*given)) for _ in range(3)]
+    return times, _status_mib("VmHWM") - before
 
 
 def row_and_column() -> list[Row]:
@@ -202,6 +213,7 @@ ROWS: dict[str, Callable[[], list[Row]]] = {
     "influence-small": influence_small,
     "influence-large": influence_large,
     "selection": selection,
+    "until-pairs": stopping,
     "row-and-column": row_and_column,
     "fold": fold,
     "imagenet": imagenet,
