@@ -14,7 +14,15 @@ class MemtailError(Exception):
 
 
 class SpecError(MemtailError):
-    """The experiment file cannot be run as it stands."""
+    """The experiment file cannot be run as it stands.
+
+    Attributes:
+        lines: the text in lines for a terminal, where there are several mistakes; else empty.
+    """
+
+    def __init__(self, text: str, lines: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.lines = lines
 
 
 class DatasetError(MemtailError):

@@ -18,7 +18,7 @@ from memtail.cli import service as cli_service
 from memtail.cli import study as cli_study
 from memtail.cli import trainer as cli_trainer
 from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, open_existing, preparation, resolve_name
-from memtail.errors import BatchesRefusedError, IncompleteRunError, MemtailError, ScoresError, StoreError, UnreachableError
+from memtail.errors import BatchesRefusedError, IncompleteRunError, MemtailError, ScoresError, SpecError, StoreError, UnreachableError
 from memtail.processes import resend_dropped
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def _run_command() -> None:
     try:
         app()
     except MemtailError as error:
-        print(f"memtail: {' '.join(str(error).split())}", file=sys.stderr)
+        text = "\n".join(error.lines if isinstance(error, SpecError) else ()) or " ".join(str(error).split())
+        print(f"memtail: {text}", file=sys.stderr)
         sys.exit(1 if isinstance(error, BatchesRefusedError) else 2)
     except OSError as error:
         print(f"memtail: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
@@ -80,14 +81,15 @@ def run(
     json_: Json = False,
 ) -> None:
     """Run an experiment until its scores are published, or resume it."""
+    from memtail.spec import Experiment
+
+    experiment = Experiment.load(spec)  # before torch is imported, so that a mistake is answered at once
     from memtail import logs
     from memtail.cli import display
     from memtail.cli.run_progress import RunProgress
     from memtail.execution.embedded import run as run_experiment
-    from memtail.spec import Experiment
 
     logs.configure()
-    experiment = Experiment.load(spec)
     if not json_:
         display.show_spec(experiment)
     failure = None
@@ -124,13 +126,14 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Forecast the time, memory, cost and standard errors of a run from a few seconds of training."""
+    from memtail.spec import Experiment
+
+    experiment = Experiment.load(spec)  # as in `run`
     from memtail import logs
     from memtail.cli import display
     from memtail.execution.forecast import forecast as make_forecast
-    from memtail.spec import Experiment
 
     logs.configure()
-    experiment = Experiment.load(spec)
     with preparation(quiet=json_) as on_preparation:
         forecast = make_forecast(
             experiment, store, price=price, standard_error=standard_error, overlap=overlap, on_preparation=on_preparation

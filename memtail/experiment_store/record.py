@@ -200,7 +200,8 @@ class Record:
             known = _Content.model_validate(content)
             record = cls(experiment=Experiment.parse(declared, source=source), later=later, **dict(known))
         except ValidationError as error:
-            raise StoreError(f"{source}: is corrupt ({describe(error, _Content)}): restore it, or remove the experiment") from None
+            faults = "; ".join(describe(error, _Content))
+            raise StoreError(f"{source}: is corrupt ({faults}): restore it, or remove the experiment") from None
         except SpecError as error:
             raise UnsupportedError(
                 f"{error}: memtail {version('memtail')} cannot read this experiment: use the version that registered it, or a later one"

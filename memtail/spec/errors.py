@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-# Number of choices that a message shows although one of them is near.
+# Number of known words that a message shows if none is near.
 _MOST_CHOICES = 10
 
 
-def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return a validation error in one line, with the nearest known key for each unknown one.
+def describe(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Return the faults of a validation error in one line each, with the nearest known word for each unknown key and value.
 
     Args:
         error: raised by `model`.
@@ -26,8 +26,9 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
             near = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(fields)}"
             lines.append(f"unknown key '{location}': {hint}")
-        elif item["type"] == "literal_error" and (choice := _nearest(item["input"], item["ctx"]["expected"])):
-            lines.append(f"{location}: there is no '{item['input']}': did you mean '{choice}'?")
+        elif choices := _choices(item):
+            word, known = choices
+            lines.append(f"{location}: there is no '{word}': {_hint(word, known)}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "model_type":
@@ -37,14 +38,26 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
             value = item["input"]
             shown = f" (got {_short(value)})" if isinstance(value, str | int | float | bool | None) and item["type"] != "missing" else ""
             lines.append(f"{location}: {message[:1].lower()}{message[1:]}{shown}" if location else message)
-    return "; ".join(lines)
+    return lines
 
 
-def _nearest(value: Any, expected: str) -> str | None:
-    """Return the nearest of many choices, which pydantic writes as `'a', 'b' or 'c'`; None if all can be shown, or none is near."""
-    choices = {choice.lower(): choice for choice in re.findall("'([^']*)'", expected)}
-    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
-    return choices[near[0]] if near and len(choices) > _MOST_CHOICES else None
+def _choices(item: Any) -> tuple[str, list[str]] | None:
+    """Return an unknown word and the known ones, which pydantic writes as `'a', 'b' or 'c'`; None if the fault is another one."""
+    given, known = item["input"], item.get("ctx", {})
+    if item["type"] == "literal_error" and isinstance(given, str) and not str(item["loc"][-1]).startswith("literal["):
+        return given, re.findall("'([^']*)'", known["expected"])
+    if item["type"] == "union_tag_invalid" and (given == known["tag"] or (isinstance(given, dict) and given.get("name") == known["tag"])):
+        return known["tag"], re.findall("'([^']*)'", known["expected_tags"])
+    return None
+
+
+def _hint(word: str, known: list[str]) -> str:
+    by_lower_case = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(word.lower(), by_lower_case, n=1)
+    if near:
+        return f"did you mean '{by_lower_case[near[0]]}'?"
+    more = f" and {len(known) - _MOST_CHOICES} others" if len(known) > _MOST_CHOICES else ""
+    return f"known here: {', '.join(known[:_MOST_CHOICES])}{more}"
 
 
 def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:

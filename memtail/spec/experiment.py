@@ -131,8 +131,13 @@ class Experiment(Part):
 
     @field_validator("name", mode="before")
     @classmethod
-    def _name_is_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) else value
+    def _name_is_one_of_the_store(cls, value: Any) -> Any:
+        name = str(value) if isinstance(value, int) else value
+        if isinstance(name, str) and not NAME.match(name):
+            other = re.sub("[^a-z0-9._-]+", "-", name.lower())[:63].strip("._-")
+            fix = f": use {other}" if NAME.match(other) else ""
+            raise ValueError(f"has lower-case letters, digits, '.', '_' and '-' only, at most 63{fix}")
+        return name
 
     @classmethod
     def load(cls, path: str | Path) -> "Experiment":
@@ -173,7 +178,9 @@ class Experiment(Part):
         try:
             experiment = cls.model_validate(data)
         except ValidationError as error:
-            raise SpecError(f"{source}: {describe(error, cls)}") from None
+            faults = describe(error, cls)
+            lines = (f"{source}: {len(faults)} mistakes", *(f"  {fault}" for fault in faults)) if len(faults) > 1 else ()
+            raise SpecError(f"{source}: {'; '.join(faults)}", lines) from None
         return experiment if base is None else experiment._with_absolute_paths(base)
 
     def _with_absolute_paths(self, base: Path) -> "Experiment":

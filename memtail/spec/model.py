@@ -1,10 +1,11 @@
 """The `model` part of an experiment: its architecture, and the weights that it starts from."""
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from memtail.spec.base import Part
 
@@ -62,6 +63,15 @@ class NamedModel(_Model):
     options: dict[str, Any] = {}
     weights: Annotated[str, Field(min_length=1)] | None = None
     freeze: list[Annotated[str, Field(min_length=1)]] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_other_misspelt(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.keys() - cls.model_fields.keys():
+            near = difflib.get_close_matches(str(data.get("name")), ("mlp", "cnn"), n=1)
+            if near:  # whose keys these may be
+                raise ValueError(f"there is no '{data['name']}': did you mean '{near[0]}'?")
+        return data
 
     @field_validator("weights")
     @classmethod

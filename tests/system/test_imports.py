@@ -53,6 +53,19 @@ def test_report_modules_load_neither_torch_nor_pandas() -> None:
     python("import sys, memtail.report.page, memtail.report.publish; assert not {'torch', 'pandas', 'scipy'} & sys.modules.keys()")
 
 
+@pytest.mark.parametrize("name", ["run", "plan"])
+def test_a_mistake_in_an_experiment_file_is_answered_before_slow_modules_are_loaded(name: str, tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("name: e\ndataset: {name: mnst}\n")
+    python(
+        "import sys; from typer.testing import CliRunner; from memtail.cli.app import app\n"
+        "error = CliRunner().invoke(app, sys.argv[1:]).exception\n"
+        "assert str(error).endswith(\"there is no 'mnst': did you mean 'mnist'?\"), error\n"
+        "assert not {'torch', 'numpy', 'scipy'} & sys.modules.keys()",
+        name,
+        tmp_path / "e.yaml",
+    )
+
+
 def test_help_loads_no_slow_modules() -> None:
     python(
         "import sys; from typer.testing import CliRunner; from memtail.cli.app import app\n"

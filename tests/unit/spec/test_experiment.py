@@ -108,8 +108,8 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("training.schedule", {"name": "cosine", "warmpu": 0}, "unknown key 'training.schedule.warmpu': did you mean 'warmup'?"),
         ("subsets.fraction", 1.5, "subsets.fraction: input should be less than 1 (got 1.5)"),
         ("subsets.fraction", 0, "subsets.fraction: input should be greater than 0 (got 0)"),
-        ("subsets.design", "random", "subsets.design: input should be 'uniform', 'balanced', 'stratified' or 'explicit' (got random)"),
-        ("training.optimizer", {"name": "adamm"}, "training.optimizer: input tag 'adamm'"),
+        ("subsets.design", "random", "subsets.design: there is no 'random': known here: uniform, balanced, stratified, explicit"),
+        ("training.optimizer", {"name": "adamm"}, "training.optimizer: there is no 'adamm': did you mean 'adam'?"),
         (
             "training.optimizer",
             {"name": "adamw", "momentum": 0.9},
@@ -118,7 +118,7 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("training.optimizer", {"name": "adam", "betas": [0.9, 1.0]}, "training.optimizer.betas.1: input should be less than 1 (got 1.0)"),
         ("training.optimizer", {"name": "adam", "betas": [0.9]}, "training.optimizer.betas: list should have at least 2 items"),
         ("training.optimizer", "adamw", "training.optimizer: input should be a valid dictionary"),
-        ("training.augmentation", "flop", "training.augmentation.0: input tag 'flop'"),
+        ("training.augmentation", "flop", "training.augmentation.0: there is no 'flop': did you mean 'flip'?"),
         ("training.augmentation", "color-jitter", "training.augmentation.0: color-jitter changes nothing: set brightness, contrast"),
         (
             "training.augmentation",
@@ -141,11 +141,19 @@ def test_a_minimal_file_gets_defaults_and_its_yaml_is_read_back(tmp_path):
         ("record.snapshots", [5, 5], "record.snapshots: are different epochs in ascending order, not [5, 5]"),
         ("record.snapshots", [0], "record.snapshots.0: input should be greater than or equal to 1 (got 0)"),
         ("record.snapshots", [5, 30], "record.snapshots: 30 is after the last of 20 epochs"),
-        ("training.schedule", {"name": "cosin"}, "training.schedule: input tag 'cosin'"),
+        ("training.schedule", {"name": "cosin"}, "training.schedule: there is no 'cosin': did you mean 'cosine'?"),
         ("execution.device", "gpu", "execution.device: "),
         ("execution.compile", "yes", "execution.compile: is auto, true or false (got yes)"),
-        ("name", "My Experiment", "name: "),
-        ("dataset", {"name": "imagenet"}, "dataset.name: input should be 'digits', 'mnist'"),
+        (
+            "training.schedule",
+            {"name": "onecycle"},
+            "training.schedule: there is no 'onecycle': known here: constant, step, cosine",
+        ),
+        ("name", "My Experiment", "name: has lower-case letters, digits, '.', '_' and '-' only, at most 63: use my-experiment (got My Exp"),
+        ("name", "!", "name: has lower-case letters, digits, '.', '_' and '-' only, at most 63 (got !)"),
+        ("dataset", {"name": "mnst"}, "dataset.name: there is no 'mnst': did you mean 'mnist'?"),
+        ("dataset", {"name": "imagenet"}, "dataset.name: there is no 'imagenet': known here: digits, mnist"),
+        ("model", {"name": "mlpp", "hiden": [3]}, "model: there is no 'mlpp': did you mean 'mlp'?"),
         ("dataset", {"torchvision": "Fakedata"}, "dataset.torchvision: there is no 'Fakedata': did you mean 'FakeData'?"),
         ("dataset", {"torchvision": "cifar10"}, "dataset.torchvision: there is no 'cifar10': did you mean 'CIFAR10'?"),
         ("dataset", {"huggingface": "imdb"}, "dataset: huggingface 'imdb' needs columns, such as {text: text, label: label}"),
@@ -176,6 +184,16 @@ def test_a_fault_is_reported_in_one_line(path, value, message):
     text = str(caught.value)
     assert message in text
     assert "\n" not in text
+
+
+def test_several_faults_are_lines_for_a_terminal():
+    content = {"name": "a", "dataset": {"name": "mnst"}, "training": {"epoch": 3}}
+    with pytest.raises(SpecError) as caught:
+        Experiment.parse(content, source="a.yaml")
+    faults = ["dataset.name: there is no 'mnst': did you mean 'mnist'?", "unknown key 'training.epoch': did you mean 'epochs'?"]
+    assert str(caught.value) == f"a.yaml: {'; '.join(faults)}"
+    assert caught.value.lines == ("a.yaml: 2 mistakes", *(f"  {fault}" for fault in faults))
+    assert changed("training.epochs", 3)
 
 
 @pytest.mark.parametrize(
