@@ -17,7 +17,18 @@ from memtail.cli import retention as cli_retention
 from memtail.cli import service as cli_service
 from memtail.cli import study as cli_study
 from memtail.cli import trainer as cli_trainer
-from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, interruptible, open_existing, preparation, resolve_name
+from memtail.cli.arguments import (
+    DEFAULT_STORE,
+    Changes,
+    Json,
+    Name,
+    SpecFile,
+    Store,
+    interruptible,
+    open_existing,
+    preparation,
+    resolve_name,
+)
 from memtail.errors import BatchesRefusedError, IncompleteRunError, MemtailError, ScoresError, SpecError, StoreError, UnreachableError
 from memtail.processes import resend_dropped
 
@@ -28,10 +39,27 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Measure what neural networks memorize, and which training examples influence which predictions.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"memtail {version('memtail')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version_: Annotated[
+        bool, typer.Option("--version", "-V", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 def main() -> None:
@@ -77,13 +105,16 @@ def _run_command() -> None:
 def run(
     spec: SpecFile,
     store: Store = DEFAULT_STORE,
+    changes: Changes = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Set subsets.trials.", metavar="N", show_default=False)] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also show a profile of the trials.")] = False,
     json_: Json = False,
 ) -> None:
     """Run an experiment until its scores are published, or resume it."""
     from memtail.spec import Experiment
 
-    experiment = Experiment.load(spec)  # before torch is imported, so that a mistake is answered at once
+    number = [] if trials is None else [f"subsets.trials={trials}"]
+    experiment = Experiment.load(spec, [*(changes or ()), *number])  # before torch is imported, so that a mistake is answered at once
     from memtail import logs
     from memtail.cli import display
     from memtail.cli.run_progress import RunProgress
@@ -114,9 +145,21 @@ def run(
 
 
 @app.command()
+def validate(spec: SpecFile, changes: Changes = None) -> None:
+    """Check an experiment file, and show it with its defaults. Data and networks are checked by memtail plan."""
+    from memtail.spec import Experiment
+
+    experiment = Experiment.load(spec, changes or ())
+    from memtail.cli import display
+
+    display.show_spec(experiment)
+
+
+@app.command()
 def plan(
     spec: SpecFile,
     store: Store = DEFAULT_STORE,
+    changes: Changes = None,
     price: Annotated[float | None, typer.Option(help="Cost of one device per hour.", metavar="P")] = None,
     standard_error: Annotated[float | None, typer.Option(help="Standard error that no score should exceed.", metavar="E")] = None,
     overlap: Annotated[
@@ -128,7 +171,7 @@ def plan(
     """Forecast the time, memory, cost and standard errors of a run from a few seconds of training."""
     from memtail.spec import Experiment
 
-    experiment = Experiment.load(spec)  # as in `run`
+    experiment = Experiment.load(spec, changes or ())  # as in `run`
     from memtail import logs
     from memtail.cli import display
     from memtail.execution.forecast import forecast as make_forecast

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from memtail.storage import ObjectStore
 
 SpecFile = Annotated[Path, typer.Argument(help="The experiment file (YAML).", metavar="SPEC")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Set a key of the file, such as training.epochs=5; repeatable.", metavar="KEY=VALUE", show_default=False),
+]
 Name = Annotated[str | None, typer.Argument(help="The experiment; optional if the store holds only one.")]
 Store = Annotated[str, typer.Option(help="Store of the results: a folder, or s3://BUCKET/PREFIX.", envvar=STORE_VARIABLE)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

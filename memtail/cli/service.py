@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from memtail.cli.arguments import DEFAULT_STORE, Json, Name, SpecFile, Store, open_existing, preparation, resolve_name
+from memtail.cli.arguments import DEFAULT_STORE, Changes, Json, Name, SpecFile, Store, open_existing, preparation, resolve_name
 from memtail.errors import StoreError
 from memtail.settings import STORE_VARIABLE
 
@@ -72,6 +72,7 @@ def submit(
         typer.Option(help="Who owns it; by default nobody is named, or as before.", metavar="NAME", show_default=False),
     ] = None,
     store: Store = DEFAULT_STORE,
+    changes: Changes = None,
     json_: Json = False,
 ) -> None:
     """Submit an experiment and its dataset to the services. More trials extend it."""
@@ -82,7 +83,7 @@ def submit(
     from memtail.storage.open import open_store
 
     logs.configure()
-    experiment = Experiment.load(spec)
+    experiment = Experiment.load(spec, changes or ())
     opened = open_store(store)
     with preparation(quiet=json_) as on_preparation:
         dataset = datasets.prepare(experiment.dataset, on_preparation)

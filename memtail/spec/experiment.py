@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from memtail.digests import file_digest
 from memtail.errors import SpecError
 from memtail.spec.base import Part
+from memtail.spec.changes import changed
 from memtail.spec.cluster import WorkersSpec
 from memtail.spec.dataset_sources import AnyDataset, with_absolute_paths
 from memtail.spec.errors import describe
@@ -140,11 +141,12 @@ class Experiment(Part):
         return name
 
     @classmethod
-    def load(cls, path: str | Path) -> "Experiment":
+    def load(cls, path: str | Path, changes: Sequence[str] = ()) -> "Experiment":
         """Read and validate a YAML file.
 
         Args:
             path: of the file; relative paths in the file are relative to it.
+            changes: keys to set, such as `training.epochs=5`; the value is YAML.
 
         Raises:
             SpecError: the file cannot be read, is not YAML, or does not validate; one line names each place and fault.
@@ -158,7 +160,7 @@ class Experiment(Part):
             raise SpecError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise SpecError(f"{path}: holds {type(data).__name__}, not the keys of an experiment (name, dataset, ...)")
-        experiment = cls.parse(data, base=path.parent, source=str(path))
+        experiment = cls.parse(changed(data, changes), base=path.parent, source=str(path))
         if isinstance(experiment.trainer, ImportedTrainer):
             raise SpecError(f"{path}: trainer.imported is of trials that memtail import brought: declare a function or a command")
         return experiment
