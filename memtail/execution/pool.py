@@ -128,7 +128,12 @@ class Workers:
     def _submit(self, index: int, task: Task, shard: Shard) -> None:
         if _most_next(task.device):
             self._upcoming[index].put(shard)
-        self._running[self._pools[index].submit(_train, task, shard)] = (index, task, shard)
+        try:
+            future = self._pools[index].submit(_train, task, shard)
+        except BrokenProcessPool as error:  # its process has died since the last call of `finished`
+            future = Future()
+            future.set_exception(error)
+        self._running[future] = (index, task, shard)
 
     def _restart(self, index: int) -> None:
         """Replace a process, and hand its next shards, which it has not begun, to the new one."""

@@ -18,10 +18,12 @@ class Pool:
     """A pool whose process does what the test says."""
 
     def __init__(self):
-        self.work, self.ended = [], False
+        self.work, self.ended, self.dead = [], False, False
         self._processes = {}
 
     def submit(self, function, task, shard):
+        if self.dead:
+            raise BrokenProcessPool("its process has died")
         future = Future()
         self.work.append((shard, future))
         return future
@@ -31,6 +33,7 @@ class Pool:
         future.set_result(result or ShardResult(shard, ShardOutcome.COMMITTED, process_usable=usable))
 
     def die(self):
+        self.dead = True
         while self.work:
             self.work.pop(0)[1].set_exception(BrokenProcessPool())
 
@@ -109,6 +112,16 @@ def test_a_death_fails_the_first_shard_only(workers):
     assert held(processes) == [[SHARDS[1]]]
     assert processes._pools[0] is not first
     assert processes.running == [SHARDS[1]]
+
+
+def test_a_shard_for_a_process_that_has_just_died_goes_to_its_successor(workers):
+    processes = workers(["cuda:0"])
+    processes.start(SHARDS[0])
+    processes._pools[0].die()
+    processes.start(SHARDS[1])
+    (lost,) = processes.finished(0)
+    assert (lost.shard, lost.outcome) == (SHARDS[0], ShardOutcome.FAILED)
+    assert held(processes) == [[SHARDS[1]]]
 
 
 def test_a_death_after_a_result_fails_the_shard_after_it(workers):
