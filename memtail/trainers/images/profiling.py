@@ -40,6 +40,8 @@ class Phases:
     def _on_host(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
+        if self._device.type == "mps":
+            torch.mps.synchronize()  # work in its queue would count towards the next phase
         self._seconds[phase] += time.perf_counter() - began
 
     @contextmanager
