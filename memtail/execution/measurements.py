@@ -29,7 +29,7 @@ from memtail.statistics import Statistics
 from memtail.statistics.soft import PLANES
 from memtail.storage import keys
 from memtail.storage.local import LocalStore
-from memtail.trainers.images.shard_size import operations_per_trial
+from memtail.trainers.images.shard_size import is_long, operations_per_trial
 from memtail.trials import Provenance, Shard, TrialBatch, TrialMetrics, pack
 
 _MEASURED_SECONDS = 4.0
@@ -89,9 +89,11 @@ def measure_shard(record: Record, dataset: Trainable, fraction: float, devices: 
     both = [Shard(first, first + size - 1) for first in range(0, 2 * len(devices) * size, size)]
     cold_shards, shards = both[: len(devices)], both[len(devices) :]
 
+    whole = _as_compiled(record.experiment, dataset)
+
     def shortened(epochs: int) -> Record:
         # with shards of the size to be measured
-        return declare(_shortened(record.experiment, epochs, fraction, trials), sample, size)
+        return declare(_shortened(whole, epochs, fraction, trials), sample, size)
 
     with Workers(Task(shortened(1), sample.folder, "", device="", code=Settings().code), devices) as workers:
         # in one store, so that a trainer process is kept
@@ -136,6 +138,14 @@ def _train_at_once(workers: Workers, shards: list[Shard], store: Path, record: R
             seconds.append(time.perf_counter() - began)
             results.append(result)
     return float(np.mean(seconds)), results
+
+
+def _as_compiled(experiment: Experiment, dataset: Dataset) -> Experiment:
+    """Return an experiment whose network is compiled if that of the whole run is: with fewer epochs `auto` would not."""
+    execution = experiment.execution
+    if experiment.runs_user_code or execution.compile != "auto" or not is_long(operations_per_trial(experiment, dataset)):
+        return experiment
+    return experiment.model_copy(update={"execution": execution.model_copy(update={"compile": True})})
 
 
 def _shortened(experiment: Experiment, epochs: int, fraction: float, trials: int) -> Experiment:

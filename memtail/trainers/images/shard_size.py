@@ -83,11 +83,22 @@ def is_compiled(experiment: Experiment, network: nn.Module, input_shape: tuple[i
     declared = experiment.execution.compile
     if declared != "auto":
         return declared
-    counter = _counter()
-    counted = copy.deepcopy(network).to("meta").eval()
-    with counter, torch.no_grad():
-        counted(torch.empty(1, *input_shape, device="meta"))
-    return _of_trial(experiment, counter.get_total_flops(), n_train, n_test) >= _COMPILED_OPERATIONS
+    key = experiment.model.model_dump_json(), input_shape, sum(parameter.numel() for parameter in network.parameters())
+    if key not in _forward_operations:
+        counter, counted = _counter(), copy.deepcopy(network).to("meta").eval()
+        with counter, torch.no_grad():
+            counted(torch.empty(1, *input_shape, device="meta"))
+        _forward_operations[key] = counter.get_total_flops()
+    return is_long(_of_trial(experiment, _forward_operations[key], n_train, n_test))
+
+
+def is_long(operations: float) -> bool:
+    """Return whether trials of so many operations take so long that `execution.compile: auto` compiles the network on CUDA."""
+    return operations >= _COMPILED_OPERATIONS
+
+
+# Of an example, by model, shape of the example and number of parameters: it is asked for with each stack.
+_forward_operations: dict[tuple[str, tuple[int, ...], int], int] = {}
 
 
 def _checked_network(experiment: Experiment, dataset: Dataset) -> tuple[nn.Module, float]:
