@@ -51,13 +51,17 @@ def prefetched(make: Callable[[_Item, ToDevice], _Made], items: Iterable[_Item],
         following = [thread.submit(made, item) for item in islice(remaining, 1)]
         while following:
             result, copies = following.pop().result()
-            if stream and copies:
-                current = torch.cuda.current_stream(device)
-                current.wait_stream(stream)
-                for copy in copies:
-                    copy.record_stream(current)
+            if stream:
+                _hand_over(copies, stream, torch.cuda.current_stream(device))
+            copies.clear()  # whoever uses the result decides how long its memory is held
             following = [thread.submit(made, item) for item in islice(remaining, 1)]
             yield result
+
+
+def _hand_over(copies: list[Tensor], made_on: torch.cuda.Stream, used_on: torch.cuda.Stream) -> None:
+    used_on.wait_stream(made_on)
+    for copy in copies:
+        copy.record_stream(used_on)
 
 
 def runs_ahead(device: torch.device) -> bool:

@@ -175,14 +175,20 @@ class _ShardTraining:
             if (trials := following()) is not None:
                 yield trials
 
-        def prepare(item: _Stack | Sequence[int], to_device: ToDevice) -> _Stack | _Ahead:
-            return self._prepare(item, to_device) if isinstance(item, _Stack) else self._ahead(item, width, to_device)
+        def prepare(item: _Stack | Sequence[int], to_device: ToDevice) -> _Stack | _Ahead | None:
+            if isinstance(item, _Stack):
+                return self._prepare(item, to_device)
+            try:
+                return self._ahead(item, width, to_device)
+            except Exception:  # of the other shard, which meets it again
+                log.debug("next shard cannot be prepared", exc_info=True)
+                return None
 
         with closing(prefetched(prepare, items(), self.device)) as prepared:
             for item in prepared:
                 if isinstance(item, _Stack):
                     self._train_rows(item)
-                else:
+                elif item is not None:
                     _kept.append(item)
         return concatenate([result for _, result in self.finished])
 
@@ -217,7 +223,11 @@ class _ShardTraining:
         stack.subsets, stack.initial = self._subsets(stack), self._initial(stack)
         if stack.state is None:
             recipe, seed, size = self.experiment.training, self.experiment.subsets.seed, self.dataset.input_shape[1:]
-            stack.epoch = draw_epoch(recipe.augmentation, seed, self._trials(stack), 0, stack.subsets, size, to_device)
+            try:
+                stack.epoch = draw_epoch(recipe.augmentation, seed, self._trials(stack), 0, stack.subsets, size, to_device)
+            except Exception as error:
+                if not is_out_of_memory(error):  # else it is drawn when the stack before has left the device
+                    raise
         return stack
 
     def _trials(self, stack: _Stack) -> list[int]:
@@ -242,7 +252,7 @@ class _ShardTraining:
         except Exception as error:
             if not is_out_of_memory(error) or (len(rows) == 1 and not self._images.evict()):
                 raise
-        self._images.network = None
+        self._images.networks.clear()
         torch.cuda.empty_cache()  # does nothing where this process has not used CUDA
         if len(rows) == 1:
             log.warning("out of device memory, reading the dataset from host memory", trial=self.trials[rows[0]], device=str(self.device))

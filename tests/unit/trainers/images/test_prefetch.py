@@ -1,6 +1,7 @@
 """Work of the host that is done while the device computes: that it is, and that no bit depends on it."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -60,6 +61,13 @@ def test_the_next_item_is_made_while_the_one_before_is_used():
         assert all(event.wait(PATIENCE) for event in begun[: place + 2])
         assert not any(event.is_set() for event in begun[place + 2 :])
     assert not threads()
+
+
+@pytest.mark.usefixtures("ahead")
+def test_memory_is_held_by_whoever_uses_the_result_alone():
+    for made in prefetched(lambda item, to_device: [to_device(torch.ones(2))], [1, 2, 3], CPU):
+        tensor = weakref.ref(made.pop())
+        assert tensor() is None
 
 
 @pytest.mark.usefixtures("ahead")
@@ -241,6 +249,34 @@ def test_the_first_stack_of_the_next_shard_is_drawn_while_the_last_one_of_this_i
     assert members == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert same_bits(expected, [first, second], recorded=True)
     assert not shard_module._kept
+
+
+@pytest.mark.usefixtures("ahead", "two_wide")
+def test_memory_that_is_full_while_a_stack_is_drawn_ahead_costs_nothing_but_time(declare, few, monkeypatch):
+    experiment = declare(4, model=NETWORKS[0], training={"epochs": 1}, record={"margins": True, "scores": True})
+    expected = train_shard(experiment, few, range(4), CPU)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(shard_module, "draw_epoch", full)
+    assert same_bits([expected], [train_shard(experiment, few, range(4), CPU)], recorded=True)
+
+
+@pytest.mark.usefixtures("ahead", "two_wide")
+def test_a_next_shard_that_cannot_be_drawn_fails_by_itself(declare, few, monkeypatch):
+    experiment = declare(8, model=NETWORKS[0], training={"epochs": 1})
+    expected, own = train_shard(experiment, few, range(4), CPU), subsets_module.membership
+
+    def broken(subsets, labels, trials):
+        if trials[0] == 4:
+            raise RuntimeError("no membership")
+        return own(subsets, labels, trials)
+
+    monkeypatch.setattr(shard_module, "membership", broken)
+    assert same_bits([expected], [train_shard(experiment, few, range(4), CPU, following=lambda: range(4, 8))])
+    with pytest.raises(RuntimeError, match="no membership"):
+        train_shard(experiment, few, range(4, 8), CPU)
 
 
 @pytest.mark.usefixtures("ahead", "two_wide")
