@@ -32,7 +32,7 @@ class DeviceImages:
         test_labels: int64 [q], on the device.
         shift: float32 [C] or [D]; a value is normalised as (value + shift) * scale.
         scale: float32 [C] or [D].
-        network: kept on the device with the examples, for the next trials: what it was made for, and the network.
+        networks: kept on the device with the examples, for the next trials: what each was made for, and the network.
     """
 
     def __init__(self, dataset: Trainable, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class DeviceImages:
         mean, std = _moments(dataset.train_features) if isinstance(dataset, FeatureDataset) else (dataset.mean, dataset.std)
         self.shift = -torch.tensor(mean, dtype=torch.float32, device=device)
         self.scale = 1 / torch.tensor(std, dtype=torch.float32, device=device)
-        self.network: tuple[Any, nn.Module] | None = None
+        self.networks: list[tuple[Any, nn.Module]] = []
 
     def batches(self, epoch: Epoch, parts: Sequence[slice]) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield training examples, augmented, and their labels.

@@ -1,4 +1,4 @@
-"""What is drawn for a stack before its training, in any thread: networks with initial weights, subsets, and the first epoch."""
+"""Networks of a stack with their initial weights, drawn in any thread."""
 
 import threading
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from memtail.randomness import Purpose, torch_seed
 from memtail.spec import Experiment
 from memtail.trainers.images.stack import Single, Stacked, stack_networks
 
-# Networks are drawn from torch's generator of the CPU, which all threads share.
-_GENERATOR = threading.Lock()
+#: Held by whoever draws from torch's generator of the CPU, or saves and restores it, as torch's compiler does: all threads share it.
+GENERATOR = threading.Lock()
 
 
 class InitialStack(NamedTuple):
@@ -38,7 +38,7 @@ def draw_stack(experiment: Experiment, input_shape: InputShape, classes: int, tr
         trials: the stack's trials.
         pin: whether to put the weights into page-locked memory, from which they are copied to a device without waiting.
     """
-    with _GENERATOR, torch.random.fork_rng(devices=[]):
+    with GENERATOR, torch.random.fork_rng(devices=[]):
         networks = []
         for trial in trials:
             # drawn on the CPU, so that every device starts from the same weights

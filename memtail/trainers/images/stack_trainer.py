@@ -136,18 +136,22 @@ class StackedRun:
         return module.to(self.images.device, non_blocking=self.images.device.type == "cuda")  # on CUDA from page-locked memory
 
     def _captured(self, stack: Stacked | Single, network: nn.Module, input_shape: tuple[int, ...]) -> CapturedNetwork:
-        """Return the network that all trials of this experiment share in this process, one stack after the other."""
-        images, recipe, execution = self.images, self.recipe, self.experiment.execution
+        """Return the network that all stacks of this width share in this process, one after the other."""
+        images, recipe, model = self.images, self.recipe, self.experiment.model
+        compiled = is_compiled(self.experiment, network, input_shape, len(images.train), len(images.test))
+        optimizer = recipe.optimizer.model_copy(update={"lr": 1.0})  # the rate is given at each step
         shape = (len(self.trials), self.bounds[0][1], *images.train.shape[1:])
-        made_for = (self.experiment.model, recipe, self.experiment.subsets.fraction, execution.compile, shape)
-        if images.network is None or images.network[0] != made_for:
-            images.network = None  # make room
-            compiled = is_compiled(self.experiment, network, input_shape, len(images.train), len(images.test))
+        made_for = (model, optimizer, recipe.label_smoothing, self.precision, compiled), shape
+        captured = next((kept for key, kept in images.networks if key == made_for), None)
+        # a shard has stacks of two widths, the last one the rest
+        images.networks = [(key, kept) for key, kept in images.networks if key[0] == made_for[0] and key != made_for][-1:]
+        if captured is None:
             pixels = torch.zeros(shape, dtype=images.train.dtype, device=images.device)
             with float32_products(tf32=self.precision == "tf32"):
                 bfloat16 = self.precision == "bfloat16"
-                images.network = made_for, CapturedNetwork(stack, images.shift, images.scale, recipe, bfloat16, pixels, compiled)
-        return cast(CapturedNetwork, images.network[1])
+                captured = CapturedNetwork(stack, images.shift, images.scale, recipe, bfloat16, pixels, compiled)
+        images.networks.append((made_for, captured))
+        return cast(CapturedNetwork, captured)
 
     def train(self, between_steps: Callable[["StackedRun"], None]) -> StackResult:
         """Train to the end and evaluate.

@@ -1,6 +1,7 @@
 """Functions of tensors that a CUDA device repeats as one graph of kernels, without Python between these."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,14 +41,14 @@ class Captured:
             self._warm_up(function)
             graph = torch.cuda.CUDAGraph()
             # by default a capture fails when another thread allocates page-locked memory meanwhile, as for the next batch
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=_stream(self._state[0].device), capture_error_mode="thread_local"):
                 function()
         return graph
 
     def _warm_up(self, function: Callable[[], object]) -> None:
         """Have libraries choose their kernels and allocate workspaces, neither of which can be captured."""
         before = [tensor.detach().clone() for tensor in self._state]
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        stream, current = _stream(self._state[0].device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             function()
@@ -55,3 +56,9 @@ class Captured:
         with torch.no_grad():
             for tensor, value in zip(self._state, before, strict=True):
                 tensor.copy_(value)
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a device on which functions are captured: torch's own one is of the device that was first."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ from memtail.spec import TrainingSpec
 from memtail.trainers.images.cuda.captured import Captured
 from memtail.trainers.images.cuda.steps import CapturedSteps, Optimizer
 from memtail.trainers.images.devices import is_out_of_memory
+from memtail.trainers.images.initial import GENERATOR
 from memtail.trainers.images.stack import Single, Stacked, is_shared, use_channels_last
 
 log = structlog.get_logger()
@@ -65,6 +66,7 @@ class CapturedNetwork(CapturedSteps):
 
     def load(self, stack: Stacked | Single) -> None:
         """Begin anew with the parameters and buffers of a stack of the same architecture."""
+        self.stack.train()  # an evaluation may have failed
         with torch.no_grad():
             for own, given in zip(_tensors(self.stack), _tensors(stack), strict=True):
                 own.copy_(given, non_blocking=True)
@@ -124,7 +126,8 @@ class CapturedNetwork(CapturedSteps):
         torch.use_deterministic_algorithms(True, warn_only=True)  # of the compiler too
         compiled: _Forward = torch.compile(self.stack.forward, fullgraph=True, dynamic=False)
         try:
-            self._differentiated(compiled, pixels, pixels.new_zeros(pixels.shape[:2], dtype=torch.int64))
+            with GENERATOR:
+                self._differentiated(compiled, pixels, pixels.new_zeros(pixels.shape[:2], dtype=torch.int64))
         except Exception as error:  # torch does not limit what its compiler raises
             if is_out_of_memory(error):
                 raise

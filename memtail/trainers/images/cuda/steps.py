@@ -52,12 +52,13 @@ class CapturedSteps(nn.Module):
             self._step(pixels, labels)
             return
         size = labels.shape[1]
-        if size not in self._batches:
-            # one more than the full size, since subsets of many sizes have as many last batches
-            self._batches = {other: batch for other, batch in self._batches.items() if other == max(self._batches)}
+        batch = self._batches.pop(size, None)
+        if batch is None:
+            # two are kept, those used last: the full size, and one of the last batches of subsets of many sizes
+            self._batches = dict(list(self._batches.items())[-1:])
             kept, of = (torch.empty(given.shape, dtype=given.dtype, device=given.device) for given in (pixels, labels))
-            self._batches[size] = _Batch(kept, of, Captured([*self.parameters(), *self.buffers(), self._loss], self._pool))
-        batch = self._batches[size]
+            batch = _Batch(kept, of, Captured([*self.parameters(), *self.buffers(), self._loss], self._pool))
+        self._batches[size] = batch
         batch.pixels.copy_(pixels)
         batch.labels.copy_(labels)
         batch.captured(lambda: self._step(batch.pixels, batch.labels))

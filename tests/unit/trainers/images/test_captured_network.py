@@ -19,6 +19,7 @@ from memtail.trainers.images import shard as shard_module
 from memtail.trainers.images import stack_trainer, train_shard
 from memtail.trainers.images.cuda.network import CapturedNetwork
 from memtail.trainers.images.images import DeviceImages, device_images
+from memtail.trainers.images.initial import GENERATOR
 from memtail.trainers.images.shard_size import is_compiled
 from memtail.trainers.images.stack import Single, stack_networks
 from memtail.trainers.images.stack_trainer import StackedRun
@@ -116,6 +117,16 @@ def test_another_experiment_gets_another_network(declare, few, capturing):
     assert [first is second for first, second in pairwise(networks)] == [True] + [False] * 4
 
 
+def test_stacks_of_two_widths_and_of_other_lengths_of_training_share_networks(declare, few, capturing):
+    images = DeviceImages(few, CPU)
+    recipes: list[dict[str, Any]] = [{"epochs": 1}, {"epochs": 2}, {"epochs": 1, "optimizer": {"lr": 0.01}}]
+    wide, wide_too, wide_again = (run_of(declare(model=CNN, training=recipe), few, [0, 1], images)[0].stack for recipe in recipes)
+    narrow = run_of(declare(model=CNN, training=recipes[0]), few, [2], images)[0].stack
+    again = run_of(declare(model=CNN, training=recipes[0]), few, [3, 4], images)[0].stack
+    assert wide is wide_too is wide_again is again is not narrow
+    assert [network for _, network in images.networks] == [narrow, wide]
+
+
 @pytest.mark.parametrize("stop_at", [1, 6])
 @pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["sgd", "adam"])
 def test_a_checkpoint_within_an_epoch_restores_to_equal_bits(declare, few, capturing, monkeypatch, optimizer, stop_at):
@@ -130,20 +141,20 @@ def test_a_checkpoint_within_an_epoch_restores_to_equal_bits(declare, few, captu
 
 def test_only_one_size_beside_the_full_batch_is_kept(declare, few, capturing):
     experiment, images = declare(model=RESNET9, training={"epochs": 1, "batch_size": 16}), DeviceImages(few, CPU)
-    for size in (100, 90, 70):
+    for size in (100, 90, 33, 70):
         run = StackedRun(experiment, images, few.input_shape, 10, [0], np.arange(size)[None])
         run.train(lambda run: None)
-        assert list(run.stack._batches) == [16, size % 16]
+        assert list(run.stack._batches) == [16, 17 if size == 33 else size % 16]
 
 
 def test_after_a_full_memory_the_network_is_not_kept(declare, few, capturing, monkeypatch):
     experiment, kept = declare(model=CNN, training={"epochs": 1}), []
     train_shard(experiment, few, range(1), CPU)
-    assert device_images(few, CPU).network
+    assert device_images(few, CPU).networks
     train = StackedRun.train
 
     def full(self, between_steps):
-        kept.append(self.images.network)
+        kept.append(list(self.images.networks))
         if len(kept) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return train(self, between_steps)
@@ -151,7 +162,8 @@ def test_after_a_full_memory_the_network_is_not_kept(declare, few, capturing, mo
     monkeypatch.setattr(StackedRun, "train", full)
     monkeypatch.setattr(shard_module, "stack_width", lambda *_: 2)
     train_shard(experiment, few, range(2), CPU)
-    assert kept[0][1] is not kept[1][1] is kept[2][1]
+    assert not {id(network) for _, network in kept[0]} & {id(network) for _, network in kept[1]}
+    assert [network for _, network in kept[1]] == [network for _, network in kept[2]]
 
 
 def test_networks_of_ones_own_and_those_that_are_not_to_be_captured_take_plain_steps(declare, few, capturing):
@@ -273,6 +285,14 @@ def test_a_network_that_cannot_be_compiled_is_trained_without(capfd):
     assert losses[2] < losses[0]
     (line,) = [line for line in "".join(capfd.readouterr()).splitlines() if "network cannot be compiled here" in line]
     assert "error=" in line
+
+
+def test_no_weights_are_drawn_while_a_network_is_compiled(monkeypatch):
+    locked = []
+    monkeypatch.setattr(CapturedNetwork, "_differentiated", lambda *_: locked.append(GENERATOR.locked()))
+    captured(_Opaque(192, 10), images_of(8), compiled=True)
+    assert locked == [True]
+    assert not GENERATOR.locked()
 
 
 @pytest.mark.slow
