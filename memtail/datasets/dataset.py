@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import DatasetError
+from memtail.numpy_files import read_calmly
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -102,7 +103,7 @@ class Dataset(DatasetLabels):
 def load_array(folder: Path, name: str) -> Any:
     """Map an array of a prepared dataset into memory. Raises: DatasetError."""
     # copy-on-write: frameworks that insist on writable memory accept it, and nothing is copied unless written
-    return checked(folder / f"{name}.npy", lambda path: np.load(path, mmap_mode="c"))
+    return checked(folder / f"{name}.npy", lambda path: read_calmly(lambda: np.load(path, mmap_mode="c")))
 
 
 def checked(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -73,6 +73,23 @@ def test_plain_numpy_reads_the_documented_arrays():
         assert json.loads(str(archive["provenance"])) == {"fingerprint": "f"}
 
 
+def test_a_fault_of_pythons_parser_is_none_of_the_batch(monkeypatch):
+    (batch, _), load, faults = make(), np.load, [2]
+
+    def faulty(*arguments, **options):
+        if faults[0]:
+            faults[0] -= 1
+            raise SystemError("AST constructor recursion depth mismatch (before=36, after=33)")
+        return load(*arguments, **options)
+
+    data = batch.to_bytes()
+    monkeypatch.setattr(np, "load", faulty)
+    assert (TrialBatch.from_bytes(data).membership == batch.membership).all()
+    faults[0] = 1000
+    with pytest.raises(StoreError, match=r"AST constructor recursion depth mismatch"):
+        TrialBatch.from_bytes(data)
+
+
 def test_a_truncated_batch_is_named():
     data = make()[0].to_bytes()
     for size in (0, 10, len(data) // 2, len(data) - 1):
