@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtail.errors import ForeignObjectError
-from memtail.numpy_files import read_calmly
+from memtail.numpy_files import read_archive
 
 SCHEMA = 1
 
@@ -289,7 +289,7 @@ class TrialBatch:
             with zipfile.ZipFile(io.BytesIO(data)) as entries:
                 if sum(entry.file_size for entry in entries.infolist()) > len(data):
                     raise ValueError("it would grow when it is unpacked")
-            arrays = read_calmly(lambda: _arrays(data))
+            arrays = read_archive(data)
             schema = int(arrays.pop("schema"))
             if schema != SCHEMA:
                 raise ForeignObjectError(f"{source}: is of schema {schema}, this memtail reads {SCHEMA}: use the memtail that wrote it")
@@ -302,11 +302,6 @@ class TrialBatch:
             raise
         except Exception as error:  # hostile bytes make the parsers raise anything
             raise ForeignObjectError(f"{source}: is truncated or corrupt ({error}): delete it, then run again") from None
-
-
-def _arrays(data: bytes) -> dict[str, Any]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        return dict(archive)
 
 
 def largest_batch(trials: int, n_train: int, n_test: int) -> int:

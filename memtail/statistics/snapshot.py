@@ -26,7 +26,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from memtail.errors import ForeignObjectError
-from memtail.numpy_files import read_calmly
+from memtail.numpy_files import read_archive
 from memtail.statistics.accumulator import PackedTrials, Statistics
 from memtail.statistics.misclassifications import Misclassifications
 from memtail.statistics.soft import PLANES, SoftSums
@@ -92,7 +92,7 @@ class Snapshot:
             ForeignObjectError: it is damaged, of another schema, or of a dataset of another size.
         """
         try:
-            return cls._from_arrays(read_calmly(lambda: _arrays(path)), n_train, n_test)
+            return cls._from_arrays(read_archive(path), n_train, n_test)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             raise ForeignObjectError(f"the snapshot is damaged or of another version ({error})") from None
 
@@ -142,8 +142,3 @@ class Snapshot:
         statistics = Statistics.restored(packed, metrics, misclassifications, margins, soft, by_epoch)
         statistics.conditions = _CONDITIONS.validate_python(header["conditions"])
         return cls(str(header["fingerprint"]), statistics, batches)
-
-
-def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
