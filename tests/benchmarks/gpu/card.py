@@ -99,15 +99,15 @@ def find_card(device: str) -> Card:
     small = where.type == "cpu"
     size, side = (1 << 20, 64) if small else (1 << 31, 8192)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=where) for _ in range(2))
-    rate = 2 * size / _seconds(lambda: target.copy_(source), where)
+    rate = 2 * size / seconds_of(lambda: target.copy_(source), where)
     left, right = (torch.randn(side, side, device=where, dtype=torch.bfloat16) for _ in range(2))
-    product = 2 * side**3 / _seconds(lambda: left @ right, where)
+    product = 2 * side**3 / seconds_of(lambda: left @ right, where)
     known = next((ceilings for kind, ceilings in _KNOWN.items() if kind in name), (rate, product))
     software = f"torch {torch.__version__}, CUDA {torch.version.cuda}, driver {_driver()}"
     return Card(name, device, software, *known, {"copy TB/s": round(rate / 1e12, 3), "bfloat16 TFLOP/s": round(product / 1e12, 2)})
 
 
-def _seconds(work: Callable[[], object], device: torch.device, calls: int = 10) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 10) -> float:
     """Return the seconds of a call."""
     for _ in range(3):
         work()

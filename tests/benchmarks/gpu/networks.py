@@ -18,7 +18,7 @@ from memtail.trainers.images import train_shard
 from memtail.trainers.images.devices import reproducible
 from memtail.trainers.images.stack import join_parameters, stack_networks, use_channels_last
 from tests.benchmarks.gpu import loops
-from tests.benchmarks.gpu.card import Floor, finish
+from tests.benchmarks.gpu.card import Floor, finish, seconds_of
 from tests.benchmarks.gpu.data import dataset, made_up
 from tests.benchmarks.gpu.experiments import declaration
 from tests.benchmarks.gpu.results import Figure
@@ -62,8 +62,8 @@ def stacks(bench: Bench) -> Iterator[Figure]:
     with reproducible(device):
         for width in (1, 2) if bench.tiny else (1, 2, 4, 8, 16, 32, 64):
             step = _stack_step(width, batch, device)
-            launched = _seconds(step, device) / width
-            replayed = _seconds(_captured(step, device), device) / width
+            launched = seconds_of(step, device) / width
+            replayed = seconds_of(_captured(step, device), device) / width
             what = "one small CNN at a time" if width == 1 else f"{width} small CNNs as grouped convolutions"
             yield Figure(f"{what}, a step of each", replayed * 1e6, "us", note=f"captured; {launched * 1e6:.0f} us launched by Python")
 
@@ -159,14 +159,3 @@ def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], No
     with torch.cuda.graph(graph):
         step()
     return graph.replay
-
-
-def _seconds(work: Callable[[], None], device: torch.device, calls: int = 10) -> float:
-    for _ in range(3):
-        work()
-    finish(device)
-    began = time.perf_counter()
-    for _ in range(calls):
-        work()
-    finish(device)
-    return (time.perf_counter() - began) / calls
